@@ -1,0 +1,249 @@
+"""Pictures and videos of the first validation clips: what was given, what came back, where alpha is wrong."""
+
+import math
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from acetate.alpha import PALETTE, PALETTE_NAMES, checkerboard, over
+from acetate.video_io import write_video
+
+COLUMNS = ("source", "reconstruction", "alpha", "alpha_hat", "|alpha_hat - alpha|")
+BACKGROUNDS = (*PALETTE_NAMES, "checker")
+# A light fringe shows on key (black), a dark one on white.
+VIDEO_BACKGROUNDS = ("key", "white")
+VIDEO_SECONDS = 2.0  # shorter clips are repeated up to this
+
+GAP = 4  # pixels between tiles
+GROUND, INK = (34, 34, 38), (235, 235, 235)
+
+
+@dataclass(frozen=True)
+class Clip:
+    """One validation clip on the CPU, uint8: rgb (3, T, H, W), alpha (1, T, H, W)."""
+
+    key: str
+    rgb: Tensor
+    alpha: Tensor
+    rgb_hat: Tensor
+    alpha_hat: Tensor
+
+
+def to_bytes(x: Tensor, low: float) -> Tensor:
+    """[low, 1] to uint8 on the CPU; NaN becomes 0 so that a diverged run can still be looked at."""
+    x = torch.nan_to_num(x.detach().float(), nan=low).clamp(low, 1)
+    return ((x - low) * (255 / (1 - low))).round().byte().cpu()
+
+
+def heat(error: Tensor) -> Tensor:
+    """|error| (1, H, W) in [0, 1] to black-red-yellow-white (3, H, W) in [-1, 1], by its square root.
+
+    The scale is fixed, so that steps compare; the root keeps both 1/255 and 1 apart from their neighbours.
+    """
+    x = 3 * error.sqrt()
+    return torch.cat([x, x - 1, x - 2]).clamp(0, 1) * 2 - 1
+
+
+def tile_size(height: int, width: int) -> tuple[int, int]:
+    """Sides of a large tile, even: the short side comes to 192..384 pixels by a whole factor."""
+    short = min(height, width)
+    factor = 2 * math.ceil(96 / short) if short < 192 else 1 / math.ceil(short / 384)
+    return 2 * round(height * factor / 2), 2 * round(width * factor / 2)
+
+
+def picture(tile: Tensor, height: int, width: int) -> Image.Image:
+    """(3, H, W) in [-1, 1] to height x width: pixels stay square when enlarged, are averaged when reduced."""
+    if height > tile.shape[1]:
+        tile = F.interpolate(tile[None], (height, width), mode="nearest")[0]
+    elif height < tile.shape[1]:
+        tile = F.interpolate(tile[None], (height, width), mode="area")[0]
+    pixels = ((tile + 1) * 127.5).round().clamp(0, 255).byte()
+    return Image.fromarray(pixels.permute(1, 2, 0).numpy())
+
+
+class Frame:
+    """One frame of a clip in floats, and its tiles (3, H, W) in [-1, 1]."""
+
+    def __init__(self, clip: Clip, t: int):
+        self.rgb, self.rgb_hat = (x[:, t] / 127.5 - 1 for x in (clip.rgb, clip.rgb_hat))
+        self.alpha, self.alpha_hat = (x[:, t] / 255 for x in (clip.alpha, clip.alpha_hat))
+
+    def composites(self, background: str) -> tuple[Tensor, Tensor]:
+        """Source and reconstruction."""
+        if background == "checker":
+            height, width = self.rgb.shape[-2:]
+            ground = checkerboard(height, width, cell=max(4, min(height, width) // 12))[:, 0]
+        else:
+            ground = PALETTE[PALETTE_NAMES.index(background)][:, None, None]
+        return over(self.rgb, self.alpha, ground), over(self.rgb_hat, self.alpha_hat, ground)
+
+    def columns(self) -> tuple[Tensor, ...]:
+        alpha, alpha_hat = (x.expand(3, -1, -1) * 2 - 1 for x in (self.alpha, self.alpha_hat))
+        return (*self.composites("checker"), alpha, alpha_hat, heat((self.alpha_hat - self.alpha).abs()))
+
+
+class Sheet:
+    """A dark sheet with lines for title and labels above the tiles; text grows with the tile."""
+
+    def __init__(self, tile: int, width: int, height: int, title: str):
+        self.text = max(14, tile // 14)
+        self.top = 4 * self.text  # where the tiles begin
+        self.image = Image.new("RGB", (width, self.top + height), GROUND)
+        self.draw = ImageDraw.Draw(self.image)
+        self.write(2 * GAP, self.text, title, "lm")
+
+    def write(self, x: float, y: float, text: str, anchor: str = "mm", size: float = 1) -> None:
+        font = ImageFont.load_default(round(size * self.text))
+        self.draw.text((x, y), text, fill=INK, font=font, anchor=anchor)
+
+    def label(self, x: float, text: str) -> None:
+        self.write(x, 3.2 * self.text, text)
+
+    def paste(self, tile: Tensor, x: int, y: int, height: int, width: int) -> None:
+        """A tile (3, H, W) in [-1, 1], y counted from where the tiles begin."""
+        self.image.paste(picture(tile, height, width), (x, self.top + y))
+
+    def heat_bar(self, x: int, width: int) -> None:
+        """The scale of the error column, with its values at their places."""
+        height = self.text // 2
+        ramp = heat(torch.linspace(0, 1, width).square().expand(1, height, width))
+        self.image.paste(picture(ramp, height, width), (x, height))
+        for value, anchor in ((0, "lt"), (0.01, "mt"), (0.1, "mt"), (0.5, "mt"), (1, "rt")):
+            self.write(x + width * value**0.5, 1.2 * self.text, f"{value:g}", anchor, 0.75)
+
+
+def strip(clip: Clip, rows: int, step: int) -> Image.Image:
+    """One row per time, spread from the first frame to the last.
+
+    Source and reconstruction over a checkerboard, alpha, alpha_hat and the alpha error; then, at half the
+    size, the reconstruction over every background with the source beneath it.
+    """
+    times = sorted({round(float(t)) for t in np.linspace(0, clip.rgb.shape[1] - 1, rows)})
+    height, width = tile_size(*clip.rgb.shape[-2:])
+    half = height // 2, width // 2
+    left = max(14, width // 14) * 4  # room for "t=80"
+    middle = left + len(COLUMNS) * (width + GAP) + 3 * GAP
+    row_height = 2 * half[0] + 4 * GAP
+    size = middle + len(BACKGROUNDS) * (half[1] + GAP), len(times) * row_height
+    sheet = Sheet(width, *size, f"{clip.key}   step {step}")
+    sheet.heat_bar(left + 4 * (width + GAP), width)
+    sheet.write(middle, sheet.text, "top: reconstruction over, bottom: source over", "lm")
+    for i, name in enumerate(COLUMNS):
+        sheet.label(left + i * (width + GAP) + width / 2, name)
+    for i, name in enumerate(BACKGROUNDS):
+        sheet.label(middle + i * (half[1] + GAP) + half[1] / 2, name)
+    for row, t in enumerate(times):
+        frame, y = Frame(clip, t), row * row_height
+        sheet.write(left / 2, sheet.top + y + height / 2, f"t={t}")
+        for i, tile in enumerate(frame.columns()):
+            sheet.paste(tile, left + i * (width + GAP), y, height, width)
+        for i, name in enumerate(BACKGROUNDS):
+            source, reconstruction = frame.composites(name)
+            sheet.paste(reconstruction, middle + i * (half[1] + GAP), y, *half)
+            sheet.paste(source, middle + i * (half[1] + GAP), y + half[0] + GAP // 2, *half)
+    return sheet.image
+
+
+def movie(clip: Clip, fps: float, step: int) -> NDArray[np.uint8]:
+    """The large columns and two backgrounds over time, uint8 (T, H, W, 3) with even sides for yuv420."""
+    height, width = tile_size(*clip.rgb.shape[-2:])
+    labels = (*COLUMNS, *(f"over {name}" for name in VIDEO_BACKGROUNDS))
+    frames = []
+    for t in range(clip.rgb.shape[1]):
+        sheet = Sheet(width, len(labels) * (width + GAP), height, f"{clip.key}   step {step}   t={t}")
+        sheet.heat_bar(4 * (width + GAP), width)
+        frame = Frame(clip, t)
+        composites = (frame.composites(name)[1] for name in VIDEO_BACKGROUNDS)
+        for i, (label, tile) in enumerate(zip(labels, (*frame.columns(), *composites), strict=True)):
+            sheet.label(i * (width + GAP) + width / 2, label)
+            sheet.paste(tile, i * (width + GAP), 0, height, width)
+        frames.append(np.asarray(sheet.image))
+    return np.tile(np.stack(frames), (math.ceil(VIDEO_SECONDS * fps / len(frames)), 1, 1, 1))
+
+
+class Panels(Callback):
+    """Draws the first `clips` clips of the validation set at every validation run, on rank 0.
+
+    Files: `<directory, or the trainer's default_root_dir>/panels/step_00001000/<key>.png` and, for clips of
+    more than one frame, `.mp4`. wandb gets both, TensorBoard the picture (its video needs moviepy below 2);
+    other loggers have the files. The task's validation_step returns rgb_hat and alpha_hat, unclamped.
+    """
+
+    def __init__(self, clips: int, fps: float, rows: int = 3, directory: str | None = None):
+        for name, value in (("clips", clips), ("fps", fps), ("rows", rows)):
+            if value <= 0:
+                raise ValueError(f"{name}={value}; must be positive. Leave Panels out to draw nothing.")
+        self.clips, self.fps, self.rows, self.directory = clips, fps, rows, directory
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._drawn: set[str] = set()
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        if not trainer.is_global_zero or dataloader_idx > 0:
+            return
+        for i, key in enumerate(batch["key"]):
+            # A sampler that pads the last batch repeats clips.
+            if len(self._drawn) < self.clips and key not in self._drawn:
+                self._drawn.add(key)
+                self._draw(trainer, _clip(outputs, batch, i))
+
+    def _draw(self, trainer: Trainer, clip: Clip) -> None:
+        step, name = trainer.global_step, re.sub(r"[^\w.-]", "_", clip.key)
+        folder = Path(self.directory or trainer.default_root_dir) / "panels" / f"step_{step:08d}"
+        folder.mkdir(parents=True, exist_ok=True)
+        image, video = folder / f"{name}.png", folder / f"{name}.mp4"
+        sheet = strip(clip, self.rows, step)
+        partial = image.with_name(f".{image.name}")  # nobody opens half a file
+        sheet.save(partial)
+        os.replace(partial, image)
+        if clip.rgb.shape[1] > 1:
+            write_video(video, movie(clip, self.fps, step), self.fps)
+        for logger in trainer.loggers:
+            _log(logger, clip.key, sheet, image, video if video.exists() else None, step)
+
+
+def _clip(outputs: Any, batch: Any, index: int) -> Clip:
+    missing = [name for name in ("rgb_hat", "alpha_hat") if name not in (outputs or {})]
+    if missing:
+        raise KeyError(
+            f"validation_step returned no {' and no '.join(missing)}; Panels draws reconstructions. "
+            "Return them from the task, or take Panels out of the callbacks."
+        )
+    return Clip(
+        key=batch["key"][index],
+        rgb=to_bytes(batch["rgb"][index], -1),
+        alpha=to_bytes(batch["alpha"][index], 0),
+        rgb_hat=to_bytes(outputs["rgb_hat"][index], -1),
+        alpha_hat=to_bytes(outputs["alpha_hat"][index], 0),
+    )
+
+
+def _log(logger: Logger, key: str, sheet: Image.Image, image: Path, video: Path | None, step: int) -> None:
+    caption = f"{key}, step {step}"
+    if isinstance(logger, WandbLogger):
+        logger.log_image(f"panels/{key}", [str(image)], step=step, caption=[caption])
+        if video:
+            logger.log_video(
+                f"panels_video/{key}", [str(video)], step=step, caption=[caption], format=["mp4"]
+            )
+    elif isinstance(logger, TensorBoardLogger):
+        logger.experiment.add_image(f"panels/{key}", np.asarray(sheet), step, dataformats="HWC")

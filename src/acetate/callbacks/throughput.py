@@ -1,0 +1,80 @@
+"""How fast training goes and what holds it up."""
+
+import resource
+import sys
+import time
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+
+class Throughput(Callback):
+    """Logs means over each window of `every_n_steps` training batches; time around validation is left out.
+
+    perf/clips_per_s, perf/frames_per_s (all ranks together; frames only where the batch holds video),
+    perf/step_s (batch in hand to batch done), perf/data_wait_share (between batches: loading, transfer,
+    checkpoints; in [0, 1] of the window), perf/peak_gpu_gib (allocated since the start) or, without a GPU,
+    perf/peak_rss_gib (this process). The device is synchronised once per window only, so where batches are
+    queued ahead of the GPU the share reads too high, never too low.
+    """
+
+    def __init__(self, every_n_steps: int):
+        if every_n_steps < 1:
+            raise ValueError(f"every_n_steps={every_n_steps}; a window holds at least 1 batch. Use 50.")
+        self.every_n_steps = every_n_steps
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._started = time.perf_counter()
+        self._ended: float | None = None  # end of the last batch; None where the wait is not the loader's
+        self._open_window()
+
+    def _open_window(self) -> None:
+        self._steps = self._clips = self._frames = 0
+        self._busy = self._wait = 0.0
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self._started = time.perf_counter()
+        if self._ended is not None:
+            self._wait += self._started - self._ended
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._steps += 1
+        self._clips += len(batch["key"])
+        for name in ("rgb", "video"):
+            if name in batch:  # (B, 3, T, H, W)
+                self._frames += len(batch["key"]) * batch[name].shape[2]
+        last = self._steps == self.every_n_steps
+        if last and pl_module.device.type == "cuda":
+            torch.cuda.synchronize(pl_module.device)
+        self._ended = time.perf_counter()
+        self._busy += self._ended - self._started
+        if last:
+            metrics = self._metrics(trainer.world_size, pl_module.device)
+            for logger in trainer.loggers:
+                logger.log_metrics(metrics, step=trainer.global_step)
+            self._open_window()
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._ended = None
+
+    def _metrics(self, ranks: int, device: torch.device) -> dict[str, float]:
+        seconds = self._busy + self._wait
+        metrics = {
+            "perf/clips_per_s": ranks * self._clips / seconds,
+            "perf/step_s": self._busy / self._steps,
+            "perf/data_wait_share": self._wait / seconds,
+        }
+        if self._frames:
+            metrics["perf/frames_per_s"] = ranks * self._frames / seconds
+        if device.type == "cuda":
+            metrics["perf/peak_gpu_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
+        else:
+            unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB on Linux
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+            metrics["perf/peak_rss_gib"] = peak / 2**30
+        return metrics

@@ -1,0 +1,317 @@
+"""The clip datamodule: which clip comes when, what happens to a bad one, and where a resumed run goes on."""
+
+import logging
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning import LightningDataModule
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from acetate.data.shards import BadClip, Clip, ClipRef, ShardError, index_shards, read_clip, stable_hash
+from acetate.data.transforms import ClipTransform
+
+log = logging.getLogger(__name__)
+
+Sample = dict[str, Any]  # rgb (3, T, H, W), alpha (1, T, H, W), prompt, key
+
+
+class BadDataError(RuntimeError):
+    """More bad clips than the budget allows, or none that is good."""
+
+
+class ClipOrder:
+    """The infinite order of N clips: position p is clip permutation(seed, p // N)[p % N]."""
+
+    def __init__(self, count: int, seed: int):
+        self.count, self.seed = count, seed
+        self.epochs: OrderedDict[int, Tensor] = OrderedDict()
+
+    def __getitem__(self, position: int) -> tuple[int, int]:
+        """position -> (epoch, clip)."""
+        epoch, place = divmod(position, self.count)
+        if epoch not in self.epochs:
+            generator = torch.Generator().manual_seed(stable_hash("order", self.seed, epoch))
+            self.epochs[epoch] = torch.randperm(self.count, generator=generator)
+            while len(self.epochs) > 2:  # a batch may reach over the end of an epoch
+                self.epochs.popitem(last=False)
+        return epoch, int(self.epochs[epoch][place])
+
+
+class TrainBatches(Sampler[list[int]]):
+    """Positions of this rank, a batch at a time, without end.
+
+    A global batch is `batch_size * world` consecutive positions; rank r takes r, r + world, ... of them.
+    `start` is asked anew at every iteration: a loader that is iterated again goes on where training stands.
+    """
+
+    def __init__(self, start: Callable[[], int], batch_size: int, rank: int, world: int):
+        self.start, self.batch_size, self.rank, self.world = start, batch_size, rank, world
+
+    def __iter__(self) -> Iterator[list[int]]:
+        first = self.start()
+        while True:
+            yield [first + self.rank + i * self.world for i in range(self.batch_size)]
+            first += self.batch_size * self.world
+
+
+class ValBatches(Sampler[list[int]]):
+    """This rank's part of `count` clips, each exactly once over all ranks."""
+
+    def __init__(self, count: int, batch_size: int, rank: int, world: int):
+        self.batches = list(torch.arange(rank, count, world).split(batch_size)) if rank < count else []
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return (batch.tolist() for batch in self.batches)
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+
+class ClipCache:
+    """Decoded clips of this process, the least recently used go first beyond `max_bytes`."""
+
+    def __init__(self, max_bytes: float):
+        self.max_bytes, self.bytes = max_bytes, 0
+        self.clips: OrderedDict[str, Clip] = OrderedDict()
+
+    def read(self, ref: ClipRef) -> Clip:
+        if ref.key in self.clips:
+            self.clips.move_to_end(ref.key)
+            return self.clips[ref.key]
+        clip = read_clip(ref)
+        if clip.frames.nbytes <= self.max_bytes:
+            self.clips[ref.key] = clip
+            self.bytes += clip.frames.nbytes
+        while self.bytes > self.max_bytes:
+            self.bytes -= self.clips.popitem(last=False)[1].frames.nbytes
+        return clip
+
+
+class ClipDataset(Dataset[Sample | BadClip]):
+    """position -> sample, or the BadClip that it would have been; never another clip in its place."""
+
+    def __init__(
+        self,
+        refs: Sequence[ClipRef],
+        transform: Callable[[Tensor, torch.Generator], tuple[Tensor, Tensor]],
+        seed: int,
+        cache_bytes: float,
+        shuffle: bool,
+    ):
+        self.refs, self.transform, self.seed = refs, transform, seed
+        self.order = ClipOrder(len(refs), seed) if shuffle else None
+        self.cache = ClipCache(cache_bytes)
+
+    def __getitem__(self, position: int) -> Sample | BadClip:
+        epoch, index = self.order[position] if self.order else (0, position)
+        ref = self.refs[index]
+        generator = torch.Generator().manual_seed(stable_hash("clip", self.seed, epoch, ref.key))
+        try:
+            clip = self.cache.read(ref)
+        except BadClip as bad:
+            return bad
+        rgb, alpha = self.transform(_tensor(clip.frames), generator)
+        if not (rgb.isfinite().all() and alpha.isfinite().all()):
+            return BadClip(ref.key, "has values that are not finite")
+        return {"rgb": rgb, "alpha": alpha, "prompt": clip.prompt, "key": ref.key}
+
+
+def _tensor(frames: NDArray[np.uint8]) -> Tensor:
+    # PIL hands out read-only memory, which torch warns about; nothing here writes to it.
+    return torch.from_numpy(frames if frames.flags.writeable else frames.copy())
+
+
+def collate(samples: Sequence[Sample | BadClip]) -> dict[str, Any]:
+    """rgb (B, 3, T, H, W), alpha (B, 1, T, H, W), prompt, key of the good; "key: reason" of the bad."""
+    good = [sample for sample in samples if not isinstance(sample, BadClip)]
+    return {
+        "rgb": torch.stack([sample["rgb"] for sample in good]) if good else torch.empty(0),
+        "alpha": torch.stack([sample["alpha"] for sample in good]) if good else torch.empty(0),
+        "prompt": [sample["prompt"] for sample in good],
+        "key": [sample["key"] for sample in good],
+        "skipped": [str(sample) for sample in samples if isinstance(sample, BadClip)],
+    }
+
+
+class ClipDataModule(LightningDataModule):
+    """Batches of rgb (B, 3, T, H, W) in [-1, 1], alpha (B, 1, T, H, W) in [0, 1], prompt, key, skipped.
+
+    The training loader has no end and no length: the trainer's max_steps ends it. Its order depends on
+    (seed, epoch) alone; where it goes on is the number of clips that training has consumed, on all ranks.
+    A bad clip leaves its batch, which gets smaller; past `bad_clip_budget` distinct ones in a process,
+    training stops with BadDataError. Raises ShardError where the shards cannot be used.
+    """
+
+    def __init__(
+        self,
+        *,
+        shards: str | Sequence[str],
+        frames: int,
+        height: int,
+        width: int,
+        batch_size: int,
+        seed: int,
+        num_workers: int,
+        val_batch_size: int,
+        val_clips: int,
+        bad_clip_budget: int,
+        time_stride: int = 4,
+        space_multiple: int = 16,
+        scale_range: tuple[float, float] = (0.5, 1.0),
+        min_coverage: float = 0.03,
+        flip: float = 0.5,
+        pan_speed: float = 2.0,
+        cache_mb: float = 512,
+    ):
+        super().__init__()
+        least = {"batch_size": 1, "val_batch_size": 1, "val_clips": 1, "num_workers": 0, "bad_clip_budget": 0}
+        for name, value in (
+            ("batch_size", batch_size), ("val_batch_size", val_batch_size), ("val_clips", val_clips),
+            ("num_workers", num_workers), ("bad_clip_budget", bad_clip_budget),
+        ):  # fmt: skip
+            if value < least[name]:
+                raise ValueError(f"{name}={value}; must be at least {least[name]}")
+        self.folders = [Path(folder) for folder in ([shards] if isinstance(shards, str) else shards)]
+        if not self.folders:
+            raise ShardError("shards=[]; name at least one folder of clip shards")
+        self.batch_size, self.val_batch_size, self.val_clips = batch_size, val_batch_size, val_clips
+        self.seed, self.num_workers, self.bad_clip_budget = seed, num_workers, bad_clip_budget
+        self.cache_bytes = cache_mb * 2**20 / max(1, num_workers)
+        self.train_transform, self.val_transform = (
+            ClipTransform(
+                frames=frames,
+                height=height,
+                width=width,
+                time_stride=time_stride,
+                space_multiple=space_multiple,
+                scale_range=(scale_range[0], scale_range[1]),
+                min_coverage=min_coverage,
+                flip=flip,
+                pan_speed=pan_speed,
+                train=train,
+            )
+            for train in (True, False)
+        )
+        self.train_refs: list[ClipRef] = []
+        self.val_refs: list[ClipRef] = []
+        self.bad: dict[str, str] = {}
+        self._consumed = 0  # clips, on all ranks, when the training loader was made
+        self._batches: int | None = None  # the trainer's count of finished batches then
+
+    @property
+    def consumed(self) -> int:
+        """Clips of all ranks in finished training batches; what a loader has fetched ahead does not count."""
+        if self.trainer is None or self._batches is None:
+            return self._consumed
+        _, world = self._rank_and_world()
+        return self._consumed + (self._finished_batches() - self._batches) * self.batch_size * world
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"consumed": self.consumed, "order": self._fingerprint()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Other ranks or another batch size go on at the same clip; other clips or another seed cannot."""
+        self._consumed, self._batches = state_dict["consumed"], None
+        if state_dict["order"] != self._fingerprint():
+            log.warning(
+                "the checkpoint knows other clips or another seed; position %d is taken in a new order",
+                self._consumed,
+            )
+
+    def setup(self, stage: str | None = None) -> None:
+        if self.train_refs:
+            return
+        refs = index_shards(self.folders)
+        self._count_bad([f"{ref.key}: {ref.problem}" for ref in refs if ref.problem])
+        self.train_refs = [ref for ref in refs if ref.split == "train"]
+        val = [ref for ref in refs if ref.split == "val"]
+        # A fixed draw over all keys: the first ones in the alphabet are often all of one kind.
+        self.val_refs = sorted(val, key=lambda ref: stable_hash("val", ref.key))[: self.val_clips]
+        for split, found in (("train", self.train_refs), ("val", self.val_refs)):
+            if not found:
+                raise ShardError(
+                    f"{self._where()}: none of {len(refs)} clips is in split {split!r}. Re-shard with "
+                    "another val_fraction, or add clips."
+                )
+
+    def train_dataloader(self) -> DataLoader:
+        rank, world = self._rank_and_world()
+        self._consumed = self.consumed
+        self._batches = self._finished_batches() if self.trainer else None
+        dataset = ClipDataset(
+            self.train_refs, self.train_transform, self.seed, self.cache_bytes, shuffle=True
+        )
+        return self._loader(dataset, TrainBatches(lambda: self.consumed, self.batch_size, rank, world))
+
+    def val_dataloader(self) -> DataLoader:
+        rank, world = self._rank_and_world()
+        dataset = ClipDataset(self.val_refs, self.val_transform, self.seed, self.cache_bytes, shuffle=False)
+        parts = [ValBatches(len(self.val_refs), self.val_batch_size, r, world) for r in range(world)]
+        if len({len(part) for part in parts}) > 1:
+            log.warning(
+                "%d validation clips over %d ranks make unequal numbers of batches; a sharded model waits for "
+                "ever for the rank with fewer. Use val_clips=%d.",
+                len(self.val_refs), world, len(self.val_refs) // world * world or world,
+            )  # fmt: skip
+        return self._loader(dataset, parts[rank])
+
+    def on_before_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
+        """Counts the bad clips of a batch; BadDataError past the budget or if the batch has no good one."""
+        self._count_bad(batch["skipped"])
+        if not batch["key"]:
+            raise BadDataError(
+                f"no usable clip in a batch of {len(batch['skipped'])}: {batch['skipped'][0]}. "
+                f"Repair or re-make the shards in {self._where()}."
+            )
+        return batch
+
+    def _count_bad(self, skipped: Sequence[str]) -> None:
+        for text in skipped:
+            key, _, reason = text.partition(": ")
+            if key not in self.bad:
+                self.bad[key] = reason
+                log.warning("skipped clip %s: %s", key, reason)
+        if len(self.bad) > self.bad_clip_budget:
+            first = "; ".join(f"{key}: {reason}" for key, reason in list(self.bad.items())[:3])
+            raise BadDataError(
+                f"{len(self.bad)} bad clips, bad_clip_budget={self.bad_clip_budget}: {first}. "
+                f"Repair or re-make the shards in {self._where()}, or raise bad_clip_budget."
+            )
+
+    def _where(self) -> str:
+        return ", ".join(map(str, self.folders))
+
+    def _fingerprint(self) -> int:
+        return stable_hash(self.seed, *(ref.key for ref in self.train_refs))
+
+    def _finished_batches(self) -> int:
+        assert self.trainer is not None
+        return self.trainer.fit_loop.epoch_loop.batch_progress.total.processed
+
+    def _rank_and_world(self) -> tuple[int, int]:
+        """Of the data-parallel group: under tensor parallelism several processes share their clips."""
+        if self.trainer is None or self.trainer.world_size == 1:
+            return 0, 1
+        if self.trainer._accelerator_connector.use_distributed_sampler:
+            raise ValueError(
+                "use_distributed_sampler=True lets Lightning replace the order of the clips, which ends "
+                "exact resume. Set trainer.use_distributed_sampler=false."
+            )
+        place = self.trainer.distributed_sampler_kwargs or {"rank": 0, "num_replicas": 1}
+        return place["rank"], place["num_replicas"]
+
+    def _loader(self, dataset: ClipDataset, batches: Sampler[list[int]]) -> DataLoader:
+        return DataLoader(
+            dataset,
+            batch_sampler=batches,
+            collate_fn=collate,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            pin_memory=torch.cuda.is_available(),
+        )

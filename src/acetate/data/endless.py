@@ -1,0 +1,90 @@
+"""Endless synthetic clips over moving backgrounds, drawn on the fly: what the tiny base model is trained on."""
+
+import torch
+from lightning import LightningDataModule
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from acetate.alpha import PALETTE, harden, over
+from acetate.data import synthetic
+
+
+class EndlessClips(Dataset):
+    """Clip i is a function of (seed, i) alone, so that order and resume need no state."""
+
+    def __init__(self, *, seed: int, start: int, length: int, frames: int, height: int, width: int) -> None:
+        self.seed, self.start, self.length = seed, start, length
+        self.frames, self.height, self.width = frames, height, width
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> dict[str, Tensor | str]:
+        """{video (3, T, H, W) in [-1, 1], prompt, key}."""
+        number = self.start + index
+        generator = torch.Generator().manual_seed((self.seed << 32) + number)
+        kind_draw, view_draw, color_draw, seed_draw = torch.randint(
+            2**31, (4,), generator=generator
+        ).tolist()
+        kind = synthetic.KINDS[kind_draw % len(synthetic.KINDS)]
+        size = (self.frames, self.height, self.width)
+        clip = synthetic.render(kind, seed_draw, *size)
+        return {
+            "video": self._view(clip, view_draw % 10, color_draw, size),
+            "prompt": clip.prompt,
+            "key": f"{kind}-{seed_draw}",
+        }
+
+    @staticmethod
+    def _view(
+        clip: synthetic.SyntheticClip, view: int, color: int, size: tuple[int, int, int]
+    ) -> Tensor:
+        """What an RGB model is shown later: pictures (5 of 10), hard (2) and soft (1) renders, mattes (2)."""
+        plain = PALETTE[color % 8].view(3, 1, 1, 1)
+        if view < 5:
+            return over(clip.rgb, clip.alpha, synthetic.background(color, *size))
+        if view < 7:
+            return over(clip.rgb, harden(clip.alpha), plain)
+        if view < 8:
+            return over(clip.rgb, clip.alpha, plain)
+        return (clip.alpha * 2 - 1).expand(3, *size)
+
+
+class EndlessDataModule(LightningDataModule):
+    """frames = time_stride * k + 1; validation clips come from another part of the seed space."""
+
+    def __init__(
+        self,
+        *,
+        frames: int,
+        height: int,
+        width: int,
+        batch_size: int,
+        val_clips: int,
+        seed: int,
+        num_workers: int,
+    ) -> None:
+        super().__init__()
+        self.frames, self.height, self.width = frames, height, width
+        self.batch_size, self.val_clips = batch_size, val_clips
+        self.seed, self.num_workers = seed, num_workers
+
+    def _loader(self, start: int, length: int, batch_size: int) -> DataLoader:
+        clips = EndlessClips(
+            seed=self.seed,
+            start=start,
+            length=length,
+            frames=self.frames,
+            height=self.height,
+            width=self.width,
+        )
+        return DataLoader(clips, batch_size=batch_size, num_workers=self.num_workers)
+
+    def train_dataloader(self) -> DataLoader:
+        trainer = self.trainer
+        steps = trainer.max_steps if trainer is not None else 1
+        done = trainer.global_step if trainer is not None else 0
+        return self._loader(done * self.batch_size, max(1, steps - done) * self.batch_size, self.batch_size)
+
+    def val_dataloader(self) -> DataLoader:
+        return self._loader(2**31, self.val_clips, min(self.batch_size, self.val_clips))

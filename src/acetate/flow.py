@@ -1,0 +1,45 @@
+"""Rectified flow with Wan's settings: 1000 training steps, shift 5 (Wan2.1; method of Liu et al. 2022)."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class FlowSchedule:
+    """Training noise levels in float32: bf16 would collapse 1000 steps to 294 values.
+
+    sigmas (N,) fall from 1, timesteps = N * sigma, weights (N,) sum to N.
+    """
+
+    sigmas: Tensor
+    timesteps: Tensor
+    weights: Tensor
+
+
+def schedule(steps: int = 1000, shift: float = 5.0) -> FlowSchedule:
+    """sigma = s*u / (1 + (s-1)*u), u = linspace(1, 0, N+1)[:-1]; w = N*y/sum(y), y = exp(-2((t-N/2)/N)^2) - min."""
+    u = torch.linspace(1, 0, steps + 1, dtype=torch.float64)[:-1]
+    sigmas = shift * u / (1 + (shift - 1) * u)
+    timesteps = steps * sigmas
+    y = torch.exp(-2 * ((timesteps - steps / 2) / steps) ** 2)
+    y = y - y.min()
+    weights = y * (steps / y.sum())
+    return FlowSchedule(sigmas.float(), timesteps.float(), weights.float())
+
+
+def per_clip(values: Tensor, like: Tensor) -> Tensor:
+    """(B,) -> (B, 1, 1, 1, 1) on `like`'s device, to scale a batch of clips."""
+    return values.to(like.device).reshape(-1, *[1] * (like.ndim - 1))
+
+
+def interpolate(latents: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
+    """x_t = sigma * noise + (1 - sigma) * z, sigma (B,)."""
+    sigma = per_clip(sigma, latents)
+    return sigma * noise + (1 - sigma) * latents
+
+
+def velocity(latents: Tensor, noise: Tensor) -> Tensor:
+    """dx_t / dsigma = noise - z."""
+    return noise - latents

@@ -1,0 +1,139 @@
+"""How close reconstructed colour is: PSNR, SSIM and LPIPS per frame, averaged over frames, colours and clips.
+
+Video is (B, C, T, H, W), frames are (N, C, H, W). rgb in [-1, 1], alpha in [0, 1], predictions unclamped.
+"""
+
+import warnings
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torchmetrics import Metric
+from torchmetrics.functional.image import structural_similarity_index_measure
+
+from acetate.alpha import PALETTE, over
+
+FRAMES_AT_ONCE = 16  # SSIM holds ten copies of its frames
+LPIPS_MIN_SIDE = 16  # pixels that survive the four poolings of VGG16
+
+
+def frames(video: Tensor) -> Tensor:
+    """(B, C, T, H, W) -> (B*T, C, H, W)."""
+    return video.transpose(1, 2).flatten(0, 1)
+
+
+def frame_psnr(x_hat: Tensor, x: Tensor) -> Tensor:
+    """PSNR of frames in [0, 1], (N, C, H, W) -> (N,) in dB; the MSE's floor of 1e-10 caps it at 100 dB."""
+    mse = (x_hat - x).square().flatten(1).mean(1)
+    return -10 * mse.clamp_min(1e-10).log10()
+
+
+def frame_ssim(x_hat: Tensor, x: Tensor) -> Tensor:
+    """SSIM of frames in [0, 1], (N, C, H, W) -> (N,). Wang et al. 2004: Gaussian window 11, sigma 1.5.
+
+    Frames with a side below 11 get the largest odd window that fits, with sigma in proportion; such values
+    do not compare with those of larger frames.
+    """
+    # torchmetrics derives the window from sigma (2 * int(3.5 * sigma + 0.5) + 1) and ignores kernel_size.
+    half = min(5, (min(x.shape[-2:]) - 1) // 2)
+    sigma = max(0.3 * half, 0.1)
+    pairs = zip(x_hat.split(FRAMES_AT_ONCE), x.split(FRAMES_AT_ONCE), strict=True)
+    return torch.cat([_ssim(a, b, sigma) for a, b in pairs])
+
+
+def _ssim(x_hat: Tensor, x: Tensor, sigma: float) -> Tensor:
+    score = structural_similarity_index_measure(x_hat, x, sigma=sigma, data_range=1.0, reduction="none")
+    assert isinstance(score, Tensor)
+    return score.reshape(-1)
+
+
+def frozen_lpips() -> nn.Module:
+    """LPIPS-VGG 0.1 (Zhang et al. 2018): two (N, 3, H, W) in [-1, 1] -> (N, 1, 1, 1).
+
+    Its VGG16 is torchvision's, from torch.hub's cache or fetched into it; FileNotFoundError if neither works.
+    """
+    import lpips  # seconds of imports that runs without LPIPS need not pay
+    from torchvision.models import VGG16_Weights
+
+    url = VGG16_Weights.IMAGENET1K_V1.url
+    path = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # lpips still uses torchvision's old argument names
+            network = lpips.LPIPS(net="vgg", verbose=False)
+    except (OSError, RuntimeError) as error:
+        raise FileNotFoundError(
+            f"LPIPS needs torchvision's VGG16 weights; {path} is missing or unreadable and could not be "
+            f"fetched ({error}). Put {url} there, or set lpips=false."
+        ) from error
+    return network.eval().requires_grad_(False)
+
+
+class _FrameQuality(Metric):
+    """Sums of per-frame scores and their count, so that unequal shares of ranks reduce to the exact mean."""
+
+    full_state_update = False
+    psnr: Tensor
+    ssim: Tensor
+    lpips: Tensor
+    count: Tensor
+
+    def __init__(self, lpips: bool):
+        super().__init__()
+        for name in ("psnr", "ssim", "lpips"):
+            self.add_state(name, torch.zeros(()), dist_reduce_fx="sum")
+        self.add_state("count", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
+        # In a tuple, so that it is no submodule: not in state dicts, not in parameter counts, not sharded.
+        self._perceptual = (frozen_lpips(),) if lpips else ()
+
+    def _add(self, rgb_hat: Tensor, rgb: Tensor) -> None:
+        """Two videos (B, 3, T, H, W) in [-1, 1]."""
+        rgb_hat, rgb = frames(rgb_hat), frames(rgb)
+        x_hat, x = (rgb_hat + 1) / 2, (rgb + 1) / 2
+        # Out of place: a float32 sum restores states that a module-wide `.to(bfloat16)` has narrowed.
+        self.psnr = self.psnr + frame_psnr(x_hat, x).sum()
+        self.ssim = self.ssim + frame_ssim(x_hat, x).sum()
+        self.count = self.count + len(x)
+        for network in self._perceptual:
+            network.to(rgb.device)
+            pairs = zip(rgb_hat.split(FRAMES_AT_ONCE), rgb.split(FRAMES_AT_ONCE), strict=True)
+            self.lpips = self.lpips + torch.stack([network(a, b).sum() for a, b in pairs]).sum()
+
+    def _check(self, rgb: Tensor) -> None:
+        height, width = rgb.shape[-2:]
+        if self._perceptual and min(height, width) < LPIPS_MIN_SIDE:
+            raise ValueError(
+                f"LPIPS of {height}x{width} frames; VGG16 needs {LPIPS_MIN_SIDE} pixels on each side. "
+                "Use larger frames, or set lpips=false."
+            )
+
+    def compute(self) -> dict[str, Tensor]:
+        """psnr in dB, ssim, and lpips where asked for; NaN before the first update."""
+        names = ("psnr", "ssim", "lpips") if self._perceptual else ("psnr", "ssim")
+        return {name: getattr(self, name) / self.count for name in names}
+
+
+class RGBQuality(_FrameQuality):
+    """PSNR and SSIM of plain rgb video."""
+
+    def __init__(self):
+        super().__init__(lpips=False)
+
+    def update(self, rgb_hat: Tensor, rgb: Tensor) -> None:
+        with torch.autocast(rgb.device.type, enabled=False):  # SSIM's variances vanish in bfloat16
+            self._add(rgb_hat.float().clamp(-1, 1), rgb.float())
+
+
+class CompositeQuality(_FrameQuality):
+    """PSNR, SSIM and LPIPS of soft renders over the eight palette colours, prediction against target."""
+
+    def __init__(self, lpips: bool):
+        super().__init__(lpips=lpips)
+
+    def update(self, rgb_hat: Tensor, alpha_hat: Tensor, rgb: Tensor, alpha: Tensor) -> None:
+        self._check(rgb)
+        with torch.autocast(rgb.device.type, enabled=False):  # SSIM's variances vanish in bfloat16
+            rgb_hat, alpha_hat = rgb_hat.float().clamp(-1, 1), alpha_hat.float().clamp(0, 1)
+            rgb, alpha = rgb.float(), alpha.float()
+            for color in PALETTE.to(rgb.device)[:, :, None, None, None]:  # (3, 1, 1, 1)
+                self._add(over(rgb_hat, alpha_hat, color), over(rgb, alpha, color))

@@ -1,0 +1,261 @@
+"""Wan2.1's own modules, from diffusers, and our execution of its causal VAE.
+
+The VAE's causal convolutions see two earlier frames, so a clip can run whole or in chunks that hand over the
+last frames of every convolution's input. Both are one traversal here: `state` None is the whole clip, a dict
+is the next chunk. Output is never clamped.
+"""
+
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKLWan
+from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, WanResample, WanResidualBlock
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.utils.checkpoint import checkpoint
+
+State = dict[nn.Module, Tensor] | None
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """What a VAE's config says about its latents; raw -> normalised is (raw - mean) / std, per channel."""
+
+    channels: int
+    time_stride: int
+    space_stride: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    @classmethod
+    def of(cls, vae: AutoencoderKLWan) -> "Geometry":
+        config = vae.config
+        if config.is_residual or config.patch_size is not None:
+            raise ValueError(
+                "This VAE has residual down blocks or patches (Wan2.2); acetate trains on Wan2.1's VAE. "
+                "Choose wan=wan21_1b, wan=wan21_14b or wan=tiny."
+            )
+        return cls(
+            channels=config.z_dim,
+            time_stride=2 ** sum(config.temperal_downsample),
+            space_stride=2 ** (len(config.dim_mult) - 1),
+            mean=tuple(config.latents_mean),
+            std=tuple(config.latents_std),
+        )
+
+    def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
+        """(16, F, h, w) of a clip of T = time_stride * k + 1 frames."""
+        s = self.space_stride
+        return self.channels, 1 + (frames - 1) // self.time_stride, height // s, width // s
+
+
+def causal_conv(conv: WanCausalConv3d, x: Tensor, state: State) -> Tensor:
+    """Two zero frames, or the previous chunk's last two, stand before x (B, C, T, H, W)."""
+    _, width, _, height, before, _ = conv._padding
+    previous = None if state is None else state.get(conv)
+    if state is not None and before:
+        tail = x if previous is None else torch.cat([previous, x], 2)
+        missing = before - tail.shape[2]
+        state[conv] = F.pad(tail, (0, 0, 0, 0, missing, 0)) if missing > 0 else tail[:, :, -before:]
+    if previous is None and x.shape[2] == 1 and before:
+        # One frame meets only the last temporal tap: a 2-D convolution at a third of the cost.
+        return F.conv2d(x[:, :, 0], conv.weight[:, :, -1], conv.bias, padding=(height, width))[:, :, None]
+    if before:
+        x = F.pad(x, (0, 0, 0, 0, before, 0)) if previous is None else torch.cat([previous, x], 2)
+    return F.conv3d(x, conv.weight, conv.bias, conv.stride, padding=(0, height, width))
+
+
+def residual(block: WanResidualBlock, x: Tensor, state: State) -> Tensor:
+    shortcut = x if isinstance(block.conv_shortcut, nn.Identity) else causal_conv(block.conv_shortcut, x, state)
+    x = causal_conv(block.conv1, F.silu(block.norm1(x)), state)
+    x = causal_conv(block.conv2, block.dropout(F.silu(block.norm2(x))), state)
+    return x + shortcut
+
+
+def mid(block: nn.Module, x: Tensor, state: State) -> Tensor:
+    x = residual(block.resnets[0], x, state)
+    for attention, resnet in zip(block.attentions, block.resnets[1:], strict=True):
+        x = residual(resnet, attention(x), state)
+    return x
+
+
+def downsample(block: WanResample, x: Tensor, state: State) -> Tensor:
+    """Frame 0 passes; later frames 2k+1, 2k+2 merge with the one before them: (T-1) -> (T-1)/2."""
+    conv = block.resample[1]
+    x = F.conv3d(F.pad(x, (0, 1, 0, 1)), conv.weight[:, :, None], conv.bias, stride=(1, 2, 2))
+    if block.mode != "downsample3d":
+        return x
+    before = None if state is None else state.get(block)
+    if state is not None:
+        state[block] = x[:, :, -1:]
+    time_conv = block.time_conv
+    if before is not None:
+        return F.conv3d(torch.cat([before, x], 2), time_conv.weight, time_conv.bias, time_conv.stride)
+    if x.shape[2] == 1:
+        return x
+    return torch.cat([x[:, :, :1], F.conv3d(x, time_conv.weight, time_conv.bias, time_conv.stride)], 2)
+
+
+def upsample(block: WanResample, x: Tensor, state: State) -> Tensor:
+    """Frame 0 passes; each later frame becomes two, by a causal convolution that never sees frame 0."""
+    if block.mode == "upsample3d":
+        first = state is None or block not in state
+        if state is not None:
+            state[block] = x[:, :, :0]
+        head, tail = x[:, :, :first], x[:, :, int(first) :]
+        if tail.shape[2]:
+            b, c, t, h, w = tail.shape
+            pairs = causal_conv(block.time_conv, tail, state).view(b, 2, c, t, h, w)
+            tail = pairs.permute(0, 2, 3, 1, 4, 5).reshape(b, c, 2 * t, h, w)
+            x = torch.cat([head, tail], 2)
+    conv = block.resample[1]
+    x = F.interpolate(x, scale_factor=(1.0, 2.0, 2.0), mode="nearest-exact")
+    return F.conv3d(x, conv.weight[:, :, None], conv.bias, padding=(0, 1, 1))
+
+
+def _channels_last(module: nn.Module) -> None:
+    """Weights in the layout that 3-D convolutions run fastest in (1.5 times on a CPU, measured)."""
+    for conv in module.modules():
+        if isinstance(conv, nn.Conv3d):
+            conv.to(memory_format=torch.channels_last_3d)  # pyright: ignore[reportCallIssue]
+
+
+def _run(stages: list[Callable[[Tensor, State], Tensor]], x: Tensor, state: State, checkpointing: bool) -> Tensor:
+    x = x.to(memory_format=torch.channels_last_3d)
+    for stage in stages:
+        if checkpointing and state is None and torch.is_grad_enabled():
+            x = checkpoint(stage, x, None, use_reentrant=False)  # type: ignore[assignment]
+        else:
+            x = stage(x, state)
+    return x
+
+
+def _in_chunks(step: Callable[[Tensor, State], Tensor], x: Tensor, first: int, size: int) -> Tensor:
+    state: State = {}
+    starts = [0, *range(first, x.shape[2], size)]
+    with parametrize.cached():  # adapters merge once per clip, not once per chunk
+        pieces = [step(x[:, :, a : (first if a == 0 else a + size)], state) for a in starts]
+    return torch.cat(pieces, 2)
+
+
+class WanEncoder(nn.Module):
+    """Video (B, 3, T, H, W) in [-1, 1] -> features before Wan's head, (B, 4 * base_dim, F, h, w)."""
+
+    def __init__(self, vae: AutoencoderKLWan, checkpointing: bool = False) -> None:
+        super().__init__()
+        self.net = vae.encoder
+        _channels_last(self)
+        self.time_stride = Geometry.of(vae).time_stride
+        self.checkpointing = checkpointing
+
+    def stages(self) -> list[Callable[[Tensor, State], Tensor]]:
+        net = self.net
+        blocks = [lambda x, s, b=b: self._block(b, x, s) for b in net.down_blocks]
+        return [
+            lambda x, s: causal_conv(net.conv_in, x, s),
+            *blocks,
+            lambda x, s: mid(net.mid_block, x, s),
+        ]
+
+    @staticmethod
+    def _block(block: nn.Module, x: Tensor, state: State) -> Tensor:
+        if isinstance(block, WanResample):
+            return downsample(block, x, state)
+        return residual(block, x, state) if isinstance(block, WanResidualBlock) else block(x)
+
+    def feature_maps(self, video: Tensor) -> Iterator[Tensor]:
+        """The output of every stage, shallow to deep, for feature losses."""
+        for stage in self.stages():
+            video = stage(video, None)
+            yield video
+
+    def forward(self, video: Tensor, chunk: int | None = None) -> Tensor:
+        """chunk: latent frames at a time, for long clips; None runs the whole clip at once."""
+
+        def step(x: Tensor, state: State) -> Tensor:
+            return _run(self.stages(), x, state, self.checkpointing)
+
+        if chunk is None:
+            return step(video, None)
+        s = self.time_stride
+        return _in_chunks(step, video, first=1 + s * (chunk - 1), size=s * chunk)
+
+
+class WanHead(nn.Module):
+    """Wan's own last layers: features -> mean and log variance of the raw latents, each (B, 16, F, h, w)."""
+
+    def __init__(self, vae: AutoencoderKLWan) -> None:
+        super().__init__()
+        self.norm_out, self.conv_out, self.quant_conv = vae.encoder.norm_out, vae.encoder.conv_out, vae.quant_conv
+
+    def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        x = causal_conv(self.conv_out, F.silu(self.norm_out(features)), None)
+        mean, log_variance = causal_conv(self.quant_conv, x, None).chunk(2, 1)
+        return mean, log_variance
+
+
+class WanDecoder(nn.Module):
+    """Raw latents (B, 16, F, h, w) -> video (B, 3, T, H, W), about [-1, 1], not clamped."""
+
+    def __init__(self, vae: AutoencoderKLWan, checkpointing: bool = False) -> None:
+        super().__init__()
+        self.post_quant_conv = vae.post_quant_conv
+        self.net = vae.decoder
+        _channels_last(self)
+        self.checkpointing = checkpointing
+
+    def stages(self) -> list[Callable[[Tensor, State], Tensor]]:
+        net = self.net
+
+        def stem(x: Tensor, state: State) -> Tensor:
+            x = causal_conv(self.post_quant_conv, x, state)
+            return mid(net.mid_block, causal_conv(net.conv_in, x, state), state)
+
+        def head(x: Tensor, state: State) -> Tensor:
+            return causal_conv(net.conv_out, F.silu(net.norm_out(x)), state)
+
+        return [stem, *(lambda x, s, b=b: self._block(b, x, s) for b in net.up_blocks), head]
+
+    @staticmethod
+    def _block(block: nn.Module, x: Tensor, state: State) -> Tensor:
+        for resnet in block.resnets:
+            x = residual(resnet, x, state)
+        return x if block.upsamplers is None else upsample(block.upsamplers[0], x, state)
+
+    def forward(self, latents: Tensor, chunk: int | None = None) -> Tensor:
+        """chunk: latent frames at a time, for long clips; None runs the whole clip at once."""
+
+        def step(x: Tensor, state: State) -> Tensor:
+            return _run(self.stages(), x, state, self.checkpointing)
+
+        return step(latents, None) if chunk is None else _in_chunks(step, latents, first=chunk, size=chunk)
+
+
+def save_vae(vae: AutoencoderKLWan, folder: Path) -> None:
+    """fp16 weights and config in diffusers layout; written beside `folder` and then renamed over it."""
+    geometry = Geometry.of(vae)
+    vae.register_to_config(
+        scale_factor_temporal=geometry.time_stride, scale_factor_spatial=geometry.space_stride
+    )
+    half = AutoencoderKLWan.from_config(vae.config)
+    half.load_state_dict({name: value.cpu() for name, value in vae.state_dict().items()})
+    replace_folder(folder, half.half().save_pretrained)
+
+
+def replace_folder(folder: Path, write: Callable[[str], object]) -> None:
+    """`write(path)` fills a temporary sibling, which then takes folder's name."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        write(str(temporary))
+        temporary.chmod(0o755)
+        if folder.exists():
+            shutil.rmtree(folder)
+        temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

@@ -1,0 +1,30 @@
+"""AdamW with linear warm-up and, where wanted, cosine decay."""
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+
+def adamw_with_warmup(
+    parameters: Iterable[nn.Parameter],
+    *,
+    lr: float,
+    warmup_steps: int,
+    decay_steps: int | None = None,
+    betas: tuple[float, float] = (0.9, 0.99),
+    weight_decay: float = 0.0,
+) -> dict:
+    """What `configure_optimizers` returns. decay_steps: the step at which a half cosine reaches zero."""
+    trainable = [p for p in parameters if p.requires_grad]
+    optimizer = torch.optim.AdamW(trainable, lr=lr, betas=betas, weight_decay=weight_decay)
+
+    def factor(step: int) -> float:
+        warm = min(1.0, (step + 1) / (warmup_steps + 1))
+        if decay_steps is None:
+            return warm
+        return warm * 0.5 * (1 + math.cos(math.pi * min(1.0, step / decay_steps)))
+
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
