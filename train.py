@@ -7,6 +7,8 @@ import lightning
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
+import acetate.commands  # noqa: F401  (registers the resolvers that conf/ uses)
+
 
 def checkpoint_to_resume(resume: str | None, outputs: Path) -> str | None:
     """A checkpoint path as it is; `last` is the newest last.ckpt below `outputs`."""

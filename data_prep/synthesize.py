@@ -1,22 +1,26 @@
-"""Procedural RGBA clips as clip shards: exact straight colour and exact alpha, no download, the same bytes for a seed."""
+"""Procedural RGBA clips as clip shards: exact straight colour and alpha, no download, the same bytes for a seed."""
 
+import hashlib
 from pathlib import Path
+from typing import Any
 
 import hydra
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from omegaconf import DictConfig
 from tqdm import tqdm
 
-from acetate.data.shards import MANIFEST, ShardError, ShardWriter, assign_splits, read_manifest, stable_hash
-from acetate.data.synthetic import FPS, KINDS, SyntheticClip, render
-
-
-def to_uint8(clip: SyntheticClip) -> NDArray[np.uint8]:
-    """(T, H, W, 4), straight colour."""
-    rgb = (clip.rgb + 1) / 2
-    frames = np.concatenate((rgb.numpy(), clip.alpha.numpy())).transpose(1, 2, 3, 0)
-    return np.round(frames * 255).astype(np.uint8)
+from acetate.data import synthetic
+from acetate.data.shards import (
+    MANIFEST,
+    ShardError,
+    ShardWriter,
+    assign_splits,
+    encode_clip,
+    read_manifest,
+    stable_hash,
+)
 
 
 def synthesize(
@@ -29,33 +33,42 @@ def synthesize(
     val_fraction: float,
     max_clips: int,
     max_bytes: int,
-) -> dict:
-    """Writes `clips` clips, kinds and sizes in turn, and returns the manifest; finished work is not repeated."""
-    made_by = {"command": "data_prep.synthesize", "settings": {
-        "clips": clips, "frames": frames, "sizes": sizes, "seed": seed, "val_fraction": val_fraction,
-        "max_clips": max_clips, "max_bytes": max_bytes}}  # fmt: skip
+) -> dict[str, Any]:
+    """Writes the shards and returns their manifest; kinds take turns, and so do sizes after each round of kinds.
+
+    A folder that already holds these very clips is left as it is; ShardError if it holds others.
+    """
+    for name, value in (("clips", clips), ("frames", frames), *(("size", size) for size in sizes)):
+        if value < 1:
+            raise ValueError(f"{name}={value}; must be at least 1")
+    made_by = {
+        "command": "data_prep.synthesize",
+        "settings": {
+            "clips": clips, "frames": frames, "sizes": sizes, "seed": seed, "val_fraction": val_fraction,
+            "max_clips": max_clips, "max_bytes": max_bytes,
+            # The drawing code decides the pictures as much as the seed does.
+            "synthetic_sha256": hashlib.sha256(Path(synthetic.__file__).read_bytes()).hexdigest(),
+        },
+    }  # fmt: skip
     if (out / MANIFEST).exists():
         manifest = read_manifest(out)
         if manifest["made_by"] == made_by:
             return manifest
-        raise ShardError(
-            f"{out} holds shards that were made otherwise; name another folder or remove it first."
-        )
-    # A kind keeps its share of every size: the size changes once per round of kinds.
-    todo = [(f"{KINDS[i % len(KINDS)]}-{i:06d}", KINDS[i % len(KINDS)], sizes[i // len(KINDS) % len(sizes)])
-            for i in range(clips)]  # fmt: skip
-    splits = assign_splits({key: key for key, _, _ in todo}, val_fraction)
+        raise ShardError(f"{out} holds shards that were made otherwise. Name another folder or remove it first.")
+    kinds = [synthetic.KINDS[i % len(synthetic.KINDS)] for i in range(clips)]
+    keys = [f"{kind}-{i:06d}" for i, kind in enumerate(kinds)]
+    splits = assign_splits({key: key for key in keys}, val_fraction)
     with ShardWriter(out, max_clips=max_clips, max_bytes=max_bytes, made_by=made_by) as writer:
-        for key, kind, size in tqdm(todo, unit="clip"):
+        for i, (key, kind) in enumerate(zip(tqdm(keys, unit="clip"), kinds, strict=True)):
             if key in writer:
                 continue
-            clip = render(kind, stable_hash("synthesize", seed, key) % 2**31, frames, size, size)
+            size = sizes[i // len(synthetic.KINDS) % len(sizes)]
+            clip = synthetic.render(kind, stable_hash("synthesize", seed, i) % 2**31, frames, size, size)
             writer.add(
                 key,
-                to_uint8(clip),
+                encode_clip(to_uint8(clip), synthetic.FPS),
                 split=splits[key],
                 prompt=clip.prompt,
-                fps=FPS,
                 source="acetate.data.synthetic",
                 licence="CC0-1.0",
                 lossy=False,
@@ -64,8 +77,17 @@ def synthesize(
     return read_manifest(out)
 
 
+def to_uint8(clip: synthetic.SyntheticClip) -> NDArray[np.uint8]:
+    """(T, H, W, 4), straight colour; black where nothing is drawn, which FFV1 stores in next to no space."""
+    rgb = ((clip.rgb + 1) / 2).masked_fill(clip.alpha == 0, 0)
+    frames = torch.cat((rgb, clip.alpha)).permute(1, 2, 3, 0)
+    return (frames * 255).round().to(torch.uint8).numpy()
+
+
 @hydra.main(version_base=None, config_path="../conf", config_name="prep/synthesize")
 def main(cfg: DictConfig) -> None:
+    # Sums over threads round differently from machine to machine; small pictures gain nothing from them.
+    torch.set_num_threads(1)
     manifest = synthesize(
         out=Path(cfg.out),
         clips=cfg.clips,
@@ -76,10 +98,8 @@ def main(cfg: DictConfig) -> None:
         max_clips=cfg.max_clips,
         max_bytes=int(cfg.max_mb * 2**20),
     )
-    splits = manifest["splits"]
-    print(
-        f"{cfg.out}: {manifest['clips']} clips ({splits['train']} train, {splits['val']} val), {manifest['frames']} frames"
-    )
+    train, val = manifest["splits"]["train"], manifest["splits"]["val"]
+    print(f"{cfg.out}: {train} clips to train and {val} to validate on, {manifest['frames']} frames")
 
 
 if __name__ == "__main__":

@@ -20,13 +20,13 @@ class FlowSchedule:
 
 def schedule(steps: int = 1000, shift: float = 5.0) -> FlowSchedule:
     """sigma = s*u / (1 + (s-1)*u), u = linspace(1, 0, N+1)[:-1]; w = N*y/sum(y), y = exp(-2((t-N/2)/N)^2) - min."""
-    u = torch.linspace(1, 0, steps + 1, dtype=torch.float64)[:-1]
+    u = torch.linspace(1, 0, steps + 1)[:-1]
     sigmas = shift * u / (1 + (shift - 1) * u)
     timesteps = steps * sigmas
     y = torch.exp(-2 * ((timesteps - steps / 2) / steps) ** 2)
     y = y - y.min()
     weights = y * (steps / y.sum())
-    return FlowSchedule(sigmas.float(), timesteps.float(), weights.float())
+    return FlowSchedule(sigmas, timesteps, weights)
 
 
 def per_clip(values: Tensor, like: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from typing import cast
 import av
 import numpy as np
 from av.codec.context import Flags
+from av.error import FFmpegError
 from av.video.reformatter import ColorRange, Colorspace
 from numpy.typing import NDArray
 from PIL import Image
@@ -29,7 +30,7 @@ LOSSLESS = {"ffv1", "png", "apng", "qtrle", "rawvideo", "huffyuv", "ffvhuff", "u
 
 # Every way in which FFmpeg and PIL report a damaged file.
 DECODER_ERRORS = (
-    av.FFmpegError, OSError, SyntaxError, ValueError, IndexError, EOFError, Image.DecompressionBombError,
+    FFmpegError, OSError, SyntaxError, ValueError, IndexError, EOFError, StopIteration, Image.DecompressionBombError,
 )  # fmt: skip
 
 
@@ -81,14 +82,11 @@ def read_pair(fgr: Path, pha: Path) -> RGBAClip:
     colour, alpha = _stack(fgr, _colour), _stack(pha, _luma)
     if len(colour) != len(alpha):
         raise MediaError(
-            f"{fgr.name}: {len(colour)} frames, {pha.name}: {len(alpha)}; a pair has equally many. "
-            "Cut the longer one."
+            f"{fgr.name}: {len(colour)} frames, {pha.name}: {len(alpha)}; a pair has equally many. Cut the longer one."
         )
     if colour.shape[1:3] != alpha.shape[1:3]:
         sizes = [f"{a.shape[2]}x{a.shape[1]}" for a in (colour, alpha)]
-        raise MediaError(
-            f"{fgr.name}: {sizes[0]}, {pha.name}: {sizes[1]}; a pair has one size. Scale one of them"
-        )
+        raise MediaError(f"{fgr.name}: {sizes[0]}, {pha.name}: {sizes[1]}; a pair has one size. Scale one of them")
     header = describe(fgr)
     frames = np.concatenate((colour, alpha[..., None]), axis=-1)
     return RGBAClip(frames, header.fps, header.lossy or describe(pha).lossy, None)
@@ -116,13 +114,11 @@ def read_packed(path: Path, colour_rect: Rect, alpha_rect: Rect) -> RGBAClip:
 
 
 def describe(path: Path) -> Description:
-    """Length, size, rate and whether there is alpha, without decoding. MediaError if unreadable."""
+    """Length, size, rate and whether there is alpha; decodes one frame at most. MediaError if unreadable."""
     with _decoding(path):
         if path.is_dir():
             first = describe(sequence_files(path)[0])
-            return Description(
-                len(sequence_files(path)), first.width, first.height, None, first.lossy, first.alpha
-            )
+            return Description(len(sequence_files(path)), first.width, first.height, None, first.lossy, first.alpha)
         if path.suffix.lower() in IMAGES + OPAQUE_IMAGES:
             with Image.open(path) as image:
                 first, count = _animation(image)
@@ -132,10 +128,10 @@ def describe(path: Path) -> Description:
             stream = container.streams.video[0]
             codec = stream.codec_context
             count = stream.frames or sum(packet.size > 0 for packet in container.demux(stream))
-            alpha = stream.metadata.get("alpha_mode", "0") == "1" or _has_alpha(codec.format)
-            return Description(
-                count, codec.width, codec.height, _rate(stream), codec.name not in LOSSLESS, alpha
-            )
+            # The header calls VP8 and VP9 opaque either way, and not every writer sets the alpha_mode tag.
+            vpx = codec.name in ALPHA_DECODERS
+            alpha = _has_alpha(next(_video_frames(path)).format if vpx else codec.format)
+            return Description(count, codec.width, codec.height, _rate(stream), codec.name not in LOSSLESS, alpha)
 
 
 def sequence_files(folder: Path) -> list[Path]:
@@ -143,45 +139,41 @@ def sequence_files(folder: Path) -> list[Path]:
     files = [path for path in folder.iterdir() if path.suffix.lower() in IMAGES + OPAQUE_IMAGES]
     if not files:
         raise MediaError(f"{folder}: no image in the folder; a sequence is a folder of {', '.join(IMAGES)}")
-    return sorted(
-        files, key=lambda path: [int(p) if p.isdigit() else p for p in re.split(r"(\d+)", path.name)]
-    )
+    return sorted(files, key=lambda path: [int(p) if p.isdigit() else p for p in re.split(r"(\d+)", path.name)])
 
 
 def encode_ffv1(frames: Frames, fps: float) -> bytes:
     """Lossless Matroska of RGBA frames (T, H, W, 4); the same bytes for the same frames.
 
-    bgra: FFV1 codes it through a reversible colour transform, so every bit survives. Its range coder makes
-    flat graphics several times smaller than the default coder does.
+    bgra: FFV1 codes it through a reversible colour transform, so every bit survives. The Rice coder's files are a
+    sixth larger than the range coder's (measured on effect videos) and decode up to twice as fast.
     """
     if frames.ndim != 4 or frames.shape[-1] != 4 or frames.dtype != np.uint8 or not frames.size:
-        raise ValueError(
-            f"frames: {frames.dtype} {frames.shape}; FFV1 clips are uint8 (T, H, W, 4), not empty"
-        )
+        raise ValueError(f"frames: {frames.dtype} {frames.shape}; FFV1 clips are uint8 (T, H, W, 4), not empty")
     buffer = io.BytesIO()
     with av.open(buffer, "w", format="matroska", options={"fflags": "+bitexact"}) as container:
-        options = {"level": "3", "slicecrc": "1", "coder": "range_tab"}
+        options = {"level": "3", "slicecrc": "1", "coder": "rice"}
         rate = Fraction(fps).limit_denominator(1001)
         stream = cast(av.VideoStream, container.add_stream("ffv1", rate=rate, options=options))
         stream.width, stream.height, stream.pix_fmt = frames.shape[2], frames.shape[1], "bgra"
         stream.codec_context.flags |= Flags.bitexact
         for frame in frames:
-            bgra = np.ascontiguousarray(frame[..., [2, 1, 0, 3]])
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(bgra, format="bgra")))
+            rgba = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgba")
+            container.mux(stream.encode(rgba.reformat(format="bgra")))
         container.mux(stream.encode())
     return buffer.getvalue()
 
 
 def decode_ffv1(data: bytes, name: str) -> tuple[Frames, float]:
-    """Inverse of `encode_ffv1`: frames (T, H, W, 4) and fps. MediaError (naming `name`) also without alpha."""
+    """Inverse of `encode_ffv1`: frames (T, H, W, 4) and fps. MediaError (it names `name`) without alpha."""
     frames = []
-    with _decoding(name), av.open(io.BytesIO(data)) as container:
+    with _decoding(name), av.open(io.BytesIO(data), "r") as container:
         stream = container.streams.video[0]
         fps = _rate(stream) or 0.0
         for frame in container.decode(stream):
             if frame.format.name != "bgra":
                 raise MediaError(f"{name}: pixel format {frame.format.name}; a clip has alpha, FFV1 in bgra")
-            frames.append(frame.to_ndarray()[..., [2, 1, 0, 3]])
+            frames.append(frame.to_ndarray(format="rgba"))
     return _joined(name, frames), fps
 
 
@@ -206,9 +198,7 @@ def write_video(path: Path, frames: Frames, fps: float) -> None:
             )
             for frame in frames:
                 rgb = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
-                yuv = rgb.reformat(
-                    format="yuv420p", dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG
-                )
+                yuv = rgb.reformat(format="yuv420p", dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG)
                 container.mux(stream.encode(yuv))
             container.mux(stream.encode())
         os.replace(temporary, path)
@@ -311,7 +301,7 @@ def _luma(frame: av.VideoFrame) -> Frames:
 
 def _plane(frame: av.VideoFrame, index: int, bits: int) -> NDArray[np.float32]:
     plane = frame.planes[index]
-    values = np.frombuffer(plane, np.uint8 if bits <= 8 else np.uint16)
+    values = np.frombuffer(memoryview(plane), np.uint8 if bits <= 8 else np.uint16)
     rows = values.reshape(-1, plane.line_size // values.itemsize)
     return rows[: frame.height, : frame.width].astype(np.float32)
 

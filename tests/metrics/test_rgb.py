@@ -12,6 +12,7 @@ from torch import nn
 from torch.testing import assert_close
 from torchmetrics.functional.image import structural_similarity_index_measure
 
+from acetate.alpha import PALETTE, over
 from acetate.metrics import rgb as module
 from acetate.metrics.rgb import CompositeQuality, RGBQuality, frame_ssim, frames
 
@@ -74,6 +75,18 @@ def test_color_under_empty_alpha_does_not_count():
     quality = CompositeQuality(lpips=False)
     quality.update(rgb_hat, empty, rgb, empty)
     assert_close(quality.compute()["psnr"], torch.tensor(100.0))
+
+
+def test_ssim_is_the_mean_over_all_eight_colors():
+    rgb_hat, alpha_hat, rgb, alpha = clips(2, 9)
+    quality = CompositeQuality(lpips=False)
+    quality.update(rgb_hat, alpha_hat, rgb, alpha)
+    rgb_hat, alpha_hat = rgb_hat.clamp(-1, 1), alpha_hat.clamp(0, 1)
+    scores = []
+    for color in PALETTE[:, :, None, None, None]:
+        x_hat, x = (frames(over(*layers, color)) / 2 + 0.5 for layers in ((rgb_hat, alpha_hat), (rgb, alpha)))
+        scores.append(frame_ssim(x_hat, x).mean())
+    assert_close(quality.compute()["ssim"], torch.stack(scores).mean())
 
 
 def test_prediction_is_clamped_to_its_range_first():

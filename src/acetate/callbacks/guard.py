@@ -25,9 +25,7 @@ class NonFiniteGuard(Callback):
         self.patience = patience
         self._bad_steps = 0
 
-    def on_train_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._step = trainer.global_step
         self._bad: bool | None = None  # None: not read yet
         self._loss: Tensor | None = None
@@ -41,9 +39,7 @@ class NonFiniteGuard(Callback):
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         self._loss = loss.detach()
 
-    def on_before_optimizer_step(
-        self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
-    ) -> None:
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         largest = [] if getattr(trainer.precision_plugin, "scaler", None) else [_largest_gradient(optimizer)]
         self._bad = self._read(trainer, pl_module, largest)
         if self._bad:
@@ -67,9 +63,7 @@ class NonFiniteGuard(Callback):
         message = self._message(outputs, batch)
         if self._bad_steps > self.patience:
             raise FloatingPointError(message)
-        warnings.warn(
-            f"{message} Skipped, {self._bad_steps} of at most {self.patience} in a row.", stacklevel=2
-        )
+        warnings.warn(f"{message} Skipped, {self._bad_steps} of at most {self.patience} in a row.", stacklevel=2)
 
     def _read(self, trainer: Trainer, pl_module: LightningModule, values: list[Tensor]) -> bool:
         """Whether any rank met anything that is not finite; the one synchronisation of the batch."""
@@ -88,7 +82,7 @@ class NonFiniteGuard(Callback):
                 found.append(f"{name} of clip {', '.join(clips)} holds NaN or infinity (repair or drop it)")
         outputs = outputs if isinstance(outputs, dict) else {}
         values = {"loss": self._loss, **outputs.get("parts", {})}
-        values = {name: float(x) for name, x in values.items() if x is not None}
+        values = {name: float(torch.as_tensor(x).detach()) for name, x in values.items() if x is not None}
         bad_values = [f"{name} = {x}" for name, x in values.items() if not abs(x) < float("inf")]
         if bad_values:
             found.append(", ".join(bad_values))

@@ -64,10 +64,9 @@ def tile_size(height: int, width: int) -> tuple[int, int]:
 
 def picture(tile: Tensor, height: int, width: int) -> Image.Image:
     """(3, H, W) in [-1, 1] to height x width: pixels stay square when enlarged, are averaged when reduced."""
-    if height > tile.shape[1]:
-        tile = F.interpolate(tile[None], (height, width), mode="nearest")[0]
-    elif height < tile.shape[1]:
-        tile = F.interpolate(tile[None], (height, width), mode="area")[0]
+    if tile.shape[1:] != (height, width):
+        mode = "nearest" if height > tile.shape[1] else "area"
+        tile = F.interpolate(tile[None], (height, width), mode=mode)[0]
     pixels = ((tile + 1) * 127.5).round().clamp(0, 255).byte()
     return Image.fromarray(pixels.permute(1, 2, 0).numpy())
 
@@ -173,7 +172,7 @@ def movie(clip: Clip, fps: float, step: int) -> NDArray[np.uint8]:
 
 
 class Panels(Callback):
-    """Draws the first `clips` clips of the validation set at every validation run, on rank 0.
+    """Draws the first `clips` clips that rank 0 validates, at every validation run; the sanity run is step 0.
 
     Files: `<directory, or the trainer's default_root_dir>/panels/step_00001000/<key>.png` and, for clips of
     more than one frame, `.mp4`. wandb gets both, TensorBoard the picture (its video needs moviepy below 2);
@@ -242,8 +241,6 @@ def _log(logger: Logger, key: str, sheet: Image.Image, image: Path, video: Path 
     if isinstance(logger, WandbLogger):
         logger.log_image(f"panels/{key}", [str(image)], step=step, caption=[caption])
         if video:
-            logger.log_video(
-                f"panels_video/{key}", [str(video)], step=step, caption=[caption], format=["mp4"]
-            )
+            logger.log_video(f"panels_video/{key}", [str(video)], step=step, caption=[caption], format=["mp4"])
     elif isinstance(logger, TensorBoardLogger):
         logger.experiment.add_image(f"panels/{key}", np.asarray(sheet), step, dataformats="HWC")

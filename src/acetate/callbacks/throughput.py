@@ -2,7 +2,7 @@
 
 import resource
 import sys
-import time
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ class Throughput(Callback):
         self.every_n_steps = every_n_steps
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._started = time.perf_counter()
+        self._started = perf_counter()
         self._ended: float | None = None  # end of the last batch; None where the wait is not the loader's
         self._open_window()
 
@@ -33,10 +33,8 @@ class Throughput(Callback):
         self._steps = self._clips = self._frames = 0
         self._busy = self._wait = 0.0
 
-    def on_train_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        self._started = time.perf_counter()
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self._started = perf_counter()
         if self._ended is not None:
             self._wait += self._started - self._ended
 
@@ -51,7 +49,7 @@ class Throughput(Callback):
         last = self._steps == self.every_n_steps
         if last and pl_module.device.type == "cuda":
             torch.cuda.synchronize(pl_module.device)
-        self._ended = time.perf_counter()
+        self._ended = perf_counter()
         self._busy += self._ended - self._started
         if last:
             metrics = self._metrics(trainer.world_size, pl_module.device)

@@ -244,9 +244,7 @@ class ClipDataModule(LightningDataModule):
         rank, world = self._rank_and_world()
         self._consumed = self.consumed
         self._batches = self._finished_batches() if self.trainer else None
-        dataset = ClipDataset(
-            self.train_refs, self.train_transform, self.seed, self.cache_bytes, shuffle=True
-        )
+        dataset = ClipDataset(self.train_refs, self.train_transform, self.seed, self.cache_bytes, shuffle=True)
         return self._loader(dataset, TrainBatches(lambda: self.consumed, self.batch_size, rank, world))
 
     def val_dataloader(self) -> DataLoader:
@@ -255,8 +253,8 @@ class ClipDataModule(LightningDataModule):
         parts = [ValBatches(len(self.val_refs), self.val_batch_size, r, world) for r in range(world)]
         if len({len(part) for part in parts}) > 1:
             log.warning(
-                "%d validation clips over %d ranks make unequal numbers of batches; a sharded model waits for "
-                "ever for the rank with fewer. Use val_clips=%d.",
+                "%d validation clips on %d ranks make unequal numbers of batches; a sharded model waits "
+                "for ever for the rank with fewer. Use val_clips=%d.",
                 len(self.val_refs), world, len(self.val_refs) // world * world or world,
             )  # fmt: skip
         return self._loader(dataset, parts[rank])
@@ -292,7 +290,9 @@ class ClipDataModule(LightningDataModule):
 
     def _finished_batches(self) -> int:
         assert self.trainer is not None
-        return self.trainer.fit_loop.epoch_loop.batch_progress.total.processed
+        # Finished, not fetched: an interrupted step counts as not done.
+        total = self.trainer.fit_loop.epoch_loop.batch_progress.total
+        return total.processed  # pyright: ignore[reportAttributeAccessIssue]  typed by its base class
 
     def _rank_and_world(self) -> tuple[int, int]:
         """Of the data-parallel group: under tensor parallelism several processes share their clips."""

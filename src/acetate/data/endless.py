@@ -23,9 +23,7 @@ class EndlessClips(Dataset):
         """{video (3, T, H, W) in [-1, 1], prompt, key}."""
         number = self.start + index
         generator = torch.Generator().manual_seed((self.seed << 32) + number)
-        kind_draw, view_draw, color_draw, seed_draw = torch.randint(
-            2**31, (4,), generator=generator
-        ).tolist()
+        kind_draw, view_draw, color_draw, seed_draw = torch.randint(2**31, (4,), generator=generator).tolist()
         kind = synthetic.KINDS[kind_draw % len(synthetic.KINDS)]
         size = (self.frames, self.height, self.width)
         clip = synthetic.render(kind, seed_draw, *size)
@@ -36,9 +34,7 @@ class EndlessClips(Dataset):
         }
 
     @staticmethod
-    def _view(
-        clip: synthetic.SyntheticClip, view: int, color: int, size: tuple[int, int, int]
-    ) -> Tensor:
+    def _view(clip: synthetic.SyntheticClip, view: int, color: int, size: tuple[int, int, int]) -> Tensor:
         """What an RGB model is shown later: pictures (5 of 10), hard (2) and soft (1) renders, mattes (2)."""
         plain = PALETTE[color % 8].view(3, 1, 1, 1)
         if view < 5:

@@ -29,6 +29,7 @@ KEY = re.compile(r"[A-Za-z0-9_\-]{1,80}")
 HOW_TO_MAKE = "`python -m data_prep.synthesize` and `python -m data_prep.shard` make clip shards."
 
 Split = Literal["train", "val"]
+Kind = Literal["rgba.mkv", "rgba.png"]
 
 
 class ShardError(ValueError):
@@ -66,7 +67,7 @@ class ClipRef:
     height: int
     crc32: int
     tar: Path
-    kind: Literal["rgba.mkv", "rgba.png"]
+    kind: Kind
     media: tuple[int, int] = (0, 0)  # offset and size in the tar
     meta: tuple[int, int] = (0, 0)
     problem: str | None = None
@@ -95,6 +96,28 @@ def assign_splits(groups: Mapping[str, str], val_fraction: float) -> dict[str, S
     return {key: "val" if group in val else "train" for key, group in groups.items()}
 
 
+@dataclass(frozen=True)
+class EncodedClip:
+    """A clip as a shard stores it; fps is 0 for a still."""
+
+    media: bytes
+    kind: Kind
+    frames: int
+    width: int
+    height: int
+    fps: float
+
+
+def encode_clip(frames: NDArray[np.uint8], fps: float) -> EncodedClip:
+    """uint8 (T, H, W, 4), straight colour; one frame becomes a PNG still, which has no rate."""
+    count, height, width, _ = frames.shape
+    if count > 1:
+        return EncodedClip(encode_ffv1(frames, fps), "rgba.mkv", count, width, height, fps)
+    buffer = io.BytesIO()
+    Image.fromarray(frames[0]).save(buffer, "PNG")
+    return EncodedClip(buffer.getvalue(), "rgba.png", count, width, height, 0.0)
+
+
 class ShardWriter:
     """Writes tars of at most `max_clips` clips and about `max_bytes` bytes, and the manifest at `close`.
 
@@ -113,6 +136,7 @@ class ShardWriter:
         self.tar: TarWriter | None = None
         out.mkdir(parents=True, exist_ok=True)
         self.shards = self._finished()
+        self.skipped: dict[str, str] = {}  # key -> reason, for the manifest; whoever fills the shards keeps it
         self.keys = {clip["key"] for shard in self.shards for clip in shard["clips"]}
 
     def __enter__(self) -> "ShardWriter":
@@ -130,37 +154,32 @@ class ShardWriter:
     def add(
         self,
         key: str,
-        frames: NDArray[np.uint8],
+        clip: EncodedClip,
         *,
         split: Split,
         prompt: str,
-        fps: float,
         source: str,
         licence: str,
         lossy: bool,
         premultiplied_source: bool,
     ) -> None:
-        """frames: uint8 (T, H, W, 4), straight colour; one frame becomes a PNG still."""
         if not KEY.fullmatch(key):
             raise ValueError(f"key {key!r}; keys are 1 to 80 of A-Z a-z 0-9 _ -")
         if key in self.keys:
             raise ValueError(f"key {key!r} was already written; keys are unique in a folder of shards")
-        count, height, width, _ = frames.shape
-        kind = "rgba.png" if count == 1 else "rgba.mkv"
-        media = encode_png(frames[0]) if count == 1 else encode_ffv1(frames, fps)
-        size = {"frames": count, "width": width, "height": height}
-        meta = {"prompt": prompt, "fps": fps, **size, "source": source, "licence": licence, "split": split,
+        size = {"frames": clip.frames, "width": clip.width, "height": clip.height}
+        meta = {"prompt": prompt, "fps": clip.fps, **size, "source": source, "licence": licence, "split": split,
                 "lossy": lossy, "premultiplied_source": premultiplied_source}  # fmt: skip
-        if self.pending and self.pending_bytes + len(media) > self.max_bytes:
+        if self.pending and self.pending_bytes + len(clip.media) > self.max_bytes:
             self._finish_tar()
         if self.tar is None:
             self.stream = open(self._path("tar.tmp"), "wb")  # noqa: SIM115  open across calls
             self.tar = TarWriter(self.stream, encoder=False, mtime=0)
         text = json.dumps(meta, ensure_ascii=False, sort_keys=True).encode()
-        self.tar.write({"__key__": key, kind: media, "json": text})
-        entry = {"key": key, "split": split, **size, "kind": kind, "crc32": zlib.crc32(media)}
+        self.tar.write({"__key__": key, clip.kind: clip.media, "json": text})
+        entry = {"key": key, "split": split, **size, "kind": clip.kind, "crc32": zlib.crc32(clip.media)}
         self.pending.append(entry)
-        self.pending_bytes += len(media) + len(text)
+        self.pending_bytes += len(clip.media) + len(text)
         self.keys.add(key)
         if len(self.pending) == self.max_clips:
             self._finish_tar()
@@ -171,8 +190,15 @@ class ShardWriter:
             self._finish_tar()
         clips = [clip for shard in self.shards for clip in shard["clips"]]
         splits = {split: sum(clip["split"] == split for clip in clips) for split in ("train", "val")}
-        manifest = {"schema": SCHEMA, "made_by": self.made_by, "clips": len(clips), "splits": splits,
-                    "frames": sum(clip["frames"] for clip in clips), "shards": self.shards}  # fmt: skip
+        manifest = {
+            "schema": SCHEMA,
+            "made_by": self.made_by,
+            "clips": len(clips),
+            "frames": sum(clip["frames"] for clip in clips),
+            "splits": splits,
+            "skipped": self.skipped,
+            "shards": self.shards,
+        }
         write_json(self.out / MANIFEST, manifest)
         for part in self.out.glob("clips-*.part.json"):
             part.unlink()
@@ -218,13 +244,6 @@ def write_json(path: Path, value: object) -> None:
     os.replace(temporary, path)
 
 
-def encode_png(frame: NDArray[np.uint8]) -> bytes:
-    """(H, W, 4) -> PNG."""
-    buffer = io.BytesIO()
-    Image.fromarray(frame).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
 def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a folder of shards; ShardError if it is missing or of another schema."""
     path = folder / MANIFEST
@@ -255,9 +274,7 @@ def index_shards(folders: Sequence[Path]) -> list[ClipRef]:
             for ref in _index_tar(folder / shard["file"], shard["clips"]):
                 if ref.key in refs:
                     other = refs[ref.key].tar.parent
-                    raise ShardError(
-                        f"key {ref.key!r} is in {other} and in {folder}; leave one of the two out."
-                    )
+                    raise ShardError(f"key {ref.key!r} is in {other} and in {folder}; leave one of the two out.")
                 refs[ref.key] = ref
     return [refs[key] for key in sorted(refs)]
 

@@ -401,9 +401,7 @@ def _flame(dice: Dice, canvas: Canvas) -> tuple[Layer, str]:
     if style == "candle":
         wick = Layer(_rgb("3a2c28"), _inside(_box(x, y - 0.04, 0.008, 0.05, 0.004), px))
         wax = _rgb("f6ead2") * (1.02 - 0.35 * (10 * x + 0.3).square() + (0.2 - y).clamp(0, 0.15))
-        layer = _over(
-            _over(wick, layer), Layer(wax.clamp(0, 1), _inside(_box(x, y - 0.26, 0.09, 0.18, 0.02), px))
-        )
+        layer = _over(_over(wick, layer), Layer(wax.clamp(0, 1), _inside(_box(x, y - 0.26, 0.09, 0.18, 0.02), px)))
     if style == "campfire":
         for turn in (-0.3, 0.3):
             u, v = _rotate(x, y - 0.35, turn)
@@ -459,9 +457,7 @@ def _shadow(dice: Dice, canvas: Canvas) -> tuple[Layer, str]:
     else:
         radius, turn = 0.2, 2.5 * side * t + phase
         top, spread = 0.1 - 0.26 * lift, radius * (1 + 0.45 * lift)
-        dark = 1 - _smoothstep(
-            0.1, 1.3, torch.hypot((x - 0.1 * side * lift) / spread, (y - 0.3) / (0.33 * spread))
-        )
+        dark = 1 - _smoothstep(0.1, 1.3, torch.hypot((x - 0.1 * side * lift) / spread, (y - 0.3) / (0.33 * spread)))
     u, v, size = x / radius, (y - top) / radius, px / radius
     p, q = _rotate(u, v, turn)
     caster = Layer(_lit(paint(p, q, size), u, v), _inside(_figure(shape, p, q), size))
@@ -496,9 +492,7 @@ DRAW: dict[str, Callable[[Dice, Canvas], tuple[Layer, str]]] = {
 def background(seed: int, frames: int, height: int, width: int) -> Tensor:
     """Opaque moving backgrounds with a natural spread of scales: (3, T, H, W) in [-1, 1]."""
     canvas, dice = _canvas(frames, height, width), Dice("background", seed)
-    style = dice.pick(
-        ("plain", "gradient", "stripes", "noise", "noise", "noise", "blobs", "blobs", "checker")
-    )
+    style = dice.pick(("plain", "gradient", "stripes", "noise", "noise", "noise", "blobs", "blobs", "checker"))
     first, second, third = dice.reals(9, 0, 1).view(3, 3, 1, 1, 1)
     vivid = dice.real(0.1, 1)
     first, second, third = (_mix(colour.mean(), colour, vivid) for colour in (first, second, third))

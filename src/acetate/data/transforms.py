@@ -65,9 +65,7 @@ def resize(rgb: Tensor, alpha: Tensor, height: int, width: int) -> tuple[Tensor,
     if rgb.shape[-2:] == (height, width):
         return rgb, alpha
     packed = pack(rgb, alpha)
-    return unpack(
-        F.interpolate(packed, (height, width), mode="bilinear", antialias=True, align_corners=False)
-    )
+    return unpack(F.interpolate(packed, (height, width), mode="bilinear", antialias=True, align_corners=False))
 
 
 def crop(frames: Tensor, top: int, left: int, height: int, width: int) -> Tensor:
@@ -102,7 +100,7 @@ class ClipTransform:
     """Frames of any length and size -> rgb (3, frames, height, width) and alpha (1, frames, height, width).
 
     train: random window, scale, crop and mirror image; otherwise the centre of all. A clip that is shorter
-    plays forth and back, one that is smaller is surrounded by transparency, a still becomes a slow pan. Nothing
+    plays forth and back, a smaller one is surrounded by transparency, a still becomes a slow pan. Nothing
     is enlarged, and nothing is stretched: the crop is at most half a source pixel off the target's aspect.
     """
 
@@ -143,9 +141,7 @@ class ClipTransform:
         """frames: uint8 (T, H, W, 4), straight colour. The result depends on frames and generator alone."""
         if len(frames) > 1 or self.frames == 1:
             frames = frames[self._window(len(frames), generator)]
-            rgb, alpha = resize(
-                *to_float(crop(frames, *self._box(frames, generator))), self.height, self.width
-            )
+            rgb, alpha = resize(*to_float(crop(frames, *self._box(frames, generator))), self.height, self.width)
         else:
             rgb, alpha = self._pan(frames, generator)
         if self.train and _uniform(generator, 0, 1) < self.flip:
@@ -202,9 +198,7 @@ class ClipTransform:
         reach = path.abs() / 2
         middle = torch.tensor([top, left]) / shrink
         middle = middle.clamp(spare.clamp_max(0) + reach, spare.clamp_min(0) - reach)
-        return pan(
-            rgb, alpha, middle - path / 2, path / (self.frames - 1), self.frames, self.height, self.width
-        )
+        return pan(rgb, alpha, middle - path / 2, path / (self.frames - 1), self.frames, self.height, self.width)
 
 
 def _uniform(generator: Generator, low: float, high: float) -> float:

@@ -191,7 +191,11 @@ class WanHead(nn.Module):
 
     def __init__(self, vae: AutoencoderKLWan) -> None:
         super().__init__()
-        self.norm_out, self.conv_out, self.quant_conv = vae.encoder.norm_out, vae.encoder.conv_out, vae.quant_conv
+        self.norm_out, self.conv_out, self.quant_conv = (
+            vae.encoder.norm_out,
+            vae.encoder.conv_out,
+            vae.quant_conv,
+        )
 
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
         x = causal_conv(self.conv_out, F.silu(self.norm_out(features)), None)
@@ -239,9 +243,7 @@ class WanDecoder(nn.Module):
 def save_vae(vae: AutoencoderKLWan, folder: Path) -> None:
     """fp16 weights and config in diffusers layout; written beside `folder` and then renamed over it."""
     geometry = Geometry.of(vae)
-    vae.register_to_config(
-        scale_factor_temporal=geometry.time_stride, scale_factor_spatial=geometry.space_stride
-    )
+    vae.register_to_config(scale_factor_temporal=geometry.time_stride, scale_factor_spatial=geometry.space_stride)
     half = AutoencoderKLWan.from_config(vae.config)
     half.load_state_dict({name: value.cpu() for name, value in vae.state_dict().items()})
     replace_folder(folder, half.half().save_pretrained)

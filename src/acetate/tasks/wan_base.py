@@ -17,9 +17,10 @@ def start_as_image_model_(vae: AutoencoderKLWan) -> None:
     """Temporal taps that look back start at zero, temporal resampling at averaging and repeating.
 
     A causal convolution then is the 2-D convolution of its last tap, so that training may begin on images and
-    go on with clips.
+    go on with clips. Latents start with little noise (variance e^-6): at 1 the signal drowns and nothing is learnt.
     """
     with torch.no_grad():
+        vae.quant_conv.bias[vae.config.z_dim :] = -6
         for name, module in vae.named_modules():
             if not isinstance(module, nn.Conv3d) or module.kernel_size[0] == 1:
                 continue
@@ -97,9 +98,7 @@ class WanVAETask(LightningModule):
         self.log_dict({f"val/{name}": value for name, value in self.quality.compute().items()}, prog_bar=True)
         self.quality.reset()
         per_channel = torch.cat([x.transpose(0, 1).flatten(1) for x in self.latents], 1)
-        self.vae.register_to_config(
-            latents_mean=per_channel.mean(1).tolist(), latents_std=per_channel.std(1).tolist()
-        )
+        self.vae.register_to_config(latents_mean=per_channel.mean(1).tolist(), latents_std=per_channel.std(1).tolist())
         if self.trainer.is_global_zero and not self.trainer.sanity_checking:
             save_vae(self.vae, self.save_to)
 

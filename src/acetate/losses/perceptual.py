@@ -1,0 +1,102 @@
+"""Perceptual terms. All compare two videos (B, 3, T, H, W) in [-1, 1], unclamped; the target needs no gradient.
+
+Each takes `feature_maps`, the frozen Wan encoder's stages, which only EncoderFeatures uses.
+"""
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torchvision.models import VGG16_Weights, vgg16
+
+from acetate.losses.terms import frames
+
+FeatureMaps = Callable[[Tensor], Iterable[Tensor]]
+RELU2_2 = 9  # torchvision's vgg16.features[:9] ends with relu2_2
+
+
+class EncoderFeatures(nn.Module):
+    """Mean over the first `stages` stages of |phi(x_hat) - phi(x)|_1, phi the frozen Wan encoder; no download."""
+
+    def __init__(self, *, stages: int) -> None:
+        super().__init__()
+        self.stages = stages
+
+    def forward(self, x_hat: Tensor, x: Tensor, feature_maps: FeatureMaps) -> Tensor:
+        with torch.no_grad():
+            targets = [maps for _, maps in zip(range(self.stages), feature_maps(x), strict=False)]
+        terms = [(a - b).abs().mean() for b, a in zip(targets, feature_maps(x_hat), strict=False)]
+        return torch.stack(terms).mean()
+
+
+class VGGFeatures(nn.Module):
+    """Mean squared error of VGG16's relu2_2 (Johnson et al. 2016).
+
+    imagenet_norm False is the released variant. weights: a file of VGG16 weights, else torchvision's cache.
+    """
+
+    def __init__(self, *, imagenet_norm: bool, weights: str | None = None) -> None:
+        super().__init__()
+        self.features = vgg16(weights=None).features[:RELU2_2]
+        state = load_vgg16(weights)
+        self.features.load_state_dict(
+            {
+                name.removeprefix("features."): value
+                for name, value in state.items()
+                if name.startswith("features.") and int(name.split(".")[1]) < RELU2_2
+            }
+        )
+        self.requires_grad_(False)
+        self.imagenet_norm = imagenet_norm
+
+    def forward(self, x_hat: Tensor, x: Tensor, feature_maps: FeatureMaps) -> Tensor:
+        with torch.no_grad():
+            target = self._features(x)
+        return F.mse_loss(self._features(x_hat), target)
+
+    def _features(self, video: Tensor) -> Tensor:
+        x = frames(video) * 0.5 + 0.5
+        if self.imagenet_norm:
+            mean, std = x.new_tensor([0.485, 0.456, 0.406]), x.new_tensor([0.229, 0.224, 0.225])
+            x = (x - mean[:, None, None]) / std[:, None, None]
+        return self.features(x)
+
+
+class LPIPSFeatures(nn.Module):
+    """LPIPS-VGG 0.1 (Zhang et al. 2018), mean over frames."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        load_vgg16(None)  # says where the file belongs before lpips asks for it
+        import lpips  # seconds to import, and only this choice needs it
+
+        self.network = lpips.LPIPS(net="vgg", verbose=False).requires_grad_(False)
+
+    def forward(self, x_hat: Tensor, x: Tensor, feature_maps: FeatureMaps) -> Tensor:
+        return self.network(frames(x_hat), frames(x)).mean()
+
+
+def load_vgg16(weights: str | None) -> dict[str, Tensor]:
+    """VGG16 state dict from a file, or from torchvision's cache, fetched into it if need be.
+
+    Raises FileNotFoundError that says which file goes where.
+    """
+    if weights is not None:
+        path = Path(weights)
+        if not path.is_file():
+            raise FileNotFoundError(f"VGG16 weights {path} do not exist. Point loss.perceptual.weights at the file.")
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        return VGG16_Weights.IMAGENET1K_V1.get_state_dict(progress=True)
+    except OSError as error:
+        url = VGG16_Weights.IMAGENET1K_V1.url
+        path = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
+        raise FileNotFoundError(
+            f"VGG16 weights are not at {path} and could not be fetched ({error}). Put {url} there, or choose "
+            "loss/perceptual=encoder_features, which needs no download."
+        ) from error

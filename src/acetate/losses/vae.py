@@ -1,0 +1,73 @@
+"""The three views of an RGBA reconstruction (Wan-Alpha, section 3.2)."""
+
+from torch import Tensor, nn
+
+from acetate.alpha import harden, over
+from acetate.losses.perceptual import FeatureMaps
+from acetate.losses.terms import central_difference_l1, l1, sobel_l1
+
+EDGES = {"sobel": sobel_l1, "central_difference": central_difference_l1}
+SUPPORTS = ("target", "prediction")
+
+
+class VAELoss(nn.Module):
+    """For alpha, soft and hard render: L = w1 |x_hat - x|_1 + w2 perceptual + w3 |edge(x_hat) - edge(x)|_1.
+
+    The alpha view is the matte as a grey picture in [-1, 1], so that all three share a range. edge:
+    `sobel`, or `central_difference` of luma (released). hard_support: which alpha > eps decides what the hard
+    render of the prediction shows; the `prediction`'s own (released) turns noise opaque.
+    """
+
+    def __init__(
+        self,
+        *,
+        l1_weight: float,
+        perceptual_weight: float,
+        edge_weight: float,
+        perceptual: nn.Module | None,
+        edge: str,
+        hard_support: str,
+        eps: float,
+    ) -> None:
+        super().__init__()
+        if edge not in EDGES:
+            raise ValueError(f"loss.reconstruction.edge {edge!r}; known: {', '.join(EDGES)}.")
+        if hard_support not in SUPPORTS:
+            raise ValueError(f"loss.reconstruction.hard_support {hard_support!r}; known: {', '.join(SUPPORTS)}.")
+        if perceptual is None and perceptual_weight:
+            raise ValueError("loss.perceptual is null but its weight is not 0. Set loss.reconstruction.perceptual_weight=0.")
+        self.l1_weight, self.perceptual_weight, self.edge_weight = l1_weight, perceptual_weight, edge_weight
+        self.perceptual, self.edge = perceptual, EDGES[edge]
+        self.hard_support, self.eps = hard_support, eps
+
+    def views(
+        self, rgb_hat: Tensor, alpha_hat: Tensor, rgb: Tensor, alpha: Tensor, soft: Tensor, hard: Tensor
+    ) -> dict[str, tuple[Tensor, Tensor]]:
+        """name -> (prediction, target), each (B, 3, T, H, W); soft and hard are backgrounds (B, 3, 1, 1, 1)."""
+        support = harden(alpha, self.eps)
+        support_hat = support if self.hard_support == "target" else harden(alpha_hat, self.eps)
+        return {
+            "alpha": ((alpha_hat * 2 - 1).expand_as(rgb), (alpha * 2 - 1).expand_as(rgb)),
+            "soft": (over(rgb_hat, alpha_hat, soft), over(rgb, alpha, soft)),
+            "hard": (over(rgb_hat, support_hat, hard), over(rgb, support, hard)),
+        }
+
+    def forward(
+        self,
+        rgb_hat: Tensor,
+        alpha_hat: Tensor,
+        rgb: Tensor,
+        alpha: Tensor,
+        soft: Tensor,
+        hard: Tensor,
+        feature_maps: FeatureMaps,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Total and its weighted parts, `alpha/l1`, `soft/edge`, ..., which add up to it."""
+        parts: dict[str, Tensor] = {}
+        for name, (x_hat, x) in self.views(rgb_hat, alpha_hat, rgb, alpha, soft, hard).items():
+            parts[f"{name}/l1"] = self.l1_weight * l1(x_hat, x)
+            if self.perceptual is not None and self.perceptual_weight:
+                parts[f"{name}/perceptual"] = self.perceptual_weight * self.perceptual(x_hat, x, feature_maps)
+            if self.edge_weight:
+                parts[f"{name}/edge"] = self.edge_weight * self.edge(x_hat, x)
+        return sum(parts.values()), parts  # type: ignore[return-value]

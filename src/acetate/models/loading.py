@@ -1,0 +1,206 @@
+"""Wan's VAE, DiT and text encoder from a diffusers folder, a hub name, or the original files: one code path.
+
+A source is a folder (diffusers layout, or the original release's), a single file, or a hub name such as
+`Wan-AI/Wan2.1-T2V-1.3B-Diffusers`. Loading is strict: every missing, unused or misshapen tensor is an error.
+"""
+
+import hashlib
+import inspect
+import json
+import re
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from accelerate import init_empty_weights
+from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers, convert_wan_vae_to_diffusers
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from acetate.models.adapters import check_fit
+
+WAN_HEAD_DIM = 128
+M = TypeVar("M", bound=nn.Module)
+WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
+
+
+def load_vae(source: str, dtype: torch.dtype = torch.float32) -> AutoencoderKLWan:
+    """Wan2.1's VAE, or another of its architecture; geometry and normalisation come from its config.
+
+    Raises FileNotFoundError (no such source) and ValueError (weights that do not fit), naming the tensors.
+    """
+    path = _locate(source, "vae")
+    state = _read_state(path)
+    if any(name.startswith("encoder.downsamples.") for name in state):
+        config = _original_vae_config(state, path)
+        state = convert_wan_vae_to_diffusers(state)
+    else:
+        config = _read_config(path, AutoencoderKLWan)
+    with init_empty_weights():
+        vae = AutoencoderKLWan(**config)
+    return _assign(vae, state, path, dtype)
+
+
+def load_transformer(source: str, dtype: torch.dtype = torch.float32) -> WanTransformer3DModel:
+    """Wan2.1's DiT. Raises as `load_vae` does."""
+    path = _locate(source, "transformer")
+    state = _read_state(path)
+    state = {name.removeprefix("model.diffusion_model."): value for name, value in state.items()}
+    if "text_embedding.0.weight" in state:
+        config = _original_transformer_config(state, path)
+        state = convert_wan_transformer_to_diffusers(state)
+    else:
+        config = _read_config(path, WanTransformer3DModel)
+    with init_empty_weights():
+        transformer = WanTransformer3DModel(**config)
+    return _assign(transformer, state, path, dtype)
+
+
+def embed_prompt(prompt: str, source: str, length: int, cache: str) -> Tensor:
+    """(1, length, text_dim) fp32: UMT5's embedding, zeros after the last token, as Wan's DiT was trained.
+
+    Computed once per (source, prompt) and kept in the folder `cache`, so that UMT5-XXL is loaded once.
+    """
+    path = prompt_cache(prompt, source, length, cache)
+    if path.is_file():
+        return load_file(path)["embeds"]
+    from transformers import AutoTokenizer, UMT5EncoderModel  # seconds to import, and the cache often has it
+
+    tokenizer = AutoTokenizer.from_pretrained(_locate(source, "tokenizer"))
+    encoder = UMT5EncoderModel.from_pretrained(_locate(source, "text_encoder"), torch_dtype="auto")
+    tokens = tokenizer(prompt, return_tensors="pt")
+    count = tokens.input_ids.shape[1]
+    if count > length:
+        raise ValueError(f"A prompt of {count} tokens; this model reads {length}. Shorten: {prompt[:80]!r}...")
+    with torch.no_grad():
+        embeds = encoder(tokens.input_ids, tokens.attention_mask).last_hidden_state.float()
+    embeds = nn.functional.pad(embeds, (0, 0, 0, length - count))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    save_file({"embeds": embeds}, temporary, {"prompt": prompt, "text_encoder": source})
+    temporary.rename(path)
+    return embeds
+
+
+def prompt_cache(prompt: str, source: str, length: int, cache: str) -> Path:
+    name = hashlib.sha256(json.dumps([source, prompt, length]).encode()).hexdigest()[:32]
+    return Path(cache) / f"prompt-{name}.safetensors"
+
+
+def _locate(source: str, part: str) -> Path:
+    """The file or folder that holds `part` (vae, transformer, ...) of `source`."""
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return path / part if (path / part).is_dir() else path
+    if path.is_file():
+        return path
+    if path.is_absolute() or source.startswith(".") or source.count("/") != 1:
+        raise FileNotFoundError(
+            f"{source} does not exist. wan= sources are a diffusers folder, an original Wan file "
+            "(Wan2.1_VAE.pth, *.safetensors), or a hub name such as Wan-AI/Wan2.1-T2V-1.3B-Diffusers."
+        )
+    try:
+        folder = Path(snapshot_download(source, allow_patterns=[f"{part}/*"]))
+    except (OSError, HFValidationError) as error:
+        raise FileNotFoundError(
+            f"{source} is neither a local path nor could it be fetched from the hub ({type(error).__name__}). "
+            "Download it where there is a network and give its folder instead."
+        ) from error
+    if not (folder / part).is_dir():
+        raise FileNotFoundError(f"{source} has no folder {part}/; its diffusers version has (…-Diffusers).")
+    return folder / part
+
+
+def _read_state(path: Path) -> dict[str, Tensor]:
+    if path.is_file():
+        files = [path]
+    else:
+        files = sorted(path.glob("*.safetensors")) or sorted(path.glob("*.pth"))
+    if not files or files[0].suffix not in WEIGHT_SUFFIXES:
+        raise FileNotFoundError(f"{path} holds no weights ({', '.join(WEIGHT_SUFFIXES)}).")
+    state: dict[str, Tensor] = {}
+    for file in files:
+        try:
+            if file.suffix == ".safetensors":
+                state.update(load_file(file))
+            else:
+                state.update(torch.load(file, map_location="cpu", weights_only=True, mmap=True))
+        except (SafetensorError, RuntimeError, EOFError, OSError, ValueError) as error:
+            raise ValueError(
+                f"{file} cannot be read ({error}). It is truncated or no weight file: fetch it anew."
+            ) from error
+    return state
+
+
+def _read_config(path: Path, model: type[nn.Module]) -> dict:
+    file = (path if path.is_dir() else path.parent) / "config.json"
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} does not exist; weights in diffusers names need it beside them.")
+    known = inspect.signature(model.__init__).parameters
+    return {key: value for key, value in json.loads(file.read_text()).items() if key in known}
+
+
+def _original_vae_config(state: dict[str, Tensor], path: Path) -> dict:
+    """Shape of an original VAE read off its tensors; normalisation constants are Wan2.1's."""
+    dim = _shape(state, "encoder.conv1.weight", path)[0]
+    widths, halvings, blocks, last = [], [], 0, dim
+    index = 0
+    while any(name.startswith(f"encoder.downsamples.{index}.") for name in state):
+        prefix = f"encoder.downsamples.{index}"
+        if f"{prefix}.resample.1.weight" in state:
+            widths.append(last // dim)
+            halvings.append(f"{prefix}.time_conv.weight" in state)
+        else:
+            last = _shape(state, f"{prefix}.residual.2.weight", path)[0]
+            blocks += not halvings
+        index += 1
+    return {
+        "base_dim": dim,
+        "z_dim": _shape(state, "conv2.weight", path)[0],
+        "dim_mult": [*widths, last // dim],
+        "num_res_blocks": blocks,
+        "temperal_downsample": halvings,
+    }
+
+
+def _original_transformer_config(state: dict[str, Tensor], path: Path) -> dict:
+    """Shape of an original DiT read off its tensors. The number of heads leaves no trace there: an original
+    config.json beside the weights gives it, else heads are 128 wide, as in every Wan2.1."""
+    dim, channels, *patch = _shape(state, "patch_embedding.weight", path)
+    file = (path if path.is_dir() else path.parent) / "config.json"
+    stored = json.loads(file.read_text()) if file.is_file() else {}
+    heads = stored.get("num_heads", dim // WAN_HEAD_DIM)
+    if not heads or dim % heads:
+        raise ValueError(
+            f"{path}: width {dim} is no multiple of {WAN_HEAD_DIM}. Put a config.json with num_heads beside it."
+        )
+    blocks = {int(match[1]) for name in state if (match := re.match(r"blocks\.(\d+)\.", name))}
+    return {
+        "patch_size": tuple(patch),
+        "num_attention_heads": heads,
+        "attention_head_dim": dim // heads,
+        "in_channels": channels,
+        "out_channels": _shape(state, "head.head.weight", path)[0] // (patch[0] * patch[1] * patch[2]),
+        "text_dim": _shape(state, "text_embedding.0.weight", path)[1],
+        "freq_dim": _shape(state, "time_embedding.0.weight", path)[1],
+        "ffn_dim": _shape(state, "blocks.0.ffn.0.weight", path)[0],
+        "num_layers": len(blocks),
+        "cross_attn_norm": "blocks.0.norm3.weight" in state,
+        "eps": stored.get("eps", 1e-6),
+    }
+
+
+def _shape(state: dict[str, Tensor], name: str, path: Path) -> torch.Size:
+    if name not in state:
+        raise ValueError(f"{path} lacks {name}: not the original Wan2.1 weights, or a truncated file.")
+    return state[name].shape
+
+
+def _assign(model: M, state: dict[str, Tensor], path: Path, dtype: torch.dtype) -> M:
+    check_fit(dict(model.state_dict()), state, str(path))
+    model.load_state_dict({name: value.to(dtype) for name, value in state.items()}, assign=True)
+    return model.eval().requires_grad_(False)

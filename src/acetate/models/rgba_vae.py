@@ -1,0 +1,81 @@
+"""RGBA-VAE: Wan's frozen encoder seen twice, a merge block, and Wan's decoder twice with LoRA."""
+
+import copy
+
+import torch
+from diffusers import AutoencoderKLWan
+from torch import Tensor, nn
+
+from acetate.models.adapters import add_lora
+from acetate.models.merge import FeatureMerge
+from acetate.models.wan import Geometry, WanDecoder, WanEncoder, WanHead
+
+
+class RGBAVAE(nn.Module):
+    """Colour and alpha in Wan's latent space (Wan-Alpha, section 3.1).
+
+    merge_init: `residual` (raw = Wan's own latents of rgb + merge, merge starts at zero) or `scratch`.
+    average_alpha: alpha is the mean of its decoder's three channels; False keeps all three (released code).
+    checkpointing: recompute decoder stages in the backward pass. chunk: latent frames at a time for clips too
+    long to run whole; None runs them whole. frozen_dtype: of all that does not train.
+    """
+
+    def __init__(
+        self,
+        *,
+        vae: AutoencoderKLWan,
+        merge_init: str,
+        lora_rank: int,
+        lora_alpha: float,
+        average_alpha: bool = True,
+        checkpointing: bool = False,
+        chunk: int | None = None,
+        frozen_dtype: str = "float32",
+    ) -> None:
+        super().__init__()
+        self.geometry = Geometry.of(vae)
+        self.merge_init, self.average_alpha, self.chunk = merge_init, average_alpha, chunk
+        vae.requires_grad_(False)
+        self.encoder, self.head = WanEncoder(vae), WanHead(vae)
+        features = vae.encoder.norm_out.gamma.shape[0]
+        self.merge = FeatureMerge(features, self.geometry.channels, merge_init)
+        self.decoder_rgb = WanDecoder(copy.deepcopy(vae), checkpointing)
+        self.decoder_alpha = WanDecoder(copy.deepcopy(vae), checkpointing)
+        for decoder in (self.decoder_rgb, self.decoder_alpha):
+            add_lora(decoder.net, lora_rank, lora_alpha)
+        for parameter in self.parameters():
+            if not parameter.requires_grad:
+                parameter.data = parameter.data.to(getattr(torch, frozen_dtype))
+        shape = (1, -1, 1, 1, 1)
+        self.register_buffer("mean", torch.tensor(self.geometry.mean).view(shape), persistent=False)
+        self.register_buffer("std", torch.tensor(self.geometry.std).view(shape), persistent=False)
+
+    def encode(self, rgb: Tensor, alpha: Tensor) -> Tensor:
+        """Raw latents (B, 16, F, h, w).
+
+        rgb (B, 3, T, H, W) in [-1, 1] already hard-rendered over a background; alpha (B, 1, T, H, W) in [0, 1].
+        """
+        dtype = self.encoder.net.conv_in.weight.dtype
+        matte = (alpha * 2 - 1).expand_as(rgb)
+        with torch.no_grad():  # frozen, and its input is data
+            both = self.encoder(torch.cat([rgb, matte]).to(dtype), self.chunk)
+            rgb_features, alpha_features = both.chunk(2)
+            wan_latents = self.head(rgb_features)[0] if self.merge_init == "residual" else None
+        merged = self.merge(rgb_features.to(self.mean.dtype), alpha_features.to(self.mean.dtype))
+        return merged if wan_latents is None else wan_latents + merged
+
+    def decode(self, raw: Tensor) -> tuple[Tensor, Tensor]:
+        """rgb_hat (B, 3, T, H, W) about [-1, 1] and alpha_hat (B, 1, T, H, W) about [0, 1]; neither is clamped."""
+        raw = raw.to(self.decoder_rgb.post_quant_conv.weight.dtype)
+        rgb_hat = self.decoder_rgb(raw, self.chunk).to(self.mean.dtype)
+        matte = self.decoder_alpha(raw, self.chunk).to(self.mean.dtype)
+        if self.average_alpha:
+            matte = matte.mean(1, keepdim=True)
+        return rgb_hat, (matte + 1) / 2
+
+    def normalise(self, raw: Tensor) -> Tensor:
+        """What the DiT sees: (raw - mean) / std per channel, with the base VAE's constants."""
+        return (raw - self.mean) / self.std
+
+    def denormalise(self, normalised: Tensor) -> Tensor:
+        return normalised * self.std + self.mean

@@ -1,0 +1,173 @@
+"""RGBA-VAE training: merge block and decoder LoRA on a frozen Wan2.1 VAE (method of Wan-Alpha, section 3)."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from lightning import LightningModule
+from torch import Tensor
+
+from acetate import alpha as compositing
+from acetate.draws import ClipDraws
+from acetate.losses.diffusion import DiffusionLoss
+from acetate.losses.vae import VAELoss
+from acetate.metrics.alpha import AlphaQuality
+from acetate.metrics.rgb import CompositeQuality
+from acetate.models.adapters import load_trainable, trainable_state
+from acetate.models.dit import VelocityField, check_latent_grid
+from acetate.models.rgba_vae import RGBAVAE
+from acetate.regions import check_clip_shape
+from acetate.tasks.optim import adamw_with_warmup
+
+
+class Draw(NamedTuple):
+    """What chance decides for a batch: three backgrounds (B, 3, 1, 1, 1), flow noise, step ids (B,)."""
+
+    encoder: Tensor
+    soft: Tensor
+    hard: Tensor
+    noise: Tensor
+    step_ids: Tensor
+
+
+class RGBAVAETask(LightningModule):
+    """build_vae and build_judge make the RGBAVAE and the frozen VelocityField; the judge only where it is used.
+
+    background_per: one palette colour per `clip` and use, or per `batch` (released). moment_weight: of the
+    penalty that holds the normalised latents' per-channel mean at 0 and variance at 1, the base's own.
+    trainable_dtype: master precision of what trains. lpips: measure it in validation (needs VGG16 weights).
+    """
+
+    def __init__(
+        self,
+        *,
+        build_vae: Callable[[], RGBAVAE],
+        build_judge: Callable[[], VelocityField],
+        loss: VAELoss,
+        diffusion: DiffusionLoss,
+        lr: float,
+        warmup_steps: int,
+        weight_decay: float,
+        moment_weight: float,
+        background_per: str,
+        trainable_dtype: str,
+        lpips: bool,
+        seed: int,
+        decay_steps: int | None = None,
+    ) -> None:
+        super().__init__()
+        if background_per not in ("clip", "batch"):
+            raise ValueError(f"task.background_per {background_per!r}; known: clip, batch.")
+        self.build_vae, self.build_judge = build_vae, build_judge
+        self.loss, self.diffusion = loss, diffusion
+        self.lr, self.warmup_steps, self.decay_steps = lr, warmup_steps, decay_steps
+        self.weight_decay, self.moment_weight = weight_decay, moment_weight
+        self.background_per = background_per
+        self.trainable_dtype = getattr(torch, trainable_dtype)
+        self.lpips, self.seed = lpips, seed
+        self.vae: RGBAVAE | None = None
+        self.judge: VelocityField | None = None
+        self.strict_loading = False  # the frozen base is not in checkpoints; see on_load_checkpoint
+
+    def configure_model(self) -> None:
+        if self.vae is not None:
+            return
+        self.vae = self.build_vae()
+        for parameter in trainable_state(self.vae).values():
+            parameter.data = parameter.data.to(self.trainable_dtype)
+        if self.diffusion.mode != "off":
+            self.judge = self.build_judge()
+        geometry = self.vae.geometry
+        self.composite_quality = CompositeQuality(lpips=self.lpips)
+        self.alpha_quality = AlphaQuality(time_stride=geometry.time_stride, space_stride=geometry.space_stride)
+
+    def draw(self, batch: dict[str, Any], *parts: object) -> Draw:
+        """The same for the same parts and clip keys."""
+        draws = ClipDraws(batch["key"], self.seed, *parts, device=batch["alpha"].device)
+        colors = [draws.integers(8) for _ in range(3)]
+        if self.background_per == "batch":
+            colors = [c[:1].expand_as(c) for c in colors]
+        noise = draws.normal(self.vae.geometry.latent_shape(*batch["alpha"].shape[2:]))
+        return Draw(*map(compositing.palette_colors, colors), noise, draws.integers(len(self.diffusion.sigmas)))
+
+    def step(self, batch: dict[str, Any], draw: Draw) -> tuple[Tensor, dict[str, Tensor], Tensor, Tensor, Tensor]:
+        """loss, its parts, rgb_hat, alpha_hat and the normalised latents."""
+        rgb, alpha, vae = batch["rgb"], batch["alpha"], self.vae
+        self.check_shape(alpha)
+        support = compositing.harden(alpha, self.loss.eps)
+        raw = vae.encode(compositing.over(rgb, support, draw.encoder), alpha)
+        rgb_hat, alpha_hat = vae.decode(raw)
+        loss, parts = self.loss(rgb_hat, alpha_hat, rgb, alpha, draw.soft, draw.hard, vae.encoder.feature_maps)
+        latents = vae.normalise(raw)
+        if self.judge is not None:
+            parts["diffusion"] = self.diffusion(
+                raw if self.diffusion.latents == "raw" else latents,
+                alpha,
+                draw.noise,
+                draw.step_ids,
+                self.judge,
+                vae.geometry.time_stride,
+                vae.geometry.space_stride,
+            )
+            loss = loss + parts["diffusion"]
+        if self.moment_weight:
+            mean, variance = latents.mean((0, 2, 3, 4)), latents.var((0, 2, 3, 4))
+            parts["moments"] = self.moment_weight * (mean**2 + (variance - 1) ** 2).mean()
+            loss = loss + parts["moments"]
+        return loss, parts, rgb_hat, alpha_hat, latents
+
+    def check_shape(self, alpha: Tensor) -> None:
+        """Raises ValueError for a clip that the VAE, or the judge, cannot take."""
+        geometry = self.vae.geometry
+        check_clip_shape(*alpha.shape[2:], geometry.time_stride, geometry.space_stride)
+        if self.judge is not None:
+            check_latent_grid(self.judge.transformer, *alpha.shape[3:], geometry.space_stride)
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
+        draw = self.draw(batch, "train", self.global_step)
+        loss, parts, _, _, latents = self.step(batch, draw)
+        size = len(batch["key"])
+        self.log("train/loss", loss.detach(), prog_bar=True, batch_size=size)
+        self.log_dict({f"train/{name}": value.detach() for name, value in parts.items()}, batch_size=size)
+        self.log_latents(latents.detach(), size)
+        return {"loss": loss, "parts": parts}
+
+    def log_latents(self, latents: Tensor, size: int) -> None:
+        """Mean and standard deviation in the base's normalised space, where the DiT expects 0 and 1."""
+        if self.global_step % self.trainer.log_every_n_steps:
+            return
+        means, stds = latents.mean((0, 2, 3, 4)), latents.std((0, 2, 3, 4))
+        self.log_dict({"latents/mean": latents.mean(), "latents/std": latents.std()}, batch_size=size)
+        for channel, (mean, std) in enumerate(zip(means, stds, strict=True)):
+            self.log_dict({f"latents/mean_{channel:02}": mean, f"latents/std_{channel:02}": std}, batch_size=size)
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
+        """Fixed colours, noise and timesteps: a function of the clip's key."""
+        loss, parts, rgb_hat, alpha_hat, _ = self.step(batch, self.draw(batch, "val"))
+        self.composite_quality.update(rgb_hat, alpha_hat, batch["rgb"], batch["alpha"])
+        self.alpha_quality.update(alpha_hat, batch["alpha"])
+        values = {f"val/{name}": value for name, value in parts.items()}
+        self.log_dict({"val/loss": loss, **values}, batch_size=len(batch["key"]), sync_dist=True)
+        return {"loss": loss, "rgb_hat": rgb_hat, "alpha_hat": alpha_hat}
+
+    def on_validation_epoch_end(self) -> None:
+        for name, metric in (("rgb", self.composite_quality), ("alpha", self.alpha_quality)):
+            self.log_dict({f"val/{name}/{key}": value for key, value in metric.compute().items()})
+            metric.reset()
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        return adamw_with_warmup(
+            self.vae.parameters(),
+            lr=self.lr,
+            warmup_steps=self.warmup_steps,
+            decay_steps=self.decay_steps,
+            weight_decay=self.weight_decay,
+        )
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Only what trains; never the frozen base, the judge or a loss network."""
+        trained = trainable_state(self)
+        checkpoint["state_dict"] = {name: value for name, value in checkpoint["state_dict"].items() if name in trained}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        load_trainable(self, checkpoint["state_dict"], "This checkpoint")

@@ -1,0 +1,67 @@
+import pytest
+import torch
+from torch.testing import assert_close
+
+from acetate import flow
+from acetate.losses.diffusion import DiffusionLoss
+
+
+@pytest.fixture
+def levels(golden):
+    metadata = golden("flow_matching").metadata
+    return flow.schedule(metadata["num_train_timesteps"], metadata["shift"])
+
+
+def test_schedule(golden, levels):
+    file = golden("flow_matching")
+    assert_close(levels.sigmas, file["sigmas"], rtol=1e-6, atol=0)
+    assert_close(levels.timesteps, file["timesteps"], rtol=0, atol=1e-4)
+    assert_close(levels.weights, file["training_weights"], rtol=0, atol=1e-5)
+
+
+def test_interpolate_and_velocity(golden, levels):
+    file = golden("flow_matching")
+    latents, noise = file["latents"], file["noise"]
+    assert_close(flow.velocity(latents, noise), file["target"], rtol=1e-6, atol=1e-6)
+    for step in file.metadata["ids"]:
+        sigma = levels.sigmas[[step]].expand(len(latents))
+        assert_close(flow.interpolate(latents, noise, sigma), file[f"add_noise/{step}"], rtol=1e-6, atol=1e-6)
+
+
+def upstream_loss(file, timestep_dtype="float32"):
+    return DiffusionLoss(
+        mode="upstream",
+        weight=1.0,
+        margin=1.0,
+        latents="raw",
+        timestep_per="batch",
+        timestep_dtype=timestep_dtype,
+        timestep_weight=True,
+        eps=0.0,
+        steps=file.metadata["num_train_timesteps"],
+        shift=file.metadata["shift"],
+    )
+
+
+def test_bfloat16_timesteps(golden):
+    file = golden("flow_matching")
+    ids = torch.arange(file.metadata["num_train_timesteps"])
+    loss = upstream_loss(file, "bfloat16")
+    loss.timestep_per = "clip"
+    assert_close(loss.step_ids(ids), file["bf16/effective_id"].long())
+    assert loss.step_ids(ids).unique().numel() == file.metadata["bf16_distinct_ids"]
+
+
+def test_upstream_loss_and_gradient(golden, monkeypatch):
+    """The released clamp(weight * squared error * mask, 0, 1).mean(), with its map given."""
+    file = golden("flow_matching")
+    monkeypatch.setattr("acetate.regions.upstream_mask", lambda *_: file["rgb_mask"])
+    loss = upstream_loss(file)
+    for step in file.metadata["ids"]:
+        prediction = file["prediction"].clone().requires_grad_()
+        ids = torch.full((len(prediction),), step)
+        value = loss(file["latents"], file["rgb_mask"], file["noise"], ids, lambda *_, p=prediction: p, 4, 8)
+        (gradient,) = torch.autograd.grad(value, prediction)
+        assert_close(value, file[f"vae_loss/{step}"].squeeze(), rtol=1e-5, atol=1e-7)
+        expected = file[f"vae_loss_grad/{step}"]
+        assert_close(gradient, expected, rtol=0, atol=1e-4 * expected.abs().max().item())

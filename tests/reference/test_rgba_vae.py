@@ -1,0 +1,141 @@
+"""The RGBA-VAE and the whole released training step, through the real task under reproduce=upstream."""
+
+import json
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
+from safetensors.torch import save_file
+from torch.testing import assert_close
+
+from acetate.alpha import harden, over, palette_colors
+from acetate.export import trainable_from_wan_alpha
+from acetate.losses.diffusion import DiffusionLoss
+from acetate.models.adapters import load_trainable, trainable_state
+from acetate.models.loading import prompt_cache
+from acetate.tasks.vae import Draw
+from tests.paths import ROOT
+
+
+@pytest.fixture
+def task(golden, tmp_path):
+    """The task as `train.py experiment=vae_rgba reproduce=upstream` builds it, on the golden weights' own files."""
+    torch.save(golden("wan_vae").under("weights"), tmp_path / "Wan2.1_VAE.pth")
+    dit, rgba = golden("dit"), golden("rgba_vae")
+    (tmp_path / "dit").mkdir()
+    save_file(dit.under("weights"), tmp_path / "dit/diffusion_pytorch_model.safetensors")
+    (tmp_path / "dit/config.json").write_text(json.dumps({key: dit.metadata[key] for key in ("num_heads", "eps")}))
+    save_file(golden("recon_losses").under("weights"), tmp_path / "vgg16.safetensors")
+    context = golden("vae_training_step")["context"]
+    cache = prompt_cache("", "text", context.shape[1], str(tmp_path))
+    save_file({"embeds": context.contiguous()}, cache)
+    overrides = [
+        "experiment=vae_rgba",
+        "reproduce=upstream",
+        f"paths.root={ROOT}",
+        f"paths.cache={tmp_path}",
+        f"wan.vae={tmp_path}/Wan2.1_VAE.pth",
+        f"wan.transformer={tmp_path}/dit",
+        "wan.text_encoder=text",
+        f"wan.prompt_length={context.shape[1]}",
+        "wan.dtype=float32",
+        f"loss.perceptual.weights={tmp_path}/vgg16.safetensors",
+        f"model.lora_rank={rgba.metadata['lora_rank']}",
+        f"model.lora_alpha={rgba.metadata['lora_alpha']}",
+        "loss.diffusion.timestep_dtype=float32",  # the golden step was run without rounding its timestep
+    ]
+    with initialize_config_dir(str(ROOT / "conf"), version_base=None):
+        task = instantiate(compose("config", overrides).task)
+    task.configure_model()
+    load_trainable(task.vae, trainable_from_wan_alpha(rgba.under("weights")), "rgba_vae.safetensors")
+    return task
+
+
+def inputs(golden):
+    file = golden("rgba_vae")
+    return file["video_fgr"], (file["video_pha"] + 1) / 2
+
+
+def test_encoder_input(golden):
+    file = golden("rgba_vae")
+    rgb, alpha = inputs(golden)
+    background = palette_colors(torch.full((len(rgb),), file.metadata["background_index"]))
+    assert_close(over(rgb, harden(alpha), background), file["encoder_input"], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("chunk", [None, 1])
+def test_encode_and_decode(golden, task, chunk):
+    file, vae = golden("rgba_vae"), task.vae
+    _, alpha = inputs(golden)
+    vae.chunk = chunk
+    with torch.no_grad():
+        features = vae.encoder(torch.cat([file["encoder_input"], (alpha * 2 - 1).expand(-1, 3, -1, -1, -1)]), chunk)
+        raw = vae.encode(file["encoder_input"], alpha)
+        rgb_hat, alpha_hat = vae.decode(file["latents_raw"])
+    expected = torch.cat([file["features_fgr"], file["features_pha"]])
+    assert_close(features, expected, rtol=0, atol=1e-4)
+    assert_close(raw, file["latents_raw"], rtol=0, atol=3e-5)
+    assert_close(vae.normalise(raw), file["infer/latents_normalised"], rtol=0, atol=3e-5)
+    assert_close(vae.denormalise(vae.normalise(raw)), raw, rtol=0, atol=3e-5)
+    assert_close(rgb_hat, file["decoded_fgr"], rtol=0, atol=1e-4)
+    assert_close(alpha_hat * 2 - 1, file["decoded_pha"], rtol=0, atol=1e-4)
+    assert_close(rgb_hat[:1].clamp(-1, 1), file["infer/decoded_fgr"], rtol=0, atol=1e-4)
+
+
+def test_merged_weights(golden, task):
+    """What the parametrised convolutions run with is what the released inference merges."""
+    file = golden("rgba_vae")
+    for key, expected in file.under("merged").items():
+        probe = trainable_from_wan_alpha({f"{key.removesuffix('.weight')}.lora_A.default.weight": torch.empty(0)})
+        (name,) = probe
+        conv = task.vae.get_submodule(name.split(".parametrizations")[0])
+        assert_close(conv.weight, expected, rtol=0, atol=1e-6)
+
+
+def test_whole_training_step(golden, task, monkeypatch):
+    file = golden("vae_training_step")
+    rgb, alpha = inputs(golden)
+    count = len(rgb)
+
+    def background(name):
+        return palette_colors(torch.full((count,), file.metadata[f"{name}_background"][0]))
+
+    seen = {}
+    forward = DiffusionLoss.forward
+
+    def spy(self, latents, alpha, noise, ids, velocity_field, *strides):
+        def recorded(x_t, timestep):
+            seen["x_t"], seen["timestep"] = x_t, timestep
+            seen["prediction"] = velocity_field(x_t, timestep)
+            return seen["prediction"]
+
+        return forward(self, latents, alpha, noise, ids, recorded, *strides)
+
+    monkeypatch.setattr(DiffusionLoss, "forward", spy)
+    ids = torch.full((count,), file.metadata["timestep_id"])
+    draw = Draw(background("encoder"), background("soft"), background("hard"), file["noise"], ids)
+    loss, parts, *_ = task.step({"rgb": rgb, "alpha": alpha, "key": list("ab")}, draw)
+    loss.backward()
+
+    logged = file.metadata["logged"]
+    views = {"alpha": "pha", "soft": "fgr_soft", "hard": "fgr_hard"}
+    terms = {"l1": "l1", "perceptual": "per", "edge": "sobel"}
+    for view, their_view in views.items():
+        for term, their_term in terms.items():
+            expected = logged[f"loss_{their_term}_{their_view}"]
+            assert parts[f"{view}/{term}"].item() == pytest.approx(expected, rel=1e-5), (view, term)
+    assert parts["diffusion"].item() == pytest.approx(logged["loss_t2v"], rel=1e-5)
+    assert loss.item() == pytest.approx(logged["total_loss"], rel=1e-5)
+    assert_close(seen["x_t"], file["noisy_latents"], rtol=0, atol=3e-5)
+    assert_close(seen["timestep"], file["timestep"].expand(count), rtol=0, atol=1e-4)
+    assert_close(seen["prediction"], file["dit_prediction"], rtol=0, atol=1e-4)
+
+    parameters = trainable_state(task.vae)
+    for key, expected in file.under("grad").items():
+        ((name, like),) = trainable_from_wan_alpha({key: expected}).items()
+        assert_close(parameters[name].grad, like, rtol=0, atol=1e-4 * expected.abs().max().item(), msg=key)
+    for key, norm in file.metadata["grad_norms"].items():
+        (name,) = trainable_from_wan_alpha({key: torch.empty(1, 1)})
+        assert parameters[name].grad.norm().item() == pytest.approx(norm, rel=1e-3), key
+    assert len(parameters) == len(file.metadata["grad_norms"])
