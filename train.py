@@ -7,17 +7,7 @@ import lightning
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-import acetate.commands  # noqa: F401  (registers the resolvers that conf/ uses)
-
-
-def checkpoint_to_resume(resume: str | None, outputs: Path) -> str | None:
-    """A checkpoint path as it is; `last` is the newest last.ckpt below `outputs`."""
-    if resume != "last":
-        return resume
-    found = sorted(outputs.glob("**/last.ckpt"), key=lambda path: path.stat().st_mtime)
-    if not found:
-        raise FileNotFoundError(f"resume=last: no last.ckpt below {outputs}. Leave out resume to start anew.")
-    return str(found[-1])
+from acetate.commands.checkpoint import checkpoint_to_resume
 
 
 @hydra.main(version_base=None, config_path="conf", config_name="config")
@@ -28,7 +18,7 @@ def main(config: DictConfig) -> float | None:
     data = instantiate(config.data)
     callbacks = list(instantiate(config.callbacks).values())
     trainer = instantiate(config.trainer, callbacks=callbacks, logger=instantiate(config.logger))
-    trainer.fit(task, data, ckpt_path=checkpoint)
+    trainer.fit(task, data, ckpt_path=checkpoint, weights_only=True)
     if config.objective is not None:
         return float(trainer.callback_metrics[config.objective])
 

@@ -28,6 +28,7 @@ from acetate.video_io import (
     sequence_files,
 )
 
+CONF = str(Path(__file__).parents[1] / "conf")
 MEDIA = IMAGES + OPAQUE_IMAGES + VIDEOS
 # What tells one form of a clip from another; the rest is the clip's name.
 FORM = re.compile(r"^variant_|[_\-.](fgr|pha|seq|rgba|prores\w*|vp[89]\w*|ffv1)$", re.IGNORECASE)
@@ -266,7 +267,7 @@ def print_bad(console: Console, bad: dict[str, str]) -> None:
         console.print(f"[red]skipped[/] {key}: {reason}", highlight=False, soft_wrap=True)
 
 
-@hydra.main(version_base=None, config_path="../conf", config_name="prep/ingest")
+@hydra.main(version_base=None, config_path=CONF, config_name="prep/ingest")
 def main(cfg: DictConfig) -> None:
     out = Path(cfg.out)
     clips, bad = ingest(source=Path(cfg.source), out=out, bad_clip_budget=cfg.bad_clip_budget)

@@ -32,6 +32,7 @@ from acetate.data.transforms import resize, to_float
 from acetate.video_io import MediaError, RGBAClip, read_packed, read_pair, read_rgba
 from data_prep.ingest import Found, check_budget, print_bad
 
+CONF = str(Path(__file__).parents[1] / "conf")
 Frames = NDArray[np.uint8]
 
 
@@ -52,8 +53,9 @@ class Settings:
             raise ValueError(f"premultiplied={self.premultiplied}; choose auto, true or false")
         if not 0 <= self.snap_low < self.snap_high <= 255:
             raise ValueError(f"snap_low={self.snap_low}, snap_high={self.snap_high}; 0 <= low < high <= 255")
-        for name, value in (("min_alpha", self.min_alpha), ("max_frames", self.max_frames)):
-            if value < 1:
+        for name in ("min_alpha", "max_side", "max_frames"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
                 raise ValueError(f"{name}={value}; must be at least 1")
 
 
@@ -232,7 +234,7 @@ def limit_side(frames: Frames, max_side: int) -> Frames:
     return torch.cat(small, dim=1).permute(1, 2, 3, 0).contiguous().numpy()
 
 
-@hydra.main(version_base=None, config_path="../conf", config_name="prep/shard")
+@hydra.main(version_base=None, config_path=CONF, config_name="prep/shard")
 def main(cfg: DictConfig) -> None:
     manifest = Path(cfg.manifest)
     result = shard(

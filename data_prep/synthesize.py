@@ -22,6 +22,8 @@ from acetate.data.shards import (
     stable_hash,
 )
 
+CONF = str(Path(__file__).parents[1] / "conf")
+
 
 def synthesize(
     *,
@@ -84,7 +86,7 @@ def to_uint8(clip: synthetic.SyntheticClip) -> NDArray[np.uint8]:
     return (frames * 255).round().to(torch.uint8).numpy()
 
 
-@hydra.main(version_base=None, config_path="../conf", config_name="prep/synthesize")
+@hydra.main(version_base=None, config_path=CONF, config_name="prep/synthesize")
 def main(cfg: DictConfig) -> None:
     # Sums over threads round differently from machine to machine; small pictures gain nothing from them.
     torch.set_num_threads(1)

@@ -6,9 +6,7 @@ from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
 from torch import Tensor
 
 DECODERS = {"vae_fgr": "decoder_rgb", "vae_pha": "decoder_alpha"}
-LORA_KEY = re.compile(
-    r"(vae_fgr|vae_pha)\.decoder\.(?P<path>.+?)(\.conv3D)?\.lora_(?P<matrix>[AB])(\.\w+)?\.weight"
-)
+LORA_KEY = re.compile(r"(vae_fgr|vae_pha)\.decoder\.(?P<path>.+?)(\.conv3D)?\.lora_(?P<matrix>[AB])(\.\w+)?\.weight")
 RESIDUAL_PARTS = {"0": "norm1", "2": "conv1", "3": "norm2", "6": "conv2"}
 
 

@@ -1,5 +1,7 @@
 """Programs: thin Hydra mains. This is where a DictConfig becomes plain arguments."""
 
+import os
+
 import torch
 from omegaconf import OmegaConf
 
@@ -10,3 +12,5 @@ def _on_gpu(gpu: str, cpu: str) -> str:
 
 # ${on_gpu:A,B} in conf/: A where there is a CUDA device, else B
 OmegaConf.register_new_resolver("on_gpu", _on_gpu, replace=True)
+# ${not_set:NAME}: whether the environment lacks NAME
+OmegaConf.register_new_resolver("not_set", lambda name: not os.environ.get(name), replace=True)

@@ -146,6 +146,7 @@ class ShardWriter:
         if kind is None:
             self.close()
         elif self.tar is not None:
+            self.tar.close()
             self.stream.close()
 
     def __contains__(self, key: str) -> bool:
@@ -331,7 +332,7 @@ def decode_png(data: bytes, name: str) -> NDArray[np.uint8]:
         image = Image.open(io.BytesIO(data))
         if image.mode != "RGBA":
             raise MediaError(f"{name}: mode {image.mode}; a still needs an alpha channel (RGBA)")
-        return np.asarray(image)[None]
+        return np.array(image)[None]
     except (OSError, SyntaxError) as error:
         raise MediaError(f"{name}: cannot be decoded ({error})") from error
 

@@ -35,7 +35,9 @@ class VAELoss(nn.Module):
         if hard_support not in SUPPORTS:
             raise ValueError(f"loss.reconstruction.hard_support {hard_support!r}; known: {', '.join(SUPPORTS)}.")
         if perceptual is None and perceptual_weight:
-            raise ValueError("loss.perceptual is null but its weight is not 0. Set loss.reconstruction.perceptual_weight=0.")
+            raise ValueError(
+                "loss.perceptual is null but its weight is not 0. Set loss.reconstruction.perceptual_weight=0."
+            )
         self.l1_weight, self.perceptual_weight, self.edge_weight = l1_weight, perceptual_weight, edge_weight
         self.perceptual, self.edge = perceptual, EDGES[edge]
         self.hard_support, self.eps = hard_support, eps

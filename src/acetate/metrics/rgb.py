@@ -118,10 +118,10 @@ class _FrameQuality(Metric):
 
 
 class RGBQuality(_FrameQuality):
-    """PSNR and SSIM of plain rgb video."""
+    """PSNR, SSIM and, where asked for, LPIPS of plain rgb video."""
 
-    def __init__(self):
-        super().__init__(lpips=False)
+    def __init__(self, lpips: bool = False):
+        super().__init__(lpips=lpips)
 
     def update(self, rgb_hat: Tensor, rgb: Tensor) -> None:
         with torch.autocast(rgb.device.type, enabled=False):  # SSIM's variances vanish in bfloat16

@@ -194,6 +194,15 @@ def _original_transformer_config(state: dict[str, Tensor], path: Path) -> dict:
     }
 
 
+def weights_sha256(model: nn.Module) -> str:
+    """Of all tensors in fp32, by name: the same for every layout and precision that holds the same numbers."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
 def _shape(state: dict[str, Tensor], name: str, path: Path) -> torch.Size:
     if name not in state:
         raise ValueError(f"{path} lacks {name}: not the original Wan2.1 weights, or a truncated file.")
@@ -203,4 +212,5 @@ def _shape(state: dict[str, Tensor], name: str, path: Path) -> torch.Size:
 def _assign(model: M, state: dict[str, Tensor], path: Path, dtype: torch.dtype) -> M:
     check_fit(dict(model.state_dict()), state, str(path))
     model.load_state_dict({name: value.to(dtype) for name, value in state.items()}, assign=True)
+    model.register_to_config(_name_or_path=str(path))  # pyright: ignore[reportCallIssue]
     return model.eval().requires_grad_(False)

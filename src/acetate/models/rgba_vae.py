@@ -7,6 +7,7 @@ from diffusers import AutoencoderKLWan
 from torch import Tensor, nn
 
 from acetate.models.adapters import add_lora
+from acetate.models.loading import weights_sha256
 from acetate.models.merge import FeatureMerge
 from acetate.models.wan import Geometry, WanDecoder, WanEncoder, WanHead
 
@@ -34,6 +35,8 @@ class RGBAVAE(nn.Module):
     ) -> None:
         super().__init__()
         self.geometry = Geometry.of(vae)
+        self.source, self.base_sha256 = vae.config.get("_name_or_path", ""), weights_sha256(vae)
+        self.lora_rank, self.lora_alpha = lora_rank, lora_alpha
         self.merge_init, self.average_alpha, self.chunk = merge_init, average_alpha, chunk
         vae.requires_grad_(False)
         self.encoder, self.head = WanEncoder(vae), WanHead(vae)

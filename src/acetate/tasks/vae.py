@@ -1,9 +1,11 @@
 """RGBA-VAE training: merge block and decoder LoRA on a frozen Wan2.1 VAE (method of Wan-Alpha, section 3)."""
 
+import json
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+from diffusers import AutoencoderKLWan
 from lightning import LightningModule
 from torch import Tensor
 
@@ -12,12 +14,15 @@ from acetate.draws import ClipDraws
 from acetate.losses.diffusion import DiffusionLoss
 from acetate.losses.vae import VAELoss
 from acetate.metrics.alpha import AlphaQuality
-from acetate.metrics.rgb import CompositeQuality
+from acetate.metrics.rgb import CompositeQuality, RGBQuality
 from acetate.models.adapters import load_trainable, trainable_state
 from acetate.models.dit import VelocityField, check_latent_grid
 from acetate.models.rgba_vae import RGBAVAE
+from acetate.models.wan import Geometry, WanDecoder, WanEncoder, WanHead
 from acetate.regions import check_clip_shape
 from acetate.tasks.optim import adamw_with_warmup
+
+ADAPTER_SCHEMA = 1
 
 
 class Draw(NamedTuple):
@@ -164,6 +169,22 @@ class RGBAVAETask(LightningModule):
             weight_decay=self.weight_decay,
         )
 
+    def adapter_metadata(self) -> dict[str, str]:
+        """What a reader needs to build the model that the trained tensors belong to."""
+        vae = self.vae
+        facts = {
+            "schema": ADAPTER_SCHEMA,
+            "kind": "rgba_vae",
+            "base": vae.source,
+            "base_sha256": vae.base_sha256,
+            "merge_init": vae.merge_init,
+            "lora_rank": vae.lora_rank,
+            "lora_alpha": vae.lora_alpha,
+            "average_alpha": vae.average_alpha,
+            "eps": self.loss.eps,
+        }
+        return {name: json.dumps(value) for name, value in facts.items()}
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Only what trains; never the frozen base, the judge or a loss network."""
         trained = trainable_state(self)
@@ -171,3 +192,39 @@ class RGBAVAETask(LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         load_trainable(self, checkpoint["state_dict"], "This checkpoint")
+
+
+class PlainVAETask(LightningModule):
+    """The frozen base VAE on the same clips as plain RGB: what its latents can hold, the ceiling of an RGBA-VAE.
+
+    Each composite over the 8 palette colours goes through the base by itself, and so does alpha as a grey picture.
+    """
+
+    def __init__(self, *, vae: AutoencoderKLWan, lpips: bool) -> None:
+        super().__init__()
+        self.geometry = Geometry.of(vae)
+        self.encoder, self.head, self.decoder = WanEncoder(vae), WanHead(vae), WanDecoder(vae)
+        self.requires_grad_(False)
+        self.rgb_quality = RGBQuality(lpips=lpips)
+        self.alpha_quality = AlphaQuality(
+            time_stride=self.geometry.time_stride, space_stride=self.geometry.space_stride
+        )
+
+    def forward(self, video: Tensor) -> Tensor:
+        """(B, 3, T, H, W) in [-1, 1] -> its reconstruction, unclamped."""
+        dtype = self.head.norm_out.gamma.dtype
+        return self.decoder(self.head(self.encoder(video.to(dtype)))[0]).to(video.dtype)
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        rgb, alpha = batch["rgb"], batch["alpha"]
+        for index in range(len(compositing.PALETTE)):
+            color = compositing.palette_colors(torch.full((len(rgb),), index, device=rgb.device))
+            composite = compositing.over(rgb, alpha, color)
+            self.rgb_quality.update(self(composite), composite)
+        matte = self((alpha * 2 - 1).expand_as(rgb)).mean(1, keepdim=True)
+        self.alpha_quality.update((matte + 1) / 2, alpha)
+
+    def on_validation_epoch_end(self) -> None:
+        for name, metric in (("rgb", self.rgb_quality), ("alpha", self.alpha_quality)):
+            self.log_dict({f"val/{name}/{key}": value for key, value in metric.compute().items()})
+            metric.reset()

@@ -1,44 +1,61 @@
 """Training the tiny base model itself: a plain RGB VAE and a text-to-video flow model of Wan's architecture."""
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-from diffusers import AutoencoderKLWan
+from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from diffusers.models.autoencoders.autoencoder_kl_wan import WanAttentionBlock, WanResidualBlock
 from lightning import LightningModule
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
+from acetate import flow
+from acetate.data import synthetic
+from acetate.draws import ClipDraws
 from acetate.losses.terms import sobel_l1
 from acetate.metrics.rgb import RGBQuality
-from acetate.models.wan import WanDecoder, WanEncoder, WanHead, save_vae
+from acetate.models.wan import Geometry, WanDecoder, WanEncoder, WanHead, replace_folder, save_vae
 from acetate.tasks.optim import adamw_with_warmup
 
 
 def start_as_image_model_(vae: AutoencoderKLWan) -> None:
-    """Temporal taps that look back start at zero, temporal resampling at averaging and repeating.
+    """An initialisation that learns images at once, and clips after that.
 
-    A causal convolution then is the 2-D convolution of its last tap, so that training may begin on images and
-    go on with clips. Latents start with little noise (variance e^-6): at 1 the signal drowns and nothing is learnt.
+    Temporal taps that look back start at zero and temporal resampling at averaging and repeating: a causal
+    convolution then is the 2-D convolution of its last tap. Residual and attention branches end in zeros, and
+    the other weights are twice torch's default, which shrinks signals to a third per layer: 20.7 dB after 400
+    steps where the default stands at 15.2 (measured). Latents start with little noise, variance e^-6.
     """
     with torch.no_grad():
-        vae.quant_conv.bias[vae.config.z_dim :] = -6
         for name, module in vae.named_modules():
-            if not isinstance(module, nn.Conv3d) or module.kernel_size[0] == 1:
-                continue
-            if not name.endswith("time_conv"):
-                module.weight[:, :, :-1] = 0
-                continue
-            channels = module.in_channels
-            identity = torch.eye(channels)
-            module.weight.zero_()
-            nn.init.zeros_(module.bias)  # type: ignore[arg-type]
-            if module.stride[0] == 2:
-                module.weight[:, :, 1, 0, 0] = module.weight[:, :, 2, 0, 0] = identity / 2
-            else:
-                module.weight[:channels, :, -1, 0, 0] = module.weight[channels:, :, -1, 0, 0] = identity
+            if isinstance(module, WanResidualBlock):
+                module.conv2.weight.zero_()
+            elif isinstance(module, WanAttentionBlock):
+                module.proj.weight.zero_()
+            elif name.endswith("time_conv"):
+                _repeat_or_average_(module)
+            elif isinstance(module, (nn.Conv2d, nn.Conv3d)):
+                module.weight.mul_(2)
+                if module.weight.ndim == 5:
+                    module.weight[:, :, :-1] = 0
+        vae.quant_conv.bias[vae.config.z_dim :] = -6
+
+
+def _repeat_or_average_(time_conv: nn.Module) -> None:
+    channels = time_conv.in_channels
+    time_conv.weight.zero_()
+    time_conv.bias.zero_()
+    taps = time_conv.weight[..., 0, 0]  # (out, in, 3)
+    if time_conv.stride[0] == 2:
+        taps[:, :, 1] = taps[:, :, 2] = torch.eye(channels) / 2
+    else:
+        taps[:channels, :, 2] = taps[channels:, :, 2] = torch.eye(channels)
 
 
 class WanVAETask(LightningModule):
-    """L = |x_hat - x|_1 + w_edge |edge(x_hat) - edge(x)|_1 + w_kl KL(q(z|x) || N(0, 1)), z ~ q.
+    """L = |x_hat - x|^2 + w_edge |edge(x_hat) - edge(x)|_1 + w_kl KL(q(z|x) || N(0, 1)), z ~ q.
 
     `init_from` is a diffusers folder to go on from (an image model before clips); `save_to` receives the
     trained VAE in diffusers layout with its measured latent mean and standard deviation.
@@ -75,7 +92,7 @@ class WanVAETask(LightningModule):
         latents = mean + (0.5 * log_variance).exp() * torch.randn_like(mean)
         video_hat = self.decoder(latents)
         parts = {
-            "l1": (video_hat - video).abs().mean(),
+            "mse": (video_hat - video).square().mean(),
             "edge": self.edge_weight * sobel_l1(video_hat, video),
             "kl": self.kl_weight * 0.5 * (mean**2 + log_variance.exp() - 1 - log_variance).mean(),
         }
@@ -108,4 +125,117 @@ class WanVAETask(LightningModule):
             lr=self.lr,
             warmup_steps=self.warmup_steps,
             decay_steps=self.trainer.max_steps,
+        )
+
+
+def train_tokenizer(prompts: Sequence[str], vocabulary: int, length: int) -> PreTrainedTokenizerFast:
+    """Byte-level BPE with T5's special tokens; like T5's it appends </s>."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+    tokenizer = Tokenizer(models.BPE(unk_token=None))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<pad>", "</s>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    tokenizer.train_from_iterator(prompts, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", model_max_length=length
+    )
+
+
+class WanDiTTask(LightningModule):
+    """Text-to-video flow matching of a small Wan DiT with its own text encoder, on a frozen VAE's latents.
+
+    l = |DiT(x_t, t, prompt) - (noise - z)|^2, z normalised, one step per clip; prompts are dropped with
+    probability `prompt_dropout`. `save_to` receives transformer, text_encoder and tokenizer in diffusers layout.
+    """
+
+    def __init__(
+        self,
+        *,
+        vae: AutoencoderKLWan,
+        transformer: WanTransformer3DModel,
+        text_width: int,
+        text_layers: int,
+        vocabulary: int,
+        prompt_length: int,
+        prompt_dropout: float,
+        lr: float,
+        warmup_steps: int,
+        seed: int,
+        save_to: str,
+    ) -> None:
+        super().__init__()
+        self.geometry = Geometry.of(vae)
+        self.encoder, self.head = WanEncoder(vae.requires_grad_(False)), WanHead(vae)
+        self.transformer = transformer
+        prompts = [synthetic.render(kind, seed, 1, 8, 8).prompt for kind in synthetic.KINDS for seed in range(200)]
+        self.tokenizer = train_tokenizer(prompts, vocabulary, prompt_length)
+        self.text_encoder = UMT5EncoderModel(
+            UMT5Config(
+                vocab_size=len(self.tokenizer),
+                d_model=text_width,
+                d_kv=text_width // 4,
+                num_heads=4,
+                d_ff=2 * text_width,
+                num_layers=text_layers,
+                pad_token_id=0,
+                eos_token_id=1,
+            )
+        )
+        self.prompt_length, self.prompt_dropout = prompt_length, prompt_dropout
+        self.lr, self.warmup_steps, self.seed = lr, warmup_steps, seed
+        self.save_to = Path(save_to)
+        levels = flow.schedule()
+        for name in ("sigmas", "timesteps"):
+            self.register_buffer(name, getattr(levels, name), persistent=False)
+        shape = (1, -1, 1, 1, 1)
+        self.register_buffer("mean", torch.tensor(self.geometry.mean).view(shape), persistent=False)
+        self.register_buffer("std", torch.tensor(self.geometry.std).view(shape), persistent=False)
+
+    def context(self, prompts: list[str]) -> Tensor:
+        """(B, L, text_width), zeros after each prompt's last token, as Wan's DiT reads UMT5."""
+        tokens = self.tokenizer(
+            prompts, padding="max_length", truncation=True, max_length=self.prompt_length, return_tensors="pt"
+        ).to(self.device)
+        embeds = self.text_encoder(tokens.input_ids, tokens.attention_mask).last_hidden_state
+        return embeds * tokens.attention_mask[..., None]
+
+    def step(self, batch: dict[str, Any], draws: ClipDraws) -> Tensor:
+        with torch.no_grad():
+            latents = (self.head(self.encoder(batch["video"]))[0] - self.mean) / self.std
+        ids = draws.integers(len(self.sigmas))
+        kept = draws.integers(1000) >= 1000 * self.prompt_dropout
+        prompts = [prompt if keep else "" for prompt, keep in zip(batch["prompt"], kept.tolist(), strict=True)]
+        noise = draws.normal(latents.shape[1:])
+        x_t = flow.interpolate(latents, noise, self.sigmas[ids])
+        velocity = self.transformer(x_t, self.timesteps[ids], self.context(prompts), return_dict=False)[0]
+        return (velocity - flow.velocity(latents, noise)).square().mean()
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
+        loss = self.step(batch, ClipDraws(batch["key"], self.seed, "train", self.global_step, device=self.device))
+        self.log("train/loss", loss.detach(), prog_bar=True)
+        return {"loss": loss}
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
+        loss = self.step(batch, ClipDraws(batch["key"], self.seed, "val", device=self.device))
+        self.log("val/loss", loss, prog_bar=True, batch_size=len(batch["key"]), sync_dist=True)
+        return {"loss": loss}
+
+    def on_validation_epoch_end(self) -> None:
+        if self.trainer.is_global_zero and not self.trainer.sanity_checking:
+            half = WanTransformer3DModel.from_config(self.transformer.config).half()
+            half.load_state_dict(self.transformer.state_dict())
+            replace_folder(self.save_to / "transformer", half.save_pretrained)
+            text = UMT5EncoderModel(self.text_encoder.config).half()
+            text.load_state_dict(self.text_encoder.state_dict())
+            replace_folder(self.save_to / "text_encoder", text.save_pretrained)
+            replace_folder(self.save_to / "tokenizer", self.tokenizer.save_pretrained)
+
+    def configure_optimizers(self) -> dict:
+        return adamw_with_warmup(
+            self.parameters(), lr=self.lr, warmup_steps=self.warmup_steps, decay_steps=self.trainer.max_steps
         )

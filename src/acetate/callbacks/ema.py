@@ -1,0 +1,61 @@
+"""Exponential moving average of what trains."""
+
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+
+
+class EMA(Callback):
+    """ema <- d * ema + (1 - d) * w after each step, d = min(decay, (1 + step) / (10 + step)).
+
+    Validation and adapter files see the average; training and the optimizer never do. Kept in fp32 in the
+    checkpoint, so that a resumed run goes on with it.
+    """
+
+    def __init__(self, decay: float):
+        if not 0 <= decay < 1:
+            raise ValueError(f"ema decay {decay}; it lies in [0, 1), usually 0.999 or above.")
+        self.decay = decay
+        self.average: dict[str, Tensor] = {}
+        self.step = -1
+        self._training: dict[str, Tensor] = {}
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        for name, parameter in pl_module.named_parameters():
+            if parameter.requires_grad:
+                start = self.average.get(name, parameter.detach()).to(parameter.device, torch.float32)
+                self.average[name] = start.clone()
+        self.step = trainer.global_step
+
+    @torch.no_grad()
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.global_step == self.step:  # gradients are being accumulated
+            return
+        self.step = trainer.global_step
+        decay = min(self.decay, (1 + self.step) / (10 + self.step))
+        for name, parameter in pl_module.named_parameters():
+            if name in self.average:
+                self.average[name].lerp_(parameter.float(), 1 - decay)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not self.average:  # a validation before training
+            return
+        for name, parameter in pl_module.named_parameters():
+            if name in self.average:
+                self._training[name] = parameter.data
+                parameter.data = self.average[name].to(parameter.dtype)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        for name, parameter in pl_module.named_parameters():
+            if name in self._training:
+                parameter.data = self._training.pop(name)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"average": self.average}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.average = state_dict["average"]

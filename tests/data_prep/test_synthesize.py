@@ -1,0 +1,96 @@
+import sys
+
+import numpy as np
+import pytest
+from hydra.core.global_hydra import GlobalHydra
+
+from acetate.data.shards import MANIFEST, ShardError, index_shards, read_clip, read_manifest
+from acetate.data.synthetic import FPS, KINDS, render
+from data_prep import ingest, shard, synthesize
+
+SETTINGS = {"clips": 16, "frames": 5, "sizes": [16], "seed": 0, "val_fraction": 0.2, "max_clips": 6, "max_bytes": 10**9}
+
+
+def make(out, **settings):
+    return synthesize.synthesize(out=out, **(SETTINGS | settings))
+
+
+def run(module, monkeypatch, *arguments):
+    GlobalHydra.instance().clear()
+    monkeypatch.setattr(sys, "argv", [module.__name__, *arguments])
+    module.main()
+    GlobalHydra.instance().clear()
+
+
+def test_kinds_are_balanced_and_both_splits_filled(tmp_path):
+    manifest = make(tmp_path)
+    refs = index_shards([tmp_path])
+    counts = [sum(ref.key.startswith(kind) for ref in refs) for kind in KINDS]
+    assert max(counts) - min(counts) <= 1 and len(refs) == manifest["clips"] == 16
+    assert min(manifest["splits"].values()) >= 1
+    assert [len(tar["clips"]) for tar in manifest["shards"]] == [6, 6, 4]
+    clip = read_clip(refs[0])
+    assert clip.frames.shape == (5, 16, 16, 4) and clip.fps == FPS and "ransparent" in clip.prompt
+
+
+def test_two_runs_make_the_same_bytes(tmp_path):
+    make(tmp_path / "a")
+    make(tmp_path / "b")
+    names = sorted(path.name for path in (tmp_path / "a").iterdir())
+    assert names == ["clips-000000.tar", "clips-000001.tar", "clips-000002.tar", MANIFEST]
+    for name in names:
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    make(tmp_path / "c", seed=1)
+    assert (tmp_path / "c" / names[0]).read_bytes() != (tmp_path / "a" / names[0]).read_bytes()
+
+
+def test_pictures_are_the_synthetic_ones():
+    clip = render("shape", 3, 2, 16, 16)
+    frames = synthesize.to_uint8(clip)
+    visible = clip.alpha[0].numpy() > 0
+    assert np.abs(frames[..., 3] / 255 - clip.alpha[0].numpy()).max() <= 0.5 / 255 + 1e-6
+    colour = ((clip.rgb + 1) / 2).permute(1, 2, 3, 0).numpy()
+    assert np.abs(frames[..., :3] / 255 - colour)[visible].max() <= 0.5 / 255 + 1e-6
+    assert (frames[~visible] == 0).all()
+
+
+def test_sizes_take_turns_over_all_kinds(tmp_path):
+    make(tmp_path, sizes=[16, 24], clips=2 * len(KINDS))
+    sizes = {kind: [ref.width for ref in index_shards([tmp_path]) if ref.key.startswith(kind)] for kind in KINDS}
+    assert all(sorted(widths) == [16, 24] for widths in sizes.values())
+
+
+def test_finished_work_is_left_alone(tmp_path):
+    manifest = make(tmp_path)
+    before = (tmp_path / "clips-000000.tar").stat().st_mtime_ns
+    assert make(tmp_path) == manifest
+    assert (tmp_path / "clips-000000.tar").stat().st_mtime_ns == before
+    with pytest.raises(ShardError, match="made otherwise"):
+        make(tmp_path, seed=1)
+    with pytest.raises(ValueError, match="clips=0; must be at least 1"):
+        make(tmp_path / "none", clips=0)
+
+
+def test_command(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    run(synthesize, monkeypatch, "out=shards", "clips=7", "frames=5", "size=[16,24]", "val_fraction=0.3")
+    assert read_manifest(tmp_path / "shards")["clips"] == 7
+    assert "clips to train and" in capsys.readouterr().out
+    assert [path.name for path in tmp_path.iterdir()] == ["shards"]  # no log, no .hydra folder
+
+
+@pytest.mark.parametrize(
+    ("module", "keys"),
+    [(synthesize, ("clips", "seed")), (ingest, ("source", "bad_clip_budget")), (shard, ("manifest", "snap_low"))],
+)
+def test_help_and_unknown_keys(module, keys, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as done:
+        run(module, monkeypatch, "--help")
+    assert done.value.code == 0
+    text = capsys.readouterr().out
+    assert f"python -m {module.__name__}" in text and all(key in text for key in keys)
+    with pytest.raises(SystemExit):
+        run(module, monkeypatch, "colour=red")
+    assert "Could not override 'colour'" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
