@@ -20,8 +20,8 @@ from acetate.data.shards import (
     index_shards,
     read_clip,
     read_manifest,
-    stable_hash,
 )
+from acetate.draws import stable_hash
 from acetate.video_io import decode_ffv1
 
 MADE_BY = {"command": "test", "settings": {"seed": 0}}

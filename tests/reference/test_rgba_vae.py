@@ -4,7 +4,6 @@ import json
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from safetensors.torch import save_file
 from torch.testing import assert_close
@@ -15,7 +14,7 @@ from acetate.losses.diffusion import DiffusionLoss
 from acetate.models.adapters import load_trainable, trainable_state
 from acetate.models.loading import prompt_cache
 from acetate.tasks.vae import Draw
-from tests.paths import ROOT
+from tests.compose import composed
 
 
 @pytest.fixture
@@ -33,8 +32,6 @@ def task(golden, tmp_path):
     overrides = [
         "experiment=vae_rgba",
         "reproduce=upstream",
-        f"paths.root={ROOT}",
-        f"paths.cache={tmp_path}",
         f"wan.vae={tmp_path}/Wan2.1_VAE.pth",
         f"wan.transformer={tmp_path}/dit",
         "wan.text_encoder=text",
@@ -45,8 +42,7 @@ def task(golden, tmp_path):
         f"model.lora_alpha={rgba.metadata['lora_alpha']}",
         "loss.diffusion.timestep_dtype=float32",  # the golden step was run without rounding its timestep
     ]
-    with initialize_config_dir(str(ROOT / "conf"), version_base=None):
-        task = instantiate(compose("config", overrides).task)
+    task = instantiate(composed(tmp_path, *overrides).task)
     task.configure_model()
     load_trainable(task.vae, trainable_from_wan_alpha(rgba.under("weights")), "rgba_vae.safetensors")
     return task

@@ -1,9 +1,14 @@
 """Programs: thin Hydra mains. This is where a DictConfig becomes plain arguments."""
 
 import os
+import warnings
 
 import torch
 from omegaconf import OmegaConf
+
+# Said by the libraries at every start, true of every run here, and nothing a user could act on.
+for message in (".*LeafSpec.*is deprecated", ".*in eval mode at the start of training", ".*does not have many workers"):
+    warnings.filterwarnings("ignore", message)
 
 
 def _on_gpu(gpu: str, cpu: str) -> str:

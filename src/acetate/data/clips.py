@@ -11,8 +11,9 @@ from lightning import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from acetate.data.shards import BadClip, Clip, ClipRef, ShardError, index_shards, read_clip, stable_hash
+from acetate.data.shards import BadClip, Clip, ClipRef, ShardError, index_shards, read_clip
 from acetate.data.transforms import ClipTransform
+from acetate.draws import generator_for, stable_hash
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +35,7 @@ class ClipOrder:
         """position -> (epoch, clip)."""
         epoch, place = divmod(position, self.count)
         if epoch not in self.epochs:
-            generator = torch.Generator().manual_seed(stable_hash("order", self.seed, epoch))
+            generator = generator_for("order", self.seed, epoch)
             self.epochs[epoch] = torch.randperm(self.count, generator=generator)
             while len(self.epochs) > 2:  # a batch may reach over the end of an epoch
                 self.epochs.popitem(last=False)
@@ -109,7 +110,7 @@ class ClipDataset(Dataset[Sample | BadClip]):
     def __getitem__(self, position: int) -> Sample | BadClip:
         epoch, index = self.order[position] if self.order else (0, position)
         ref = self.refs[index]
-        generator = torch.Generator().manual_seed(stable_hash("clip", self.seed, epoch, ref.key))
+        generator = generator_for("clip", self.seed, epoch, ref.key)
         try:
             clip = self.cache.read(ref)
         except BadClip as bad:
@@ -138,7 +139,8 @@ class ClipDataModule(LightningDataModule):
     The training loader has no end and no length: the trainer's max_steps ends it. Its order depends on
     (seed, epoch) alone; where it goes on is the number of clips that training has consumed, on all ranks.
     A bad clip leaves its batch, which gets smaller; past `bad_clip_budget` distinct ones in a process,
-    training stops with BadDataError. Raises ShardError where the shards cannot be used.
+    training stops with BadDataError. resize `straight` bleeds hidden colour, random_validation draws other crops
+    each time: both only to reproduce the released code. Raises ShardError where the shards cannot be used.
     """
 
     def __init__(
@@ -161,6 +163,8 @@ class ClipDataModule(LightningDataModule):
         flip: float = 0.5,
         pan_speed: float = 2.0,
         cache_mb: float = 512,
+        resize: str = "premultiplied",
+        random_validation: bool = False,
     ):
         super().__init__()
         least = {"batch_size": 1, "val_batch_size": 1, "val_clips": 1, "num_workers": 0, "bad_clip_budget": 0}
@@ -174,6 +178,7 @@ class ClipDataModule(LightningDataModule):
         if not self.folders:
             raise ShardError("shards=[]; name at least one folder of clip shards")
         self.batch_size, self.val_batch_size, self.val_clips = batch_size, val_batch_size, val_clips
+        self.random_validation = random_validation
         self.seed, self.num_workers, self.bad_clip_budget = seed, num_workers, bad_clip_budget
         self.cache_bytes = cache_mb * 2**20 / max(1, num_workers)
         self.train_transform, self.val_transform = (
@@ -188,8 +193,9 @@ class ClipDataModule(LightningDataModule):
                 flip=flip,
                 pan_speed=pan_speed,
                 train=train,
+                resize=resize,
             )
-            for train in (True, False)
+            for train in (True, random_validation)
         )
         self.train_refs: list[ClipRef] = []
         self.val_refs: list[ClipRef] = []
@@ -243,7 +249,8 @@ class ClipDataModule(LightningDataModule):
     def val_dataloader(self) -> DataLoader:
         rank, world = self._rank_and_world()
         # Seed 0: runs of different seeds are measured on the same pictures.
-        dataset = ClipDataset(self.val_refs, self.val_transform, 0, self.cache_bytes, shuffle=False)
+        seed = self._finished_batches() if self.random_validation else 0
+        dataset = ClipDataset(self.val_refs, self.val_transform, seed, self.cache_bytes, shuffle=False)
         parts = [ValBatches(len(self.val_refs), self.val_batch_size, r, world) for r in range(world)]
         if len({len(part) for part in parts}) > 1:
             log.warning(

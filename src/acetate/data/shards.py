@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from webdataset.writer import TarWriter
 
+from acetate.draws import stable_hash
 from acetate.video_io import MediaError, decode_ffv1, encode_ffv1
 
 SCHEMA = 1
@@ -71,12 +72,6 @@ class ClipRef:
     media: tuple[int, int] = (0, 0)  # offset and size in the tar
     meta: tuple[int, int] = (0, 0)
     problem: str | None = None
-
-
-def stable_hash(*parts: object) -> int:
-    """63 bits that depend on the parts' text alone: the same in every process, version and machine."""
-    digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1
 
 
 def assign_splits(groups: Mapping[str, str], val_fraction: float) -> dict[str, Split]:

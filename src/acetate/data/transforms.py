@@ -1,6 +1,6 @@
 """From stored frames to a training clip. rgb (3, T, H, W) straight in [-1, 1], alpha (1, T, H, W) in [0, 1].
 
-All filtering happens on premultiplied colour, so the colour that a transparent pixel hides never shows.
+Filtering happens on premultiplied colour, so the colour that a transparent pixel hides never shows.
 """
 
 import math
@@ -13,6 +13,7 @@ from acetate.alpha import premultiply, unpremultiply
 
 SNAP = 1e-4  # a filter's weights add up to 1 only within rounding; closer than this to 0 or 1 is exact
 CROP_TRIES = 8
+SPACES = ("premultiplied", "straight")  # what filters see; straight is the released choice
 
 
 def check_frames(name: str, frames: int, time_stride: int) -> None:
@@ -45,27 +46,31 @@ def to_float(frames: Tensor) -> tuple[Tensor, Tensor]:
     return (rgb * 2 - 1).masked_fill(alpha == 0, -1), alpha
 
 
-def pack(rgb: Tensor, alpha: Tensor) -> Tensor:
-    """Premultiplied colour and alpha, (T, 4, H, W) in [0, 1]: zero padding is transparent."""
-    return torch.cat(((premultiply(rgb, alpha) + 1) / 2, alpha)).transpose(0, 1)
+def pack(rgb: Tensor, alpha: Tensor, space: str = "premultiplied") -> Tensor:
+    """Colour, premultiplied unless space is `straight`, and alpha: (T, 4, H, W) in [0, 1]; zeros are transparent."""
+    colour = rgb if space == "straight" else premultiply(rgb, alpha)
+    return torch.cat(((colour + 1) / 2, alpha)).transpose(0, 1)
 
 
-def unpack(packed: Tensor) -> tuple[Tensor, Tensor]:
+def unpack(packed: Tensor, space: str = "premultiplied") -> tuple[Tensor, Tensor]:
     """Inverse of `pack`; alpha within SNAP of 0 or 1 becomes exact."""
     colour, alpha = packed.transpose(0, 1).split((3, 1))
     alpha = torch.where(alpha > 1 - SNAP, 1.0, torch.where(alpha < SNAP, 0.0, alpha))
+    if space == "straight":
+        return colour * 2 - 1, alpha
     return unpremultiply(colour * 2 - 1, alpha, min_alpha=SNAP), alpha
 
 
-def resize(rgb: Tensor, alpha: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
-    """Antialiased premultiplied resize; opaque stays exactly 1 and empty exactly 0.
+def resize(rgb: Tensor, alpha: Tensor, height: int, width: int, space: str = "premultiplied") -> tuple[Tensor, Tensor]:
+    """Antialiased resize; opaque stays exactly 1 and empty exactly 0.
 
     A triangle filter: its weights are never negative, so no colour can ring past what its alpha allows.
     """
     if rgb.shape[-2:] == (height, width):
         return rgb, alpha
-    packed = pack(rgb, alpha)
-    return unpack(F.interpolate(packed, (height, width), mode="bilinear", antialias=True, align_corners=False))
+    packed = pack(rgb, alpha, space)
+    packed = F.interpolate(packed, (height, width), mode="bilinear", antialias=True, align_corners=False)
+    return unpack(packed, space)
 
 
 def crop(frames: Tensor, top: int, left: int, height: int, width: int) -> Tensor:
@@ -79,21 +84,28 @@ def crop(frames: Tensor, top: int, left: int, height: int, width: int) -> Tensor
 
 
 def pan(
-    rgb: Tensor, alpha: Tensor, start: Tensor, step: Tensor, frames: int, height: int, width: int
+    rgb: Tensor,
+    alpha: Tensor,
+    start: Tensor,
+    step: Tensor,
+    frames: int,
+    height: int,
+    width: int,
+    space: str = "premultiplied",
 ) -> tuple[Tensor, Tensor]:
     """A window that moves over a still: (3, 1, H, W), (1, 1, H, W) -> (3, T, h, w), (1, T, h, w).
 
     start: (y, x) of the window's corner in the first frame; step: (y, x) pixels a frame. Both may be
-    fractions: bilinear, premultiplied. Outside of the still is transparent.
+    fractions: bilinear. Outside of the still is transparent.
     """
-    packed = pack(rgb, alpha)
+    packed = pack(rgb, alpha, space)
     rows, columns = packed.shape[-2:]
     corner = start + step * torch.arange(frames)[:, None]  # (T, 2)
     y = (corner[:, :1] + torch.arange(height) + 0.5) / rows * 2 - 1  # (T, h)
     x = (corner[:, 1:] + torch.arange(width) + 0.5) / columns * 2 - 1  # (T, w)
     grid = torch.stack((x[:, None].expand(-1, height, -1), y[:, :, None].expand(-1, -1, width)), dim=-1)
     still = packed.expand(frames, -1, -1, -1)
-    return unpack(F.grid_sample(still, grid, mode="bilinear", padding_mode="zeros", align_corners=False))
+    return unpack(F.grid_sample(still, grid, mode="bilinear", padding_mode="zeros", align_corners=False), space)
 
 
 class ClipTransform:
@@ -117,6 +129,7 @@ class ClipTransform:
         flip: float,  # probability of a mirror image
         pan_speed: float,  # pixels a frame that the window moves over a still, at most
         train: bool,
+        resize: str = "premultiplied",  # or straight, as the released code, which bleeds hidden colour
     ):
         check_frames("clip", frames, time_stride)
         check_side("height", height, space_multiple)
@@ -127,21 +140,20 @@ class ClipTransform:
         for name, share in (("min_coverage", min_coverage), ("flip", flip)):
             if not 0 <= share <= 1:
                 raise ValueError(f"{name}={share}; must be in [0, 1]")
+        if resize not in SPACES:
+            raise ValueError(f"resize={resize!r}; known: {', '.join(SPACES)}")
         if pan_speed < 0:
             raise ValueError(f"pan_speed={pan_speed}; pixels a frame, at least 0")
         self.frames, self.height, self.width, self.train = frames, height, width, train
-        self.scale_range, self.min_coverage, self.flip, self.pan_speed = (
-            (low, high),
-            min_coverage,
-            flip,
-            pan_speed,
-        )
+        self.scale_range, self.min_coverage, self.flip = (low, high), min_coverage, flip
+        self.pan_speed, self.space = pan_speed, resize
 
     def __call__(self, frames: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
         """frames: uint8 (T, H, W, 4), straight colour. The result depends on frames and generator alone."""
         if len(frames) > 1 or self.frames == 1:
             frames = frames[self._window(len(frames), generator)]
-            rgb, alpha = resize(*to_float(crop(frames, *self._box(frames, generator))), self.height, self.width)
+            clip = to_float(crop(frames, *self._box(frames, generator)))
+            rgb, alpha = resize(*clip, self.height, self.width, self.space)
         else:
             rgb, alpha = self._pan(frames, generator)
         if self.train and _uniform(generator, 0, 1) < self.flip:
@@ -189,7 +201,7 @@ class ClipTransform:
         top, left, height, width = self._box(frames, generator)
         shrink = torch.tensor([height / self.height, width / self.width])  # (y, x) source pixels per pixel
         rows, columns = (torch.tensor(frames.shape[1:3]) / shrink).round().clamp_min(1).int().tolist()
-        rgb, alpha = resize(*to_float(frames), rows, columns)
+        rgb, alpha = resize(*to_float(frames), rows, columns, self.space)
         spare = torch.tensor([rows - self.height, columns - self.width])
         angle, speed = _uniform(generator, 0, 2 * math.pi), _uniform(generator, 0, self.pan_speed)
         # The same bound for both signs, and only then the place, so that borders favour no direction.
@@ -198,7 +210,8 @@ class ClipTransform:
         reach = path.abs() / 2
         middle = torch.tensor([top, left]) / shrink
         middle = middle.clamp(spare.clamp_max(0) + reach, spare.clamp_min(0) - reach)
-        return pan(rgb, alpha, middle - path / 2, path / (self.frames - 1), self.frames, self.height, self.width)
+        start, step = middle - path / 2, path / (self.frames - 1)
+        return pan(rgb, alpha, start, step, self.frames, self.height, self.width, self.space)
 
 
 def _uniform(generator: Generator, low: float, high: float) -> float:

@@ -255,7 +255,9 @@ def replace_folder(folder: Path, write: Callable[[str], object]) -> None:
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         write(str(temporary))
-        temporary.chmod(0o755)
+        temporary.chmod(0o755)  # mkdtemp and safetensors make private files
+        for file in temporary.iterdir():
+            file.chmod(0o644)
         if folder.exists():
             shutil.rmtree(folder)
         temporary.rename(folder)

@@ -41,6 +41,7 @@ class RGBAVAETask(LightningModule):
     background_per: one palette colour per `clip` and use, or per `batch` (released). moment_weight: of the
     penalty that holds the normalised latents' per-channel mean at 0 and variance at 1, the base's own.
     trainable_dtype: master precision of what trains. lpips: measure it in validation (needs VGG16 weights).
+    random_validation: other colours, noise and timesteps at every validation (released).
     """
 
     def __init__(
@@ -59,6 +60,7 @@ class RGBAVAETask(LightningModule):
         lpips: bool,
         seed: int,
         decay_steps: int | None = None,
+        random_validation: bool = False,
     ) -> None:
         super().__init__()
         if background_per not in ("clip", "batch"):
@@ -69,7 +71,7 @@ class RGBAVAETask(LightningModule):
         self.weight_decay, self.moment_weight = weight_decay, moment_weight
         self.background_per = background_per
         self.trainable_dtype = getattr(torch, trainable_dtype)
-        self.lpips, self.seed = lpips, seed
+        self.lpips, self.seed, self.random_validation = lpips, seed, random_validation
         self.vae: RGBAVAE | None = None
         self.judge: VelocityField | None = None
         self.strict_loading = False  # the frozen base is not in checkpoints; see on_load_checkpoint
@@ -147,8 +149,9 @@ class RGBAVAETask(LightningModule):
             self.log_dict({f"latents/mean_{channel:02}": mean, f"latents/std_{channel:02}": std}, batch_size=size)
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
-        """Fixed colours, noise and timesteps: a function of the clip's key."""
-        loss, parts, rgb_hat, alpha_hat, _ = self.step(batch, self.draw(batch, "val"))
+        """Fixed colours, noise and timesteps, a function of the clip's key, unless random_validation is set."""
+        draw = self.draw(batch, "val", self.global_step if self.random_validation else 0)
+        loss, parts, rgb_hat, alpha_hat, _ = self.step(batch, draw)
         self.composite_quality.update(rgb_hat, alpha_hat, batch["rgb"], batch["alpha"])
         self.alpha_quality.update(alpha_hat, batch["alpha"])
         values = {f"val/{name}": value for name, value in parts.items()}

@@ -1,0 +1,48 @@
+# acetate. Every target sets up what it needs; `make help` lists them.
+PYTHON ?= python3
+BIN := .venv/bin
+RUN := $(BIN)/python
+# Threads that wait must sleep: spinning ones stall each other on shared cores.
+export OMP_WAIT_POLICY = PASSIVE
+export TOKENIZERS_PARALLELISM = false
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo train-vae train-dit check test bench clean
+
+help: ## list the targets
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+setup: .venv/.complete ## virtual environment with the locked packages
+
+.venv/.complete: requirements.lock pyproject.toml
+	$(PYTHON) -m venv --clear .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check uv
+	$(BIN)/uv pip install --quiet --python $(RUN) -r requirements.lock
+	$(BIN)/uv pip install --quiet --python $(RUN) --no-deps -e .
+	@touch $@
+
+demo: setup ## the main job on procedural clips: shards, RGBA-VAE, its figures (minutes on 2 cores)
+	$(RUN) -m data_prep.synthesize out=data/demo clips=280 frames=9 size=48
+	$(RUN) train.py experiment=vae_rgba name=demo
+	$(RUN) -m acetate.commands.evaluate experiment=vae_rgba name=demo resume=last
+
+train-vae: setup ## the RGBA-VAE on your shards: make train-vae ARGS="data.shards=data/mine trainer.max_steps=5000"
+	$(RUN) train.py experiment=vae_rgba $(ARGS)
+
+train-dit: setup ## the tiny base's text-to-video DiT: make train-dit ARGS="trainer.max_steps=2000"
+	$(RUN) train.py experiment=wan_tiny_dit $(ARGS)
+
+check: setup ## format, lint, types, fast tests
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+	$(RUN) -m pytest -m "not slow and not gpu"
+
+test: setup ## all tests that need no GPU
+	$(RUN) -m pytest -m "not gpu"
+
+bench: setup ## one VAE-stage step at full width: ours against the frame-chunked, factored way
+	$(RUN) -m acetate.commands.benchmark $(ARGS)
+
+clean: ## remove what runs wrote: outputs, multirun, demo shards
+	rm -rf outputs multirun data/demo

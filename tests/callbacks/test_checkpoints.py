@@ -1,0 +1,34 @@
+import os
+import resource
+import signal
+
+import pytest
+import torch
+
+from acetate.callbacks.checkpoints import WholeCheckpointIO
+
+
+@pytest.fixture
+def small_disk():
+    """No file may grow past 64 KiB: what a full disk does to a write, without filling one."""
+    before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (64 * 1024, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    signal.signal(signal.SIGXFSZ, handler)
+
+
+def test_round_trip(tmp_path):
+    checkpoint = {"state_dict": {"w": torch.arange(3.0)}, "global_step": 7}
+    WholeCheckpointIO().save_checkpoint(checkpoint, tmp_path / "new/last.ckpt")
+    assert torch.load(tmp_path / "new/last.ckpt", weights_only=True)["global_step"] == 7
+    assert os.listdir(tmp_path / "new") == ["last.ckpt"]
+
+
+def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path, small_disk):
+    path = tmp_path / "last.ckpt"
+    WholeCheckpointIO().save_checkpoint({"step": 1}, path)
+    with pytest.raises(OSError, match=r"last\.ckpt could not be written .* MiB are free there.* resume=last"):
+        WholeCheckpointIO().save_checkpoint({"w": torch.zeros(10**6)}, path)
+    assert torch.load(path, weights_only=True) == {"step": 1}
+    assert os.listdir(tmp_path) == ["last.ckpt"]

@@ -1,0 +1,378 @@
+import json
+import os
+import pickle
+import re
+import shutil
+import zipfile
+
+import pytest
+import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
+from safetensors.torch import load_file, save_file
+from torch.testing import assert_close
+
+from acetate.models import loading
+from acetate.models.loading import embed_prompt, load_transformer, load_vae, prompt_cache, weights_sha256
+
+RESIDUAL = {"norm1.": "residual.0.", "conv1.": "residual.2.", "norm2.": "residual.3.", "conv2.": "residual.6."}
+TRANSFORMER = {
+    "condition_embedder.time_embedder.linear_1": "time_embedding.0",
+    "condition_embedder.time_embedder.linear_2": "time_embedding.2",
+    "condition_embedder.text_embedder.linear_1": "text_embedding.0",
+    "condition_embedder.text_embedder.linear_2": "text_embedding.2",
+    "condition_embedder.time_proj": "time_projection.1",
+    ".attn1.": ".self_attn.",
+    ".attn2.": ".cross_attn.",
+    ".to_out.0.": ".o.",
+    ".to_q.": ".q.",
+    ".to_k.": ".k.",
+    ".to_v.": ".v.",
+    ".ffn.net.0.proj.": ".ffn.0.",
+    ".ffn.net.2.": ".ffn.2.",
+    ".norm2.": ".norm3.",
+    "proj_out": "head.head",
+}
+
+
+def original_vae_state(vae):
+    """Names of Wan2.1_VAE.pth, where every stage of the decoder has three residual blocks and a resampling."""
+    state = {}
+    for name, value in vae.state_dict().items():
+        for ours, theirs in RESIDUAL.items():
+            name = name.replace(f".{ours}", f".{theirs}")
+        name = name.replace("post_quant_conv.", "conv2.").replace("quant_conv.", "conv1.")
+        for coder in ("encoder", "decoder"):
+            name = name.replace(f"{coder}.conv_in.", f"{coder}.conv1.").replace(
+                f"{coder}.norm_out.", f"{coder}.head.0."
+            )
+            name = name.replace(f"{coder}.conv_out.", f"{coder}.head.2.")
+        name = name.replace("mid_block.resnets.0.", "middle.0.").replace("mid_block.resnets.1.", "middle.2.")
+        name = name.replace("mid_block.attentions.0.", "middle.1.").replace("conv_shortcut.", "shortcut.")
+        name = name.replace("encoder.down_blocks.", "encoder.downsamples.")
+        if match := re.fullmatch(r"decoder\.up_blocks\.(\d)\.(resnets|upsamplers)\.(\d)\.(.+)", name):
+            stage, kind, index, rest = match.groups()
+            place = 4 * int(stage) + (int(index) if kind == "resnets" else 3)
+            name = f"decoder.upsamples.{place}.{rest}"
+        state[name] = value
+    return state
+
+
+def original_transformer_state(transformer):
+    state = {}
+    for name, value in transformer.state_dict().items():
+        for ours, theirs in TRANSFORMER.items():
+            name = name.replace(ours, theirs)
+        name = "head.modulation" if name == "scale_shift_table" else name.replace("scale_shift_table", "modulation")
+        state[name] = value
+    return state
+
+
+def assert_same_weights(ours, expected):
+    assert ours.state_dict().keys() == expected.state_dict().keys()
+    for name, value in ours.state_dict().items():
+        assert_close(value, expected.state_dict()[name].float(), rtol=0, atol=0, msg=name)
+
+
+@pytest.fixture
+def folder(make_vae, tmp_path):
+    """A writable diffusers folder of the small VAE."""
+    make_vae("tiny").save_pretrained(tmp_path / "tiny")
+    return tmp_path / "tiny"
+
+
+@pytest.fixture
+def weights(folder):
+    return folder / "diffusion_pytorch_model.safetensors"
+
+
+@pytest.mark.parametrize("part", ["", "vae"])
+def test_diffusers_folder(wan_folder, make_vae, part):
+    vae = load_vae(str(wan_folder / part))
+    assert_same_weights(vae, make_vae("wan21"))
+    assert vae.config.z_dim == 16
+    assert not vae.training
+    assert not any(p.requires_grad for p in vae.parameters())
+
+
+@pytest.mark.parametrize("part", ["", "transformer"])
+def test_diffusers_transformer(wan_folder, make_transformer, part):
+    transformer = load_transformer(str(wan_folder / part))
+    assert_same_weights(transformer, make_transformer())
+    x, t, context = torch.randn(1, 16, 1, 4, 4), torch.tensor([500.0]), torch.randn(1, 3, 16)
+    ours, expected = (m(x, t, context, return_dict=False)[0] for m in (transformer, make_transformer()))
+    assert_close(ours, expected, rtol=0, atol=0)  # what is no weight, the rotary table, is right too
+
+
+def test_config_comes_along(folder, make_vae):
+    vae = load_vae(str(folder))
+    for key in ("dim_mult", "temperal_downsample", "latents_mean", "latents_std"):
+        assert list(vae.config[key]) == list(make_vae("tiny").config[key])
+
+
+def test_one_safetensors_file_beside_its_config(weights, make_vae):
+    assert_same_weights(load_vae(str(weights)), make_vae("tiny"))
+
+
+def test_shards_of_a_folder(weights, make_vae):
+    state = load_file(weights)
+    names = sorted(state)
+    for i, part in enumerate((names[:20], names[20:]), 1):
+        file = weights.with_name(f"diffusion_pytorch_model-0000{i}-of-00002.safetensors")
+        save_file({name: state[name] for name in part}, file)
+    weights.unlink()
+    assert_same_weights(load_vae(str(weights.parent)), make_vae("tiny"))
+    file.unlink()
+    with pytest.raises(ValueError, match=rf"{len(names) - 20} missing: "):
+        load_vae(str(weights.parent))
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_original_vae(make_vae, tmp_path, suffix):
+    vae, file = make_vae("wan21"), tmp_path / f"Wan2.1_VAE{suffix}"
+    state = original_vae_state(vae)
+    assert "decoder.upsamples.4.shortcut.weight" in state
+    assert "encoder.downsamples.8.time_conv.weight" in state
+    save_file(state, file) if suffix == ".safetensors" else torch.save(state, file)
+    loaded = load_vae(str(file))
+    assert_same_weights(loaded, vae)
+    for key in ("base_dim", "z_dim", "dim_mult", "num_res_blocks", "temperal_downsample", "latents_mean"):
+        assert loaded.config[key] == vae.config[key], key
+
+
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
+def test_original_transformer(make_transformer, tmp_path, prefix):
+    transformer = make_transformer()
+    state = {f"{prefix}{name}": value for name, value in original_transformer_state(transformer).items()}
+    assert f"{prefix}blocks.1.cross_attn.norm_q.weight" in state
+    save_file(state, tmp_path / "diffusion_pytorch_model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"num_heads": 2, "_class_name": "WanModel"}))
+    loaded = load_transformer(str(tmp_path))
+    assert_same_weights(loaded, transformer)
+    x, t, context = torch.randn(1, 16, 2, 4, 4), torch.tensor([500.0]), torch.randn(1, 3, 16)
+    ours, expected = (m(x, t, context, return_dict=False)[0] for m in (loaded, transformer))
+    assert_close(ours, expected, rtol=0, atol=1e-6)
+
+
+def test_original_transformer_without_head_count(make_transformer, tmp_path):
+    file = tmp_path / "wan.safetensors"
+    save_file(original_transformer_state(make_transformer()), file)
+    with pytest.raises(ValueError, match=r"width 24 is no multiple of 128.*config\.json with num_heads"):
+        load_transformer(str(file))
+
+
+def test_folder_of_the_original_release(make_vae, make_transformer, tmp_path):
+    """Wan2.1-T2V-1.3B as it is downloaded: the VAE, the DiT and the DiT's config side by side."""
+    torch.save(original_vae_state(make_vae("wan21")), tmp_path / "Wan2.1_VAE.pth")
+    torch.save({"token_embedding.weight": torch.zeros(2, 2)}, tmp_path / "models_t5_umt5-xxl-enc-bf16.pth")
+    save_file(original_transformer_state(make_transformer()), tmp_path / "diffusion_pytorch_model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"num_heads": 2, "dim": 24}))
+    assert_same_weights(load_transformer(str(tmp_path)), make_transformer())
+    assert_same_weights(load_vae(str(tmp_path)), make_vae("wan21"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_half_precision_file(folder, weights, make_vae, dtype):
+    save_file({name: value.half() for name, value in load_file(weights).items()}, weights)
+    vae = load_vae(str(folder), dtype)
+    assert {p.dtype for p in vae.parameters()} == {dtype}
+    expected = make_vae("tiny").state_dict()
+    for name, value in vae.state_dict().items():
+        assert_close(value, expected[name].half().to(dtype), rtol=0, atol=0)
+
+
+def test_hash_is_of_the_numbers(folder, weights, make_vae, tmp_path):
+    vae = make_vae("wan21")
+    torch.save(original_vae_state(vae), tmp_path / "Wan2.1_VAE.pth")
+    assert weights_sha256(load_vae(str(tmp_path / "Wan2.1_VAE.pth"))) == weights_sha256(vae)
+    half = load_vae(str(folder)).half()
+    assert weights_sha256(half) == weights_sha256(load_vae(str(folder), torch.float16).float())
+    before = weights_sha256(half)
+    next(half.parameters()).data.view(-1)[0] += 1
+    assert weights_sha256(half) != before
+
+
+@pytest.mark.parametrize("source", ["/nowhere/wan", "./wan", "wan", "a/b/c"])
+def test_no_such_source(source, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match=rf"^{re.escape(source)} does not exist.*diffusers folder"):
+        load_vae(source)
+
+
+@pytest.mark.parametrize("error", [OSError("no route"), LocalEntryNotFoundError("offline")])
+def test_hub_name_without_network(tmp_path, monkeypatch, error):
+    def offline(*args, **kwargs):
+        raise error
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(loading, "snapshot_download", offline)
+    with pytest.raises(FileNotFoundError, match=r"^Wan-AI/Wan2\.1 is neither a local path nor.*give its folder"):
+        load_vae("Wan-AI/Wan2.1")
+
+
+def test_hub_name(wan_folder, tmp_path, monkeypatch, make_vae):
+    asked = {}
+
+    def download(name, allow_patterns):
+        asked[name] = allow_patterns
+        return str(wan_folder)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(loading, "snapshot_download", download)
+    assert_same_weights(load_vae("Wan-AI/Small"), make_vae("wan21"))
+    assert asked == {"Wan-AI/Small": ["vae/*"]}
+
+
+def test_hub_name_of_an_original_release(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(loading, "snapshot_download", lambda *args, **kwargs: str(tmp_path))
+    with pytest.raises(FileNotFoundError, match="no folder vae/; its diffusers version"):
+        load_vae("Wan-AI/Wan2.1-T2V-1.3B")
+
+
+def test_folder_without_weights(folder, weights):
+    weights.unlink()
+    with pytest.raises(FileNotFoundError, match="tiny holds no weights"):
+        load_vae(str(folder))
+
+
+def test_weights_without_config(folder):
+    (folder / "config.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"config\.json does not exist; .* need it beside them"):
+        load_vae(str(folder))
+
+
+def test_truncated_safetensors(folder, weights):
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=r"model\.safetensors cannot be read.*fetch it anew"):
+        load_vae(str(folder))
+
+
+@pytest.mark.parametrize("keep", [0, 10, -100])
+def test_truncated_pth(make_vae, tmp_path, keep):
+    file = tmp_path / "Wan2.1_VAE.pth"
+    torch.save(original_vae_state(make_vae("wan21")), file)
+    file.write_bytes(file.read_bytes()[:keep])
+    with pytest.raises(ValueError, match=r"Wan2\.1_VAE\.pth cannot be read.*fetch it anew"):
+        load_vae(str(file))
+
+
+class Hostile:
+    """Unpickling it makes a folder."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_pickles_run_no_code(tmp_path, packed):
+    """In torch's zip format and as a bare pickle."""
+    file, target = tmp_path / "Wan2.1_VAE.pth", tmp_path / "run"
+    if packed:
+        torch.save({"encoder.conv1.weight": Hostile(target)}, file)
+        assert zipfile.is_zipfile(file)
+    else:
+        file.write_bytes(pickle.dumps({"encoder.conv1.weight": Hostile(target)}))
+    with pytest.raises(ValueError, match=r"Wan2\.1_VAE\.pth cannot be read"):
+        load_vae(str(file))
+    assert not target.exists()
+    pickle.loads(pickle.dumps(Hostile(target)))
+    assert target.exists()  # it would have run
+
+
+def test_names_missing_unused_and_misshapen_tensors(folder, weights):
+    state = load_file(weights)
+    del state["encoder.conv_in.bias"]
+    state["post_quant_conv.bias"] = torch.zeros(7)
+    state["decoder.extra"] = torch.zeros(1)
+    save_file(state, weights)
+    with pytest.raises(ValueError) as error:
+        load_vae(str(folder))
+    message = str(error.value)
+    assert str(folder) in message
+    assert "1 missing: encoder.conv_in.bias" in message
+    assert "1 not used: decoder.extra" in message
+    assert "post_quant_conv.bias is (7,), the model has (4,)" in message
+
+
+def test_config_of_another_shape(folder):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"base_dim": 16}))
+    with pytest.raises(ValueError, match=r"of another shape: encoder\.conv_in\.weight is \(8, 3, 3, 3, 3\)"):
+        load_vae(str(folder))
+
+
+def test_original_vae_that_lacks_a_tensor(make_vae, tmp_path):
+    state = original_vae_state(make_vae("wan21"))
+    del state["conv2.weight"]
+    torch.save(state, tmp_path / "vae.pth")
+    with pytest.raises(ValueError, match=r"lacks conv2\.weight"):
+        load_vae(str(tmp_path / "vae.pth"))
+
+
+def test_prompt_embedding(wan_folder, tmp_path):
+    """Embeddings of the prompt's own tokens, then zeros, as Wan's DiT was trained."""
+    from transformers import AutoTokenizer, UMT5EncoderModel
+
+    embeds = embed_prompt("a red disc", str(wan_folder), 40, str(tmp_path))
+    tokens = AutoTokenizer.from_pretrained(wan_folder / "tokenizer")("a red disc", return_tensors="pt")
+    count = tokens.input_ids.shape[1]
+    assert tokens.input_ids[0, -1] == 1  # </s>
+    encoder = UMT5EncoderModel.from_pretrained(wan_folder / "text_encoder")
+    with torch.no_grad():
+        expected = encoder(**tokens.data).last_hidden_state
+    assert embeds.shape == (1, 40, 16)
+    assert embeds.dtype == torch.float32
+    assert_close(embeds[:, :count], expected, rtol=0, atol=1e-6)
+    assert embeds[:, :count].abs().amax(-1).min() > 0
+    assert embeds[:, count:].abs().max() == 0
+
+
+def test_prompt_is_embedded_once(wan_folder, tmp_path, monkeypatch):
+    from transformers import UMT5EncoderModel
+
+    loads = []
+    load = UMT5EncoderModel.from_pretrained
+
+    def counted(*args, **kwargs):
+        loads.append(args)
+        return load(*args, **kwargs)
+
+    monkeypatch.setattr(UMT5EncoderModel, "from_pretrained", counted)
+    cache = str(tmp_path / "new" / "cache")
+    first = embed_prompt("smoke", str(wan_folder), 20, cache)
+    assert_close(embed_prompt("smoke", str(wan_folder), 20, cache), first, rtol=0, atol=0)
+    assert len(loads) == 1
+    other = embed_prompt("", str(wan_folder), 20, cache)
+    assert len(loads) == 2
+    assert (other - first).abs().max() > 0.01
+    assert embed_prompt("smoke", str(wan_folder), 24, cache).shape[1] == 24
+    assert not list((tmp_path / "new" / "cache").glob("*.tmp"))
+
+
+def test_prompt_that_is_too_long(wan_folder, tmp_path):
+    with pytest.raises(ValueError, match=r"A prompt of \d+ tokens; this model reads 3. Shorten: 'smoke over"):
+        embed_prompt("smoke over a blue sea", str(wan_folder), 3, str(tmp_path))
+    assert not list(tmp_path.iterdir())
+
+
+def test_prompt_cache_follows_its_text_encoder(wan_folder, tmp_path):
+    """A folder that is trained anew under the same name gives new embeddings."""
+    source = tmp_path / "wan"
+    shutil.copytree(wan_folder, source)
+    first = embed_prompt("smoke", str(source), 20, str(tmp_path / "cache"))
+    weights = source / "text_encoder" / "model.safetensors"
+    save_file({name: value + 0.1 for name, value in load_file(weights).items()}, weights, {"format": "pt"})
+    second = embed_prompt("smoke", str(source), 20, str(tmp_path / "cache"))
+    assert (first - second).abs().max() > 0.01
+
+
+def test_prompt_cache_names():
+    names = {
+        prompt_cache(*key, "cache")
+        for key in [("a", "wan", 8), ("b", "wan", 8), ("a", "other", 8), ("a", "wan", 9), ("", "wan", 8)]
+    }
+    assert len(names) == 5
+    assert prompt_cache("a", "wan", 8, "cache") in names

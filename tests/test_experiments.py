@@ -1,0 +1,92 @@
+"""Every shipped recipe composes, instantiates, and runs where a CPU can run it."""
+
+import subprocess
+import sys
+
+import pytest
+from hydra.errors import ConfigCompositionException, MissingConfigException
+from hydra.utils import instantiate
+from lightning import LightningDataModule, LightningModule, Trainer
+
+from tests.compose import composed
+from tests.paths import ROOT
+
+EXPERIMENTS = sorted(path.stem for path in (ROOT / "conf/experiment").glob("*.yaml"))
+SMALL = ["data.frames=5", "data.height=16", "data.width=16", "data.batch_size=2", "data.num_workers=0"]
+# What stands in for downloads: the tiny base, and a perceptual loss without weights.
+OFFLINE = ["wan=tiny", "loss/perceptual=encoder_features", "task.lpips=false"]
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_composes(experiment, tmp_path):
+    config = composed(tmp_path, f"experiment={experiment}", *(["data.shards=x"] if "wan21" in experiment else []))
+    assert config.name == experiment
+    assert config.trainer.max_steps > 0
+    assert config.objective.startswith("val/")
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_instantiates(experiment, tmp_path):
+    real = [*OFFLINE, "data.shards=x"] if "wan21" in experiment else []
+    config = composed(tmp_path, f"experiment={experiment}", *real)
+    assert isinstance(instantiate(config.task), LightningModule)
+    assert isinstance(instantiate(config.data), LightningDataModule)
+    assert isinstance(instantiate(config.trainer), Trainer)
+    assert all(instantiate(config.callbacks).values())
+
+
+@pytest.mark.parametrize("sweep", sorted(path.stem for path in (ROOT / "conf/sweep").glob("*.yaml")))
+def test_sweeps_compose(sweep, tmp_path):
+    composed(tmp_path, "experiment=vae_rgba", f"sweep={sweep}")
+
+
+@pytest.mark.parametrize("logger", sorted(path.stem for path in (ROOT / "conf/logger").glob("*.yaml")))
+def test_loggers(logger, tmp_path, monkeypatch):
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    config = composed(tmp_path, "experiment=vae_rgba", f"logger={logger}")
+    assert instantiate(config.logger) is not None
+    if logger == "wandb":
+        assert config.logger.offline
+
+
+def test_unknown_names_are_named(tmp_path):
+    with pytest.raises(MissingConfigException, match="vae_rgbx"):
+        composed(tmp_path, "experiment=vae_rgbx")
+    with pytest.raises(ConfigCompositionException, match=r"task\.learning_rate"):
+        composed(tmp_path, "experiment=vae_rgba", "task.learning_rate=1")
+
+
+def run_train(tmp_path, *arguments):
+    command = [sys.executable, "train.py", *arguments, f"paths.outputs={tmp_path}"]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+
+
+@pytest.mark.slow
+def test_multirun_has_a_folder_per_job_and_returns_the_objective(tmp_path, shards):
+    small = [*SMALL, "data.val_clips=2", "trainer.max_steps=2", "trainer.val_check_interval=2"]
+    modes = "loss.diffusion.mode=off,opaque,bidirectional"
+    done = run_train(tmp_path, "-m", "experiment=vae_rgba", modes, f"data.shards={shards}", "callbacks=base", *small)
+    assert done.returncode == 0, done.stderr[-2000:]
+    folders = sorted(path.name for path in tmp_path.glob("vae_rgba/sweep_*/*_loss.diffusion.mode=*"))
+    assert [name.split("loss.diffusion.mode=")[1].split(",")[0] for name in folders] == [
+        "off",
+        "opaque",
+        "bidirectional",
+    ]
+    assert len(list(tmp_path.glob("vae_rgba/sweep_*/*/checkpoints/last.ckpt"))) == 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("experiment", ["wan_tiny_vae", "wan_tiny_dit"])
+def test_base_recipes_run(experiment, tmp_path):
+    extra = [] if experiment == "wan_tiny_vae" else ["task.transformer.num_layers=1"]
+    steps = ["trainer.max_steps=2", "trainer.val_check_interval=2", "data.val_clips=2", f"task.save_to={tmp_path}/base"]
+    done = run_train(tmp_path, f"experiment={experiment}", *SMALL, *steps, *extra)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert list(tmp_path.glob("base/**/*.safetensors"))
+
+
+def test_train_names_a_missing_checkpoint(tmp_path):
+    done = run_train(tmp_path, "experiment=vae_rgba", "resume=last")
+    assert done.returncode != 0
+    assert "no last.ckpt below" in done.stderr

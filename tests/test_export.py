@@ -1,0 +1,97 @@
+import pytest
+import torch
+from torch.testing import assert_close
+
+from acetate.export import trainable_from_wan_alpha
+from acetate.models.adapters import check_fit, trainable_state
+from acetate.models.rgba_vae import RGBAVAE
+
+
+@pytest.fixture(scope="module")
+def trainable(make_vae):
+    return trainable_state(RGBAVAE(vae=make_vae(), merge_init="scratch", lora_rank=2, lora_alpha=1.0))
+
+
+def released_name(name: str, like: dict[str, str]) -> str:
+    """Ours -> Wan-Alpha's, by the place of a part in the released module lists."""
+    for ours, theirs in like.items():
+        name = name.replace(ours, theirs)
+    return name
+
+
+MERGE = {
+    "merge.conv_in.": "middle.block.conv1.",
+    "merge.norm_out.": "middle.block.head.0.",
+    "merge.conv_out.": "middle.block.head.2.",
+    "merge.blocks.resnets.0.": "middle.block.middle.0.residual.",
+    "merge.blocks.attentions.0.": "middle.block.middle.1.",
+    "merge.blocks.resnets.1.": "middle.block.middle.2.residual.",
+    "merge.blocks.attentions.1.": "middle.block.middle.3.",
+    "merge.blocks.resnets.2.": "middle.block.middle.4.residual.",
+}
+RESIDUAL = {"residual.norm1.": "residual.0.", "residual.conv1.": "residual.2.", "residual.norm2.": "residual.3."}
+
+
+def test_the_whole_merge_block_has_a_place(trainable):
+    merge = {name: value for name, value in trainable.items() if name.startswith("merge.")}
+    flat = {released_name(name, MERGE | RESIDUAL | {"residual.conv2.": "residual.6."}): v for name, v in merge.items()}
+    assert all(name.startswith("middle.block.") for name in flat)
+    converted = trainable_from_wan_alpha(flat)
+    check_fit(merge, converted, "released merge block")
+    for name, value in converted.items():
+        assert value is merge[name]
+
+
+@pytest.mark.parametrize(
+    ("released", "ours"),
+    [
+        ("vae_fgr.decoder.conv1.conv3D.lora_A.default.weight", "decoder_rgb.net.conv_in"),
+        ("vae_fgr.decoder.conv1.lora_A.weight", "decoder_rgb.net.conv_in"),
+        ("vae_pha.decoder.middle.1.to_qkv.lora_A.default.weight", "decoder_alpha.net.mid_block.attentions.0.to_qkv"),
+        (
+            "vae_pha.decoder.upsamples.4.shortcut.conv3D.lora_A.default.weight",
+            "decoder_alpha.net.up_blocks.1.resnets.0.conv_shortcut",
+        ),
+        (
+            "vae_fgr.decoder.upsamples.3.time_conv.conv3D.lora_A.default.weight",
+            "decoder_rgb.net.up_blocks.0.upsamplers.0.time_conv",
+        ),
+        (
+            "vae_fgr.decoder.upsamples.11.resample.1.lora_A.default.weight",
+            "decoder_rgb.net.up_blocks.2.upsamplers.0.resample.1",
+        ),
+        ("vae_pha.decoder.head.2.conv3D.lora_A.default.weight", "decoder_alpha.net.conv_out"),
+    ],
+)
+def test_lora_names(trainable, released, ours):
+    (name,) = trainable_from_wan_alpha({released: torch.zeros(2, 3, 1, 1, 1)})
+    assert name == f"{ours}.parametrizations.weight.0.A"
+    assert name in trainable
+
+
+def test_lora_b_loses_its_kernel_of_one():
+    value = torch.arange(6.0).view(3, 2, 1, 1, 1)
+    for kernel in ((1, 1, 1), (1, 1)):
+        state = trainable_from_wan_alpha({"vae_fgr.decoder.conv1.lora_B.default.weight": value.view(3, 2, *kernel)})
+        assert_close(state["decoder_rgb.net.conv_in.parametrizations.weight.0.B"], value.view(3, 2))
+
+
+def test_frozen_tensors_are_left_out():
+    frozen = ("vae.encoder.conv1.weight", "vae_fgr.decoder.conv1.conv3D.weight", "dit.blocks.0.norm3.weight")
+    assert trainable_from_wan_alpha(dict.fromkeys(frozen, torch.zeros(1))) == {}
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "vae_fgr.encoder.conv1.conv3D.lora_A.default.weight",
+        "vae_shadow.decoder.conv1.conv3D.lora_A.default.weight",
+        "vae_fgr.decoder.conv1.lora_C.default.weight",
+        "middle.block.conv3.weight",
+        "middle.block.middle.1.to_out.weight",
+        "middle.block.middle.0.residual.5.weight",
+    ],
+)
+def test_keys_without_a_place_are_errors(key):
+    with pytest.raises(ValueError, match=key):
+        trainable_from_wan_alpha({key: torch.zeros(2, 2)})
