@@ -5,6 +5,7 @@ import urllib.error
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch import nn
 from torch.testing import assert_close
 from torchvision.models import vgg16
 
@@ -96,6 +97,7 @@ def test_vgg_ends_at_relu2_2(vgg):
     features = vgg[True]._features(video())
     assert features.shape == (5, 128, 8, 8)  # one pooling
     assert features.min() == 0
+    assert sum(isinstance(layer, nn.Conv2d) for layer in vgg[True].features) == 4
 
 
 def test_imagenet_norm_is_an_affine_map_of_the_input(vgg):

@@ -88,6 +88,16 @@ def test_alpha_reaches_the_latents(build, clip):
     assert (raw - other).abs().mean() > 0.01
 
 
+def test_alpha_is_encoded_as_a_grey_picture(build, clip):
+    """Empty is black, opaque is white."""
+    rgb, alpha = clip
+    vae = build(merge_init="scratch")
+    grey = (alpha * 2 - 1).expand(-1, 3, -1, -1, -1)
+    with torch.no_grad():
+        expected = vae.merge(vae.encoder(rgb), vae.encoder(grey))
+        assert_close(vae.encode(rgb, alpha), expected, rtol=0, atol=1e-5)
+
+
 def test_only_merge_and_adapters_train(build):
     vae = build(lora_rank=3)
     names = trainable_state(vae)

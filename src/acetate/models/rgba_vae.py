@@ -21,6 +21,9 @@ class RGBAVAE(nn.Module):
     long to run whole; None runs them whole. frozen_dtype: of all that does not train.
     """
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(
         self,
         *,

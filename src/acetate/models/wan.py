@@ -56,7 +56,7 @@ class Geometry:
 
 def causal_conv(conv: WanCausalConv3d, x: Tensor, state: State) -> Tensor:
     """Two zero frames, or the previous chunk's last two, stand before x (B, C, T, H, W)."""
-    _, width, _, height, before, _ = conv._padding
+    _, width, _, height, before, _ = (int(n) for n in conv._padding)
     previous = None if state is None else state.get(conv)
     if state is not None and before:
         tail = x if previous is None else torch.cat([previous, x], 2)
@@ -223,11 +223,12 @@ class WanDecoder(nn.Module):
         def head(x: Tensor, state: State) -> Tensor:
             return causal_conv(net.conv_out, F.silu(net.norm_out(x)), state)
 
-        return [stem, *(lambda x, s, b=b: self._block(b, x, s) for b in net.up_blocks), head]
+        blocks = [lambda x, s, b=b: self._block(b, x, s) for b in net.up_blocks]
+        return [stem, *blocks, head]
 
     @staticmethod
     def _block(block: nn.Module, x: Tensor, state: State) -> Tensor:
-        for resnet in block.resnets:
+        for resnet in block.resnets:  # pyright: ignore[reportGeneralTypeIssues]
             x = residual(resnet, x, state)
         return x if block.upsamplers is None else upsample(block.upsamplers[0], x, state)
 
