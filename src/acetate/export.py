@@ -44,7 +44,7 @@ def _merge_name(key: str) -> str:
     for old, new in fixed.items():
         if place.startswith(f"{old}."):
             return f"merge.{new}.{place.removeprefix(f'{old}.')}"
-    if match := re.fullmatch(r"middle\.(\d+)\.residual\.(\d)\.(\w+)", place):
+    if match := re.fullmatch(r"middle\.(\d+)\.residual\.([0236])\.(\w+)", place):
         return f"merge.blocks.resnets.{int(match[1]) // 2}.{RESIDUAL_PARTS[match[2]]}.{match[3]}"
     if match := re.fullmatch(r"middle\.(\d+)\.((norm|to_qkv|proj)\.\w+)", place):
         return f"merge.blocks.attentions.{int(match[1]) // 2}.{match[2]}"

@@ -182,8 +182,9 @@ def check_agreement(vaes: list[RGBAVAE], clip: tuple[Tensor, Tensor, Tensor]) ->
     worst = max(difference, key=lambda name: difference[name])
     if not (loss <= LOSS_TOLERANCE and all(value <= GRADIENT_TOLERANCE for value in difference.values())):
         raise DisagreementError(
-            f"Loss differs by {loss:.1e} (rule: {LOSS_TOLERANCE:.0e}), the gradient of {worst} by {difference[worst]:.1e}"
-            f" of its largest value (rule: {GRADIENT_TOLERANCE:.0e}): one way computes another step. Run tests/models."
+            f"Loss differs by {loss:.1e} (rule: {LOSS_TOLERANCE:.0e}), the gradient of {worst} by "
+            f"{difference[worst]:.1e} of its largest value (rule: {GRADIENT_TOLERANCE:.0e}): one way computes "
+            "another step. Run the tests of models/."
         )
     return {"loss": loss, "gradient": difference[worst], "gradient_of": worst, "gradients": len(difference)}
 

@@ -7,6 +7,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from acetate.alpha import PALETTE, harden, over
 from acetate.data import synthetic
+from acetate.draws import generator_for
 
 
 class EndlessClips(Dataset):
@@ -22,7 +23,7 @@ class EndlessClips(Dataset):
     def __getitem__(self, index: int) -> dict[str, Tensor | str]:
         """{video (3, T, H, W) in [-1, 1], prompt, key}."""
         number = self.start + index
-        generator = torch.Generator().manual_seed((self.seed << 32) + number)
+        generator = generator_for("endless", self.seed, number)
         kind_draw, view_draw, color_draw, seed_draw = torch.randint(2**31, (4,), generator=generator).tolist()
         kind = synthetic.KINDS[kind_draw % len(synthetic.KINDS)]
         size = (self.frames, self.height, self.width)

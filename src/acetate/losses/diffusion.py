@@ -53,12 +53,12 @@ class DiffusionLoss(nn.Module):
         self.timestep_dtype = getattr(torch, timestep_dtype)
         self.eps = eps
         levels = flow.schedule(steps, shift)
-        self.register_buffer("sigmas", levels.sigmas, persistent=False)
-        self.register_buffer("timesteps", levels.timesteps, persistent=False)
-        self.register_buffer("weights", levels.weights, persistent=False)
+        # Plain tensors, not buffers: a module-wide cast to bf16 must not reach them.
+        self.sigmas, self.timesteps, self.weights = levels.sigmas, levels.timesteps, levels.weights
 
     def step_ids(self, ids: Tensor) -> Tensor:
-        """Drawn step ids (B,), long, as the settings see them."""
+        """Drawn step ids (B,), long, as the settings see them; on the CPU."""
+        ids = ids.cpu()
         if self.timestep_per == "batch":
             ids = ids[:1].expand_as(ids)
         if self.timestep_dtype == torch.bfloat16:  # the released code looks its rounded timestep up again
@@ -80,8 +80,8 @@ class DiffusionLoss(nn.Module):
 
         latents, noise (B, 16, F, h, w); alpha (B, 1, T, H, W) in [0, 1]; ids (B,) drawn from 0..steps-1.
         """
-        ids = self.step_ids(ids.to(self.sigmas.device))
-        timestep = self.timesteps[ids].to(self.timestep_dtype).float()
+        ids = self.step_ids(ids)
+        timestep = self.timesteps[ids].to(self.timestep_dtype).float().to(latents.device)
         x_t = flow.interpolate(latents, noise, self.sigmas[ids])
         error = (velocity_field(x_t, timestep) - flow.velocity(latents, noise)).float().square()
         weights = flow.per_clip(self.weights[ids], latents)

@@ -5,6 +5,7 @@ Each takes `feature_maps`, the frozen Wan encoder's stages, which only EncoderFe
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +24,8 @@ class EncoderFeatures(nn.Module):
 
     def __init__(self, *, stages: int) -> None:
         super().__init__()
+        if stages < 1:
+            raise ValueError(f"loss.perceptual.stages={stages}; compare at least 1 stage, or set its weight to 0.")
         self.stages = stages
 
     def forward(self, x_hat: Tensor, x: Tensor, feature_maps: FeatureMaps) -> Tensor:
@@ -40,14 +43,16 @@ class VGGFeatures(nn.Module):
 
     def __init__(self, *, imagenet_norm: bool, weights: str | None = None) -> None:
         super().__init__()
-        self.features = vgg16(weights=None).features[:RELU2_2]
+        with torch.device("meta"):
+            self.features = vgg16(weights=None).features[:RELU2_2]
         state = load_vgg16(weights)
         self.features.load_state_dict(
             {
                 name.removeprefix("features."): value
                 for name, value in state.items()
                 if name.startswith("features.") and int(name.split(".")[1]) < RELU2_2
-            }
+            },
+            assign=True,
         )
         self.requires_grad_(False)
         self.imagenet_norm = imagenet_norm
@@ -92,11 +97,11 @@ def load_vgg16(weights: str | None) -> dict[str, Tensor]:
             return load_file(path)
         return torch.load(path, map_location="cpu", weights_only=True)
     try:
-        return VGG16_Weights.IMAGENET1K_V1.get_state_dict(progress=True)
-    except OSError as error:
+        return VGG16_Weights.IMAGENET1K_V1.get_state_dict(progress=True, check_hash=True, weights_only=True)
+    except (OSError, RuntimeError, UnpicklingError) as error:
         url = VGG16_Weights.IMAGENET1K_V1.url
         path = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
         raise FileNotFoundError(
-            f"VGG16 weights are not at {path} and could not be fetched ({error}). Put {url} there, or choose "
-            "loss/perceptual=encoder_features, which needs no download."
+            f"VGG16 weights are not at {path}, or damaged, and could not be fetched ({error}). Put {url} there, or "
+            "choose loss/perceptual=encoder_features, which needs no download."
         ) from error

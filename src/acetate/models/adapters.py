@@ -22,7 +22,7 @@ class MergedLoRA(nn.Module):
         nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
 
     def forward(self, weight: Tensor) -> Tensor:
-        with torch.autocast(weight.device.type, enabled=False):  # a bf16 sum would swallow small updates
+        with torch.autocast(self.A.device.type, enabled=False):  # a bf16 sum would swallow small updates
             delta = (self.B.float() @ self.A.float().flatten(1)).view_as(weight)
             return (weight.float() + self.scale * delta).to(weight.dtype)
 

@@ -7,6 +7,7 @@ A source is a folder (diffusers layout, or the original release's), a single fil
 import hashlib
 import inspect
 import json
+import pickle
 import re
 from pathlib import Path
 from typing import TypeVar
@@ -87,7 +88,10 @@ def embed_prompt(prompt: str, source: str, length: int, cache: str) -> Tensor:
 
 
 def prompt_cache(prompt: str, source: str, length: int, cache: str) -> Path:
-    name = hashlib.sha256(json.dumps([source, prompt, length]).encode()).hexdigest()[:32]
+    """Where the embedding is kept. Names change with the text encoder's files, so that retraining one is seen."""
+    folder = Path(source).expanduser() / "text_encoder"
+    files = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(folder.glob("*.safetensors"))]
+    name = hashlib.sha256(json.dumps([source, prompt, length, files]).encode()).hexdigest()[:32]
     return Path(cache) / f"prompt-{name}.safetensors"
 
 
@@ -95,7 +99,10 @@ def _locate(source: str, part: str) -> Path:
     """The file or folder that holds `part` (vae, transformer, ...) of `source`."""
     path = Path(source).expanduser()
     if path.is_dir():
-        return path / part if (path / part).is_dir() else path
+        if (path / part).is_dir():
+            return path / part
+        original = sorted(path.glob("*VAE*.pth"))  # the original release keeps it beside the DiT
+        return original[0] if part == "vae" and original else path
     if path.is_file():
         return path
     if path.is_absolute() or source.startswith(".") or source.count("/") != 1:
@@ -119,7 +126,7 @@ def _read_state(path: Path) -> dict[str, Tensor]:
     if path.is_file():
         files = [path]
     else:
-        files = sorted(path.glob("*.safetensors")) or sorted(path.glob("*.pth"))
+        files = next((found for suffix in WEIGHT_SUFFIXES if (found := sorted(path.glob(f"*{suffix}")))), [])
     if not files or files[0].suffix not in WEIGHT_SUFFIXES:
         raise FileNotFoundError(f"{path} holds no weights ({', '.join(WEIGHT_SUFFIXES)}).")
     state: dict[str, Tensor] = {}
@@ -129,7 +136,7 @@ def _read_state(path: Path) -> dict[str, Tensor]:
                 state.update(load_file(file))
             else:
                 state.update(torch.load(file, map_location="cpu", weights_only=True, mmap=True))
-        except (SafetensorError, RuntimeError, EOFError, OSError, ValueError) as error:
+        except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
             raise ValueError(
                 f"{file} cannot be read ({error}). It is truncated or no weight file: fetch it anew."
             ) from error

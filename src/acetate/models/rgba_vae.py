@@ -10,6 +10,7 @@ from acetate.models.adapters import add_lora
 from acetate.models.loading import weights_sha256
 from acetate.models.merge import FeatureMerge
 from acetate.models.wan import Geometry, WanDecoder, WanEncoder, WanHead
+from acetate.regions import check_clip_shape
 
 
 class RGBAVAE(nn.Module):
@@ -37,7 +38,18 @@ class RGBAVAE(nn.Module):
         frozen_dtype: str = "float32",
     ) -> None:
         super().__init__()
+        if chunk is not None and chunk < 1:
+            raise ValueError(f"model.chunk={chunk}; latent frames at a time, at least 1, or null for whole clips.")
+        if chunk is not None and checkpointing:
+            raise ValueError(
+                "model.checkpointing recomputes whole clips. Set model.chunk=null, or checkpointing=false."
+            )
         self.geometry = Geometry.of(vae)
+        if {len(self.geometry.mean), len(self.geometry.std)} != {self.geometry.channels}:
+            raise ValueError(
+                f"{vae.config.get('_name_or_path')}: {len(self.geometry.mean)} latent means and "
+                f"{len(self.geometry.std)} deviations for {self.geometry.channels} channels. Repair its config.json."
+            )
         self.source, self.base_sha256 = vae.config.get("_name_or_path", ""), weights_sha256(vae)
         self.lora_rank, self.lora_alpha = lora_rank, lora_alpha
         self.merge_init, self.average_alpha, self.chunk = merge_init, average_alpha, chunk
@@ -61,6 +73,7 @@ class RGBAVAE(nn.Module):
 
         rgb (B, 3, T, H, W) in [-1, 1] already hard-rendered over a background; alpha (B, 1, T, H, W) in [0, 1].
         """
+        check_clip_shape(*alpha.shape[2:], self.geometry.time_stride, self.geometry.space_stride)
         dtype = self.encoder.net.conv_in.weight.dtype
         matte = (alpha * 2 - 1).expand_as(rgb)
         with torch.no_grad():  # frozen, and its input is data

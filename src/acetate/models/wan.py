@@ -5,6 +5,7 @@ last frames of every convolution's input. Both are one traversal here: `state` N
 is the next chunk. Output is never clamped.
 """
 
+import copy
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -58,15 +59,14 @@ def causal_conv(conv: WanCausalConv3d, x: Tensor, state: State) -> Tensor:
     """Two zero frames, or the previous chunk's last two, stand before x (B, C, T, H, W)."""
     _, width, _, height, before, _ = (int(n) for n in conv._padding)
     previous = None if state is None else state.get(conv)
-    if state is not None and before:
-        tail = x if previous is None else torch.cat([previous, x], 2)
-        missing = before - tail.shape[2]
-        state[conv] = F.pad(tail, (0, 0, 0, 0, missing, 0)) if missing > 0 else tail[:, :, -before:]
-    if previous is None and x.shape[2] == 1 and before:
-        # One frame meets only the last temporal tap: a 2-D convolution at a third of the cost.
-        return F.conv2d(x[:, :, 0], conv.weight[:, :, -1], conv.bias, padding=(height, width))[:, :, None]
+    one_frame = previous is None and x.shape[2] == 1
     if before:
         x = F.pad(x, (0, 0, 0, 0, before, 0)) if previous is None else torch.cat([previous, x], 2)
+        if state is not None:
+            state[conv] = x[:, :, -before:].clone()  # a view would keep the whole chunk alive
+    if before and one_frame:
+        # One frame meets only the last temporal tap: a 2-D convolution at a third of the cost.
+        return F.conv2d(x[:, :, -1], conv.weight[:, :, -1], conv.bias, padding=(height, width))[:, :, None]
     return F.conv3d(x, conv.weight, conv.bias, conv.stride, padding=(0, height, width))
 
 
@@ -92,7 +92,7 @@ def downsample(block: WanResample, x: Tensor, state: State) -> Tensor:
         return x
     before = None if state is None else state.get(block)
     if state is not None:
-        state[block] = x[:, :, -1:]
+        state[block] = x[:, :, -1:].clone()
     time_conv = block.time_conv
     if before is not None:
         return F.conv3d(torch.cat([before, x], 2), time_conv.weight, time_conv.bias, time_conv.stride)
@@ -169,7 +169,8 @@ class WanEncoder(nn.Module):
         return residual(block, x, state) if isinstance(block, WanResidualBlock) else block(x)
 
     def feature_maps(self, video: Tensor) -> Iterator[Tensor]:
-        """The output of every stage, shallow to deep, for feature losses."""
+        """The output of every stage, shallow to deep, for feature losses, in the weights' type."""
+        video = video.to(self.net.conv_in.weight.dtype)
         for stage in self.stages():
             video = stage(video, None)
             yield video
@@ -228,7 +229,7 @@ class WanDecoder(nn.Module):
 
     @staticmethod
     def _block(block: nn.Module, x: Tensor, state: State) -> Tensor:
-        for resnet in block.resnets:  # pyright: ignore[reportGeneralTypeIssues]
+        for resnet in block.resnets:
             x = residual(resnet, x, state)
         return x if block.upsamplers is None else upsample(block.upsamplers[0], x, state)
 
@@ -245,9 +246,8 @@ def save_vae(vae: AutoencoderKLWan, folder: Path) -> None:
     """fp16 weights and config in diffusers layout; written beside `folder` and then renamed over it."""
     geometry = Geometry.of(vae)
     vae.register_to_config(scale_factor_temporal=geometry.time_stride, scale_factor_spatial=geometry.space_stride)
-    half = AutoencoderKLWan.from_config(vae.config)
-    half.load_state_dict({name: value.cpu() for name, value in vae.state_dict().items()})
-    replace_folder(folder, half.half().save_pretrained)
+    # A copy, since from_config drops what was registered later where the constructor had a default.
+    replace_folder(folder, copy.deepcopy(vae).to("cpu", torch.float16).save_pretrained)
 
 
 def replace_folder(folder: Path, write: Callable[[str], object]) -> None:

@@ -17,6 +17,8 @@ def adamw_with_warmup(
     weight_decay: float = 0.0,
 ) -> dict:
     """What `configure_optimizers` returns. decay_steps: the step at which a half cosine reaches zero."""
+    if decay_steps is not None and decay_steps < 1:
+        raise ValueError(f"decay_steps {decay_steps}; the cosine ends at a positive step. Set trainer.max_steps.")
     trainable = [p for p in parameters if p.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=lr, betas=betas, weight_decay=weight_decay)
 

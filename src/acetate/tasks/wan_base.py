@@ -69,6 +69,7 @@ class WanVAETask(LightningModule):
         warmup_steps: int,
         edge_weight: float,
         kl_weight: float,
+        seed: int,
         save_to: str,
         init_from: str | None = None,
     ) -> None:
@@ -79,7 +80,7 @@ class WanVAETask(LightningModule):
             vae.load_state_dict(AutoencoderKLWan.from_pretrained(init_from).state_dict())
         self.vae = vae
         self.encoder, self.head, self.decoder = WanEncoder(vae), WanHead(vae), WanDecoder(vae)
-        self.lr, self.warmup_steps = lr, warmup_steps
+        self.lr, self.warmup_steps, self.seed = lr, warmup_steps, seed
         self.edge_weight, self.kl_weight = edge_weight, kl_weight
         self.save_to = Path(save_to)
         self.quality = RGBQuality()
@@ -89,7 +90,8 @@ class WanVAETask(LightningModule):
         video = batch["video"]
         mean, log_variance = self.head(self.encoder(video))
         log_variance = log_variance.clamp(-30, 20)
-        latents = mean + (0.5 * log_variance).exp() * torch.randn_like(mean)
+        draws = ClipDraws(batch["key"], self.seed, "train", self.global_step, device=self.device)
+        latents = mean + (0.5 * log_variance).exp() * draws.normal(mean.shape[1:])
         video_hat = self.decoder(latents)
         parts = {
             "mse": (video_hat - video).square().mean(),
@@ -182,6 +184,7 @@ class WanDiTTask(LightningModule):
                 num_heads=4,
                 d_ff=2 * text_width,
                 num_layers=text_layers,
+                dropout_rate=0.0,  # chance belongs to the clip, not to hidden generator state
                 pad_token_id=0,
                 eos_token_id=1,
             )
