@@ -67,12 +67,10 @@ def test_multirun_has_a_folder_per_job_and_returns_the_objective(tmp_path, shard
     modes = "loss.diffusion.mode=off,opaque,bidirectional"
     done = run_train(tmp_path, "-m", "experiment=vae_rgba", modes, f"data.shards={shards}", "callbacks=base", *small)
     assert done.returncode == 0, done.stderr[-2000:]
-    folders = sorted(path.name for path in tmp_path.glob("vae_rgba/sweep_*/*_loss.diffusion.mode=*"))
-    assert [name.split("loss.diffusion.mode=")[1].split(",")[0] for name in folders] == [
-        "off",
-        "opaque",
-        "bidirectional",
-    ]
+    folders = sorted(tmp_path.glob("vae_rgba/sweep_*/[0-9]"))
+    overrides = [(folder / ".hydra/overrides.yaml").read_text() for folder in folders]
+    for mode, text in zip(("off", "opaque", "bidirectional"), overrides, strict=True):
+        assert f"loss.diffusion.mode={mode}" in text
     assert len(list(tmp_path.glob("vae_rgba/sweep_*/*/checkpoints/last.ckpt"))) == 3
 
 

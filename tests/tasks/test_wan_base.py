@@ -47,7 +47,7 @@ def trainer(folder, steps, val_every=None, **settings):
 
 def vae_task(save_to, vae=None, **settings):
     torch.manual_seed(0)
-    settings = {"lr": 1e-3, "warmup_steps": 0, "edge_weight": 0.02, "kl_weight": 1e-4} | settings
+    settings = {"lr": 1e-3, "warmup_steps": 0, "edge_weight": 0.02, "kl_weight": 1e-4, "seed": 0} | settings
     return WanVAETask(vae=vae or AutoencoderKLWan(**TINY), save_to=str(save_to), **settings)
 
 
