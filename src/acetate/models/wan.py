@@ -229,7 +229,7 @@ class WanDecoder(nn.Module):
 
     @staticmethod
     def _block(block: nn.Module, x: Tensor, state: State) -> Tensor:
-        for resnet in block.resnets:
+        for resnet in block.resnets:  # pyright: ignore[reportGeneralTypeIssues]
             x = residual(resnet, x, state)
         return x if block.upsamplers is None else upsample(block.upsamplers[0], x, state)
 
