@@ -256,6 +256,48 @@ def test_truncated_pth(make_vae, tmp_path, keep):
         load_vae(str(file))
 
 
+def test_pth_from_before_the_zip_format(make_vae, tmp_path):
+    file = tmp_path / "Wan2.1_VAE.pth"
+    torch.save(original_vae_state(make_vae("wan21")), file, _use_new_zipfile_serialization=False)
+    assert_same_weights(load_vae(str(file)), make_vae("wan21"))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ([torch.zeros(2)], r"Wan\.pth holds a list, no state dict"),
+        ({"state_dict": {"a": torch.zeros(1)}, "epoch": 3}, r"Wan\.pth holds 'state_dict', which is no tensor"),
+    ],
+)
+def test_pth_that_is_no_state_dict(tmp_path, content, message):
+    torch.save(content, tmp_path / "Wan.pth")
+    with pytest.raises(ValueError, match=message):
+        load_vae(str(tmp_path / "Wan.pth"))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [("{", r"config\.json is not JSON"), ("[1]", r"config\.json holds a list; a config is an")]
+)
+def test_broken_config(folder, text, message):
+    (folder / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        load_vae(str(folder))
+
+
+def test_half_precision_keeps_what_wan_computes_in_fp32(wan_folder):
+    transformer = load_transformer(str(wan_folder), torch.bfloat16)
+    dtypes = {name: p.dtype for name, p in transformer.named_parameters()}
+    assert dtypes["condition_embedder.time_embedder.linear_1.weight"] == torch.float32
+    assert dtypes["scale_shift_table"] == dtypes["blocks.0.norm2.weight"] == torch.float32
+    assert dtypes["blocks.0.attn1.to_q.weight"] == dtypes["patch_embedding.weight"] == torch.bfloat16
+
+
+def test_text_encoder_of_the_original_release(tmp_path):
+    (tmp_path / "google").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"has no folder tokenizer/\. UMT5 is read in diffusers layout"):
+        embed_prompt("smoke", str(tmp_path), 8, str(tmp_path / "cache"))
+
+
 class Hostile:
     """Unpickling it makes a folder."""
 

@@ -11,10 +11,10 @@ from acetate.draws import generator_for
 
 
 class EndlessClips(Dataset):
-    """Clip i is a function of (seed, i) alone, so that order and resume need no state."""
+    """Clip i is a function of (seed, i) alone, so that order and resume need no state; this one has every step-th."""
 
-    def __init__(self, *, seed: int, start: int, length: int, frames: int, height: int, width: int) -> None:
-        self.seed, self.start, self.length = seed, start, length
+    def __init__(self, *, seed: int, start: int, length: int, step: int, frames: int, height: int, width: int) -> None:
+        self.seed, self.start, self.length, self.step = seed, start, length, step
         self.frames, self.height, self.width = frames, height, width
 
     def __len__(self) -> int:
@@ -22,7 +22,7 @@ class EndlessClips(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Tensor | str]:
         """{video (3, T, H, W) in [-1, 1], prompt, key}."""
-        number = self.start + index
+        number = self.start + index * self.step
         generator = generator_for("endless", self.seed, number)
         kind_draw, view_draw, color_draw, seed_draw = torch.randint(2**31, (4,), generator=generator).tolist()
         kind = synthetic.KINDS[kind_draw % len(synthetic.KINDS)]
@@ -48,7 +48,10 @@ class EndlessClips(Dataset):
 
 
 class EndlessDataModule(LightningDataModule):
-    """frames = time_stride * k + 1; validation clips come from another part of the seed space."""
+    """frames = time_stride * k + 1; validation clips come from another part of the seed space.
+
+    Rank r of n draws the clips r, r + n, ...; batch_size is per rank, val_clips are of all ranks together.
+    """
 
     def __init__(
         self,
@@ -67,10 +70,12 @@ class EndlessDataModule(LightningDataModule):
         self.seed, self.num_workers = seed, num_workers
 
     def _loader(self, start: int, length: int, batch_size: int) -> DataLoader:
+        rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         clips = EndlessClips(
             seed=self.seed,
-            start=start,
+            start=start + rank,
             length=length,
+            step=world,
             frames=self.frames,
             height=self.height,
             width=self.width,
@@ -81,7 +86,9 @@ class EndlessDataModule(LightningDataModule):
         trainer = self.trainer
         steps = trainer.max_steps if trainer is not None else 1
         done = trainer.global_step if trainer is not None else 0
-        return self._loader(done * self.batch_size, max(1, steps - done) * self.batch_size, self.batch_size)
+        world = trainer.world_size if trainer is not None else 1
+        return self._loader(done * self.batch_size * world, max(1, steps - done) * self.batch_size, self.batch_size)
 
     def val_dataloader(self) -> DataLoader:
-        return self._loader(2**31, self.val_clips, min(self.batch_size, self.val_clips))
+        share = max(1, self.val_clips // (self.trainer.world_size if self.trainer else 1))
+        return self._loader(2**31, share, min(self.batch_size, share))

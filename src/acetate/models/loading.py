@@ -9,6 +9,7 @@ import inspect
 import json
 import pickle
 import re
+import zipfile
 from pathlib import Path
 from typing import TypeVar
 
@@ -71,8 +72,15 @@ def embed_prompt(prompt: str, source: str, length: int, cache: str) -> Tensor:
         return load_file(path)["embeds"]
     from transformers import AutoTokenizer, UMT5EncoderModel  # seconds to import, and the cache often has it
 
-    tokenizer = AutoTokenizer.from_pretrained(_locate(source, "tokenizer"))
-    encoder = UMT5EncoderModel.from_pretrained(_locate(source, "text_encoder"), torch_dtype="auto")
+    folders = {part: _locate(source, part) for part in ("tokenizer", "text_encoder")}
+    for part, folder in folders.items():
+        if folder.name != part:
+            raise FileNotFoundError(
+                f"{source} has no folder {part}/. UMT5 is read in diffusers layout: give wan.text_encoder a folder "
+                "with tokenizer/ and text_encoder/, or a hub name such as Wan-AI/Wan2.1-T2V-1.3B-Diffusers."
+            )
+    tokenizer = AutoTokenizer.from_pretrained(folders["tokenizer"])
+    encoder = UMT5EncoderModel.from_pretrained(folders["text_encoder"], torch_dtype="auto")
     tokens = tokenizer(prompt, return_tensors="pt")
     count = tokens.input_ids.shape[1]
     if count > length:
@@ -133,13 +141,22 @@ def _read_state(path: Path) -> dict[str, Tensor]:
     for file in files:
         try:
             if file.suffix == ".safetensors":
-                state.update(load_file(file))
+                part = load_file(file)
             else:
-                state.update(torch.load(file, map_location="cpu", weights_only=True, mmap=True))
+                zipped = zipfile.is_zipfile(file)  # files from before torch 1.6 are not, and cannot be mapped
+                part = torch.load(file, map_location="cpu", weights_only=True, mmap=zipped)
         except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
             raise ValueError(
                 f"{file} cannot be read ({error}). It is truncated or no weight file: fetch it anew."
             ) from error
+        if not isinstance(part, dict):
+            raise ValueError(f"{file} holds a {type(part).__name__}, no state dict. Give a file of weights.")
+        state.update(part)
+    if others := [name for name, value in state.items() if not isinstance(value, Tensor)]:
+        raise ValueError(
+            f"{files[0]} holds {others[0]!r}, which is no tensor: a training checkpoint rather than weights? "
+            "Give the file of weights that was exported from it."
+        )
     return state
 
 
@@ -148,7 +165,17 @@ def _read_config(path: Path, model: type[nn.Module]) -> dict:
     if not file.is_file():
         raise FileNotFoundError(f"{file} does not exist; weights in diffusers names need it beside them.")
     known = inspect.signature(model.__init__).parameters
-    return {key: value for key, value in json.loads(file.read_text()).items() if key in known}
+    return {key: value for key, value in _read_json(file).items() if key in known}
+
+
+def _read_json(file: Path) -> dict:
+    try:
+        value = json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"{file} is not JSON ({error}). Fetch it anew.") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{file} holds a {type(value).__name__}; a config is an object of names and values.")
+    return value
 
 
 def _original_vae_config(state: dict[str, Tensor], path: Path) -> dict:
@@ -179,7 +206,7 @@ def _original_transformer_config(state: dict[str, Tensor], path: Path) -> dict:
     config.json beside the weights gives it, else heads are 128 wide, as in every Wan2.1."""
     dim, channels, *patch = _shape(state, "patch_embedding.weight", path)
     file = (path if path.is_dir() else path.parent) / "config.json"
-    stored = json.loads(file.read_text()) if file.is_file() else {}
+    stored = _read_json(file) if file.is_file() else {}
     heads = stored.get("num_heads", dim // WAN_HEAD_DIM)
     if not heads or dim % heads:
         raise ValueError(
@@ -218,6 +245,8 @@ def _shape(state: dict[str, Tensor], name: str, path: Path) -> torch.Size:
 
 def _assign(model: M, state: dict[str, Tensor], path: Path, dtype: torch.dtype) -> M:
     check_fit(dict(model.state_dict()), state, str(path))
-    model.load_state_dict({name: value.to(dtype) for name, value in state.items()}, assign=True)
+    precise = set(model._keep_in_fp32_modules or ())  # diffusers' own list: norms and the time embedding
+    dtypes = {name: dtype if precise.isdisjoint(name.split(".")) else torch.float32 for name in state}
+    model.load_state_dict({name: value.to(dtypes[name]) for name, value in state.items()}, assign=True)
     model.register_to_config(_name_or_path=str(path))  # pyright: ignore[reportCallIssue]
     return model.eval().requires_grad_(False)

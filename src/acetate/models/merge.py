@@ -1,10 +1,10 @@
 """The feature merge block: colour and alpha features in, one RGBA latent out."""
 
 import torch
-import torch.nn.functional as F
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, WanMidBlock, WanRMS_norm
 from torch import Tensor, nn
 
+from acetate.models.ops import norm_silu
 from acetate.models.wan import causal_conv, mid
 
 INITS = ("residual", "scratch")
@@ -32,5 +32,5 @@ class FeatureMerge(nn.Module):
     def forward(self, rgb_features: Tensor, alpha_features: Tensor) -> Tensor:
         """Two (B, C, F, h, w) -> (B, 16, F, h, w)."""
         x = causal_conv(self.conv_in, torch.cat([rgb_features, alpha_features], 1), None)
-        x = F.silu(self.norm_out(mid(self.blocks, x, None)))
+        x = norm_silu(self.norm_out, mid(self.blocks, x, None))
         return causal_conv(self.conv_out, x, None)

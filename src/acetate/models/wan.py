@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
+from acetate.models.ops import LAYOUT, norm_silu, upsample_conv
+
 State = dict[nn.Module, Tensor] | None
 
 
@@ -58,13 +60,17 @@ class Geometry:
 def causal_conv(conv: WanCausalConv3d, x: Tensor, state: State) -> Tensor:
     """Two zero frames, or the previous chunk's last two, stand before x (B, C, T, H, W)."""
     _, width, _, height, before, _ = (int(n) for n in conv._padding)
+    if not before:
+        return F.conv3d(x, conv.weight, conv.bias, conv.stride, padding=(0, height, width))
     previous = None if state is None else state.get(conv)
     one_frame = previous is None and x.shape[2] == 1
-    if before:
-        x = F.pad(x, (0, 0, 0, 0, before, 0)) if previous is None else torch.cat([previous, x], 2)
-        if state is not None:
-            state[conv] = x[:, :, -before:].clone()  # a view would keep the whole chunk alive
-    if before and one_frame:
+    if previous is None and not (one_frame and state is None):
+        previous = torch.empty_like(x[:, :, :1].expand(-1, -1, before, -1, -1), memory_format=LAYOUT).zero_()
+    if previous is not None:
+        x = torch.cat([previous, x], 2)  # thirty times faster here than F.pad, which leaves this layout
+    if state is not None:
+        state[conv] = x[:, :, -before:].clone()  # a view would keep the whole chunk alive
+    if one_frame:
         # One frame meets only the last temporal tap: a 2-D convolution at a third of the cost.
         return F.conv2d(x[:, :, -1], conv.weight[:, :, -1], conv.bias, padding=(height, width))[:, :, None]
     return F.conv3d(x, conv.weight, conv.bias, conv.stride, padding=(0, height, width))
@@ -72,8 +78,8 @@ def causal_conv(conv: WanCausalConv3d, x: Tensor, state: State) -> Tensor:
 
 def residual(block: WanResidualBlock, x: Tensor, state: State) -> Tensor:
     shortcut = x if isinstance(block.conv_shortcut, nn.Identity) else causal_conv(block.conv_shortcut, x, state)
-    x = causal_conv(block.conv1, F.silu(block.norm1(x)), state)
-    x = causal_conv(block.conv2, block.dropout(F.silu(block.norm2(x))), state)
+    x = causal_conv(block.conv1, norm_silu(block.norm1, x), state)
+    x = causal_conv(block.conv2, block.dropout(norm_silu(block.norm2, x)), state)
     return x + shortcut
 
 
@@ -114,19 +120,18 @@ def upsample(block: WanResample, x: Tensor, state: State) -> Tensor:
             tail = pairs.permute(0, 2, 3, 1, 4, 5).reshape(b, c, 2 * t, h, w)
             x = torch.cat([head, tail], 2)
     conv = block.resample[1]
-    x = F.interpolate(x, scale_factor=(1.0, 2.0, 2.0), mode="nearest-exact")
-    return F.conv3d(x, conv.weight[:, :, None], conv.bias, padding=(0, 1, 1))
+    return upsample_conv(x, conv.weight, conv.bias)
 
 
 def _channels_last(module: nn.Module) -> None:
-    """Weights in the layout that 3-D convolutions run fastest in (1.5 times on a CPU, measured)."""
+    """Weights in LAYOUT."""
     for conv in module.modules():
         if isinstance(conv, nn.Conv3d):
-            conv.to(memory_format=torch.channels_last_3d)  # pyright: ignore[reportCallIssue]
+            conv.to(memory_format=LAYOUT)  # pyright: ignore[reportCallIssue]
 
 
 def _run(stages: list[Callable[[Tensor, State], Tensor]], x: Tensor, state: State, checkpointing: bool) -> Tensor:
-    x = x.to(memory_format=torch.channels_last_3d)
+    x = x.to(memory_format=LAYOUT)
     for stage in stages:
         if checkpointing and state is None and torch.is_grad_enabled():
             x = checkpoint(stage, x, None, use_reentrant=False)  # type: ignore[assignment]
@@ -199,7 +204,7 @@ class WanHead(nn.Module):
         )
 
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        x = causal_conv(self.conv_out, F.silu(self.norm_out(features)), None)
+        x = causal_conv(self.conv_out, norm_silu(self.norm_out, features), None)
         mean, log_variance = causal_conv(self.quant_conv, x, None).chunk(2, 1)
         return mean, log_variance
 
@@ -222,7 +227,7 @@ class WanDecoder(nn.Module):
             return mid(net.mid_block, causal_conv(net.conv_in, x, state), state)
 
         def head(x: Tensor, state: State) -> Tensor:
-            return causal_conv(net.conv_out, F.silu(net.norm_out(x)), state)
+            return causal_conv(net.conv_out, norm_silu(net.norm_out, x), state)
 
         blocks = [lambda x, s, b=b: self._block(b, x, s) for b in net.up_blocks]
         return [stem, *blocks, head]
