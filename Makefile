@@ -22,16 +22,21 @@ setup: .venv/.complete ## virtual environment with the locked packages
 	$(BIN)/uv pip install --quiet --python $(RUN) --no-deps -e .
 	@touch $@
 
-demo: setup ## the main job on procedural clips: shards, RGBA-VAE, its figures (minutes on 2 cores)
+demo: setup ## all the way on procedural clips: RGBA-VAE, cached latents, DoRA, four sampled clips (minutes on 2 cores)
 	$(RUN) -m data_prep.synthesize out=data/demo clips=280 frames=9 size=48
 	$(RUN) train.py experiment=vae_rgba name=demo
 	$(RUN) -m acetate.commands.evaluate experiment=vae_rgba name=demo resume=last
+	rm -rf data/demo_latents
+	$(RUN) -m data_prep.cache_latents shards=data/demo out=data/demo_latents rgba_vae=outputs/demo smallest=0.6 variants=6
+	$(RUN) train.py experiment=dit_dora name=demo_dit
+	$(RUN) -m acetate.commands.sample prompts=data_prep/demo_prompts.txt out=outputs/demo_samples guide.centre=[0.5,0.5] \
+		guide.axes=[0.6,0.6] steps=30 guidance=3
 
 train-vae: setup ## the RGBA-VAE on your shards: make train-vae ARGS="data.shards=data/mine trainer.max_steps=5000"
 	$(RUN) train.py experiment=vae_rgba $(ARGS)
 
-train-dit: setup ## the tiny base's text-to-video DiT: make train-dit ARGS="trainer.max_steps=2000"
-	$(RUN) train.py experiment=wan_tiny_dit $(ARGS)
+train-dit: setup ## DoRA on cached latents: make train-dit ARGS="data.latents=data/mine_latents rgba_vae=outputs/mine"
+	$(RUN) train.py experiment=dit_dora $(ARGS)
 
 check: setup ## format, lint, types, fast tests
 	$(BIN)/ruff format --check .

@@ -16,7 +16,7 @@ def main(config: DictConfig) -> float | None:
     checkpoint = checkpoint_to_resume(config.resume, Path(config.paths.outputs) / config.name)
     task = instantiate(config.task)
     data = instantiate(config.data)
-    callbacks = list(instantiate(config.callbacks).values())
+    callbacks = [callback for callback in instantiate(config.callbacks).values() if callback is not None]
     trainer = instantiate(config.trainer, callbacks=callbacks, logger=instantiate(config.logger))
     trainer.fit(task, data, ckpt_path=checkpoint, weights_only=True)
     if config.objective is not None:

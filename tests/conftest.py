@@ -1,13 +1,16 @@
 """Small real Wan modules with seeded weights, and a folder of them in diffusers layout."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from data_prep.synthesize import synthesize
+from tests.paths import ROOT
 
 torch.set_num_threads(1)
 
@@ -125,3 +128,37 @@ def shards(tmp_path_factory):
         max_bytes=10**9,
     )
     return out / "demo"
+
+
+@pytest.fixture(scope="session")
+def cached(shards, tmp_path_factory):
+    """Latent shards of the demo clips on the shipped base, and the adapter file of the VAE that made them."""
+    from acetate.models.adapters import ADAPTER_SCHEMA, trainable_state
+    from acetate.models.loading import load_vae
+    from acetate.models.rgba_vae import RGBAVAE
+    from data_prep.cache_latents import Settings, Sources, cache_latents
+
+    folder, base = tmp_path_factory.mktemp("cached"), str(ROOT / "assets/wan-tiny")
+    vae = RGBAVAE(vae=load_vae(base), merge_init="residual", lora_rank=2, lora_alpha=2.0)
+    facts = {
+        "schema": ADAPTER_SCHEMA, "kind": "rgba_vae", "base": base, "base_sha256": vae.base_sha256,
+        "merge_init": "residual", "lora_rank": 2, "lora_alpha": 2.0, "average_alpha": True, "eps": 0.0,
+    }  # fmt: skip
+    adapters = folder / "last.safetensors"
+    state = {f"vae.{name}": value.detach().contiguous() for name, value in trainable_state(vae).items()}
+    save_file(state, adapters, {name: json.dumps(value) for name, value in facts.items()})
+    ellipse = {"threshold": 0.1, "aligned": False, "raster": "exact", "enlargements": 64}
+    cache_latents(
+        shards=[shards],
+        out=folder / "latents",
+        sources=Sources(vae=base, rgba_vae=str(adapters), text_encoder=base, prompt_length=64, frozen_dtype="float32"),
+        settings=Settings(
+            seed=0, variants=1, frames=(5,), area=24 * 24, max_aspect=1.0, sizes=None, space_multiple=None,
+            dtype="float16", ellipse=ellipse, per_tar=64,
+        ),
+        allow_empty_buckets=False,
+        bad_clip_budget=0,
+        device="cpu",
+        workers=0,
+    )  # fmt: skip
+    return folder / "latents", adapters

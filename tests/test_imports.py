@@ -9,7 +9,7 @@ import pytest
 from tests.paths import ROOT
 
 LAYERS = (
-    {"alpha", "regions", "flow", "draws", "video_io"},
+    {"alpha", "regions", "opencv_ellipse", "flow", "draws", "video_io", "video_out"},
     {"models", "losses", "metrics", "data"},
     {"tasks", "sampling", "export"},
     {"callbacks"},
@@ -17,7 +17,7 @@ LAYERS = (
 )
 RANK = {room: rank for rank, rooms in enumerate(LAYERS) for room in rooms}
 SIBLINGS_APART = LAYERS[1]  # may import the first layer and themselves, never each other
-FIRST_LAYER_ONLY = LAYERS[3]  # callbacks read batches and outputs and know no task
+CALLBACKS = LAYERS[3]  # read batches and outputs and know no task; beside the first layer they may sample
 PROGRAMS = LAYERS[4]  # the only ones that see a DictConfig
 CONFIG_PACKAGES = {"omegaconf", "hydra"}
 
@@ -54,8 +54,8 @@ def against_the_plan(here: str, there: str) -> str | None:
         return f"{there} stands above {here}"
     if here in SIBLINGS_APART and there in SIBLINGS_APART:
         return f"{here} and {there} are siblings"
-    if here in FIRST_LAYER_ONLY and RANK[there] > 0:
-        return f"{here} import the first layer only"
+    if here in CALLBACKS and RANK[there] > 0 and there != "sampling":
+        return f"{here} import the first layer and sampling only"
     return None
 
 

@@ -29,6 +29,20 @@ def schedule(steps: int = 1000, shift: float = 5.0) -> FlowSchedule:
     return FlowSchedule(sigmas, timesteps, weights)
 
 
+def seen_ids(ids: Tensor, timesteps: Tensor, per: str, dtype: torch.dtype) -> Tensor:
+    """Drawn step ids (B,), as the settings see them; on the CPU.
+
+    per `batch`: all take the first one's. dtype bfloat16: the released code looks its rounded timestep up again.
+    """
+    ids = ids.cpu()
+    if per == "batch":
+        ids = ids[:1].expand_as(ids)
+    if dtype == torch.bfloat16:
+        rounded = timesteps[ids].to(torch.bfloat16).float()
+        ids = (timesteps[None] - rounded[:, None]).abs().argmin(1)
+    return ids
+
+
 def per_clip(values: Tensor, like: Tensor) -> Tensor:
     """(B,) -> (B, 1, 1, 1, 1) on `like`'s device, to scale a batch of clips."""
     return values.to(like.device).reshape(-1, *[1] * (like.ndim - 1))
@@ -43,3 +57,11 @@ def interpolate(latents: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
 def velocity(latents: Tensor, noise: Tensor) -> Tensor:
     """dx_t / dsigma = noise - z."""
     return noise - latents
+
+
+def mean_shift(noise: Tensor, guide: Tensor, shift: float) -> Tensor:
+    """noise + mu (1 - G): what lies outside of the guide starts brighter in every channel (Wan-Alpha, section 3.3).
+
+    noise (B, C, F, h, w); guide G (B, 1, F, h, w) in [0, 1], as of `regions.gaussian`.
+    """
+    return noise + shift * (1 - guide)

@@ -1,10 +1,16 @@
-"""Alpha on the latent grid: which latent cells see only opaque pixels, only empty ones, or anything else."""
+"""Alpha on the latent grid: opaque, empty and mixed cells, and the Gaussian ellipse around the subject."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from acetate.opencv_ellipse import filled
+
 EMPTY, MIXED, OPAQUE = 0, 1, 2
+# Of the ellipse around the subject, as published
+SHAPE_COVERAGE, ORIENTATION_COVERAGE = 0.2, 0.9  # share of a cell's pixels
+FEWEST_CELLS, SHORTEST_AXIS = 5, 2.0
+GROWTH, INSIDE = 1.12, 0.98
 
 
 def _pool(x: Tensor, time_stride: int, space_stride: int) -> Tensor:
@@ -75,3 +81,147 @@ def upstream_mask(alpha: Tensor, time_stride: int, space_stride: int) -> Tensor:
     rest[close_to(average, 1)] = 1
     rest[close_to(average, -1) | semi] = -1
     return torch.cat([mask, rest], 2)
+
+
+def fit_ellipses(
+    alpha: Tensor,
+    time_stride: int,
+    space_stride: int,
+    *,
+    threshold: float = 0.1,
+    aligned: bool = False,
+    raster: str = "exact",
+    enlargements: int = 64,
+) -> Tensor:
+    """The ellipse around the subject, per latent frame (Wan-Alpha, section 3.3).
+
+    alpha (B, 1, T, H, W) in [0, 1] -> float64 (B, F, 5): centre x, y, full major and minor length in latent cells,
+    angle in degrees from x towards y; zeros where nothing is covered. A pixel counts from alpha > threshold on, a
+    cell from 0.2 of its pixels on: their mean is the centre, their extents along their principal components are the
+    lengths, at least 2, grown by 1.12 until 98 % of them lie inside. The angle is that of the cells from 0.9 on,
+    where there are 5. Fewer than 5 cells: their box. aligned: centre and lengths are measured along the drawn
+    angle, which the released code does not do. raster `opencv` and enlargements 8 (training), 10 (inference) are
+    the released choices. Raises ValueError for a shape the VAE cannot encode.
+    """
+    check_clip_shape(*alpha.shape[2:], time_stride, space_stride)
+    if raster not in ("exact", "opencv"):
+        raise ValueError(f"raster {raster!r}; known: exact, opencv.")
+    covered = _mean_pool((alpha > threshold).double(), time_stride, space_stride)[:, 0]  # (B, F, h, w)
+    frames = covered.flatten(0, 1)
+    shape = frames > SHAPE_COVERAGE
+    x, y = _grid(*frames.shape[1:], frames.device)
+    count = shape.sum((1, 2))
+    mean, axes = _principal(shape, x, y)
+    oriented = frames > ORIENTATION_COVERAGE
+    _, oriented_axes = _principal(oriented, x, y)
+    drawn = torch.where((oriented.sum((1, 2)) >= FEWEST_CELLS)[:, None, None], oriented_axes, axes)
+    measured = drawn if aligned else axes
+    (u_low, u_high), (v_low, v_high) = (_extent(shape, mean, measured[:, :, i], x, y) for i in (0, 1))
+    centre = mean
+    if aligned:
+        middle = torch.stack([u_low + u_high, v_low + v_high], 1) / 2
+        centre = mean + (measured @ middle[:, :, None])[:, :, 0]
+    lengths = torch.stack([u_high - u_low, v_high - v_low], 1)
+    angle = torch.rad2deg(torch.atan2(drawn[:, 1, 0], drawn[:, 0, 0]))
+    x_low, x_high, y_low, y_high = _box(shape, x, y)
+    few = (count < FEWEST_CELLS)[:, None]
+    centre = torch.where(few, torch.stack([x_low + x_high, y_low + y_high], 1) / 2, centre)
+    lengths = torch.where(few, torch.stack([x_high - x_low, y_high - y_low], 1), lengths).clamp_min(SHORTEST_AXIS)
+    angle = torch.where(few[:, 0], 0, angle)
+    lengths = _grow(shape, centre, lengths, angle, raster, enlargements)
+    ellipses = torch.cat([centre, lengths, angle[:, None]], 1) * (count > 0)[:, None]
+    return ellipses.unflatten(0, covered.shape[:2])
+
+
+def gaussian(ellipses: Tensor, height: int, width: int) -> Tensor:
+    """exp(-(u/a)^2/2 - (v/b)^2/2) with half axes a and b, stretched to [0, 1] on the grid of every latent frame.
+
+    ellipses (B, F, 5) as of `fit_ellipses` -> (B, 1, F, height, width) in float32; 0 where the lengths are 0.
+    """
+    u, v = _within(ellipses.double().flatten(0, 1), height, width)
+    g = torch.exp((-0.5 * (u**2 + v**2)).clamp_min(-50))
+    low, high = g.amin((1, 2), keepdim=True), g.amax((1, 2), keepdim=True)
+    valid = (high - low >= 1e-9) & (ellipses.flatten(0, 1)[:, 2] > 0)[:, None, None]
+    g = torch.where(valid, (g - low) / (high - low).clamp_min(1e-9), 0)
+    return g.float().unflatten(0, ellipses.shape[:2])[:, None]
+
+
+def _mean_pool(x: Tensor, time_stride: int, space_stride: int) -> Tensor:
+    s = space_stride
+    first = F.avg_pool3d(x[:, :, :1], (1, s, s))
+    if x.shape[2] == 1:
+        return first
+    return torch.cat([first, F.avg_pool3d(x[:, :, 1:], (time_stride, s, s))], 2)
+
+
+def _grid(height: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Columns x (1, w) and rows y (h, 1), float64."""
+    x = torch.arange(width, dtype=torch.float64, device=device)
+    return x[None], torch.arange(height, dtype=torch.float64, device=device)[:, None]
+
+
+def _principal(cells: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean (N, 2) and principal axes (N, 2, 2), columns from the longest, of the cells (N, h, w)."""
+    weights = cells.double()
+    count = weights.sum((1, 2)).clamp_min(1)
+    mean = torch.stack([(weights * x).sum((1, 2)), (weights * y).sum((1, 2))], 1) / count[:, None]
+    dx, dy = x - mean[:, 0, None, None], y - mean[:, 1, None, None]
+    moments = torch.stack([(weights * a * b).sum((1, 2)) for a in (dx, dy) for b in (dx, dy)], 1)
+    covariance = (moments / (count - 1).clamp_min(1)[:, None]).unflatten(1, (2, 2))
+    return mean, torch.linalg.eigh(covariance).eigenvectors.flip(-1)
+
+
+def _extent(cells: Tensor, mean: Tensor, axis: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Lowest and highest coordinate of the cells along an axis (N, 2) through the mean."""
+    dx, dy = x - mean[:, 0, None, None], y - mean[:, 1, None, None]
+    along = dx * axis[:, 0, None, None] + dy * axis[:, 1, None, None]
+    infinity = float("inf")
+    low = along.masked_fill(~cells, infinity).amin((1, 2))
+    high = along.masked_fill(~cells, -infinity).amax((1, 2))
+    empty = ~cells.any(2).any(1)
+    return low.masked_fill(empty, 0), high.masked_fill(empty, 0)
+
+
+def _box(cells: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    ends = []
+    for at in (x.expand(cells.shape[1:]), y.expand(cells.shape[1:])):
+        ends.append(torch.where(cells, at, float("inf")).amin((1, 2)))
+        ends.append(torch.where(cells, at, -float("inf")).amax((1, 2)))
+    empty = ~cells.any(2).any(1)
+    x_low, x_high, y_low, y_high = (end.masked_fill(empty, 0) for end in ends)
+    return x_low, x_high, y_low, y_high
+
+
+def _within(ellipses: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
+    """Coordinates (N, h, w) of the grid along both axes of ellipses (N, 5), 1 at their ends."""
+    x, y = _grid(height, width, ellipses.device)
+    cx, cy, major, minor, angle = (c[:, None, None] for c in ellipses.unbind(1))
+    turn = torch.deg2rad(angle)
+    u = (x - cx) * turn.cos() + (y - cy) * turn.sin()
+    v = (y - cy) * turn.cos() - (x - cx) * turn.sin()
+    return u / (major / 2).clamp_min(1e-2), v / (minor / 2).clamp_min(1e-2)
+
+
+def _grow(cells: Tensor, centre: Tensor, lengths: Tensor, angle: Tensor, raster: str, enlargements: int) -> Tensor:
+    """Lengths (N, 2) times the power of GROWTH that first has INSIDE of the cells inside, or the most of them."""
+    height, width = cells.shape[1:]
+    count = cells.sum((1, 2)).clamp_min(1)
+    best, best_lengths, done = torch.zeros_like(angle), lengths, torch.zeros_like(angle, dtype=torch.bool)
+    for _ in range(enlargements):
+        if raster == "opencv":
+            last = torch.tensor([width - 1, height - 1], device=cells.device)
+            place = centre.round().long().clamp(torch.zeros_like(last), last)
+            half = (lengths / 2).round().long().clamp_min(1)
+            inside = filled(place, half, angle.round().long(), height, width)
+        else:
+            u, v = _within(torch.cat([centre, lengths, angle[:, None]], 1), height, width)
+            inside = u**2 + v**2 <= 1 + 1e-9
+        share = (inside & cells).sum((1, 2)) / count
+        better = ~done & (share > best)
+        best = torch.where(better, share.double(), best)
+        best_lengths = torch.where(better[:, None], lengths, best_lengths)
+        done |= share >= INSIDE
+        if done.all():
+            break
+        lengths = lengths * GROWTH
+    return best_lengths

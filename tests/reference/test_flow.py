@@ -3,7 +3,8 @@ import torch
 from torch.testing import assert_close
 
 from acetate import flow
-from acetate.losses.diffusion import DiffusionLoss
+from acetate.losses.diffusion import DiffusionLoss, flow_loss
+from acetate.sampling import Solver
 
 
 @pytest.fixture
@@ -65,3 +66,35 @@ def test_upstream_loss_and_gradient(golden, monkeypatch):
         assert_close(value, file[f"vae_loss/{step}"].squeeze(), rtol=1e-5, atol=1e-7)
         expected = file[f"vae_loss_grad/{step}"]
         assert_close(gradient, expected, rtol=0, atol=1e-4 * expected.abs().max().item())
+
+
+def test_mean_shift_and_dit_loss(golden, levels):
+    """The released DiT stage: shifted noise is both in x_t and in the target; the loss is w(t) times the mean."""
+    file = golden("flow_matching")
+    guide, shift = file["gauss_mask"][None, None], file.metadata["mean_shift"]
+    latents, prediction = file["latents"][:1], file["prediction"][:1]
+    noise = flow.mean_shift(file["noise"][:1], guide, shift)
+    assert_close(noise, file["shifted_noise"], rtol=0, atol=1e-6)
+    target = flow.velocity(latents, noise)
+    assert_close(target, file["shifted_target"], rtol=0, atol=2e-6)
+    for step in file.metadata["ids"]:
+        x_t = flow.interpolate(latents, noise, levels.sigmas[[step]])
+        assert_close(x_t, file[f"dit_noisy_latents/{step}"], rtol=0, atol=2e-6)
+        v = prediction.clone().requires_grad_()
+        loss = (levels.weights[[step]] * flow_loss(v, target)).mean()
+        (gradient,) = torch.autograd.grad(loss, v)
+        assert_close(loss, file[f"dit_loss/{step}"].squeeze(), rtol=1e-5, atol=1e-7)
+        expected = file[f"dit_loss_grad/{step}"]
+        assert_close(gradient, expected, rtol=0, atol=1e-4 * max(expected.abs().max().item(), 1e-12))
+
+
+@pytest.mark.parametrize("name", ["euler", "unipc"])
+def test_inference_levels(golden, name):
+    """Euler takes the released noise levels; UniPC's, which diffusers sets, start and end close to them."""
+    file = golden("flow_matching")
+    for levels in (n for n in file.tensors if n.startswith("infer") and n.endswith("/sigmas")):
+        steps = len(file[levels])
+        scheduler = Solver(name=name, steps=steps, shift=file.metadata["shift"]).scheduler("cpu")
+        tolerance = 1e-6 if name == "euler" else 0.01
+        assert_close(scheduler.sigmas[:steps].float(), file[levels], rtol=0, atol=tolerance)
+        assert scheduler.sigmas[steps] == 0

@@ -10,7 +10,8 @@ import os
 import re
 import tarfile
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -23,11 +24,14 @@ from webdataset.writer import TarWriter
 from acetate.draws import stable_hash
 from acetate.video_io import MediaError, decode_ffv1, encode_ffv1
 
-SCHEMA = 1
+SCHEMA = 1  # of clip and of latent shards
 MANIFEST = "manifest.json"
 # webdataset cuts a member's name at its first dot, and ustar holds 100 characters of it.
 KEY = re.compile(r"[A-Za-z0-9_\-]{1,80}")
-HOW_TO_MAKE = "`python -m data_prep.synthesize` and `python -m data_prep.shard` make clip shards."
+HOW_TO_MAKE = {
+    "clips": "`python -m data_prep.synthesize` and `python -m data_prep.shard` make clip shards.",
+    "latents": "`python -m data_prep.cache_latents` makes latent shards.",
+}
 
 Split = Literal["train", "val"]
 Kind = Literal["rgba.mkv", "rgba.png"]
@@ -57,21 +61,29 @@ class Clip:
     fps: float
 
 
-@dataclass(frozen=True)
-class ClipRef:
-    """Where a clip's bytes lie; `problem` is set if they are known to be missing."""
+@dataclass(frozen=True, kw_only=True)
+class TarRef:
+    """Where a sample's bytes lie; `problem` is set if they are known to be missing."""
 
     key: str
     split: Split
-    frames: int
-    width: int
-    height: int
     crc32: int
     tar: Path
-    kind: Kind
+    kind: str  # suffix of the media's name
     media: tuple[int, int] = (0, 0)  # offset and size in the tar
     meta: tuple[int, int] = (0, 0)
     problem: str | None = None
+
+    @property
+    def name(self) -> str:
+        return f"{self.tar.name}:{self.key}.{self.kind}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClipRef(TarRef):
+    frames: int
+    width: int
+    height: int
 
 
 def assign_splits(groups: Mapping[str, str], val_fraction: float) -> dict[str, Split]:
@@ -207,11 +219,7 @@ class ShardWriter:
         assert self.tar is not None
         self.tar.close()
         self.stream.close()
-        with open(self._path("tar.tmp"), "rb") as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-        tar = self._path("tar")
-        os.replace(self._path("tar.tmp"), tar)
-        shard = {"file": tar.name, "bytes": tar.stat().st_size, "sha256": sha256, "clips": self.pending}
+        shard = {**finish_tar(self._path("tar.tmp")), "clips": self.pending}
         write_json(self._path("part.json"), {"schema": SCHEMA, "made_by": self.made_by, "shard": shard})
         self.shards.append(shard)
         self.tar, self.pending, self.pending_bytes = None, [], 0
@@ -233,6 +241,15 @@ class ShardWriter:
         return shards
 
 
+def finish_tar(temporary: Path) -> dict[str, Any]:
+    """`NAME.tar.tmp` becomes `NAME.tar`; what a manifest says of it."""
+    with open(temporary, "rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    tar = temporary.with_suffix("")
+    os.replace(temporary, tar)
+    return {"file": tar.name, "bytes": tar.stat().st_size, "sha256": sha256}
+
+
 def write_json(path: Path, value: object) -> None:
     """Whole or not at all."""
     temporary = path.with_name(path.name + ".tmp")
@@ -240,19 +257,22 @@ def write_json(path: Path, value: object) -> None:
     os.replace(temporary, path)
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a folder of shards; ShardError if it is missing or of another schema."""
-    path = folder / MANIFEST
+def read_manifest(folder: Path, kind: Literal["clips", "latents"] = "clips") -> dict[str, Any]:
+    """The manifest of a folder of shards; ShardError if it is missing, of another schema or of another kind."""
+    path, advice = folder / MANIFEST, HOW_TO_MAKE[kind]
     if not path.exists():
         state = "holds no finished shards" if folder.is_dir() else "does not exist"
-        raise ShardError(f"{folder} {state} (no {MANIFEST}). {HOW_TO_MAKE}")
+        raise ShardError(f"{folder} {state} (no {MANIFEST}). {advice}")
     try:
         manifest = json.loads(path.read_text())
     except ValueError as error:
-        raise ShardError(f"{path} is not JSON ({error}). {HOW_TO_MAKE}") from error
+        raise ShardError(f"{path} is not JSON ({error}). {advice}") from error
     schema = manifest.get("schema") if isinstance(manifest, dict) else None
     if schema != SCHEMA:
-        raise ShardError(f"{path}: schema {schema!r}; this version reads schema {SCHEMA}. {HOW_TO_MAKE}")
+        raise ShardError(f"{path}: schema {schema!r}; this version reads schema {SCHEMA}. {advice}")
+    found = manifest.get("kind", "clips")
+    if found != kind:
+        raise ShardError(f"{folder} holds {found}; needed: {kind}. {advice}")
     return manifest
 
 
@@ -265,9 +285,10 @@ def index_shards(folders: Sequence[Path]) -> list[ClipRef]:
     for folder in folders:
         manifest = read_manifest(folder)
         if not manifest["clips"]:
-            raise ShardError(f"{folder} holds 0 clips. {HOW_TO_MAKE}")
+            raise ShardError(f"{folder} holds 0 clips. {HOW_TO_MAKE['clips']}")
         for shard in manifest["shards"]:
-            for ref in _index_tar(folder / shard["file"], shard["clips"]):
+            places = find_in_tar(folder / shard["file"], [(clip["key"], clip["kind"]) for clip in shard["clips"]])
+            for ref in (ClipRef(**clip, **place) for clip, place in zip(shard["clips"], places, strict=True)):
                 if ref.key in refs:
                     other = refs[ref.key].tar.parent
                     raise ShardError(f"key {ref.key!r} is in {other} and in {folder}; leave one of the two out.")
@@ -275,7 +296,8 @@ def index_shards(folders: Sequence[Path]) -> list[ClipRef]:
     return [refs[key] for key in sorted(refs)]
 
 
-def _index_tar(tar: Path, clips: Iterable[Mapping[str, Any]]) -> list[ClipRef]:
+def find_in_tar(tar: Path, samples: Iterable[tuple[str, str]]) -> list[dict[str, Any]]:
+    """tar, media, meta and problem of a TarRef, for every (key, kind)."""
     members: dict[str, tuple[int, int]] = {}
     broken = ""
     try:
@@ -286,39 +308,58 @@ def _index_tar(tar: Path, clips: Iterable[Mapping[str, Any]]) -> list[ClipRef]:
                     members[member.name] = (member.offset_data, member.size)
     except (OSError, tarfile.TarError) as error:
         broken = f" ({error})"
-    refs = []
-    for clip in clips:
-        media, meta = members.get(f"{clip['key']}.{clip['kind']}"), members.get(f"{clip['key']}.json")
+    places = []
+    for key, kind in samples:
+        media, meta = members.get(f"{key}.{kind}"), members.get(f"{key}.json")
         missing = None if media and meta else f"not in {tar}{broken}; the tar is damaged or was cut off"
-        refs.append(ClipRef(**clip, tar=tar, media=media or (0, 0), meta=meta or (0, 0), problem=missing))
-    return refs
+        places.append({"tar": tar, "media": media or (0, 0), "meta": meta or (0, 0), "problem": missing})
+    return places
+
+
+@contextmanager
+def blame(ref: TarRef) -> Iterator[None]:
+    """Whatever goes wrong while a sample is read becomes its BadClip."""
+    try:
+        yield
+    except BadClip:
+        raise
+    except (OSError, MediaError, ValueError, KeyError, TypeError) as error:
+        raise BadClip(ref.key, f"{ref.name}: {type(error).__name__}: {error}") from error
+
+
+def read_meta(ref: TarRef) -> dict[str, Any]:
+    """A sample's JSON; BadClip without one."""
+    if ref.problem:
+        raise BadClip(ref.key, ref.problem)
+    with blame(ref), open(ref.tar, "rb") as file:
+        meta = json.loads(_read_at(file, *ref.meta))
+        return {**meta, "prompt": str(meta["prompt"])}
+
+
+def read_media(ref: TarRef) -> bytes:
+    """BadClip unless the bytes are those that the manifest knows."""
+    if ref.problem:
+        raise BadClip(ref.key, ref.problem)
+    with blame(ref), open(ref.tar, "rb") as file:
+        data = _read_at(file, *ref.media)
+    # FFV1 hides a damaged slice behind the frame before it, so the bytes are checked, not the picture.
+    if zlib.crc32(data) != ref.crc32:
+        raise BadClip(ref.key, f"{ref.name} does not match the manifest's CRC; the shard is damaged")
+    return data
 
 
 def read_clip(ref: ClipRef) -> Clip:
     """Reads and checks one clip; BadClip with the reason if anything is wrong with it."""
-    if ref.problem:
-        raise BadClip(ref.key, ref.problem)
-    name = f"{ref.tar.name}:{ref.key}.{ref.kind}"
-    try:
-        with open(ref.tar, "rb") as file:
-            data, text = (_read_at(file, *place) for place in (ref.media, ref.meta))
-        meta = json.loads(text)
-        # FFV1 hides a damaged slice behind the frame before it, so the bytes are checked, not the picture.
-        if zlib.crc32(data) != ref.crc32:
-            raise BadClip(ref.key, f"{name} does not match the manifest's CRC; the shard is damaged")
+    data = read_media(ref)
+    with blame(ref):
         if ref.kind == "rgba.png":
-            frames, fps = decode_png(data, name), 0.0
+            frames, fps = decode_png(data, ref.name), 0.0
         else:
-            frames, fps = decode_ffv1(data, name)
-        prompt = str(meta["prompt"])
-    except (OSError, MediaError, ValueError, KeyError, TypeError) as error:
-        if isinstance(error, BadClip):
-            raise
-        raise BadClip(ref.key, f"{name}: {type(error).__name__}: {error}") from error
+            frames, fps = decode_ffv1(data, ref.name)
     if frames.shape[:3] != (ref.frames, ref.height, ref.width):
         found, promised = "x".join(map(str, frames.shape[:3])), f"{ref.frames}x{ref.height}x{ref.width}"
-        raise BadClip(ref.key, f"{name} is {found} (frames x height x width), the manifest says {promised}")
-    return Clip(frames, prompt, fps)
+        raise BadClip(ref.key, f"{ref.name} is {found} (frames x height x width), the manifest says {promised}")
+    return Clip(frames, read_meta(ref)["prompt"], fps)
 
 
 def decode_png(data: bytes, name: str) -> NDArray[np.uint8]:

@@ -58,13 +58,7 @@ class DiffusionLoss(nn.Module):
 
     def step_ids(self, ids: Tensor) -> Tensor:
         """Drawn step ids (B,), long, as the settings see them; on the CPU."""
-        ids = ids.cpu()
-        if self.timestep_per == "batch":
-            ids = ids[:1].expand_as(ids)
-        if self.timestep_dtype == torch.bfloat16:  # the released code looks its rounded timestep up again
-            rounded = self.timesteps[ids].to(torch.bfloat16).float()
-            ids = (self.timesteps[None] - rounded[:, None]).abs().argmin(1)
-        return ids
+        return flow.seen_ids(ids, self.timesteps, self.timestep_per, self.timestep_dtype)
 
     def forward(
         self,
@@ -96,3 +90,8 @@ class DiffusionLoss(nn.Module):
         if self.mode == "bidirectional":
             loss = loss - masked_mean(per_cell.clamp_max(self.margin), ~opaque)
         return self.weight * loss
+
+
+def flow_loss(velocity_hat: Tensor, velocity: Tensor) -> Tensor:
+    """Squared error per sample, (B, C, F, h, w) each -> (B,), in fp32."""
+    return (velocity_hat.float() - velocity.float()).square().flatten(1).mean(1)

@@ -1,6 +1,7 @@
 """How close reconstructed alpha is, and where it is wrong: opaque, mixed and empty latent cells apart."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torchmetrics import Metric
 
@@ -76,3 +77,25 @@ class AlphaQuality(Metric):
         share = self.histogram / self.histogram.sum()
         scores["mae_of_mean"] = (share * (alpha - (share * alpha).sum()).abs()).sum()
         return scores
+
+
+def border_mean(alpha: Tensor) -> Tensor:
+    """Mean alpha of the outermost rows and columns, (B, 1, T, H, W) -> (B,)."""
+    edges = [alpha[..., 0, :], alpha[..., -1, :], alpha[..., 1:-1, 0], alpha[..., 1:-1, -1]]
+    return torch.cat([edge.flatten(1) for edge in edges], 1).mean(1)
+
+
+def highest_cell(alpha: Tensor, space_stride: int) -> Tensor:
+    """Largest mean over a cell of one frame, (B, 1, T, H, W) -> (B,)."""
+    return F.avg_pool3d(alpha, (1, space_stride, space_stride)).flatten(1).amax(1)
+
+
+def centre_of_mass(alpha: Tensor) -> Tensor:
+    """(x, y) as shares of width and height, (B, 1, T, H, W) -> (B, 2); the middle where alpha is 0 everywhere."""
+    height, width = alpha.shape[-2:]
+    columns, rows = alpha.sum((1, 2, 3)), alpha.sum((1, 2, 4))  # (B, W), (B, H)
+    total = columns.sum(1)
+    x = (columns * (torch.arange(width, device=alpha.device) + 0.5)).sum(1) / width
+    y = (rows * (torch.arange(height, device=alpha.device) + 0.5)).sum(1) / height
+    centre = torch.stack([x, y], 1) / total.clamp_min(1e-6)[:, None]
+    return torch.where(total[:, None] > 0, centre, 0.5)

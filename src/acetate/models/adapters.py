@@ -1,10 +1,16 @@
 """LoRA merged inside the forward pass, and the state of what trains."""
 
+import json
 import math
+from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+
+ADAPTER_SCHEMA = 1  # of adapter files' metadata
 
 
 class MergedLoRA(nn.Module):
@@ -72,3 +78,31 @@ def load_trainable(module: nn.Module, state: dict[str, Tensor], source: str) -> 
     with torch.no_grad():
         for name, tensor in target.items():
             tensor.copy_(state[name])
+
+
+def read_adapters(source: str, kind: str) -> tuple[Path, dict[str, Tensor], dict[str, Any]]:
+    """Path, tensors and metadata of an adapter file; of a folder, those of the newest last.safetensors below it.
+
+    Raises FileNotFoundError without one, and ValueError for a file of another kind or schema.
+    """
+    path = Path(source).expanduser()
+    if path.is_dir():
+        found = sorted(path.glob("**/checkpoints/last.safetensors"), key=lambda file: file.stat().st_mtime)
+        path = found[-1] if found else path
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{source}: no adapter file there (.safetensors beside a checkpoint). Train one, or name its file."
+        )
+    try:
+        with safe_open(path, "pt") as file:
+            facts = {name: json.loads(value) for name, value in (file.metadata() or {}).items()}
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read as adapters ({error}). Train it anew or fetch it again.") from error
+    found_kind, schema = facts.get("kind"), facts.get("schema")
+    if found_kind != kind or schema != ADAPTER_SCHEMA:
+        raise ValueError(
+            f"{path} is of kind {found_kind!r}, schema {schema!r}; needed: {kind!r}, schema {ADAPTER_SCHEMA}. "
+            "Adapter files stand beside the checkpoints of the experiment that trains them."
+        )
+    return path, state, facts

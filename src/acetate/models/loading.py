@@ -20,7 +20,7 @@ from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffu
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from acetate.models.adapters import check_fit
@@ -35,7 +35,7 @@ def load_vae(source: str, dtype: torch.dtype = torch.float32) -> AutoencoderKLWa
 
     Raises FileNotFoundError (no such source) and ValueError (weights that do not fit), naming the tensors.
     """
-    path = _locate(source, "vae")
+    path = locate(source, "vae")
     state = _read_state(path)
     if any(name.startswith("encoder.downsamples.") for name in state):
         config = _original_vae_config(state, path)
@@ -49,7 +49,7 @@ def load_vae(source: str, dtype: torch.dtype = torch.float32) -> AutoencoderKLWa
 
 def load_transformer(source: str, dtype: torch.dtype = torch.float32) -> WanTransformer3DModel:
     """Wan2.1's DiT. Raises as `load_vae` does."""
-    path = _locate(source, "transformer")
+    path = locate(source, "transformer")
     state = _read_state(path)
     state = {name.removeprefix("model.diffusion_model."): value for name, value in state.items()}
     if "text_embedding.0.weight" in state:
@@ -62,48 +62,7 @@ def load_transformer(source: str, dtype: torch.dtype = torch.float32) -> WanTran
     return _assign(transformer, state, path, dtype)
 
 
-def embed_prompt(prompt: str, source: str, length: int, cache: str) -> Tensor:
-    """(1, length, text_dim) fp32: UMT5's embedding, zeros after the last token, as Wan's DiT was trained.
-
-    Computed once per (source, prompt) and kept in the folder `cache`, so that UMT5-XXL is loaded once.
-    """
-    path = prompt_cache(prompt, source, length, cache)
-    if path.is_file():
-        return load_file(path)["embeds"]
-    from transformers import AutoTokenizer, UMT5EncoderModel  # seconds to import, and the cache often has it
-
-    folders = {part: _locate(source, part) for part in ("tokenizer", "text_encoder")}
-    for part, folder in folders.items():
-        if folder.name != part:
-            raise FileNotFoundError(
-                f"{source} has no folder {part}/. UMT5 is read in diffusers layout: give wan.text_encoder a folder "
-                "with tokenizer/ and text_encoder/, or a hub name such as Wan-AI/Wan2.1-T2V-1.3B-Diffusers."
-            )
-    tokenizer = AutoTokenizer.from_pretrained(folders["tokenizer"])
-    encoder = UMT5EncoderModel.from_pretrained(folders["text_encoder"], torch_dtype="auto")
-    tokens = tokenizer(prompt, return_tensors="pt")
-    count = tokens.input_ids.shape[1]
-    if count > length:
-        raise ValueError(f"A prompt of {count} tokens; this model reads {length}. Shorten: {prompt[:80]!r}...")
-    with torch.no_grad():
-        embeds = encoder(tokens.input_ids, tokens.attention_mask).last_hidden_state.float()
-    embeds = nn.functional.pad(embeds, (0, 0, 0, length - count))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    save_file({"embeds": embeds}, temporary, {"prompt": prompt, "text_encoder": source})
-    temporary.rename(path)
-    return embeds
-
-
-def prompt_cache(prompt: str, source: str, length: int, cache: str) -> Path:
-    """Where the embedding is kept. Names change with the text encoder's files, so that retraining one is seen."""
-    folder = Path(source).expanduser() / "text_encoder"
-    files = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(folder.glob("*.safetensors"))]
-    name = hashlib.sha256(json.dumps([source, prompt, length, files]).encode()).hexdigest()[:32]
-    return Path(cache) / f"prompt-{name}.safetensors"
-
-
-def _locate(source: str, part: str) -> Path:
+def locate(source: str, part: str) -> Path:
     """The file or folder that holds `part` (vae, transformer, ...) of `source`."""
     path = Path(source).expanduser()
     if path.is_dir():
@@ -228,12 +187,16 @@ def _original_transformer_config(state: dict[str, Tensor], path: Path) -> dict:
     }
 
 
-def weights_sha256(model: nn.Module) -> str:
-    """Of all tensors in fp32, by name: the same for every layout and precision that holds the same numbers."""
+def weights_sha256(model: nn.Module, values: int | None = None) -> str:
+    """Of all tensors in fp32, by name: the same for every layout and precision that holds the same numbers.
+
+    values: of each tensor only so many, evenly spread, which tells 14B weights apart in a second.
+    """
     digest = hashlib.sha256()
     for name, value in sorted(model.state_dict().items()):
+        flat = value.flatten() if values is None else value.flatten()[:: max(1, value.numel() // values)]
         digest.update(name.encode())
-        digest.update(value.float().cpu().contiguous().numpy().tobytes())
+        digest.update(flat.float().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
 
 

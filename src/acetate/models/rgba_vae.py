@@ -1,13 +1,14 @@
 """RGBA-VAE: Wan's frozen encoder seen twice, a merge block, and Wan's decoder twice with LoRA."""
 
 import copy
+import hashlib
 
 import torch
 from diffusers import AutoencoderKLWan
 from torch import Tensor, nn
 
-from acetate.models.adapters import add_lora
-from acetate.models.loading import weights_sha256
+from acetate.models.adapters import add_lora, load_trainable, read_adapters
+from acetate.models.loading import load_vae, weights_sha256
 from acetate.models.merge import FeatureMerge
 from acetate.models.wan import Geometry, WanDecoder, WanEncoder, WanHead
 from acetate.regions import check_clip_shape
@@ -98,3 +99,36 @@ class RGBAVAE(nn.Module):
 
     def denormalise(self, normalised: Tensor) -> Tensor:
         return normalised * self.std + self.mean
+
+    def latents_sha256(self) -> str:
+        """Of what latents depend on: the base, the merge block and how it starts. Decoder LoRA has no part in it."""
+        digest = hashlib.sha256(f"{self.base_sha256}{self.merge_init}{weights_sha256(self.merge)}".encode())
+        return digest.hexdigest()
+
+
+def load_rgba_vae(
+    *, vae: str, adapters: str, chunk: int | None = None, frozen_dtype: str = "float32", checkpointing: bool = False
+) -> RGBAVAE:
+    """A trained RGBA-VAE: base `vae` and an adapter file of experiment=vae_rgba, or the newest one below a folder.
+
+    Frozen. Raises FileNotFoundError without a file, and ValueError for adapters of another kind or of another base.
+    """
+    path, state, facts = read_adapters(adapters, kind="rgba_vae")
+    base = load_vae(vae)
+    model = RGBAVAE(
+        vae=base,
+        merge_init=facts["merge_init"],
+        lora_rank=facts["lora_rank"],
+        lora_alpha=facts["lora_alpha"],
+        average_alpha=facts["average_alpha"],
+        checkpointing=checkpointing,
+        chunk=chunk,
+        frozen_dtype=frozen_dtype,
+    )
+    if model.base_sha256 != facts["base_sha256"]:
+        raise ValueError(
+            f"{path} was trained on another base VAE ({facts['base']}, sha256 {facts['base_sha256'][:12]}) than {vae} "
+            f"({model.base_sha256[:12]}). Choose the wan= it was trained with."
+        )
+    load_trainable(model, {name.removeprefix("vae."): value for name, value in state.items()}, str(path))
+    return model.eval().requires_grad_(False)

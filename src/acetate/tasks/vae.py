@@ -15,14 +15,13 @@ from acetate.losses.diffusion import DiffusionLoss
 from acetate.losses.vae import VAELoss
 from acetate.metrics.alpha import AlphaQuality
 from acetate.metrics.rgb import CompositeQuality, RGBQuality
-from acetate.models.adapters import load_trainable, trainable_state
+from acetate.models.adapters import ADAPTER_SCHEMA, trainable_state
 from acetate.models.dit import VelocityField, check_latent_grid
 from acetate.models.rgba_vae import RGBAVAE
 from acetate.models.wan import Geometry, WanDecoder, WanEncoder, WanHead
 from acetate.regions import check_clip_shape
+from acetate.tasks.adapter import AdapterTask
 from acetate.tasks.optim import adamw_with_warmup
-
-ADAPTER_SCHEMA = 1
 
 
 class Draw(NamedTuple):
@@ -35,7 +34,7 @@ class Draw(NamedTuple):
     step_ids: Tensor
 
 
-class RGBAVAETask(LightningModule):
+class RGBAVAETask(AdapterTask):
     """build_vae and build_judge make the RGBAVAE and the frozen VelocityField; the judge only where it is used.
 
     background_per: one palette colour per `clip` and use, or per `batch` (released). moment_weight: of the
@@ -74,7 +73,6 @@ class RGBAVAETask(LightningModule):
         self.lpips, self.seed, self.random_validation = lpips, seed, random_validation
         self.vae: RGBAVAE | None = None
         self.judge: VelocityField | None = None
-        self.strict_loading = False  # the frozen base is not in checkpoints; see on_load_checkpoint
 
     def configure_model(self) -> None:
         if self.vae is not None:
@@ -173,7 +171,6 @@ class RGBAVAETask(LightningModule):
         )
 
     def adapter_metadata(self) -> dict[str, str]:
-        """What a reader needs to build the model that the trained tensors belong to."""
         vae = self.vae
         facts = {
             "schema": ADAPTER_SCHEMA,
@@ -187,14 +184,6 @@ class RGBAVAETask(LightningModule):
             "eps": self.loss.eps,
         }
         return {name: json.dumps(value) for name, value in facts.items()}
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Only what trains; never the frozen base, the judge or a loss network."""
-        trained = trainable_state(self)
-        checkpoint["state_dict"] = {name: value for name, value in checkpoint["state_dict"].items() if name in trained}
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        load_trainable(self, checkpoint["state_dict"], "This checkpoint")
 
 
 class PlainVAETask(LightningModule):

@@ -1,0 +1,152 @@
+"""Clips sampled from fixed prompts and seeds while the DiT trains."""
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
+from PIL import Image
+from torch import Tensor
+
+from acetate.alpha import checkerboard, over
+from acetate.callbacks.panels import GAP, Sheet, tile_size
+from acetate.sampling import EllipsePath, Solver, decode, initial_noise, sample_latents
+from acetate.video_out import write_clip
+
+FRAMES_SHOWN = 4
+
+
+def contact_sheet(clips: Sequence[tuple[str, Tensor, Tensor]], title: str) -> Image.Image:
+    """One row per clip (label, rgb (3, T, H, W), alpha (1, T, H, W)): frames over a checkerboard, then their alpha."""
+    _, rgb, _ = clips[0]
+    height, width = tile_size(*rgb.shape[-2:])
+    height, width = height // 2, width // 2
+    times = sorted({round(float(t)) for t in np.linspace(0, rgb.shape[1] - 1, FRAMES_SHOWN)})
+    row = height + max(14, height // 10) + 2 * GAP
+    sheet = Sheet(2 * height, 2 * len(times) * (width + GAP) + GAP, len(clips) * row, title)
+    for column, t in enumerate(times):
+        sheet.label(GAP + column * (width + GAP) + width / 2, f"t={t}")
+        sheet.label(GAP + (column + len(times)) * (width + GAP) + width / 2, f"alpha t={t}")
+    for index, (label, rgb, alpha) in enumerate(clips):
+        rgb, alpha = rgb.clamp(-1, 1), alpha.clamp(0, 1)
+        ground = checkerboard(*rgb.shape[-2:], cell=max(4, min(rgb.shape[-2:]) // 12))
+        composite, y = over(rgb, alpha, ground), index * row
+        for column, t in enumerate(times):
+            sheet.paste(composite[:, t], GAP + column * (width + GAP), y, height, width)
+            x = GAP + (column + len(times)) * (width + GAP)
+            sheet.paste(alpha[:, t].expand(3, -1, -1) * 2 - 1, x, y, height, width)
+        sheet.write(2 * GAP, sheet.top + y + height + GAP + sheet.text / 2, label, "lm", 0.75)
+    return sheet.image
+
+
+def save_picture(image: Image.Image, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}")  # nobody opens half a file
+    image.save(partial)
+    os.replace(partial, path)
+
+
+class Samples(Callback):
+    """Samples `prompts` at every `every_n_validations`-th validation, by the same seeds and guide each time.
+
+    Memory: the text encoder is loaded once, before training, and dropped; the VAE waits on the CPU, and decodes
+    one clip at a time. Files: `<directory, or default_root_dir>/samples/step_00001000/<number>.webm` and a contact
+    sheet; wandb gets both, TensorBoard the sheet. The task has `transformer`, `mean_shift` and `cache`. Raises
+    ValueError for a VAE or a text encoder that the latents were not cached with.
+    """
+
+    def __init__(
+        self,
+        *,
+        build_vae: Callable[[], Any],
+        build_text: Callable[[], Any],
+        prompts: Sequence[str],
+        negative_prompt: str,
+        seed: int,
+        every_n_validations: int,
+        frames: int,
+        height: int,
+        width: int,
+        fps: float,
+        solver: Solver,
+        guide: EllipsePath | None,
+        directory: str | None = None,
+    ) -> None:
+        if not prompts:
+            raise ValueError("samples.prompts=[]; name at least one, or leave the callback out.")
+        self.build_vae, self.build_text = build_vae, build_text
+        self.prompts, self.negative_prompt, self.seed = list(prompts), negative_prompt, seed
+        self.every_n_validations, self.fps, self.directory = every_n_validations, fps, directory
+        self.size = (frames, height, width)
+        self.solver, self.guide = solver, guide
+        self.validations = 0
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        text = self.build_text()
+        self.context, self.negative = text.context(self.prompts), text.context([self.negative_prompt])
+        self.vae = self.build_vae()
+        cache: dict[str, Any] = pl_module.cache  # type: ignore[assignment]
+        for name, found in (("vae_sha256", self.vae.latents_sha256()), ("text_encoder_sha256", text.sha256())):
+            if cache[name] != found:
+                raise ValueError(
+                    f"samples: {name} is {found[:12]}, the latents were cached with {cache[name][:12]}. Give the "
+                    "rgba_vae= and wan= that they were cached with, or leave callbacks.samples out."
+                )
+
+    @torch.no_grad()
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.validations += 1
+        if trainer.sanity_checking or self.validations % self.every_n_validations:
+            return
+        clips = list(self._sample(pl_module))
+        if trainer.is_global_zero:
+            self._write(trainer, clips)
+
+    def _sample(self, pl_module: LightningModule) -> list[tuple[str, Tensor, Tensor]]:
+        shape, device = self.vae.geometry.latent_shape(*self.size), pl_module.device
+        guides = None if self.guide is None else self.guide.ellipses(*shape[1:])
+        clips = []
+        for index, prompt in enumerate(self.prompts):  # one at a time: training holds most of the memory
+            noise = initial_noise([self.seed + index], shape, guides, pl_module.mean_shift, device)  # type: ignore
+            context = self.context[index : index + 1].to(device)
+            latents = sample_latents(
+                pl_module.transformer,  # type: ignore[arg-type]
+                noise,
+                context,
+                self.negative.to(device),
+                self.solver,
+                progress=False,
+            )
+            clips += [(prompt, *clip) for clip in decode(self.vae.to(device), latents)]
+            self.vae.cpu()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        return clips
+
+    def _write(self, trainer: Trainer, clips: list[tuple[str, Tensor, Tensor]]) -> None:
+        step = trainer.global_step
+        folder = Path(self.directory or trainer.default_root_dir) / "samples" / f"step_{step:08d}"
+        sheet = contact_sheet(clips, f"step {step}")
+        save_picture(sheet, folder / "sheet.png")
+        for index, (prompt, rgb, alpha) in enumerate(clips):
+            files = write_clip(folder / f"{index:02d}", rgb, alpha, self.fps, ("webm", "preview"))
+            for logger in trainer.loggers:
+                _log_video(logger, index, prompt, files[1], step)
+        for logger in trainer.loggers:
+            _log_sheet(logger, sheet, folder / "sheet.png", step)
+
+
+def _log_video(logger: Logger, index: int, prompt: str, video: Path, step: int) -> None:
+    if isinstance(logger, WandbLogger):
+        logger.log_video(f"samples/{index:02d}", [str(video)], step=step, caption=[prompt], format=["mp4"])
+
+
+def _log_sheet(logger: Logger, sheet: Image.Image, path: Path, step: int) -> None:
+    if isinstance(logger, WandbLogger):
+        logger.log_image("samples/sheet", [str(path)], step=step)
+    elif isinstance(logger, TensorBoardLogger):
+        logger.experiment.add_image("samples/sheet", np.asarray(sheet), step, dataformats="HWC")

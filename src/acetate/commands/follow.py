@@ -1,0 +1,89 @@
+"""python -m acetate.commands.follow [name=value ...]: does the DiT leave the border empty and follow its guide?"""
+
+import json
+from pathlib import Path
+
+import hydra
+import torch
+from omegaconf import DictConfig
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from acetate.commands.sample import CONF, check_models, load_dit
+from acetate.data import synthetic
+from acetate.draws import generator_for
+from acetate.metrics.alpha import border_mean, centre_of_mass, highest_cell
+from acetate.models.rgba_vae import load_rgba_vae
+from acetate.models.text import TextEncoder
+from acetate.sampling import EllipsePath, Solver, decode, initial_noise, sample_latents
+
+BORDER, SUBJECT = 0.1, 0.8  # alpha: at most on the border, at least in some cell
+
+
+def held_out_prompts(count: int) -> list[str]:
+    """Of clips that no demo shard holds."""
+    kinds = synthetic.KINDS
+    return [synthetic.render(kinds[i % len(kinds)], 10**6 + i, 1, 8, 8).prompt for i in range(count)]
+
+
+def random_paths(count: int, seed: int) -> list[EllipsePath]:
+    """Still ellipses, centres in the middle 40 % of the picture."""
+    draws = torch.rand(count, 4, generator=generator_for("follow", seed), dtype=torch.float64)
+    low, high = torch.tensor([0.3, 0.3, 0.4, 0.7]), torch.tensor([0.7, 0.7, 0.7, 1.0])
+    rows = (low + (high - low) * draws).tolist()
+    return [EllipsePath(centre=(x, y), axes=(long, long * ratio)) for x, y, long, ratio in rows]
+
+
+def figures(alpha: Tensor, centres: Tensor, space_stride: int) -> dict[str, float]:
+    """alpha (B, 1, T, H, W) in [0, 1]; centres (B, 2) of the guides as shares of width and height."""
+    border, cell, mass = border_mean(alpha), highest_cell(alpha, space_stride), centre_of_mass(alpha)
+    right = (border < BORDER) & (cell > SUBJECT)
+    x, y = (torch.corrcoef(torch.stack([mass[:, i], centres[:, i]]))[0, 1].item() for i in (0, 1))
+    return {
+        "right": right.float().mean().item(),
+        "empty border": (border < BORDER).float().mean().item(),
+        "subject": (cell > SUBJECT).float().mean().item(),
+        "border alpha": border.mean().item(),
+        "correlation x": x,
+        "correlation y": y,
+    }
+
+
+@hydra.main(version_base=None, config_path=CONF, config_name="command/follow")
+def main(config: DictConfig) -> None:
+    device = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    vae = load_rgba_vae(vae=config.wan.vae, adapters=config.rgba_vae, frozen_dtype=config.wan.dtype).to(device)
+    text = TextEncoder(config.wan.text_encoder, config.wan.prompt_length, device)
+    transformer, facts = load_dit(config, device)
+    check_models(facts, vae, text)
+    mean_shift = facts.get("mean_shift", 0.0) if config.mean_shift is None else config.mean_shift
+    shape = vae.geometry.latent_shape(config.frames, config.height, config.width)
+    paths = random_paths(config.count, config.seed)
+    ellipses = torch.cat([path.ellipses(*shape[1:]) for path in paths])
+    noise = torch.cat(
+        [
+            initial_noise([config.seed + i], shape, ellipses[i : i + 1] if config.guided else None, mean_shift, device)
+            for i in range(config.count)
+        ]
+    )
+    context, negative = text.context(held_out_prompts(config.count)), text.context([""]).to(device)
+    solver = Solver(name=config.solver, steps=config.steps, guidance=config.guidance, shift=config.shift)
+    alphas = []
+    for part, words in zip(noise.split(config.batch_size), context.split(config.batch_size), strict=True):
+        latents = sample_latents(transformer, part, words.to(device), negative, solver)
+        alphas += [alpha.clamp(0, 1) for _, alpha in decode(vae, latents)]
+    centres = torch.tensor([path.centre for path in paths])
+    results = figures(torch.stack(alphas), centres, vae.geometry.space_stride)
+    table = Table(*results)
+    table.add_row(*(f"{value:.3f}" for value in results.values()))
+    Console(width=120).print(table)
+    if config.out is not None:
+        out = Path(config.out)
+        temporary = out.with_name(f".{out.name}.tmp")
+        temporary.write_text(json.dumps(results, indent=1))
+        temporary.replace(out)
+
+
+if __name__ == "__main__":
+    main()

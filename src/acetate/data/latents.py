@@ -1,0 +1,398 @@
+"""Latent shards: how clips are cut into buckets, and the datamodule, whose batches are of one bucket each."""
+
+import logging
+import math
+from collections import defaultdict, deque
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from acetate.data.clips import ClipDataModule, ClipOrder
+from acetate.data.shards import (
+    HOW_TO_MAKE,
+    BadClip,
+    ClipRef,
+    ShardError,
+    TarRef,
+    blame,
+    find_in_tar,
+    read_manifest,
+    read_media,
+    read_meta,
+)
+from acetate.data.transforms import crop, resize, to_float, window
+from acetate.draws import stable_hash
+
+KEY_LENGTH = 80  # of shards.KEY
+EMPTY_PROMPT = "empty_prompt.safetensors"
+log = logging.getLogger(__name__)
+
+Place = tuple[int, int]  # epoch, window
+Sample = dict[str, Any]  # latents (C, F, h, w), ellipse (F, 5), prompt_embeds (n, D), prompt_mask (n,), prompt, ref
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A window of a clip over one background; frames, height and width in pixels."""
+
+    ref: ClipRef
+    window: int
+    start: int
+    frames: int
+    height: int
+    width: int
+    variant: int
+
+    @property
+    def key(self) -> str:
+        """At most KEY_LENGTH characters; a clip's long key is cut and told apart by its hash."""
+        clip, suffix = self.ref.key, f"-w{self.window:03d}-v{self.variant}"
+        if len(clip + suffix) > KEY_LENGTH:
+            mark = f"-{stable_hash(clip):016x}"
+            clip = clip[: KEY_LENGTH - len(mark + suffix)] + mark
+        return clip + suffix
+
+    @property
+    def bucket(self) -> str:
+        return f"{self.frames}x{self.height}x{self.width}"
+
+
+def bucket_sizes(area: int, max_aspect: float, multiple: int) -> list[tuple[int, int]]:
+    """All (height, width) in multiples, within max_aspect, of which neither side can grow without passing `area`."""
+    sizes = []
+    for height in range(multiple, area // multiple + 1, multiple):
+        width = area // height // multiple * multiple
+        fills = width > 0 and (height + multiple) * width > area
+        if fills and max(height / width, width / height) <= max_aspect:
+            sizes.append((height, width))
+    if not sizes:
+        raise ValueError(
+            f"area={area}, max_aspect={max_aspect}: no bucket in multiples of {multiple}. "
+            f"Raise area to {multiple**2} or more, or max_aspect."
+        )
+    return sizes
+
+
+def plan(
+    refs: Sequence[ClipRef], lengths: Sequence[int], sizes: Sequence[tuple[int, int]], variants: int
+) -> list[Piece]:
+    """Every clip in the size of nearest log aspect, cut into whole windows of the longest length that it fills."""
+    pieces = []
+    for ref in refs:
+        # Of two that are equally near, the larger one
+        height, width = min(sizes, key=lambda size: (round(_turn(ref, size), 9), -size[0] * size[1]))
+        length = max((n for n in lengths if n <= ref.frames), default=min(lengths))
+        for index, start in enumerate(window_starts(ref.frames, length)):
+            pieces += [Piece(ref, index, start, length, height, width, variant) for variant in range(variants)]
+    return pieces
+
+
+def _turn(ref: ClipRef, size: tuple[int, int]) -> float:
+    return abs(math.log(size[0] / size[1] * ref.width / ref.height))
+
+
+def window_starts(count: int, length: int) -> list[int]:
+    """First frames of the whole windows, with what is left over spread evenly around them; [0] for a short clip."""
+    windows = max(1, count // length)
+    spare = max(0, count - windows * length)
+    return [i * length + spare * (2 * i + 1) // (2 * windows) for i in range(windows)]
+
+
+def covering_box(rows: int, columns: int, height: int, width: int) -> tuple[int, int, int, int]:
+    """top, left, height and width of the largest centred box with the target's aspect, to half a source pixel."""
+    ratio = min(rows / height, columns / width)
+    box_height, box_width = (max(1, round(side * ratio)) for side in (height, width))
+    return (rows - box_height) // 2, (columns - box_width) // 2, box_height, box_width
+
+
+Placement = tuple[float, float, float]  # scale of the picture on its canvas; shares of the slack above and left of it
+
+
+def placed(box: tuple[int, int, int, int], placement: Placement) -> tuple[int, int, int, int]:
+    """A larger box around it, which shows the picture smaller, somewhere on a transparent canvas."""
+    top, left, height, width = box
+    scale, above, before = placement
+    tall, wide = round(height / scale), round(width / scale)
+    return top - round(above * (tall - height)), left - round(before * (wide - width)), tall, wide
+
+
+def cut(frames: Tensor, piece: Piece, placement: Placement = (1.0, 0.0, 0.0)) -> tuple[Tensor, Tensor]:
+    """uint8 (T, H, W, 4) -> rgb (1, 3, frames, height, width), alpha (1, 1, ...): one resample of a source box."""
+    box = placed(covering_box(*frames.shape[1:3], piece.height, piece.width), placement)
+    chosen = crop(frames, *box)[window(len(frames), piece.frames, piece.start)]
+    # One at a time: floats of a whole clip can take gigabytes.
+    clips = [resize(*to_float(frame[None]), piece.height, piece.width) for frame in chosen]
+    rgb, alpha = (torch.cat(parts, dim=1)[None] for parts in zip(*clips, strict=True))
+    return rgb, alpha
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentRef(TarRef):
+    """One window of a clip over one background; shape: latent (F, h, w); tokens: of its prompt."""
+
+    clip: str
+    variant: int
+    shape: tuple[int, int, int]
+    tokens: int
+
+    @property
+    def window(self) -> str:
+        return self.key.rpartition("-v")[0]
+
+
+def index_latents(folder: Path, manifest: dict[str, Any]) -> list[LatentRef]:
+    """Every sample that the manifest promises, by window and variant; one that its tar lacks has a `problem`."""
+    refs = []
+    for shard in manifest["shards"]:
+        places = find_in_tar(folder / shard["file"], [(entry["key"], "safetensors") for entry in shard["samples"]])
+        for entry, place in zip(shard["samples"], places, strict=True):
+            facts = {**entry, **place, "shape": tuple(entry["shape"])}
+            refs.append(LatentRef(**facts, kind="safetensors"))
+    return sorted(refs, key=lambda ref: (ref.window, ref.variant))
+
+
+def read_latents(ref: LatentRef) -> Sample:
+    """A sample as it is stored; BadClip with the reason if anything is wrong with it."""
+    data, meta = read_media(ref), read_meta(ref)
+    with blame(ref):
+        try:
+            sample: Sample = safetensors.torch.load(data)
+        except SafetensorError as error:
+            raise ValueError(str(error)) from error
+        found, frames = tuple(sample["latents"].shape[1:]), ref.shape[0]
+        if found != ref.shape or sample["ellipse"].shape != (frames, 5):
+            raise ValueError(f"latents {found}, ellipse {tuple(sample['ellipse'].shape)}; promised {ref.shape}")
+        if not all(sample[name].isfinite().all() for name in ("latents", "ellipse", "prompt_embeds")):
+            raise ValueError("values that are not finite")
+    return sample | {"prompt": meta["prompt"], "ref": ref}
+
+
+class BucketWalk:
+    """Global batches of one bucket each, without end.
+
+    Walks the infinite order of all windows and puts each into its bucket's queue; a queue that holds a batch
+    gives it away. What is left in the queues stays for the next epoch, so that nothing is dropped.
+    """
+
+    def __init__(self, buckets: Sequence[Hashable], seed: int):
+        self.buckets, self.order, self.position = buckets, ClipOrder(len(buckets), seed), 0
+        self.queues: dict[Hashable, deque[Place]] = defaultdict(deque)
+
+    def batch(self, size: int) -> list[Place]:
+        while True:
+            epoch, index = self.order[self.position]
+            self.position += 1
+            queue = self.queues[self.buckets[index]]
+            queue.append((epoch, index))
+            if len(queue) >= size:
+                return [queue.popleft() for _ in range(size)]
+
+
+class BucketBatches(Sampler[list[Place]]):
+    """This rank's part of every global batch: r, r + world, ... of it.
+
+    `walk` is asked anew at every iteration: a loader that is iterated again goes on where training stands.
+    """
+
+    def __init__(self, walk: Callable[[], BucketWalk], batch_size: int, rank: int, world: int):
+        self.walk, self.batch_size, self.rank, self.world = walk, batch_size, rank, world
+
+    def __iter__(self) -> Iterator[list[Place]]:
+        walk = self.walk()
+        while True:
+            yield walk.batch(self.batch_size * self.world)[self.rank :: self.world]
+
+
+class LatentDataset(Dataset[Sample | BadClip]):
+    """(epoch, window) -> sample, or the BadClip that it would have been; never another clip in its place.
+
+    The variants of a window take turns from epoch to epoch, from one that its key and the seed choose.
+    """
+
+    def __init__(self, windows: Sequence[Sequence[LatentRef]], seed: int):
+        self.windows, self.seed = windows, seed
+
+    def __getitem__(self, place: Place) -> Sample | BadClip:
+        epoch, index = place
+        variants = self.windows[index]
+        start = stable_hash("variant", self.seed, variants[0].window)
+        try:
+            return read_latents(variants[(start + epoch) % len(variants)])
+        except BadClip as bad:
+            return bad
+
+
+def collate(samples: Sequence[Sample | BadClip], *, prompt_length: int, null_context: Tensor) -> dict[str, Any]:
+    """The good samples of a batch, in fp32, and "key: reason" of the bad; see LatentDataModule."""
+    good = [sample for sample in samples if not isinstance(sample, BadClip)]
+
+    def stack(tensors: Iterable[Tensor]) -> Tensor:
+        return torch.stack([tensor.float() for tensor in tensors]) if good else torch.empty(0)
+
+    return {
+        "latents": stack(sample["latents"] for sample in good),
+        "ellipses": stack(sample["ellipse"] for sample in good),
+        "context": stack(pad(sample["prompt_embeds"], prompt_length) for sample in good),
+        "null_context": null_context,
+        "prompt": [sample["prompt"] for sample in good],
+        "key": [sample["ref"].key for sample in good],
+        "clip": [sample["ref"].clip for sample in good],
+        "skipped": [str(sample) for sample in samples if isinstance(sample, BadClip)],
+    }
+
+
+def pad(embeds: Tensor, length: int) -> Tensor:
+    """(n, D) -> (length, D), zeros after the last token, as Wan's DiT was trained."""
+    return F.pad(embeds, (0, 0, 0, length - len(embeds)))
+
+
+class LatentDataModule(ClipDataModule):
+    """Batches of one bucket: latents (B, C, F, h, w) normalised, ellipses (B, F, 5) in latent cells (fit_ellipses),
+    context (B, prompt_length, D) and null_context (1, prompt_length, D) zero-padded, all fp32; prompt, key, clip
+    (lists of B) and skipped.
+
+    Order, position and bad clips as in ClipDataModule; the position counts samples, and resuming walks there again,
+    also from a run with another number of ranks or another batch size. batch_size is per rank; val_clips counts
+    windows. `manifest` is that of data_prep.cache_latents, after setup. Raises ShardError where the folder cannot be
+    used, and ValueError naming the sample whose prompt is longer than prompt_length.
+    """
+
+    def __init__(
+        self,
+        *,
+        latents: str,
+        batch_size: int,
+        seed: int,
+        num_workers: int,
+        val_batch_size: int,
+        val_clips: int,
+        prompt_length: int,
+        bad_clip_budget: int = 0,
+    ):
+        # One frame of any size: what the parent cuts out of clips has no part here.
+        super().__init__(
+            shards=latents,
+            frames=1,
+            height=16,
+            width=16,
+            batch_size=batch_size,
+            seed=seed,
+            num_workers=num_workers,
+            val_batch_size=val_batch_size,
+            val_clips=val_clips,
+            bad_clip_budget=bad_clip_budget,
+        )
+        self.folder, self.prompt_length = Path(latents), prompt_length
+        self.manifest: dict[str, Any] = {}
+        self.train_windows: list[list[LatentRef]] = []
+        self.val_windows: list[list[LatentRef]] = []
+        self._past: list[list[int]] = []  # [global batch, batches] of the runs that this one goes on from
+
+    @property
+    def vae_sha256(self) -> str:
+        """RGBAVAE.latents_sha256() of the VAE that made the latents; other hashes are in the manifest."""
+        return self.manifest["vae_sha256"]
+
+    def setup(self, stage: str | None = None) -> None:
+        if self.manifest:
+            return
+        manifest = read_manifest(self.folder, "latents")
+        refs = index_latents(self.folder, manifest)
+        longest = max(refs, key=lambda ref: ref.tokens, default=None)
+        if longest and longest.tokens > self.prompt_length:
+            raise ValueError(
+                f"{longest.key}: a prompt of {longest.tokens} tokens; prompt_length={self.prompt_length}. "
+                f"{self.folder} was made for {manifest['prompt_length']}: set that, or cache it with shorter prompts."
+            )
+        self._count_bad([f"{ref.key}: {ref.problem}" for ref in refs if ref.problem])
+        windows = [list(group) for _, group in groupby(refs, key=lambda ref: ref.window)]
+        train, val = ([window for window in windows if window[0].split == split] for split in ("train", "val"))
+        for split, found in (("train", train), ("val", val)):
+            if not found:
+                raise ShardError(
+                    f"{self.folder}: none of {len(refs)} samples is in split {split!r}. Add clips of that split to "
+                    f"the clip shards and cache them anew. {HOW_TO_MAKE['latents']}"
+                )
+        # A fixed draw over all keys: the first ones in the alphabet are often all of one kind.
+        val = sorted(val, key=lambda window: stable_hash("val", window[0].window))[: self.val_clips]
+        self.null_context = self._empty_prompt()
+        self.train_windows, self.val_windows = train, [window[:1] for window in val]
+        self.manifest = manifest
+
+    def _empty_prompt(self) -> Tensor:
+        path = self.folder / EMPTY_PROMPT
+        try:
+            embeds = safetensors.torch.load_file(path)["embeds"]
+        except (OSError, SafetensorError, KeyError) as error:
+            raise ShardError(f"{path} cannot be read ({error}). {HOW_TO_MAKE['latents']}") from error
+        return pad(embeds.float(), self.prompt_length)[None]
+
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"walk": [*self._past, self._present()]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self._past = [list(run) for run in state_dict["walk"] if run[1]]
+
+    def _present(self) -> list[int]:
+        """Global batch and number of batches since the runs of `_past`."""
+        size = self.batch_size * self._rank_and_world()[1]
+        return [size, (self.consumed - sum(past * batches for past, batches in self._past)) // size]
+
+    def _walk(self) -> BucketWalk:
+        """Where training stands."""
+        walk = BucketWalk([window[0].shape for window in self.train_windows], self.seed)
+        for size, batches in [*self._past, self._present()]:
+            for _ in range(batches):
+                walk.batch(size)
+        return walk
+
+    def train_dataloader(self) -> DataLoader:
+        rank, world = self._rank_and_world()
+        self._consumed = self.consumed
+        self._batches = self._finished_batches() if self.trainer else None
+        dataset = LatentDataset(self.train_windows, self.seed)
+        return self._load(dataset, BucketBatches(self._walk, self.batch_size, rank, world))
+
+    def val_dataloader(self) -> DataLoader:
+        rank, world = self._rank_and_world()
+        parts = [self._val_batches(r, world) for r in range(world)]
+        if len({len(part) for part in parts}) > 1:
+            log.warning(
+                "%d validation windows in buckets make unequal numbers of batches on %d ranks; a sharded model waits "
+                "for ever for the rank with fewer. Use val_batch_size=1 and val_clips=%d.",
+                len(self.val_windows), world, len(self.val_windows) // world * world or world,
+            )  # fmt: skip
+        return self._load(LatentDataset(self.val_windows, seed=0), parts[rank])
+
+    def _val_batches(self, rank: int, world: int) -> list[list[Place]]:
+        """Batches of one bucket; over all ranks, each window exactly once."""
+        by_bucket = sorted(range(len(self.val_windows)), key=lambda i: self.val_windows[i][0].shape)
+        batches: list[list[Place]] = []
+        for _, group in groupby(by_bucket[rank::world], key=lambda i: self.val_windows[i][0].shape):
+            places = [(0, index) for index in group]
+            batches += [places[i : i + self.val_batch_size] for i in range(0, len(places), self.val_batch_size)]
+        return batches
+
+    def _fingerprint(self) -> int:
+        return stable_hash(self.seed, *((window[0].window, window[0].shape) for window in self.train_windows))
+
+    def _load(self, dataset: LatentDataset, batches: Iterable[list[Place]]) -> DataLoader:
+        return DataLoader(
+            dataset,
+            batch_sampler=batches,  # pyright: ignore[reportArgumentType]  torch's stub forgets places
+            collate_fn=partial(collate, prompt_length=self.prompt_length, null_context=self.null_context),
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            pin_memory=torch.cuda.is_available(),
+        )

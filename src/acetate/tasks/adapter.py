@@ -1,0 +1,26 @@
+"""What every task shares that trains adapters on a frozen base: its checkpoints hold nothing else."""
+
+from typing import Any
+
+from lightning import LightningModule
+
+from acetate.models.adapters import load_trainable, trainable_state
+
+
+class AdapterTask(LightningModule):
+    """Saves and loads exactly the parameters that train; the frozen base is never in a checkpoint."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.strict_loading = False  # on_load_checkpoint is strict about what trains
+
+    def adapter_metadata(self) -> dict[str, str]:
+        """What a reader needs to build the model that the trained tensors belong to; JSON values."""
+        raise NotImplementedError
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        trained = trainable_state(self)
+        checkpoint["state_dict"] = {name: value for name, value in checkpoint["state_dict"].items() if name in trained}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        load_trainable(self, checkpoint["state_dict"], "This checkpoint")

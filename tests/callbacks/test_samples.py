@@ -1,0 +1,54 @@
+import pytest
+import torch
+from PIL import Image
+
+from acetate.callbacks.samples import contact_sheet
+from tests.tasks.test_dit import config_for, fit
+
+SAMPLES = [
+    "callbacks.samples.prompts=[a red disc,blue smoke]",
+    "callbacks.samples.frames=5",
+    "callbacks.samples.height=24",
+    "callbacks.samples.width=24",
+    "callbacks.samples.solver.steps=2",
+]
+
+
+def test_samples_at_validation(tmp_path, cached):
+    fit(config_for(tmp_path, cached, "trainer.max_steps=2", *SAMPLES))
+    folder = tmp_path / "samples/step_00000002"
+    assert Image.open(folder / "sheet.png").size[0] > 100
+    assert {path.name for path in folder.glob("*.webm")} == {"00.webm", "01.webm"}
+    assert not list(folder.glob(".*"))
+
+
+def test_sampling_leaves_training_as_it_was(tmp_path, cached):
+    plain = fit(config_for(tmp_path / "a", cached, "trainer.max_steps=4"))
+    sampled = fit(config_for(tmp_path / "b", cached, "trainer.max_steps=4", *SAMPLES))
+    assert plain[2].losses == sampled[2].losses
+
+
+def test_another_vae_is_refused(tmp_path, cached):
+    with pytest.raises(ValueError, match=r"vae_sha256 is .* the latents were cached with"):
+        config = config_for(tmp_path, cached, "trainer.max_steps=2", *SAMPLES)
+        config.callbacks.samples.build_vae.adapters = str(other_adapters(tmp_path, cached[1]))
+        fit(config)
+
+
+def other_adapters(tmp_path, adapters):
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    with safe_open(adapters, "pt") as file:
+        state = {name: file.get_tensor(name) + 0.01 for name in file.keys()}  # noqa: SIM118
+        save_file(state, tmp_path / "other.safetensors", file.metadata())
+    return tmp_path / "other.safetensors"
+
+
+def test_contact_sheet_shows_clip_and_alpha():
+    rgb, alpha = torch.ones(3, 5, 16, 16), torch.zeros(1, 5, 16, 16)
+    alpha[..., 8:] = 1
+    one, two = (contact_sheet([("a", rgb, alpha)] * n, "title") for n in (1, 2))
+    assert two.size[1] > one.size[1]
+    colors = {color for _, color in one.getcolors(10**6)}
+    assert {(255, 255, 255), (0, 0, 0)} <= colors

@@ -1,0 +1,152 @@
+"""The sample command on the shipped base, with adapters that a real run wrote."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from safetensors.torch import load_file, save_file
+from torch.testing import assert_close
+
+from acetate.commands.sample import file_name, guide_ellipses, load_dit, read_prompts
+from acetate.models.adapters import ADAPTER_SCHEMA, trainable_state
+from acetate.models.dit import FINGERPRINT, add_dora, merge_dora
+from acetate.models.loading import load_transformer, weights_sha256
+from acetate.models.rgba_vae import load_rgba_vae
+from acetate.models.text import TextEncoder
+from acetate.models.wan import Geometry
+from acetate.video_io import read_rgba
+from tests.paths import ROOT
+
+BASE = str(ROOT / "assets/wan-tiny")
+
+
+@pytest.fixture(scope="module")
+def dora(cached, tmp_path_factory):
+    """An adapter file as experiment=dit_dora writes it, with random adapters."""
+    transformer = load_transformer(BASE)
+    facts = {"schema": ADAPTER_SCHEMA, "kind": "dit_dora", "base": BASE, "rank": 2, "alpha": 2, "mean_shift": 0.5,
+             "transformer_sha256": weights_sha256(transformer, FINGERPRINT),
+             "vae_sha256": load_rgba_vae(vae=BASE, adapters=str(cached[1])).latents_sha256(),
+             "text_encoder_sha256": TextEncoder(BASE, 64).sha256(), "ellipse": {"threshold": 0.1}}  # fmt: skip
+    add_dora(transformer, 2, 2)
+    for parameter in trainable_state(transformer).values():
+        torch.nn.init.normal_(parameter, std=0.1)
+    state = {f"transformer.{name}": value.detach().contiguous() for name, value in trainable_state(transformer).items()}
+    path = tmp_path_factory.mktemp("dora") / "last.safetensors"
+    save_file(state, path, {name: json.dumps(value) for name, value in facts.items()})
+    return path
+
+
+def config_for(*overrides):
+    with initialize_config_dir(str(ROOT / "conf"), version_base=None):
+        return compose("command/sample", [f"paths.root={ROOT}", *overrides])
+
+
+def run(tmp_path, *arguments):
+    command = [sys.executable, "-m", "acetate.commands.sample", f"out={tmp_path}", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.slow
+def test_writes_clips_that_editors_open_and_seeds_reproduce(tmp_path, cached, dora):
+    small = [f"rgba_vae={cached[1]}", f"dora={dora}", "steps=2", "frames=5", "height=24", "width=32", "formats=[png]"]
+    guide = ["guide.centre=[0.4,0.5]", "guide.axes=[0.6,0.4]"]
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red disc\n\nblue smoke\n")
+    done = run(tmp_path / "a", f"prompts={prompts}", "count=2", "batch_size=3", *small, *guide)
+    assert done.returncode == 0, done.stderr[-2000:]
+    folders = sorted(path.name for path in (tmp_path / "a").glob("*_png"))
+    assert folders == [
+        f"{i:03d}-{name}-seed{s}_png" for i, name in enumerate(("a-red-disc", "blue-smoke")) for s in (0, 1)
+    ]
+    clip = read_rgba(tmp_path / "a" / folders[3])
+    assert clip.frames.shape == (5, 24, 32, 4)
+    settings = json.loads((tmp_path / "a/001-blue-smoke-seed1.json").read_text())
+    assert settings["seed"] == 1
+    assert settings["mean_shift"] == 0.5
+    again = run(tmp_path / "b", 'prompt="blue smoke"', "seed=1", *small, *guide)
+    assert again.returncode == 0, again.stderr[-2000:]
+    alone = read_rgba(tmp_path / "b/000-blue-smoke-seed1_png").frames
+    assert abs(clip.frames.astype(int) - alone.astype(int)).max() <= 1
+
+
+def test_dora_is_merged(dora):
+    config = config_for(f"dora={dora}")
+    ours, facts = load_dit(config, "cpu")
+    expected = load_transformer(BASE)
+    add_dora(expected, 2, 2)
+    state = {name.removeprefix("transformer."): value for name, value in load_file(dora).items()}
+    expected.load_state_dict(state, strict=False)
+    merge_dora(expected)
+    assert facts["mean_shift"] == 0.5
+    for (name, a), b in zip(ours.state_dict().items(), expected.state_dict().values(), strict=True):
+        assert_close(a, b, msg=name)
+
+
+def test_dora_of_another_base_is_refused(dora, wan_folder):
+    with pytest.raises(ValueError, match="was trained on another DiT"):
+        load_dit(config_for(f"dora={dora}", f"wan.transformer={wan_folder}"), "cpu")
+
+
+def test_few_step_lora_is_an_explicit_switch(tmp_path, dora):
+    plain, _ = load_dit(config_for(f"dora={dora}"), "cpu")
+    name = "blocks.0.self_attn.q"
+    width = plain.config.num_attention_heads * plain.config.attention_head_dim
+    down, up = torch.randn(2, width), torch.randn(width, 2)
+    tensors = {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up, f"{name}.alpha": torch.tensor(1.0)}
+    save_file({f"diffusion_model.{key}": value for key, value in tensors.items()}, tmp_path / "few.safetensors")
+    few, _ = load_dit(config_for(f"dora={dora}", f"few_step.lora={tmp_path}/few.safetensors"), "cpu")
+    change = few.blocks[0].attn1.to_q.weight - plain.blocks[0].attn1.to_q.weight
+    assert_close(change, 0.5 * up @ down, rtol=1e-4, atol=1e-4)  # alpha / rank
+    tensors = {f"{name.replace('0', '77')}.lora_down.weight": down, f"{name.replace('0', '77')}.lora_up.weight": up}
+    save_file(tensors, tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match=r"blocks\.77\.attn1\.to_q\.weight does not exist in this DiT"):
+        load_dit(config_for(f"dora={dora}", f"few_step.lora={tmp_path}/other.safetensors"), "cpu")
+
+
+def test_guides(tmp_path, make_vae):
+    geometry = Geometry.of(make_vae("wan21"))
+    size = ["frames=5", "height=32", "width=32"]
+    assert guide_ellipses(config_for(*size), geometry, {}) is None
+    drawn = guide_ellipses(config_for(*size, "guide.centre=[0.5,0.25]"), geometry, {})
+    assert drawn.shape == (1, 2, 5)
+    assert_close(drawn[0, :, :2], torch.tensor([[1.5, 0.5]] * 2, dtype=torch.float64))
+    import numpy as np
+    from PIL import Image
+
+    picture = np.zeros((32, 32, 4), np.uint8)
+    picture[:16, 16:] = 255
+    Image.fromarray(picture).save(tmp_path / "alpha.png")
+    fitted = guide_ellipses(config_for(*size, f"guide.clip={tmp_path}/alpha.png"), geometry, {"threshold": 0.1})
+    assert_close(fitted[0, :, :2], torch.tensor([[2.5, 0.5]] * 2, dtype=torch.float64))
+
+
+def test_prompts(tmp_path):
+    with pytest.raises(ValueError, match="Give either prompt="):
+        read_prompts(config_for())
+    with pytest.raises(FileNotFoundError, match="does not exist; it is a text file"):
+        read_prompts(config_for(f"prompts={tmp_path}/none.txt"))
+    (tmp_path / "empty.txt").write_text("\n")
+    with pytest.raises(ValueError, match="is empty"):
+        read_prompts(config_for(f"prompts={tmp_path}/empty.txt"))
+    assert file_name(3, "A ring / of FIRE!", 7) == "003-a-ring-of-fire-seed7"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["formats=[gif]"], "gif"),
+        (["height=50"], "height 50; this VAE needs multiples of 8"),
+        (["frames=6"], "6 frames"),
+        (["wan.prompt_length=3"], "tokens; this model reads 3"),
+    ],
+)
+@pytest.mark.slow
+def test_bad_input_is_named(tmp_path, cached, dora, arguments, message):
+    done = run(tmp_path / "out", 'prompt="a long red disc"', f"rgba_vae={cached[1]}", f"dora={dora}", *arguments)
+    assert done.returncode != 0
+    assert message in done.stderr
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,403 @@
+import logging
+from zlib import crc32
+
+import lightning
+import pytest
+import torch
+from safetensors.torch import save, save_file
+from webdataset.writer import TarWriter
+
+from acetate.data.clips import BadDataError
+from acetate.data.latents import (
+    EMPTY_PROMPT,
+    BucketBatches,
+    BucketWalk,
+    LatentDataModule,
+    Piece,
+    bucket_sizes,
+    covering_box,
+    cut,
+    index_latents,
+    plan,
+    window_starts,
+)
+from acetate.data.shards import MANIFEST, SCHEMA, ClipRef, ShardError, finish_tar, read_manifest, write_json
+from acetate.data.transforms import resize, to_float
+
+SETTINGS = {
+    "batch_size": 2, "seed": 0, "num_workers": 0, "val_batch_size": 2, "val_clips": 100, "prompt_length": 6,
+    "bad_clip_budget": 0,
+}  # fmt: skip
+WIDE, TALL, LONG = (2, 2, 4), (2, 4, 2), (3, 2, 2)
+TRAIN = {"a": WIDE, "b": TALL, "c": WIDE, "d": LONG, "e": WIDE, "f": TALL, "g": WIDE}
+VAL = {"v": WIDE, "w": WIDE, "x": TALL, "y": WIDE, "z": LONG}
+VARIANTS = 3
+
+
+def value(clip, variant):
+    return float(ord(clip[0]) + variant / 8)  # exact in half precision
+
+
+def write(out, clips=None, variants=VARIANTS, tokens=None, spoil=lambda clip, tensors: tensors):
+    """Latent shards whose values tell clip and variant; two tars."""
+    out.mkdir(parents=True, exist_ok=True)
+    clips = (
+        {**{c: ("train", s) for c, s in TRAIN.items()}, **{c: ("val", s) for c, s in VAL.items()}}
+        if clips is None
+        else clips
+    )
+    shards = []
+    for number, mine in enumerate((sorted(clips)[::2], sorted(clips)[1::2])):
+        samples = []
+        temporary = out / f"latents-{number:06d}.tar.tmp"
+        with open(temporary, "wb") as stream:
+            tar = TarWriter(stream, encoder=False, mtime=0)
+            for clip in mine:
+                split, shape = clips[clip]
+                count = (tokens or {}).get(clip, 3)
+                for variant in range(variants):
+                    tensors = {
+                        "latents": torch.full((4, *shape), value(clip, variant), dtype=torch.float16),
+                        "ellipse": torch.full((shape[0], 5), value(clip, 0)),
+                        "prompt_embeds": torch.full((count, 8), value(clip, 0), dtype=torch.float16),
+                        "prompt_mask": torch.ones(count, dtype=torch.bool),
+                    }
+                    data = save(spoil(clip, tensors))
+                    key = f"{clip}-w000-v{variant}"
+                    tar.write(
+                        {"__key__": key, "safetensors": data, "json": b'{"prompt": "prompt of %s"}' % clip.encode()}
+                    )
+                    samples.append({"key": key, "clip": clip, "variant": variant, "split": split, "shape": list(shape),
+                                    "tokens": count, "crc32": crc32(data)})  # fmt: skip
+            tar.close()
+        shards.append({**finish_tar(temporary), "samples": samples})
+    save_file({"embeds": torch.ones(1, 8, dtype=torch.float16)}, out / EMPTY_PROMPT)
+    write_json(out / MANIFEST, {"schema": SCHEMA, "kind": "latents", "vae_sha256": "abc", "prompt_length": 6,
+                                "shards": shards})  # fmt: skip
+    return out
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write(tmp_path_factory.mktemp("latents"))
+
+
+def module(folder, **settings):
+    return LatentDataModule(latents=str(folder), **(SETTINGS | settings))
+
+
+def ready(folder, **settings):
+    data = module(folder, **settings)
+    data.setup()
+    return data
+
+
+def first(loader, count):
+    batches = iter(loader)
+    return [next(batches) for _ in range(count)]
+
+
+def ref(frames, height, width, key="clip"):
+    return ClipRef(
+        key=key, split="train", crc32=0, tar=None, kind="rgba.mkv", frames=frames, width=width, height=height
+    )
+
+
+def break_sample(folder, key):
+    manifest = read_manifest(folder, "latents")
+    found = next(ref for ref in index_latents(folder, manifest) if ref.key == key)
+    with open(found.tar, "r+b") as file:
+        file.seek(found.media[0] + found.media[1] - 4)
+        file.write(b"\1\2\3\4")
+
+
+# How clips are cut
+
+
+def test_buckets_are_all_maximal_sizes():
+    sizes = bucket_sizes(area=16 * 64, max_aspect=4, multiple=8)
+    assert sizes == [(16, 64), (24, 40), (32, 32), (40, 24), (64, 16)]  # 48 x 16 could grow to 64 x 16
+    assert bucket_sizes(16 * 64, 2, 8) == [(24, 40), (32, 32), (40, 24)]
+    with pytest.raises(ValueError, match=r"area=60, max_aspect=2: no bucket in multiples of 8\. Raise area to 64"):
+        bucket_sizes(60, 2, 8)
+
+
+def test_published_area_has_buckets_of_whole_patches():
+    sizes = bucket_sizes(399360, 2.0, 16)
+    assert (480, 832) in sizes and (640, 624) in sizes
+    assert all(h % 16 == 0 and w % 16 == 0 and 0.9 * 399360 < h * w <= 399360 for h, w in sizes)
+
+
+@pytest.mark.parametrize(
+    ("count", "length", "starts"),
+    [
+        (9, 9, [0]), (10, 9, [0]), (12, 9, [1]), (18, 9, [0, 9]), (22, 9, [1, 12]), (33, 9, [1, 12, 23]),
+        (5, 9, [0]), (1, 9, [0]),
+    ],
+)  # fmt: skip
+def test_windows_are_whole_apart_and_even(count, length, starts):
+    assert window_starts(count, length) == starts
+
+
+def test_plan_takes_nearest_aspect_and_longest_length():
+    sizes = [(32, 32), (24, 40), (40, 24)]
+    pieces = plan([ref(20, 90, 160, "a"), ref(8, 50, 48, "b"), ref(3, 160, 90, "c")], (5, 9), sizes, variants=2)
+    assert [(p.key, p.bucket, p.start) for p in pieces] == [
+        ("a-w000-v0", "9x24x40", 0), ("a-w000-v1", "9x24x40", 0),
+        ("a-w001-v0", "9x24x40", 10), ("a-w001-v1", "9x24x40", 10),
+        ("b-w000-v0", "5x32x32", 1), ("b-w000-v1", "5x32x32", 1),
+        ("c-w000-v0", "5x40x24", 0), ("c-w000-v1", "5x40x24", 0),
+    ]  # fmt: skip
+    # 16 x 16 and 32 x 32 are equally near
+    assert plan([ref(5, 20, 20)], (5,), [(16, 16), (32, 32)], 1)[0].bucket == "5x32x32"
+
+
+def test_long_keys_stay_apart():
+    keys = {Piece(ref(5, 8, 8, "k" * 78 + end), 0, 0, 5, 8, 8, 0).key for end in ("aa", "ab")}
+    assert len(keys) == 2 and all(len(key) == 80 and key.endswith("-w000-v0") for key in keys)
+
+
+@pytest.mark.parametrize("size", [(20, 30), (30, 20), (7, 9), (64, 48), (16, 24)])
+def test_box_covers_with_the_target_aspect(size):
+    top, left, height, width = covering_box(*size, 16, 24)
+    assert 0 <= top <= size[0] - height and 0 <= left <= size[1] - width
+    assert height == size[0] or width == size[1]
+    assert abs(height * 24 / 16 - width) <= 1.25
+
+
+def test_frames_are_resampled_once():
+    frames = torch.randint(0, 256, (3, 40, 30, 4), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    piece = Piece(ref(3, 40, 30), 0, 0, 5, 16, 16, 0)
+    rgb, alpha = cut(frames, piece)
+    forth_and_back = frames[[0, 1, 2, 1, 0]][:, 5:35]
+    wanted = resize(*to_float(forth_and_back), 16, 16)
+    torch.testing.assert_close((rgb[0], alpha[0]), wanted)
+    same = frames[:, 12:28, 7:23]
+    rgb, alpha = cut(same, Piece(ref(3, 16, 16), 0, 0, 3, 16, 16, 0))  # of the bucket's size: not resampled at all
+    assert torch.equal(rgb[0], to_float(same)[0]) and torch.equal(alpha[0], to_float(same)[1])
+    assert cut(frames, Piece(ref(3, 40, 30), 0, 0, 1, 80, 64, 0))[0].shape == (1, 3, 1, 80, 64)  # enlarged
+
+
+# The datamodule
+
+
+def test_batch(folder):
+    data = ready(folder)
+    assert data.manifest["vae_sha256"] == data.vae_sha256 == "abc"
+    for batch in first(data.train_dataloader(), 6):
+        shape = batch["latents"].shape[2:]
+        assert all(TRAIN[clip] == shape for clip in batch["clip"])  # of one bucket
+        assert batch["latents"].shape[:2] == (2, 4) and batch["ellipses"].shape == (2, shape[0], 5)
+        assert batch["context"].shape == (2, 6, 8) and batch["null_context"].shape == (1, 6, 8)
+        assert batch["context"][:, 3:].abs().max() == 0 and batch["null_context"][0, :, 0].tolist() == [
+            1,
+            0,
+            0,
+            0,
+            0,
+            0,
+        ]
+        tensors = [batch[name] for name in ("latents", "ellipses", "context", "null_context")]
+        assert all(tensor.dtype == torch.float32 for tensor in tensors)
+        for i, (key, clip) in enumerate(zip(batch["key"], batch["clip"], strict=True)):
+            assert batch["latents"][i].unique().tolist() == [value(clip, int(key[-1]))]
+            assert batch["ellipses"][i].unique().item() == batch["context"][i, :3].unique().item() == value(clip, 0)
+            assert batch["prompt"][i] == f"prompt of {clip}"
+        assert batch["skipped"] == []
+
+
+def test_nothing_is_dropped_and_variants_take_turns(folder):
+    batches = first(ready(folder).train_dataloader(), 21 * 3)
+    keys = [key for batch in batches for key in batch["key"]]
+    counts = {clip: [key[-1] for key in keys if key.startswith(clip)] for clip in TRAIN}
+    assert sum(map(len, counts.values())) == 126
+    # 18 epochs of 7; a bucket's last few may still wait for company
+    assert all(abs(len(seen) - 18) <= 2 for seen in counts.values())
+    assert all(len(set(seen[i : i + VARIANTS])) == VARIANTS for seen in counts.values() for i in range(12))
+    assert len({seen[0] for seen in counts.values()}) > 1
+
+
+def test_seed_decides(folder):
+    def keys(seed):
+        return [batch["key"] for batch in first(ready(folder, seed=seed).train_dataloader(), 8)]
+
+    assert keys(0) == keys(0) != keys(1)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_order_does_not_depend_on_workers(folder, workers):
+    batches = first(ready(folder, num_workers=workers).train_dataloader(), 8)
+    assert [batch["key"] for batch in batches] == [b["key"] for b in first(ready(folder).train_dataloader(), 8)]
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_ranks_share_one_order(world):
+    buckets = [*TRAIN.values()]
+
+    def walk():
+        return BucketWalk(buckets, seed=3)
+
+    whole = iter(BucketBatches(walk, 4, 0, 1))
+    ranks = [iter(BucketBatches(walk, 4 // world, rank, world)) for rank in range(world)]
+    for _ in range(12):
+        parts = [next(rank) for rank in ranks]
+        assert sorted(place for part in parts for place in part) == sorted(next(whole))
+        assert len({buckets[index] for part in parts for _, index in part}) == 1
+
+
+class Task(lightning.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(()))
+        self.seen, self.validated = [], []
+
+    def training_step(self, batch, _):
+        self.seen.append(batch["key"])
+        return (self.weight * batch["latents"].mean() - 1) ** 2
+
+    def validation_step(self, batch, _):
+        self.validated += batch["key"]
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 1e-6)
+
+
+def fit(folder, tmp_path, steps, resume=None, **settings):
+    task, data = Task(), module(folder, **settings)
+    trainer = lightning.Trainer(
+        max_steps=steps, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, check_val_every_n_epoch=None, val_check_interval=3, default_root_dir=tmp_path,
+        use_distributed_sampler=False,
+    )  # fmt: skip
+    trainer.fit(task, data, ckpt_path=resume)
+    return task, data, trainer
+
+
+def test_resume_takes_the_next_batch(folder, tmp_path):
+    whole, data, _ = fit(folder, tmp_path, 15)
+    assert data.consumed == 30
+    assert set(whole.validated) == {f"{clip}-w000-v0" for clip in VAL}
+    start, _, trainer = fit(folder, tmp_path, 8, num_workers=1)  # fetches ahead of what it trains on
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    state = torch.load(tmp_path / "a.ckpt", weights_only=True)["LatentDataModule"]
+    assert (state["consumed"], state["walk"]) == (16, [[2, 8]])
+    rest, data, trainer = fit(folder, tmp_path, 15, resume=tmp_path / "a.ckpt")
+    assert start.seen + rest.seen == whole.seen
+    assert data.consumed == 30 and data.state_dict()["walk"] == [[2, 8], [2, 7]]
+
+
+def test_resume_with_another_batch_size_repeats_and_drops_nothing(folder, tmp_path):
+    start, _, trainer = fit(folder, tmp_path, 5, batch_size=3)
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    middle, data, trainer = fit(folder, tmp_path, 9, resume=tmp_path / "a.ckpt", batch_size=1)
+    trainer.save_checkpoint(tmp_path / "b.ckpt")
+    assert data.consumed == 15 + 4
+    rest, _, _ = fit(folder, tmp_path, 40, resume=tmp_path / "b.ckpt", batch_size=2)
+    keys = [key for keys in start.seen + middle.seen + rest.seen for key in keys]
+    counts = [sum(key.startswith(clip) for key in keys) for clip in TRAIN]
+    assert len(keys) == 15 + 4 + 62 and max(counts) - min(counts) <= 4
+
+
+def test_resume_on_other_latents_warns(folder, caplog):
+    data = ready(folder, seed=1)
+    with caplog.at_level(logging.WARNING):
+        data.load_state_dict(ready(folder).state_dict())
+    assert "another seed" in caplog.text
+
+
+def test_validation_is_fixed_and_of_one_bucket(folder):
+    runs = [list(ready(folder, seed=seed).val_dataloader()) for seed in (0, 9)]
+    keys = [[batch["key"] for batch in run] for run in runs]
+    assert keys[0] == keys[1]
+    assert sorted(key for batch in keys[0] for key in batch) == [f"{clip}-w000-v0" for clip in VAL]
+    assert all(len({VAL[clip] for clip in batch["clip"]}) == 1 for batch in runs[0])
+    few = [key for batch in ready(folder, val_clips=2).val_dataloader() for key in batch["key"]]
+    assert len(few) == 2 and set(few) < {key for batch in keys[0] for key in batch}
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 8])
+def test_validation_is_split_without_repeats(folder, world):
+    data = ready(folder)
+    places = [place for rank in range(world) for batch in data._val_batches(rank, world) for place in batch]
+    assert sorted(places) == [(0, i) for i in range(len(VAL))]
+
+
+def test_unequal_validation_is_announced(folder, caplog):
+    data = ready(folder)
+    data.trainer = lightning.Trainer(
+        accelerator="cpu", devices=4, strategy="ddp", logger=False, use_distributed_sampler=False
+    )
+    with caplog.at_level(logging.WARNING):
+        data.val_dataloader()
+    assert "unequal" in caplog.text and "val_batch_size=1 and val_clips=4" in caplog.text
+
+
+def test_bad_sample_leaves_its_batch_within_the_budget(tmp_path, caplog):
+    write(tmp_path, variants=1)
+    break_sample(tmp_path, "c-w000-v0")
+    data = ready(tmp_path, bad_clip_budget=1)
+    batches = first(data.train_dataloader(), 21)
+    with caplog.at_level(logging.WARNING):
+        for batch in batches:
+            data.on_before_batch_transfer(batch, 0)
+    assert sum(bool(batch["skipped"]) for batch in batches) > 1
+    assert [record.getMessage().split(":")[0] for record in caplog.records] == ["skipped clip c-w000-v0"]  # once
+    strict = ready(tmp_path)
+    with pytest.raises(BadDataError, match=r"1 bad clips, bad_clip_budget=0: c-w000-v0: .*CRC.*raise bad_clip_budget"):
+        for batch in batches:
+            strict.on_before_batch_transfer(batch, 0)
+
+
+@pytest.mark.parametrize("name", ["latents", "ellipse"])
+@pytest.mark.parametrize(("change", "reason"), [("nan", "not finite"), ("shape", "promised")])
+def test_wrong_tensors_are_bad(tmp_path, name, change, reason):
+    def spoil(clip, tensors):
+        wrong = torch.full_like(tensors[name], float("nan")) if change == "nan" else tensors[name][..., :1].contiguous()
+        return tensors | {name: wrong}
+
+    (batch,) = first(ready(write(tmp_path, spoil=spoil)).train_dataloader(), 1)
+    assert len(batch["skipped"]) == 2 and reason in batch["skipped"][0]
+
+
+def test_lost_tar_is_counted_at_setup(tmp_path):
+    write(tmp_path)
+    (tmp_path / "latents-000001.tar").unlink()
+    with pytest.raises(BadDataError, match=r"18 bad clips.*not in .*latents-000001\.tar"):
+        ready(tmp_path)
+
+
+def test_setup_errors(tmp_path, shards):
+    with pytest.raises(ShardError, match=r"does not exist.*data_prep\.cache_latents"):
+        ready(tmp_path / "none")
+    with pytest.raises(ShardError, match=r"holds no finished shards.*data_prep\.cache_latents"):
+        ready(tmp_path)
+    with pytest.raises(ShardError, match=r"holds clips; needed: latents.*data_prep\.cache_latents"):
+        ready(shards)
+    write(tmp_path / "train", {"a": ("train", WIDE)})
+    with pytest.raises(ShardError, match=r"none of 3 samples is in split 'val'\. Add clips"):
+        ready(tmp_path / "train")
+    write(tmp_path / "val", {"a": ("val", WIDE)})
+    with pytest.raises(ShardError, match=r"none of 3 samples is in split 'train'"):
+        ready(tmp_path / "val")
+    (write(tmp_path / "no_prompt") / EMPTY_PROMPT).unlink()
+    with pytest.raises(ShardError, match=r"empty_prompt\.safetensors cannot be read"):
+        ready(tmp_path / "no_prompt")
+
+
+def test_schema_is_checked(tmp_path):
+    manifest = read_manifest(write(tmp_path), "latents")
+    write_json(tmp_path / MANIFEST, manifest | {"schema": 99})
+    with pytest.raises(ShardError, match="schema 99; this version reads schema 1"):
+        ready(tmp_path)
+
+
+def test_longer_prompt_than_the_model_reads(tmp_path):
+    write(tmp_path, tokens={"d": 6})
+    with pytest.raises(ValueError, match=r"d-w000-v0: a prompt of 6 tokens; prompt_length=5.*made for 6"):
+        ready(tmp_path, prompt_length=5)
+
+
+@pytest.mark.parametrize(("name", "bad"), [("batch_size", 0), ("val_clips", 0), ("bad_clip_budget", -1)])
+def test_settings_are_checked(folder, name, bad):
+    with pytest.raises(ValueError, match=f"{name}={bad}; must be at least"):
+        module(folder, **{name: bad})

@@ -1,0 +1,76 @@
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch.testing import assert_close
+
+from acetate.export import _dit_name, dora_from_wan_alpha, merge_few_step
+from acetate.models.adapters import load_trainable
+from acetate.models.dit import add_dora, merge_dora, velocity
+from acetate.models.loading import load_transformer
+
+
+@pytest.fixture
+def adapted(golden, tmp_path):
+    """The base with the file's adapters on it, in PEFT."""
+    file = golden("dora")
+    save_file(file.under("base"), tmp_path / "diffusion_pytorch_model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"num_heads": file.metadata["num_heads"]}))
+    transformer = load_transformer(str(tmp_path))
+    add_dora(transformer, file.metadata["rank"], file.metadata["lora_alpha"])
+    load_trainable(transformer, dora_from_wan_alpha(file.under("dora")), "dora")
+    return file, transformer
+
+
+def output(file, transformer):
+    with torch.no_grad():
+        return velocity(transformer, file["io/latents"], file["io/timestep"], file["io/context"])
+
+
+def weights(transformer, file, prefix):
+    state = transformer.state_dict()
+    for key, expected in file.under(prefix).items():
+        assert_close(state[_dit_name(key)].view_as(expected), expected, rtol=0, atol=1e-6, msg=key)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_training_forward(adapted, training):
+    file, transformer = adapted
+    assert_close(output(file, transformer.train(training)), file["io/output_dora"], rtol=0, atol=1e-4)
+
+
+def test_targets_are_the_released_ones(adapted):
+    file, transformer = adapted
+    ours = {name.split(".lora_A")[0] for name, _ in transformer.named_parameters() if ".lora_A." in name}
+    assert ours == {_dit_name(f"{layer}.weight").removesuffix(".weight") for layer in file.metadata["targets"]}
+
+
+def test_merged_weights_and_few_step_lora(adapted):
+    file, transformer = adapted
+    merge_dora(transformer, file.metadata["ratio"])
+    weights(transformer, file, "merged")
+    assert_close(output(file, transformer), file["io/output_dora"], rtol=0, atol=1e-4)
+    changed = merge_few_step(transformer, file.under("lightx2v"), file.metadata["lightx2v_strength"])
+    assert changed == len(file.metadata["changed_by_lightx2v"])
+    weights(transformer, file, "merged_lightx2v")
+    assert_close(output(file, transformer), file["io/output_dora_lightx2v"], rtol=0, atol=1e-4)
+
+
+def test_strength(adapted):
+    file, transformer = adapted
+    (prefix,) = {name.split("/")[0] for name in file.tensors if name.startswith("merged_ratio")}
+    merge_dora(transformer, float(prefix.removeprefix("merged_ratio")))
+    weights(transformer, file, prefix)
+
+
+def test_two_timesteps_in_one_batch_are_the_two_alone(adapted):
+    """The released training class mixes them in its head."""
+    file, transformer = adapted
+    x = torch.cat([file["io/latents"], file["io/latents"].flip(3)])
+    t = torch.cat([file["io/timestep"], file["io/timestep"] / 3])
+    context = file["io/context"].expand(2, -1, -1)
+    with torch.no_grad():
+        both = velocity(transformer, x, t, context)
+        alone = [velocity(transformer, x[i : i + 1], t[i : i + 1], context[:1]) for i in range(2)]
+    assert_close(both, torch.cat(alone), rtol=0, atol=1e-5)

@@ -1,0 +1,172 @@
+"""DoRA training on the shipped tiny DiT: real weights, real latent shards, real Trainer."""
+
+import json
+import math
+
+import pytest
+import torch
+from hydra.utils import instantiate
+from lightning import Callback
+from safetensors import safe_open
+from torch.testing import assert_close
+
+from acetate import flow, regions
+from acetate.draws import ClipDraws
+from acetate.models.adapters import trainable_state
+from tests.compose import composed
+
+SMALL = [
+    "data.batch_size=2",
+    "data.num_workers=0",
+    "data.val_clips=2",
+    "task.rank=4",
+    "task.alpha=4",
+    "trainer.val_check_interval=2",
+    "trainer.enable_progress_bar=false",
+    "trainer.enable_model_summary=false",
+]
+
+
+class Record(Callback):
+    def __init__(self):
+        self.losses, self.keys = [], []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.losses.append(outputs["loss"].item())
+        self.keys.append(tuple(batch["key"]))
+
+
+def config_for(run, cached, *overrides):
+    latents, adapters = cached
+    samples = ["callbacks.samples=null"] if not any("samples" in o for o in overrides) else []
+    return composed(
+        run, "experiment=dit_dora", f"data.latents={latents}", f"rgba_vae={adapters}", *SMALL, *samples, *overrides
+    )
+
+
+def fit(config, *, resume=None, extra=()):
+    record = Record()
+    torch.manual_seed(config.seed)
+    task, data = instantiate(config.task), instantiate(config.data)
+    skipped = ("progress", "learning_rate")
+    callbacks = [c for name, c in instantiate(config.callbacks).items() if name not in skipped and c is not None]
+    trainer = instantiate(config.trainer, callbacks=[*callbacks, record, *extra], logger=False)
+    trainer.fit(task, data, ckpt_path=resume, weights_only=True)
+    return trainer, task, record
+
+
+def test_logs_loss_by_timestep_and_fixed_validation(tmp_path, cached):
+    trainer, _, _ = fit(config_for(tmp_path, cached, "trainer.max_steps=4", "trainer.log_every_n_steps=1"))
+    names = set(trainer.callback_metrics)
+    assert {"train/loss", "train/mse", "val/loss"} <= names
+    assert any(name.startswith("train_t/") for name in names)
+    assert len([name for name in names if name.startswith("val_t/")]) == 4
+
+
+def test_resume_is_exact(tmp_path, cached):
+    whole = fit(config_for(tmp_path / "a", cached, "trainer.max_steps=4"))
+    fit(config_for(tmp_path / "b", cached, "trainer.max_steps=2", "task.decay_steps=4"))
+    rest = fit(config_for(tmp_path / "b", cached, "trainer.max_steps=4"), resume=tmp_path / "b/checkpoints/last.ckpt")
+    assert rest[2].losses == whole[2].losses[2:]
+    assert rest[2].keys == whole[2].keys[2:]
+    for (name, a), b in zip(trainable_state(whole[1]).items(), trainable_state(rest[1]).values(), strict=True):
+        assert_close(a, b, rtol=0, atol=0, msg=name)
+
+
+def test_checkpoints_hold_only_adapters(tmp_path, cached):
+    trainer, task, _ = fit(config_for(tmp_path, cached, "trainer.max_steps=2"))
+    checkpoint = torch.load(tmp_path / "checkpoints/last.ckpt", weights_only=True)
+    assert checkpoint["state_dict"].keys() == trainable_state(task).keys()
+    assert all("lora_" in name for name in checkpoint["state_dict"])
+    with safe_open(tmp_path / "checkpoints/last.safetensors", "pt") as file:
+        facts = {name: json.loads(value) for name, value in file.metadata().items()}
+        assert set(file.keys()) == trainable_state(task).keys()
+    assert facts["kind"] == "dit_dora"
+    assert facts["vae_sha256"] == trainer.datamodule.manifest["vae_sha256"]
+    assert facts["mean_shift"] == task.mean_shift
+
+
+def test_other_latents_are_refused_on_resume(tmp_path, cached):
+    fit(config_for(tmp_path, cached, "trainer.max_steps=2"))
+    path = tmp_path / "checkpoints/last.ckpt"
+    checkpoint = torch.load(path, weights_only=True)
+    checkpoint["cache"]["vae_sha256"] = "0" * 64
+    torch.save(checkpoint, path)
+    with pytest.raises(ValueError, match=r"vae_sha256 of data\.latents are not those"):
+        fit(config_for(tmp_path, cached, "trainer.max_steps=4"), resume=path)
+
+
+def ready(tmp_path, cached, *overrides):
+    config = config_for(tmp_path, cached, "trainer.max_steps=1", *overrides)
+    task, data = instantiate(config.task), instantiate(config.data)
+    data.setup()
+    task.configure_model()
+    return task, next(iter(data.train_dataloader()))
+
+
+def test_error_is_the_published_one(tmp_path, cached):
+    """|DiT(x_t) - (noise~ - z)|^2 per clip, each at its own noise level, by hand."""
+    task, batch = ready(tmp_path, cached)
+    draws = ClipDraws(batch["key"], 0, "x", device=torch.device("cpu"))
+    noise, ids = draws.normal(batch["latents"].shape[1:]), torch.tensor([30, 800])
+    with torch.no_grad():
+        ours = task.errors(batch, noise, ids, batch["context"])
+        for i, step in enumerate(ids):
+            z = batch["latents"][i : i + 1]
+            guide = regions.gaussian(batch["ellipses"][i : i + 1], *z.shape[-2:])
+            shifted = noise[i : i + 1] + task.mean_shift * (1 - guide)
+            sigma = flow.schedule().sigmas[step]
+            x_t = sigma * shifted + (1 - sigma) * z
+            context = batch["context"][i : i + 1]
+            v = task.transformer(x_t, 1000 * sigma[None], context, return_dict=False)[0]
+            assert_close(ours[i], (v - (shifted - z)).square().mean(), rtol=1e-4, atol=1e-6)
+
+
+def test_released_timesteps(tmp_path, cached):
+    task, _ = ready(tmp_path, cached, "task.timestep_per=batch", "task.timestep_dtype=bfloat16")
+    ids = flow.seen_ids(torch.tensor([137, 500]), task.levels.timesteps, task.timestep_per, task.timestep_dtype)
+    assert ids[0] == ids[1]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("task.timestep_per=frame", "timestep_per 'frame'; known: clip, batch"),
+        ("task.caption_dropout=2", "caption_dropout 2; a share"),
+        ("task.adapter_dtype=float16", "adapter_dtype 'float16'"),
+    ],
+)
+def test_bad_settings(tmp_path, cached, override, message):
+    with pytest.raises(Exception, match=message):
+        instantiate(config_for(tmp_path, cached, "trainer.max_steps=1", override).task)
+
+
+def test_latents_of_another_shape_are_refused(tmp_path, cached):
+    task, batch = ready(tmp_path, cached)
+    with pytest.raises(ValueError, match="reads 16 latent channels, the cached samples have 8"):
+        task.errors({**batch, "latents": batch["latents"][:, :8]}, batch["latents"], torch.tensor([1, 2]), None)
+
+
+@pytest.mark.slow
+def test_overfits_eight_clips(tmp_path, cached):
+    """The loss at the validation timesteps falls below a quarter of its start."""
+    config = config_for(tmp_path, cached, "trainer.max_steps=1", "data.batch_size=8", "task.rank=32", "task.alpha=32")
+    task, data = instantiate(config.task), instantiate(config.data)
+    data.setup()
+    task.configure_model()
+    batch = next(iter(data.train_dataloader()))
+    ids = task.val_ids.repeat(2)
+    noise = ClipDraws(batch["key"], 0, "val", device=torch.device("cpu")).normal(batch["latents"].shape[1:])
+    parameters = list(trainable_state(task).values())
+    optimizer = torch.optim.AdamW(parameters, lr=1e-2, betas=(0.9, 0.99), weight_decay=0)
+    steps, losses = 800, []
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-2 * min(1, (step + 1) / 20) * 0.5 * (1 + math.cos(math.pi * step / steps))
+        optimizer.zero_grad()
+        loss = task.errors(batch, noise, ids, batch["context"]).mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] / 4
