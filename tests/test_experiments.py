@@ -13,13 +13,28 @@ from tests.paths import ROOT
 
 EXPERIMENTS = sorted(path.stem for path in (ROOT / "conf/experiment").glob("*.yaml"))
 SMALL = ["data.frames=5", "data.height=16", "data.width=16", "data.batch_size=2", "data.num_workers=0"]
-# What stands in for downloads: the tiny base, and a perceptual loss without weights.
-OFFLINE = ["wan=tiny", "loss/perceptual=encoder_features", "task.lpips=false"]
+
+
+def required(experiment):
+    """What a recipe on real weights asks its user for."""
+    if "wan21" not in experiment:
+        return []
+    return ["data.latents=x", "rgba_vae=x"] if experiment.startswith("dit") else ["data.shards=x"]
+
+
+def offline(experiment):
+    """What stands in for downloads: the tiny base, and a perceptual loss without weights."""
+    if "wan21" not in experiment:
+        return []
+    return [
+        "wan=tiny",
+        *([] if experiment.startswith("dit") else ["loss/perceptual=encoder_features", "task.lpips=false"]),
+    ]
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_composes(experiment, tmp_path):
-    config = composed(tmp_path, f"experiment={experiment}", *(["data.shards=x"] if "wan21" in experiment else []))
+    config = composed(tmp_path, f"experiment={experiment}", *required(experiment))
     assert config.name == experiment
     assert config.trainer.max_steps > 0
     assert config.objective.startswith("val/")
@@ -27,8 +42,7 @@ def test_composes(experiment, tmp_path):
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_instantiates(experiment, tmp_path):
-    real = [*OFFLINE, "data.shards=x"] if "wan21" in experiment else []
-    config = composed(tmp_path, f"experiment={experiment}", *real)
+    config = composed(tmp_path, f"experiment={experiment}", *required(experiment), *offline(experiment))
     assert isinstance(instantiate(config.task), LightningModule)
     assert isinstance(instantiate(config.data), LightningDataModule)
     assert isinstance(instantiate(config.trainer), Trainer)
@@ -54,6 +68,12 @@ def test_unknown_names_are_named(tmp_path):
         composed(tmp_path, "experiment=vae_rgbx")
     with pytest.raises(ConfigCompositionException, match=r"task\.learning_rate"):
         composed(tmp_path, "experiment=vae_rgba", "task.learning_rate=1")
+
+
+def test_released_dit_choices(tmp_path):
+    config = composed(tmp_path, "experiment=dit_dora", "reproduce=upstream_dit")
+    task = instantiate(config.task)
+    assert (task.timestep_per, task.warmup, task.mean_shift) == ("batch", "third", 0.05)
 
 
 def run_train(tmp_path, *arguments):
