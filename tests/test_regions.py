@@ -2,7 +2,16 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from acetate.regions import EMPTY, MIXED, OPAQUE, cells, check_clip_shape, upstream_mask
+from acetate.regions import (
+    EMPTY,
+    MIXED,
+    OPAQUE,
+    cells,
+    check_clip_shape,
+    fit_ellipses,
+    gaussian,
+    upstream_mask,
+)
 
 
 def clip(frames, height=4, width=4, value=0.0):
@@ -110,3 +119,63 @@ def test_shapes_on_the_grid_pass():
     for frames in (1, 5, 81):
         check_clip_shape(frames, 480, 832, time_stride=4, space_stride=8)
     check_clip_shape(3, 4, 4, time_stride=2, space_stride=4)
+
+
+def drawn_ellipse(cx, cy, long, short, degrees, size=128):
+    """A solid ellipse in pixels, (1, 1, 1, size, size)."""
+    y, x = torch.meshgrid(torch.arange(size) + 0.5, torch.arange(size) + 0.5, indexing="ij")
+    turn = torch.deg2rad(torch.tensor(float(degrees)))
+    u = (x - cx) * turn.cos() + (y - cy) * turn.sin()
+    v = (y - cy) * turn.cos() - (x - cx) * turn.sin()
+    return ((u / (long / 2)) ** 2 + (v / (short / 2)) ** 2 <= 1).float()[None, None, None]
+
+
+@pytest.mark.parametrize("degrees", [0, 30, 75, 120])
+def test_fit_finds_the_ellipse_that_was_drawn(degrees):
+    alpha = drawn_ellipse(70, 56, 88, 40, degrees)
+    cx, cy, long, short, angle = fit_ellipses(alpha, 4, 4)[0, 0].tolist()
+    assert abs(cx - (70 / 4 - 0.5)) < 0.3  # centres of cells are whole numbers
+    assert abs(cy - (56 / 4 - 0.5)) < 0.3
+    assert 0.9 < long / 22 < 1.3
+    assert 0.9 < short / 10 < 1.4
+    assert abs((angle - degrees + 90) % 180 - 90) < 3
+
+
+@pytest.mark.parametrize("aligned", [False, True])
+def test_fit_has_the_subject_inside(aligned):
+    alpha = torch.cat([drawn_ellipse(64, 64, 90, 30, 20), drawn_ellipse(40, 90, 30, 30, 0)])
+    ellipses = fit_ellipses(alpha, 4, 4, aligned=aligned)
+    for clip, ellipse in zip(alpha, ellipses, strict=True):
+        shape = torch.nn.functional.avg_pool2d(clip[0], 4)[0] > 0.2
+        y, x = torch.meshgrid(torch.arange(32.0), torch.arange(32.0), indexing="ij")
+        cx, cy, long, short, angle = ellipse[0]
+        turn = torch.deg2rad(angle)
+        u, v = (x - cx) * turn.cos() + (y - cy) * turn.sin(), (y - cy) * turn.cos() - (x - cx) * turn.sin()
+        inside = (2 * u / long) ** 2 + (2 * v / short) ** 2 <= 1 + 1e-6
+        assert (inside & shape).sum() >= 0.98 * shape.sum()
+
+
+def test_faint_alpha_counts_from_the_threshold_on():
+    alpha = 0.3 * drawn_ellipse(64, 64, 60, 60, 0)
+    assert fit_ellipses(alpha, 4, 4, threshold=0.1)[0, 0, 2] > 10
+    assert fit_ellipses(alpha, 4, 4, threshold=0.75).abs().max() == 0  # the released training's
+
+
+def test_guide_of_an_empty_frame_is_zero_and_of_others_reaches_from_0_to_1():
+    alpha = torch.zeros(1, 1, 5, 64, 64)
+    alpha[:, :, 1:, 20:40, 10:30] = 1
+    guide = gaussian(fit_ellipses(alpha, 4, 4), 16, 16)
+    assert guide.shape == (1, 1, 2, 16, 16)
+    assert guide[:, :, 0].abs().max() == 0
+    assert guide[:, :, 1].amin() == 0
+    assert guide[:, :, 1].amax() == 1
+
+
+def test_batched_fits_are_single_ones():
+    alpha = torch.cat([drawn_ellipse(50, 60, 80, 30, a) for a in (0, 40)])
+    assert_close(fit_ellipses(alpha, 4, 4)[1:], fit_ellipses(alpha[1:], 4, 4))
+
+
+def test_unknown_raster():
+    with pytest.raises(ValueError, match="raster 'cv'; known: exact, opencv"):
+        fit_ellipses(torch.zeros(1, 1, 1, 8, 8), 4, 4, raster="cv")

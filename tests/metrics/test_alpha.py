@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.testing import assert_close
 
-from acetate.metrics.alpha import AlphaQuality, cells_to_pixels
+from acetate.metrics.alpha import AlphaQuality, border_mean, cells_to_pixels, centre_of_mass, highest_cell
 from acetate.regions import cells
 
 
@@ -111,6 +111,16 @@ def test_precision_of_the_surroundings_does_not_matter():
 
 
 SHARES = ((0, 1, 2), (3,))  # batches of rank 0 and of rank 1; batch i holds 1 + i clips
+
+
+def test_border_cells_and_centre():
+    alpha = torch.zeros(2, 1, 3, 8, 16)
+    alpha[0, ..., 0:4, 8:12] = 1  # touches the upper border
+    alpha[1] = 0.5
+    assert_close(border_mean(alpha), torch.tensor([4 / 44, 0.5]))
+    assert_close(highest_cell(alpha, 4), torch.tensor([1.0, 0.5]))
+    assert_close(centre_of_mass(alpha), torch.tensor([[10 / 16, 2 / 8], [0.5, 0.5]]))
+    assert_close(centre_of_mass(torch.zeros(1, 1, 1, 4, 4)), torch.full((1, 2), 0.5))
 
 
 @pytest.mark.slow

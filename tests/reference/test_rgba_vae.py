@@ -12,7 +12,7 @@ from acetate.alpha import harden, over, palette_colors
 from acetate.export import trainable_from_wan_alpha
 from acetate.losses.diffusion import DiffusionLoss
 from acetate.models.adapters import load_trainable, trainable_state
-from acetate.models.loading import prompt_cache
+from acetate.models.text import prompt_cache
 from acetate.tasks.vae import Draw
 from tests.compose import composed
 

@@ -11,7 +11,8 @@ from torch.testing import assert_close
 
 from acetate.data.endless import EndlessDataModule
 from acetate.draws import ClipDraws
-from acetate.models.loading import embed_prompt, load_transformer, load_vae
+from acetate.models.loading import load_transformer, load_vae
+from acetate.models.text import embed_prompt
 from acetate.models.wan import WanDecoder, WanEncoder, WanHead
 from acetate.tasks.wan_base import WanDiTTask, WanVAETask, start_as_image_model_, train_tokenizer
 

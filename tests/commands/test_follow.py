@@ -1,0 +1,26 @@
+import torch
+
+from acetate.commands.follow import figures, held_out_prompts, random_paths
+
+
+def discs(centres, size=32):
+    y, x = torch.meshgrid((torch.arange(size) + 0.5) / size, (torch.arange(size) + 0.5) / size, indexing="ij")
+    return torch.stack([((x - cx) ** 2 + (y - cy) ** 2 < 0.04).float() for cx, cy in centres.tolist()])[:, None, None]
+
+
+def test_subjects_that_follow_and_ones_that_do_not():
+    centres = torch.tensor([path.centre for path in random_paths(16, seed=0)])
+    right = figures(discs(centres), centres, 4)
+    assert right["right"] == right["empty border"] == right["subject"] == 1
+    assert min(right["correlation x"], right["correlation y"]) > 0.99
+    mirrored = figures(discs(1 - centres), centres, 4)
+    assert max(mirrored["correlation x"], mirrored["correlation y"]) < -0.99
+    full = figures(torch.ones(16, 1, 1, 32, 32) - 1e-3 * torch.rand(16, 1, 1, 32, 32), centres, 4)
+    assert full["right"] == full["empty border"] == 0
+    assert full["subject"] == 1
+
+
+def test_prompts_and_paths_are_fixed():
+    assert held_out_prompts(9) == held_out_prompts(9)
+    assert len(set(held_out_prompts(9))) == 9
+    assert random_paths(3, seed=1) == random_paths(3, seed=1) != random_paths(3, seed=2)
