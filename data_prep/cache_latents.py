@@ -222,13 +222,13 @@ class Encoder:
             return
         embeds = load_file(self.run.prompt(clip.prompt))["embeds"]
         prompt = {"prompt_embeds": embeds, "prompt_mask": torch.ones(len(embeds), dtype=torch.bool)}
-        geometry, frames = self.vae.geometry, torch.from_numpy(clip.frames)
+        frames = torch.from_numpy(clip.frames)
         for _, group in groupby(pieces, key=lambda piece: piece.window):
             mine = list(group)
-            rgb, alpha = cut(frames, mine[0])
-            ellipses = fit_ellipses(alpha, geometry.time_stride, geometry.space_stride, **self.settings.ellipse)
-            rgb, alpha = rgb.to(self.device), alpha.to(self.device)
+            rgb, alpha, ellipses = self.view(frames, mine[0])
             for piece in mine:
+                if self.settings.smallest < 1:
+                    rgb, alpha, ellipses = self.view(frames, piece)
                 color = background(self.settings.seed, piece.ref.key, piece.variant)
                 latents = self.latents(rgb, alpha, color)
                 if latents.isfinite().all():

@@ -69,6 +69,10 @@ def add_dora(transformer: WanTransformer3DModel, rank: int, alpha: float, dtype:
     for name, parameter in transformer.named_parameters():
         if "lora_" in name:
             parameter.data = parameter.data.to(dtype)
+    for layer in transformer.modules():
+        if isinstance(layer, LoraLayer):  # PEFT took the norm in the base's precision; this starts exactly as the base
+            norm = torch.linalg.vector_norm(cast(Tensor, layer.get_base_layer().weight).float(), dim=1)
+            layer.lora_magnitude_vector["default"].weight.data = norm.to(dtype)
 
 
 @torch.no_grad()

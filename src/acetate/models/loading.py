@@ -190,11 +190,14 @@ def _original_transformer_config(state: dict[str, Tensor], path: Path) -> dict:
 def weights_sha256(model: nn.Module, values: int | None = None) -> str:
     """Of all tensors in fp32, by name: the same for every layout and precision that holds the same numbers.
 
-    values: of each tensor only so many, evenly spread, which tells 14B weights apart in a second.
+    values: of each tensor only so many, evenly spread, and in bfloat16, which tells 14B weights apart in a second, the
+    same whatever precision they are held in.
     """
     digest = hashlib.sha256()
     for name, value in sorted(model.state_dict().items()):
-        flat = value.flatten() if values is None else value.flatten()[:: max(1, value.numel() // values)]
+        flat = value.flatten()
+        if values is not None:
+            flat = flat[:: max(1, value.numel() // values)].to(torch.bfloat16)
         digest.update(name.encode())
         digest.update(flat.float().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
