@@ -36,7 +36,10 @@ class Solver:
             raise ValueError(f"steps={self.steps}; at least 1. Use 50, or 4 with a few-step LoRA.")
 
     def scheduler(self, device: torch.device | str) -> FlowMatchEulerDiscreteScheduler | UniPCMultistepScheduler:
-        """With its timesteps set: u = linspace(1, 0, steps + 1)[:-1], sigma = shift u / (1 + (shift - 1) u)."""
+        """With its timesteps set: u = linspace(1, 0, steps + 1)[:-1], sigma = shift u / (1 + (shift - 1) u).
+
+        UniPC's, as diffusers sets them, are whole timesteps, close to these.
+        """
         if self.name == "euler":
             euler = FlowMatchEulerDiscreteScheduler(shift=self.shift)
             euler.set_timesteps(sigmas=np.linspace(1, 0, self.steps + 1)[:-1].tolist(), device=device)
@@ -104,6 +107,8 @@ def initial_noise(
                 stacklevel=2,
             )
         return noise
+    if not mean_shift:
+        raise ValueError("A guide does nothing without a mean shift. Give mean_shift=0.05, or no guide.")
     guide = regions.gaussian(guides.expand(len(seeds), -1, -1), *shape[-2:]).to(device)
     return flow.mean_shift(noise, guide, mean_shift)
 

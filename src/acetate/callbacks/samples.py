@@ -88,9 +88,11 @@ class Samples(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         text = self.build_text()
         self.context, self.negative = text.context(self.prompts), text.context([self.negative_prompt])
+        text_sha256 = text.sha256()
+        del text  # before the next model comes
         self.vae = self.build_vae()
         cache: dict[str, Any] = pl_module.cache  # type: ignore[assignment]
-        for name, found in (("vae_sha256", self.vae.latents_sha256()), ("text_encoder_sha256", text.sha256())):
+        for name, found in (("vae_sha256", self.vae.latents_sha256()), ("text_encoder_sha256", text_sha256)):
             if cache[name] != found:
                 raise ValueError(
                     f"samples: {name} is {found[:12]}, the latents were cached with {cache[name][:12]}. Give the "
@@ -108,10 +110,11 @@ class Samples(Callback):
 
     def _sample(self, pl_module: LightningModule) -> list[tuple[str, Tensor, Tensor]]:
         shape, device = self.vae.geometry.latent_shape(*self.size), pl_module.device
-        guides = None if self.guide is None else self.guide.ellipses(*shape[1:])
+        shift = pl_module.mean_shift
+        guides = None if self.guide is None or not shift else self.guide.ellipses(*shape[1:])
         clips = []
         for index, prompt in enumerate(self.prompts):  # one at a time: training holds most of the memory
-            noise = initial_noise([self.seed + index], shape, guides, pl_module.mean_shift, device)  # type: ignore
+            noise = initial_noise([self.seed + index], shape, guides, shift, device)  # type: ignore[arg-type]
             context = self.context[index : index + 1].to(device)
             latents = sample_latents(
                 pl_module.transformer,  # type: ignore[arg-type]

@@ -10,13 +10,12 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from acetate.commands.sample import CONF, check_models, load_dit
+from acetate.commands.sample import CONF, check_models, embed, load_dit
 from acetate.data import synthetic
 from acetate.draws import generator_for
 from acetate.metrics.alpha import border_mean, centre_of_mass, highest_cell
 from acetate.models.rgba_vae import load_rgba_vae
-from acetate.models.text import TextEncoder
-from acetate.sampling import EllipsePath, Solver, decode, initial_noise, sample_latents
+from acetate.sampling import EllipsePath, Solver, check_size, decode, initial_noise, sample_latents
 
 BORDER, SUBJECT = 0.1, 0.8  # alpha: at most on the border, at least in some cell
 
@@ -52,22 +51,32 @@ def figures(alpha: Tensor, centres: Tensor, space_stride: int) -> dict[str, floa
 
 @hydra.main(version_base=None, config_path=CONF, config_name="command/follow")
 def main(config: DictConfig) -> None:
+    if config.count < 3:
+        raise ValueError(f"count={config.count}; a correlation needs at least 3 clips.")
+    if config.out is not None:
+        Path(config.out).parent.mkdir(parents=True, exist_ok=True)
     device = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     vae = load_rgba_vae(vae=config.wan.vae, adapters=config.rgba_vae, frozen_dtype=config.wan.dtype).to(device)
-    text = TextEncoder(config.wan.text_encoder, config.wan.prompt_length, device)
+    context, negative, text_sha256 = embed(config, [*held_out_prompts(config.count), ""], device)
     transformer, facts = load_dit(config, device)
-    check_models(facts, vae, text)
+    check_size(config.frames, config.height, config.width, vae.geometry, transformer.config.patch_size)
+    check_models(facts, vae, text_sha256)
     mean_shift = facts.get("mean_shift", 0.0) if config.mean_shift is None else config.mean_shift
     shape = vae.geometry.latent_shape(config.frames, config.height, config.width)
     paths = random_paths(config.count, config.seed)
     ellipses = torch.cat([path.ellipses(*shape[1:]) for path in paths])
     noise = torch.cat(
         [
-            initial_noise([config.seed + i], shape, ellipses[i : i + 1] if config.guided else None, mean_shift, device)
+            initial_noise(
+                [config.seed + i],
+                shape,
+                ellipses[i : i + 1] if config.guided and mean_shift else None,
+                mean_shift,
+                device,
+            )
             for i in range(config.count)
         ]
     )
-    context, negative = text.context(held_out_prompts(config.count)), text.context([""]).to(device)
     solver = Solver(name=config.solver, steps=config.steps, guidance=config.guidance, shift=config.shift)
     alphas = []
     for part, words in zip(noise.split(config.batch_size), context.split(config.batch_size), strict=True):

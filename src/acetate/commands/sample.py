@@ -18,13 +18,14 @@ from tqdm import tqdm
 
 from acetate import regions
 from acetate.callbacks.samples import contact_sheet, save_picture
-from acetate.data.transforms import resize, to_float, window
+from acetate.data.latents import covering_box
+from acetate.data.transforms import crop, resize, to_float, window
 from acetate.export import dora_from_wan_alpha, merge_few_step
 from acetate.models.adapters import load_trainable, read_adapters
 from acetate.models.dit import FINGERPRINT, add_dora, merge_dora
 from acetate.models.loading import load_transformer, weights_sha256
 from acetate.models.rgba_vae import RGBAVAE, load_rgba_vae
-from acetate.models.text import TextEncoder, pad_context
+from acetate.models.text import TextEncoder
 from acetate.models.wan import Geometry
 from acetate.sampling import EllipsePath, Solver, check_size, decode, initial_noise, sample_latents
 from acetate.video_io import read_rgba
@@ -32,6 +33,8 @@ from acetate.video_out import check_formats, write_clip
 
 CONF = str(Path(__file__).parents[3] / "conf")
 ON_SHEET = 8  # clips
+# What the released t2v.safetensors was trained with; the file itself does not say
+RELEASED = {"mean_shift": 0.05, "ellipse": {"threshold": 0.1, "raster": "opencv", "enlargements": 10}}
 
 
 def load_dit(config: DictConfig, device: str) -> tuple[WanTransformer3DModel, dict[str, Any]]:
@@ -52,7 +55,7 @@ def put_dora(transformer: WanTransformer3DModel, source: str) -> dict[str, Any]:
     """Merges adapters of experiment=dit_dora, or of the released t2v.safetensors (alpha = rank, no metadata)."""
     path = Path(source)
     if path.is_file() and released(state := load_file(path)):
-        adapters, facts = dora_from_wan_alpha(state), {}
+        adapters, facts = dora_from_wan_alpha(state), RELEASED
         rank = alpha = next(value.shape[0] for name, value in adapters.items() if ".lora_A." in name)
     else:
         path, state, facts = read_adapters(source, kind="dit_dora")
@@ -73,11 +76,11 @@ def released(state: dict[str, Tensor]) -> bool:
     return any(re.search(r"(self|cross)_attn\.[qkvo]\.lora_A", name) for name in state)
 
 
-def check_models(facts: dict[str, Any], vae: RGBAVAE, text: TextEncoder) -> None:
+def check_models(facts: dict[str, Any], vae: RGBAVAE, text_sha256: str) -> None:
     """Raises ValueError for a VAE or a text encoder that the DoRA was not trained with."""
     for name, found, way_out in (
         ("vae_sha256", vae.latents_sha256(), "Give the rgba_vae= that its latents were cached with."),
-        ("text_encoder_sha256", text.sha256(), "Choose the wan= that its latents were cached with."),
+        ("text_encoder_sha256", text_sha256, "Choose the wan= that its latents were cached with."),
     ):
         if facts.get(name, found) != found:
             raise ValueError(f"The DoRA's {name} is {facts[name][:12]}, this one's {found[:12]}. {way_out}")
@@ -86,13 +89,19 @@ def check_models(facts: dict[str, Any], vae: RGBAVAE, text: TextEncoder) -> None
 def guide_ellipses(config: DictConfig, geometry: Geometry, threshold: dict[str, Any]) -> Tensor | None:
     """(1, F, 5) from the guide settings: an alpha clip, an ellipse, or none."""
     guide = config.guide
+    drawn = [
+        name for name in ("centre", "axes", "angle", "end_centre", "end_axes", "end_angle") if guide[name] is not None
+    ]
+    if guide.clip is not None and drawn:
+        raise ValueError(f"guide.clip and guide.{drawn[0]} are both given; the ellipse comes from one of them.")
     _, frames, height, width = geometry.latent_shape(config.frames, config.height, config.width)
     if guide.clip is not None:
         clip = torch.from_numpy(read_rgba(Path(guide.clip)).frames)
         clip = clip[window(len(clip), config.frames, 0)]
-        _, alpha = resize(*to_float(clip), config.height, config.width)
+        box = covering_box(*clip.shape[1:3], config.height, config.width)
+        _, alpha = resize(*to_float(crop(clip, *box)), config.height, config.width)
         return regions.fit_ellipses(alpha[None], geometry.time_stride, geometry.space_stride, **threshold)
-    if guide.centre is None and guide.axes is None:
+    if not drawn:
         return None
     given = {name: value for name, value in OmegaConf.to_container(guide).items() if value is not None}  # type: ignore
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
@@ -130,6 +139,13 @@ def file_name(number: int, prompt: str, seed: int) -> str:
     return f"{number:03d}-{words or 'empty'}-seed{seed}"
 
 
+def embed(config: DictConfig, prompts: Sequence[str], device: str) -> tuple[Tensor, Tensor, str]:
+    """Context of all prompts but the last, that of the last, and the encoder's hash; the encoder is gone after it."""
+    text = TextEncoder(config.wan.text_encoder, config.wan.prompt_length, device)
+    context = text.context(prompts)
+    return context[:-1], context[-1:].to(device), text.sha256()
+
+
 def batches(jobs: Sequence[tuple[int, str, int]], size: int) -> list[Sequence[tuple[int, str, int]]]:
     return [jobs[start : start + size] for start in range(0, len(jobs), size)]
 
@@ -142,22 +158,19 @@ def main(config: DictConfig) -> None:
     vae = load_rgba_vae(
         vae=config.wan.vae, adapters=config.rgba_vae, chunk=config.decode_chunk, frozen_dtype=config.wan.dtype
     )
-    text = TextEncoder(config.wan.text_encoder, config.wan.prompt_length, device)
-    transformer, facts = load_dit(config, device)
+    embeds, negative, text_sha256 = embed(config, [*prompts, config.negative_prompt], device)
+    transformer, facts = load_dit(config, "cpu" if config.offload else device)
     check_size(config.frames, config.height, config.width, vae.geometry, transformer.config.patch_size)
-    check_models(facts, vae, text)
+    check_models(facts, vae, text_sha256)
     mean_shift = facts.get("mean_shift", 0.0) if config.mean_shift is None else config.mean_shift
     guides = guide_ellipses(config, vae.geometry, facts.get("ellipse", {}))
-    negative = text.context([config.negative_prompt]).to(device)
-    embeds = {prompt: text(prompt) for prompt in prompts}
-    del text  # UMT5-XXL takes 11 GB
     shape = vae.geometry.latent_shape(config.frames, config.height, config.width)
     jobs = [(i, prompt, config.seed + n) for i, prompt in enumerate(prompts) for n in range(config.count)]
     out, shown = Path(config.out), []
     for part in tqdm(batches(jobs, config.batch_size), desc="clips", unit="batch"):
         started = time.perf_counter()
         noise = initial_noise([seed for _, _, seed in part], shape, guides, mean_shift, device)
-        context = pad_context([embeds[prompt] for _, prompt, _ in part], config.wan.prompt_length).to(device)
+        context = embeds[[index for index, _, _ in part]].to(device)
         if config.offload:
             vae.cpu()
             transformer.to(device)

@@ -72,7 +72,7 @@ class DoRATask(AdapterTask):
         self.levels = flow.schedule()
         count = len(self.levels.sigmas)
         self.val_ids = ((torch.arange(val_timesteps) + 0.5) * count / val_timesteps).long()
-        self.bin_sums, self.bin_counts = torch.zeros(bins), torch.zeros(bins)
+        self.bin_sums, self.bin_counts, self.logged_step = torch.zeros(bins), torch.zeros(bins), 0
         self.transformer: WanTransformer3DModel | None = None
         self.cache: dict[str, Any] = {}
 
@@ -142,12 +142,16 @@ class DoRATask(AdapterTask):
         places = (self.levels.timesteps[ids] / len(self.levels.sigmas) * count).long().clamp_max(count - 1)
         self.bin_sums.index_add_(0, places, errors)
         self.bin_counts.index_add_(0, places, torch.ones_like(errors))
-        if self.trainer.fit_loop.epoch_loop.total_batch_idx % self.trainer.log_every_n_steps:
+        if self.trainer.global_step == self.logged_step or self.trainer.global_step % self.trainer.log_every_n_steps:
             return
+        self.logged_step = self.trainer.global_step
         width = len(self.levels.sigmas) // count
-        for place in self.bin_counts.nonzero().flatten().tolist():
-            mean = self.bin_sums[place] / self.bin_counts[place]
-            self.log(f"train_t/{place * width:04}-{(place + 1) * width:04}", mean)
+        means = {  # given to the loggers at once: Lightning would repeat the last value of a range that is left out
+            f"train_t/{place * width:04}-{(place + 1) * width:04}": float(self.bin_sums[place] / self.bin_counts[place])
+            for place in self.bin_counts.nonzero().flatten().tolist()
+        }
+        for logger in self.trainer.loggers:
+            logger.log_metrics(means, step=self.trainer.global_step)
         self.bin_sums.zero_()
         self.bin_counts.zero_()
 
@@ -177,23 +181,29 @@ class DoRATask(AdapterTask):
             "schema": ADAPTER_SCHEMA,
             "kind": "dit_dora",
             "base": self.source,
-            "transformer_sha256": self.base_sha256,
-            "rank": self.rank,
-            "alpha": self.alpha,
-            "mean_shift": self.mean_shift,
+            **self.model_facts(),
             **self.cache,
         }
         return {name: json.dumps(value) for name, value in facts.items()}
 
+    def model_facts(self) -> dict[str, Any]:
+        return {
+            "transformer_sha256": self.base_sha256,
+            "rank": self.rank,
+            "alpha": self.alpha,
+            "mean_shift": self.mean_shift,
+        }
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
-        checkpoint["cache"] = self.cache
+        checkpoint["cache"] = {**self.cache, **self.model_facts()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        changed = [name for name in CACHE_FACTS if self.cache and checkpoint["cache"][name] != self.cache[name]]
+        facts, before = {**self.cache, **self.model_facts()}, checkpoint["cache"]
+        changed = [name for name in facts if before.get(name) != facts[name]]
         if changed:
             raise ValueError(
-                f"{', '.join(changed)} of data.latents are not those that this checkpoint was trained on. Name that "
-                "folder, or start anew without resume."
+                f"{', '.join(changed)} differ from what this checkpoint was trained on. Give the same data.latents, "
+                "wan and task settings, or start anew without resume."
             )
         super().on_load_checkpoint(checkpoint)
