@@ -165,7 +165,9 @@ def main(config: DictConfig) -> None:
     mean_shift = facts.get("mean_shift", 0.0) if config.mean_shift is None else config.mean_shift
     guides = guide_ellipses(config, vae.geometry, facts.get("ellipse", {}))
     shape = vae.geometry.latent_shape(config.frames, config.height, config.width)
-    jobs = [(i, prompt, config.seed + n) for i, prompt in enumerate(prompts) for n in range(config.count)]
+    jobs = [
+        (n // config.count, prompts[n // config.count], config.seed + n) for n in range(len(prompts) * config.count)
+    ]
     out, shown = Path(config.out), []
     for part in tqdm(batches(jobs, config.batch_size), desc="clips", unit="batch"):
         started = time.perf_counter()
