@@ -379,3 +379,31 @@ def test_other_base_is_refused(make, sources, make_vae, tmp_path):
     with pytest.raises(ValueError, match="was trained on another base VAE"):
         make(tmp_path / "l", sources=replace(sources, vae=str(tmp_path)))
     assert load_rgba_vae(vae=sources.vae, adapters=sources.rgba_vae).latents_sha256()
+
+
+def test_variants_show_a_clip_smaller_and_elsewhere(make, cached, tmp_path):
+    """Ellipses move with the picture; smallest=1 leaves every variant where it was."""
+    make(tmp_path / "placed", smallest=0.4)
+    moved = {}
+    for folder in (cached, tmp_path / "placed"):
+        refs = index_latents(folder, manifest_of(folder))
+        ellipses = {(ref.clip, ref.window, ref.variant): read_latents(ref)["ellipse"] for ref in refs}
+        windows = {(clip, window) for clip, window, _ in ellipses}
+        moved[folder] = [not torch.equal(ellipses[*key, 0], ellipses[*key, 1]) for key in sorted(windows)]
+    assert not any(moved[cached])
+    assert all(moved[tmp_path / "placed"])
+
+
+@pytest.mark.parametrize("place", [(0.5, 0.0, 0.0), (0.5, 1.0, 1.0), (0.7, 0.5, 0.25)])
+def test_placed_picture_is_whole(place, clips):
+    """Scale and place, by hand: an opaque square stays whole on the larger canvas."""
+    frames = torch.full((1, 32, 32, 4), 255, dtype=torch.uint8)
+    piece = Piece(index_shards([clips])[0], 0, 0, 1, 32, 32, 0)
+    _, alpha = cut(frames, piece, place)
+    scale, above, before = place
+    side, slack = 32 * scale, 32 * (1 - scale)
+    assert abs(alpha.sum() - side**2) < 0.06 * side**2
+    y = (alpha[0, 0, 0].sum(1) * (torch.arange(32) + 0.5)).sum() / alpha.sum()
+    x = (alpha[0, 0, 0].sum(0) * (torch.arange(32) + 0.5)).sum() / alpha.sum()
+    assert abs(y - (above * slack + side / 2)) < 0.6
+    assert abs(x - (before * slack + side / 2)) < 0.6
