@@ -28,7 +28,7 @@ demo: setup ## all the way on procedural clips: RGBA-VAE, cached latents, DoRA, 
 	$(RUN) -m acetate.commands.evaluate experiment=vae_rgba name=demo resume=last trainer.max_steps=800
 	rm -rf data/demo_latents
 	$(RUN) -m data_prep.cache_latents shards=data/demo out=data/demo_latents rgba_vae=outputs/demo smallest=0.45
-	$(RUN) train.py experiment=dit_dora name=demo_dit trainer.max_steps=600 trainer.val_check_interval=600
+	$(RUN) train.py experiment=dit_dora name=demo_dit trainer.max_steps=500 trainer.val_check_interval=500
 	$(RUN) -m acetate.commands.sample prompts=data_prep/demo_prompts.txt out=outputs/demo_samples guide.centre=[0.5,0.5] \
 		guide.axes=[0.6,0.6] steps=30 guidance=3
 
