@@ -4,6 +4,7 @@ from pathlib import Path
 
 import hydra
 import lightning
+import torch.distributed
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
@@ -19,6 +20,8 @@ def main(config: DictConfig) -> float | None:
     callbacks = [callback for callback in instantiate(config.callbacks).values() if callback is not None]
     trainer = instantiate(config.trainer, callbacks=callbacks, logger=instantiate(config.logger))
     trainer.fit(task, data, ckpt_path=checkpoint, weights_only=True)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()  # its threads abort a rank that ends with them running
     if config.objective is not None:
         return float(trainer.callback_metrics[config.objective])
 

@@ -11,7 +11,7 @@ from tests.paths import ROOT
 LAYERS = (
     {"alpha", "regions", "opencv_ellipse", "flow", "draws", "video_io", "video_out"},
     {"models", "losses", "metrics", "data"},
-    {"tasks", "sampling", "export"},
+    {"tasks", "sampling", "formats"},
     {"callbacks"},
     {"commands", "data_prep", "train"},
 )
@@ -102,7 +102,7 @@ def test_every_room_is_in_the_plan():
         ("acetate.tasks.vae", "from acetate.callbacks.panels import Panels"),
         ("acetate.callbacks.panels", "from acetate.tasks.vae import RGBAVAETask"),
         ("acetate.callbacks.panels", "from acetate.metrics.rgb import frames"),
-        ("acetate.export", "import data_prep.shard"),
+        ("acetate.formats.names", "import data_prep.shard"),
         ("acetate.tasks.vae", "from omegaconf import DictConfig"),
         ("acetate.models.loading", "import hydra.utils"),
     ],

@@ -5,7 +5,9 @@ import torch
 from safetensors.torch import save_file
 from torch.testing import assert_close
 
-from acetate.export import _dit_name, dora_from_wan_alpha, merge_few_step
+from acetate.formats.few_step import merge_few_step
+from acetate.formats.names import dit_name
+from acetate.formats.wan_alpha import dora_from_wan_alpha
 from acetate.models.adapters import load_trainable
 from acetate.models.dit import add_dora, merge_dora, velocity
 from acetate.models.loading import load_transformer
@@ -31,7 +33,7 @@ def output(file, transformer):
 def weights(transformer, file, prefix):
     state = transformer.state_dict()
     for key, expected in file.under(prefix).items():
-        assert_close(state[_dit_name(key)].view_as(expected), expected, rtol=0, atol=1e-6, msg=key)
+        assert_close(state[dit_name(key)].view_as(expected), expected, rtol=0, atol=1e-6, msg=key)
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -43,7 +45,7 @@ def test_training_forward(adapted, training):
 def test_targets_are_the_released_ones(adapted):
     file, transformer = adapted
     ours = {name.split(".lora_A")[0] for name, _ in transformer.named_parameters() if ".lora_A." in name}
-    assert ours == {_dit_name(f"{layer}.weight").removesuffix(".weight") for layer in file.metadata["targets"]}
+    assert ours == {dit_name(f"{layer}.weight").removesuffix(".weight") for layer in file.metadata["targets"]}
 
 
 def test_merged_weights_and_few_step_lora(adapted):

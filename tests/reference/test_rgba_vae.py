@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from torch.testing import assert_close
 
 from acetate.alpha import harden, over, palette_colors
-from acetate.export import trainable_from_wan_alpha
+from acetate.formats.wan_alpha import trainable_from_wan_alpha
 from acetate.losses.diffusion import DiffusionLoss
 from acetate.models.adapters import load_trainable, trainable_state
 from acetate.models.text import prompt_cache

@@ -20,7 +20,8 @@ from acetate import regions
 from acetate.callbacks.samples import contact_sheet, save_picture
 from acetate.data.latents import covering_box
 from acetate.data.transforms import crop, resize, to_float, window
-from acetate.export import dora_from_wan_alpha, merge_few_step
+from acetate.formats.few_step import merge_few_step
+from acetate.formats.wan_alpha import dora_from_wan_alpha
 from acetate.models.adapters import load_trainable, read_adapters
 from acetate.models.dit import FINGERPRINT, add_dora, merge_dora
 from acetate.models.loading import load_transformer, weights_sha256

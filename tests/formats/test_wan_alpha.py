@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from acetate.export import trainable_from_wan_alpha
+from acetate.formats.wan_alpha import trainable_from_wan_alpha
 from acetate.models.adapters import check_fit, trainable_state
 from acetate.models.rgba_vae import RGBAVAE
 
