@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 import torch
 
-from acetate.data.clips import BadDataError, ClipCache, ClipDataModule, ClipOrder, TrainBatches, ValBatches
+from acetate.data.clips import ClipCache, ClipDataModule, ClipOrder, TrainBatches, ValBatches
+from acetate.data.datamodule import BadDataError
 from acetate.data.shards import MANIFEST, ShardError, ShardWriter, encode_clip, index_shards
 
 SETTINGS = {

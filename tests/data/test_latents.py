@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save, save_file
 from webdataset.writer import TarWriter
 
-from acetate.data.clips import BadDataError
+from acetate.data.datamodule import BadDataError
 from acetate.data.latents import (
     EMPTY_PROMPT,
     BucketBatches,

@@ -3,14 +3,13 @@
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
-from lightning import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from acetate.data.datamodule import ShardDataModule
 from acetate.data.shards import BadClip, Clip, ClipRef, ShardError, index_shards, read_clip
 from acetate.data.transforms import ClipTransform
 from acetate.draws import generator_for, stable_hash
@@ -18,10 +17,6 @@ from acetate.draws import generator_for, stable_hash
 log = logging.getLogger(__name__)
 
 Sample = dict[str, Any]  # rgb (3, T, H, W), alpha (1, T, H, W), prompt, key
-
-
-class BadDataError(RuntimeError):
-    """More bad clips than the budget allows, or none that is good."""
 
 
 class ClipOrder:
@@ -133,14 +128,12 @@ def collate(samples: Sequence[Sample | BadClip]) -> dict[str, Any]:
     }
 
 
-class ClipDataModule(LightningDataModule):
+class ClipDataModule(ShardDataModule):
     """Batches of rgb (B, 3, T, H, W) in [-1, 1], alpha (B, 1, T, H, W) in [0, 1], prompt, key, skipped.
 
-    The training loader has no end and no length: the trainer's max_steps ends it. Its order depends on
-    (seed, epoch) alone; where it goes on is the number of clips that training has consumed, on all ranks.
-    A bad clip leaves its batch, which gets smaller; past `bad_clip_budget` distinct ones in a process,
-    training stops with BadDataError. resize `straight` bleeds hidden colour, random_validation draws other crops
-    each time: both only to reproduce the released code. Raises ShardError where the shards cannot be used.
+    Order, position and bad clips as in ShardDataModule. resize `straight` bleeds hidden colour, random_validation
+    draws other crops each time: both only to reproduce the released code. Raises ShardError where the shards cannot
+    be used.
     """
 
     def __init__(
@@ -166,20 +159,16 @@ class ClipDataModule(LightningDataModule):
         resize: str = "premultiplied",
         random_validation: bool = False,
     ):
-        super().__init__()
-        least = {"batch_size": 1, "val_batch_size": 1, "val_clips": 1, "num_workers": 0, "bad_clip_budget": 0}
-        for name, value in (
-            ("batch_size", batch_size), ("val_batch_size", val_batch_size), ("val_clips", val_clips),
-            ("num_workers", num_workers), ("bad_clip_budget", bad_clip_budget),
-        ):  # fmt: skip
-            if value < least[name]:
-                raise ValueError(f"{name}={value}; must be at least {least[name]}")
-        self.folders = [Path(folder) for folder in ([shards] if isinstance(shards, str) else shards)]
-        if not self.folders:
-            raise ShardError("shards=[]; name at least one folder of clip shards")
-        self.batch_size, self.val_batch_size, self.val_clips = batch_size, val_batch_size, val_clips
+        super().__init__(
+            folders=shards,
+            batch_size=batch_size,
+            seed=seed,
+            num_workers=num_workers,
+            val_batch_size=val_batch_size,
+            val_clips=val_clips,
+            bad_clip_budget=bad_clip_budget,
+        )
         self.random_validation = random_validation
-        self.seed, self.num_workers, self.bad_clip_budget = seed, num_workers, bad_clip_budget
         self.cache_bytes = cache_mb * 2**20 / max(1, num_workers)
         self.train_transform, self.val_transform = (
             ClipTransform(
@@ -199,29 +188,6 @@ class ClipDataModule(LightningDataModule):
         )
         self.train_refs: list[ClipRef] = []
         self.val_refs: list[ClipRef] = []
-        self.bad: dict[str, str] = {}
-        self._consumed = 0  # clips, on all ranks, when the training loader was made
-        self._batches: int | None = None  # the trainer's count of finished batches then
-
-    @property
-    def consumed(self) -> int:
-        """Clips of all ranks in finished training batches; what a loader has fetched ahead does not count."""
-        if self.trainer is None or self._batches is None:
-            return self._consumed
-        _, world = self._rank_and_world()
-        return self._consumed + (self._finished_batches() - self._batches) * self.batch_size * world
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"consumed": self.consumed, "order": self._fingerprint()}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Other ranks or another batch size go on at the same clip; other clips or another seed cannot."""
-        self._consumed, self._batches = state_dict["consumed"], None
-        if state_dict["order"] != self._fingerprint():
-            log.warning(
-                "the checkpoint knows other clips or another seed; position %d is taken in a new order",
-                self._consumed,
-            )
 
     def setup(self, stage: str | None = None) -> None:
         if self.train_refs:
@@ -241,10 +207,9 @@ class ClipDataModule(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         rank, world = self._rank_and_world()
-        self._consumed = self.consumed
-        self._batches = self._finished_batches() if self.trainer else None
+        self._start()
         dataset = ClipDataset(self.train_refs, self.train_transform, self.seed, self.cache_bytes, shuffle=True)
-        return self._loader(dataset, TrainBatches(lambda: self.consumed, self.batch_size, rank, world))
+        return self._loader(dataset, TrainBatches(lambda: self.consumed, self.batch_size, rank, world), collate)
 
     def val_dataloader(self) -> DataLoader:
         rank, world = self._rank_and_world()
@@ -258,61 +223,7 @@ class ClipDataModule(LightningDataModule):
                 "for ever for the rank with fewer. Use val_clips=%d.",
                 len(self.val_refs), world, len(self.val_refs) // world * world or world,
             )  # fmt: skip
-        return self._loader(dataset, parts[rank])
-
-    def on_before_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
-        """Counts the bad clips of a batch; BadDataError past the budget or if the batch has no good one."""
-        self._count_bad(batch["skipped"])
-        if not batch["key"]:
-            raise BadDataError(
-                f"no usable clip in a batch of {len(batch['skipped'])}: {batch['skipped'][0]}. "
-                f"Repair or re-make the shards in {self._where()}."
-            )
-        return batch
-
-    def _count_bad(self, skipped: Sequence[str]) -> None:
-        for text in skipped:
-            key, _, reason = text.partition(": ")
-            if key not in self.bad:
-                self.bad[key] = reason
-                log.warning("skipped clip %s: %s", key, reason)
-        if len(self.bad) > self.bad_clip_budget:
-            first = "; ".join(f"{key}: {reason}" for key, reason in list(self.bad.items())[:3])
-            raise BadDataError(
-                f"{len(self.bad)} bad clips, bad_clip_budget={self.bad_clip_budget}: {first}. "
-                f"Repair or re-make the shards in {self._where()}, or raise bad_clip_budget."
-            )
-
-    def _where(self) -> str:
-        return ", ".join(map(str, self.folders))
+        return self._loader(dataset, parts[rank], collate)
 
     def _fingerprint(self) -> int:
         return stable_hash(self.seed, *(ref.key for ref in self.train_refs))
-
-    def _finished_batches(self) -> int:
-        assert self.trainer is not None
-        # Finished, not fetched: an interrupted step counts as not done.
-        total = self.trainer.fit_loop.epoch_loop.batch_progress.total
-        return total.processed  # pyright: ignore[reportAttributeAccessIssue]  typed by its base class
-
-    def _rank_and_world(self) -> tuple[int, int]:
-        """Of the data-parallel group: under tensor parallelism several processes share their clips."""
-        if self.trainer is None or self.trainer.world_size == 1:
-            return 0, 1
-        if self.trainer._accelerator_connector.use_distributed_sampler:
-            raise ValueError(
-                "use_distributed_sampler=True lets Lightning replace the order of the clips, which ends "
-                "exact resume. Set trainer.use_distributed_sampler=false."
-            )
-        place = self.trainer.distributed_sampler_kwargs or {"rank": 0, "num_replicas": 1}
-        return place["rank"], place["num_replicas"]
-
-    def _loader(self, dataset: ClipDataset, batches: Sampler[list[int]]) -> DataLoader:
-        return DataLoader(
-            dataset,
-            batch_sampler=batches,
-            collate_fn=collate,
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-            pin_memory=torch.cuda.is_available(),
-        )

@@ -17,7 +17,8 @@ from safetensors import SafetensorError
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from acetate.data.clips import ClipDataModule, ClipOrder
+from acetate.data.clips import ClipOrder
+from acetate.data.datamodule import ShardDataModule
 from acetate.data.shards import (
     HOW_TO_MAKE,
     BadClip,
@@ -256,12 +257,12 @@ def pad(embeds: Tensor, length: int) -> Tensor:
     return F.pad(embeds, (0, 0, 0, length - len(embeds)))
 
 
-class LatentDataModule(ClipDataModule):
+class LatentDataModule(ShardDataModule):
     """Batches of one bucket: latents (B, C, F, h, w) normalised, ellipses (B, F, 5) in latent cells (fit_ellipses),
     context (B, prompt_length, D) and null_context (1, prompt_length, D) zero-padded, all fp32; prompt, key, clip
     (lists of B) and skipped.
 
-    Order, position and bad clips as in ClipDataModule; the position counts samples, and resuming walks there again,
+    Order, position and bad clips as in ShardDataModule; the position counts samples, and resuming walks there again,
     also from a run with another number of ranks or another batch size. batch_size is per rank; val_clips counts
     windows. `manifest` is that of data_prep.cache_latents, after setup. Raises ShardError where the folder cannot be
     used, and ValueError naming the sample whose prompt is longer than prompt_length.
@@ -279,12 +280,8 @@ class LatentDataModule(ClipDataModule):
         prompt_length: int,
         bad_clip_budget: int = 0,
     ):
-        # One frame of any size: what the parent cuts out of clips has no part here.
         super().__init__(
-            shards=latents,
-            frames=1,
-            height=16,
-            width=16,
+            folders=latents,
             batch_size=batch_size,
             seed=seed,
             num_workers=num_workers,
@@ -359,10 +356,9 @@ class LatentDataModule(ClipDataModule):
 
     def train_dataloader(self) -> DataLoader:
         rank, world = self._rank_and_world()
-        self._consumed = self.consumed
-        self._batches = self._finished_batches() if self.trainer else None
+        self._start()
         dataset = LatentDataset(self.train_windows, self.seed)
-        return self._load(dataset, BucketBatches(self._walk, self.batch_size, rank, world))
+        return self._loader(dataset, BucketBatches(self._walk, self.batch_size, rank, world), self._collate())
 
     def val_dataloader(self) -> DataLoader:
         rank, world = self._rank_and_world()
@@ -373,7 +369,7 @@ class LatentDataModule(ClipDataModule):
                 "for ever for the rank with fewer. Use val_batch_size=1 and val_clips=%d.",
                 len(self.val_windows), world, len(self.val_windows) // world * world or world,
             )  # fmt: skip
-        return self._load(LatentDataset(self.val_windows, seed=0), parts[rank])
+        return self._loader(LatentDataset(self.val_windows, seed=0), parts[rank], self._collate())
 
     def _val_batches(self, rank: int, world: int) -> list[list[Place]]:
         """Batches of one bucket; over all ranks, each window exactly once."""
@@ -387,12 +383,5 @@ class LatentDataModule(ClipDataModule):
     def _fingerprint(self) -> int:
         return stable_hash(self.seed, *((window[0].window, window[0].shape) for window in self.train_windows))
 
-    def _load(self, dataset: LatentDataset, batches: Iterable[list[Place]]) -> DataLoader:
-        return DataLoader(
-            dataset,
-            batch_sampler=batches,  # pyright: ignore[reportArgumentType]  torch's stub forgets places
-            collate_fn=partial(collate, prompt_length=self.prompt_length, null_context=self.null_context),
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-            pin_memory=torch.cuda.is_available(),
-        )
+    def _collate(self) -> Callable:
+        return partial(collate, prompt_length=self.prompt_length, null_context=self.null_context)

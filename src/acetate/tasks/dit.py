@@ -1,6 +1,7 @@
 """DoRA training of Wan's DiT on cached RGBA latents with mean-shifted noise (method of Wan-Alpha, section 3.3)."""
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -46,6 +47,7 @@ class DoRATask(AdapterTask):
         val_timesteps: int,
         lr: float,
         warmup_steps: int,
+        betas: Sequence[float],
         weight_decay: float,
         seed: int,
         decay_steps: int | None = None,
@@ -68,7 +70,7 @@ class DoRATask(AdapterTask):
         self.timestep_per, self.timestep_dtype = timestep_per, getattr(torch, timestep_dtype)
         self.timestep_weight, self.seed = timestep_weight, seed
         self.lr, self.warmup_steps, self.warmup, self.decay_steps = lr, warmup_steps, warmup, decay_steps
-        self.weight_decay = weight_decay
+        self.betas, self.weight_decay = betas, weight_decay
         self.levels = flow.schedule()
         count = len(self.levels.sigmas)
         self.val_ids = ((torch.arange(val_timesteps) + 0.5) * count / val_timesteps).long()
@@ -172,6 +174,7 @@ class DoRATask(AdapterTask):
             lr=self.lr,
             warmup_steps=self.warmup_steps,
             decay_steps=self.decay_steps,
+            betas=self.betas,
             weight_decay=self.weight_decay,
             warmup=self.warmup,
         )

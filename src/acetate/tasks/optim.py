@@ -1,7 +1,7 @@
 """AdamW with linear warm-up and, where wanted, cosine decay."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import nn
@@ -13,7 +13,7 @@ def adamw_with_warmup(
     lr: float,
     warmup_steps: int,
     decay_steps: int | None = None,
-    betas: tuple[float, float] = (0.9, 0.99),
+    betas: Sequence[float] = (0.9, 0.99),
     weight_decay: float = 0.0,
     warmup: str = "linear",
 ) -> dict:
@@ -26,7 +26,7 @@ def adamw_with_warmup(
     if decay_steps is not None and decay_steps < 1:
         raise ValueError(f"decay_steps {decay_steps}; the cosine ends at a positive step. Set trainer.max_steps.")
     trainable = [p for p in parameters if p.requires_grad]
-    optimizer = torch.optim.AdamW(trainable, lr=lr, betas=betas, weight_decay=weight_decay)
+    optimizer = torch.optim.AdamW(trainable, lr=lr, betas=(betas[0], betas[1]), weight_decay=weight_decay)
 
     def factor(step: int) -> float:
         if warmup == "third":

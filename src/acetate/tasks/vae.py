@@ -1,7 +1,7 @@
 """RGBA-VAE training: merge block and decoder LoRA on a frozen Wan2.1 VAE (method of Wan-Alpha, section 3)."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -52,6 +52,7 @@ class RGBAVAETask(AdapterTask):
         diffusion: DiffusionLoss,
         lr: float,
         warmup_steps: int,
+        betas: Sequence[float],
         weight_decay: float,
         moment_weight: float,
         background_per: str,
@@ -67,7 +68,7 @@ class RGBAVAETask(AdapterTask):
         self.build_vae, self.build_judge = build_vae, build_judge
         self.loss, self.diffusion = loss, diffusion
         self.lr, self.warmup_steps, self.decay_steps = lr, warmup_steps, decay_steps
-        self.weight_decay, self.moment_weight = weight_decay, moment_weight
+        self.betas, self.weight_decay, self.moment_weight = betas, weight_decay, moment_weight
         self.background_per = background_per
         self.trainable_dtype = getattr(torch, trainable_dtype)
         self.lpips, self.seed, self.random_validation = lpips, seed, random_validation
@@ -167,6 +168,7 @@ class RGBAVAETask(AdapterTask):
             lr=self.lr,
             warmup_steps=self.warmup_steps,
             decay_steps=self.decay_steps,
+            betas=self.betas,
             weight_decay=self.weight_decay,
         )
 

@@ -1,0 +1,137 @@
+"""What both datamodules share: batches without end, the position that a resumed run goes on from, bad clips."""
+
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import LightningDataModule
+from torch.utils.data import DataLoader, Dataset
+
+from acetate.data.shards import ShardError
+
+log = logging.getLogger(__name__)
+
+
+class BadDataError(RuntimeError):
+    """More bad clips than the budget allows, or none that is good."""
+
+
+class ShardDataModule(LightningDataModule):
+    """Training batches have no end and no length: the trainer's max_steps ends them. Their order depends on
+    (seed, epoch) alone; where it goes on is the number of clips that training has consumed, on all ranks.
+    A bad clip leaves its batch, which gets smaller; past `bad_clip_budget` distinct ones in a process,
+    training stops with BadDataError.
+    """
+
+    def __init__(
+        self,
+        *,
+        folders: str | Sequence[str],
+        batch_size: int,
+        seed: int,
+        num_workers: int,
+        val_batch_size: int,
+        val_clips: int,
+        bad_clip_budget: int,
+    ):
+        super().__init__()
+        least = {"batch_size": 1, "val_batch_size": 1, "val_clips": 1, "num_workers": 0, "bad_clip_budget": 0}
+        for name, value in (
+            ("batch_size", batch_size), ("val_batch_size", val_batch_size), ("val_clips", val_clips),
+            ("num_workers", num_workers), ("bad_clip_budget", bad_clip_budget),
+        ):  # fmt: skip
+            if value < least[name]:
+                raise ValueError(f"{name}={value}; must be at least {least[name]}")
+        self.folders = [Path(folder) for folder in ([folders] if isinstance(folders, str) else folders)]
+        if not self.folders:
+            raise ShardError("shards=[]; name at least one folder of shards")
+        self.batch_size, self.val_batch_size, self.val_clips = batch_size, val_batch_size, val_clips
+        self.seed, self.num_workers, self.bad_clip_budget = seed, num_workers, bad_clip_budget
+        self.bad: dict[str, str] = {}
+        self._consumed = 0  # clips, on all ranks, when the training loader was made
+        self._batches: int | None = None  # the trainer's count of finished batches then
+
+    def _fingerprint(self) -> int:
+        """Of the seed and all that is trained on: a position means the same where it is equal."""
+        raise NotImplementedError
+
+    @property
+    def consumed(self) -> int:
+        """Clips of all ranks in finished training batches; what a loader has fetched ahead does not count."""
+        if self.trainer is None or self._batches is None:
+            return self._consumed
+        _, world = self._rank_and_world()
+        return self._consumed + (self._finished_batches() - self._batches) * self.batch_size * world
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"consumed": self.consumed, "order": self._fingerprint()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Other ranks or another batch size go on at the same clip; other clips or another seed cannot."""
+        self._consumed, self._batches = state_dict["consumed"], None
+        if state_dict["order"] != self._fingerprint():
+            log.warning(
+                "the checkpoint knows other clips or another seed; position %d is taken in a new order",
+                self._consumed,
+            )
+
+    def _start(self) -> None:
+        """A training loader is made here: later batches are counted from now."""
+        self._consumed = self.consumed
+        self._batches = self._finished_batches() if self.trainer else None
+
+    def on_before_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
+        """Counts the bad clips of a batch; BadDataError past the budget or if the batch has no good one."""
+        self._count_bad(batch["skipped"])
+        if not batch["key"]:
+            raise BadDataError(
+                f"no usable clip in a batch of {len(batch['skipped'])}: {batch['skipped'][0]}. "
+                f"Repair or re-make the shards in {self._where()}."
+            )
+        return batch
+
+    def _count_bad(self, skipped: Sequence[str]) -> None:
+        for text in skipped:
+            key, _, reason = text.partition(": ")
+            if key not in self.bad:
+                self.bad[key] = reason
+                log.warning("skipped clip %s: %s", key, reason)
+        if len(self.bad) > self.bad_clip_budget:
+            first = "; ".join(f"{key}: {reason}" for key, reason in list(self.bad.items())[:3])
+            raise BadDataError(
+                f"{len(self.bad)} bad clips, bad_clip_budget={self.bad_clip_budget}: {first}. "
+                f"Repair or re-make the shards in {self._where()}, or raise bad_clip_budget."
+            )
+
+    def _where(self) -> str:
+        return ", ".join(map(str, self.folders))
+
+    def _finished_batches(self) -> int:
+        assert self.trainer is not None
+        # Finished, not fetched: an interrupted step counts as not done.
+        total = self.trainer.fit_loop.epoch_loop.batch_progress.total
+        return total.processed  # pyright: ignore[reportAttributeAccessIssue]  typed by its base class
+
+    def _rank_and_world(self) -> tuple[int, int]:
+        """Of the data-parallel group: under tensor parallelism several processes share their clips."""
+        if self.trainer is None or self.trainer.world_size == 1:
+            return 0, 1
+        if self.trainer._accelerator_connector.use_distributed_sampler:
+            raise ValueError(
+                "use_distributed_sampler=True lets Lightning replace the order of the clips, which ends "
+                "exact resume. Set trainer.use_distributed_sampler=false."
+            )
+        place = self.trainer.distributed_sampler_kwargs or {"rank": 0, "num_replicas": 1}
+        return place["rank"], place["num_replicas"]
+
+    def _loader(self, dataset: Dataset, batches: Iterable[list[Any]], collate: Callable) -> DataLoader:
+        return DataLoader(
+            dataset,
+            batch_sampler=batches,  # pyright: ignore[reportArgumentType]  torch's stub wants a Sampler
+            collate_fn=collate,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            pin_memory=torch.cuda.is_available(),
+        )
