@@ -2,6 +2,7 @@
 
 import hashlib
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import hydra
@@ -11,7 +12,7 @@ from numpy.typing import NDArray
 from omegaconf import DictConfig
 from tqdm import tqdm
 
-from acetate.data import synthetic
+from acetate.data import drawing, synthetic
 from acetate.data.shards import (
     MANIFEST,
     ShardError,
@@ -23,6 +24,10 @@ from acetate.data.shards import (
 )
 
 CONF = str(Path(__file__).parents[1] / "conf")
+
+
+def sha256_of_code(*modules: ModuleType) -> str:
+    return hashlib.sha256(b"".join(Path(str(module.__file__)).read_bytes() for module in modules)).hexdigest()
 
 
 def synthesize(
@@ -49,7 +54,7 @@ def synthesize(
             "clips": clips, "frames": frames, "sizes": sizes, "seed": seed, "val_fraction": val_fraction,
             "max_clips": max_clips, "max_bytes": max_bytes,
             # The drawing code decides the pictures as much as the seed does.
-            "synthetic_sha256": hashlib.sha256(Path(synthetic.__file__).read_bytes()).hexdigest(),
+            "synthetic_sha256": sha256_of_code(synthetic, drawing),
         },
     }  # fmt: skip
     if (out / MANIFEST).exists():
@@ -68,7 +73,7 @@ def synthesize(
             clip = synthetic.render(kind, stable_hash("synthesize", seed, i) % 2**31, frames, size, size)
             writer.add(
                 key,
-                encode_clip(to_uint8(clip), synthetic.FPS),
+                encode_clip(to_uint8(clip), drawing.FPS),
                 split=splits[key],
                 prompt=clip.prompt,
                 source="acetate.data.synthetic",

@@ -136,7 +136,8 @@ def cached(shards, tmp_path_factory):
     from acetate.models.adapters import ADAPTER_SCHEMA, trainable_state
     from acetate.models.loading import load_vae
     from acetate.models.rgba_vae import RGBAVAE
-    from data_prep.cache_latents import Settings, Sources, cache_latents
+    from data_prep.cache_latents import Sources, cache_latents
+    from data_prep.latent_plan import Settings
 
     folder, base = tmp_path_factory.mktemp("cached"), str(ROOT / "assets/wan-tiny")
     vae = RGBAVAE(vae=load_vae(base), merge_init="residual", lora_rank=2, lora_alpha=2.0)

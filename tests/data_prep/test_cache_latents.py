@@ -18,8 +18,9 @@ from acetate.models.rgba_vae import RGBAVAE, load_rgba_vae
 from acetate.models.text import TextEncoder
 from acetate.regions import fit_ellipses
 from data_prep import cache_latents as program
-from data_prep.cache_latents import Settings, Sources, cache_latents
+from data_prep.cache_latents import Sources, cache_latents
 from data_prep.ingest import TooManyBad
+from data_prep.latent_plan import Settings
 from tests.conftest import fill_
 from tests.paths import ROOT
 

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 from hydra.core.global_hydra import GlobalHydra
 
+from acetate.data.drawing import FPS
 from acetate.data.shards import MANIFEST, ShardError, index_shards, read_clip, read_manifest
-from acetate.data.synthetic import FPS, KINDS, render
+from acetate.data.synthetic import KINDS, render
 from data_prep import ingest, shard, synthesize
 
 SETTINGS = {"clips": 16, "frames": 5, "sizes": [16], "seed": 0, "val_fraction": 0.2, "max_clips": 6, "max_bytes": 10**9}

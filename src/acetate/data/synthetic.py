@@ -4,24 +4,35 @@ Space: x right, y down, origin at the centre of the frame, the short side is 1. 
 Fields broadcast as (C, T, H, W); colour stays in [0, 1] until the end of `render`.
 """
 
-import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import reduce
-from typing import NamedTuple, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from acetate.data.drawing import (
+    CORNERS,
+    WHITE,
+    Canvas,
+    Dice,
+    Layer,
+    box,
+    canvas_of,
+    colour,
+    figure,
+    inside,
+    lit,
+    look_up,
+    mix,
+    rotate,
+    smoothstep,
+    splat,
+    stack,
+)
+
 KINDS = ("hair", "glass", "smoke", "flame", "particles", "shadow", "shape")
-FPS = 16
-COLOURS = {  # in order of hue
-    "crimson": "c8203c", "coral": "ff6f59", "orange": "f58a1f", "golden": "f2b632", "lime": "9ccc3c",
-    "emerald": "1f9d6b", "teal": "159a9c", "sky blue": "4db5ee", "royal blue": "2f55d4", "violet": "7d4be0",
-    "magenta": "d63bb0", "pink": "f78fb3",
-}  # fmt: skip
 HAIR = {
     "black": "2a2430", "chestnut": "7a4327", "blond": "dcb469", "red": "b5482a", "silver": "b9bec8",
     "white": "efece6", "teal": "1d9aa0", "pink": "ee7fae", "violet": "7d5bd0",
@@ -38,11 +49,7 @@ SPARKS = {
     "fountain": "fountain of sparks", "burst": "firework bursting", "swirl": "swirl of glowing motes",
     "drift": "fireflies drifting upwards",
 }  # fmt: skip
-CORNERS = {"disc": 0, "ring": 0, "heart": 0, "flower": 0, "triangle": 3, "square": 4, "hexagon": 6, "star": 5}
 TEXTURES = ("plain", "plain", "striped", "dotted", "ringed")
-WHITE = torch.ones(())
-
-Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -55,58 +62,11 @@ class SyntheticClip:
     kind: str
 
 
-class Canvas(NamedTuple):
-    x: Tensor  # broadcasts with (1, T, 1, W)
-    y: Tensor  # broadcasts with (1, T, H, 1)
-    t: Tensor  # (1, T, 1, 1)
-    px: float  # side of a pixel
-
-
-class Layer(NamedTuple):
-    rgb: Tensor  # broadcasts to (3, T, H, W), in [0, 1]
-    alpha: Tensor  # (1, T, H, W)
-
-
-class Dice:
-    """Random parameters from a key; the number of draws never depends on the size of the clip."""
-
-    def __init__(self, *key: object):
-        digest = hashlib.sha256(repr(key).encode()).digest()
-        self.generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-
-    def reals(self, count: int, low: float, high: float) -> Tensor:
-        return low + (high - low) * torch.rand(count, generator=self.generator)
-
-    def real(self, low: float, high: float) -> float:
-        return float(self.reals(1, low, high))
-
-    def integer(self, low: int, high: int) -> int:
-        return int(torch.randint(low, high + 1, (1,), generator=self.generator))
-
-    def pick(self, options: Sequence[Item]) -> Item:
-        return options[self.integer(0, len(options) - 1)]
-
-    def colours(self) -> tuple[str, Tensor, Tensor, Tensor]:
-        """A colour by name and value, a neighbour in hue, and a contrasting one."""
-        codes, i = list(COLOURS.values()), self.integer(0, len(COLOURS) - 1)
-        near, far = (i + self.pick((-1, 1))) % len(codes), (i + self.integer(3, 9)) % len(codes)
-        return list(COLOURS)[i], _rgb(codes[i]), _rgb(codes[near]), _rgb(codes[far])
-
-    def noise(self, channels: int, slope: float = 1.6, cycles: int = 14, size: int = 128) -> Tensor:
-        """Periodic, amplitude f^-slope up to `cycles` a side, about [0, 1]: (1, C, size + 1, size + 1)."""
-        white = torch.randn(channels, size, size, generator=self.generator)
-        f = torch.hypot(torch.fft.fftfreq(size, 1 / size)[:, None], torch.fft.rfftfreq(size, 1 / size))
-        amplitude = f.clamp(min=1) ** -slope * ((f > 0) & (f <= cycles))
-        tile = torch.fft.irfft2(torch.fft.rfft2(white) * amplitude, s=(size, size))
-        tile = 0.5 + 0.2 * tile / tile.std(dim=(1, 2), keepdim=True)
-        return F.pad(tile[None], (0, 1, 0, 1), mode="circular")
-
-
 def render(kind: str, seed: int, frames: int, height: int, width: int) -> SyntheticClip:
     """Deterministic in (kind, seed); another size or length shows the same subject, frame k at k/16 s."""
     if kind not in KINDS:
         raise ValueError(f"kind={kind!r} is not a synthetic kind; known kinds: {', '.join(KINDS)}")
-    x, y, t, px = _canvas(frames, height, width)
+    x, y, t, px = canvas_of(frames, height, width)
     dice = Dice(kind, seed)
     scale, (a, b) = dice.real(0.8, 1.15), dice.reals(2, 0, 6).tolist()
     x, y = x - 0.04 * (3 * t + a).sin(), y - 0.03 * (2 * t + b).sin()
@@ -122,95 +82,6 @@ def render(kind: str, seed: int, frames: int, height: int, width: int) -> Synthe
     )
 
 
-def _canvas(frames: int, height: int, width: int) -> Canvas:
-    for name, value in (("frames", frames), ("height", height), ("width", width)):
-        if value < 1:
-            raise ValueError(f"{name}={value}; a clip needs at least 1")
-    px = 1 / min(height, width)
-    x = (torch.arange(width) + 0.5 - width / 2) * px
-    y = (torch.arange(height) + 0.5 - height / 2) * px
-    t = torch.arange(frames) / FPS
-    return Canvas(x.view(1, 1, 1, -1), y.view(1, 1, -1, 1), t.view(1, -1, 1, 1), px)
-
-
-def _rgb(code: str) -> Tensor:
-    """'rrggbb' -> (3, 1, 1, 1) in [0, 1]."""
-    return torch.tensor(list(bytes.fromhex(code))).view(3, 1, 1, 1) / 255
-
-
-def _mix(a: Tensor, b: Tensor, weight: Tensor | float) -> Tensor:
-    return a + (b - a) * weight
-
-
-def _smoothstep(low: float, high: float, value: Tensor) -> Tensor:
-    """0 below low, 1 above high, both exact."""
-    s = ((value - low) / (high - low)).clamp(0, 1)
-    return s * s * (3 - 2 * s)
-
-
-def _inside(distance: Tensor, px: float) -> Tensor:
-    """Coverage of a pixel by a straight edge at a signed distance (negative inside)."""
-    return (0.5 - distance / px).clamp(0, 1)
-
-
-def _over(bottom: Layer, top: Layer) -> Layer:
-    """Porter and Duff 1984, straight alpha; the bottom's colour extends to where nothing is drawn."""
-    alpha = top.alpha + bottom.alpha * (1 - top.alpha)
-    share = torch.where(alpha > 0, top.alpha / alpha.clamp(min=1e-12), 0)
-    return Layer(_mix(bottom.rgb, top.rgb, share), alpha)
-
-
-def _sample(tile: Tensor, u: Tensor, v: Tensor) -> Tensor:
-    """Periodic bilinear lookup, u and v in tile sides: -> (C, T, H, W)."""
-    u, v = torch.broadcast_tensors(u, v)
-    grid = torch.stack((u, v), dim=-1).remainder(1) * 2 - 1
-    flat = F.grid_sample(tile, grid.reshape(1, 1, -1, 2), align_corners=True)
-    return flat.view(-1, *u.shape[1:])
-
-
-def _splat(canvas: Canvas, px: Tensor, py: Tensor, radius: Tensor, weight: Tensor) -> Tensor:
-    """Sum of bumps cos^2 x cos^2 of compact support: (N, T) each, weight (C, N, T) -> (C, T, H, W)."""
-
-    def bump(axis: Tensor, centre: Tensor) -> Tensor:
-        d = (axis - centre[..., None]) / radius[..., None]
-        return (d.clamp(-1, 1) * (math.pi / 2)).cos().square() * (d.abs() < 1)
-
-    columns, rows = bump(canvas.x.squeeze(2), px), bump(canvas.y.squeeze(3), py)  # (N, T, W), (N, T, H)
-    return torch.einsum("cnt,nth,ntw->cthw", weight, rows, columns)
-
-
-def _rotate(x: Tensor, y: Tensor, angle: Tensor | float) -> tuple[Tensor, Tensor]:
-    """Coordinates in a figure that is turned clockwise by `angle`."""
-    c, s = torch.as_tensor(angle).cos(), torch.as_tensor(angle).sin()
-    return c * x + s * y, c * y - s * x
-
-
-def _box(x: Tensor, y: Tensor, a: float, b: float, corner: float) -> Tensor:
-    """Signed distance to a rounded box with half sides a and b."""
-    dx, dy = x.abs() - (a - corner), y.abs() - (b - corner)
-    return torch.hypot(dx.clamp(min=0), dy.clamp(min=0)) + torch.maximum(dx, dy).clamp(max=0) - corner
-
-
-def _figure(shape: str, x: Tensor, y: Tensor) -> Tensor:
-    """Signed distance, to first order near the edge, to a figure of radius 1."""
-    r, n = torch.hypot(x, y), CORNERS[shape]
-    if shape == "disc":
-        return r - 1
-    if shape == "ring":
-        return (r - 0.72).abs() - 0.28
-    if shape == "heart":  # a square on its corner, a half disc on each upper side
-        a, b = (x.abs() - y) / math.sqrt(2) + 0.12, (x.abs() + y) / math.sqrt(2) - 0.12
-        return torch.minimum(torch.maximum(a.abs(), b.abs()), torch.hypot(a - 0.62, b)) - 0.62
-    angle = torch.atan2(x, -y)
-    if shape == "flower":
-        return (r - 0.82 - 0.18 * (6 * angle).cos()) * 0.75
-    # Fold to half a corner; the edge runs from the outer vertex (1, 0) to the inner one, (1 + ex, ey).
-    inner = 0.45 if shape == "star" else math.cos(math.pi / n)
-    a = ((angle + math.pi / n).remainder(2 * math.pi / n) - math.pi / n).abs()
-    ex, ey = inner * math.cos(math.pi / n) - 1, inner * math.sin(math.pi / n)
-    return ((r * a.cos() - 1) * ey - r * a.sin() * ex) / math.hypot(ex, ey)
-
-
 def _paint(dice: Dice) -> tuple[str, Callable[[Tensor, Tensor, float], Tensor]]:
     """A name, and a paint of figure coordinates and the pixel's side in them: -> (3, T, H, W)."""
     name, first, near, far = dice.colours()
@@ -218,19 +89,14 @@ def _paint(dice: Dice) -> tuple[str, Callable[[Tensor, Tensor, float], Tensor]]:
 
     def paint(x: Tensor, y: Tensor, px: float) -> Tensor:
         if style == "plain":
-            return _mix(first, near, (0.5 + 0.5 * y).clamp(0, 1))
+            return mix(first, near, (0.5 + 0.5 * y).clamp(0, 1))
         if style == "dotted":
             edge = torch.hypot((2 * x).remainder(1) - 0.5, (2 * y).remainder(1) - 0.5) - 0.27
         else:
             edge = ((2 * (x if style == "striped" else torch.hypot(x, y))).remainder(1) - 0.5).abs() - 0.25
-        return _mix(first, far, _inside(edge / 2, px))
+        return mix(first, far, inside(edge / 2, px))
 
     return name if style == "plain" else f"{style} {name}", paint
-
-
-def _lit(rgb: Tensor, x: Tensor, y: Tensor) -> Tensor:
-    """Light from the upper left on a figure of radius 1."""
-    return (rgb * (1.15 - 0.28 * torch.hypot(x + 0.5, y + 0.6).clamp(max=2))).clamp(0, 1)
 
 
 def _strands(dice: Dice, place: Tensor, along: Tensor, spacing: Tensor, half: float, px: float) -> Layer:
@@ -258,21 +124,21 @@ def _fur(dice: Dice, canvas: Canvas) -> tuple[Layer, str]:
     qx = x - bend * wind * (0.15 + 0.3 * (speed * t + phase).sin())
     qy = y - bend * dice.real(0, 0.35)
     r, turn = torch.hypot(qx, qy), torch.atan2(qy, qx) / (2 * math.pi)
-    layer = Layer(WHITE, _inside(ball - radius, px))
+    layer = Layer(WHITE, inside(ball - radius, px))
     for root in (0.95, 0.9, 0.85, 0.62):
         along = (r - root * radius) / (length + 0.05 * (0.95 - root))
         wave = curl * (dice.real(2, 5) * along + dice.real(0, 6) + dice.real(3, 6) * t).sin()
         place = 64 * (turn + dice.real(0, 1)) + wave * along.clamp(min=0)
-        layer = _over(layer, _strands(dice, place, along, r * (math.pi / 32), 0.009, px))
+        layer = stack(layer, _strands(dice, place, along, r * (math.pi / 32), 0.009, px))
     light = layer.rgb * (1.22 - 0.3 * torch.hypot(x / radius + 0.5, y / radius + 0.6).clamp(max=1.7))
-    layer = Layer((_rgb(HAIR[name]) * light).clamp(0, 1), layer.alpha)
+    layer = Layer((colour(HAIR[name]) * light).clamp(0, 1), layer.alpha)
     look = 0.1 * wind * (0.4 * speed * t).sin()
     for side in (-1, 1):
         ex, ey, size = x / radius - 0.4 * side, y / radius + 0.05, px / radius
-        pupil = _inside(torch.hypot(ex - look, ey) - 0.19, size)
-        glint = _inside(torch.hypot(ex - look + 0.07, ey + 0.07) - 0.07, size)
-        eye = _mix(_mix(_rgb("fbfaf5"), _rgb("16131c"), pupil), WHITE, glint)
-        layer = _over(layer, Layer(eye, _inside(torch.hypot(ex, ey) - 0.33, size)))
+        pupil = inside(torch.hypot(ex - look, ey) - 0.19, size)
+        glint = inside(torch.hypot(ex - look + 0.07, ey + 0.07) - 0.07, size)
+        eye = mix(mix(colour("fbfaf5"), colour("16131c"), pupil), WHITE, glint)
+        layer = stack(layer, Layer(eye, inside(torch.hypot(ex, ey) - 0.33, size)))
     pace = "quickly" if speed > 7 else "gently"
     return layer, f"furry creature with {name} hair swaying {pace} to the {'left' if wind < 0 else 'right'}"
 
@@ -289,22 +155,22 @@ def _lock(dice: Dice, canvas: Canvas) -> tuple[Layer, str]:
     u = (x - axis) / width
     core = (u.abs() - 0.85 * (1 - h / 0.66).clamp(0, 1).sqrt()) * width
     mass = core.maximum(-y).maximum(h - 0.6).minimum(torch.hypot(x / 1.2, y + 0.02) - 0.055)
-    layer, along = Layer(0.72 * WHITE, _inside(mass, px)), torch.where(u.abs() < 1, h, 2)
+    layer, along = Layer(0.72 * WHITE, inside(mass, px)), torch.where(u.abs() < 1, h, 2)
     for _ in range(4):
         count = dice.integer(20, 30)
         wave = curl * low * (dice.real(4, 8) * h + dice.real(0, 6) - dice.real(3, 6) * t).sin()
         place = u * (count / 2) + dice.real(0, 64) + wave
-        layer = _over(layer, _strands(dice, place, along, width * (2 / count), 0.008, px))
+        layer = stack(layer, _strands(dice, place, along, width * (2 / count), 0.008, px))
     shine = 1 + 0.4 * (1 - ((h - 0.24 - 0.05 * (5 * u).cos()) / 0.1).square()).clamp(min=0)
     light = layer.rgb * shine * (1.05 - 0.25 * u.clamp(-1, 1))
-    layer = Layer((_rgb(HAIR[name]) * light).clamp(0, 1), layer.alpha)
+    layer = Layer((colour(HAIR[name]) * light).clamp(0, 1), layer.alpha)
     flap = 0.25 * (speed * t + phase).sin()
     for side in (-1, 1):
-        bx, by = _rotate(x, y, side * (0.35 + flap))
+        bx, by = rotate(x, y, side * (0.35 + flap))
         fold = 0.72 + 0.45 * ((bx.abs() - 0.02) / 0.16).clamp(0, 1)
         loop = torch.hypot((bx - 0.085 * side) / 1.7, by) - 0.046
-        layer = _over(layer, Layer((silk * fold).clamp(max=1), _inside(loop, px)))
-    layer = _over(layer, Layer(silk, _inside(torch.hypot(x, y) - 0.034, px)))
+        layer = stack(layer, Layer((silk * fold).clamp(max=1), inside(loop, px)))
+    layer = stack(layer, Layer(silk, inside(torch.hypot(x, y) - 0.034, px)))
     curls = "curly" if curl > 1 else "straight"
     return layer, f"lock of {curls} {name} hair with {ribbon} bow, waving in the wind"
 
@@ -313,7 +179,7 @@ def _glass(dice: Dice, canvas: Canvas) -> tuple[Layer, str]:
     t, size = canvas.t, 0.38
     name, tint, near, far = dice.colours()
     shape = dice.pick(("sphere", "goblet", "bottle", "bubble"))
-    x, y = _rotate(canvas.x / size, canvas.y / size, 0.2 * (dice.real(3, 6) * t + dice.real(0, 6)).sin())
+    x, y = rotate(canvas.x / size, canvas.y / size, 0.2 * (dice.real(3, 6) * t + dice.real(0, 6)).sin())
     px, glide, thin = canvas.px / size, 0.12 * (4 * t).sin(), 0.16 if shape == "bubble" else 0.3
     # A solid of revolution with half width w(y): n = |x| / w is the sine of its angle to the viewer.
     if shape in ("sphere", "bubble"):
@@ -322,25 +188,25 @@ def _glass(dice: Dice, canvas: Canvas) -> tuple[Layer, str]:
     else:
         if shape == "goblet":
             bowl = (1 - ((y + 0.35) / 0.72).square()).clamp(min=0).sqrt() * 0.62
-            width = bowl.maximum(0.07 + 0.4 * _smoothstep(0.8, 1, y))
+            width = bowl.maximum(0.07 + 0.4 * smoothstep(0.8, 1, y))
         else:
             width = 0.42 + 0.2 * (2.6 * y + 0.2).sin() + 0.05 * (5 * y).cos()
         n = x.abs() / width
         middle, half = (0.1, 0.9) if shape == "goblet" else (0, 1)
         distance = (x.abs() - width).maximum((y - middle).abs() - half)
     rim = n.clamp(max=1) ** 5
-    shine = _smoothstep(0.5, 1, 1 - torch.hypot((x + 0.4 + glide) * 2.2, (y + 0.45) * 1.4))
-    shine = shine + 0.6 * _smoothstep(0.4, 1, 1 - torch.hypot((x - 0.42 + glide) * 4, (y - 0.4) * 3))
+    shine = smoothstep(0.5, 1, 1 - torch.hypot((x + 0.4 + glide) * 2.2, (y + 0.45) * 1.4))
+    shine = shine + 0.6 * smoothstep(0.4, 1, 1 - torch.hypot((x - 0.42 + glide) * 4, (y - 0.4) * 3))
     film = 0.5 + 0.5 * (3 * x + 2 * y + 3 * t).sin()
-    rgb = _mix(tint, far if shape == "bubble" else near, 0.7 * film)
-    rgb = _mix(rgb, WHITE, 0.35) if shape in ("goblet", "bottle") else rgb
-    rgb = _mix(_mix(rgb, WHITE, 0.55 * rim), WHITE, shine.clamp(max=1))
-    alpha = _inside(distance, px) * (thin + 0.6 * rim + (0.95 - thin) * shine).clamp(max=0.97)
+    rgb = mix(tint, far if shape == "bubble" else near, 0.7 * film)
+    rgb = mix(rgb, WHITE, 0.35) if shape in ("goblet", "bottle") else rgb
+    rgb = mix(mix(rgb, WHITE, 0.55 * rim), WHITE, shine.clamp(max=1))
+    alpha = inside(distance, px) * (thin + 0.6 * rim + (0.95 - thin) * shine).clamp(max=0.97)
     layer = Layer(rgb, alpha)
     if shape in ("goblet", "bottle"):
         level = (-0.5 if shape == "goblet" else 0) + 0.25 * (6 * t).sin() * x
         drink = (distance + 0.07).maximum(level - y).maximum(y - (0.3 if shape == "goblet" else 1))
-        layer = _over(Layer(near * (1.05 - 0.3 * (y - level)).clamp(max=1), 0.8 * _inside(drink, px)), layer)
+        layer = stack(Layer(near * (1.05 - 0.3 * (y - level)).clamp(max=1), 0.8 * inside(drink, px)), layer)
     return layer, f"{name} glass {shape} tilting, with bright rim and moving highlights"
 
 
@@ -349,18 +215,18 @@ def _smoke(dice: Dice, canvas: Canvas) -> tuple[Layer, str]:
     shade, style = dice.pick(list(SMOKE)), dice.pick(("plume", "plume", "cloud"))
     way, speed, thick = dice.pick((-1, 1)), dice.real(0.35, 0.75), dice.real(1.1, 2.6)
     count, tile = 14, dice.noise(3)
-    swirl = _sample(tile, 0.8 * x, 0.8 * y + 0.6 * speed * t) - 0.5
+    swirl = look_up(tile, 0.8 * x, 0.8 * y + 0.6 * speed * t) - 0.5
     u, v = x + 0.2 * swirl[:1], y + 0.2 * swirl[1:2]
-    grain = _sample(tile[:, 2:], 1.3 * u, 1.3 * v + speed * t)
+    grain = look_up(tile[:, 2:], 1.3 * u, 1.3 * v + speed * t)
     born = torch.arange(count).view(-1, 1, 1, 1, 1) / count
     side, jitter = (dice.reals(count, *span).view(-1, 1, 1, 1, 1) for span in ((-1, 1), (0.85, 1.25)))
     age = (born + speed * t) % 1  # puffs leave one after another: (count, 1, T, 1, 1)
     if style == "plume":
-        fade = _smoothstep(0, 0.08, age) * _smoothstep(0, 0.55, 1 - age)
+        fade = smoothstep(0, 0.08, age) * smoothstep(0, 0.55, 1 - age)
         px, py = way * (0.26 * age**1.4 - 0.1) + 0.16 * side * age, 0.38 - 0.68 * age
         size = (0.075 + 0.19 * age) * jitter
     else:
-        fade = _smoothstep(0, 0.4, age) * _smoothstep(0, 0.4, 1 - age)
+        fade = smoothstep(0, 0.4, age) * smoothstep(0, 0.4, 1 - age)
         px, py = 0.26 * side + way * 0.16 * (age - 0.5), 0.1 * (9 * side).sin() - 0.08 * age + 0.05
         size = 0.19 * jitter + 0 * age
     body = lit = torch.zeros(())
@@ -368,11 +234,11 @@ def _smoke(dice: Dice, canvas: Canvas) -> tuple[Layer, str]:
         du, dv = (u - a) / radius, (v - b) / radius
         puff = strength * (1 - du.square() - dv.square()).clamp(min=0)
         body, lit = body + puff, lit - puff * (0.5 * du + 0.6 * dv)
-    alpha = 0.92 * _smoothstep(0, thick, body * (0.4 + 1.2 * grain) - 0.35 * (1 - grain))
+    alpha = 0.92 * smoothstep(0, thick, body * (0.4 + 1.2 * grain) - 0.35 * (1 - grain))
     light = 0.8 + 0.5 * lit / body.clamp(min=0.05) + 0.4 * (grain - 0.5)
     motion = f"{'rising' if style == 'plume' else 'drifting'} {'quickly' if speed > 0.55 else 'slowly'}"
     subject = f"{style} of {shade} smoke {motion} to the {'left' if way < 0 else 'right'}"
-    return Layer((_rgb(SMOKE[shade]) * light).clamp(0, 1), alpha), subject
+    return Layer((colour(SMOKE[shade]) * light).clamp(0, 1), alpha), subject
 
 
 def _flame(dice: Dice, canvas: Canvas) -> tuple[Layer, str]:
@@ -385,7 +251,7 @@ def _flame(dice: Dice, canvas: Canvas) -> tuple[Layer, str]:
         "campfire": ([(0.0, 0.74, 0.19), (-0.15, 0.5, 0.13), (0.15, 0.55, 0.13)], 0.34),
         "candle": ([(0.0, 0.48, 0.12)], 0.06),
     }[style]
-    lick = _sample(tile, 0.9 * x, 0.6 * y + speed * t) - 0.5
+    lick = look_up(tile, 0.9 * x, 0.6 * y + speed * t) - 0.5
     heat = torch.zeros(())
     for left, height, half in tongues:
         h = (bottom - y) / height
@@ -394,19 +260,19 @@ def _flame(dice: Dice, canvas: Canvas) -> tuple[Layer, str]:
         width = 2 * half * (up + 0.01).sqrt() * (1.001 - up).pow(0.85)
         flare = (1 - (u / width).square()).clamp(min=-1) * (1.12 - 0.6 * up)
         flare = flare + calm * lick[1:] * (0.2 + 1.2 * up)
-        heat = heat.maximum(flare * _smoothstep(0, 0.1, h) * _smoothstep(0, 0.1, 1 - h))
-    cold, warm, hot, white = (_rgb(code) for code in FLAMES[name])
-    rgb = _mix(_mix(cold, warm, _smoothstep(0, 0.4, heat)), hot, _smoothstep(0.3, 0.75, heat))
-    layer = Layer(_mix(rgb, white, _smoothstep(0.7, 1.1, heat)), _smoothstep(0, 0.5, heat))
+        heat = heat.maximum(flare * smoothstep(0, 0.1, h) * smoothstep(0, 0.1, 1 - h))
+    cold, warm, hot, white = (colour(code) for code in FLAMES[name])
+    rgb = mix(mix(cold, warm, smoothstep(0, 0.4, heat)), hot, smoothstep(0.3, 0.75, heat))
+    layer = Layer(mix(rgb, white, smoothstep(0.7, 1.1, heat)), smoothstep(0, 0.5, heat))
     if style == "candle":
-        wick = Layer(_rgb("3a2c28"), _inside(_box(x, y - 0.04, 0.008, 0.05, 0.004), px))
-        wax = _rgb("f6ead2") * (1.02 - 0.35 * (10 * x + 0.3).square() + (0.2 - y).clamp(0, 0.15))
-        layer = _over(_over(wick, layer), Layer(wax.clamp(0, 1), _inside(_box(x, y - 0.26, 0.09, 0.18, 0.02), px)))
+        wick = Layer(colour("3a2c28"), inside(box(x, y - 0.04, 0.008, 0.05, 0.004), px))
+        wax = colour("f6ead2") * (1.02 - 0.35 * (10 * x + 0.3).square() + (0.2 - y).clamp(0, 0.15))
+        layer = stack(stack(wick, layer), Layer(wax.clamp(0, 1), inside(box(x, y - 0.26, 0.09, 0.18, 0.02), px)))
     if style == "campfire":
         for turn in (-0.3, 0.3):
-            u, v = _rotate(x, y - 0.35, turn)
-            bark = _rgb("6b4027") * (0.8 - 9 * v + 0.3 * (60 * v + 5 * (9 * u).sin()).sin())
-            layer = _over(layer, Layer(bark.clamp(0, 1), _inside(_box(u, v, 0.27, 0.036, 0.02), px)))
+            u, v = rotate(x, y - 0.35, turn)
+            bark = colour("6b4027") * (0.8 - 9 * v + 0.3 * (60 * v + 5 * (9 * u).sin()).sin())
+            layer = stack(layer, Layer(bark.clamp(0, 1), inside(box(u, v, 0.27, 0.036, 0.02), px)))
     way = "to the left" if lean < -0.04 else "to the right" if lean > 0.04 else "upwards"
     subject = {"flame": "flame", "campfire": "campfire", "candle": "candle flame"}[style]
     return layer, f"{name} {subject} flickering {way}"
@@ -434,12 +300,12 @@ def _particles(dice: Dice, canvas: Canvas) -> tuple[Layer, str]:
         age = (clock / 1.6 + born) % 1
         px = 0.36 * (2 * reach - 1) + 0.05 * (7 * age + angle).sin()
         py = 0.3 * angle.sin() + 0.1 - 0.3 * age
-    weight = _smoothstep(0, 0.08, age) * _smoothstep(0, 0.5, 1 - age) * (1 - delay)
+    weight = smoothstep(0, 0.08, age) * smoothstep(0, 0.5, 1 - age) * (1 - delay)
     radius = (0.028 + 0.045 * size.square()) * (1 - 0.5 * delay) + 0 * age
-    glow = _splat(canvas, px, py, radius, torch.stack((weight, weight * hue)))
-    core = _splat(canvas, px, py, 0.5 * radius, weight[None])
-    rgb = _mix(tint, second, glow[1:] / glow[:1].clamp(min=1e-4))
-    rgb = _mix(rgb, WHITE, (0.55 * core).clamp(max=0.9))
+    glow = splat(canvas, px, py, radius, torch.stack((weight, weight * hue)))
+    core = splat(canvas, px, py, 0.5 * radius, weight[None])
+    rgb = mix(tint, second, glow[1:] / glow[:1].clamp(min=1e-4))
+    rgb = mix(rgb, WHITE, (0.55 * core).clamp(max=0.9))
     subject = f"{'dense' if count > 47 else 'sparse'} {name} {SPARKS[style]}, sparks fading"
     return Layer(rgb, 1 - (-0.8 * glow[:1] - 1.2 * core).exp()), subject
 
@@ -452,16 +318,16 @@ def _shadow(dice: Dice, canvas: Canvas) -> tuple[Layer, str]:
     x = x - 0.07 * (dice.real(1.5, 3) * t + phase).sin()
     if drop:
         radius, fall, turn, top = 0.3, 0.035 + 0.06 * lift, 0.8 * (2 * t + phase).sin(), -0.04
-        u, v = _rotate((x - side * fall) / radius, (y - top - 1.4 * fall) / radius, turn)
-        dark = 1 - _smoothstep(-0.06, 0.2, _figure(shape, u, v) / (0.8 + 0.6 * lift))
+        u, v = rotate((x - side * fall) / radius, (y - top - 1.4 * fall) / radius, turn)
+        dark = 1 - smoothstep(-0.06, 0.2, figure(shape, u, v) / (0.8 + 0.6 * lift))
     else:
         radius, turn = 0.2, 2.5 * side * t + phase
         top, spread = 0.1 - 0.26 * lift, radius * (1 + 0.45 * lift)
-        dark = 1 - _smoothstep(0.1, 1.3, torch.hypot((x - 0.1 * side * lift) / spread, (y - 0.3) / (0.33 * spread)))
+        dark = 1 - smoothstep(0.1, 1.3, torch.hypot((x - 0.1 * side * lift) / spread, (y - 0.3) / (0.33 * spread)))
     u, v, size = x / radius, (y - top) / radius, px / radius
-    p, q = _rotate(u, v, turn)
-    caster = Layer(_lit(paint(p, q, size), u, v), _inside(_figure(shape, p, q), size))
-    layer = _over(Layer(_rgb("15131f"), (0.75 - 0.3 * lift) * dark), caster)
+    p, q = rotate(u, v, turn)
+    caster = Layer(lit(paint(p, q, size), u, v), inside(figure(shape, p, q), size))
+    layer = stack(Layer(colour("15131f"), (0.75 - 0.3 * lift) * dark), caster)
     return (
         layer,
         f"{look} {shape} {'floating over its drop shadow' if drop else 'bouncing over its soft shadow'}",
@@ -475,12 +341,12 @@ def _shape(dice: Dice, canvas: Canvas) -> tuple[Layer, str]:
         (look, paint), shape, radius = _paint(dice), dice.pick(list(CORNERS)), (0.36, 0.22, 0.19)[count - 1]
         place, away = start + 2 * math.pi * i / count + 0.6 * spin * canvas.t, (0, 0.2, 0.23)[count - 1]
         x, y = (canvas.x - away * place.cos()) / radius, (canvas.y - away * place.sin()) / radius
-        u, v = _rotate(x, y, spin * canvas.t + dice.real(-0.5, 0.5))
+        u, v = rotate(x, y, spin * canvas.t + dice.real(-0.5, 0.5))
         size = canvas.px / radius
-        layers.append(Layer(_lit(paint(u, v, size), x, y), _inside(_figure(shape, u, v), size)))
+        layers.append(Layer(lit(paint(u, v, size), x, y), inside(figure(shape, u, v), size)))
         words.append(f"{look} {shape}")
     turn = f"turning {'fast' if abs(spin) > 2.5 else 'slowly'} {'clockwise' if spin > 0 else 'anticlockwise'}"
-    return reduce(_over, layers), f"{' and '.join(words)} {turn}"
+    return reduce(stack, layers), f"{' and '.join(words)} {turn}"
 
 
 DRAW: dict[str, Callable[[Dice, Canvas], tuple[Layer, str]]] = {
@@ -491,35 +357,35 @@ DRAW: dict[str, Callable[[Dice, Canvas], tuple[Layer, str]]] = {
 
 def background(seed: int, frames: int, height: int, width: int) -> Tensor:
     """Opaque moving backgrounds with a natural spread of scales: (3, T, H, W) in [-1, 1]."""
-    canvas, dice = _canvas(frames, height, width), Dice("background", seed)
+    canvas, dice = canvas_of(frames, height, width), Dice("background", seed)
     style = dice.pick(("plain", "gradient", "stripes", "noise", "noise", "noise", "blobs", "blobs", "checker"))
     first, second, third = dice.reals(9, 0, 1).view(3, 3, 1, 1, 1)
     vivid = dice.real(0.1, 1)
-    first, second, third = (_mix(colour.mean(), colour, vivid) for colour in (first, second, third))
+    first, second, third = (mix(colour.mean(), colour, vivid) for colour in (first, second, third))
     step, drift, tile = (
         dice.real(0.1, 0.4),
         dice.real(-0.5, 0.5),
         dice.noise(4, dice.real(1.1, 1.8), cycles=32),
     )
-    u, v = _rotate(canvas.x, canvas.y, dice.real(0, 6))
+    u, v = rotate(canvas.x, canvas.y, dice.real(0, 6))
     u, clock = u + drift * canvas.t, canvas.t.view(1, -1)
     if style == "plain":
         rgb = first
     elif style == "gradient":
-        rgb = _mix(first, second, 0.5 + 0.5 * (2 * u).sin())
+        rgb = mix(first, second, 0.5 + 0.5 * (2 * u).sin())
     elif style == "stripes":
-        rgb = _mix(first, second, _inside((((u / step).remainder(1) - 0.5).abs() - 0.25) * step, canvas.px))
+        rgb = mix(first, second, inside((((u / step).remainder(1) - 0.5).abs() - 0.25) * step, canvas.px))
     elif style == "checker":
         edge = (math.pi * u / step).sin() * (math.pi * v / step).sin() * step / math.pi
-        rgb = _mix(first, second, _inside(edge, canvas.px))
+        rgb = mix(first, second, inside(edge, canvas.px))
     elif style == "blobs":
         cx, cy, radius = dice.reals(36, -0.7, 0.7).view(3, 12, 1)
         px, py = cx + 0.15 * (3 * clock + 9 * cy).sin(), cy + 0.15 * (2 * clock + 9 * cx).cos()
         weight = dice.reals(36, -0.8, 0.8).view(3, 12, 1).expand(3, 12, frames)
-        rgb = first + _splat(canvas, px, py, (radius.abs() + 0.1).expand(12, frames), weight)
+        rgb = first + splat(canvas, px, py, (radius.abs() + 0.1).expand(12, frames), weight)
     else:
-        field = _sample(tile, 0.5 * u, 0.5 * v + 0.1 * canvas.t)
-        rgb = _mix(_mix(first, second, 1.8 * field[:1] - 0.4), third, (2.5 * field[1:2] - 1).clamp(0, 1))
-    grain = _sample(tile[:, 2:], u, v) - 0.5
+        field = look_up(tile, 0.5 * u, 0.5 * v + 0.1 * canvas.t)
+        rgb = mix(mix(first, second, 1.8 * field[:1] - 0.4), third, (2.5 * field[1:2] - 1).clamp(0, 1))
+    grain = look_up(tile[:, 2:], u, v) - 0.5
     rgb = rgb + dice.real(0, 0.3) * grain[:1] + dice.real(0, 0.1) * (first - second) * grain[1:]
     return (rgb.clamp(0, 1) * 2 - 1).expand(3, frames, height, width).contiguous()
