@@ -1,6 +1,7 @@
 import torch
+from torch.testing import assert_close
 
-from acetate.commands.follow import figures, held_out_prompts, random_paths
+from acetate.commands.follow import figures, held_out, placed, random_paths
 
 
 def discs(centres, size=32):
@@ -21,6 +22,20 @@ def test_subjects_that_follow_and_ones_that_do_not():
 
 
 def test_prompts_and_paths_are_fixed():
-    assert held_out_prompts(9) == held_out_prompts(9)
-    assert len(set(held_out_prompts(9))) == 9
+    prompts = [clip.prompt for clip in held_out(9, 1, 8, 8)]
+    assert prompts == [clip.prompt for clip in held_out(9, 1, 8, 8)]
+    assert len(set(prompts)) == 9
     assert random_paths(3, seed=1) == random_paths(3, seed=1) != random_paths(3, seed=2)
+
+
+def test_a_clip_placed_by_its_guide_follows_it():
+    paths = random_paths(12, seed=4)
+    square = torch.zeros(1, 2, 64, 64)
+    square[..., 24:40, 24:40] = 1
+    alphas = torch.stack([placed(square, path) for path in paths])
+    assert alphas.shape == (12, 1, 2, 64, 64)
+    area = alphas.mean((1, 2, 3, 4)) / square.mean()
+    assert_close(area, torch.tensor([path.axes[0] ** 2 for path in paths]), rtol=0.2, atol=0)
+    found = figures(alphas, torch.tensor([path.centre for path in paths]), 4)
+    assert found["right"] == 1
+    assert min(found["correlation x"], found["correlation y"]) > 0.99

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import hydra
 import torch
+import torch.nn.functional as F
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
@@ -20,10 +21,19 @@ from acetate.sampling import EllipsePath, Solver, check_size, decode, initial_no
 BORDER, SUBJECT = 0.1, 0.8  # alpha: at most on the border, at least in some cell
 
 
-def held_out_prompts(count: int) -> list[str]:
-    """Of clips that no demo shard holds."""
+def held_out(count: int, frames: int, height: int, width: int) -> list[synthetic.SyntheticClip]:
+    """Clips that no demo shard holds."""
     kinds = synthetic.KINDS
-    return [synthetic.render(kinds[i % len(kinds)], 10**6 + i, 1, 8, 8).prompt for i in range(count)]
+    return [synthetic.render(kinds[i % len(kinds)], 10**6 + i, frames, height, width) for i in range(count)]
+
+
+def placed(alpha: Tensor, path: EllipsePath) -> Tensor:
+    """alpha (1, T, H, W) shrunk to the guide's length and moved to its centre: what a faithful sample would score."""
+    height, width = alpha.shape[-2:]
+    rows, columns = round(path.axes[0] * height), round(path.axes[0] * width)
+    small = F.interpolate(alpha.transpose(0, 1), (rows, columns), mode="area").transpose(0, 1)
+    left, top = round(path.centre[0] * width - columns / 2), round(path.centre[1] * height - rows / 2)
+    return F.pad(small, (left, width - left - columns, top, height - top - rows))
 
 
 def random_paths(count: int, seed: int) -> list[EllipsePath]:
@@ -57,7 +67,8 @@ def main(config: DictConfig) -> None:
         Path(config.out).parent.mkdir(parents=True, exist_ok=True)
     device = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     vae = load_rgba_vae(vae=config.wan.vae, adapters=config.rgba_vae, frozen_dtype=config.wan.dtype).to(device)
-    context, negative, text_sha256 = embed(config, [*held_out_prompts(config.count), ""], device)
+    clips = held_out(config.count, config.frames, config.height, config.width)
+    context, negative, text_sha256 = embed(config, [*(clip.prompt for clip in clips), ""], device)
     transformer, facts = load_dit(config, device)
     check_size(config.frames, config.height, config.width, vae.geometry, transformer.config.patch_size)
     check_models(facts, vae, text_sha256)
@@ -83,9 +94,12 @@ def main(config: DictConfig) -> None:
         latents = sample_latents(transformer, part, words.to(device), negative, solver)
         alphas += [alpha.clamp(0, 1) for _, alpha in decode(vae, latents)]
     centres = torch.tensor([path.centre for path in paths])
-    results = figures(torch.stack(alphas), centres, vae.geometry.space_stride)
-    table = Table(*results)
-    table.add_row(*(f"{value:.3f}" for value in results.values()))
+    own = [placed(clip.alpha, path) for clip, path in zip(clips, paths, strict=True)]
+    rows = {"sampled": torch.stack(alphas), "the prompts' own clips": torch.stack(own)}
+    results = {name: figures(alpha, centres, vae.geometry.space_stride) for name, alpha in rows.items()}
+    table = Table("", *results["sampled"])
+    for name, row in results.items():
+        table.add_row(name, *(f"{value:.3f}" for value in row.values()))
     Console(width=120).print(table)
     if config.out is not None:
         out = Path(config.out)
