@@ -28,6 +28,14 @@ def test_sampling_leaves_training_as_it_was(tmp_path, cached):
     assert plain[2].losses == sampled[2].losses
 
 
+def test_every_second_validation_also_after_resume(tmp_path, cached):
+    second = [*SAMPLES, "callbacks.samples.every_n_validations=2", "task.decay_steps=8"]
+    fit(config_for(tmp_path, cached, "trainer.max_steps=2", *second))
+    assert not (tmp_path / "samples").exists()
+    fit(config_for(tmp_path, cached, "trainer.max_steps=6", *second), resume=tmp_path / "checkpoints/last.ckpt")
+    assert [folder.name for folder in (tmp_path / "samples").iterdir()] == ["step_00000004"]
+
+
 def test_another_vae_is_refused(tmp_path, cached):
     with pytest.raises(ValueError, match=r"vae_sha256 is .* the latents were cached with"):
         config = config_for(tmp_path, cached, "trainer.max_steps=2", *SAMPLES)

@@ -9,6 +9,7 @@ from hydra.utils import instantiate
 from lightning import Callback
 from lightning.pytorch.loggers import CSVLogger
 from safetensors import safe_open
+from safetensors.torch import load_file
 from torch.testing import assert_close
 
 from acetate import flow, regions
@@ -90,6 +91,49 @@ def test_resume_is_exact(tmp_path, cached):
     assert rest[2].keys == whole[2].keys[2:]
     for (name, a), b in zip(trainable_state(whole[1]).items(), trainable_state(rest[1]).values(), strict=True):
         assert_close(a, b, rtol=0, atol=0, msg=name)
+
+
+class Gradients(Callback):
+    """Of every optimizer step, before they are clipped."""
+
+    def __init__(self):
+        self.steps = []
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        self.steps.append({name: p.grad.clone() for name, p in trainable_state(pl_module).items()})
+
+
+def gradients(folder, cached, *overrides):
+    """At weights that stay as they start: B = 0, so that only its gradient and the magnitude's are not zero."""
+    record = Gradients()
+    fit(config_for(folder, cached, "task.lr=0", *overrides), extra=[record])
+    return record.steps
+
+
+def test_accumulated_gradients_are_the_mean_of_their_batches(tmp_path, cached):
+    first, second = gradients(tmp_path / "a", cached, "trainer.max_steps=2")
+    (both,) = gradients(tmp_path / "b", cached, "trainer.max_steps=1", "trainer.accumulate_grad_batches=2")
+    assert sum(value.abs().sum() for value in both.values()) > 0
+    for name, value in both.items():
+        assert_close(value, (first[name] + second[name]) / 2, rtol=1e-5, atol=1e-7, msg=name)
+
+
+def test_recomputed_blocks_give_the_same_gradients(tmp_path, cached):
+    (plain,) = gradients(tmp_path / "a", cached, "trainer.max_steps=1")
+    (recomputed,) = gradients(tmp_path / "b", cached, "trainer.max_steps=1", "task.checkpointing=true")
+    for name, value in plain.items():
+        assert_close(recomputed[name], value, rtol=1e-5, atol=1e-7, msg=name)
+
+
+def test_average_of_the_adapters_is_what_is_exported(tmp_path, cached):
+    _, task, _ = fit(config_for(tmp_path, cached, "callbacks=dit_ema", "trainer.max_steps=4"))
+    saved = load_file(tmp_path / "checkpoints/last.safetensors")
+    trained = trainable_state(task)
+    assert saved.keys() == trained.keys()
+    name = next(name for name in trained if ".lora_B." in name)
+    assert not torch.equal(saved[name], trained[name])
+    average = torch.load(tmp_path / "checkpoints/last.ckpt", weights_only=True)["callbacks"]["EMA"]["average"]
+    assert_close(saved[name], average[name], rtol=0, atol=0)
 
 
 def test_checkpoints_hold_only_adapters(tmp_path, cached):

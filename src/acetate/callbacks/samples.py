@@ -83,7 +83,6 @@ class Samples(Callback):
         self.every_n_validations, self.fps, self.directory = every_n_validations, fps, directory
         self.size = (frames, height, width)
         self.solver, self.guide = solver, guide
-        self.validations = 0
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         embedded: Any = self._embed() if trainer.is_global_zero else None
@@ -102,18 +101,10 @@ class Samples(Callback):
         text = self.build_text()
         return text.context(self.prompts), text.context([self.negative_prompt]), text.sha256()
 
-    def state_dict(self) -> dict[str, Any]:
-        return {"validations": self.validations}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.validations = state_dict["validations"]
-
     @torch.no_grad()
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.sanity_checking:
-            return
-        self.validations += 1
-        if self.validations % self.every_n_validations:
+        batches = trainer.fit_loop.epoch_loop.total_batch_idx + 1  # not a count of its own, which a resume would lose
+        if trainer.sanity_checking or int(batches // trainer.val_check_batch) % self.every_n_validations:
             return
         clips = list(self._sample(pl_module))
         if trainer.is_global_zero:
