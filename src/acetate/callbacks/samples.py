@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -104,7 +104,8 @@ class Samples(Callback):
     @torch.no_grad()
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         batches = trainer.fit_loop.epoch_loop.total_batch_idx + 1  # not a count of its own, which a resume would lose
-        if trainer.sanity_checking or int(batches // trainer.val_check_batch) % self.every_n_validations:
+        every = self.every_n_validations * cast(int, trainer.val_check_batch)
+        if trainer.sanity_checking or batches % every:
             return
         clips = list(self._sample(pl_module))
         if trainer.is_global_zero:
