@@ -121,7 +121,7 @@ def test_shards_of_a_folder(weights, make_vae):
     weights.unlink()
     assert_same_weights(load_vae(str(weights.parent)), make_vae("tiny"))
     file.unlink()
-    with pytest.raises(ValueError, match=rf"{len(names) - 20} missing: "):
+    with pytest.raises(ValueError, match=r"tiny holds 1 of 2 shards: diffusion_pytorch_model-00001-of-00002"):
         load_vae(str(weights.parent))
 
 
@@ -265,7 +265,7 @@ def test_pth_from_before_the_zip_format(make_vae, tmp_path):
     ("content", "message"),
     [
         ([torch.zeros(2)], r"Wan\.pth holds a list, no state dict"),
-        ({"state_dict": {"a": torch.zeros(1)}, "epoch": 3}, r"Wan\.pth holds 'state_dict', which is no tensor"),
+        ({"state_dict": {"a": torch.zeros(1)}, "epoch": 3}, r"Wan\.pth holds state_dict, epoch: no tensor\. A training"),
     ],
 )
 def test_pth_that_is_no_state_dict(tmp_path, content, message):
