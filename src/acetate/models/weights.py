@@ -95,13 +95,14 @@ def assign(
 def _converted(
     file: Path, names: Mapping[str, str], dtype_of: Callable[[str], torch.dtype]
 ) -> Iterator[tuple[str, Tensor]]:
-    held, converted = _open(file), 0
+    held, done, converted = _open(file), {}, 0
     for name, key in names.items():
-        if converted > REMAP and _mappable(file):
-            held, converted = _open(file), 0
-        value = held[key].to(dtype_of(name))
-        converted += held[key].nbytes if value.dtype != held[key].dtype else 0
-        yield name, value
+        if key not in done:
+            if converted > REMAP and _mappable(file):
+                held, converted = _open(file), 0
+            done[key] = held[key].to(dtype_of(name))
+            converted += held[key].nbytes if done[key].dtype != held[key].dtype else 0
+        yield name, done[key]
 
 
 def read_json(file: Path) -> dict[str, Any]:
