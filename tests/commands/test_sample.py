@@ -11,10 +11,10 @@ from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
 from acetate.commands.sample import file_name, guide_ellipses, load_dit, read_prompts
+from acetate.formats.rgba_vae import load_rgba_vae
 from acetate.models.adapters import ADAPTER_SCHEMA, trainable_state
 from acetate.models.dit import FINGERPRINT, add_dora, merge_dora
 from acetate.models.loading import load_transformer, weights_sha256
-from acetate.models.rgba_vae import load_rgba_vae
 from acetate.models.text import TextEncoder
 from acetate.models.wan import Geometry
 from acetate.video_io import read_rgba

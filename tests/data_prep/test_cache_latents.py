@@ -12,9 +12,10 @@ from safetensors.torch import load_file, save_file
 from acetate.alpha import PALETTE_NAMES, harden, over, palette_colors
 from acetate.data.latents import EMPTY_PROMPT, LatentDataModule, Piece, cut, index_latents, read_latents
 from acetate.data.shards import MANIFEST, ShardError, ShardWriter, encode_clip, index_shards, read_clip, read_meta
+from acetate.formats.rgba_vae import load_rgba_vae
 from acetate.models.adapters import ADAPTER_SCHEMA, trainable_state
 from acetate.models.loading import load_vae
-from acetate.models.rgba_vae import RGBAVAE, load_rgba_vae
+from acetate.models.rgba_vae import RGBAVAE
 from acetate.models.text import TextEncoder
 from acetate.regions import fit_ellipses
 from data_prep import cache_latents as program

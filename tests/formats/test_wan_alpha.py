@@ -5,6 +5,7 @@ from torch.testing import assert_close
 from acetate.formats.wan_alpha import trainable_from_wan_alpha
 from acetate.models.adapters import check_fit, trainable_state
 from acetate.models.rgba_vae import RGBAVAE
+from tests.original import MERGE, replaced
 
 
 @pytest.fixture(scope="module")
@@ -12,29 +13,9 @@ def trainable(make_vae):
     return trainable_state(RGBAVAE(vae=make_vae(), merge_init="scratch", lora_rank=2, lora_alpha=1.0))
 
 
-def released_name(name: str, like: dict[str, str]) -> str:
-    """Ours -> Wan-Alpha's, by the place of a part in the released module lists."""
-    for ours, theirs in like.items():
-        name = name.replace(ours, theirs)
-    return name
-
-
-MERGE = {
-    "merge.conv_in.": "middle.block.conv1.",
-    "merge.norm_out.": "middle.block.head.0.",
-    "merge.conv_out.": "middle.block.head.2.",
-    "merge.blocks.resnets.0.": "middle.block.middle.0.residual.",
-    "merge.blocks.attentions.0.": "middle.block.middle.1.",
-    "merge.blocks.resnets.1.": "middle.block.middle.2.residual.",
-    "merge.blocks.attentions.1.": "middle.block.middle.3.",
-    "merge.blocks.resnets.2.": "middle.block.middle.4.residual.",
-}
-RESIDUAL = {"residual.norm1.": "residual.0.", "residual.conv1.": "residual.2.", "residual.norm2.": "residual.3."}
-
-
 def test_the_whole_merge_block_has_a_place(trainable):
     merge = {name: value for name, value in trainable.items() if name.startswith("merge.")}
-    flat = {released_name(name, MERGE | RESIDUAL | {"residual.conv2.": "residual.6."}): v for name, v in merge.items()}
+    flat = {replaced(name, MERGE): value for name, value in merge.items()}
     assert all(name.startswith("middle.block.") for name in flat)
     converted = trainable_from_wan_alpha(flat)
     check_fit(merge, converted, "released merge block")

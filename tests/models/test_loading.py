@@ -12,58 +12,7 @@ from torch.testing import assert_close
 
 from acetate.models import loading
 from acetate.models.loading import load_transformer, load_vae, weights_sha256
-
-RESIDUAL = {"norm1.": "residual.0.", "conv1.": "residual.2.", "norm2.": "residual.3.", "conv2.": "residual.6."}
-TRANSFORMER = {
-    "condition_embedder.time_embedder.linear_1": "time_embedding.0",
-    "condition_embedder.time_embedder.linear_2": "time_embedding.2",
-    "condition_embedder.text_embedder.linear_1": "text_embedding.0",
-    "condition_embedder.text_embedder.linear_2": "text_embedding.2",
-    "condition_embedder.time_proj": "time_projection.1",
-    ".attn1.": ".self_attn.",
-    ".attn2.": ".cross_attn.",
-    ".to_out.0.": ".o.",
-    ".to_q.": ".q.",
-    ".to_k.": ".k.",
-    ".to_v.": ".v.",
-    ".ffn.net.0.proj.": ".ffn.0.",
-    ".ffn.net.2.": ".ffn.2.",
-    ".norm2.": ".norm3.",
-    "proj_out": "head.head",
-}
-
-
-def original_vae_state(vae):
-    """Names of Wan2.1_VAE.pth, where every stage of the decoder has three residual blocks and a resampling."""
-    state = {}
-    for name, value in vae.state_dict().items():
-        for ours, theirs in RESIDUAL.items():
-            name = name.replace(f".{ours}", f".{theirs}")
-        name = name.replace("post_quant_conv.", "conv2.").replace("quant_conv.", "conv1.")
-        for coder in ("encoder", "decoder"):
-            name = name.replace(f"{coder}.conv_in.", f"{coder}.conv1.").replace(
-                f"{coder}.norm_out.", f"{coder}.head.0."
-            )
-            name = name.replace(f"{coder}.conv_out.", f"{coder}.head.2.")
-        name = name.replace("mid_block.resnets.0.", "middle.0.").replace("mid_block.resnets.1.", "middle.2.")
-        name = name.replace("mid_block.attentions.0.", "middle.1.").replace("conv_shortcut.", "shortcut.")
-        name = name.replace("encoder.down_blocks.", "encoder.downsamples.")
-        if match := re.fullmatch(r"decoder\.up_blocks\.(\d)\.(resnets|upsamplers)\.(\d)\.(.+)", name):
-            stage, kind, index, rest = match.groups()
-            place = 4 * int(stage) + (int(index) if kind == "resnets" else 3)
-            name = f"decoder.upsamples.{place}.{rest}"
-        state[name] = value
-    return state
-
-
-def original_transformer_state(transformer):
-    state = {}
-    for name, value in transformer.state_dict().items():
-        for ours, theirs in TRANSFORMER.items():
-            name = name.replace(ours, theirs)
-        name = "head.modulation" if name == "scale_shift_table" else name.replace("scale_shift_table", "modulation")
-        state[name] = value
-    return state
+from tests.original import original_transformer_state, original_vae_state
 
 
 def assert_same_weights(ours, expected):
@@ -265,7 +214,10 @@ def test_pth_from_before_the_zip_format(make_vae, tmp_path):
     ("content", "message"),
     [
         ([torch.zeros(2)], r"Wan\.pth holds a list, no state dict"),
-        ({"state_dict": {"a": torch.zeros(1)}, "epoch": 3}, r"Wan\.pth holds state_dict, epoch: no tensor\. A training"),
+        (
+            {"state_dict": {"a": torch.zeros(1)}, "epoch": 3},
+            r"Wan\.pth holds state_dict, epoch: no tensor\. A training",
+        ),
     ],
 )
 def test_pth_that_is_no_state_dict(tmp_path, content, message):

@@ -9,6 +9,7 @@ from torch.testing import assert_close
 
 from acetate.models import text
 from acetate.models.text import TextEncoder, embed_prompt, load_umt5, prompt_cache
+from tests.original import original_umt5_state
 
 
 def test_prompt_embedding(wan_folder, tmp_path):
@@ -68,30 +69,6 @@ def test_prompt_cache_names():
     }
     assert len(names) == 5
     assert prompt_cache("a", "wan", 8, "cache") in names
-
-
-BLOCK = {
-    "SelfAttention.relative_attention_bias": "pos_embedding.embedding",
-    "0.SelfAttention.": "0.attn.",
-    "layer.0.layer_norm": "norm1",
-    "layer.1.layer_norm": "norm2",
-    "DenseReluDense.wi_0": "ffn.gate.0",
-    "DenseReluDense.wi_1": "ffn.fc1",
-    "DenseReluDense.wo": "ffn.fc2",
-}
-
-
-def original_umt5_state(model):
-    """Names of models_t5_umt5-xxl-enc-bf16.pth."""
-    state = {}
-    for name, value in model.state_dict().items():
-        for theirs, wans in BLOCK.items():
-            name = name.replace(theirs, wans)
-        name = name.replace("encoder.block.", "blocks.").replace("layer.0.", "").replace("layer.1.", "")
-        name = name.replace("shared.", "token_embedding.").replace("encoder.final_layer_norm.", "norm.")
-        if name != "encoder.embed_tokens.weight":
-            state[name] = value.contiguous()
-    return state
 
 
 def wan_forward(state, ids, heads):
@@ -175,7 +152,9 @@ def test_umt5_that_does_not_fit(original):
     state["blocks.1.attn.gate.weight"] = state.pop("blocks.1.attn.o.weight")
     state["norm.weight"] = torch.zeros(7)
     torch.save(state, file)
-    with pytest.raises(ValueError, match=r"bf16\.pth does not fit the model: .*not used: blocks\.1\.attn\.gate") as error:
+    with pytest.raises(
+        ValueError, match=r"bf16\.pth does not fit the model: .*not used: blocks\.1\.attn\.gate"
+    ) as error:
         load_umt5(file)
     assert "1 missing: encoder.block.1.layer.0.SelfAttention.o.weight" in str(error.value)
     assert "norm.weight is (7,), the model has (16,)" in str(error.value)

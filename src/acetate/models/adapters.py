@@ -48,6 +48,11 @@ def trainable_state(module: nn.Module) -> dict[str, Tensor]:
     return {name: p for name, p in module.named_parameters() if p.requires_grad}
 
 
+def is_float(tensor: Tensor) -> bool:
+    """Of 16 bits or more: what has 8 is quantised, and its scales lie elsewhere."""
+    return tensor.is_floating_point() and tensor.itemsize > 1
+
+
 def listed(names: Sequence[str], most: int = 20) -> str:
     """All of them, or the first ones and how many more there are."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
@@ -59,8 +64,7 @@ def check_fit(
 ) -> None:
     """Raises ValueError with the names unless `state` has exactly target's names and shapes, in floating point.
 
-    labels: what state's names are called in the source. Quantised tensors, 8-bit floats among them, do not fit: their
-    scales lie elsewhere.
+    labels: what state's names are called in the source.
     """
     labels = labels or {}
     both = [(labels.get(name, name), tensor, state[name]) for name, tensor in target.items() if name in state]
@@ -75,7 +79,7 @@ def check_fit(
         "of another type": [
             f"{label} is {str(value.dtype).removeprefix('torch.')}, needed: a float of 16 bits or more"
             for label, tensor, value in both
-            if tensor.is_floating_point() and not (value.is_floating_point() and value.itemsize > 1)
+            if is_float(tensor) and not is_float(value)
         ],
     }
     if any(found.values()):

@@ -6,7 +6,6 @@ A source is a folder (diffusers layout, or the original release's), a single fil
 
 import hashlib
 import inspect
-import json
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path

@@ -5,7 +5,7 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import init_empty_weights
@@ -115,7 +115,8 @@ def load_umt5(path: Path, dtype: torch.dtype | None = None) -> "UMT5EncoderModel
     tied = {"shared.weight", "encoder.embed_tokens.weight"}  # one matrix; files hold it under one name or both
     if held := tied & names.keys():
         names |= {name: names[min(held, key=len)] for name in tied}
-    dtype = dtype or config.dtype or next(iter(weights.meta.values())).dtype
+    stored: Any = config.dtype
+    dtype = dtype or stored or next(iter(weights.meta.values())).dtype
     precise = set(model._keep_in_fp32_modules or ()) if dtype == torch.float16 else set()  # as transformers does
     assign(model, weights, names, lambda name: torch.float32 if precise & {*name.split(".")} else dtype)
     model.tie_weights()

@@ -124,8 +124,12 @@ def _index(path: Path) -> Path | None:
 
 def _weight_map(index: Path) -> dict[str, str]:
     names = read_json(index).get("weight_map")
-    if not isinstance(names, dict) or not all(isinstance(file, str) and file == Path(file).name for file in names.values()):
-        raise ValueError(f"{index}: its weight_map must give a file of the same folder for every tensor. Fetch it anew.")
+    if not isinstance(names, dict) or not all(
+        isinstance(file, str) and file == Path(file).name for file in names.values()
+    ):
+        raise ValueError(
+            f"{index}: its weight_map must give a file of the same folder for every tensor. Fetch it anew."
+        )
     return names
 
 
