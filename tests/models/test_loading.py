@@ -2,6 +2,7 @@ import json
 import os
 import pickle
 import re
+import shutil
 import zipfile
 
 import pytest
@@ -12,7 +13,8 @@ from torch.testing import assert_close
 
 from acetate.models import loading
 from acetate.models.loading import load_transformer, load_vae, weights_sha256
-from tests.original import original_transformer_state, original_vae_state
+from acetate.models.text import TextEncoder
+from tests.original import original_transformer_state, original_umt5_state, original_vae_state
 
 
 def assert_same_weights(ours, expected):
@@ -87,7 +89,16 @@ def test_original_vae(make_vae, tmp_path, suffix):
         assert loaded.config[key] == vae.config[key], key
 
 
-@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
+def test_original_names_of_a_smaller_vae(make_vae, tmp_path):
+    """Two residual blocks to a decoder stage in the place of Wan2.1's three; such a file lacks the latent constants."""
+    vae = make_vae("tiny")
+    state = original_vae_state(vae)
+    assert state["decoder.upsamples.2.resample.1.weight"].ndim == 4
+    save_file(state, tmp_path / "vae.safetensors")
+    assert_same_weights(load_vae(str(tmp_path / "vae.safetensors")), vae)
+
+
+@pytest.mark.parametrize("prefix", ["", "diffusion_model.", "model.diffusion_model."])
 def test_original_transformer(make_transformer, tmp_path, prefix):
     transformer = make_transformer()
     state = {f"{prefix}{name}": value for name, value in original_transformer_state(transformer).items()}
@@ -108,14 +119,22 @@ def test_original_transformer_without_head_count(make_transformer, tmp_path):
         load_transformer(str(file))
 
 
-def test_folder_of_the_original_release(make_vae, make_transformer, tmp_path):
-    """Wan2.1-T2V-1.3B as it is downloaded: the VAE, the DiT and the DiT's config side by side."""
+def test_folder_of_the_original_release(make_vae, make_transformer, wan_folder, tmp_path):
+    """Wan2.1-T2V-1.3B as it is downloaded: one folder for the VAE, the DiT and the text encoder."""
+    from transformers import UMT5EncoderModel
+
     torch.save(original_vae_state(make_vae("wan21")), tmp_path / "Wan2.1_VAE.pth")
-    torch.save({"token_embedding.weight": torch.zeros(2, 2)}, tmp_path / "models_t5_umt5-xxl-enc-bf16.pth")
+    umt5 = UMT5EncoderModel.from_pretrained(wan_folder / "text_encoder")
+    torch.save(original_umt5_state(umt5), tmp_path / "models_t5_umt5-xxl-enc-bf16.pth")
+    shutil.copytree(wan_folder / "tokenizer", tmp_path / "google/umt5-xxl")
     save_file(original_transformer_state(make_transformer()), tmp_path / "diffusion_pytorch_model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps({"num_heads": 2, "dim": 24}))
     assert_same_weights(load_transformer(str(tmp_path)), make_transformer())
     assert_same_weights(load_vae(str(tmp_path)), make_vae("wan21"))
+    assert TextEncoder(str(tmp_path), 8).sha256() == TextEncoder(str(wan_folder), 8).sha256()
+    torch.save({}, tmp_path / "other_VAE.pth")
+    with pytest.raises(ValueError, match=r"holds Wan2\.1_VAE\.pth, other_VAE\.pth\. Name the file"):
+        load_vae(str(tmp_path))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -19,7 +19,7 @@ from acetate.models.adapters import check_fit, listed
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
 STANDARD = ("diffusion_pytorch_model", "model", "pytorch_model")  # what diffusers and transformers call a single file
 SHARD = re.compile(r"(?P<stem>.+)-\d{5}-of-(?P<count>\d{5})\.\w+")
-REMAP = 2**27  # bytes to convert before a file is mapped anew, which gives its pages back
+REMAP = 2**26  # bytes to convert before a file is mapped anew, which gives its pages back
 
 
 @dataclass(frozen=True)
@@ -206,6 +206,7 @@ def _load(file: Path) -> object:
 
 
 def _damaged(file: Path, error: Exception) -> ValueError:
-    said = re.search(r"WeightsUnpickler error: (.+)", str(error))  # the lines around it advise to run the code
-    reason = said[1] if said else str(error).partition("\n")[0] or type(error).__name__
+    said = re.search(r"WeightsUnpickler error:\s*(.+)", str(error))  # the lines around it advise to run the code
+    plain = not isinstance(error, pickle.UnpicklingError) or "Weights only" not in str(error)
+    reason = said[1] if said else str(error).partition("\n")[0] if plain else "not written by torch.save"
     return ValueError(f"{file} cannot be read ({reason}). It is truncated or no weight file: fetch it anew.")
