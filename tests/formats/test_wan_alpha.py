@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from acetate.formats.wan_alpha import trainable_from_wan_alpha
+from acetate.formats.wan_alpha import dora_from_wan_alpha, trainable_from_wan_alpha
 from acetate.models.adapters import check_fit, trainable_state
 from acetate.models.rgba_vae import RGBAVAE
 from tests.original import MERGE, replaced
@@ -76,3 +76,23 @@ def test_frozen_tensors_are_left_out():
 def test_keys_without_a_place_are_errors(key):
     with pytest.raises(ValueError, match=key):
         trainable_from_wan_alpha({key: torch.zeros(2, 2)})
+
+
+LAYER = "blocks.1.cross_attn.o"
+PARTS = {"lora_A": torch.ones(2, 3), "lora_B": torch.ones(3, 2), "lora_magnitude_vector": torch.ones(3)}
+
+
+@pytest.mark.parametrize("prefix", ["", "diffusion_model.", "pipe.dit."])
+@pytest.mark.parametrize("adapter", [".default", ""])
+def test_dora_names(prefix, adapter):
+    flat = {f"{prefix}{LAYER}.{part}{adapter}.weight": value for part, value in PARTS.items()}
+    assert dora_from_wan_alpha(flat) == {f"blocks.1.attn2.to_out.0.{p}.default.weight": v for p, v in PARTS.items()}
+
+
+def test_dora_keys_without_a_place():
+    flat = {f"{LAYER}.dora_scale": torch.ones(3, 1), f"{LAYER}.alpha": torch.ones(1)}
+    with pytest.raises(ValueError, match=rf"t2v: {LAYER}\.dora_scale, {LAYER}\.alpha: names that Wan-Alpha does not"):
+        dora_from_wan_alpha(flat, "t2v")
+    twice = {f"{prefix}{LAYER}.lora_A.weight": torch.ones(2, 3) for prefix in ("", "diffusion_model.")}
+    with pytest.raises(ValueError, match="the same tensor under two names"):
+        dora_from_wan_alpha(twice)
