@@ -43,8 +43,8 @@ from acetate.data.shards import (
     read_meta,
     write_json,
 )
-from acetate.models.adapters import read_adapters
-from acetate.models.rgba_vae import RGBAVAE, load_rgba_vae
+from acetate.formats.rgba_vae import load_rgba_vae, read_rgba_vae
+from acetate.models.rgba_vae import DECODERS_ONLY, RGBAVAE
 from acetate.models.text import TextEncoder
 from acetate.regions import fit_ellipses
 from data_prep.ingest import check_budget, print_bad
@@ -70,7 +70,10 @@ class Sources:
     chunk: int | None = None  # latent frames at a time
 
     def load_vae(self) -> RGBAVAE:
-        return load_rgba_vae(vae=self.vae, adapters=self.rgba_vae, chunk=self.chunk, frozen_dtype=self.frozen_dtype)
+        vae = load_rgba_vae(vae=self.vae, adapters=self.rgba_vae, chunk=self.chunk, frozen_dtype=self.frozen_dtype)
+        if not isinstance(vae, RGBAVAE):
+            raise ValueError(f"rgba_vae={self.rgba_vae}: {DECODERS_ONLY}")
+        return vae
 
 
 @dataclass(frozen=True)
@@ -233,7 +236,7 @@ def made_by(
         **asdict(settings),
         **dict(zip(IDENTITY, identity, strict=True)),
         "frozen_dtype": sources.frozen_dtype,
-        "eps": read_adapters(sources.rgba_vae, kind="rgba_vae")[2]["eps"],
+        "eps": read_rgba_vae(sources.rgba_vae)[2]["eps"],
         "shards_sha256": sorted(hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest() for folder in shards),
     }
     return json.loads(json.dumps({"command": "data_prep.cache_latents", "settings": content}))

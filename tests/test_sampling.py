@@ -71,9 +71,9 @@ def test_guide_moves_from_its_first_to_its_last_frame():
 
 
 def test_shift_is_outside_of_the_guide():
-    guides = EllipsePath(axes=(0.5, 0.5)).ellipses(2, 8, 8)
+    guide = regions.gaussian(EllipsePath(axes=(0.5, 0.5)).ellipses(2, 8, 8), 8, 8)
     shape = (16, 2, 8, 8)
-    shifted = initial_noise([3], shape, guides, 0.5, "cpu")
+    shifted = initial_noise([3], shape, guide, 0.5, "cpu")
     with pytest.warns(UserWarning, match="trained with a mean shift of 0.5, and no guide"):
         plain = initial_noise([3], shape, None, 0.5, "cpu")
     shift = (shifted - plain)[0]

@@ -10,10 +10,10 @@ from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler, 
 from torch import Tensor
 from tqdm import tqdm
 
-from acetate import flow, regions
+from acetate import flow
 from acetate.draws import generator_for
 from acetate.models.dit import velocity
-from acetate.models.rgba_vae import RGBAVAE
+from acetate.models.rgba_vae import RGBADecoders
 from acetate.models.wan import Geometry
 from acetate.regions import check_clip_shape
 
@@ -72,7 +72,7 @@ class EllipsePath:
                 raise ValueError(f"guide.{name}={list(axes)}; lengths are positive shares of the shorter side.")
 
     def ellipses(self, frames: int, height: int, width: int) -> Tensor:
-        """(1, F, 5) in cells of a latent grid, as `regions.fit_ellipses` gives them."""
+        """(1, F, 5) in cells of a latent grid, as `regions.fit_ellipses` gives them; `regions.gaussian` draws them."""
         short = min(height, width)
         start = [*self.centre, *self.axes, self.angle]
         end = [*(self.end_centre or self.centre), *(self.end_axes or self.axes)]
@@ -91,15 +91,17 @@ def check_size(frames: int, height: int, width: int, geometry: Geometry, patch: 
 
 
 def initial_noise(
-    seeds: Sequence[int], shape: Sequence[int], guides: Tensor | None, mean_shift: float, device: torch.device | str
+    seeds: Sequence[int], shape: Sequence[int], guide: Tensor | None, mean_shift: float, device: torch.device | str
 ) -> Tensor:
-    """(B, C, F, h, w): the same for a seed in any batch and on any device, shifted outside of the guides (B, F, 5).
+    """(B, C, F, h, w): the same for a seed in any batch and on any device, shifted outside of the guide.
+
+    guide: G in [0, 1], (1 or B, 1, F, h, w), as of `regions.gaussian`.
 
     A model that was trained with a shift and is sampled without a guide gets no subject: that warns.
     """
     draws = [torch.randn(tuple(shape), generator=generator_for("sample", seed)) for seed in seeds]
     noise = torch.stack(draws).to(device)
-    if guides is None:
+    if guide is None:
         if mean_shift:
             warnings.warn(
                 f"This DiT was trained with a mean shift of {mean_shift}, and no guide says where the subject is: "
@@ -109,8 +111,7 @@ def initial_noise(
         return noise
     if not mean_shift:
         raise ValueError("A guide does nothing without a mean shift. Give mean_shift=0.05, or no guide.")
-    guide = regions.gaussian(guides.expand(len(seeds), -1, -1), *shape[-2:]).to(device)
-    return flow.mean_shift(noise, guide, mean_shift)
+    return flow.mean_shift(noise, guide.to(device), mean_shift)
 
 
 @torch.no_grad()
@@ -137,7 +138,7 @@ def sample_latents(
 
 
 @torch.no_grad()
-def decode(vae: RGBAVAE, latents: Tensor, clips_at_once: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
+def decode(vae: RGBADecoders, latents: Tensor, clips_at_once: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
     """rgb (3, T, H, W) and alpha (1, T, H, W) of every clip, on the CPU; `vae.chunk` bounds the memory."""
     for part in latents.split(clips_at_once):
         rgb, alpha = vae.decode(vae.denormalise(part.float()))

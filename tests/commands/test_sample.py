@@ -1,6 +1,7 @@
 """The sample command on the shipped base, with adapters that a real run wrote."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -10,14 +11,16 @@ from hydra import compose, initialize_config_dir
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
-from acetate.commands.sample import file_name, guide_ellipses, load_dit, read_prompts
+from acetate.commands.sample import check_models, file_name, guide_ellipses, guide_mask, load_dit, read_prompts
+from acetate.formats.rgba_vae import load_rgba_vae
 from acetate.models.adapters import ADAPTER_SCHEMA, trainable_state
 from acetate.models.dit import FINGERPRINT, add_dora, merge_dora
-from acetate.models.loading import load_transformer, weights_sha256
-from acetate.models.rgba_vae import load_rgba_vae
+from acetate.models.loading import load_transformer, load_vae, weights_sha256
+from acetate.models.rgba_vae import RGBAVAE, RGBADecoders
 from acetate.models.text import TextEncoder
 from acetate.models.wan import Geometry
 from acetate.video_io import read_rgba
+from tests.original import original_transformer_state, wan_alpha_state
 from tests.paths import ROOT
 
 BASE = str(ROOT / "assets/wan-tiny")
@@ -104,6 +107,115 @@ def test_few_step_lora_is_an_explicit_switch(tmp_path, dora):
     save_file(tensors, tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match=r"blocks\.77\.attn1\.to_q\.weight does not exist in this DiT"):
         load_dit(config_for(f"dora={dora}", f"few_step.lora={tmp_path}/other.safetensors"), "cpu")
+
+
+def released_dora(transformer, rank=2):
+    """Random DoRA tensors under the names of the released t2v.safetensors."""
+    generator, state = torch.Generator().manual_seed(0), {}
+    for name, value in original_transformer_state(transformer).items():
+        if re.fullmatch(r"blocks\.\d+\.((self|cross)_attn\.[qkvo]|ffn\.[02])\.weight", name):
+            layer, (out, width) = name.removesuffix(".weight"), value.shape
+            state[f"{layer}.lora_A.default.weight"] = torch.randn(rank, width, generator=generator)
+            state[f"{layer}.lora_B.default.weight"] = torch.randn(out, rank, generator=generator) * 0.1
+            state[f"{layer}.lora_magnitude_vector.default.weight"] = value.norm(dim=1) * 1.1
+    return state
+
+
+@pytest.mark.parametrize("prefix", ["", "diffusion_model."])
+@pytest.mark.parametrize("adapter", [".default", ""])
+def test_released_dora(tmp_path, prefix, adapter):
+    state = released_dora(base := load_transformer(BASE))
+    save_file({f"{prefix}{k}".replace(".default", adapter): v for k, v in state.items()}, tmp_path / "t2v.safetensors")
+    ours, facts = load_dit(config_for(f"dora={tmp_path}/t2v.safetensors"), "cpu")
+    assert facts["mean_shift"] == 0.05
+    layer = "blocks.0.ffn.0"
+    down, up, magnitude = (state[f"{layer}.lora_{p}.default.weight"] for p in ("A", "B", "magnitude_vector"))
+    adapted = base.blocks[0].ffn.net[0].proj.weight + up @ down
+    expected = magnitude[:, None] * adapted / adapted.norm(dim=1, keepdim=True)
+    assert_close(ours.blocks[0].ffn.net[0].proj.weight.data, expected.data, rtol=1e-5, atol=1e-6)
+
+
+def test_released_dora_that_does_not_fit(tmp_path):
+    file = tmp_path / "t2v.safetensors"
+    state = released_dora(load_transformer(BASE))
+    name = "blocks.0.ffn.0.lora_magnitude_vector.default.weight"
+    for damaged, message in (
+        ({k: v for k, v in state.items() if k != name}, r"1 missing: blocks\.0\.ffn\.net\.0\.proj\.lora_magnitude"),
+        (
+            state | {name: state[name][:, None]},
+            r"magnitude_vector\.default\.weight is \(256, 1\), the model has \(256,\)",
+        ),
+        (state | {name: state[name].to(torch.int8)}, r"magnitude_vector\.default\.weight is int8, needed"),
+    ):
+        save_file(damaged, file)
+        with pytest.raises(ValueError, match=rf"t2v\.safetensors.*{message}"):
+            load_dit(config_for(f"dora={file}"), "cpu")
+    file.write_bytes(file.read_bytes()[:-9])
+    with pytest.raises(ValueError, match=r"t2v\.safetensors cannot be read"):
+        load_dit(config_for(f"dora={file}"), "cpu")
+
+
+def test_few_step_files(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"few_step\.lora=.*none does not exist"):
+        load_dit(config_for("dora=null", f"few_step.lora={tmp_path}/none"), "cpu")
+    (tmp_path / "lora.gguf").write_bytes(b"GGUF")
+    with pytest.raises(ValueError, match=r"lora\.gguf: a file of weights ends in \.safetensors"):
+        load_dit(config_for("dora=null", f"few_step.lora={tmp_path}/lora.gguf"), "cpu")
+    for i, part in enumerate(("lora_down", "lora_up"), 1):
+        tensor = {f"blocks.0.self_attn.q.{part}.weight": torch.ones(*((2, 128) if i == 1 else (128, 2)))}
+        save_file(tensor, tmp_path / f"lora-0000{i}-of-00002.safetensors")
+    few, _ = load_dit(config_for("dora=null", f"few_step.lora={tmp_path}"), "cpu")
+    change = few.blocks[0].attn1.to_q.weight - load_transformer(BASE).blocks[0].attn1.to_q.weight
+    assert_close(change, torch.full((128, 128), 2.0), rtol=0, atol=1e-5)
+
+
+def test_mask_as_guide(tmp_path, make_vae):
+    geometry = Geometry.of(make_vae("wan21"))
+    size = ["frames=5", "height=32", "width=48"]
+    drawn = guide_mask(config_for(*size, "guide.centre=[0.5,0.25]"), geometry, {})
+    assert drawn.shape == (1, 1, 2, 4, 6)
+    torch.save(drawn[0, 0], tmp_path / "gauss_mask")
+    read = guide_mask(config_for(*size, f"guide.mask={tmp_path}/gauss_mask"), geometry, {})
+    assert_close(read, drawn, rtol=0, atol=0)
+    assert guide_mask(config_for(*size), geometry, {}) is None
+    with pytest.raises(ValueError, match=r"guide\.mask and guide\.centre are both given"):
+        guide_mask(config_for(*size, f"guide.mask={tmp_path}/gauss_mask", "guide.centre=[0.5,0.25]"), geometry, {})
+    with pytest.raises(ValueError, match=r"has 2 frames, this clip 3 latent frames"):
+        guide_mask(config_for("frames=9", *size[1:], f"guide.mask={tmp_path}/gauss_mask"), geometry, {})
+
+
+def test_models_that_the_dora_was_trained_with(make_vae):
+    vae = RGBAVAE(vae=make_vae("tiny"), merge_init="scratch", lora_rank=1, lora_alpha=1.0)
+    facts = {"vae_sha256": vae.latents_sha256(), "text_encoder_sha256": "t"}
+    check_models(facts, vae, "t")
+    with pytest.raises(ValueError, match="The DoRA's vae_sha256 is 1234"):
+        check_models(facts | {"vae_sha256": "1234"}, vae, "t")
+    decoders = RGBADecoders(rgb=make_vae("tiny"), alpha=make_vae("tiny"))
+    with pytest.warns(UserWarning, match="holds decoders only, which do not say"):
+        check_models(facts, decoders, "t")
+    with pytest.raises(ValueError, match="The DoRA's text_encoder_sha256"):
+        check_models({"text_encoder_sha256": "t"}, decoders, "u")
+
+
+@pytest.mark.slow
+def test_samples_with_released_files(tmp_path):
+    """The VAE checkpoint, its decoder.bin, t2v.safetensors, a few-step LoRA and a Gaussian mask, all as released."""
+    vae = RGBAVAE(vae=load_vae(BASE), merge_init="scratch", lora_rank=2, lora_alpha=1.0)
+    state = wan_alpha_state(vae, res_blocks=1)
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    torch.save({name: value for name, value in state.items() if ".lora_" in name}, tmp_path / "decoder.bin")
+    save_file(released_dora(load_transformer(BASE)), tmp_path / "t2v.safetensors")
+    save_file({"diffusion_model.blocks.0.ffn.0.diff_b": torch.ones(256)}, tmp_path / "few.safetensors")
+    torch.save(torch.rand(2, 9, 17), tmp_path / "gauss_mask")
+    given = [f"dora={tmp_path}/t2v.safetensors", f"few_step.lora={tmp_path}/few.safetensors", "frames=5", "height=24",
+             "width=32", "steps=1", "formats=[png]", f"guide.mask={tmp_path}/gauss_mask", "prompt=disc"]  # fmt: skip
+    clips = []
+    for file in ("pytorch_model.bin", "decoder.bin"):
+        done = run(tmp_path / file.split(".")[0], f"rgba_vae={tmp_path}/{file}", *given)
+        assert done.returncode == 0, done.stderr[-2000:]
+        clips.append(read_rgba(tmp_path / file.split(".")[0] / "000-disc-seed0_png").frames)
+    assert clips[0].shape == (5, 24, 32, 4)
+    assert (clips[0] == clips[1]).all()
 
 
 def test_guides(tmp_path, make_vae):

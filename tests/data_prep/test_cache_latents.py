@@ -12,16 +12,18 @@ from safetensors.torch import load_file, save_file
 from acetate.alpha import PALETTE_NAMES, harden, over, palette_colors
 from acetate.data.latents import EMPTY_PROMPT, LatentDataModule, Piece, cut, index_latents, read_latents
 from acetate.data.shards import MANIFEST, ShardError, ShardWriter, encode_clip, index_shards, read_clip, read_meta
+from acetate.formats.rgba_vae import load_rgba_vae
 from acetate.models.adapters import ADAPTER_SCHEMA, trainable_state
 from acetate.models.loading import load_vae
-from acetate.models.rgba_vae import RGBAVAE, load_rgba_vae
+from acetate.models.rgba_vae import RGBAVAE
 from acetate.models.text import TextEncoder
 from acetate.regions import fit_ellipses
 from data_prep import cache_latents as program
-from data_prep.cache_latents import Sources, cache_latents
+from data_prep.cache_latents import Sources, cache_latents, made_by
 from data_prep.ingest import TooManyBad
 from data_prep.latent_plan import Settings
 from tests.conftest import fill_
+from tests.original import wan_alpha_state
 from tests.paths import ROOT
 
 ELLIPSE = {"threshold": 0.1, "aligned": False, "raster": "exact", "enlargements": 64}
@@ -408,3 +410,16 @@ def test_placed_picture_is_whole(place, clips):
     x = (alpha[0, 0, 0].sum(0) * (torch.arange(32) + 0.5)).sum() / alpha.sum()
     assert abs(y - (above * slack + side / 2)) < 0.6
     assert abs(x - (before * slack + side / 2)) < 0.6
+
+
+def test_latents_of_the_released_vae_checkpoint(wan_folder, sources, tmp_path):
+    """Its eps is that of the released code; its decoders alone make no latents."""
+    state = wan_alpha_state(RGBAVAE(vae=load_vae(str(wan_folder)), merge_init="scratch", lora_rank=2, lora_alpha=1.0))
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    torch.save({name: value for name, value in state.items() if ".lora_" in name}, tmp_path / "decoder.bin")
+    released = replace(sources, rgba_vae=str(tmp_path / "pytorch_model.bin"))
+    encoder = TextEncoder(sources.text_encoder, sources.prompt_length)
+    settings = made_by([], released, SETTINGS, released.load_vae(), encoder)["settings"]
+    assert settings["eps"] == 0
+    with pytest.raises(ValueError, match=r"decoder\.bin: these files hold decoders only, and no merge block"):
+        replace(sources, rgba_vae=str(tmp_path / "decoder.bin")).load_vae()

@@ -2,9 +2,10 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from acetate.formats.wan_alpha import trainable_from_wan_alpha
+from acetate.formats.wan_alpha import dora_from_wan_alpha, trainable_from_wan_alpha
 from acetate.models.adapters import check_fit, trainable_state
 from acetate.models.rgba_vae import RGBAVAE
+from tests.original import MERGE, replaced
 
 
 @pytest.fixture(scope="module")
@@ -12,29 +13,9 @@ def trainable(make_vae):
     return trainable_state(RGBAVAE(vae=make_vae(), merge_init="scratch", lora_rank=2, lora_alpha=1.0))
 
 
-def released_name(name: str, like: dict[str, str]) -> str:
-    """Ours -> Wan-Alpha's, by the place of a part in the released module lists."""
-    for ours, theirs in like.items():
-        name = name.replace(ours, theirs)
-    return name
-
-
-MERGE = {
-    "merge.conv_in.": "middle.block.conv1.",
-    "merge.norm_out.": "middle.block.head.0.",
-    "merge.conv_out.": "middle.block.head.2.",
-    "merge.blocks.resnets.0.": "middle.block.middle.0.residual.",
-    "merge.blocks.attentions.0.": "middle.block.middle.1.",
-    "merge.blocks.resnets.1.": "middle.block.middle.2.residual.",
-    "merge.blocks.attentions.1.": "middle.block.middle.3.",
-    "merge.blocks.resnets.2.": "middle.block.middle.4.residual.",
-}
-RESIDUAL = {"residual.norm1.": "residual.0.", "residual.conv1.": "residual.2.", "residual.norm2.": "residual.3."}
-
-
 def test_the_whole_merge_block_has_a_place(trainable):
     merge = {name: value for name, value in trainable.items() if name.startswith("merge.")}
-    flat = {released_name(name, MERGE | RESIDUAL | {"residual.conv2.": "residual.6."}): v for name, v in merge.items()}
+    flat = {replaced(name, MERGE): value for name, value in merge.items()}
     assert all(name.startswith("middle.block.") for name in flat)
     converted = trainable_from_wan_alpha(flat)
     check_fit(merge, converted, "released merge block")
@@ -95,3 +76,23 @@ def test_frozen_tensors_are_left_out():
 def test_keys_without_a_place_are_errors(key):
     with pytest.raises(ValueError, match=key):
         trainable_from_wan_alpha({key: torch.zeros(2, 2)})
+
+
+LAYER = "blocks.1.cross_attn.o"
+PARTS = {"lora_A": torch.ones(2, 3), "lora_B": torch.ones(3, 2), "lora_magnitude_vector": torch.ones(3)}
+
+
+@pytest.mark.parametrize("prefix", ["", "diffusion_model.", "pipe.dit."])
+@pytest.mark.parametrize("adapter", [".default", ""])
+def test_dora_names(prefix, adapter):
+    flat = {f"{prefix}{LAYER}.{part}{adapter}.weight": value for part, value in PARTS.items()}
+    assert dora_from_wan_alpha(flat) == {f"blocks.1.attn2.to_out.0.{p}.default.weight": v for p, v in PARTS.items()}
+
+
+def test_dora_keys_without_a_place():
+    flat = {f"{LAYER}.dora_scale": torch.ones(3, 1), f"{LAYER}.alpha": torch.ones(1)}
+    with pytest.raises(ValueError, match=rf"t2v: {LAYER}\.dora_scale, {LAYER}\.alpha: names that Wan-Alpha does not"):
+        dora_from_wan_alpha(flat, "t2v")
+    twice = {f"{prefix}{LAYER}.lora_A.weight": torch.ones(2, 3) for prefix in ("", "diffusion_model.")}
+    with pytest.raises(ValueError, match="the same tensor under two names"):
+        dora_from_wan_alpha(twice)

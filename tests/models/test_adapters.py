@@ -172,8 +172,17 @@ def test_names_what_does_not_fit_and_loads_nothing(small):
         assert_close(parameter.data, before[name].data, rtol=0, atol=0)
 
 
-def test_error_lists_the_first_three():
-    target = {f"w{i}": torch.zeros(1) for i in range(5)}
-    with pytest.raises(ValueError, match=r"5 missing: w0, w1, w2, \.\.\. Choose|5 missing: w0, w1, w2, \.\.\.\."):
+def test_errors_list_all_names_up_to_twenty():
+    target = {f"w{i}": torch.zeros(1) for i in range(20)}
+    with pytest.raises(ValueError, match=rf"20 missing: {', '.join(target)}\. Choose"):
         check_fit(target, {}, "file")
+    with pytest.raises(ValueError, match=r"22 not used: x0, .*, x19 and 2 more\. Choose"):
+        check_fit({}, {f"x{i}": torch.zeros(1) for i in range(22)}, "file")
     check_fit(target, dict(target), "file")
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.float8_e4m3fn, torch.bool])
+def test_quantised_tensors_do_not_fit(dtype):
+    with pytest.raises(ValueError, match=rf"1 of another type: w is {str(dtype)[6:]}, needed: a float of 16 bits"):
+        check_fit({"w": torch.zeros(2)}, {"w": torch.zeros(2).to(dtype)}, "file")
+    check_fit({"w": torch.zeros(2, dtype=torch.int64)}, {"w": torch.zeros(2).to(dtype)}, "file")  # what is no float

@@ -1,11 +1,15 @@
+import math
 import shutil
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 from torch.testing import assert_close
 
-from acetate.models.text import embed_prompt, prompt_cache
+from acetate.models import text
+from acetate.models.text import TextEncoder, embed_prompt, load_umt5, prompt_cache
+from tests.original import original_umt5_state
 
 
 def test_prompt_embedding(wan_folder, tmp_path):
@@ -27,16 +31,9 @@ def test_prompt_embedding(wan_folder, tmp_path):
 
 
 def test_prompt_is_embedded_once(wan_folder, tmp_path, monkeypatch):
-    from transformers import UMT5EncoderModel
-
     loads = []
-    load = UMT5EncoderModel.from_pretrained
-
-    def counted(*args, **kwargs):
-        loads.append(args)
-        return load(*args, **kwargs)
-
-    monkeypatch.setattr(UMT5EncoderModel, "from_pretrained", counted)
+    load = text.load_umt5
+    monkeypatch.setattr(text, "load_umt5", lambda *args: loads.append(args) or load(*args))
     cache = str(tmp_path / "new" / "cache")
     first = embed_prompt("smoke", str(wan_folder), 20, cache)
     assert_close(embed_prompt("smoke", str(wan_folder), 20, cache), first, rtol=0, atol=0)
@@ -74,7 +71,106 @@ def test_prompt_cache_names():
     assert prompt_cache("a", "wan", 8, "cache") in names
 
 
-def test_text_encoder_of_the_original_release(tmp_path):
-    (tmp_path / "google").mkdir()
-    with pytest.raises(FileNotFoundError, match=r"has no folder tokenizer/\. UMT5 is read in diffusers layout"):
-        embed_prompt("smoke", str(tmp_path), 8, str(tmp_path / "cache"))
+def wan_forward(state, ids, heads):
+    """The encoder as Wan's own code runs it: no scaling, a position bias in every block, gated GELU (tanh)."""
+
+    def norm(x, gain):
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * gain
+
+    def position_bias(weight, length):
+        distance = torch.arange(length)[None] - torch.arange(length)[:, None]
+        buckets, exact = weight.shape[0] // 2, weight.shape[0] // 4
+        far = exact + (torch.log(distance.abs() / exact) / math.log(128 / exact) * (buckets - exact)).long()
+        far = far.clamp(max=buckets - 1)
+        place = (distance > 0) * buckets + torch.where(distance.abs() < exact, distance.abs(), far)
+        return weight[place].permute(2, 0, 1)
+
+    x = state["token_embedding.weight"][ids]
+    count = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks."))
+    for n in range(count):
+        w = {k.removeprefix(f"blocks.{n}.").removesuffix(".weight"): v for k, v in state.items() if f"blocks.{n}." in k}
+        y = norm(x, w["norm1"])
+        q, k, v = ((y @ w[f"attn.{part}"].T).unflatten(-1, (heads, -1)).transpose(0, 1) for part in "qkv")
+        scores = q @ k.transpose(1, 2) + position_bias(w["pos_embedding.embedding"], len(ids))
+        x = x + (scores.softmax(-1) @ v).transpose(0, 1).flatten(1) @ w["attn.o"].T
+        y = norm(x, w["norm2"])
+        gate = nn.functional.gelu(y @ w["ffn.gate.0"].T, approximate="tanh")
+        x = x + (gate * (y @ w["ffn.fc1"].T)) @ w["ffn.fc2"].T
+    return norm(x, state["norm.weight"])
+
+
+@pytest.fixture
+def original(wan_folder, tmp_path):
+    """The original release's folder: UMT5's file and google/umt5-xxl."""
+    from transformers import UMT5EncoderModel
+
+    model = UMT5EncoderModel.from_pretrained(wan_folder / "text_encoder")
+    torch.save(original_umt5_state(model), tmp_path / "models_t5_umt5-xxl-enc-bf16.pth")
+    shutil.copytree(wan_folder / "tokenizer", tmp_path / "google/umt5-xxl")
+    return tmp_path
+
+
+def test_names_are_wans_own(original):
+    state = torch.load(original / "models_t5_umt5-xxl-enc-bf16.pth", weights_only=True)
+    block = {name.removeprefix("blocks.1.") for name in state if name.startswith("blocks.1.")}
+    parts = ("attn.q", "attn.k", "attn.v", "attn.o", "pos_embedding.embedding", "norm1", "norm2")
+    assert block == {f"{part}.weight" for part in (*parts, "ffn.gate.0", "ffn.fc1", "ffn.fc2")}
+    rest = {name for name in state if not name.startswith("blocks.")}
+    assert rest == {"token_embedding.weight", "norm.weight"}
+
+
+@pytest.mark.parametrize("file", ["", "models_t5_umt5-xxl-enc-bf16.pth"])
+def test_text_encoder_of_the_original_release(original, wan_folder, file):
+    encoder, same = TextEncoder(str(original / file), 40), TextEncoder(str(wan_folder), 40)
+    prompt = "a red disc, smoke over a blue sea " * 16  # long enough for the far buckets
+    encoder.length = same.length = 400
+    assert_close(encoder(prompt), same(prompt), rtol=0, atol=1e-6)
+    assert encoder.sha256() == same.sha256()
+    assert encoder.model.shared.weight is encoder.model.encoder.embed_tokens.weight
+    state = torch.load(original / "models_t5_umt5-xxl-enc-bf16.pth", weights_only=True)
+    ids = encoder.tokenizer(prompt, return_tensors="pt").input_ids[0]
+    assert len(ids) > 130
+    assert_close(encoder(prompt), wan_forward(state, ids, heads=2), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_precision_is_as_in_transformers(wan_folder, tmp_path, dtype):
+    from transformers import UMT5EncoderModel
+
+    model = UMT5EncoderModel.from_pretrained(wan_folder / "text_encoder").to(getattr(torch, dtype))
+    model.save_pretrained(tmp_path)
+    for given in ("auto", "bfloat16"):
+        expected = UMT5EncoderModel.from_pretrained(tmp_path, dtype=given)
+        ours = load_umt5(tmp_path, None if given == "auto" else torch.bfloat16)
+        for name, value in expected.state_dict().items():
+            assert_close(ours.state_dict()[name], value, rtol=0, atol=0, msg=name)
+
+
+def test_umt5_that_does_not_fit(original):
+    file = original / "models_t5_umt5-xxl-enc-bf16.pth"
+    state = torch.load(file, weights_only=True)
+    state["blocks.1.attn.gate.weight"] = state.pop("blocks.1.attn.o.weight")
+    state["norm.weight"] = torch.zeros(7)
+    torch.save(state, file)
+    with pytest.raises(
+        ValueError, match=r"bf16\.pth does not fit the model: .*not used: blocks\.1\.attn\.gate"
+    ) as error:
+        load_umt5(file)
+    assert "1 missing: encoder.block.1.layer.0.SelfAttention.o.weight" in str(error.value)
+    assert "norm.weight is (7,), the model has (16,)" in str(error.value)
+
+
+def test_source_without_text_encoder(original, tmp_path):
+    shutil.rmtree(original / "google")
+    with pytest.raises(FileNotFoundError, match=r"umt5-xxl does not exist; models_t5.* needs its tokenizer beside it"):
+        embed_prompt("smoke", str(original), 8, str(tmp_path / "cache"))
+    (original / "models_t5_umt5-xxl-enc-bf16.pth").unlink()
+    with pytest.raises(FileNotFoundError, match=r"has no folder tokenizer/, and no models_t5\*\.pth"):
+        embed_prompt("smoke", str(original), 8, str(tmp_path / "cache"))
+
+
+def test_prompt_cache_follows_the_original_file(original):
+    first = prompt_cache("a", str(original), 8, "cache")
+    with (original / "models_t5_umt5-xxl-enc-bf16.pth").open("ab") as file:
+        file.write(b"more")
+    assert prompt_cache("a", str(original), 8, "cache") != first

@@ -2,15 +2,18 @@ import json
 
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
 from safetensors.torch import save_file
 from torch.testing import assert_close
 
+from acetate.commands.sample import load_dit
 from acetate.formats.few_step import merge_few_step
 from acetate.formats.names import dit_name
 from acetate.formats.wan_alpha import dora_from_wan_alpha
 from acetate.models.adapters import load_trainable
 from acetate.models.dit import add_dora, merge_dora, velocity
 from acetate.models.loading import load_transformer
+from tests.paths import ROOT
 
 
 @pytest.fixture
@@ -76,3 +79,34 @@ def test_two_timesteps_in_one_batch_are_the_two_alone(adapted):
         both = velocity(transformer, x, t, context)
         alone = [velocity(transformer, x[i : i + 1], t[i : i + 1], context[:1]) for i in range(2)]
     assert_close(both, torch.cat(alone), rtol=0, atol=1e-5)
+
+
+def few_step_only(file, folder):
+    return [f"few_step.lora={folder}/few_step.safetensors", f"few_step.strength={file.metadata['lightx2v_strength']}"]
+
+
+@pytest.mark.parametrize(
+    ("released", "expected"),
+    [((), "base"), (("dora",), "dora"), (("dora", "few"), "dora_lightx2v"), (("few",), "lightx2v_only")],
+)
+def test_released_files_through_the_sample_command(golden, tmp_path, released, expected):
+    """Sharded base, t2v.safetensors and the few-step LoRA on top of it, as `acetate.commands.sample` loads them."""
+    file = golden("dora")
+    names = sorted(base := file.under("base"))
+    shards = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
+    for shard, part in shards.items():
+        save_file({name: base[name] for name in part}, tmp_path / shard)
+    index = {"weight_map": {name: shard for shard, part in shards.items() for name in part}}
+    (tmp_path / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
+    (tmp_path / "config.json").write_text(json.dumps({"num_heads": file.metadata["num_heads"]}))
+    save_file(file.under("dora"), tmp_path / "t2v.safetensors")
+    save_file(file.under("lightx2v"), tmp_path / "few_step.safetensors")
+    dora = [f"dora={tmp_path}/t2v.safetensors" if "dora" in released else "dora=null"]
+    few = few_step_only(file, tmp_path) if "few" in released else []
+    with initialize_config_dir(str(ROOT / "conf"), version_base=None):
+        overrides = [f"paths.root={ROOT}", f"wan.transformer={tmp_path}", "wan.dtype=float32", *dora, *few]
+        config = compose("command/sample", overrides)
+    transformer, _ = load_dit(config, "cpu")
+    assert_close(output(file, transformer), file[f"io/output_{expected}"], rtol=0, atol=1e-4)
+    if expected == "dora_lightx2v":
+        weights(transformer, file, "merged_lightx2v")

@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 from torch.testing import assert_close
 
 from acetate.alpha import harden, over, palette_colors
+from acetate.formats.rgba_vae import load_rgba_vae
 from acetate.formats.wan_alpha import trainable_from_wan_alpha
 from acetate.losses.diffusion import DiffusionLoss
 from acetate.models.adapters import load_trainable, trainable_state
@@ -135,3 +136,55 @@ def test_whole_training_step(golden, task, monkeypatch):
         (name,) = trainable_from_wan_alpha({key: torch.empty(1, 1)})
         assert parameters[name].grad.norm().item() == pytest.approx(norm, rel=1e-3), key
     assert len(parameters) == len(file.metadata["grad_norms"])
+
+
+def released(golden, folder, layout):
+    """The golden weights in a file of the layout, beside Wan2.1_VAE.pth: (base, what load_rgba_vae is given)."""
+    wan, rgba = golden("wan_vae").under("weights"), golden("rgba_vae")
+    torch.save(wan, folder / "Wan2.1_VAE.pth")
+    trained = rgba.under("weights")
+    frozen = {name: wan[key] for name, key in rgba.metadata["frozen_from_wan_vae"].items()}
+    lora = {name: value for name, value in trained.items() if ".lora_" in name}
+    file = folder / {"flat": "pytorch_model.bin", "lightning": "last.ckpt", "decoder.bin": "decoder.bin"}.get(
+        layout, ""
+    )
+    if layout == "flat":
+        torch.save(frozen | trained, file)
+    elif layout == "lightning":
+        torch.save({"state_dict": frozen | trained, "epoch": 0}, file)
+    elif layout == "decoder.bin":
+        torch.save(lora, file)
+    else:
+        for channel, part in (("rgb", "vae_fgr"), ("alpha", "vae_pha")):
+            whole = dict(wan)
+            for name, down in lora.items():
+                if name.startswith(part) and ".lora_A." in name:
+                    up = lora[name.replace(".lora_A.", ".lora_B.")]
+                    key = name.removeprefix(f"{part}.").split(".lora_A")[0].removesuffix(".conv3D") + ".weight"
+                    delta = (up.flatten(1) @ down.flatten(1)).view_as(wan[key])
+                    whole[key] = wan[key] + rgba.metadata["lora_scale"] * delta
+            for key, expected in rgba.under("merged").items():
+                if key.startswith(part):
+                    assert_close(whole[key.removeprefix(f"{part}.")], expected, rtol=0, atol=1e-6)
+            save_file(whole, folder / f"wan_alpha_2.1_vae_{channel}_channel.safetensors")
+    return str(folder), str(file)
+
+
+@pytest.mark.parametrize("layout", ["flat", "lightning", "decoder.bin", "comfyui"])
+def test_inference_from_released_files(golden, tmp_path, layout):
+    """What the released inference computes: normalised latents, and both decodes clamped."""
+    file = golden("rgba_vae")
+    base, adapters = released(golden, tmp_path, layout)
+    vae = load_rgba_vae(vae=base, adapters=adapters)
+    latents = file["infer/latents_normalised"]
+    with torch.no_grad():
+        rgb_hat, alpha_hat = vae.decode(vae.denormalise(latents[:1]))
+        vae.average_alpha = False  # the released inference averages the channels of its files, not of its model
+        _, channels = vae.decode(vae.denormalise(latents))
+        if layout in ("flat", "lightning"):
+            raw = vae.encode(file["encoder_input"], inputs(golden)[1])
+            assert_close(vae.normalise(raw), latents, rtol=0, atol=3e-5)
+    assert_close(rgb_hat.clamp(-1, 1), file["infer/decoded_fgr"], rtol=0, atol=1e-4)
+    assert_close(channels[:1].mul(2).sub(1).clamp(-1, 1), file["infer/decoded_pha"], rtol=0, atol=1e-4)
+    assert_close(channels * 2 - 1, file["decoded_pha"], rtol=0, atol=1e-4)
+    assert_close(alpha_hat, (file["decoded_pha"][:1].mean(1, keepdim=True) + 1) / 2, rtol=0, atol=1e-4)

@@ -12,6 +12,7 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from PIL import Image
 from torch import Tensor
 
+from acetate import regions
 from acetate.alpha import checkerboard, over
 from acetate.callbacks.panels import GAP, Sheet, tile_size
 from acetate.sampling import EllipsePath, Solver, decode, initial_noise, sample_latents
@@ -90,7 +91,7 @@ class Samples(Callback):
         self.vae = self.build_vae()
         cache: dict[str, Any] = pl_module.cache  # type: ignore[assignment]
         for name, found in (("vae_sha256", self.vae.latents_sha256()), ("text_encoder_sha256", text_sha256)):
-            if cache[name] != found:
+            if found is not None and cache[name] != found:  # None of files that only decode
                 raise ValueError(
                     f"samples: {name} is {found[:12]}, the latents were cached with {cache[name][:12]}. Give the "
                     "rgba_vae= and wan= that they were cached with, or leave callbacks.samples out."
@@ -114,10 +115,11 @@ class Samples(Callback):
     def _sample(self, pl_module: LightningModule) -> list[tuple[str, Tensor, Tensor]]:
         shape, device = self.vae.geometry.latent_shape(*self.size), pl_module.device
         shift = pl_module.mean_shift
-        guides = None if self.guide is None or not shift else self.guide.ellipses(*shape[1:])
+        guided = self.guide is not None and shift
+        guide = regions.gaussian(self.guide.ellipses(*shape[1:]), *shape[2:]) if guided else None  # type: ignore
         clips = []
         for index, prompt in enumerate(self.prompts):  # one at a time: training holds most of the memory
-            noise = initial_noise([self.seed + index], shape, guides, shift, device)  # type: ignore[arg-type]
+            noise = initial_noise([self.seed + index], shape, guide, shift, device)  # type: ignore[arg-type]
             context = self.context[index : index + 1].to(device)
             latents = sample_latents(
                 pl_module.transformer,  # type: ignore[arg-type]

@@ -13,11 +13,12 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from acetate import regions
 from acetate.commands.sample import CONF, check_models, embed, load_dit
 from acetate.data import synthetic
 from acetate.draws import generator_for
+from acetate.formats.rgba_vae import load_rgba_vae
 from acetate.metrics.alpha import border_mean, centre_of_mass, highest_cell
-from acetate.models.rgba_vae import load_rgba_vae
 from acetate.sampling import EllipsePath, Solver, check_size, decode, initial_noise, sample_latents
 
 BORDER, SUBJECT = 0.1, 0.8  # alpha: at most on the border, at least in some cell
@@ -89,13 +90,13 @@ def main(config: DictConfig) -> None:
     check_models(facts, vae, text_sha256)
     mean_shift = facts.get("mean_shift", 0.0) if config.mean_shift is None else config.mean_shift
     shape = vae.geometry.latent_shape(config.frames, config.height, config.width)
-    ellipses = torch.cat([path.ellipses(*shape[1:]) for path in paths])
+    guides = regions.gaussian(torch.cat([path.ellipses(*shape[1:]) for path in paths]), *shape[2:])
     noise = torch.cat(
         [
             initial_noise(
                 [config.seed + i],
                 shape,
-                ellipses[i : i + 1] if config.guided and mean_shift else None,
+                guides[i : i + 1] if config.guided and mean_shift else None,
                 mean_shift,
                 device,
             )

@@ -3,6 +3,7 @@
 import json
 import re
 import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -12,7 +13,6 @@ import hydra
 import torch
 from diffusers import WanTransformer3DModel
 from omegaconf import DictConfig, OmegaConf
-from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
@@ -21,13 +21,16 @@ from acetate.callbacks.samples import contact_sheet, save_picture
 from acetate.data.latents import covering_box
 from acetate.data.transforms import crop, resize, to_float, window
 from acetate.formats.few_step import merge_few_step
+from acetate.formats.gauss_mask import read_gauss_mask
+from acetate.formats.rgba_vae import load_rgba_vae
 from acetate.formats.wan_alpha import dora_from_wan_alpha
 from acetate.models.adapters import load_trainable, read_adapters
 from acetate.models.dit import FINGERPRINT, add_dora, merge_dora
 from acetate.models.loading import load_transformer, weights_sha256
-from acetate.models.rgba_vae import RGBAVAE, load_rgba_vae
+from acetate.models.rgba_vae import RGBADecoders
 from acetate.models.text import TextEncoder
 from acetate.models.wan import Geometry
+from acetate.models.weights import read_weights
 from acetate.sampling import EllipsePath, Solver, check_size, decode, initial_noise, sample_latents
 from acetate.video_io import read_rgba
 from acetate.video_out import check_formats, write_clip
@@ -45,18 +48,18 @@ def load_dit(config: DictConfig, device: str) -> tuple[WanTransformer3DModel, di
     if config.dora is not None:
         facts = put_dora(transformer, config.dora)
     if config.few_step.lora is not None:
-        path = Path(config.few_step.lora)
-        if not path.is_file():
-            raise FileNotFoundError(f"few_step.lora={path} does not exist.")
-        merge_few_step(transformer, load_file(path), config.few_step.strength)
+        path = Path(config.few_step.lora).expanduser()
+        if not path.exists():
+            raise FileNotFoundError(f"few_step.lora={path} does not exist. Give a file, or a folder of its shards.")
+        merge_few_step(transformer, read_weights(path), config.few_step.strength, str(path))
     return transformer.to(device), facts
 
 
 def put_dora(transformer: WanTransformer3DModel, source: str) -> dict[str, Any]:
     """Merges adapters of experiment=dit_dora, or of the released t2v.safetensors (alpha = rank, no metadata)."""
-    path = Path(source)
-    if path.is_file() and released(state := load_file(path)):
-        adapters, facts = dora_from_wan_alpha(state), RELEASED
+    path = Path(source).expanduser()
+    if path.is_file() and released(state := read_weights(path)):
+        adapters, facts = dora_from_wan_alpha(state, str(path)), RELEASED
         rank = alpha = next(value.shape[0] for name, value in adapters.items() if ".lora_A." in name)
     else:
         path, state, facts = read_adapters(source, kind="dit_dora")
@@ -77,18 +80,35 @@ def released(state: dict[str, Tensor]) -> bool:
     return any(re.search(r"(self|cross)_attn\.[qkvo]\.lora_A", name) for name in state)
 
 
-def check_models(facts: dict[str, Any], vae: RGBAVAE, text_sha256: str) -> None:
-    """Raises ValueError for a VAE or a text encoder that the DoRA was not trained with."""
+def check_models(facts: dict[str, Any], vae: RGBADecoders, text_sha256: str) -> None:
+    """Raises ValueError for a VAE or a text encoder that the DoRA was not trained with; warns where no file tells."""
     for name, found, way_out in (
         ("vae_sha256", vae.latents_sha256(), "Give the rgba_vae= that its latents were cached with."),
         ("text_encoder_sha256", text_sha256, "Choose the wan= that its latents were cached with."),
     ):
-        if facts.get(name, found) != found:
+        if found is None and name in facts:
+            warnings.warn(
+                f"rgba_vae holds decoders only, which do not say whether they are of the VAE ({facts[name][:12]}) that "
+                "this DoRA was trained with.",
+                stacklevel=2,
+            )
+        elif facts.get(name, found) != found:
             raise ValueError(f"The DoRA's {name} is {facts[name][:12]}, this one's {found[:12]}. {way_out}")
 
 
+def guide_mask(config: DictConfig, geometry: Geometry, threshold: dict[str, Any]) -> Tensor | None:
+    """G (1, 1, F, h, w) in [0, 1] from the guide settings: a mask file, an alpha clip, an ellipse, or none."""
+    grid = geometry.latent_shape(config.frames, config.height, config.width)[1:]
+    if config.guide.mask is not None:
+        if others := [name for name, value in config.guide.items() if value is not None and name != "mask"]:
+            raise ValueError(f"guide.mask and guide.{others[0]} are both given; G comes from one of them.")
+        return read_gauss_mask(Path(config.guide.mask).expanduser(), grid)
+    ellipses = guide_ellipses(config, geometry, threshold)
+    return None if ellipses is None else regions.gaussian(ellipses, *grid[1:])
+
+
 def guide_ellipses(config: DictConfig, geometry: Geometry, threshold: dict[str, Any]) -> Tensor | None:
-    """(1, F, 5) from the guide settings: an alpha clip, an ellipse, or none."""
+    """(1, F, 5) from an alpha clip or an ellipse of the guide settings, or none."""
     guide = config.guide
     drawn = [
         name for name in ("centre", "axes", "angle", "end_centre", "end_axes", "end_angle") if guide[name] is not None
@@ -156,15 +176,14 @@ def main(config: DictConfig) -> None:
     check_formats(config.formats)
     prompts, solver = read_prompts(config), solver_of(config)
     device = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    vae = load_rgba_vae(
-        vae=config.wan.vae, adapters=config.rgba_vae, chunk=config.decode_chunk, frozen_dtype=config.wan.dtype
-    )
+    adapters = config.rgba_vae if isinstance(config.rgba_vae, str) else list(config.rgba_vae)
+    vae = load_rgba_vae(vae=config.wan.vae, adapters=adapters, chunk=config.decode_chunk, frozen_dtype=config.wan.dtype)
     embeds, negative, text_sha256 = embed(config, [*prompts, config.negative_prompt], device)
     transformer, facts = load_dit(config, "cpu" if config.offload else device)
     check_size(config.frames, config.height, config.width, vae.geometry, transformer.config.patch_size)
     check_models(facts, vae, text_sha256)
     mean_shift = facts.get("mean_shift", 0.0) if config.mean_shift is None else config.mean_shift
-    guides = guide_ellipses(config, vae.geometry, facts.get("ellipse", {}))
+    guide = guide_mask(config, vae.geometry, facts.get("ellipse", {}))
     shape = vae.geometry.latent_shape(config.frames, config.height, config.width)
     jobs = [
         (n // config.count, prompts[n // config.count], config.seed + n) for n in range(len(prompts) * config.count)
@@ -172,7 +191,7 @@ def main(config: DictConfig) -> None:
     out, shown = Path(config.out), []
     for part in tqdm(batches(jobs, config.batch_size), desc="clips", unit="batch"):
         started = time.perf_counter()
-        noise = initial_noise([seed for _, _, seed in part], shape, guides, mean_shift, device)
+        noise = initial_noise([seed for _, _, seed in part], shape, guide, mean_shift, device)
         context = embeds[[index for index, _, _ in part]].to(device)
         if config.offload:
             vae.cpu()
@@ -186,7 +205,7 @@ def main(config: DictConfig) -> None:
             files = write_clip(stem, rgb, alpha, config.fps, config.formats)
             settings = {"prompt": prompt, "seed": seed, "negative_prompt": config.negative_prompt, **asdict(solver),
                         "mean_shift": mean_shift, "guide": OmegaConf.to_container(config.guide), "dora": config.dora,
-                        "rgba_vae": config.rgba_vae, "few_step": OmegaConf.to_container(config.few_step)}  # fmt: skip
+                        "rgba_vae": adapters, "few_step": OmegaConf.to_container(config.few_step)}  # fmt: skip
             write_settings(stem, settings)
             shown = [*shown, (f"{prompt[-70:]} seed {seed}", rgb, alpha)][:ON_SHEET]
             tqdm.write(f"{files[0]} ({(time.perf_counter() - started) / len(part):.1f} s)")

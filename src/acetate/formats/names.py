@@ -1,15 +1,13 @@
 """Names of Wan's tensors: the original release's against diffusers'."""
 
-from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers, convert_wan_vae_to_diffusers
+from acetate.models.loading import diffusers_dit_name, diffusers_vae_name
 
 
-def vae_name(original: str) -> str:
-    """Of a tensor of the VAE, original -> diffusers."""
-    (name,) = convert_wan_vae_to_diffusers({original: None})
-    return name
+def vae_name(original: str, res_blocks: int = 2) -> str:
+    """Of a tensor of the VAE, original -> diffusers. res_blocks: of the VAE's config, Wan2.1's by default."""
+    return diffusers_vae_name(original, res_blocks)
 
 
 def dit_name(original: str) -> str:
     """Of a tensor of the DiT, original -> diffusers."""
-    (name,) = convert_wan_transformer_to_diffusers({original: None})
-    return name
+    return diffusers_dit_name(original)

@@ -1,40 +1,82 @@
 """The released files of Wan-Alpha: the VAE training checkpoint and the DiT's DoRA."""
 
 import re
+from collections.abc import Callable, Iterable
 
 from torch import Tensor
 
 from acetate.formats.names import dit_name, vae_name
+from acetate.models.adapters import listed
+from acetate.models.loading import renamed
 
 DECODERS = {"vae_fgr": "decoder_rgb", "vae_pha": "decoder_alpha"}
 LORA_KEY = re.compile(r"(vae_fgr|vae_pha)\.decoder\.(?P<path>.+?)(\.conv3D)?\.lora_(?P<matrix>[AB])(\.\w+)?\.weight")
-DORA_KEY = re.compile(r"(diffusion_model\.)?(?P<layer>.+)\.lora_(?P<part>A|B|magnitude_vector)(\.\w+)?\.weight")
+DORA_KEY = re.compile(
+    r"(diffusion_model\.|pipe\.dit\.)?(?P<layer>.+)\.lora_(?P<part>A|B|magnitude_vector)(\.\w+)?\.weight"
+)
+WRAPPED = re.compile(r"(?P<prefix>(?:\w+\.)*?)vae_(?:fgr|pha)\.decoder\..*\.lora_[AB]\.")
+MODULES = ("vae_fgr.", "vae_pha.", "middle.", "perceptual_loss.", "sobel_edge_loss.", "pipe.")  # of the training module
 RESIDUAL_PARTS = {"0": "norm1", "2": "conv1", "3": "norm2", "6": "conv2"}
 
 
-def trainable_from_wan_alpha(flat: dict[str, Tensor]) -> dict[str, Tensor]:
+def unwrapped(held: dict[str, Tensor], source: str) -> dict[str, Tensor]:
+    """The VAE's training checkpoint or decoder.bin without the prefix that a wrapper put before all of its names.
+
+    Raises ValueError for a file without decoder LoRA, for one with two such prefixes, and for tensors of no part of
+    the released training module.
+    """
+    found = {match["prefix"] for name in held if (match := WRAPPED.match(name))}
+    if len(found) != 1:
+        prefixes = f" under {len(found)} prefixes ({listed(sorted(found))})" if found else ""
+        wan = "decoder.conv1.weight" in held
+        hint = "It is one whole Wan VAE; of ComfyUI's pair give both: rgba_vae=[RGB,ALPHA]." if wan else "Give another."
+        raise ValueError(
+            f"{source}: {'several' if found else 'no'} decoder LoRAs{prefixes}; Wan-Alpha's VAE files hold "
+            f"vae_fgr.decoder.*.lora_A and vae_pha's. {hint}"
+        )
+    (prefix,) = found
+    if foreign := [name for name in held if not name.startswith(tuple(prefix + part for part in MODULES))]:
+        raise ValueError(
+            f"{source}: {len(foreign)} not used: {listed(foreign)}. Wan-Alpha's VAE files hold {', '.join(MODULES)} "
+            "and nothing else."
+        )
+    return {name.removeprefix(prefix): value for name, value in held.items()}
+
+
+def trainable_from_wan_alpha(
+    flat: dict[str, Tensor], res_blocks: int = 2, source: str = "the VAE file"
+) -> dict[str, Tensor]:
     """The released flat training checkpoint -> RGBAVAE's trainable parameters.
 
     Takes the merge block (`middle.*`) and both decoders' LoRA; frozen tensors in the file are Wan's own and left
-    out. The reference scales LoRA by alpha / rank with alpha 1: build RGBAVAE with lora_alpha=1. Raises ValueError
-    for a LoRA or merge key that has no place here.
+    out. The reference scales LoRA by alpha / rank with alpha 1: build RGBAVAE with lora_alpha=1. res_blocks: of the
+    base VAE's config; source: named by errors. Raises ValueError for LoRA or merge keys that have no place here.
     """
-    state: dict[str, Tensor] = {}
-    for key, value in flat.items():
-        if key.startswith("middle."):
-            state[_merge_name(key)] = value
-        elif ".lora_" in key:
-            match = LORA_KEY.fullmatch(key)
-            if match is None:
-                raise ValueError(f"{key}: a LoRA tensor under a name that Wan-Alpha's VAE files do not use.")
-            conv = vae_name(f"decoder.{match['path']}.weight").removeprefix("decoder.").removesuffix(".weight")
-            decoder = DECODERS[match[1]]
-            tensor = value.flatten(1) if match["matrix"] == "B" else value  # B is 1x1(x1) there
-            state[f"{decoder}.net.{conv}.parametrizations.weight.0.{match['matrix']}"] = tensor
-    return state
+    ours = [key for key in flat if key.startswith("middle.") or ".lora_" in key]
+    names = _placed(ours, lambda key: _trainable_name(key, res_blocks), source)
+    # B is 1x1(x1) there
+    return {name: flat[key].flatten(1) if name.endswith(".B") else flat[key] for name, key in names.items()}
 
 
-def _merge_name(key: str) -> str:
+def _placed(keys: Iterable[str], name_of: Callable[[str], str | None], source: str) -> dict[str, str]:
+    """Our name -> theirs. Raises ValueError for all keys without one, and for two keys of one name."""
+    names = {key: name_of(key) for key in keys}
+    if foreign := [key for key, name in names.items() if name is None]:
+        raise ValueError(f"{source}: {listed(foreign)}: names that Wan-Alpha does not use for what it trains.")
+    return renamed(names, lambda key: str(names[key]))
+
+
+def _trainable_name(key: str, res_blocks: int) -> str | None:
+    if key.startswith("middle."):
+        return _merge_name(key)
+    match = LORA_KEY.fullmatch(key)
+    if match is None:
+        return None
+    conv = vae_name(f"decoder.{match['path']}.weight", res_blocks).removeprefix("decoder.").removesuffix(".weight")
+    return f"{DECODERS[match[1]]}.net.{conv}.parametrizations.weight.0.{match['matrix']}"
+
+
+def _merge_name(key: str) -> str | None:
     """`middle.block.*` -> `merge.*`; residual blocks stand at even places, attention at odd ones."""
     place = key.removeprefix("middle.block.")
     fixed = {"conv1": "conv_in", "head.0": "norm_out", "head.2": "conv_out"}
@@ -45,19 +87,20 @@ def _merge_name(key: str) -> str:
         return f"merge.blocks.resnets.{int(match[1]) // 2}.{RESIDUAL_PARTS[match[2]]}.{match[3]}"
     if match := re.fullmatch(r"middle\.(\d+)\.((norm|to_qkv|proj)\.\w+)", place):
         return f"merge.blocks.attentions.{int(match[1]) // 2}.{match[2]}"
-    raise ValueError(f"{key}: not a tensor of the merge block.")
+    return None
 
 
-def dora_from_wan_alpha(flat: dict[str, Tensor]) -> dict[str, Tensor]:
+def dora_from_wan_alpha(flat: dict[str, Tensor], source: str = "the DoRA file") -> dict[str, Tensor]:
     """The released t2v.safetensors -> PEFT's names on the diffusers DiT, for `models.dit.add_dora` with alpha = rank.
 
-    Raises ValueError for a key that is no DoRA tensor.
+    source: named by errors. Raises ValueError for keys that are no DoRA tensors, and for one tensor under two names.
     """
-    state: dict[str, Tensor] = {}
-    for key, value in flat.items():
-        match = DORA_KEY.fullmatch(key)
-        if match is None:
-            raise ValueError(f"{key}: not a DoRA tensor under the names that Wan-Alpha's DiT files use.")
-        layer = dit_name(f"{match['layer']}.weight").removesuffix(".weight")
-        state[f"{layer}.lora_{match['part']}.default.weight"] = value
-    return state
+    return {name: flat[key] for name, key in _placed(flat, _dora_name, source).items()}
+
+
+def _dora_name(key: str) -> str | None:
+    match = DORA_KEY.fullmatch(key)
+    if match is None:
+        return None
+    layer = dit_name(f"{match['layer']}.weight").removesuffix(".weight")
+    return f"{layer}.lora_{match['part']}.default.weight"

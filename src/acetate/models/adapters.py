@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,24 +48,42 @@ def trainable_state(module: nn.Module) -> dict[str, Tensor]:
     return {name: p for name, p in module.named_parameters() if p.requires_grad}
 
 
-def check_fit(target: dict[str, Tensor], state: dict[str, Tensor], source: str) -> None:
-    """Raises ValueError with the first names unless `state` has exactly target's names and shapes."""
-    shapes = [
-        f"{name} is {tuple(state[name].shape)}, the model has {tuple(tensor.shape)}"
-        for name, tensor in target.items()
-        if name in state and state[name].shape != tensor.shape
-    ]
+def is_float(tensor: Tensor) -> bool:
+    """Of 16 bits or more: what has 8 is quantised, and its scales lie elsewhere."""
+    return tensor.is_floating_point() and tensor.itemsize > 1
+
+
+def listed(names: Sequence[str], most: int = 20) -> str:
+    """All of them, or the first ones and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+def check_fit(
+    target: Mapping[str, Tensor], state: Mapping[str, Tensor], source: str, labels: Mapping[str, str] | None = None
+) -> None:
+    """Raises ValueError with the names unless `state` has exactly target's names and shapes, in floating point.
+
+    labels: what state's names are called in the source.
+    """
+    labels = labels or {}
+    both = [(labels.get(name, name), tensor, state[name]) for name, tensor in target.items() if name in state]
     found = {
         "missing": [name for name in target if name not in state],
-        "not used": [name for name in state if name not in target],
-        "of another shape": shapes,
+        "not used": [labels.get(name, name) for name in state if name not in target],
+        "of another shape": [
+            f"{label} is {tuple(value.shape)}, the model has {tuple(tensor.shape)}"
+            for label, tensor, value in both
+            if value.shape != tensor.shape
+        ],
+        "of another type": [
+            f"{label} is {str(value.dtype).removeprefix('torch.')}, needed: a float of 16 bits or more"
+            for label, tensor, value in both
+            if is_float(tensor) and not is_float(value)
+        ],
     }
     if any(found.values()):
-        lines = [
-            f"{len(names)} {what}: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
-            for what, names in found.items()
-            if names
-        ]
+        lines = [f"{len(names)} {what}: {listed(names)}" for what, names in found.items() if names]
         raise ValueError(
             f"{source} does not fit the model: {'; '.join(lines)}. "
             "Choose the wan= and model= settings that these weights were made with."

@@ -6,10 +6,8 @@ A source is a folder (diffusers layout, or the original release's), a single fil
 
 import hashlib
 import inspect
-import json
-import pickle
 import re
-import zipfile
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TypeVar
 
@@ -19,15 +17,14 @@ from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers, convert_wan_vae_to_diffusers
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import nn
 
-from acetate.models.adapters import check_fit
+from acetate.models.adapters import listed
+from acetate.models.weights import Weights, assign, open_weights, read_json
 
 WAN_HEAD_DIM = 128
 M = TypeVar("M", bound=nn.Module)
-WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
+DIT_PREFIX = re.compile(r"(model\.)?diffusion_model\.")  # of files that hold the DiT as a part of a whole
 
 
 def load_vae(source: str, dtype: torch.dtype = torch.float32) -> AutoencoderKLWan:
@@ -35,31 +32,58 @@ def load_vae(source: str, dtype: torch.dtype = torch.float32) -> AutoencoderKLWa
 
     Raises FileNotFoundError (no such source) and ValueError (weights that do not fit), naming the tensors.
     """
-    path = locate(source, "vae")
-    state = _read_state(path)
-    if any(name.startswith("encoder.downsamples.") for name in state):
-        config = _original_vae_config(state, path)
-        state = convert_wan_vae_to_diffusers(state)
+    weights = open_weights(locate(source, "vae"))
+    if any(name.startswith("encoder.downsamples.") for name in weights.meta):
+        config = _original_vae_config(weights)
+        rename = lambda name: diffusers_vae_name(name, config["num_res_blocks"])  # noqa: E731
     else:
-        config = _read_config(path, AutoencoderKLWan)
+        config, rename = _read_config(weights.path, AutoencoderKLWan), None
     with init_empty_weights():
         vae = AutoencoderKLWan(**config)
-    return _assign(vae, state, path, dtype)
+    return _fill(vae, weights, renamed(weights.meta, rename), dtype)
 
 
 def load_transformer(source: str, dtype: torch.dtype = torch.float32) -> WanTransformer3DModel:
     """Wan2.1's DiT. Raises as `load_vae` does."""
-    path = locate(source, "transformer")
-    state = _read_state(path)
-    state = {name.removeprefix("model.diffusion_model."): value for name, value in state.items()}
-    if "text_embedding.0.weight" in state:
-        config = _original_transformer_config(state, path)
-        state = convert_wan_transformer_to_diffusers(state)
+    weights = open_weights(locate(source, "transformer"))
+    original = {DIT_PREFIX.sub("", name, count=1): name for name in weights.meta}
+    if "text_embedding.0.weight" in original:
+        config = _original_transformer_config(weights, original)
+        names = renamed(original, diffusers_dit_name)
+        names = {name: original[key] for name, key in names.items()}
     else:
-        config = _read_config(path, WanTransformer3DModel)
+        config, names = _read_config(weights.path, WanTransformer3DModel), renamed(weights.meta)
     with init_empty_weights():
         transformer = WanTransformer3DModel(**config)
-    return _assign(transformer, state, path, dtype)
+    return _fill(transformer, weights, names, dtype)
+
+
+def diffusers_vae_name(original: str, res_blocks: int = 2) -> str:
+    """Of a tensor of the VAE. res_blocks: per stage of the encoder, the decoder has one more; Wan2.1's has 2."""
+    # diffusers' map is for Wan2.1's own 3 + 1 places per decoder stage; a smaller VAE's are put in these
+    if match := re.match(r"decoder\.upsamples\.(\d+)\.", original):
+        stage, place = divmod(int(match[1]), res_blocks + 2)
+        place = 4 * stage + (3 if place == res_blocks + 1 else place)
+        original = f"decoder.upsamples.{place}.{original[match.end() :]}"
+    (name,) = convert_wan_vae_to_diffusers({original: None})
+    return name
+
+
+def diffusers_dit_name(original: str) -> str:
+    """Of a tensor of the DiT."""
+    (name,) = convert_wan_transformer_to_diffusers({original: None})
+    return name
+
+
+def renamed(names: Iterable[str], rename: Callable[[str], str] | None = None) -> dict[str, str]:
+    """rename(name) -> name. Raises ValueError where two of them become one."""
+    result: dict[str, str] = {}
+    for name in names:
+        new = name if rename is None else rename(name)
+        if new in result:
+            raise ValueError(f"{name} and {result[new]} are the same tensor under two names. Remove one of them.")
+        result[new] = name
+    return result
 
 
 def locate(source: str, part: str) -> Path:
@@ -69,6 +93,8 @@ def locate(source: str, part: str) -> Path:
         if (path / part).is_dir():
             return path / part
         original = sorted(path.glob("*VAE*.pth"))  # the original release keeps it beside the DiT
+        if part == "vae" and len(original) > 1:
+            raise ValueError(f"{path} holds {listed([file.name for file in original])}. Name the file.")
         return original[0] if part == "vae" and original else path
     if path.is_file():
         return path
@@ -89,100 +115,68 @@ def locate(source: str, part: str) -> Path:
     return folder / part
 
 
-def _read_state(path: Path) -> dict[str, Tensor]:
-    if path.is_file():
-        files = [path]
-    else:
-        files = next((found for suffix in WEIGHT_SUFFIXES if (found := sorted(path.glob(f"*{suffix}")))), [])
-    if not files or files[0].suffix not in WEIGHT_SUFFIXES:
-        raise FileNotFoundError(f"{path} holds no weights ({', '.join(WEIGHT_SUFFIXES)}).")
-    state: dict[str, Tensor] = {}
-    for file in files:
-        try:
-            if file.suffix == ".safetensors":
-                part = load_file(file)
-            else:
-                zipped = zipfile.is_zipfile(file)  # files from before torch 1.6 are not, and cannot be mapped
-                part = torch.load(file, map_location="cpu", weights_only=True, mmap=zipped)
-        except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
-            raise ValueError(
-                f"{file} cannot be read ({error}). It is truncated or no weight file: fetch it anew."
-            ) from error
-        if not isinstance(part, dict):
-            raise ValueError(f"{file} holds a {type(part).__name__}, no state dict. Give a file of weights.")
-        state.update(part)
-    if others := [name for name, value in state.items() if not isinstance(value, Tensor)]:
-        raise ValueError(
-            f"{files[0]} holds {others[0]!r}, which is no tensor: a training checkpoint rather than weights? "
-            "Give the file of weights that was exported from it."
-        )
-    return state
-
-
 def _read_config(path: Path, model: type[nn.Module]) -> dict:
     file = (path if path.is_dir() else path.parent) / "config.json"
     if not file.is_file():
         raise FileNotFoundError(f"{file} does not exist; weights in diffusers names need it beside them.")
     known = inspect.signature(model.__init__).parameters
-    return {key: value for key, value in _read_json(file).items() if key in known}
+    return {key: value for key, value in read_json(file).items() if key in known}
 
 
-def _read_json(file: Path) -> dict:
-    try:
-        value = json.loads(file.read_text())
-    except ValueError as error:
-        raise ValueError(f"{file} is not JSON ({error}). Fetch it anew.") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{file} holds a {type(value).__name__}; a config is an object of names and values.")
-    return value
-
-
-def _original_vae_config(state: dict[str, Tensor], path: Path) -> dict:
+def _original_vae_config(weights: Weights) -> dict:
     """Shape of an original VAE read off its tensors; normalisation constants are Wan2.1's."""
-    dim = _shape(state, "encoder.conv1.weight", path)[0]
+    dim = weights.shape("encoder.conv1.weight")[0]
     widths, halvings, blocks, last = [], [], 0, dim
     index = 0
-    while any(name.startswith(f"encoder.downsamples.{index}.") for name in state):
+    while any(name.startswith(f"encoder.downsamples.{index}.") for name in weights.meta):
         prefix = f"encoder.downsamples.{index}"
-        if f"{prefix}.resample.1.weight" in state:
+        if f"{prefix}.resample.1.weight" in weights.meta:
             widths.append(last // dim)
-            halvings.append(f"{prefix}.time_conv.weight" in state)
+            halvings.append(f"{prefix}.time_conv.weight" in weights.meta)
         else:
-            last = _shape(state, f"{prefix}.residual.2.weight", path)[0]
+            last = weights.shape(f"{prefix}.residual.2.weight")[0]
             blocks += not halvings
         index += 1
     return {
         "base_dim": dim,
-        "z_dim": _shape(state, "conv2.weight", path)[0],
+        "z_dim": weights.shape("conv2.weight")[0],
         "dim_mult": [*widths, last // dim],
         "num_res_blocks": blocks,
         "temperal_downsample": halvings,
     }
 
 
-def _original_transformer_config(state: dict[str, Tensor], path: Path) -> dict:
+def _original_transformer_config(weights: Weights, names: dict[str, str]) -> dict:
     """Shape of an original DiT read off its tensors. The number of heads leaves no trace there: an original
-    config.json beside the weights gives it, else heads are 128 wide, as in every Wan2.1."""
-    dim, channels, *patch = _shape(state, "patch_embedding.weight", path)
+    config.json beside the weights gives it, else heads are 128 wide, as in every Wan2.1.
+
+    names: Wan's own -> the file's.
+    """
+
+    def shape(name: str) -> torch.Size:
+        return weights.shape(names.get(name, name))
+
+    dim, channels, *patch = shape("patch_embedding.weight")
+    path = weights.path
     file = (path if path.is_dir() else path.parent) / "config.json"
-    stored = _read_json(file) if file.is_file() else {}
+    stored = read_json(file) if file.is_file() else {}
     heads = stored.get("num_heads", dim // WAN_HEAD_DIM)
     if not heads or dim % heads:
         raise ValueError(
             f"{path}: width {dim} is no multiple of {WAN_HEAD_DIM}. Put a config.json with num_heads beside it."
         )
-    blocks = {int(match[1]) for name in state if (match := re.match(r"blocks\.(\d+)\.", name))}
+    blocks = {int(match[1]) for name in names if (match := re.match(r"blocks\.(\d+)\.", name))}
     return {
         "patch_size": tuple(patch),
         "num_attention_heads": heads,
         "attention_head_dim": dim // heads,
         "in_channels": channels,
-        "out_channels": _shape(state, "head.head.weight", path)[0] // (patch[0] * patch[1] * patch[2]),
-        "text_dim": _shape(state, "text_embedding.0.weight", path)[1],
-        "freq_dim": _shape(state, "time_embedding.0.weight", path)[1],
-        "ffn_dim": _shape(state, "blocks.0.ffn.0.weight", path)[0],
+        "out_channels": shape("head.head.weight")[0] // (patch[0] * patch[1] * patch[2]),
+        "text_dim": shape("text_embedding.0.weight")[1],
+        "freq_dim": shape("time_embedding.0.weight")[1],
+        "ffn_dim": shape("blocks.0.ffn.0.weight")[0],
         "num_layers": len(blocks),
-        "cross_attn_norm": "blocks.0.norm3.weight" in state,
+        "cross_attn_norm": "blocks.0.norm3.weight" in names,
         "eps": stored.get("eps", 1e-6),
     }
 
@@ -203,16 +197,8 @@ def weights_sha256(model: nn.Module, values: int | None = None) -> str:
     return digest.hexdigest()
 
 
-def _shape(state: dict[str, Tensor], name: str, path: Path) -> torch.Size:
-    if name not in state:
-        raise ValueError(f"{path} lacks {name}: not the original Wan2.1 weights, or a truncated file.")
-    return state[name].shape
-
-
-def _assign(model: M, state: dict[str, Tensor], path: Path, dtype: torch.dtype) -> M:
-    check_fit(dict(model.state_dict()), state, str(path))
+def _fill(model: M, weights: Weights, names: dict[str, str], dtype: torch.dtype) -> M:
     precise = set(model._keep_in_fp32_modules or ())  # diffusers' own list: norms and the time embedding
-    dtypes = {name: dtype if precise.isdisjoint(name.split(".")) else torch.float32 for name in state}
-    model.load_state_dict({name: value.to(dtypes[name]) for name, value in state.items()}, assign=True)
-    model.register_to_config(_name_or_path=str(path))  # pyright: ignore[reportCallIssue]
+    assign(model, weights, names, lambda name: dtype if precise.isdisjoint(name.split(".")) else torch.float32)
+    model.register_to_config(_name_or_path=str(weights.path))  # pyright: ignore[reportCallIssue]
     return model.eval().requires_grad_(False)

@@ -7,20 +7,24 @@ import torch
 from diffusers import AutoencoderKLWan
 from torch import Tensor, nn
 
-from acetate.models.adapters import add_lora, load_trainable, read_adapters
-from acetate.models.loading import load_vae, weights_sha256
+from acetate.models.adapters import add_lora
+from acetate.models.loading import weights_sha256
 from acetate.models.merge import FeatureMerge
 from acetate.models.wan import Geometry, WanDecoder, WanEncoder, WanHead
 from acetate.regions import check_clip_shape
 
+DECODERS_ONLY = (
+    "these files hold decoders only, and no merge block. Give the released VAE checkpoint (pytorch_model.bin), or an "
+    "adapter file of experiment=vae_rgba."
+)
 
-class RGBAVAE(nn.Module):
-    """Colour and alpha in Wan's latent space (Wan-Alpha, section 3.1).
 
-    merge_init: `residual` (raw = Wan's own latents of rgb + merge, merge starts at zero) or `scratch`.
-    average_alpha: alpha is the mean of its decoder's three channels; False keeps all three (released code).
-    checkpointing: recompute decoder stages in the backward pass. chunk: latent frames at a time for clips too
-    long to run whole; None runs them whole. frozen_dtype: of all that does not train.
+class RGBADecoders(nn.Module):
+    """What latents become: two of Wan's decoders, one for colour, one for alpha. It decodes only.
+
+    rgb, alpha: two VAEs that share no weights. average_alpha: alpha is the mean of its decoder's three channels; False
+    keeps all three (released code). checkpointing: recompute decoder stages in the backward pass. chunk: latent frames
+    at a time for clips too long to run whole; None runs them whole.
     """
 
     mean: Tensor
@@ -29,14 +33,11 @@ class RGBAVAE(nn.Module):
     def __init__(
         self,
         *,
-        vae: AutoencoderKLWan,
-        merge_init: str,
-        lora_rank: int,
-        lora_alpha: float,
+        rgb: AutoencoderKLWan,
+        alpha: AutoencoderKLWan,
         average_alpha: bool = True,
         checkpointing: bool = False,
         chunk: int | None = None,
-        frozen_dtype: str = "float32",
     ) -> None:
         super().__init__()
         if chunk is not None and chunk < 1:
@@ -45,44 +46,33 @@ class RGBAVAE(nn.Module):
             raise ValueError(
                 "model.checkpointing recomputes whole clips. Set model.chunk=null, or checkpointing=false."
             )
-        self.geometry = Geometry.of(vae)
+        self.geometry = Geometry.of(rgb)
         if {len(self.geometry.mean), len(self.geometry.std)} != {self.geometry.channels}:
             raise ValueError(
-                f"{vae.config.get('_name_or_path')}: {len(self.geometry.mean)} latent means and "
+                f"{rgb.config.get('_name_or_path')}: {len(self.geometry.mean)} latent means and "
                 f"{len(self.geometry.std)} deviations for {self.geometry.channels} channels. Repair its config.json."
             )
-        self.source, self.base_sha256 = vae.config.get("_name_or_path", ""), weights_sha256(vae)
-        self.lora_rank, self.lora_alpha = lora_rank, lora_alpha
-        self.merge_init, self.average_alpha, self.chunk = merge_init, average_alpha, chunk
-        vae.requires_grad_(False)
-        self.encoder, self.head = WanEncoder(vae), WanHead(vae)
-        features = vae.encoder.norm_out.gamma.shape[0]
-        self.merge = FeatureMerge(features, self.geometry.channels, merge_init)
-        self.decoder_rgb = WanDecoder(copy.deepcopy(vae), checkpointing)
-        self.decoder_alpha = WanDecoder(copy.deepcopy(vae), checkpointing)
-        for decoder in (self.decoder_rgb, self.decoder_alpha):
-            add_lora(decoder.net, lora_rank, lora_alpha)
-        for parameter in self.parameters():
-            if not parameter.requires_grad:
-                parameter.data = parameter.data.to(getattr(torch, frozen_dtype))
+        self.average_alpha, self.chunk = average_alpha, chunk
+        self.decoder_rgb = WanDecoder(rgb, checkpointing).requires_grad_(False)
+        self.decoder_alpha = WanDecoder(alpha, checkpointing).requires_grad_(False)
         shape = (1, -1, 1, 1, 1)
         self.register_buffer("mean", torch.tensor(self.geometry.mean).view(shape), persistent=False)
         self.register_buffer("std", torch.tensor(self.geometry.std).view(shape), persistent=False)
 
-    def encode(self, rgb: Tensor, alpha: Tensor) -> Tensor:
-        """Raw latents (B, 16, F, h, w).
+    def adapt(self, rank: int, alpha: float) -> None:
+        """LoRA on every convolution of both decoders."""
+        for decoder in (self.decoder_rgb, self.decoder_alpha):
+            add_lora(decoder.net, rank, alpha)
 
-        rgb (B, 3, T, H, W) in [-1, 1] already hard-rendered over a background; alpha (B, 1, T, H, W) in [0, 1].
-        """
-        check_clip_shape(*alpha.shape[2:], self.geometry.time_stride, self.geometry.space_stride)
-        dtype = self.encoder.net.conv_in.weight.dtype
-        matte = (alpha * 2 - 1).expand_as(rgb)
-        with torch.no_grad():  # frozen, and its input is data
-            both = self.encoder(torch.cat([rgb, matte]).to(dtype), self.chunk)
-            rgb_features, alpha_features = both.chunk(2)
-            wan_latents = self.head(rgb_features)[0] if self.merge_init == "residual" else None
-        merged = self.merge(rgb_features.to(self.mean.dtype), alpha_features.to(self.mean.dtype))
-        return merged if wan_latents is None else wan_latents + merged
+    def cast_frozen(self, dtype: str) -> None:
+        """All that does not train, in this type."""
+        for parameter in self.parameters():
+            if not parameter.requires_grad:
+                parameter.data = parameter.data.to(getattr(torch, dtype))
+
+    def encode(self, rgb: Tensor, alpha: Tensor) -> Tensor:
+        """Raises ValueError: what only decodes cannot."""
+        raise ValueError(f"No latents without an encoder: {DECODERS_ONLY}")
 
     def decode(self, raw: Tensor) -> tuple[Tensor, Tensor]:
         """rgb_hat (B, 3, T, H, W) about [-1, 1] and alpha_hat (B, 1, T, H, W) about [0, 1]; neither is clamped."""
@@ -100,35 +90,63 @@ class RGBAVAE(nn.Module):
     def denormalise(self, normalised: Tensor) -> Tensor:
         return normalised * self.std + self.mean
 
+    def latents_sha256(self) -> str | None:
+        """None: decoders say nothing of the latents that they were trained on."""
+        return None
+
+
+class RGBAVAE(RGBADecoders):
+    """Colour and alpha in Wan's latent space (Wan-Alpha, section 3.1).
+
+    merge_init: `residual` (raw = Wan's own latents of rgb + merge, merge starts at zero) or `scratch`.
+    average_alpha, checkpointing, chunk: as RGBADecoders. frozen_dtype: of all that does not train.
+    """
+
+    def __init__(
+        self,
+        *,
+        vae: AutoencoderKLWan,
+        merge_init: str,
+        lora_rank: int,
+        lora_alpha: float,
+        average_alpha: bool = True,
+        checkpointing: bool = False,
+        chunk: int | None = None,
+        frozen_dtype: str = "float32",
+    ) -> None:
+        source, base_sha256 = vae.config.get("_name_or_path", ""), weights_sha256(vae)
+        vae.requires_grad_(False)
+        super().__init__(
+            rgb=copy.deepcopy(vae),
+            alpha=copy.deepcopy(vae),
+            average_alpha=average_alpha,
+            checkpointing=checkpointing,
+            chunk=chunk,
+        )
+        self.source, self.base_sha256 = source, base_sha256
+        self.lora_rank, self.lora_alpha, self.merge_init = lora_rank, lora_alpha, merge_init
+        self.encoder, self.head = WanEncoder(vae), WanHead(vae)
+        features = vae.encoder.norm_out.gamma.shape[0]
+        self.merge = FeatureMerge(features, self.geometry.channels, merge_init)
+        self.adapt(lora_rank, lora_alpha)
+        self.cast_frozen(frozen_dtype)
+
+    def encode(self, rgb: Tensor, alpha: Tensor) -> Tensor:
+        """Raw latents (B, 16, F, h, w).
+
+        rgb (B, 3, T, H, W) in [-1, 1] already hard-rendered over a background; alpha (B, 1, T, H, W) in [0, 1].
+        """
+        check_clip_shape(*alpha.shape[2:], self.geometry.time_stride, self.geometry.space_stride)
+        dtype = self.encoder.net.conv_in.weight.dtype
+        matte = (alpha * 2 - 1).expand_as(rgb)
+        with torch.no_grad():  # frozen, and its input is data
+            both = self.encoder(torch.cat([rgb, matte]).to(dtype), self.chunk)
+            rgb_features, alpha_features = both.chunk(2)
+            wan_latents = self.head(rgb_features)[0] if self.merge_init == "residual" else None
+        merged = self.merge(rgb_features.to(self.mean.dtype), alpha_features.to(self.mean.dtype))
+        return merged if wan_latents is None else wan_latents + merged
+
     def latents_sha256(self) -> str:
         """Of what latents depend on: the base, the merge block and how it starts. Decoder LoRA has no part in it."""
         digest = hashlib.sha256(f"{self.base_sha256}{self.merge_init}{weights_sha256(self.merge)}".encode())
         return digest.hexdigest()
-
-
-def load_rgba_vae(
-    *, vae: str, adapters: str, chunk: int | None = None, frozen_dtype: str = "float32", checkpointing: bool = False
-) -> RGBAVAE:
-    """A trained RGBA-VAE: base `vae` and an adapter file of experiment=vae_rgba, or the newest one below a folder.
-
-    Frozen. Raises FileNotFoundError without a file, and ValueError for adapters of another kind or of another base.
-    """
-    path, state, facts = read_adapters(adapters, kind="rgba_vae")
-    base = load_vae(vae)
-    model = RGBAVAE(
-        vae=base,
-        merge_init=facts["merge_init"],
-        lora_rank=facts["lora_rank"],
-        lora_alpha=facts["lora_alpha"],
-        average_alpha=facts["average_alpha"],
-        checkpointing=checkpointing,
-        chunk=chunk,
-        frozen_dtype=frozen_dtype,
-    )
-    if model.base_sha256 != facts["base_sha256"]:
-        raise ValueError(
-            f"{path} was trained on another base VAE ({facts['base']}, sha256 {facts['base_sha256'][:12]}) than {vae} "
-            f"({model.base_sha256[:12]}). Choose the wan= it was trained with."
-        )
-    load_trainable(model, {name.removeprefix("vae."): value for name, value in state.items()}, str(path))
-    return model.eval().requires_grad_(False)

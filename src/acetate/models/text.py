@@ -2,35 +2,56 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate import init_empty_weights
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from acetate.models.loading import locate, weights_sha256
+from acetate.models.adapters import listed
+from acetate.models.loading import locate, renamed, weights_sha256
+from acetate.models.weights import Weights, assign, open_weights
+
+if TYPE_CHECKING:
+    from transformers import UMT5Config, UMT5EncoderModel
+
+ORIGINAL = "models_t5*"  # the original release's file of UMT5, beside the DiT
+TOKENIZER = "google/umt5-xxl"  # and its tokenizer
+# Wan's own names of UMT5's tensors -> transformers'; of a block below blocks.N and encoder.block.N.layer
+TOP_NAMES = {
+    "token_embedding.weight": "shared.weight",
+    "norm.weight": "encoder.final_layer_norm.weight",
+}
+BLOCK_NAMES = {
+    "norm1": "0.layer_norm",
+    **{f"attn.{part}": f"0.SelfAttention.{part}" for part in "qkvo"},
+    "pos_embedding.embedding": "0.SelfAttention.relative_attention_bias",
+    "norm2": "1.layer_norm",
+    "ffn.gate.0": "1.DenseReluDense.wi_0",
+    "ffn.fc1": "1.DenseReluDense.wi_1",
+    "ffn.fc2": "1.DenseReluDense.wo",
+}
 
 
 class TextEncoder:
-    """Tokenizer and encoder of a source in diffusers layout: a folder with tokenizer/ and text_encoder/, or a hub name.
+    """Tokenizer and encoder of a source: a folder with tokenizer/ and text_encoder/, a hub name, or the original
+    release's folder or file, with google/umt5-xxl/ beside it.
 
-    length: tokens that the DiT reads. Raises FileNotFoundError for a source without them.
+    length: tokens that the DiT reads. Raises FileNotFoundError for a source without them, and ValueError for weights
+    that do not fit.
     """
 
     def __init__(self, source: str, length: int, device: str = "cpu", dtype: str = "auto") -> None:
-        from transformers import AutoTokenizer, UMT5EncoderModel  # seconds to import, and caches often have the answer
+        from transformers import AutoTokenizer  # seconds to import, and caches often have the answer
 
         self.source, self.length, self.device = source, length, device
-        folders = {part: locate(source, part) for part in ("tokenizer", "text_encoder")}
-        for part, folder in folders.items():
-            if folder.name != part:
-                raise FileNotFoundError(
-                    f"{source} has no folder {part}/. UMT5 is read in diffusers layout: give wan.text_encoder a folder "
-                    "with tokenizer/ and text_encoder/, or a hub name such as Wan-AI/Wan2.1-T2V-1.3B-Diffusers."
-                )
-        self.tokenizer = AutoTokenizer.from_pretrained(folders["tokenizer"])
-        self.model = UMT5EncoderModel.from_pretrained(folders["text_encoder"], torch_dtype=dtype).to(device).eval()
+        tokenizer, weights = locate_text_encoder(source)
+        self.tokenizer = AutoTokenizer.from_pretrained(tokenizer)
+        self.model = load_umt5(weights, None if dtype == "auto" else getattr(torch, dtype)).to(device)
 
     def sha256(self) -> str:
         """Of weights and vocabulary: embeddings of another encoder are refused by it."""
@@ -49,6 +70,87 @@ class TextEncoder:
     def context(self, prompts: Sequence[str]) -> Tensor:
         """(B, length, text_dim) fp32 on the CPU, zeros after each prompt's last token, as Wan's DiT was trained."""
         return pad_context([self(prompt) for prompt in prompts], self.length)
+
+
+def locate_text_encoder(source: str) -> tuple[Path, Path]:
+    """Folder of the tokenizer, and file or folder of UMT5's weights. Raises FileNotFoundError."""
+    file = original_file(source)
+    if file is not None:
+        tokenizer = file.parent / TOKENIZER
+        if not tokenizer.is_dir():
+            raise FileNotFoundError(f"{tokenizer} does not exist; {file.name} needs its tokenizer beside it.")
+        return tokenizer, file
+    tokenizer, weights = (locate(source, part) for part in ("tokenizer", "text_encoder"))
+    for part, folder in (("tokenizer", tokenizer), ("text_encoder", weights)):
+        if folder.name != part:
+            raise FileNotFoundError(
+                f"{source} has no folder {part}/, and no {ORIGINAL}.pth of the original release. Give wan.text_encoder "
+                "a folder with one or the other, or a hub name such as Wan-AI/Wan2.1-T2V-1.3B-Diffusers."
+            )
+    return tokenizer, weights
+
+
+def original_file(source: str) -> Path | None:
+    """Of UMT5 in the original release's names, where `source` is that file or a folder with it."""
+    path = Path(source).expanduser()
+    if path.is_dir() and not (path / "text_encoder").is_dir():
+        found = sorted(path.glob(ORIGINAL))
+        if len(found) > 1:
+            raise ValueError(f"{path} holds {listed([file.name for file in found])}. Name one of the files.")
+        return found[0] if found else None
+    return path if path.is_file() else None
+
+
+def load_umt5(path: Path, dtype: torch.dtype | None = None) -> "UMT5EncoderModel":
+    """From transformers' layout or Wan's own names; dtype None keeps the files'. Raises ValueError as `load_vae`."""
+    from transformers import UMT5Config, UMT5EncoderModel
+
+    weights = open_weights(path)
+    if "token_embedding.weight" in weights.meta:
+        config, names = _original_config(weights), renamed(weights.meta, umt5_name)
+    else:
+        config, names = UMT5Config.from_pretrained(path if path.is_dir() else path.parent), renamed(weights.meta)
+    with init_empty_weights():
+        model = UMT5EncoderModel(config)
+    tied = {"shared.weight", "encoder.embed_tokens.weight"}  # one matrix; files hold it under one name or both
+    if held := tied & names.keys():
+        names |= {name: names[min(held, key=len)] for name in tied}
+    stored: Any = config.dtype
+    dtype = dtype or stored or next(iter(weights.meta.values())).dtype
+    precise = set(model._keep_in_fp32_modules or ()) if dtype == torch.float16 else set()  # as transformers does
+    assign(model, weights, names, lambda name: torch.float32 if precise & {*name.split(".")} else dtype)
+    model.tie_weights()
+    return model.eval().requires_grad_(False)
+
+
+def umt5_name(original: str) -> str:
+    """Wan's own name of a tensor of UMT5 -> transformers'; a name that Wan does not have stays."""
+    match = re.fullmatch(r"blocks\.(\d+)\.(.+)\.weight", original)
+    if match and match[2] in BLOCK_NAMES:
+        return f"encoder.block.{match[1]}.layer.{BLOCK_NAMES[match[2]]}.weight"
+    return TOP_NAMES.get(original, original)
+
+
+def _original_config(weights: Weights) -> "UMT5Config":
+    from transformers import UMT5Config
+
+    vocabulary, width = weights.shape("token_embedding.weight")
+    buckets, heads = weights.shape("blocks.0.pos_embedding.embedding.weight")
+    blocks = {int(match[1]) for name in weights.meta if (match := re.match(r"blocks\.(\d+)\.", name))}
+    return UMT5Config(
+        vocab_size=vocabulary,
+        d_model=width,
+        d_kv=weights.shape("blocks.0.attn.q.weight")[0] // heads,
+        d_ff=weights.shape("blocks.0.ffn.gate.0.weight")[0],
+        num_layers=len(blocks),
+        num_heads=heads,
+        relative_attention_num_buckets=buckets,
+        relative_attention_max_distance=128,
+        feed_forward_proj="gated-gelu",
+        layer_norm_epsilon=1e-6,
+        pad_token_id=0,
+        eos_token_id=1,
+    )
 
 
 def pad_context(embeds: Sequence[Tensor], length: int) -> Tensor:
@@ -71,7 +173,9 @@ def embed_prompt(prompt: str, source: str, length: int, cache: str) -> Tensor:
 
 def prompt_cache(prompt: str, source: str, length: int, cache: str) -> Path:
     """Where the embedding is kept. Names change with the text encoder's files, so that retraining one is seen."""
+    original = original_file(source)
     folder = Path(source).expanduser() / "text_encoder"
-    files = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(folder.glob("*.safetensors"))]
+    kept = sorted(folder.glob("*.safetensors")) if original is None else [original]
+    files = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in kept]
     name = hashlib.sha256(json.dumps([source, prompt, length, files]).encode()).hexdigest()[:32]
     return Path(cache) / f"prompt-{name}.safetensors"

@@ -1,0 +1,212 @@
+"""Files of weights: found, checked, and read without running code and without a second copy in memory."""
+
+import json
+import pickle
+import re
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from acetate.models.adapters import check_fit, listed
+
+SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
+STANDARD = ("diffusion_pytorch_model", "model", "pytorch_model")  # what diffusers and transformers call a single file
+SHARD = re.compile(r"(?P<stem>.+)-\d{5}-of-(?P<count>\d{5})\.\w+")
+REMAP = 2**26  # bytes to convert before a file is mapped anew, which gives its pages back
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What a file or a folder holds, by name: shapes and types as meta tensors, and in which file the values lie."""
+
+    path: Path
+    meta: dict[str, Tensor]
+    files: dict[str, Path]
+
+    def shape(self, name: str) -> torch.Size:
+        if name not in self.meta:
+            raise ValueError(f"{self} lacks {name}: not Wan2.1's original weights, or a truncated file.")
+        return self.meta[name].shape
+
+    def label(self, name: str) -> str:
+        """How an error names a tensor of it."""
+        return f"{name} in {self.files[name].name}" if len(set(self.files.values())) > 1 else name
+
+    def __str__(self) -> str:
+        files = set(self.files.values())
+        return str(files.pop() if len(files) == 1 else self.path)
+
+
+def open_weights(path: Path) -> Weights:
+    """Of a file, or of a folder: one file of a standard name, or all that an index names, or all shards.
+
+    No values are read. Raises FileNotFoundError for a folder without weights, and ValueError for files that are
+    damaged, hold objects other than tensors, are several without an index, or do not agree with their index.
+    """
+    meta, files = {}, {}
+    index = _index(path)
+    for file in _files(path, index):
+        held = _open(file)
+        if index is not None:
+            _check_index(index, file, held)
+        if twice := [name for name in held if name in files]:
+            raise ValueError(f"{listed(twice)}: in {files[twice[0]]} and in {file} too. Remove the file that is stale.")
+        meta |= {name: torch.empty_like(value, device="meta") for name, value in held.items()}
+        files |= dict.fromkeys(held, file)
+    return Weights(path, meta, files)
+
+
+def read_weights(path: Path, wrapped: bool = False) -> dict[str, Tensor]:
+    """All tensors by name, mapped from their files. Raises as `open_weights` does.
+
+    wrapped: takes the `state_dict` of a training checkpoint, where the file has one, in the place of the whole.
+    """
+    if path.is_dir():
+        opened = {file: _open(file) for file in _files(path, _index(path))}
+        return {name: opened[file][name] for name, file in open_weights(path).files.items()}
+    return _open(_files(path, None)[0], wrapped)
+
+
+def assign(
+    model: nn.Module, weights: Weights, names: Mapping[str, str], dtype_of: Callable[[str], torch.dtype]
+) -> None:
+    """Puts the file's tensors in the place of a meta model's, each in dtype_of(its name).
+
+    names: the model's name -> the file's, for every tensor of the file. One tensor at a time is held twice, and only
+    where its type changes; the others stay mapped. Raises ValueError as `check_fit`, and puts nothing then.
+    """
+    found = {name: weights.meta[key] for name, key in names.items()}
+    labels = {name: weights.label(key) for name, key in names.items()}
+    check_fit(dict(model.state_dict()), found, str(weights), labels)
+    by_file: dict[Path, dict[str, str]] = {}
+    for name, key in names.items():
+        by_file.setdefault(weights.files[key], {})[name] = key
+    state = {name: value for file, part in by_file.items() for name, value in _converted(file, part, dtype_of)}
+    model.load_state_dict(state, assign=True)
+
+
+def _converted(
+    file: Path, names: Mapping[str, str], dtype_of: Callable[[str], torch.dtype]
+) -> Iterator[tuple[str, Tensor]]:
+    held, done, converted = _open(file), {}, 0
+    for name, key in names.items():
+        if key not in done:
+            if converted > REMAP and _mappable(file):
+                held, converted = _open(file), 0
+            done[key] = held[key].to(dtype_of(name))
+            converted += held[key].nbytes if done[key].dtype != held[key].dtype else 0
+        yield name, done[key]
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"{file} is not JSON ({error}). Fetch it anew.") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{file} holds a {type(value).__name__}; a config is an object of names and values.")
+    return value
+
+
+def _index(path: Path) -> Path | None:
+    found = sorted(path.glob("*.index.json")) if path.is_dir() else []
+    if len(found) > 1:
+        raise ValueError(f"{path} holds {listed([file.name for file in found])}; keep one index, or name a file.")
+    return found[0] if found else None
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    names = read_json(index).get("weight_map")
+    if not isinstance(names, dict) or not all(
+        isinstance(file, str) and file == Path(file).name for file in names.values()
+    ):
+        raise ValueError(
+            f"{index}: its weight_map must give a file of the same folder for every tensor. Fetch it anew."
+        )
+    return names
+
+
+def _files(path: Path, index: Path | None) -> list[Path]:
+    if index is not None:
+        named = sorted(set(_weight_map(index).values()))
+        if absent := [file for file in named if not (path / file).is_file()]:
+            raise ValueError(f"{path} lacks {listed(absent)}, which {index.name} names. Fetch what is missing.")
+        return [path / file for file in named]
+    if path.is_file() and path.suffix in SUFFIXES:
+        return [path]
+    if path.is_file():
+        raise ValueError(f"{path}: a file of weights ends in {', '.join(SUFFIXES)}.")
+    files = next((found for suffix in SUFFIXES if (found := sorted(path.glob(f"*{suffix}")))), [])
+    if not files:
+        raise FileNotFoundError(f"{path} holds no weights ({', '.join(SUFFIXES)}).")
+    for name in STANDARD:
+        if path / f"{name}{files[0].suffix}" in files:
+            return [path / f"{name}{files[0].suffix}"]
+    shards = [match for file in files if (match := SHARD.fullmatch(file.name))]
+    sets = {(match["stem"], int(match["count"])) for match in shards}
+    if len(shards) == len(files) and len(sets) == 1:
+        (_, count), *_ = sets
+        if len(files) != count:
+            raise ValueError(f"{path} holds {len(files)} of {count} shards: {listed([f.name for f in files])}.")
+        return files
+    if len(files) > 1:
+        raise ValueError(f"{path} holds {listed([file.name for file in files])}, and no index. Name the file.")
+    return files
+
+
+def _check_index(index: Path, file: Path, held: dict[str, Tensor]) -> None:
+    named = {name for name, place in _weight_map(index).items() if place == file.name}
+    if absent := sorted(named - held.keys()):
+        raise ValueError(f"{file} lacks {listed(absent)}, which {index.name} places there. Fetch both anew.")
+    if more := sorted(held.keys() - named):
+        raise ValueError(f"{file} holds {listed(more)}, which {index.name} does not place there. Fetch both anew.")
+
+
+def _mappable(file: Path) -> bool:
+    """Files of torch before 1.6 are no zip archives and have to be read whole."""
+    return file.suffix == ".safetensors" or zipfile.is_zipfile(file)
+
+
+def _open(file: Path, wrapped: bool = False) -> dict[str, Tensor]:
+    held = _load(file)
+    if wrapped and isinstance(held, dict) and isinstance(held.get("state_dict"), dict):
+        held = held["state_dict"]
+    if not isinstance(held, dict):
+        raise ValueError(f"{file} holds a {type(held).__name__}, no state dict. Give a file of weights.")
+    if others := [str(name) for name, value in held.items() if not isinstance(value, Tensor)]:
+        raise ValueError(
+            f"{file} holds {listed(others)}: no tensor. A training checkpoint rather than weights? "
+            "Give the file of weights that was exported from it."
+        )
+    return dict(held)
+
+
+def _load(file: Path) -> object:
+    """Raises ValueError for what cannot be read, or would run code on the way; nothing is run."""
+    try:
+        if file.suffix == ".safetensors":
+            return load_file(file)
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=_mappable(file))
+    except pickle.UnpicklingError as error:
+        if match := re.search(r"GLOBAL ([\w.]+)", str(error)):
+            raise ValueError(
+                f"{file} cannot be read: it holds {match[1]}, code rather than tensors, which was not run. "
+                "Give a file of nothing but tensors, best a .safetensors."
+            ) from error
+        raise _damaged(file, error) from error
+    except (SafetensorError, RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise _damaged(file, error) from error
+
+
+def _damaged(file: Path, error: Exception) -> ValueError:
+    said = re.search(r"WeightsUnpickler error:\s*(.+)", str(error))  # the lines around it advise to run the code
+    plain = not isinstance(error, pickle.UnpicklingError) or "Weights only" not in str(error)
+    reason = said[1] if said else str(error).partition("\n")[0] if plain else "not written by torch.save"
+    return ValueError(f"{file} cannot be read ({reason}). It is truncated or no weight file: fetch it anew.")
