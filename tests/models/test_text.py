@@ -45,6 +45,12 @@ def test_prompt_is_embedded_once(wan_folder, tmp_path, monkeypatch):
     assert not list((tmp_path / "new" / "cache").glob("*.tmp"))
 
 
+def test_prompts_are_cleaned_as_wan_does(wan_folder):
+    text = TextEncoder(str(wan_folder), 64)
+    assert_close(text("  a red\n disc &amp;amp; smoke "), text("a red disc & smoke"), rtol=0, atol=0)
+    assert text("a red disc").shape != text("a red disc & smoke").shape
+
+
 def test_prompt_that_is_too_long(wan_folder, tmp_path):
     with pytest.raises(ValueError, match=r"A prompt of \d+ tokens; this model reads 3. Shorten: 'smoke over"):
         embed_prompt("smoke over a blue sea", str(wan_folder), 3, str(tmp_path))

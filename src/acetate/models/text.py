@@ -1,6 +1,7 @@
 """Wan's text encoder (UMT5) and its tokenizer: prompts in, what the DiT reads out."""
 
 import hashlib
+import html
 import json
 import re
 from collections.abc import Sequence
@@ -60,7 +61,11 @@ class TextEncoder:
 
     @torch.no_grad()
     def __call__(self, prompt: str) -> Tensor:
-        """(n, text_dim) fp32 on the CPU, n <= length tokens. Raises ValueError for a longer prompt."""
+        """(n, text_dim) fp32 on the CPU, n <= length tokens. Raises ValueError for a longer prompt.
+
+        HTML entities and runs of white space are undone first, as Wan's own tokenizer does.
+        """
+        prompt = " ".join(html.unescape(html.unescape(prompt)).split())
         tokens = self.tokenizer(prompt, return_tensors="pt").to(self.device)
         count = tokens.input_ids.shape[1]
         if count > self.length:
