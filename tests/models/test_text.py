@@ -128,7 +128,7 @@ def test_names_are_wans_own(original):
 @pytest.mark.parametrize("file", ["", "models_t5_umt5-xxl-enc-bf16.pth"])
 def test_text_encoder_of_the_original_release(original, wan_folder, file):
     encoder, same = TextEncoder(str(original / file), 40), TextEncoder(str(wan_folder), 40)
-    prompt = "a red disc, smoke over a blue sea " * 16  # long enough for the far buckets
+    prompt = " ".join(["a red disc, smoke over a blue sea"] * 16)  # long enough for the far buckets
     encoder.length = same.length = 400
     assert_close(encoder(prompt), same(prompt), rtol=0, atol=1e-6)
     assert encoder.sha256() == same.sha256()
