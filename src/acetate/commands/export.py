@@ -1,10 +1,11 @@
 """python -m acetate.commands.export checkpoint=... to=... [name=value ...]: trained weights in others' formats."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import MappingProxyType
+from typing import Any, NamedTuple, cast
 
 import hydra
 import torch
@@ -44,7 +45,7 @@ class Export(NamedTuple):
 
     writers: dict[str, Callable[[Path], object]]
     notes: list[str]
-    facts: dict[str, Any] = {}  # noqa: RUF012
+    facts: Mapping[str, Any] = MappingProxyType({})
 
 
 def tensor_file(state: dict[str, Tensor], facts: dict[str, Any]) -> Callable[[Path], None]:
@@ -172,7 +173,7 @@ def _svd_lora(transformer: WanTransformer3DModel, trained: Trained, config: Dict
     def deltas() -> Iterator[tuple[str, Tensor]]:
         for name, layer in tqdm(dora_layers(transformer).items(), desc="SVD", unit="layer", delay=2, leave=False):
             layer.to(device)
-            yield original_layer(name), merged_weight(layer) - layer.get_base_layer().weight.float()
+            yield original_layer(name), merged_weight(layer) - cast(Tensor, layer.get_base_layer().weight).float()
             layer.cpu()
 
     low = svd_lora(deltas(), config.rank, getattr(torch, config.dtype))
@@ -222,7 +223,7 @@ def dit_to_diffusers(trained: Trained, config: DictConfig) -> Export:
     writers.update({".": pipeline.save_pretrained, "vae_alpha": vaes["alpha"].save_pretrained})
     notes += [
         f"the folder: WanPipeline.from_pretrained, called with max_sequence_length={config.wan.prompt_length} and "
-        f"latents=noise, its mean shifted by {trained.facts['mean_shift']} outside of the subject's ellipse",
+        f"latents= the noise, its mean shifted by {trained.facts['mean_shift']} outside of the subject's ellipse",
         TWO_VAES,
     ]
     return Export(writers, notes)

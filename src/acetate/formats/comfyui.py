@@ -22,7 +22,7 @@ class LowRank(NamedTuple):
 
 
 def svd_lora(deltas: Iterable[tuple[str, Tensor]], rank: int, dtype: torch.dtype) -> LowRank:
-    """The closest B A of `rank` to every D = W' - W (Eckart and Young 1936), as `lora_B`, `lora_A` and no alpha: scale 1.
+    """The closest B A of `rank` to every D = W' - W (Eckart and Young 1936), as lora_B, lora_A and no alpha: scale 1.
 
     deltas: (original layer name, D (out, in) fp32). Randomised SVD with power iterations (Halko et al. 2011), the same
     for the same input; errors are measured on the tensors as stored, rounding included.

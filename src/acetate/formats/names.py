@@ -16,7 +16,8 @@ def vae_name(original: str, res_blocks: int = RES_BLOCKS) -> str:
     if match := re.fullmatch(r"decoder\.upsamples\.(\d+)\.(.+)", original):
         stage, place = divmod(int(match[1]), res_blocks + 2)  # diffusers' converter knows Wan2.1's own places only
         module = f"resnets.{place}" if place <= res_blocks else "upsamplers.0"
-        return f"decoder.up_blocks.{stage}.{module}.{_block_part(match[2])}"
+        part = vae_name(f"encoder.downsamples.0.{match[2]}").removeprefix("encoder.down_blocks.0.")
+        return f"decoder.up_blocks.{stage}.{module}.{part}"
     (name,) = convert_wan_vae_to_diffusers({original: None})
     return name
 
@@ -53,12 +54,6 @@ def original_layer(layer: str) -> str:
     return original_dit_name(f"{layer}.weight").removesuffix(".weight")
 
 
-def _block_part(original: str) -> str:
-    """Of a tensor inside a residual block or a resampling, original -> diffusers."""
-    (name,) = convert_wan_vae_to_diffusers({f"encoder.downsamples.0.{original}": None})
-    return name.removeprefix("encoder.down_blocks.0.")
-
-
 def _known(name: str, names: dict[str, str], model: str) -> str:
     if name not in names:
         raise ValueError(f"{name}: not a tensor of Wan2.1's {model} under diffusers' names.")
@@ -72,15 +67,17 @@ def _layers(*layers: str) -> list[str]:
 # diffusers -> original, from diffusers' own converters over every tensor that Wan2.1 has
 RESIDUAL = ["residual.0.gamma", "residual.3.gamma", *_layers("residual.2", "residual.6")]
 VAE_IN_BLOCKS = {
-    _block_part(part): part for part in [*RESIDUAL, *_layers("shortcut", "resample.1", "time_conv")]
-}  # fmt: skip
+    vae_name(f"encoder.downsamples.0.{part}").removeprefix("encoder.down_blocks.0."): part
+    for part in [*RESIDUAL, *_layers("shortcut", "resample.1", "time_conv")]
+}
+CODERS = ("encoder", "decoder")
 CODER = [
     *_layers("conv1", "head.2", "middle.1.to_qkv", "middle.1.proj"), "head.0.gamma", "middle.1.norm.gamma",
     *(f"middle.{place}.{part}" for place, part in product((0, 2), RESIDUAL)),
 ]  # fmt: skip
 VAE_OUTSIDE_BLOCKS = {
     vae_name(original): original
-    for original in [*_layers("conv1", "conv2"), *(f"{coder}.{part}" for coder in ("encoder", "decoder") for part in CODER)]
+    for original in [*_layers("conv1", "conv2"), *(f"{coder}.{part}" for coder, part in product(CODERS, CODER))]
 }  # fmt: skip
 ATTENTION = [*_layers("q", "k", "v", "o"), "norm_q.weight", "norm_k.weight"]
 DIT_IN_BLOCKS = {
