@@ -1,6 +1,8 @@
 """Small real Wan modules with seeded weights, and a folder of them in diffusers layout."""
 
 import json
+import resource
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -163,3 +165,13 @@ def cached(shards, tmp_path_factory):
         workers=0,
     )  # fmt: skip
     return folder / "latents", adapters
+
+
+@pytest.fixture
+def small_disk():
+    """No file may grow past 64 KiB: what a full disk does to a write, without filling one."""
+    before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (64 * 1024, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    signal.signal(signal.SIGXFSZ, handler)

@@ -1,9 +1,21 @@
+from itertools import product
+
 import pytest
 import torch
+from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from torch import nn
 from torch.testing import assert_close
 
-from acetate.formats.wan_alpha import dora_from_wan_alpha, trainable_from_wan_alpha
-from acetate.models.adapters import check_fit, trainable_state
+from acetate.formats.wan_alpha import (
+    decoder_of,
+    dora_from_wan_alpha,
+    dora_to_wan_alpha,
+    trainable_from_wan_alpha,
+    trainable_to_wan_alpha,
+)
+from acetate.models.adapters import MergedLoRA, check_fit, trainable_state
+from acetate.models.dit import add_dora
+from acetate.models.merge import FeatureMerge
 from acetate.models.rgba_vae import RGBAVAE
 from tests.original import MERGE, replaced
 
@@ -96,3 +108,89 @@ def test_dora_keys_without_a_place():
     twice = {f"{prefix}{LAYER}.lora_A.weight": torch.ones(2, 3) for prefix in ("", "diffusion_model.")}
     with pytest.raises(ValueError, match="the same tensor under two names"):
         dora_from_wan_alpha(twice)
+
+
+@pytest.mark.parametrize("layout", ["wan21", "tiny"])
+def test_trainable_there_and_back(make_vae, layout):
+    """Bit for bit where alpha is a power of two; B takes alpha in, since the released scale is 1 / rank."""
+    vae = RGBAVAE(vae=make_vae(layout), merge_init="scratch", lora_rank=2, lora_alpha=4.0)
+    state = {name: torch.randn_like(value) for name, value in trainable_state(vae).items()}
+    blocks = make_vae(layout).config.num_res_blocks
+    back = trainable_from_wan_alpha(trainable_to_wan_alpha(state, 4.0, blocks), blocks)
+    check_fit(state, back, "there and back")
+    for name, value in back.items():
+        assert_close(value, (4 * state[name] if name.endswith(".B") else state[name]), rtol=0, atol=0)
+
+
+def test_names_of_the_released_file(trainable):
+    flat = trainable_to_wan_alpha(trainable, 1.0)
+    decoder = decoder_of(flat)
+    assert len(decoder) == 152
+    assert all("decoder" in name and ".lora_" in name for name in decoder)
+    assert set(flat) - set(decoder) == {name for name in flat if name.startswith("middle.block.")}
+    assert flat["vae_pha.decoder.middle.1.to_qkv.lora_B.default.weight"].shape[1:] == (2, 1, 1)
+    assert flat["vae_fgr.decoder.upsamples.3.time_conv.conv3D.lora_B.default.weight"].shape[1:] == (2, 1, 1, 1)
+    with pytest.raises(ValueError, match=r"vae\.merge\.x: no trained tensor"):
+        trainable_to_wan_alpha({"vae.merge.x": torch.zeros(1)}, 1.0)
+
+
+def test_dora_there_and_back(make_transformer):
+    """Bit for bit in bfloat16; alpha / rank goes into B."""
+    transformer = make_transformer()
+    add_dora(transformer, 4, 8)
+    state = {name: torch.randn_like(value) for name, value in trainable_state(transformer).items()}
+    back = dora_from_wan_alpha(dora_to_wan_alpha(state, 2.0))
+    check_fit(state, back, "there and back")
+    for name, value in back.items():
+        assert_close(value, (2 * state[name] if ".lora_B." in name else state[name]).bfloat16(), rtol=0, atol=0)
+    with pytest.raises(ValueError, match="no DoRA tensor"):
+        dora_to_wan_alpha({"blocks.0.attn1.to_q.weight": torch.zeros(1)}, 1.0)
+
+
+def test_full_size_vae_file():
+    with torch.device("meta"):
+        merge = FeatureMerge(384, 16, "scratch").named_parameters()
+        state = {f"merge.{name}": value for name, value in merge}
+        for name, conv in AutoencoderKLWan().decoder.named_modules():
+            if isinstance(conv, (nn.Conv2d, nn.Conv3d)):
+                lora = MergedLoRA(conv.weight, 128, 1.0)
+                for decoder, matrix in product(("decoder_rgb", "decoder_alpha"), "AB"):
+                    state[f"{decoder}.net.{name}.parametrizations.weight.0.{matrix}"] = getattr(lora, matrix)
+        flat = trainable_to_wan_alpha(state, 1.0)
+    sizes = {
+        part: [value.numel() for name, value in flat.items() if name.startswith(part)]
+        for part in ("middle.", "vae_fgr.decoder.", "vae_pha.decoder.")
+    }
+    assert {part: len(numbers) for part, numbers in sizes.items()} == {
+        "middle.": 33, "vae_fgr.decoder.": 76, "vae_pha.decoder.": 76
+    }  # fmt: skip
+    assert [sum(numbers) for numbers in sizes.values()] == [25_537_552, 30_013_824, 30_013_824]
+    shapes = {
+        "middle.block.conv1.weight": (384, 768, 1, 1, 1),
+        "middle.block.middle.2.residual.6.weight": (384, 384, 3, 3, 3),
+        "middle.block.middle.3.to_qkv.weight": (1152, 384, 1, 1),
+        "middle.block.head.2.weight": (16, 384, 3, 3, 3),
+        "vae_fgr.decoder.conv1.conv3D.lora_A.default.weight": (128, 16, 3, 3, 3),
+        "vae_fgr.decoder.upsamples.4.shortcut.conv3D.lora_B.default.weight": (384, 128, 1, 1, 1),
+        "vae_pha.decoder.upsamples.11.resample.1.lora_A.default.weight": (128, 192, 3, 3),
+        "vae_pha.decoder.middle.1.proj.lora_B.default.weight": (384, 128, 1, 1),
+    }
+    assert {name: tuple(flat[name].shape) for name in shapes} == shapes
+
+
+def test_full_size_dora():
+    with torch.device("meta"):
+        transformer = WanTransformer3DModel()
+        add_dora(transformer, 32, 32)
+    flat = dora_to_wan_alpha(trainable_state(transformer), 1.0)
+    assert len(flat) == 1200
+    assert {value.dtype for value in flat.values()} == {torch.bfloat16}
+    assert {name.split(".lora_")[0].split(".", 2)[2] for name in flat} == {
+        *(f"{attention}.{part}" for attention in ("self_attn", "cross_attn") for part in "qkvo"), "ffn.0", "ffn.2"
+    }  # fmt: skip
+    shapes = {
+        "blocks.39.ffn.0.lora_A.default.weight": (32, 5120),
+        "blocks.39.ffn.0.lora_B.default.weight": (13824, 32),
+        "blocks.0.cross_attn.o.lora_magnitude_vector.default.weight": (5120,),
+    }
+    assert {name: tuple(flat[name].shape) for name in shapes} == shapes

@@ -8,8 +8,8 @@ from torch.testing import assert_close
 
 from acetate.commands.sample import load_dit
 from acetate.formats.few_step import merge_few_step
-from acetate.formats.names import dit_name
-from acetate.formats.wan_alpha import dora_from_wan_alpha
+from acetate.formats.names import dit_name, original_dit_name
+from acetate.formats.wan_alpha import dora_from_wan_alpha, dora_to_wan_alpha
 from acetate.models.adapters import load_trainable
 from acetate.models.dit import add_dora, merge_dora, velocity
 from acetate.models.loading import load_transformer
@@ -49,6 +49,17 @@ def test_targets_are_the_released_ones(adapted):
     file, transformer = adapted
     ours = {name.split(".lora_A")[0] for name, _ in transformer.named_parameters() if ".lora_A." in name}
     assert ours == {dit_name(f"{layer}.weight").removesuffix(".weight") for layer in file.metadata["targets"]}
+
+
+def test_released_file_comes_out_as_it_went_in(golden):
+    file = golden("dora")
+    released = file.under("dora")
+    ours = dora_to_wan_alpha(dora_from_wan_alpha(released), file.metadata["lora_alpha"] / file.metadata["rank"])
+    assert ours.keys() == released.keys()
+    for name, value in ours.items():
+        assert_close(value, released[name].bfloat16(), rtol=0, atol=0, msg=name)
+    base = file.under("base")
+    assert {original_dit_name(dit_name(name)) for name in base} == base.keys()
 
 
 def test_merged_weights_and_few_step_lora(adapted):

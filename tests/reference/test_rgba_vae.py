@@ -9,8 +9,9 @@ from safetensors.torch import save_file
 from torch.testing import assert_close
 
 from acetate.alpha import harden, over, palette_colors
+from acetate.formats.names import original_vae_name, vae_name
 from acetate.formats.rgba_vae import load_rgba_vae
-from acetate.formats.wan_alpha import trainable_from_wan_alpha
+from acetate.formats.wan_alpha import trainable_from_wan_alpha, trainable_to_wan_alpha
 from acetate.losses.diffusion import DiffusionLoss
 from acetate.models.adapters import load_trainable, trainable_state
 from acetate.models.text import prompt_cache
@@ -88,6 +89,17 @@ def test_merged_weights(golden, task):
         (name,) = probe
         conv = task.vae.get_submodule(name.split(".parametrizations")[0])
         assert_close(conv.weight, expected, rtol=0, atol=1e-6)
+
+
+def test_released_file_comes_out_as_it_went_in(golden):
+    """Every name, shape and bit of what trains; and the VAE's own names are the released ones."""
+    released = golden("rgba_vae").under("weights")
+    ours = trainable_to_wan_alpha(trainable_from_wan_alpha(released), golden("rgba_vae").metadata["lora_alpha"])
+    assert ours.keys() == released.keys()
+    for name, value in ours.items():
+        assert_close(value, released[name], rtol=0, atol=0, msg=name)
+    wan = golden("wan_vae").under("weights")
+    assert {original_vae_name(vae_name(name)) for name in wan} == wan.keys()
 
 
 def test_whole_training_step(golden, task, monkeypatch):

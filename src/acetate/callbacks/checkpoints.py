@@ -1,5 +1,6 @@
 """Checkpoints that are whole or not there, and the adapter file beside each."""
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -42,8 +43,8 @@ class WholeCheckpointIO(TorchCheckpointIO):
 class AdapterCheckpoint(ModelCheckpoint):
     """Beside every checkpoint NAME.ckpt a NAME.safetensors with what trains (its average where EMA runs).
 
-    Its metadata is the module's `adapter_metadata()`, str -> str: enough to build the model again. The file's
-    tensors are named as in the module.
+    Its metadata is the module's `adapter_metadata()`, str -> str: enough to build the model again, and step and
+    whether it is the average. The file's tensors are named as in the module.
     """
 
     def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
@@ -53,9 +54,10 @@ class AdapterCheckpoint(ModelCheckpoint):
 
     def _save_adapters(self, trainer: Trainer, path: Path) -> None:
         module = trainer.lightning_module
-        metadata = {**_metadata(module), "step": str(trainer.global_step)}
+        averaged, state = _adapters(trainer, module)
+        metadata = {**_metadata(module), "step": str(trainer.global_step), "averaged": json.dumps(averaged)}
         temporary = path.with_suffix(".tmp")
-        save_file(_adapters(trainer, module), temporary, metadata)
+        save_file(state, temporary, metadata)
         temporary.replace(path)
 
     def _remove_checkpoint(self, trainer: Trainer, filepath: str) -> None:
@@ -64,12 +66,13 @@ class AdapterCheckpoint(ModelCheckpoint):
             Path(filepath).with_suffix(".safetensors").unlink(missing_ok=True)
 
 
-def _adapters(trainer: Trainer, module: LightningModule) -> dict[str, Tensor]:
+def _adapters(trainer: Trainer, module: LightningModule) -> tuple[bool, dict[str, Tensor]]:
+    """Whether they are averages, and what trains."""
     averages = [callback.average for callback in trainer.callbacks if isinstance(callback, EMA)]  # pyright: ignore
     if averages and averages[0]:
-        return {name: value.cpu().contiguous() for name, value in averages[0].items()}
+        return True, {name: value.cpu().contiguous() for name, value in averages[0].items()}
     trained = ((name, p) for name, p in module.named_parameters() if p.requires_grad)
-    return {name: p.detach().cpu().contiguous() for name, p in trained}
+    return False, {name: p.detach().cpu().contiguous() for name, p in trained}
 
 
 def _metadata(module: LightningModule) -> dict[str, str]:

@@ -5,13 +5,14 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 
 class EMA(Callback):
     """ema <- d * ema + (1 - d) * w after each step, d = min(decay, (1 + step) / (10 + step)).
 
     Validation and adapter files see the average; training and the optimizer never do. Kept in fp32 in the
-    checkpoint, so that a resumed run goes on with it.
+    checkpoint, and whole where weights are sharded, so that a resumed run goes on with it.
     """
 
     def __init__(self, decay: float):
@@ -55,7 +56,8 @@ class EMA(Callback):
                 parameter.data = self._training.pop(name)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"average": self.average}
+        whole = {n: value.full_tensor() if isinstance(value, DTensor) else value for n, value in self.average.items()}
+        return {"average": whole}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.average = state_dict["average"]

@@ -1,11 +1,12 @@
 """The released files of Wan-Alpha: the VAE training checkpoint and the DiT's DoRA."""
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
+import torch
 from torch import Tensor
 
-from acetate.formats.names import dit_name, vae_name
+from acetate.formats.names import RES_BLOCKS, dit_name, original_layer, original_vae_name, vae_name
 from acetate.models.adapters import listed
 from acetate.models.loading import renamed
 
@@ -17,6 +18,8 @@ DORA_KEY = re.compile(
 WRAPPED = re.compile(r"(?P<prefix>(?:\w+\.)*?)vae_(?:fgr|pha)\.decoder\..*\.lora_[AB]\.")
 MODULES = ("vae_fgr.", "vae_pha.", "middle.", "perceptual_loss.", "sobel_edge_loss.", "pipe.")  # of the training module
 RESIDUAL_PARTS = {"0": "norm1", "2": "conv1", "3": "norm2", "6": "conv2"}
+MERGE_PARTS = {"conv1": "conv_in", "head.0": "norm_out", "head.2": "conv_out"}
+OUR_LORA_KEY = re.compile(r"(decoder_rgb|decoder_alpha)\.net\.(.+)\.parametrizations\.weight\.0\.([AB])")
 
 
 def unwrapped(held: dict[str, Tensor], source: str) -> dict[str, Tensor]:
@@ -44,7 +47,7 @@ def unwrapped(held: dict[str, Tensor], source: str) -> dict[str, Tensor]:
 
 
 def trainable_from_wan_alpha(
-    flat: dict[str, Tensor], res_blocks: int = 2, source: str = "the VAE file"
+    flat: dict[str, Tensor], res_blocks: int = RES_BLOCKS, source: str = "the VAE file"
 ) -> dict[str, Tensor]:
     """The released flat training checkpoint -> RGBAVAE's trainable parameters.
 
@@ -79,8 +82,7 @@ def _trainable_name(key: str, res_blocks: int) -> str | None:
 def _merge_name(key: str) -> str | None:
     """`middle.block.*` -> `merge.*`; residual blocks stand at even places, attention at odd ones."""
     place = key.removeprefix("middle.block.")
-    fixed = {"conv1": "conv_in", "head.0": "norm_out", "head.2": "conv_out"}
-    for old, new in fixed.items():
+    for old, new in MERGE_PARTS.items():
         if place.startswith(f"{old}."):
             return f"merge.{new}.{place.removeprefix(f'{old}.')}"
     if match := re.fullmatch(r"middle\.(\d+)\.residual\.([0236])\.(\w+)", place):
@@ -88,6 +90,52 @@ def _merge_name(key: str) -> str | None:
     if match := re.fullmatch(r"middle\.(\d+)\.((norm|to_qkv|proj)\.\w+)", place):
         return f"merge.blocks.attentions.{int(match[1]) // 2}.{match[2]}"
     return None
+
+
+def trainable_to_wan_alpha(
+    state: dict[str, Tensor], lora_alpha: float, res_blocks: int = RES_BLOCKS
+) -> dict[str, Tensor]:
+    """RGBAVAE's trainable parameters -> the released flat training checkpoint: `trainable_from_wan_alpha` backwards.
+
+    lora_alpha: what they were trained with; it goes into B, since every released reader scales by 1 / rank. Raises
+    ValueError for a tensor that has no place there.
+    """
+    flat: dict[str, Tensor] = {}
+    released = {ours: theirs for theirs, ours in DECODERS.items()}
+    for name, value in state.items():
+        if name.startswith("merge."):
+            flat[_released_merge_name(name)] = value
+            continue
+        match = OUR_LORA_KEY.fullmatch(name)
+        if match is None:
+            raise ValueError(f"{name}: no trained tensor of an RGBA-VAE.")
+        decoder, conv, matrix = match.groups()
+        kernel = state[f"{name[:-1]}A"].ndim - 2
+        place = original_vae_name(f"decoder.{conv}.weight", res_blocks).removesuffix(".weight")
+        place += ".conv3D" if kernel == 3 else ""  # the released class wraps its causal convolutions
+        if matrix == "B":
+            value = (lora_alpha * value).view(*value.shape, *[1] * kernel)
+        flat[f"{released[decoder]}.{place}.lora_{matrix}.default.weight"] = value
+    return flat
+
+
+def _released_merge_name(name: str) -> str:
+    """`_merge_name` backwards."""
+    place = name.removeprefix("merge.")
+    for old, new in MERGE_PARTS.items():
+        if place.startswith(f"{new}."):
+            return f"middle.block.{old}.{place.removeprefix(f'{new}.')}"
+    _, kind, index, rest = place.split(".", 3)
+    if kind == "attentions":
+        return f"middle.block.middle.{2 * int(index) + 1}.{rest}"
+    part, parameter = rest.split(".")
+    number = {part: number for number, part in RESIDUAL_PARTS.items()}[part]
+    return f"middle.block.middle.{2 * int(index)}.residual.{number}.{parameter}"
+
+
+def decoder_of(flat: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What the released inference reads (decoder.bin) of a flat training checkpoint: the decoders' LoRA."""
+    return {name: value for name, value in flat.items() if name.startswith(tuple(f"{part}." for part in DECODERS))}
 
 
 def dora_from_wan_alpha(flat: dict[str, Tensor], source: str = "the DoRA file") -> dict[str, Tensor]:
@@ -104,3 +152,25 @@ def _dora_name(key: str) -> str | None:
         return None
     layer = dit_name(f"{match['layer']}.weight").removesuffix(".weight")
     return f"{layer}.lora_{match['part']}.default.weight"
+
+
+def dora_to_wan_alpha(state: dict[str, Tensor], scaling: float) -> dict[str, Tensor]:
+    """PEFT's DoRA on the diffusers DiT -> the released t2v.safetensors, bf16: `dora_from_wan_alpha` backwards.
+
+    scaling: alpha / rank; it goes into B, since the released loader has no such factor. Raises ValueError for a
+    tensor that is no DoRA.
+    """
+    flat: dict[str, Tensor] = {}
+    for layer, part, value in dora_parts(state):
+        value = scaling * value if part == "B" else value
+        flat[f"{layer}.lora_{part}.default.weight"] = value.to(torch.bfloat16)
+    return flat
+
+
+def dora_parts(state: dict[str, Tensor]) -> Iterator[tuple[str, str, Tensor]]:
+    """(original layer, A or B or magnitude_vector, tensor) of PEFT's DoRA on the diffusers DiT."""
+    for name, value in state.items():
+        match = DORA_KEY.fullmatch(name)
+        if match is None:
+            raise ValueError(f"{name}: no DoRA tensor under PEFT's names.")
+        yield original_layer(match["layer"]), match["part"], value

@@ -112,12 +112,7 @@ def read_adapters(source: str, kind: str) -> tuple[Path, dict[str, Tensor], dict
         raise FileNotFoundError(
             f"{source}: no adapter file there (.safetensors beside a checkpoint). Train one, or name its file."
         )
-    try:
-        with safe_open(path, "pt") as file:
-            facts = {name: json.loads(value) for name, value in (file.metadata() or {}).items()}
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read as adapters ({error}). Train it anew or fetch it again.") from error
+    state, facts = read_adapter_file(path)
     found_kind, schema = facts.get("kind"), facts.get("schema")
     if found_kind != kind or schema != ADAPTER_SCHEMA:
         raise ValueError(
@@ -125,3 +120,13 @@ def read_adapters(source: str, kind: str) -> tuple[Path, dict[str, Tensor], dict
             "Adapter files stand beside the checkpoints of the experiment that trains them."
         )
     return path, state, facts
+
+
+def read_adapter_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and metadata of an adapter file of any kind. Raises ValueError for one that cannot be read."""
+    try:
+        with safe_open(path, "pt") as file:
+            facts = {name: json.loads(value) for name, value in (file.metadata() or {}).items()}
+            return {name: file.get_tensor(name) for name in file.keys()}, facts  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read as adapters ({error}). Train it anew or fetch it again.") from error

@@ -7,6 +7,7 @@ from diffusers import WanTransformer3DModel
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from acetate.models.loading import load_transformer
 from acetate.models.text import embed_prompt
@@ -75,23 +76,28 @@ def add_dora(transformer: WanTransformer3DModel, rank: int, alpha: float, dtype:
             layer.lora_magnitude_vector["default"].weight.data = norm.to(dtype)
 
 
+def dora_layers(transformer: WanTransformer3DModel) -> dict[str, LoraLayer]:
+    """Every layer that carries DoRA, by its name."""
+    return {name: layer for name, layer in transformer.named_modules() if isinstance(layer, LoraLayer)}
+
+
+@torch.no_grad()
+def merged_weight(layer: LoraLayer, strength: float = 1.0) -> Tensor:
+    """W' of one DoRA layer, fp32. strength scales B A but not the magnitude, as the released loader's ratio does."""
+    magnitude, down, up = (
+        cast(Tensor, part["default"].weight).float()
+        for part in (layer.lora_magnitude_vector, layer.lora_A, layer.lora_B)
+    )
+    adapted = layer.get_base_layer().weight.float() + strength * layer.scaling["default"] * (up @ down)
+    return magnitude[:, None] * adapted / torch.linalg.vector_norm(adapted, dim=1, keepdim=True).clamp_min(1e-8)
+
+
 @torch.no_grad()
 def merge_dora(transformer: WanTransformer3DModel, strength: float = 1.0) -> None:
-    """Puts W' in the place of W, computed in fp32, and takes the adapters off.
-
-    strength scales B A but not the magnitude, as the released loader's ratio does.
-    """
-    for name, layer in list(transformer.named_modules()):
-        if not isinstance(layer, LoraLayer):
-            continue
+    """Puts W' in the place of W and takes the adapters off, a layer at a time. strength: as in `merged_weight`."""
+    for name, layer in tqdm(dora_layers(transformer).items(), desc="merge DoRA", unit="layer", delay=2, leave=False):
         base = layer.get_base_layer()
-        magnitude, down, up = (
-            cast(Tensor, part["default"].weight).float()
-            for part in (layer.lora_magnitude_vector, layer.lora_A, layer.lora_B)
-        )
-        adapted = base.weight.float() + strength * layer.scaling["default"] * (up @ down)
-        norm = torch.linalg.vector_norm(adapted, dim=1, keepdim=True).clamp_min(1e-8)
-        base.weight.copy_(magnitude[:, None] * adapted / norm)
+        base.weight.copy_(merged_weight(layer, strength))
         parent, _, child = name.rpartition(".")
         setattr(transformer.get_submodule(parent), child, base)
     transformer.peft_config = {}

@@ -10,6 +10,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 
 import torch
@@ -247,10 +248,27 @@ class WanDecoder(nn.Module):
         return step(latents, None) if chunk is None else _in_chunks(step, latents, first=chunk, size=chunk)
 
 
-def save_vae(vae: AutoencoderKLWan, folder: Path) -> None:
-    """fp16 weights and config in diffusers layout; written beside `folder` and then renamed over it."""
+@torch.no_grad()
+def merged_vae(base: AutoencoderKLWan, decoder: WanDecoder) -> AutoencoderKLWan:
+    """The base with the weights that `decoder` runs with, its LoRA merged in, as diffusers' own module."""
+    vae = copy.deepcopy(base)
+    for name, parameter in vae.named_parameters():
+        if name.startswith("decoder."):
+            parameter.copy_(attrgetter(name.removeprefix("decoder."))(decoder.net))
+        parameter.data = parameter.data.contiguous()
+    _register_strides(vae)
+    return vae
+
+
+def _register_strides(vae: AutoencoderKLWan) -> None:
+    """WanPipeline reads them from the config."""
     geometry = Geometry.of(vae)
     vae.register_to_config(scale_factor_temporal=geometry.time_stride, scale_factor_spatial=geometry.space_stride)
+
+
+def save_vae(vae: AutoencoderKLWan, folder: Path) -> None:
+    """fp16 weights and config in diffusers layout; written beside `folder` and then renamed over it."""
+    _register_strides(vae)
     # A copy, since from_config drops what was registered later where the constructor had a default.
     replace_folder(folder, copy.deepcopy(vae).to("cpu", torch.float16).save_pretrained)
 
@@ -262,8 +280,8 @@ def replace_folder(folder: Path, write: Callable[[str], object]) -> None:
     try:
         write(str(temporary))
         temporary.chmod(0o755)  # mkdtemp and safetensors make private files
-        for file in temporary.iterdir():
-            file.chmod(0o644)
+        for path in temporary.rglob("*"):
+            path.chmod(0o755 if path.is_dir() else 0o644)
         if folder.exists():
             shutil.rmtree(folder)
         temporary.rename(folder)

@@ -21,6 +21,7 @@ class AdapterTask(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         trained = trainable_state(self)
         checkpoint["state_dict"] = {name: value for name, value in checkpoint["state_dict"].items() if name in trained}
+        checkpoint["adapter_metadata"] = self.adapter_metadata()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         load_trainable(self, checkpoint["state_dict"], "This checkpoint")

@@ -1,0 +1,35 @@
+"""What diffusers and PEFT load: a whole WanPipeline, and the adapters as PEFT keeps them."""
+
+from pathlib import Path
+from typing import cast
+
+from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
+from peft import LoraConfig, get_peft_model_state_dict
+from safetensors.torch import save_file
+from torch import Tensor
+
+from acetate.models.text import TextEncoder
+
+
+def wan_pipeline(
+    transformer: WanTransformer3DModel, vae: AutoencoderKLWan, text: TextEncoder, scheduler: UniPCMultistepScheduler
+) -> WanPipeline:
+    """`save_pretrained` of it writes the folder that `WanPipeline.from_pretrained` reads."""
+    return WanPipeline(
+        tokenizer=text.tokenizer, text_encoder=text.model, vae=vae, scheduler=scheduler, transformer=transformer
+    )
+
+
+class PEFTAdapter:
+    """The DoRA that `transformer` carries now, to be written after it was merged."""
+
+    def __init__(self, transformer: WanTransformer3DModel) -> None:
+        self.config = cast(LoraConfig, transformer.peft_config["default"])
+        state = get_peft_model_state_dict(transformer, adapter_name="default")
+        self.state: dict[str, Tensor] = {f"base_model.model.{name}": value.cpu() for name, value in state.items()}
+
+    def save_pretrained(self, folder: Path) -> None:
+        """adapter_config.json and adapter_model.safetensors, for `PeftModel.from_pretrained(transformer, folder)`."""
+        self.config.inference_mode = True
+        self.config.save_pretrained(str(folder))
+        save_file(self.state, folder / "adapter_model.safetensors", {"format": "pt"})

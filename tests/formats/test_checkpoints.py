@@ -1,0 +1,194 @@
+"""Every kind of checkpoint that a run writes, read back; the sharded one is written by two processes."""
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from lightning import Trainer
+from lightning.pytorch.strategies import ModelParallelStrategy
+from safetensors.torch import save_file
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.testing import assert_close
+from torch.utils.data import DataLoader
+
+from acetate.callbacks.checkpoints import AdapterCheckpoint
+from acetate.callbacks.ema import EMA
+from acetate.formats.checkpoints import read_trained
+from acetate.models.adapters import ADAPTER_SCHEMA
+from acetate.tasks.adapter import AdapterTask
+
+
+class Layers(AdapterTask):
+    """Stands for the DiT: one frozen layer and one that trains, sharded where there is a device mesh."""
+
+    def __init__(self):
+        super().__init__()
+        self.transformer: nn.Module | None = None
+
+    def configure_model(self) -> None:
+        if self.transformer is not None:
+            return
+        torch.manual_seed(0)
+        self.transformer = nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 7))
+        self.transformer[0].requires_grad_(False)
+        if self.device_mesh is not None:
+            fully_shard(self.transformer, mesh=self.device_mesh["data_parallel"])
+
+    def training_step(self, batch, batch_idx):
+        return self.transformer(batch).square().mean()
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=0.1)
+
+    def adapter_metadata(self):
+        return {"schema": json.dumps(ADAPTER_SCHEMA), "kind": json.dumps("dit_dora"), "rank": json.dumps(4)}
+
+
+def fit(folder, *callbacks, **settings):
+    task = Layers()
+    trainer = Trainer(
+        accelerator="cpu", max_steps=3, logger=False, enable_progress_bar=False, enable_model_summary=False,
+        enable_checkpointing=any(isinstance(callback, AdapterCheckpoint) for callback in callbacks),
+        default_root_dir=folder, callbacks=list(callbacks), **settings,
+    )  # fmt: skip
+    trainer.fit(task, DataLoader(torch.ones(12, 3), batch_size=2))
+    return trainer, task
+
+
+def trained(task):
+    return {f"1.{name}": p.detach() for name, p in task.transformer[1].named_parameters()}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run's folder with EMA, its task and the average."""
+    folder, ema = tmp_path_factory.mktemp("run"), EMA(0.5)
+    keep = AdapterCheckpoint(dirpath=folder / "checkpoints", save_last=True, every_n_train_steps=3)
+    _, task = fit(folder, ema, keep)
+    return folder, task, {name.removeprefix("transformer."): value for name, value in ema.average.items()}
+
+
+def assert_same(state, expected):
+    assert state.keys() == expected.keys()
+    for name, value in state.items():
+        assert_close(value, expected[name], rtol=0, atol=0, msg=name)
+
+
+def test_a_folder_means_its_newest_checkpoint(run):
+    folder, task, average = run
+    whole = folder / "checkpoints/last.ckpt"
+    for source in (folder, folder.parent / folder.name / ".", whole):
+        found = read_trained(str(source))
+        assert (found.path, found.kind) == (whole, "dit_dora")
+        assert_same(found.state, average)
+        assert (found.facts["rank"], found.facts["step"], found.facts["averaged"]) == (4, 3, True)
+    assert_same(read_trained(str(folder), ema=True).state, average)
+    raw = read_trained(str(folder), ema=False)
+    assert_same(raw.state, trained(task))
+    assert not raw.facts["averaged"]
+
+
+def test_adapter_file(run, tmp_path):
+    folder, _, average = run
+    file = folder / "checkpoints/last.safetensors"
+    found = read_trained(str(file))
+    assert_same(found.state, average)
+    assert found.facts["averaged"]
+    with pytest.raises(ValueError, match=r"last\.safetensors holds the average; ema=false needs the \.ckpt"):
+        read_trained(str(file), ema=False)
+    alone = tmp_path / "checkpoints/last.safetensors"  # where the .ckpt was not kept
+    alone.parent.mkdir()
+    alone.write_bytes(file.read_bytes())
+    assert read_trained(str(tmp_path)).path == alone
+
+
+def test_no_average(tmp_path):
+    trainer, task = fit(tmp_path)
+    trainer.save_checkpoint(tmp_path / "raw.ckpt")
+    assert_same(read_trained(str(tmp_path / "raw.ckpt")).state, trained(task))
+    with pytest.raises(ValueError, match=r"raw\.ckpt holds no average: its run had no EMA"):
+        read_trained(str(tmp_path / "raw.ckpt"), ema=True)
+
+
+class Hostile:
+    """Unpickling it makes a folder."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def test_bad_files_are_named(run, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"nowhere: no checkpoint there\. Give a \.ckpt"):
+        read_trained(str(tmp_path / "nowhere"))
+    whole = (run[0] / "checkpoints/last.ckpt").read_bytes()
+    (tmp_path / "cut.ckpt").write_bytes(whole[:-500])
+    with pytest.raises(ValueError, match=r"cut\.ckpt cannot be read as a checkpoint"):
+        read_trained(str(tmp_path / "cut.ckpt"))
+    torch.save({"state_dict": {}, "global_step": 1}, tmp_path / "old.ckpt")
+    with pytest.raises(ValueError, match=r"old\.ckpt does not say what model it belongs to.*\.safetensors beside"):
+        read_trained(str(tmp_path / "old.ckpt"))
+    torch.save([1], tmp_path / "list.ckpt")
+    with pytest.raises(ValueError, match=r"list\.ckpt holds a list"):
+        read_trained(str(tmp_path / "list.ckpt"))
+    save_file({"a": torch.zeros(1)}, tmp_path / "other.safetensors", {"kind": '"lora"'})
+    with pytest.raises(ValueError, match=r"other\.safetensors is of kind 'lora', schema None; needed: rgba_vae or dit"):
+        read_trained(str(tmp_path / "other.safetensors"))
+    torch.save({"state_dict": Hostile(tmp_path / "ran")}, tmp_path / "bad.ckpt")
+    with pytest.raises(ValueError, match=r"bad\.ckpt cannot be read"):
+        read_trained(str(tmp_path / "bad.ckpt"))
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("index", ["code", "cut", "number"])
+def test_bad_index_of_a_sharded_checkpoint(tmp_path, index):
+    (tmp_path / "meta.pt").touch()
+    content = {"code": pickle.dumps(Hostile(tmp_path / "ran")), "cut": b"\x80\x04", "number": pickle.dumps(7)}[index]
+    (tmp_path / ".metadata").write_bytes(content)
+    with pytest.raises(ValueError, match="cannot be read as a sharded checkpoint"):
+        read_trained(str(tmp_path))
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.slow
+def test_sharded_checkpoint_is_read_whole(tmp_path):
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    subprocess.run([*launch, __file__, str(tmp_path)], check=True, timeout=300)
+    folder, expected = tmp_path / "checkpoints/last.ckpt", torch.load(tmp_path / "expected.pt", weights_only=True)
+    assert len(list(folder.glob("*.distcp"))) == 2
+    raw, average = (read_trained(str(tmp_path), ema=ema) for ema in (False, True))
+    assert raw.path == folder
+    assert_same(raw.state, expected["raw"])
+    assert_same(average.state, expected["average"])
+    assert read_trained(str(folder)).facts == {
+        "schema": ADAPTER_SCHEMA, "kind": "dit_dora", "rank": 4, "step": 3, "averaged": True
+    }  # fmt: skip
+    shard = folder / "__0_0.distcp"
+    shard.write_bytes(shard.read_bytes()[:100])
+    with pytest.raises(ValueError, match=r"last\.ckpt cannot be read as a sharded checkpoint"):
+        read_trained(str(folder))
+
+
+if __name__ == "__main__":
+    out, ema = Path(sys.argv[1]), EMA(0.5)
+    strategy = ModelParallelStrategy(
+        data_parallel_size=2, tensor_parallel_size=1, save_distributed_checkpoint=True, process_group_backend="gloo"
+    )
+    trainer, task = fit(out, ema, devices=2, strategy=strategy)
+    trainer.save_checkpoint(out / "checkpoints/last.ckpt")
+    expected = {
+        "raw": {name: value.full_tensor() for name, value in trained(task).items()},
+        "average": {name.removeprefix("transformer."): v.full_tensor() for name, v in ema.average.items()},
+    }
+    if trainer.is_global_zero:
+        torch.save(expected, out / "expected.pt")
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()  # its threads abort a rank that ends with them running
