@@ -134,9 +134,9 @@ def allocated(config) -> int:
     return peak
 
 
-def compare(tmp_path: Path, *overrides: str) -> None:
+def compare(tmp_path: Path, *overrides: str, precision: str = "32-true") -> None:
     config = composed(
-        tmp_path, "trainer.precision=32-true", "data.num_workers=0", "+callbacks.ema.decay=0.9", *overrides
+        tmp_path, f"trainer.precision={precision}", "data.num_workers=0", "+callbacks.ema.decay=0.9", *overrides
     )
     real = allocated(config)
     assert footprint(config)[1].per_gpu(1)["total"] == pytest.approx(real, rel=0.2)
@@ -156,6 +156,12 @@ def test_dit_stage_against_a_real_run(checkpointing, tmp_path, cached):
     clip = ["wan.frames=5", "wan.height=24", "wan.width=24", "data.batch_size=8"]
     place = [f"data.latents={cached[0]}", f"task.checkpointing={checkpointing}"]
     compare(tmp_path, "experiment=dit_dora", *place, *clip)
+
+
+@pytest.mark.slow
+def test_autocast_against_a_real_run(tmp_path, cached):
+    clip = ["wan.frames=5", "wan.height=24", "wan.width=24", "data.batch_size=8", f"data.latents={cached[0]}"]
+    compare(tmp_path, "experiment=dit_dora", *clip, "wan.dtype=bfloat16", precision="bf16-mixed")
 
 
 @pytest.mark.slow

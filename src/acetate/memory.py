@@ -223,9 +223,8 @@ def measure(
         raise ValueError(f"trainer.precision {precision!r}; known: {', '.join(AUTOCAST)}.")
     counts = [(p.numel(), p.requires_grad) for p in task.parameters()]
     with FakeTensorMode(allow_non_fake_inputs=True), warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", ".*self.log.*|.*Cannot dispatch to fused.*"
-        )  # no trainer, and a CPU's kernels
+        # There is no trainer to log to, and the kernels are a CPU's
+        warnings.filterwarnings("ignore", ".*self.log.*|.*Cannot dispatch to fused.*")
         _without_numbers(task)
         trainable = [p for p in task.parameters() if p.requires_grad]
         for parameter in trainable:

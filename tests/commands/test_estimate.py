@@ -49,14 +49,14 @@ def test_targets_are_replaced_however_deep():
     }
 
 
-def test_frozen_weights_follow_their_precision(tmp_path):
-    small = ["data.frames=1", "data.height=16", "data.width=16", "data.batch_size=1", "trainer.precision=32-true"]
-    small += ["experiment=vae_rgba", "loss/perceptual=lpips"]
-    _, full = footprint(composed(tmp_path, *small))
-    _, half = footprint(composed(tmp_path, *small, "wan.dtype=bfloat16"))
-    assert full.trainable == half.trainable == 4 * full.trainable_parameters == full.gradients
-    assert full.optimizer == pytest.approx(2 * full.trainable, rel=0.01)
-    assert half.frozen < full.frozen
+def test_terms_follow_precision(tmp_path):
+    small = ["data.frames=1", "data.height=16", "data.width=16", "data.batch_size=1", "loss.diffusion.mode='off'"]
+    config = composed(tmp_path, "experiment=vae_rgba", *small, "trainer.precision=32-true", "wan.dtype=bfloat16")
+    _, found = footprint(config)
+    assert found.trainable == found.gradients == 4 * found.trainable_parameters
+    assert found.optimizer == pytest.approx(2 * found.trainable, rel=0.01)
+    assert found.frozen == pytest.approx(2 * (found.parameters - found.trainable_parameters), rel=0.01)
+    assert found.ema == 0
 
 
 @pytest.mark.slow
