@@ -11,7 +11,7 @@ from tests.paths import ROOT
 LAYERS = (
     {"alpha", "regions", "opencv_ellipse", "flow", "draws", "video_io", "video_out"},
     {"models", "losses", "metrics", "data"},
-    {"tasks", "sampling", "formats"},
+    {"tasks", "sampling", "formats", "memory"},
     {"callbacks"},
     {"commands", "data_prep", "train"},
 )
@@ -103,6 +103,8 @@ def test_every_room_is_in_the_plan():
         ("acetate.callbacks.panels", "from acetate.tasks.vae import RGBAVAETask"),
         ("acetate.callbacks.panels", "from acetate.metrics.rgb import frames"),
         ("acetate.formats.names", "import data_prep.shard"),
+        ("acetate.models.loading", "from acetate.memory import BLANK"),
+        ("acetate.memory", "from acetate.callbacks.ema import EMA"),
         ("acetate.tasks.vae", "from omegaconf import DictConfig"),
         ("acetate.models.loading", "import hydra.utils"),
     ],
@@ -122,6 +124,7 @@ def test_the_checker_sees(module, line):
         ("acetate.tasks.vae", "from acetate.data import synthetic"),
         ("acetate.callbacks.panels", "from acetate.video_io import write_video"),
         ("acetate.commands.evaluate", "from acetate.tasks.vae import RGBAVAETask"),
+        ("acetate.memory", "from acetate.tasks.vae import RGBAVAETask"),
         ("acetate.commands.evaluate", "from omegaconf import DictConfig"),
         ("data_prep.shard", "from acetate.data.shards import ShardWriter"),
         ("train", "import hydra"),

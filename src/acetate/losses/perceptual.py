@@ -4,6 +4,7 @@ Each takes `feature_maps`, the frozen Wan encoder's stages, which only EncoderFe
 """
 
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from pathlib import Path
 from pickle import UnpicklingError
 
@@ -39,21 +40,23 @@ class VGGFeatures(nn.Module):
     """Mean squared error of VGG16's relu2_2 (Johnson et al. 2016).
 
     imagenet_norm False is the released variant. weights: a file of VGG16 weights, else torchvision's cache.
+    pretrained False leaves the network on the meta device, to measure with.
     """
 
-    def __init__(self, *, imagenet_norm: bool, weights: str | None = None) -> None:
+    def __init__(self, *, imagenet_norm: bool, weights: str | None = None, pretrained: bool = True) -> None:
         super().__init__()
         with torch.device("meta"):
             self.features = vgg16(weights=None).features[:RELU2_2]
-        state = load_vgg16(weights)
-        self.features.load_state_dict(
-            {
-                name.removeprefix("features."): value
-                for name, value in state.items()
-                if name.startswith("features.") and int(name.split(".")[1]) < RELU2_2
-            },
-            assign=True,
-        )
+        if pretrained:
+            state = load_vgg16(weights)
+            self.features.load_state_dict(
+                {
+                    name.removeprefix("features."): value
+                    for name, value in state.items()
+                    if name.startswith("features.") and int(name.split(".")[1]) < RELU2_2
+                },
+                assign=True,
+            )
         self.requires_grad_(False)
         self.imagenet_norm = imagenet_norm
 
@@ -71,14 +74,17 @@ class VGGFeatures(nn.Module):
 
 
 class LPIPSFeatures(nn.Module):
-    """LPIPS-VGG 0.1 (Zhang et al. 2018), mean over frames."""
+    """LPIPS-VGG 0.1 (Zhang et al. 2018), mean over frames. pretrained False: without numbers, to measure with."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, pretrained: bool = True) -> None:
         super().__init__()
-        load_vgg16(None)  # says where the file belongs before lpips asks for it
+        if pretrained:
+            load_vgg16(None)  # says where the file belongs before lpips asks for it
         import lpips  # seconds to import, and only this choice needs it
 
-        self.network = lpips.LPIPS(net="vgg", verbose=False).requires_grad_(False)
+        with nullcontext() if pretrained else torch.device("meta"):
+            network = lpips.LPIPS(net="vgg", verbose=False, pretrained=pretrained, pnet_rand=not pretrained)
+        self.network = network.requires_grad_(False)
 
     def forward(self, x_hat: Tensor, x: Tensor, feature_maps: FeatureMaps) -> Tensor:
         return self.network(frames(x_hat), frames(x)).mean()

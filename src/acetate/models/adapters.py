@@ -39,7 +39,8 @@ def add_lora(module: nn.Module, rank: int, alpha: float) -> list[str]:
     module.requires_grad_(False)
     convolutions = [(name, m) for name, m in module.named_modules() if isinstance(m, (nn.Conv2d, nn.Conv3d))]
     for _, conv in convolutions:
-        parametrize.register_parametrization(conv, "weight", MergedLoRA(conv.weight, rank, alpha))
+        # unsafe: without a first merge to check shape and type, which MergedLoRA keeps; the meta device cannot do it
+        parametrize.register_parametrization(conv, "weight", MergedLoRA(conv.weight, rank, alpha), unsafe=True)
     return [name for name, _ in convolutions]
 
 

@@ -81,12 +81,16 @@ class DoRATask(AdapterTask):
     def configure_model(self) -> None:
         if self.transformer is not None:
             return
-        self.transformer = load_transformer(self.source, getattr(torch, self.dtype_name))
-        self.base_sha256 = weights_sha256(self.transformer, FINGERPRINT)
-        add_dora(self.transformer, self.rank, self.alpha, self.adapter_dtype)
+        self.adapt(load_transformer(self.source, getattr(torch, self.dtype_name)))
+
+    def adapt(self, transformer: WanTransformer3DModel) -> None:
+        """Makes a frozen base the model that trains."""
+        self.transformer = transformer
+        self.base_sha256 = weights_sha256(transformer, FINGERPRINT)
+        add_dora(transformer, self.rank, self.alpha, self.adapter_dtype)
         if self.checkpointing:
-            self.transformer.enable_gradient_checkpointing()
-        self.transformer.train()
+            transformer.enable_gradient_checkpointing()
+        transformer.train()
 
     def setup(self, stage: str) -> None:
         manifest = self.trainer.datamodule.manifest  # pyright: ignore[reportAttributeAccessIssue]

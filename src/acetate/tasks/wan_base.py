@@ -208,12 +208,16 @@ class WanDiTTask(LightningModule):
         return embeds * tokens.attention_mask[..., None]
 
     def step(self, batch: dict[str, Any], draws: ClipDraws) -> Tensor:
-        with torch.no_grad():
-            latents = (self.head(self.encoder(batch["video"]))[0] - self.mean) / self.std
         ids = draws.integers(len(self.sigmas))
         kept = draws.integers(1000) >= 1000 * self.prompt_dropout
         prompts = [prompt if keep else "" for prompt, keep in zip(batch["prompt"], kept.tolist(), strict=True)]
-        noise = draws.normal(latents.shape[1:])
+        noise = draws.normal(self.geometry.latent_shape(*batch["video"].shape[2:]))
+        return self.error(batch["video"], prompts, noise, ids)
+
+    def error(self, video: Tensor, prompts: list[str], noise: Tensor, ids: Tensor) -> Tensor:
+        """Mean squared error of the velocity at the noise levels of steps ids (B,)."""
+        with torch.no_grad():
+            latents = (self.head(self.encoder(video))[0] - self.mean) / self.std
         x_t = flow.interpolate(latents, noise, self.sigmas[ids])
         velocity = self.transformer(x_t, self.timesteps[ids], self.context(prompts), return_dict=False)[0]
         return (velocity - flow.velocity(latents, noise)).square().mean()

@@ -1,0 +1,131 @@
+"""python -m acetate.commands.estimate experiment=NAME [...]: parameters and memory per GPU, before a run is started."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+from rich.table import Table
+
+from acetate import memory
+from acetate.models.wan import Geometry
+
+CONF = str(Path(__file__).parents[3] / "conf")
+GPUS = (1, 2, 4, 8)
+CARDS = (24, 40, 48, 80, 141)  # GiB
+
+
+def without_weights(node: Any) -> Any:
+    """A config whose targets read no weights."""
+    if isinstance(node, list):
+        return [without_weights(item) for item in node]
+    if not isinstance(node, dict):
+        return node
+    return {
+        name: memory.BLANK.get(value, value) if name == "_target_" else without_weights(value)
+        for name, value in node.items()
+    }
+
+
+def footprint(config: DictConfig) -> tuple[memory.Load, memory.Footprint]:
+    """Of a training step of the run that the config composes. Downloads nothing, reads configs only."""
+    wan, data = config.get("wan"), config.data
+    settings = without_weights(OmegaConf.to_container(config.task, resolve=True))
+    unused = {"lpips": False, "init_from": None}  # a metric, and weights of the same shape
+    task = instantiate(settings | {name: value for name, value in unused.items() if name in settings})
+    memory.build(task)
+    clip = data if "frames" in data else wan
+    load = memory.Load(
+        batch_size=data.batch_size,
+        frames=clip.frames,
+        height=clip.height,
+        width=clip.width,
+        prompt_length=0 if wan is None else wan.prompt_length,
+    )
+    return load, memory.measure(
+        task,
+        load,
+        precision=config.trainer.precision,
+        ema=config.callbacks.get("ema") is not None,
+        geometry=None if wan is None else Geometry.of(memory.blank_vae(wan.vae)),
+    )
+
+
+def table(found: memory.Footprint) -> Table:
+    view = Table("GiB per GPU", *(f"{n} GPU{'s' * (n > 1)}" for n in GPUS), title_justify="left")
+    columns = [found.per_gpu(n) for n in GPUS]
+    for row in columns[0]:
+        if row == "total":
+            view.add_section()
+        view.add_row(row, *(f"{column[row] / 2**30:.2f}" for column in columns))
+    return view
+
+
+def verdict(found: memory.Footprint, card: int) -> str:
+    """Of a card: how many GPUs it takes, or the share of the activations that the most of them have room for."""
+    enough = [n for n in GPUS if found.per_gpu(n)["total"] <= memory.room(card)]
+    if enough:
+        return "fits one GPU" if enough[0] == 1 else f"does not fit one GPU; fits {enough[0]}, sharded"
+    most = found.per_gpu(GPUS[-1])
+    clip = most["activations"] + most["working peak"]
+    room = memory.room(card) - (most["total"] - clip)
+    if room <= 0:
+        return f"does not fit {GPUS[-1]}: the weights alone are too large"
+    return f"does not fit {GPUS[-1]}, sharded: room for {room / clip:.0%} of activations and working peak"
+
+
+def remedies(config: DictConfig, load: memory.Load) -> list[str]:
+    """What would take less memory, largest effect first; activations grow with clips, frames and pixels."""
+    found = []
+    for part in ("task", "model"):
+        if (config.get(part) or {}).get("checkpointing") is False:
+            found.append(f"{part}.checkpointing=true")
+    if load.batch_size > 1:
+        found.append(f"data.batch_size={load.batch_size // 2}")
+    if "frames" in config.data:
+        found.append("smaller data.frames, data.height, data.width")
+    else:
+        found.append("latents cached with fewer frames or a smaller area")
+    return found
+
+
+def write_json(path: Path, value: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(value, indent=1))
+    temporary.replace(path)
+
+
+@hydra.main(version_base=None, config_path=CONF, config_name="command/estimate")
+def main(config: DictConfig) -> None:
+    # The question is about GPUs, wherever it is asked
+    OmegaConf.register_new_resolver("on_gpu", lambda gpu, cpu: gpu, replace=True)
+    load, found = footprint(config)
+    verdicts = {card: verdict(found, card) for card in CARDS}
+    console = Console(width=120, highlight=False)
+    console.print(
+        f"{config.name}: {found.parameters:,} parameters, {found.trainable_parameters:,} of them train\n"
+        f"a step per GPU: {load.batch_size} clip{'s' * (load.batch_size > 1)} of {load.frames} frames, {load.height}x"
+        f"{load.width}, {config.trainer.precision}"
+    )
+    console.print(table(found))
+    console.print(
+        "More than one GPU: sharded with FSDP2. Not sharded (DDP), each holds the first column and the gradients again."
+    )
+    for card, text in verdicts.items():
+        console.print(f"{card:>4} GB  {text}")
+    console.print(f"less memory: {'; '.join(remedies(config, load))}")
+    if config.out is not None:
+        per_gpu = {str(n): found.per_gpu(n) for n in GPUS}
+        write_json(
+            Path(config.out),
+            {"name": config.name, **asdict(load), **asdict(found), "bytes_per_gpu": per_gpu, "cards": verdicts},
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,309 @@
+"""Will it fit? What a training step holds in a GPU's memory, before anything is downloaded or started.
+
+The models are built from their configs and the step itself runs, forward, backward and optimizer, on tensors that
+have shapes and no numbers (FakeTensorMode), while every storage that it creates and frees is counted. Kernels are
+those of a CPU with fused attention, as on a GPU: no T x T matrix. For N GPUs, in bytes per GPU:
+
+    total(N) = (frozen + trainable + gradients + optimizer + EMA) / N + gathered(N) + activations + working
+
+frozen, trainable: weights, each in the precision that it is kept in. gradients: as the trainable weights. optimizer:
+AdamW's two moments. EMA: fp32. activations: what the forward pass keeps for the backward pass, and the batch.
+working: what is needed beyond that at the worst moment, the recomputed block of checkpointing included. N > 1 is
+FSDP2: the batch is per GPU, so that activations do not shrink, and gathered(N) is what is whole at a time: the block at
+work and the next one, and what is in no block. gathered(1) = 0.
+
+Not in it: the CUDA context, cuDNN's workspaces and the allocator's gaps (RESERVE of a card is left for them), NCCL's
+buffers, and validation, which needs less unless its clips are larger.
+"""
+
+import math
+import warnings
+import weakref
+from collections.abc import Iterable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from diffusers import AutoencoderKLWan, ModelMixin, WanTransformer3DModel
+from lightning import LightningModule
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdKeyDictionary
+
+from acetate.losses.perceptual import LPIPSFeatures, VGGFeatures
+from acetate.models.dit import VelocityField
+from acetate.models.wan import Geometry
+from acetate.tasks.dit import DoRATask
+from acetate.tasks.optim import adamw_with_warmup
+from acetate.tasks.vae import RGBAVAETask
+from acetate.tasks.wan_base import WanDiTTask, WanVAETask
+
+RESERVE = 0.1  # share of a card that tensors do not get
+AUTOCAST = {"32-true": None, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+# Wan2.1's DiTs where they differ from diffusers' defaults, which are the 14B's
+WAN21 = {"14B": {}, "1.3B": {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30}}
+M = TypeVar("M", bound=ModelMixin)
+
+
+@dataclass(frozen=True)
+class Load:
+    """A batch of a GPU: clips in pixels, also where a stage reads their latents, and prompts in tokens."""
+
+    batch_size: int
+    frames: int
+    height: int
+    width: int
+    prompt_length: int
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Numbers of parameters; all else in bytes of one GPU that holds everything. Terms as above."""
+
+    parameters: int
+    trainable_parameters: int
+    frozen: int
+    trainable: int
+    gradients: int
+    optimizer: int
+    ema: int
+    activations: int
+    working: int
+    whole: int  # of the weights, under FSDP2
+
+    def per_gpu(self, gpus: int) -> dict[str, int]:
+        """Row -> bytes; the last row, total, is the sum of the others."""
+        sharded = {
+            "frozen weights": self.frozen,
+            "trainable weights": self.trainable,
+            "gradients": self.gradients,
+            "optimizer": self.optimizer,
+            "EMA": self.ema,
+        }
+        rows = {name: math.ceil(size / gpus) for name, size in sharded.items()}
+        rows["gathered weights"] = self.whole if gpus > 1 else 0
+        rows |= {"activations": self.activations, "working peak": self.working}
+        return {**rows, "total": sum(rows.values())}
+
+
+def room(card: int) -> float:
+    """Bytes of a card of so many GiB that tensors can have."""
+    return (1 - RESERVE) * card * 2**30
+
+
+class LiveStorages(TorchDispatchMode):
+    """Bytes of all storages that the operations within it make, now (`live`) and at most (`peak`).
+
+    `known` tensors, and views of them, do not count.
+    """
+
+    def __init__(self, known: Iterable[Tensor]) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self.seen = WeakIdKeyDictionary()
+        for tensor in known:
+            self.seen[tensor.untyped_storage()] = True
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **kwargs or {})
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor) and tensor.untyped_storage() not in self.seen:
+                storage = tensor.untyped_storage()
+                self.seen[storage] = True
+                self.live += storage.nbytes()
+                weakref.finalize(storage, self._free, storage.nbytes())
+        self.peak = max(self.peak, self.live)
+        return out
+
+    def _free(self, size: int) -> None:
+        self.live -= size
+
+
+def blank_vae(source: str) -> AutoencoderKLWan:
+    """What load_vae returns, on the meta device. A source that is no diffusers folder has Wan2.1's shape."""
+    return _blank(AutoencoderKLWan, _diffusers_config(source, "vae") or {}, torch.float32)
+
+
+def blank_transformer(source: str, dtype: torch.dtype) -> WanTransformer3DModel:
+    """What load_transformer returns, on the meta device. Raises ValueError for a source whose shape is not known."""
+    config = _diffusers_config(source, "transformer")
+    if config is None:
+        config = next((shape for size, shape in WAN21.items() if size in Path(source).name), None)
+    if config is None:
+        raise ValueError(
+            f"{source}: the shape of this DiT is not known. Give a diffusers folder (with transformer/config.json), or "
+            f"a source whose name says its size ({', '.join(WAN21)})."
+        )
+    return _blank(WanTransformer3DModel, config, dtype)
+
+
+def blank_velocity_field(*, transformer: str, prompt_length: int, dtype: str, **_: Any) -> VelocityField:
+    """What load_velocity_field returns, on the meta device."""
+    model = blank_transformer(transformer, getattr(torch, dtype))
+    return VelocityField(model, torch.empty(1, prompt_length, model.config.text_dim, device="meta"))
+
+
+def blank_lpips() -> LPIPSFeatures:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # lpips still uses torchvision's old argument names
+        return LPIPSFeatures(pretrained=False)
+
+
+def blank_vgg(*, imagenet_norm: bool, **_: Any) -> VGGFeatures:
+    return VGGFeatures(imagenet_norm=imagenet_norm, pretrained=False)
+
+
+# Config targets that read weights -> those that build the same without
+BLANK = {
+    "acetate.models.loading.load_vae": "acetate.memory.blank_vae",
+    "acetate.models.dit.load_velocity_field": "acetate.memory.blank_velocity_field",
+    "acetate.losses.perceptual.LPIPSFeatures": "acetate.memory.blank_lpips",
+    "acetate.losses.perceptual.VGGFeatures": "acetate.memory.blank_vgg",
+}
+
+
+def _diffusers_config(source: str, part: str) -> dict[str, Any] | None:
+    folder = Path(source).expanduser()
+    model = {"vae": AutoencoderKLWan, "transformer": WanTransformer3DModel}[part]
+    for place in (folder / part, folder):
+        if (place / "config.json").is_file():
+            config = model.load_config(place)
+            return config if config.get("_class_name") == model.__name__ else None
+    return None
+
+
+def _blank(model: type[M], config: dict[str, Any], dtype: torch.dtype) -> M:
+    with torch.device("meta"):
+        blank = model.from_config(config)
+    precise = set(blank._keep_in_fp32_modules or ())
+    for name, parameter in blank.named_parameters():
+        if precise.isdisjoint(name.split(".")):
+            parameter.data = parameter.data.to(dtype)
+    return blank.eval().requires_grad_(False)
+
+
+def build(task: LightningModule) -> None:
+    """configure_model() without weights; the task was instantiated with BLANK's targets in the place of loaders."""
+    with torch.device("meta"):
+        if isinstance(task, DoRATask):
+            task.adapt(blank_transformer(task.source, getattr(torch, task.dtype_name)))
+        else:
+            task.configure_model()
+
+
+def _without_numbers(module: nn.Module) -> None:
+    """Every parameter and buffer becomes a new one of the same shape and precision, of the current FakeTensorMode."""
+    made: dict[int, Tensor] = {}  # tied weights stay tied
+    for part in module.modules():
+        for tensors in (part._parameters, part._buffers):
+            for name, tensor in tensors.items():
+                if tensor is None:
+                    continue
+                if id(tensor) not in made:
+                    new = torch.empty_like(tensor, device="cpu", requires_grad=False)
+                    if isinstance(tensor, nn.Parameter):
+                        new = nn.Parameter(new, requires_grad=tensor.requires_grad)
+                    made[id(tensor)] = new
+                tensors[name] = made[id(tensor)]  # pyright: ignore[reportArgumentType]
+
+
+def measure(
+    task: LightningModule, load: Load, *, precision: str, ema: bool, geometry: Geometry | None = None
+) -> Footprint:
+    """Footprint of one training step of a task after `build` (or configure_model), whose tensors it replaces.
+
+    precision: of the trainer. ema: whether an average of what trains is kept. geometry: of the VAE whose latents a
+    DoRATask reads. Raises ValueError for an unknown precision or task, or for clips that the task cannot take.
+    """
+    if precision not in AUTOCAST:
+        raise ValueError(f"trainer.precision {precision!r}; known: {', '.join(AUTOCAST)}.")
+    counts = [(p.numel(), p.requires_grad) for p in task.parameters()]
+    with FakeTensorMode(allow_non_fake_inputs=True), warnings.catch_warnings():
+        # There is no trainer to log to, and the kernels are a CPU's
+        warnings.filterwarnings("ignore", ".*self.log.*|.*Cannot dispatch to fused.*")
+        _without_numbers(task)
+        trainable = [p for p in task.parameters() if p.requires_grad]
+        for parameter in trainable:
+            parameter.grad = torch.empty_like(parameter)
+        optimizer = adamw_with_warmup(trainable, lr=0.0, warmup_steps=0)["optimizer"]
+        for group in optimizer.param_groups:
+            group["foreach"] = True  # as on a GPU
+        optimizer.step()  # makes the moments
+        moments = [x for x in tree_leaves(list(optimizer.state.values())) if isinstance(x, Tensor)]
+        known = [*task.parameters(), *task.buffers(), *(p.grad for p in trainable), *moments]
+        with LiveStorages(known) as storages:
+            batch = make_batch(task, load, geometry)
+            with torch.autocast("cpu", AUTOCAST[precision]) if AUTOCAST[precision] else nullcontext():
+                loss = training_loss(task, batch)
+            kept = storages.live
+            loss.backward()
+            nn.utils.clip_grad_norm_(trainable, 1.0, foreach=True)
+            optimizer.step()
+        return Footprint(
+            parameters=sum(size for size, _ in counts),
+            trainable_parameters=sum(size for size, trains in counts if trains),
+            frozen=_bytes([*(p for p in task.parameters() if not p.requires_grad), *task.buffers()]),
+            trainable=_bytes(trainable),
+            gradients=_bytes(trainable),
+            optimizer=_bytes(moments),
+            ema=4 * sum(p.numel() for p in trainable) if ema else 0,
+            activations=kept,
+            working=storages.peak - kept,
+            whole=_whole(task),
+        )
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def _whole(task: nn.Module) -> int:
+    """Weights that FSDP2 holds whole at a time: two blocks, items of outermost ModuleLists, and what is in none."""
+    sizes: dict[nn.Module, int] = {}
+
+    def walk(module: nn.Module) -> None:
+        for child in module.children():
+            if isinstance(child, nn.ModuleList):
+                sizes.update({block: _bytes(block.parameters()) for block in child})
+            else:
+                walk(child)
+
+    walk(task)
+    return _bytes(task.parameters()) - sum(sizes.values()) + sum(sorted(sizes.values())[-2:])
+
+
+def make_batch(task: LightningModule, load: Load, geometry: Geometry | None) -> dict[str, Any]:
+    """What the task's data module would give, without numbers."""
+    size, pixels = load.batch_size, (load.frames, load.height, load.width)
+    batch: dict[str, Any] = {"key": [str(i) for i in range(size)]}
+    if isinstance(task, RGBAVAETask):
+        return batch | {"rgb": torch.empty(size, 3, *pixels), "alpha": torch.empty(size, 1, *pixels)}
+    if isinstance(task, DoRATask):
+        assert geometry is not None, "DoRATask trains on latents"
+        shape = geometry.latent_shape(*pixels)
+        context = torch.empty(size, load.prompt_length, task.transformer.config.text_dim)
+        return batch | {
+            "latents": torch.empty(size, *shape),
+            "ellipses": torch.empty(size, shape[1], 5),
+            "context": context,
+        }
+    return batch | {"video": torch.empty(size, 3, *pixels), "prompt": [""] * size}
+
+
+def training_loss(task: LightningModule, batch: dict[str, Any]) -> Tensor:
+    """Of the task's own computation. Raises ValueError for a task that is not known here."""
+    ids = torch.zeros(len(batch["key"]), dtype=torch.long)
+    if isinstance(task, RGBAVAETask):
+        return task.step(batch, task.draw(batch, "train", 0))[0]
+    if isinstance(task, DoRATask):
+        return task.errors(batch, torch.empty_like(batch["latents"]), ids, batch["context"]).mean()
+    if isinstance(task, WanVAETask):
+        return task.training_step(batch, 0)["loss"]
+    if isinstance(task, WanDiTTask):
+        noise = torch.empty(len(ids), *task.geometry.latent_shape(*batch["video"].shape[2:]))
+        return task.error(batch["video"], batch["prompt"], noise, ids)
+    raise ValueError(f"{type(task).__name__}: its training step is not known here. Add it to memory.training_loss.")

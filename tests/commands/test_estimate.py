@@ -1,0 +1,78 @@
+import json
+import subprocess
+import sys
+
+import pytest
+
+from acetate.commands.estimate import CARDS, GPUS, footprint, remedies, table, verdict, without_weights
+from acetate.memory import Footprint, Load
+from tests.compose import composed
+from tests.paths import ROOT
+
+EXPERIMENTS = sorted(path.stem for path in (ROOT / "conf/experiment").glob("*.yaml"))
+GIB = 2**30
+FOOTPRINT = Footprint(
+    parameters=1, trainable_parameters=1, frozen=32 * GIB, trainable=0, gradients=0, optimizer=0, ema=0,
+    activations=20 * GIB, working=10 * GIB, whole=GIB,
+)  # fmt: skip
+
+
+def test_verdicts():
+    assert verdict(FOOTPRINT, 80) == "fits one GPU"  # 62 of 72 GiB
+    assert verdict(FOOTPRINT, 48) == "does not fit one GPU; fits 4, sharded"  # 39 of 43.2; 47 on two
+    assert verdict(FOOTPRINT, 24) == "does not fit 8, sharded: room for 55% of activations and working peak"
+    assert verdict(FOOTPRINT, 4) == "does not fit 8: the weights alone are too large"
+
+
+def test_table_has_a_column_per_number_of_gpus():
+    view = table(FOOTPRINT)
+    assert [str(column.header) for column in view.columns] == ["GiB per GPU", "1 GPU", "2 GPUs", "4 GPUs", "8 GPUs"]
+    assert list(view.columns[1].cells)[-1] == "62.00"
+
+
+def test_remedies_name_what_the_config_has(tmp_path):
+    load = Load(batch_size=2, frames=5, height=48, width=48, prompt_length=64)
+    assert remedies(composed(tmp_path, "experiment=vae_rgba"), load)[:2] == [
+        "model.checkpointing=true",
+        "data.batch_size=1",
+    ]
+    one = Load(batch_size=1, frames=5, height=48, width=48, prompt_length=64)
+    config = composed(tmp_path, "experiment=dit_dora", "task.checkpointing=true")
+    assert remedies(config, one) == ["latents cached with fewer frames or a smaller area"]
+
+
+def test_targets_are_replaced_however_deep():
+    config = {"a": [{"_target_": "acetate.models.loading.load_vae", "source": "x"}], "_target_": "b.C"}
+    assert without_weights(config) == {
+        "a": [{"_target_": "acetate.memory.blank_vae", "source": "x"}],
+        "_target_": "b.C",
+    }
+
+
+def test_terms_follow_precision(tmp_path):
+    small = ["data.frames=1", "data.height=16", "data.width=16", "data.batch_size=1", "loss.diffusion.mode='off'"]
+    config = composed(tmp_path, "experiment=vae_rgba", *small, "trainer.precision=32-true", "wan.dtype=bfloat16")
+    _, found = footprint(config)
+    assert found.trainable == found.gradients == 4 * found.trainable_parameters
+    assert found.optimizer == pytest.approx(2 * found.trainable, rel=0.01)
+    assert found.frozen == pytest.approx(2 * (found.parameters - found.trainable_parameters), rel=0.01)
+    assert found.ema == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_every_experiment_has_an_answer(experiment, tmp_path):
+    out = tmp_path / "deep/out.json"
+    command = [sys.executable, "-m", "acetate.commands.estimate", f"experiment={experiment}", f"out={out}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(out.read_text())
+    assert list(found["bytes_per_gpu"]) == [str(n) for n in GPUS]
+    assert list(found["cards"]) == [str(card) for card in CARDS]
+    totals = [found["bytes_per_gpu"][str(n)]["total"] for n in GPUS]
+    assert totals == sorted(totals, reverse=True)
+    assert f"{found['parameters']:,} parameters" in done.stdout
+    if "14b" in experiment:  # 14,288,491,584 of Wan's, two bytes each but for those kept in fp32
+        assert found["parameters"] - found["trainable_parameters"] == 14_288_491_584
+        assert found["frozen"] == pytest.approx(2 * 14_288_491_584, rel=0.01)
+        assert found["trainable_parameters"] == 155_750_400
