@@ -82,11 +82,20 @@ def test_kohyas_names(make_transformer, matrices):
     ("key", "value", "message"),
     [
         ("text_model.weight", torch.zeros(2), r"few\.safetensors: text_model\.weight: no tensors of a few-step LoRA"),
-        ("lora_unet_head_head.lora_up.weight", torch.zeros(2, 2), r"lora_unet_head_head needs a down and an up matrix"),
+        ("lora_unet_head_head.lora_up.weight", torch.zeros(2, 2), r"lora_unet_head_head\.weight does not exist"),
         ("blocks.9.self_attn.q.diff", torch.zeros(2), r"blocks\.9\.attn1\.to_q\.weight does not exist in this DiT"),
         ("blocks.0.self_attn.q.diff", torch.zeros(2), r"blocks\.0\.attn1\.to_q\.weight is \(24, 24\), .* has \(2,\)"),
-        ("blocks.0.self_attn.k.lora_up.weight", torch.zeros(24, 2), r"attn\.k needs a down and an up .* has up"),
+        ("blocks.0.ffn.0.diff", torch.zeros(24, 32), r"ffn\.net\.0\.proj\.weight is \(32, 24\), .* has \(24, 32\)"),
+        (
+            "blocks.0.self_attn.k.lora_up.weight",
+            torch.zeros(24, 2),
+            r"to_k\.weight needs a down and an up .* has block",
+        ),
         (f"{Q}.lora_up.weight", torch.zeros(24, 2), r"has a down matrix of rank 3 and an up matrix of 2"),
+        (f"{Q}.lora_up.weight", torch.zeros(32, 3), r"is \(24, 24\), .* has \(32, 24\)"),
+        (f"{Q}.lora_up.weight", torch.zeros(24), r"no matrices"),
+        (f"{Q}.alpha", torch.zeros(24), r"alpha has 24 values"),
+        (f"diffusion_model.{Q}.lora_B.weight", torch.zeros(24, 3), r"lora_B.* and .*lora_up.*: one tensor under two"),
         ("blocks.0.self_attn.q.diff", torch.zeros(24, 24).to(torch.float8_e4m3fn), r"q\.diff is torch\.float8_e4m3fn"),
     ],
 )
@@ -98,3 +107,8 @@ def test_keys_without_a_place_change_nothing(make_transformer, matrices, key, va
         merge_few_step(base, flat, source="few.safetensors")
     for name, tensor in base.state_dict().items():
         assert_close(tensor, before[name], rtol=0, atol=0)
+
+
+def test_an_empty_file_is_no_lora(make_transformer):
+    with pytest.raises(ValueError, match="empty: no tensors of a few-step LoRA"):
+        merge_few_step(make_transformer(), {})
