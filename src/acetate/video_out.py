@@ -286,7 +286,7 @@ def _whole(paths: Sequence[Path]) -> Iterator[list[Path]]:
             _remove(temporary)  # of a run that was killed
         yield temporaries
         for temporary, path in zip(temporaries, paths, strict=True):
-            _rename(temporary, path)
+            rename_over(temporary, path)
     except (OSError, FFmpegError) as error:  # few of FFmpeg's errors are OSErrors
         names = " + ".join(str(path) for path in paths)
         raise OSError(
@@ -300,7 +300,7 @@ def _whole(paths: Sequence[Path]) -> Iterator[list[Path]]:
                 _remove(temporary)
 
 
-def _rename(temporary: Path, path: Path) -> None:
+def rename_over(temporary: Path, path: Path) -> None:
     """Atomic for files. A full folder cannot be renamed over: the old one steps aside, and back if that fails."""
     if not temporary.is_dir() or not os.path.lexists(path):
         os.replace(temporary, path)

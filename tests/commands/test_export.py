@@ -20,8 +20,8 @@ from acetate.formats.names import dit_name, original_dit_name, original_vae_name
 from acetate.formats.rgba_vae import load_rgba_vae
 from acetate.formats.wan_alpha import trainable_from_wan_alpha
 from acetate.models.adapters import ADAPTER_SCHEMA, load_trainable, trainable_state
-from acetate.models.dit import FINGERPRINT, add_dora, velocity
-from acetate.models.loading import load_transformer, load_vae, weights_sha256
+from acetate.models.dit import add_dora, velocity
+from acetate.models.loading import load_transformer, load_vae, transformer_sha256
 from acetate.models.rgba_vae import RGBAVAE
 from acetate.models.text import TextEncoder
 from acetate.sampling import Solver, sample_latents
@@ -135,7 +135,7 @@ def originals(make_vae, make_transformer, tmp_path_factory):
     (folder / "config.json").write_text(json.dumps({"num_heads": 2}))
     transformer = load_transformer(str(folder))
     facts = {"schema": ADAPTER_SCHEMA, "kind": "dit_dora", "base": str(folder), "rank": 2, "alpha": 4,
-             "mean_shift": 0.5, "transformer_sha256": weights_sha256(transformer, FINGERPRINT)}  # fmt: skip
+             "mean_shift": 0.5, "transformer_sha256": transformer_sha256(transformer)}  # fmt: skip
     add_dora(transformer, 2, 4)
     with torch.no_grad():
         for parameter in trainable_state(transformer).values():

@@ -14,8 +14,8 @@ from torch.testing import assert_close
 from acetate.commands.sample import check_models, file_name, guide_ellipses, guide_mask, load_dit, read_prompts
 from acetate.formats.rgba_vae import load_rgba_vae
 from acetate.models.adapters import ADAPTER_SCHEMA, trainable_state
-from acetate.models.dit import FINGERPRINT, add_dora, merge_dora
-from acetate.models.loading import load_transformer, load_vae, weights_sha256
+from acetate.models.dit import add_dora, merge_dora
+from acetate.models.loading import load_transformer, load_vae, transformer_sha256
 from acetate.models.rgba_vae import RGBAVAE, RGBADecoders
 from acetate.models.text import TextEncoder
 from acetate.models.wan import Geometry
@@ -31,7 +31,7 @@ def dora(cached, tmp_path_factory):
     """An adapter file as experiment=dit_dora writes it, with random adapters."""
     transformer = load_transformer(BASE)
     facts = {"schema": ADAPTER_SCHEMA, "kind": "dit_dora", "base": BASE, "rank": 2, "alpha": 2, "mean_shift": 0.5,
-             "transformer_sha256": weights_sha256(transformer, FINGERPRINT),
+             "transformer_sha256": transformer_sha256(transformer),
              "vae_sha256": load_rgba_vae(vae=BASE, adapters=str(cached[1])).latents_sha256(),
              "text_encoder_sha256": TextEncoder(BASE, 64).sha256(), "ellipse": {"threshold": 0.1}}  # fmt: skip
     add_dora(transformer, 2, 2)

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
 from acetate.models import loading
-from acetate.models.loading import load_transformer, load_vae, weights_sha256
+from acetate.models.loading import load_transformer, load_vae, transformer_sha256, weights_sha256
 from acetate.models.text import TextEncoder
 from tests.original import original_transformer_state, original_umt5_state, original_vae_state
 
@@ -316,3 +316,21 @@ def test_original_vae_that_lacks_a_tensor(make_vae, tmp_path):
     torch.save(state, tmp_path / "vae.pth")
     with pytest.raises(ValueError, match=r"lacks conv2\.weight"):
         load_vae(str(tmp_path / "vae.pth"))
+
+
+def test_a_dit_is_known_by_its_file_in_every_precision(wan_folder):
+    hashes = {
+        transformer_sha256(load_transformer(str(wan_folder), dtype))
+        for dtype in (torch.float32, torch.bfloat16, torch.float16)
+    }
+    assert len(hashes) == 1
+    assert all(hashes)
+
+
+def test_one_tensor_under_two_names_is_refused(wan_folder, tmp_path):
+    state = load_file(wan_folder / "transformer/diffusion_pytorch_model.safetensors")
+    name = next(iter(state))
+    save_file(state | {f"model.diffusion_model.{name}": torch.zeros_like(state[name])}, tmp_path / "dit.safetensors")
+    shutil.copy(wan_folder / "transformer/config.json", tmp_path)
+    with pytest.raises(ValueError, match="the same tensor under two names"):
+        load_transformer(str(tmp_path / "dit.safetensors"))

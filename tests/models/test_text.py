@@ -3,6 +3,7 @@ import shutil
 
 import pytest
 import torch
+from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.testing import assert_close
@@ -48,6 +49,8 @@ def test_prompt_is_embedded_once(wan_folder, tmp_path, monkeypatch):
 def test_prompts_are_cleaned_as_wan_does(wan_folder):
     text = TextEncoder(str(wan_folder), 64)
     assert_close(text("  a red\n disc &amp;amp; smoke "), text("a red disc & smoke"), rtol=0, atol=0)
+    for prompt in ("“a” red\n disc &amp; smoke", "the ﬂame of a candle  "):
+        assert_close(text(prompt), text(prompt_clean(prompt)), rtol=0, atol=0)
     assert text("a red disc").shape != text("a red disc & smoke").shape
 
 

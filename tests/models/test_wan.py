@@ -1,5 +1,7 @@
 import copy
 import json
+import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -216,3 +218,24 @@ def test_replace_folder_keeps_the_old_one_when_writing_fails(tmp_path):
         replace_folder(folder, fail)
     assert [path.name for path in tmp_path.iterdir()] == ["vae"]
     assert (folder / "weights").read_text() == "old"
+
+
+def test_replace_folder_puts_the_old_one_back_when_renaming_fails(tmp_path, monkeypatch):
+    folder = tmp_path / "vae"
+    folder.mkdir()
+    (folder / "weights").write_text("old")
+    rename = os.replace
+
+    def fail(source, target):
+        if target == folder and Path(source).name.startswith(".vae-"):
+            raise OSError("no")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OSError, match="no"):
+        replace_folder(folder, lambda path: (Path(path) / "weights").write_text("new"))
+    assert (folder / "weights").read_text() == "old"
+    monkeypatch.undo()
+    replace_folder(folder, lambda path: (Path(path) / "weights").write_text("new"))
+    assert (folder / "weights").read_text() == "new"
+    assert [path.name for path in tmp_path.iterdir()] == ["vae"]

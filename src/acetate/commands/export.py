@@ -23,8 +23,8 @@ from acetate.formats.names import original_dit_name, original_layer, original_va
 from acetate.formats.pipeline import PEFTAdapter, wan_pipeline
 from acetate.formats.wan_alpha import decoder_of, dora_to_wan_alpha, trainable_to_wan_alpha
 from acetate.models.adapters import load_trainable, trainable_state
-from acetate.models.dit import FINGERPRINT, add_dora, dora_layers, merge_dora, merged_weight
-from acetate.models.loading import load_transformer, load_vae, weights_sha256
+from acetate.models.dit import add_dora, dora_layers, merge_dora, merged_weight
+from acetate.models.loading import load_transformer, load_vae, transformer_sha256
 from acetate.models.rgba_vae import RGBAVAE
 from acetate.models.text import TextEncoder
 from acetate.models.wan import merged_vae
@@ -72,7 +72,7 @@ def merged_vaes(model: RGBAVAE, base: AutoencoderKLWan) -> dict[str, Autoencoder
 def trained_dit(trained: Trained, config: DictConfig) -> WanTransformer3DModel:
     """The DiT with its DoRA as it was trained. Raises ValueError for another base."""
     transformer = load_transformer(config.wan.transformer, getattr(torch, config.dtype))
-    check_base(trained, "transformer_sha256", weights_sha256(transformer, FINGERPRINT))
+    check_base(trained, "transformer_sha256", transformer_sha256(transformer))
     add_dora(transformer, trained.facts["rank"], trained.facts["alpha"])
     load_trainable(transformer, trained.state, str(trained.path))
     return transformer

@@ -25,8 +25,8 @@ from acetate.formats.gauss_mask import read_gauss_mask
 from acetate.formats.rgba_vae import load_rgba_vae
 from acetate.formats.wan_alpha import dora_from_wan_alpha
 from acetate.models.adapters import load_trainable, read_adapters
-from acetate.models.dit import FINGERPRINT, add_dora, merge_dora
-from acetate.models.loading import load_transformer, weights_sha256
+from acetate.models.dit import add_dora, merge_dora
+from acetate.models.loading import load_transformer, transformer_sha256
 from acetate.models.rgba_vae import RGBADecoders
 from acetate.models.text import TextEncoder
 from acetate.models.wan import Geometry
@@ -65,7 +65,7 @@ def put_dora(transformer: WanTransformer3DModel, source: str) -> dict[str, Any]:
         path, state, facts = read_adapters(source, kind="dit_dora")
         adapters = {name.removeprefix("transformer."): value for name, value in state.items()}
         rank, alpha = facts["rank"], facts["alpha"]
-        found = weights_sha256(transformer, FINGERPRINT)
+        found = transformer_sha256(transformer)
         if found != facts["transformer_sha256"]:
             raise ValueError(
                 f"{path} was trained on another DiT ({facts['base']}). Choose the wan= it was trained with."

@@ -12,7 +12,6 @@ from tqdm import tqdm
 from acetate.models.loading import load_transformer
 from acetate.models.text import embed_prompt
 
-FINGERPRINT = 256  # values of each tensor that tell one DiT from another
 # q, k, v, o of both attentions and both feed-forward layers of every block: 400 layers in the 14B
 DORA_TARGETS = r"blocks\.\d+\.(attn[12]\.(to_[qkv]|to_out\.0)|ffn\.net\.(0\.proj|2))"
 

@@ -7,7 +7,7 @@ A source is a folder (diffusers layout, or the original release's), a single fil
 import hashlib
 import inspect
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TypeVar
 
@@ -17,11 +17,12 @@ from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers, convert_wan_vae_to_diffusers
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
-from torch import nn
+from torch import Tensor, nn
 
 from acetate.models.adapters import listed
-from acetate.models.weights import Weights, assign, open_weights, read_json
+from acetate.models.weights import Weights, assign, open_weights, read_json, read_weights
 
+FINGERPRINT = 256  # values of each tensor that tell one DiT from another
 WAN_HEAD_DIM = 128
 M = TypeVar("M", bound=nn.Module)
 DIT_PREFIX = re.compile(r"(model\.)?diffusion_model\.")  # of files that hold the DiT as a part of a whole
@@ -46,7 +47,7 @@ def load_vae(source: str, dtype: torch.dtype = torch.float32) -> AutoencoderKLWa
 def load_transformer(source: str, dtype: torch.dtype = torch.float32) -> WanTransformer3DModel:
     """Wan2.1's DiT. Raises as `load_vae` does."""
     weights = open_weights(locate(source, "transformer"))
-    original = {DIT_PREFIX.sub("", name, count=1): name for name in weights.meta}
+    original = renamed(weights.meta, lambda name: DIT_PREFIX.sub("", name, count=1))
     if "text_embedding.0.weight" in original:
         config = _original_transformer_config(weights, original)
         names = renamed(original, diffusers_dit_name)
@@ -55,7 +56,11 @@ def load_transformer(source: str, dtype: torch.dtype = torch.float32) -> WanTran
         config, names = _read_config(weights.path, WanTransformer3DModel), renamed(weights.meta)
     with init_empty_weights():
         transformer = WanTransformer3DModel(**config)
-    return _fill(transformer, weights, names, dtype)
+    _fill(transformer, weights, names, dtype)
+    held = read_weights(weights.path)
+    sha256 = _sha256({name: held[key] for name, key in names.items()}, FINGERPRINT)
+    transformer.register_to_config(_sha256=sha256)  # pyright: ignore[reportCallIssue]
+    return transformer
 
 
 def diffusers_vae_name(original: str, res_blocks: int = 2) -> str:
@@ -181,19 +186,23 @@ def _original_transformer_config(weights: Weights, names: dict[str, str]) -> dic
     }
 
 
-def weights_sha256(model: nn.Module, values: int | None = None) -> str:
-    """Of all tensors in fp32, by name: the same for every layout and precision that holds the same numbers.
+def weights_sha256(model: nn.Module) -> str:
+    """Of all tensors in fp32, by name: the same for every layout and precision that holds the same numbers."""
+    return _sha256(model.state_dict())
 
-    values: of each tensor only so many, evenly spread, and in bfloat16, which tells 14B weights apart in a second, the
-    same whatever precision they are held in. Empty for a model on the meta device.
-    """
+
+def transformer_sha256(transformer: WanTransformer3DModel) -> str:
+    """Of FINGERPRINT values of each tensor, evenly spread, which tells 14B weights apart in a second. They were taken
+    from the file, so that every precision it is loaded in gives the same; empty for weights of no file."""
+    return transformer.config.get("_sha256", "")
+
+
+def _sha256(state: Mapping[str, Tensor], values: int | None = None) -> str:
     digest = hashlib.sha256()
-    for name, value in sorted(model.state_dict().items()):
+    for name, value in sorted(state.items()):
         if value.is_meta:
             return ""  # shapes without numbers
-        flat = value.flatten()
-        if values is not None:
-            flat = flat[:: max(1, value.numel() // values)].to(torch.bfloat16)
+        flat = value.flatten() if values is None else value.flatten()[:: max(1, value.numel() // values)].bfloat16()
         digest.update(name.encode())
         digest.update(flat.float().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()

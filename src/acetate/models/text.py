@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import init_empty_weights
+from ftfy import fix_text
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -63,9 +64,9 @@ class TextEncoder:
     def __call__(self, prompt: str) -> Tensor:
         """(n, text_dim) fp32 on the CPU, n <= length tokens. Raises ValueError for a longer prompt.
 
-        HTML entities and runs of white space are undone first, as Wan's own tokenizer does.
+        Broken Unicode, HTML entities and runs of white space are mended first, as Wan's own tokenizer does.
         """
-        prompt = " ".join(html.unescape(html.unescape(prompt)).split())
+        prompt = " ".join(html.unescape(html.unescape(fix_text(prompt))).split())
         tokens = self.tokenizer(prompt, return_tensors="pt").to(self.device)
         count = tokens.input_ids.shape[1]
         if count > self.length:

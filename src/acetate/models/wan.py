@@ -22,6 +22,7 @@ from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
 from acetate.models.ops import LAYOUT, norm_silu, upsample_conv
+from acetate.video_out import rename_over
 
 State = dict[nn.Module, Tensor] | None
 
@@ -282,8 +283,6 @@ def replace_folder(folder: Path, write: Callable[[str], object]) -> None:
         temporary.chmod(0o755)  # mkdtemp and safetensors make private files
         for path in temporary.rglob("*"):
             path.chmod(0o755 if path.is_dir() else 0o644)
-        if folder.exists():
-            shutil.rmtree(folder)
-        temporary.rename(folder)
+        rename_over(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -12,8 +12,8 @@ from acetate import flow, regions
 from acetate.draws import ClipDraws
 from acetate.losses.diffusion import flow_loss
 from acetate.models.adapters import ADAPTER_SCHEMA
-from acetate.models.dit import FINGERPRINT, add_dora, velocity
-from acetate.models.loading import load_transformer, weights_sha256
+from acetate.models.dit import add_dora, velocity
+from acetate.models.loading import load_transformer, transformer_sha256
 from acetate.tasks.adapter import AdapterTask
 from acetate.tasks.optim import adamw_with_warmup
 
@@ -86,7 +86,7 @@ class DoRATask(AdapterTask):
     def adapt(self, transformer: WanTransformer3DModel) -> None:
         """Makes a frozen base the model that trains."""
         self.transformer = transformer
-        self.base_sha256 = weights_sha256(transformer, FINGERPRINT)
+        self.base_sha256 = transformer_sha256(transformer)
         add_dora(transformer, self.rank, self.alpha, self.adapter_dtype)
         if self.checkpointing:
             transformer.enable_gradient_checkpointing()
