@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from acetate.commands.estimate import CARDS, GPUS, footprint, remedies, table, verdict, without_weights
+from acetate.commands.estimate import CARDS, GPUS, SHARDED, footprint, remedies, table, verdict, without_weights
 from acetate.memory import Footprint, Load
 from tests.compose import composed
 from tests.paths import ROOT
@@ -19,14 +19,16 @@ FOOTPRINT = Footprint(
 
 def test_verdicts():
     assert verdict(FOOTPRINT, 80) == "fits one GPU"  # 62 of 72 GiB
-    assert verdict(FOOTPRINT, 48) == "does not fit one GPU; fits 4, sharded"  # 39 of 43.2; 47 on two
-    assert verdict(FOOTPRINT, 24) == "does not fit 8, sharded: room for 55% of activations and working peak"
+    assert verdict(FOOTPRINT, 48) == f"does not fit one GPU; fits 4, {SHARDED}"  # 39 of 43.2; 47 on two
+    assert verdict(FOOTPRINT, 24) == "does not fit 8, even sharded: room for 55% of activations and working peak"
     assert verdict(FOOTPRINT, 4) == "does not fit 8: the weights alone are too large"
 
 
 def test_table_has_a_column_per_number_of_gpus():
     view = table(FOOTPRINT)
-    assert [str(column.header) for column in view.columns] == ["GiB per GPU", "1 GPU", "2 GPUs", "4 GPUs", "8 GPUs"]
+    assert [str(column.header) for column in view.columns] == [
+        "GiB per GPU", "1 GPU", *(f"{n} GPUs, if sharded (FSDP2)" for n in (2, 4, 8))
+    ]  # fmt: skip
     assert list(view.columns[1].cells)[-1] == "62.00"
 
 

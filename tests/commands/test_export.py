@@ -301,6 +301,7 @@ def test_diffusers_pipeline_samples_as_we_do(tmp_path, dit_run, cached, trained_
     out = export(tmp_path / "out", f"checkpoint={dit_run}", "to=diffusers", f"rgba_vae={cached[1]}")
     assert_same_output(trained_dit, WanTransformer3DModel.from_pretrained(out / "transformer"))
     assert_same_output(trained_dit, PeftModel.from_pretrained(load_transformer(BASE), str(out / "adapter")))
+    assert json.loads((out / "export.json").read_text())["rgba_vae"] == str(cached[1])
     pipe = WanPipeline.from_pretrained(out, torch_dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     noise, text = (

@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import WanTransformer3DModel
 from lightning import Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from safetensors.torch import save_file
-from torch import nn
+from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
 from torch.distributed.fsdp import fully_shard
 from torch.testing import assert_close
 from torch.utils.data import DataLoader
@@ -20,49 +22,60 @@ from torch.utils.data import DataLoader
 from acetate.callbacks.checkpoints import AdapterCheckpoint
 from acetate.callbacks.ema import EMA
 from acetate.formats.checkpoints import read_trained
-from acetate.models.adapters import ADAPTER_SCHEMA
+from acetate.models.adapters import ADAPTER_SCHEMA, trainable_state
+from acetate.models.dit import add_dora, velocity
 from acetate.tasks.adapter import AdapterTask
 
+CHANNELS, WIDTH = 4, 24
+FACTS = {"schema": ADAPTER_SCHEMA, "kind": "dit_dora", "base": "tiny", "transformer_sha256": "0", "rank": 3, "alpha": 6,
+         "mean_shift": 1.0}  # fmt: skip
 
-class Layers(AdapterTask):
-    """Stands for the DiT: one frozen layer and one that trains, sharded where there is a device mesh."""
+
+class DoRA(AdapterTask):
+    """A tiny DiT with DoRA, sharded where there is a device mesh."""
 
     def __init__(self):
         super().__init__()
-        self.transformer: nn.Module | None = None
+        self.transformer: WanTransformer3DModel | None = None
 
     def configure_model(self) -> None:
         if self.transformer is not None:
             return
         torch.manual_seed(0)
-        self.transformer = nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 7))
-        self.transformer[0].requires_grad_(False)
+        self.transformer = WanTransformer3DModel(
+            num_attention_heads=2, attention_head_dim=WIDTH // 2, in_channels=CHANNELS, out_channels=CHANNELS,
+            text_dim=8, freq_dim=8, ffn_dim=32, num_layers=2, rope_max_seq_len=16,
+        )  # fmt: skip
+        add_dora(self.transformer, FACTS["rank"], FACTS["alpha"])
         if self.device_mesh is not None:
+            for block in self.transformer.blocks:
+                fully_shard(block, mesh=self.device_mesh["data_parallel"])
             fully_shard(self.transformer, mesh=self.device_mesh["data_parallel"])
 
     def training_step(self, batch, batch_idx):
-        return self.transformer(batch).square().mean()
+        context = torch.ones(len(batch), 3, 8)
+        return velocity(self.transformer, batch, torch.full((len(batch),), 500.0), context).square().mean()
 
     def configure_optimizers(self):
         return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=0.1)
 
     def adapter_metadata(self):
-        return {"schema": json.dumps(ADAPTER_SCHEMA), "kind": json.dumps("dit_dora"), "rank": json.dumps(4)}
+        return {name: json.dumps(value) for name, value in FACTS.items()}
 
 
 def fit(folder, *callbacks, **settings):
-    task = Layers()
+    task = DoRA()
     trainer = Trainer(
         accelerator="cpu", max_steps=3, logger=False, enable_progress_bar=False, enable_model_summary=False,
         enable_checkpointing=any(isinstance(callback, AdapterCheckpoint) for callback in callbacks),
         default_root_dir=folder, callbacks=list(callbacks), **settings,
     )  # fmt: skip
-    trainer.fit(task, DataLoader(torch.ones(12, 3), batch_size=2))
+    trainer.fit(task, DataLoader(torch.randn(12, CHANNELS, 1, 4, 4), batch_size=2))
     return trainer, task
 
 
 def trained(task):
-    return {f"1.{name}": p.detach() for name, p in task.transformer[1].named_parameters()}
+    return {name: p.detach() for name, p in trainable_state(task.transformer).items()}
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +100,7 @@ def test_a_folder_means_its_newest_checkpoint(run):
         found = read_trained(str(source))
         assert (found.path, found.kind) == (whole, "dit_dora")
         assert_same(found.state, average)
-        assert (found.facts["rank"], found.facts["step"], found.facts["averaged"]) == (4, 3, True)
+        assert (found.facts["rank"], found.facts["step"], found.facts["averaged"]) == (3, 3, True)
     assert_same(read_trained(str(folder), ema=True).state, average)
     raw = read_trained(str(folder), ema=False)
     assert_same(raw.state, trained(task))
@@ -131,7 +144,7 @@ def test_bad_files_are_named(run, tmp_path):
         read_trained(str(tmp_path / "nowhere"))
     whole = (run[0] / "checkpoints/last.ckpt").read_bytes()
     (tmp_path / "cut.ckpt").write_bytes(whole[:-500])
-    with pytest.raises(ValueError, match=r"cut\.ckpt cannot be read as a checkpoint"):
+    with pytest.raises(ValueError, match=r"cut\.ckpt cannot be read \("):
         read_trained(str(tmp_path / "cut.ckpt"))
     torch.save({"state_dict": {}, "global_step": 1}, tmp_path / "old.ckpt")
     with pytest.raises(ValueError, match=r"old\.ckpt does not say what model it belongs to.*\.safetensors beside"):
@@ -146,6 +159,88 @@ def test_bad_files_are_named(run, tmp_path):
     with pytest.raises(ValueError, match=r"bad\.ckpt cannot be read"):
         read_trained(str(tmp_path / "bad.ckpt"))
     assert not (tmp_path / "ran").exists()
+
+
+def damaged(run, tmp_path, change):
+    checkpoint = torch.load(run[0] / "checkpoints/last.ckpt", weights_only=True)
+    change(checkpoint)
+    torch.save(checkpoint, tmp_path / "bad.ckpt")
+    return str(tmp_path / "bad.ckpt")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda held: held.pop("global_step"), "has no global_step"),
+        (lambda held: held["adapter_metadata"].pop("rank"), "its metadata has no rank"),
+        (lambda held: held["adapter_metadata"].update(alpha="null"), "its metadata has alpha=None"),
+        (lambda held: held["adapter_metadata"].update(rank="{"), "adapter_metadata are not names and JSON"),
+        (lambda held: held.update(adapter_metadata=None), "adapter_metadata are not names and JSON"),
+        (lambda held: held.pop("state_dict"), "has no state_dict"),
+        (lambda held: held["state_dict"].update(lr=0.1), "holds lr: no tensor"),
+        (lambda held: held["state_dict"].clear(), r"no whole dit_dora: 30 missing: blocks\.0\.attn1\.to_q\.lora_A"),
+    ],
+)
+def test_damaged_checkpoints(run, tmp_path, change, message):
+    source = damaged(run, tmp_path, change)
+    with pytest.raises(ValueError, match=rf"bad\.ckpt.*{message}"):
+        read_trained(source, ema=False)
+
+
+def test_bad_pickles_give_no_advice_to_run_them(tmp_path):
+    torch.save({"state_dict": Hostile(tmp_path / "ran")}, tmp_path / "bad.ckpt")
+    (tmp_path / "text.ckpt").write_text("nothing")
+    for name in ("bad.ckpt", "text.ckpt"):
+        with pytest.raises(ValueError, match=name) as error:
+            read_trained(str(tmp_path / name))
+        assert "weights_only" not in str(error.value)
+
+
+def sharded(folder, state, change=None):
+    """A sharded checkpoint of one process; change: of its index."""
+    dcp.save({"state_dict": state}, checkpoint_id=folder, no_dist=True)
+    facts = {name: json.dumps(value) for name, value in FACTS.items()}
+    torch.save({"adapter_metadata": facts, "global_step": 1, "callbacks": {}}, folder / "meta.pt")
+    if change is not None:
+        index = pickle.loads((folder / ".metadata").read_bytes())
+        index = change(index) or index
+        (folder / ".metadata").write_bytes(pickle.dumps(index))
+    return str(folder)
+
+
+def shortened(index):
+    entry = index.state_dict_metadata["state_dict.a"]
+    entry.chunks = [ChunkStorageMetadata(torch.Size((0, 0)), torch.Size((2, 3)))]
+
+
+def without_a_table(index):
+    index.state_dict_metadata = None
+
+
+def without_a_type(index):
+    index.state_dict_metadata["state_dict.a"].properties = None
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("a", shortened, r"no shards for all of state_dict\.a"),
+        ("a", without_a_table, "cannot be read as a sharded checkpoint"),
+        ("a", without_a_type, "cannot be read as a sharded checkpoint"),
+        ("a", None, r"no whole dit_dora: .*1 not used: a\. "),
+    ],
+)
+def test_index_of_wrong_content(tmp_path, name, change, message):
+    source = sharded(tmp_path, {name: torch.ones(4, 3)}, change)
+    with pytest.raises(ValueError, match=message):
+        read_trained(source)
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_sharded_checkpoint_without_tensors(tmp_path):
+    with pytest.raises(ValueError, match="names no tensor of a state_dict"):
+        read_trained(sharded(tmp_path, {}))
 
 
 @pytest.mark.parametrize("index", ["code", "cut", "number"])
@@ -168,9 +263,8 @@ def test_sharded_checkpoint_is_read_whole(tmp_path):
     assert raw.path == folder
     assert_same(raw.state, expected["raw"])
     assert_same(average.state, expected["average"])
-    assert read_trained(str(folder)).facts == {
-        "schema": ADAPTER_SCHEMA, "kind": "dit_dora", "rank": 4, "step": 3, "averaged": True
-    }  # fmt: skip
+    assert_same(read_trained(str(folder.with_suffix(".safetensors"))).state, expected["average"])
+    assert read_trained(str(folder)).facts == {**FACTS, "step": 3, "averaged": True}
     shard = folder / "__0_0.distcp"
     shard.write_bytes(shard.read_bytes()[:100])
     with pytest.raises(ValueError, match=r"last\.ckpt cannot be read as a sharded checkpoint"):
@@ -182,8 +276,8 @@ if __name__ == "__main__":
     strategy = ModelParallelStrategy(
         data_parallel_size=2, tensor_parallel_size=1, save_distributed_checkpoint=True, process_group_backend="gloo"
     )
-    trainer, task = fit(out, ema, devices=2, strategy=strategy)
-    trainer.save_checkpoint(out / "checkpoints/last.ckpt")
+    keep = AdapterCheckpoint(dirpath=out / "checkpoints", save_last=True, every_n_train_steps=3)
+    trainer, task = fit(out, ema, keep, devices=2, strategy=strategy)
     expected = {
         "raw": {name: value.full_tensor() for name, value in trained(task).items()},
         "average": {name.removeprefix("transformer."): v.full_tensor() for name, v in ema.average.items()},

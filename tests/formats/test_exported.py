@@ -38,6 +38,17 @@ def test_other_files_are_never_replaced(tmp_path):
     assert (tmp_path / "mine.txt").read_text() == (out / "notes.txt").read_text() == "mine"
 
 
+@pytest.mark.parametrize("mark", ["{", "[]", "{}", '{"files": ["a.txt"]}', "null", "\ud800"])
+def test_a_mark_of_others_replaces_nothing(tmp_path, mark):
+    (tmp_path / MARK).write_bytes(mark.encode("utf-8", "surrogatepass"))
+    (tmp_path / "a.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match=r"holds what no export wrote \(a\.txt\)"):
+        check_replaceable(tmp_path)
+    (tmp_path / "a.txt").unlink()
+    with pytest.raises(FileExistsError, match="holds what no export wrote"):
+        check_replaceable(tmp_path)
+
+
 @pytest.mark.parametrize("kind", ["safetensors", "pickle"])
 def test_a_full_disk_leaves_the_earlier_export(tmp_path, small_disk, kind):
     out, big = tmp_path / "out", {"w": torch.zeros(10**6)}

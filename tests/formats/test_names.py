@@ -7,32 +7,64 @@ from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffu
 
 from acetate.formats.names import dit_name, original_dit_name, original_layer, original_vae_name, vae_name
 
-# Of Wan2.1_VAE.pth
-VAE_TENSORS = {
-    "encoder.conv1.weight": (96, 3, 3, 3, 3),
-    "encoder.downsamples.0.residual.0.gamma": (96, 1, 1, 1),
-    "encoder.downsamples.3.residual.2.weight": (192, 96, 3, 3, 3),
-    "encoder.downsamples.3.shortcut.weight": (192, 96, 1, 1, 1),
-    "encoder.downsamples.6.shortcut.weight": (384, 192, 1, 1, 1),
-    "encoder.downsamples.2.resample.1.weight": (96, 96, 3, 3),
-    "encoder.downsamples.5.time_conv.weight": (192, 192, 3, 1, 1),
-    "encoder.downsamples.8.time_conv.bias": (384,),
-    "encoder.downsamples.10.residual.6.weight": (384, 384, 3, 3, 3),
-    "encoder.middle.1.norm.gamma": (384, 1, 1),
-    "encoder.middle.1.to_qkv.weight": (1152, 384, 1, 1),
-    "encoder.head.0.gamma": (384, 1, 1, 1),
-    "encoder.head.2.weight": (32, 384, 3, 3, 3),
-    "conv1.weight": (32, 32, 1, 1, 1),
-    "conv2.weight": (16, 16, 1, 1, 1),
-    "decoder.conv1.weight": (384, 16, 3, 3, 3),
-    "decoder.middle.2.residual.6.bias": (384,),
-    "decoder.upsamples.4.shortcut.weight": (384, 192, 1, 1, 1),
-    "decoder.upsamples.3.resample.1.weight": (192, 384, 3, 3),
-    "decoder.upsamples.7.time_conv.weight": (768, 384, 3, 1, 1),
-    "decoder.upsamples.11.resample.1.weight": (96, 192, 3, 3),
-    "decoder.upsamples.14.residual.6.weight": (96, 96, 3, 3, 3),
-    "decoder.head.2.weight": (3, 96, 3, 3, 3),
-}
+
+def conv(name, out, *rest):
+    return {f"{name}.weight": (out, *rest), f"{name}.bias": (out,)}
+
+
+def residual(name, into, out):
+    shortcut = conv(f"{name}.shortcut", out, into, 1, 1, 1) if into != out else {}
+    return {
+        f"{name}.residual.0.gamma": (into, 1, 1, 1), **conv(f"{name}.residual.2", out, into, 3, 3, 3),
+        f"{name}.residual.3.gamma": (out, 1, 1, 1), **conv(f"{name}.residual.6", out, out, 3, 3, 3), **shortcut,
+    }  # fmt: skip
+
+
+def coder(name, into, first, last, out):
+    return {
+        **conv(f"{name}.conv1", first, into, 3, 3, 3), **residual(f"{name}.middle.0", 384, 384),
+        f"{name}.middle.1.norm.gamma": (384, 1, 1), **conv(f"{name}.middle.1.to_qkv", 1152, 384, 1, 1),
+        **conv(f"{name}.middle.1.proj", 384, 384, 1, 1), **residual(f"{name}.middle.2", 384, 384),
+        f"{name}.head.0.gamma": (last, 1, 1, 1), **conv(f"{name}.head.2", out, last, 3, 3, 3),
+    }  # fmt: skip
+
+
+def wan21_vae():
+    """Every tensor of Wan2.1_VAE.pth and its shape."""
+    table = {**conv("conv1", 32, 32, 1, 1, 1), **conv("conv2", 16, 16, 1, 1, 1)}
+    table |= coder("encoder", 3, 96, 384, 32) | coder("decoder", 16, 384, 96, 3)
+    sides = {0: (96, 96), 1: (96, 96), 3: (96, 192), 4: (192, 192), 6: (192, 384), 7: (384, 384), 9: (384, 384),
+             10: (384, 384)}  # fmt: skip
+    for place, (into, out) in sides.items():
+        table |= residual(f"encoder.downsamples.{place}", into, out)
+    for place, width in {2: 96, 5: 192, 8: 384}.items():
+        table |= conv(f"encoder.downsamples.{place}.resample.1", width, width, 3, 3)
+        table |= conv(f"encoder.downsamples.{place}.time_conv", width, width, 3, 1, 1) if place > 2 else {}
+    for place in (0, 1, 2, 4, 5, 6, 8, 9, 10, 12, 13, 14):
+        width = (384, 384, 192, 96)[place // 4]
+        table |= residual(f"decoder.upsamples.{place}", 192 if place == 4 else width, width)
+    for place, width in {3: 384, 7: 384, 11: 192}.items():
+        table |= conv(f"decoder.upsamples.{place}.resample.1", width // 2, width, 3, 3)
+        table |= conv(f"decoder.upsamples.{place}.time_conv", 768, 384, 3, 1, 1) if place < 11 else {}
+    return table
+
+
+def wan21_dit(layers, d, ffn):
+    """Every tensor of a text-to-video DiT and its shape."""
+    table = {**conv("patch_embedding", d, 16, 1, 2, 2), **conv("text_embedding.0", d, 4096),
+             **conv("text_embedding.2", d, d), **conv("time_embedding.0", d, 256), **conv("time_embedding.2", d, d),
+             **conv("time_projection.1", 6 * d, d), **conv("head.head", 64, d),
+             "head.modulation": (1, 2, d)}  # fmt: skip
+    for block in (f"blocks.{index}" for index in range(layers)):
+        for attention in ("self_attn", "cross_attn"):
+            for part in "qkvo":
+                table |= conv(f"{block}.{attention}.{part}", d, d)
+            table |= {f"{block}.{attention}.norm_{part}.weight": (d,) for part in "qk"}
+        table |= {f"{block}.modulation": (1, 6, d), **conv(f"{block}.norm3", d)}
+        table |= conv(f"{block}.ffn.0", ffn, d) | conv(f"{block}.ffn.2", d, ffn)
+    return table
+
+
 DITS = {  # layers, heads, width of the feed-forward part, tensors, parameters
     "1.3B": (30, 12, 8960, 825, 1_418_996_800),
     "14B": (40, 40, 13824, 1095, 14_288_491_584),
@@ -96,10 +128,7 @@ def test_full_size_vae():
         state = named(AutoencoderKLWan(), original_vae_name)
     assert len(state) == 194
     assert sum(value.numel() for value in state.values()) == 126_892_531
-    assert {name: tuple(state[name].shape) for name in VAE_TENSORS} == VAE_TENSORS
-    assert [name for name in state if "decoder" in name and "shortcut.weight" in name] == [
-        "decoder.upsamples.4.shortcut.weight"
-    ]
+    assert {name: tuple(value.shape) for name, value in state.items()} == wan21_vae()
 
 
 @pytest.mark.parametrize("size", DITS)
@@ -110,18 +139,4 @@ def test_full_size_dit(size):
     state, d = named(transformer, original_dit_name), 128 * heads
     assert len(state) == tensors
     assert sum(value.numel() for value in state.values()) == parameters
-    shapes = {
-        "patch_embedding.weight": (d, 16, 1, 2, 2),
-        "text_embedding.0.weight": (d, 4096),
-        "time_embedding.0.weight": (d, 256),
-        "time_projection.1.weight": (6 * d, d),
-        f"blocks.{layers - 1}.modulation": (1, 6, d),
-        f"blocks.{layers - 1}.self_attn.norm_q.weight": (d,),
-        "blocks.0.cross_attn.o.bias": (d,),
-        "blocks.0.norm3.weight": (d,),
-        "blocks.0.ffn.0.weight": (ffn, d),
-        "blocks.0.ffn.2.weight": (d, ffn),
-        "head.modulation": (1, 2, d),
-        "head.head.weight": (64, d),
-    }
-    assert {name: tuple(state[name].shape) for name in shapes} == shapes
+    assert {name: tuple(value.shape) for name, value in state.items()} == wan21_dit(layers, d, ffn)

@@ -148,6 +148,13 @@ def damage(state, kind):
         state[name] = state[name][:2]
     elif kind == "type":
         state[name] = state[name].to(torch.int8)
+    elif kind == "only B":
+        for other in [other for other in state if ".lora_A." in other]:
+            del state[other]
+    elif kind == "scalar":
+        state[name] = torch.zeros(())
+    elif kind == "vector":
+        state[name] = torch.zeros(3)
     elif kind == "foreign":
         state["text_encoder.shared.weight"] = torch.zeros(1)
     elif kind == "place":
@@ -170,6 +177,9 @@ def damage(state, kind):
         ("renamed", r"1 not used: decoder_alpha\.net\.conv9|decoder_alpha\.net\.decoder\.conv9"),
         ("shape", r"decoder_alpha\.net\.conv_in\.parametrizations\.weight\.0\.A is \(2, "),
         ("type", r"1 of another type: decoder_alpha\.net\.conv_in\.parametrizations\.weight\.0\.A is int8"),
+        ("only B", r"pytorch_model\.bin: no lora_A in it, or an empty one; every lora_B needs its own"),
+        ("scalar", r"vae_pha\.decoder\.conv1\.conv3D\.lora_A\.default\.weight: a LoRA matrix has two dimensions"),
+        ("vector", r"vae_pha\.decoder\.conv1\.conv3D\.lora_A\.default\.weight: a LoRA matrix has two dimensions"),
         ("foreign", r"1 not used: text_encoder\.shared\.weight"),
         ("place", r"middle\.block\.conv7\.weight: names that Wan-Alpha does not use"),
         ("twice", r"the same tensor under two names"),
@@ -184,3 +194,11 @@ def test_files_that_do_not_fit(trained, tmp_path, kind, message):
     with pytest.raises(ValueError, match=message) as error:
         load_rgba_vae(vae=base, adapters=str(file))
     assert kind == "twice" or "pytorch_model.bin" in str(error.value)
+
+
+@SMALL
+def test_metadata_without_a_rank(trained, tmp_path):
+    facts = {"schema": "1", "kind": '"rgba_vae"', "lora_rank": "null"}
+    save_file({"vae.merge.x": torch.zeros(1)}, tmp_path / "vae.safetensors", facts)
+    with pytest.raises(ValueError, match=r"vae\.safetensors: its metadata has no base, .*lora_rank=None"):
+        load_rgba_vae(vae=trained[0], adapters=str(tmp_path / "vae.safetensors"))

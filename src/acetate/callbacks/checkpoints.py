@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from acetate.callbacks.ema import EMA
 
@@ -49,12 +50,12 @@ class AdapterCheckpoint(ModelCheckpoint):
 
     def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
         super()._save_checkpoint(trainer, filepath)
+        averaged, state = _adapters(trainer, trainer.lightning_module)  # all ranks: they gather shards
         if trainer.is_global_zero:
-            self._save_adapters(trainer, Path(filepath).with_suffix(".safetensors"))
+            self._save_adapters(trainer, Path(filepath).with_suffix(".safetensors"), averaged, state)
 
-    def _save_adapters(self, trainer: Trainer, path: Path) -> None:
+    def _save_adapters(self, trainer: Trainer, path: Path, averaged: bool, state: dict[str, Tensor]) -> None:
         module = trainer.lightning_module
-        averaged, state = _adapters(trainer, module)
         metadata = {**_metadata(module), "step": str(trainer.global_step), "averaged": json.dumps(averaged)}
         temporary = path.with_suffix(".tmp")
         save_file(state, temporary, metadata)
@@ -67,12 +68,16 @@ class AdapterCheckpoint(ModelCheckpoint):
 
 
 def _adapters(trainer: Trainer, module: LightningModule) -> tuple[bool, dict[str, Tensor]]:
-    """Whether they are averages, and what trains."""
+    """Whether they are averages, and what trains, whole; on other ranks than the first without tensors."""
     averages = [callback.average for callback in trainer.callbacks if isinstance(callback, EMA)]  # pyright: ignore
-    if averages and averages[0]:
-        return True, {name: value.cpu().contiguous() for name, value in averages[0].items()}
-    trained = ((name, p) for name, p in module.named_parameters() if p.requires_grad)
-    return False, {name: p.detach().cpu().contiguous() for name, p in trained}
+    averaged = bool(averages and averages[0])
+    trained = averages[0] if averaged else {name: p for name, p in module.named_parameters() if p.requires_grad}
+    state: dict[str, Tensor] = {}
+    for name, value in trained.items():
+        whole = value.detach().full_tensor() if isinstance(value, DTensor) else value.detach()
+        if trainer.is_global_zero:
+            state[name] = whole.cpu().contiguous()
+    return averaged, state
 
 
 def _metadata(module: LightningModule) -> dict[str, str]:

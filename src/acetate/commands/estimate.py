@@ -16,7 +16,8 @@ from acetate.models.wan import Geometry
 
 CONF = str(Path(__file__).parents[3] / "conf")
 GPUS = (1, 2, 4, 8)
-CARDS = (24, 40, 48, 80, 141)  # GiB
+SHARDED = "sharded; acetate runs DDP by default, where every GPU needs column 1"
+CARDS = (24, 40, 48, 80, 139)  # GiB; 139 are what a card sold as 141 GB has
 
 
 def without_weights(node: Any) -> Any:
@@ -56,7 +57,7 @@ def footprint(config: DictConfig) -> tuple[memory.Load, memory.Footprint]:
 
 
 def table(found: memory.Footprint) -> Table:
-    view = Table("GiB per GPU", *(f"{n} GPU{'s' * (n > 1)}" for n in GPUS), title_justify="left")
+    view = Table("GiB per GPU", *("1 GPU" if n == 1 else f"{n} GPUs, if sharded (FSDP2)" for n in GPUS))
     columns = [found.per_gpu(n) for n in GPUS]
     for row in columns[0]:
         if row == "total":
@@ -69,13 +70,13 @@ def verdict(found: memory.Footprint, card: int) -> str:
     """Of a card: how many GPUs it takes, or the share of the activations that the most of them have room for."""
     enough = [n for n in GPUS if found.per_gpu(n)["total"] <= memory.room(card)]
     if enough:
-        return "fits one GPU" if enough[0] == 1 else f"does not fit one GPU; fits {enough[0]}, sharded"
+        return "fits one GPU" if enough[0] == 1 else f"does not fit one GPU; fits {enough[0]}, {SHARDED}"
     most = found.per_gpu(GPUS[-1])
     clip = most["activations"] + most["working peak"]
     room = memory.room(card) - (most["total"] - clip)
     if room <= 0:
         return f"does not fit {GPUS[-1]}: the weights alone are too large"
-    return f"does not fit {GPUS[-1]}, sharded: room for {room / clip:.0%} of activations and working peak"
+    return f"does not fit {GPUS[-1]}, even sharded: room for {room / clip:.0%} of activations and working peak"
 
 
 def remedies(config: DictConfig, load: memory.Load) -> list[str]:
@@ -114,10 +115,11 @@ def main(config: DictConfig) -> None:
     )
     console.print(table(found))
     console.print(
-        "More than one GPU: sharded with FSDP2. Not sharded (DDP), each holds the first column and the gradients again."
+        "acetate runs DDP by default: however many GPUs, each holds column 1 and the gradients again. The other "
+        "columns are what FSDP2 would need."
     )
     for card, text in verdicts.items():
-        console.print(f"{card:>4} GB  {text}")
+        console.print(f"{card:>4} GiB  {text}")
     console.print(f"less memory: {'; '.join(remedies(config, load))}")
     if config.out is not None:
         per_gpu = {str(n): found.per_gpu(n) for n in GPUS}

@@ -172,9 +172,8 @@ def _svd_lora(transformer: WanTransformer3DModel, trained: Trained, config: Dict
 
     def deltas() -> Iterator[tuple[str, Tensor]]:
         for name, layer in tqdm(dora_layers(transformer).items(), desc="SVD", unit="layer", delay=2, leave=False):
-            layer.to(device)
-            yield original_layer(name), merged_weight(layer) - cast(Tensor, layer.get_base_layer().weight).float()
-            layer.cpu()
+            weight = cast(Tensor, layer.get_base_layer().weight).to(device, torch.float32)
+            yield original_layer(name), merged_weight(layer, device=device) - weight
 
     low = svd_lora(deltas(), config.rank, getattr(torch, config.dtype))
     worst = sorted(low.errors, key=lambda layer: low.errors[layer], reverse=True)[:WORST]
@@ -212,7 +211,7 @@ def dit_to_diffusers(trained: Trained, config: DictConfig) -> Export:
         writers["transformer"] = transformer.save_pretrained
         notes.append("transformer/: WanTransformer3DModel.from_pretrained, DoRA merged; rgba_vae=... makes a pipeline")
         return Export(writers, notes)
-    second = read_trained(config.rgba_vae)
+    second = read_trained(config.rgba_vae, None if config.ema else config.ema)  # it may have kept no average
     if second.kind != "rgba_vae":
         raise ValueError(f"rgba_vae={config.rgba_vae} holds a {second.kind}; give a checkpoint of experiment=vae_rgba.")
     model, base = trained_vae(second, config)
@@ -226,7 +225,7 @@ def dit_to_diffusers(trained: Trained, config: DictConfig) -> Export:
         f"latents= the noise, its mean shifted by {trained.facts['mean_shift']} outside of the subject's ellipse",
         TWO_VAES,
     ]
-    return Export(writers, notes)
+    return Export(writers, notes, {"rgba_vae": str(second.path), "rgba_vae_averaged": second.facts["averaged"]})
 
 
 EXPORTS: dict[tuple[str, str], Callable[[Trained, DictConfig], Export]] = {

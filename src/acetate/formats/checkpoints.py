@@ -16,8 +16,12 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader, _StorageIn
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.serialization import _get_layout
 
-from acetate.models.adapters import ADAPTER_SCHEMA, read_adapter_file
+from acetate.formats.trained import check_facts, check_trained
+from acetate.models.adapters import ADAPTER_SCHEMA, listed, read_adapter_file
+from acetate.models.weights import load_data, reason
 
+UNREADABLE = (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, AttributeError, KeyError, IndexError,
+              TypeError)  # fmt: skip
 KINDS = ("rgba_vae", "dit_dora")
 INDEX, REST = ".metadata", "meta.pt"  # of a sharded checkpoint: where tensors lie; all that is no tensor
 
@@ -36,7 +40,7 @@ def read_trained(source: str, ema: bool | None = None) -> Trained:
     """What `source` trained: a .ckpt file or sharded folder, an adapter .safetensors, or a folder of runs (newest).
 
     ema: True the average, False the raw weights, None the average where there is one. Raises FileNotFoundError
-    (nothing there) and ValueError (not readable, no average, another kind of file), naming the file.
+    (nothing there) and ValueError (not readable, damaged, no average, another kind of file), naming the file.
     """
     path = _newest(Path(source).expanduser())
     if path.suffix == ".safetensors":
@@ -56,8 +60,10 @@ def read_trained(source: str, ema: bool | None = None) -> Trained:
             f"{path} is of kind {kind!r}, schema {facts.get('schema')!r}; needed: {' or '.join(KINDS)}, schema "
             f"{ADAPTER_SCHEMA}. Give a checkpoint of experiment=vae_rgba or dit_dora."
         )
+    check_facts(path, kind, facts)
     prefix = "vae." if kind == "rgba_vae" else "transformer."
     state = {name.removeprefix(prefix): value for name, value in state.items()}
+    check_trained(path, kind, state, facts)
     return Trained(path, kind, state, {**facts, "averaged": averaged})
 
 
@@ -83,21 +89,34 @@ def _choose(checkpoint: dict[str, Any], path: Path, ema: bool | None) -> tuple[d
             f"{path} does not say what model it belongs to: it is of another task, or older than acetate's "
             "adapter_metadata. Give the .safetensors beside it."
         )
-    facts = {name: json.loads(value) for name, value in checkpoint["adapter_metadata"].items()}
+    try:
+        facts = {name: json.loads(value) for name, value in checkpoint["adapter_metadata"].items()}
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: its adapter_metadata are not names and JSON ({error}). Give another one.") from error
+    if not isinstance(checkpoint.get("global_step"), int):
+        raise ValueError(f"{path} has no global_step: not written by a run of acetate. Give another one.")
     facts["step"] = checkpoint["global_step"]
-    average = checkpoint.get("callbacks", {}).get("EMA", {}).get("average")  # where callbacks.ema.EMA keeps it
+    average = _part(checkpoint, "callbacks", "EMA", "average")  # where callbacks.ema.EMA keeps it
     if ema and not average:
         raise ValueError(f"{path} holds no average: its run had no EMA (callbacks=ema). Leave out ema, or ema=false.")
-    if average and ema is not False:
-        return average, facts, True
-    return checkpoint["state_dict"], facts, False
+    averaged = bool(average) and ema is not False
+    state = average if averaged else _part(checkpoint, "state_dict")
+    if not isinstance(state, dict):
+        raise ValueError(f"{path} has no state_dict of tensors by name. Give another one of its run.")
+    if others := [str(name) for name, value in state.items() if not isinstance(value, Tensor)]:
+        raise ValueError(f"{path} holds {listed(others)}: no tensor. Give another one of its run.")
+    return state, facts, averaged
+
+
+def _part(held: object, *names: str) -> Any:
+    """held[name][name]..., or None where there is no such part."""
+    for name in names:
+        held = held.get(name) if isinstance(held, dict) else None
+    return held
 
 
 def _read_pickled(path: Path) -> dict[str, Any]:
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read as a checkpoint ({error}). Give another one of its run.") from error
+    checkpoint = load_data(path)
     if not isinstance(checkpoint, dict):
         raise ValueError(f"{path} holds a {type(checkpoint).__name__}; a checkpoint is a dict. Give a run's .ckpt.")
     return checkpoint
@@ -108,17 +127,35 @@ def _read_sharded(folder: Path) -> dict[str, Any]:
     reader = _SafeReader(folder)
     try:
         index = reader.read_metadata().state_dict_metadata
-        state = {
-            name.removeprefix("state_dict."): torch.empty(entry.size, dtype=entry.properties.dtype)
+        found = {
+            name: entry
             for name, entry in index.items()
             if name.startswith("state_dict.") and isinstance(entry, TensorStorageMetadata)
+        }
+        if not found:
+            raise ValueError(f"{INDEX} names no tensor of a state_dict")
+        if holes := [name for name, entry in found.items() if not _covered(entry)]:
+            raise ValueError(f"{INDEX} has no shards for all of {listed(holes)}")
+        state = {
+            name.removeprefix("state_dict."): torch.empty(entry.size, dtype=entry.properties.dtype)
+            for name, entry in found.items()
         }
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is disabled")  # as intended
             dcp.load({"state_dict": state}, storage_reader=reader, no_dist=True)
-    except (dcp.CheckpointException, pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
-        raise ValueError(f"{folder} cannot be read as a sharded checkpoint ({error}). Give another one.") from error
+    except (dcp.CheckpointException, *UNREADABLE) as error:
+        cause = next(iter(error.failures.values()))[0] if isinstance(error, dcp.CheckpointException) else error
+        said = f"{type(cause).__name__}: {reason(cause)}" if isinstance(cause, Exception) else cause
+        raise ValueError(f"{folder} cannot be read as a sharded checkpoint ({said}). Give another one.") from error
     return {**_read_pickled(folder / REST), "state_dict": state}
+
+
+def _covered(entry: TensorStorageMetadata) -> bool:
+    """Whether its shards leave out no number: what they leave out would be whatever was in memory."""
+    covered = torch.zeros(entry.size, dtype=torch.bool)
+    for chunk in entry.chunks:
+        covered[tuple(slice(at, at + size) for at, size in zip(chunk.offsets, chunk.sizes, strict=True))] = True
+    return bool(covered.all())
 
 
 class _SafeReader(FileSystemReader):

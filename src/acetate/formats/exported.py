@@ -17,8 +17,7 @@ def check_replaceable(folder: Path) -> None:
     """Raises FileExistsError unless `folder` is new, empty, or an earlier export to which nothing was added."""
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
-    mark = folder / MARK
-    listed = json.loads(mark.read_text())["files"] if mark.is_file() else {}
+    listed = _listed(folder / MARK)
     others = [name for name in _files(folder) if name not in listed]
     if others or not listed:
         shown = f" ({', '.join(others[:3])}{', ...' if len(others) > 3 else ''})" if others else ""
@@ -54,6 +53,15 @@ def write_export(folder: Path, writers: dict[str, Callable[[Path], object]], fac
             "untouched: make room, or give another out=."
         ) from error
     return sizes
+
+
+def _listed(mark: Path) -> dict[str, int]:
+    """What an earlier export wrote; nothing where the mark is not there, or is no such file's."""
+    try:
+        files = json.loads(mark.read_text())["files"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+    return files if isinstance(files, dict) else {}
 
 
 def _files(folder: Path) -> dict[str, int]:

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from acetate.models.adapters import is_float
+
 FLOATS = ("f2", "f4", "f8")
 
 
@@ -37,8 +39,12 @@ def read_gauss_mask(path: Path, grid: Sequence[int]) -> Tensor:
     if not path.is_file():
         raise FileNotFoundError(f"guide.mask={path} does not exist; it is a file of torch.save, (frames, h, w).")
     mask = _load(path)
-    if mask.ndim != 3 or not mask.is_floating_point():
-        raise ValueError(f"{path} is {tuple(mask.shape)} of {mask.dtype}; a Gaussian mask is (frames, h, w) of floats.")
+    if mask.ndim != 3 or not mask.numel() or not is_float(mask) or mask.layout != torch.strided:
+        layout = "" if mask.layout == torch.strided else f", {str(mask.layout).removeprefix('torch.')}"
+        raise ValueError(
+            f"{path} is {tuple(mask.shape)} of {mask.dtype}{layout}; a Gaussian mask is (frames, h, w) of floats of 16 "
+            "bits or more, dense and not empty."
+        )
     if len(mask) != grid[0]:
         raise ValueError(
             f"{path} has {len(mask)} frames, this clip {grid[0]} latent frames. Make a mask of {grid[0]} frames, or a "

@@ -9,6 +9,7 @@ from diffusers import AutoencoderKLWan
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from acetate.formats.trained import check_facts
 from acetate.formats.wan_alpha import trainable_from_wan_alpha, unwrapped
 from acetate.models.adapters import load_trainable, read_adapters
 from acetate.models.loading import load_vae
@@ -69,9 +70,12 @@ def read_rgba_vae(source: str, res_blocks: int = 2) -> tuple[Path, dict[str, Ten
     if path.suffix in SUFFIXES and path.is_file() and not _is_acetate(path):
         flat = unwrapped(read_weights(path, wrapped=True), str(path))
         state = trainable_from_wan_alpha(flat, res_blocks, str(path))
-        rank = next(value.shape[0] for name, value in state.items() if name.endswith(".A"))
-        return path, state, RELEASED | {"lora_rank": rank}
+        ranks = [len(value) for name, value in state.items() if name.endswith(".A")]
+        if not ranks or min(ranks) < 1:
+            raise ValueError(f"{path}: no lora_A in it, or an empty one; every lora_B needs its own. Fetch it anew.")
+        return path, state, RELEASED | {"lora_rank": ranks[0]}
     path, state, facts = read_adapters(source, kind="rgba_vae")
+    check_facts(path, "rgba_vae", facts)
     return path, {name.removeprefix("vae."): value for name, value in state.items()}, facts
 
 

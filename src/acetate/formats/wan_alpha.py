@@ -57,6 +57,8 @@ def trainable_from_wan_alpha(
     """
     ours = [key for key in flat if key.startswith("middle.") or ".lora_" in key]
     names = _placed(ours, lambda key: _trainable_name(key, res_blocks), source)
+    if flattened := [key for key in ours if ".lora_" in key and flat[key].ndim < 2]:
+        raise ValueError(f"{source}: {listed(flattened)}: a LoRA matrix has two dimensions or more. Fetch it anew.")
     # B is 1x1(x1) there
     return {name: flat[key].flatten(1) if name.endswith(".B") else flat[key] for name, key in names.items()}
 

@@ -67,6 +67,15 @@ def check_fit(
 
     labels: what state's names are called in the source.
     """
+    if found := misfits(target, state, labels):
+        raise ValueError(
+            f"{source} does not fit the model: {found}. "
+            "Choose the wan= and model= settings that these weights were made with."
+        )
+
+
+def misfits(target: Mapping[str, Tensor], state: Mapping[str, Tensor], labels: Mapping[str, str] | None = None) -> str:
+    """What `check_fit` says of them; nothing where they fit."""
     labels = labels or {}
     both = [(labels.get(name, name), tensor, state[name]) for name, tensor in target.items() if name in state]
     found = {
@@ -83,12 +92,7 @@ def check_fit(
             if is_float(tensor) and not is_float(value)
         ],
     }
-    if any(found.values()):
-        lines = [f"{len(names)} {what}: {listed(names)}" for what, names in found.items() if names]
-        raise ValueError(
-            f"{source} does not fit the model: {'; '.join(lines)}. "
-            "Choose the wan= and model= settings that these weights were made with."
-        )
+    return "; ".join(f"{len(names)} {what}: {listed(names)}" for what, names in found.items() if names)
 
 
 def load_trainable(module: nn.Module, state: dict[str, Tensor], source: str) -> None:

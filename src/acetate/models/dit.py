@@ -81,13 +81,17 @@ def dora_layers(transformer: WanTransformer3DModel) -> dict[str, LoraLayer]:
 
 
 @torch.no_grad()
-def merged_weight(layer: LoraLayer, strength: float = 1.0) -> Tensor:
-    """W' of one DoRA layer, fp32. strength scales B A but not the magnitude, as the released loader's ratio does."""
+def merged_weight(layer: LoraLayer, strength: float = 1.0, device: str | None = None) -> Tensor:
+    """W' of one DoRA layer, fp32. strength scales B A but not the magnitude, as the released loader's ratio does.
+
+    device: to compute on; the layer's own tensors stay where they are, mapped ones too.
+    """
     magnitude, down, up = (
-        cast(Tensor, part["default"].weight).float()
+        cast(Tensor, part["default"].weight).to(device, torch.float32)
         for part in (layer.lora_magnitude_vector, layer.lora_A, layer.lora_B)
     )
-    adapted = layer.get_base_layer().weight.float() + strength * layer.scaling["default"] * (up @ down)
+    base = cast(Tensor, layer.get_base_layer().weight).to(device, torch.float32)
+    adapted = base + strength * layer.scaling["default"] * (up @ down)
     return magnitude[:, None] * adapted / torch.linalg.vector_norm(adapted, dim=1, keepdim=True).clamp_min(1e-8)
 
 

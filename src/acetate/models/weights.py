@@ -175,7 +175,7 @@ def _mappable(file: Path) -> bool:
 
 
 def _open(file: Path, wrapped: bool = False) -> dict[str, Tensor]:
-    held = _load(file)
+    held = load_data(file)
     if wrapped and isinstance(held, dict) and isinstance(held.get("state_dict"), dict):
         held = held["state_dict"]
     if not isinstance(held, dict):
@@ -188,8 +188,8 @@ def _open(file: Path, wrapped: bool = False) -> dict[str, Tensor]:
     return dict(held)
 
 
-def _load(file: Path) -> object:
-    """Raises ValueError for what cannot be read, or would run code on the way; nothing is run."""
+def load_data(file: Path) -> object:
+    """All that it holds. Raises ValueError for what cannot be read, or would run code on the way; nothing is run."""
     try:
         if file.suffix == ".safetensors":
             return load_file(file)
@@ -206,7 +206,11 @@ def _load(file: Path) -> object:
 
 
 def _damaged(file: Path, error: Exception) -> ValueError:
-    said = re.search(r"WeightsUnpickler error:\s*(.+)", str(error))  # the lines around it advise to run the code
+    return ValueError(f"{file} cannot be read ({reason(error)}). It is truncated or no weight file: fetch it anew.")
+
+
+def reason(error: Exception) -> str:
+    """One line of it, without torch's advice to run the code."""
+    said = re.search(r"WeightsUnpickler error:\s*(.+)", str(error))
     plain = not isinstance(error, pickle.UnpicklingError) or "Weights only" not in str(error)
-    reason = said[1] if said else str(error).partition("\n")[0] if plain else "not written by torch.save"
-    return ValueError(f"{file} cannot be read ({reason}). It is truncated or no weight file: fetch it anew.")
+    return said[1] if said else str(error).partition("\n")[0] if plain else "not written by torch.save"
