@@ -4,7 +4,7 @@ import os
 import warnings
 
 import torch
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 # Said by the libraries at every start, true of every run here, and nothing a user could act on.
 for message in (".*LeafSpec.*is deprecated", ".*in eval mode at the start of training", ".*does not have many workers"):
@@ -19,3 +19,8 @@ def _on_gpu(gpu: str, cpu: str) -> str:
 OmegaConf.register_new_resolver("on_gpu", _on_gpu, replace=True)
 # ${not_set:NAME}: whether the environment lacks NAME
 OmegaConf.register_new_resolver("not_set", lambda name: not os.environ.get(name), replace=True)
+
+
+def device_of(config: DictConfig) -> str:
+    """`device` of a program's settings; auto: the GPU where there is one."""
+    return config.device if config.device != "auto" else _on_gpu("cuda", "cpu")

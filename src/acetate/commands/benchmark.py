@@ -6,7 +6,6 @@ way Wan-Alpha's training code runs them: diffusers' own forward passes on chunks
 LoRA as a second convolution path. No speed is printed unless both give the same loss and gradients.
 """
 
-import json
 import multiprocessing
 import os
 import resource
@@ -32,6 +31,7 @@ from torch.nn.utils import parametrize
 from tqdm import tqdm
 
 from acetate.alpha import harden, over, palette_colors
+from acetate.data.shards import write_json
 from acetate.models.adapters import MergedLoRA, trainable_state
 from acetate.models.rgba_vae import RGBAVAE
 from acetate.regions import check_clip_shape
@@ -287,11 +287,7 @@ def main(config: DictConfig) -> None:
     )
     console.print(table)
     if config.out is not None:
-        out = Path(config.out)
-        out.parent.mkdir(parents=True, exist_ok=True)
-        temporary = out.with_name(f".{out.name}.tmp")
-        temporary.write_text(json.dumps({"workload": asdict(load), **results}, indent=2))
-        temporary.replace(out)
+        write_json(Path(config.out), {"workload": asdict(load), **results})
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """python -m acetate.commands.estimate experiment=NAME [...]: parameters and memory per GPU, before a run is started."""
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from acetate import memory
+from acetate.data.shards import write_json
 from acetate.models.wan import Geometry
 
 CONF = str(Path(__file__).parents[3] / "conf")
@@ -92,13 +92,6 @@ def remedies(config: DictConfig, load: memory.Load) -> list[str]:
     else:
         found.append("latents cached with fewer frames or a smaller area")
     return found
-
-
-def write_json(path: Path, value: Any) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(value, indent=1))
-    temporary.replace(path)
 
 
 @hydra.main(version_base=None, config_path=CONF, config_name="command/estimate")

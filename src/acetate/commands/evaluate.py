@@ -4,7 +4,6 @@ Takes the same arguments as train.py. Three rows on the same validation clips: t
 composites as plain RGB (the ceiling), the untrained RGBA-VAE (step 0), and the checkpoint.
 """
 
-import json
 import logging
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from acetate.commands.checkpoint import checkpoint_to_resume
+from acetate.data.shards import write_json
 from acetate.models.loading import load_vae
 from acetate.tasks.vae import PlainVAETask
 
@@ -59,9 +59,7 @@ def main(config: DictConfig) -> None:
     rows = {row: {name.removeprefix("val/"): value for name, value in values.items()} for row, values in rows.items()}
     folder = Path(config.paths.run) if checkpoint is None else Path(checkpoint).parents[1]
     path = folder / "evaluation.json"
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(rows, indent=2))
-    temporary.replace(path)
+    write_json(path, rows)
     console = Console(width=180)
     console.print(table(rows))
     console.print(f"panels      {folder / 'panels'}\nmetrics     {path}\ncheckpoint  {checkpoint}", soft_wrap=True)

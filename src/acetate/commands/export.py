@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from acetate.commands import device_of
 from acetate.commands.sample import CONF, check_models
 from acetate.formats.checkpoints import Trained, read_trained
 from acetate.formats.comfyui import native_dora, svd_lora
@@ -186,10 +187,6 @@ def _svd_lora(transformer: WanTransformer3DModel, trained: Trained, config: Dict
         *notes,
     ]
     return Export({file: tensor_file(low.tensors, facts)}, notes, {"error": low.error, "error_of_layer": low.errors})
-
-
-def device_of(config: DictConfig) -> str:
-    return config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
 
 
 TWO_VAES = "vae/, vae_alpha/: decode the same latents with both; alpha = (mean of vae_alpha's three channels + 1) / 2"

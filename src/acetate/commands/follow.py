@@ -1,6 +1,5 @@
 """python -m acetate.commands.follow [name=value ...]: does the DiT leave the border empty and follow its guide?"""
 
-import json
 from collections.abc import Sequence
 from itertools import count
 from pathlib import Path
@@ -14,8 +13,10 @@ from rich.table import Table
 from torch import Tensor
 
 from acetate import regions
+from acetate.commands import device_of
 from acetate.commands.sample import CONF, check_models, embed, load_dit
 from acetate.data import synthetic
+from acetate.data.shards import write_json
 from acetate.draws import generator_for
 from acetate.formats.rgba_vae import load_rgba_vae
 from acetate.metrics.alpha import border_mean, centre_of_mass, highest_cell
@@ -78,9 +79,7 @@ def figures(alpha: Tensor, centres: Tensor, space_stride: int) -> dict[str, floa
 def main(config: DictConfig) -> None:
     if config.count < 3:
         raise ValueError(f"count={config.count}; a correlation needs at least 3 clips.")
-    if config.out is not None:
-        Path(config.out).parent.mkdir(parents=True, exist_ok=True)
-    device = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    device = device_of(config)
     vae = load_rgba_vae(vae=config.wan.vae, adapters=config.rgba_vae, frozen_dtype=config.wan.dtype).to(device)
     paths = random_paths(config.count, config.seed)
     clips = held_out(paths, config.frames, config.height, config.width, vae.geometry.space_stride)
@@ -114,10 +113,7 @@ def main(config: DictConfig) -> None:
     table.add_row(*(f"{value:.3f}" for value in results.values()))
     Console(width=120).print(table)
     if config.out is not None:
-        out = Path(config.out)
-        temporary = out.with_name(f".{out.name}.tmp")
-        temporary.write_text(json.dumps(results, indent=1))
-        temporary.replace(out)
+        write_json(Path(config.out), results)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """python -m acetate.commands.sample prompt="..." [name=value ...]: text to RGBA clips in the formats editors open."""
 
-import json
 import re
 import time
 import warnings
@@ -18,7 +17,9 @@ from tqdm import tqdm
 
 from acetate import regions
 from acetate.callbacks.samples import contact_sheet, save_picture
+from acetate.commands import device_of
 from acetate.data.latents import covering_box
+from acetate.data.shards import write_json
 from acetate.data.transforms import crop, resize, to_float, window
 from acetate.formats.few_step import merge_few_step
 from acetate.formats.gauss_mask import read_gauss_mask
@@ -175,7 +176,7 @@ def batches(jobs: Sequence[tuple[int, str, int]], size: int) -> list[Sequence[tu
 def main(config: DictConfig) -> None:
     check_formats(config.formats)
     prompts, solver = read_prompts(config), solver_of(config)
-    device = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    device = device_of(config)
     adapters = config.rgba_vae if isinstance(config.rgba_vae, str) else list(config.rgba_vae)
     vae = load_rgba_vae(vae=config.wan.vae, adapters=adapters, chunk=config.decode_chunk, frozen_dtype=config.wan.dtype)
     embeds, negative, text_sha256 = embed(config, [*prompts, config.negative_prompt], device)
@@ -206,18 +207,11 @@ def main(config: DictConfig) -> None:
             settings = {"prompt": prompt, "seed": seed, "negative_prompt": config.negative_prompt, **asdict(solver),
                         "mean_shift": mean_shift, "guide": OmegaConf.to_container(config.guide), "dora": config.dora,
                         "rgba_vae": adapters, "few_step": OmegaConf.to_container(config.few_step)}  # fmt: skip
-            write_settings(stem, settings)
+            write_json(stem.with_name(f"{stem.name}.json"), settings)
             shown = [*shown, (f"{prompt[-70:]} seed {seed}", rgb, alpha)][:ON_SHEET]
             tqdm.write(f"{files[0]} ({(time.perf_counter() - started) / len(part):.1f} s)")
     save_picture(contact_sheet(shown, out.name), out / "sheet.png")
     print(f"sheet       {out / 'sheet.png'}")
-
-
-def write_settings(stem: Path, settings: dict[str, Any]) -> None:
-    path = stem.with_name(f"{stem.name}.json")
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(settings, indent=1))
-    temporary.replace(path)
 
 
 if __name__ == "__main__":

@@ -251,7 +251,8 @@ def finish_tar(temporary: Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, value: object) -> None:
-    """Whole or not at all."""
+    """Whole or not at all; makes the folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(json.dumps(value, ensure_ascii=False, indent=1) + "\n")
     os.replace(temporary, path)

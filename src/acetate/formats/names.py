@@ -3,14 +3,10 @@
 import re
 from itertools import product
 
-from acetate.models.loading import diffusers_dit_name, diffusers_vae_name
+from acetate.models.loading import diffusers_dit_name as dit_name
+from acetate.models.loading import diffusers_vae_name as vae_name
 
 RES_BLOCKS = 2  # num_res_blocks of Wan2.1's VAE
-
-
-def vae_name(original: str, res_blocks: int = RES_BLOCKS) -> str:
-    """Of a tensor of the VAE, original -> diffusers. res_blocks: of the VAE's config, Wan2.1's by default."""
-    return diffusers_vae_name(original, res_blocks)
 
 
 def original_vae_name(name: str, res_blocks: int = RES_BLOCKS) -> str:
@@ -25,11 +21,6 @@ def original_vae_name(name: str, res_blocks: int = RES_BLOCKS) -> str:
     else:
         return _known(name, VAE_OUTSIDE_BLOCKS, "VAE")
     return f"{list_name}.{place}.{_known(part, VAE_IN_BLOCKS, 'VAE')}"
-
-
-def dit_name(original: str) -> str:
-    """Of a tensor of the DiT, original -> diffusers."""
-    return diffusers_dit_name(original)
 
 
 def original_dit_name(name: str) -> str:
