@@ -4,8 +4,9 @@ import lightning
 import numpy as np
 import pytest
 import torch
+from omegaconf import OmegaConf
 
-from acetate.data.clips import ClipCache, ClipDataModule, ClipOrder, TrainBatches, ValBatches
+from acetate.data.clips import ClipCache, ClipDataModule, TrainBatches, ValBatches
 from acetate.data.datamodule import BadDataError
 from acetate.data.shards import MANIFEST, ShardError, ShardWriter, encode_clip, index_shards
 
@@ -103,16 +104,6 @@ def test_batch(shards):
     assert batch["alpha"].min() >= 0 and batch["alpha"].max() <= 1
     assert [int(prompt.split()[1]) for prompt in batch["prompt"]] == [int(key[4:]) for key in batch["key"]]
     assert batch["skipped"] == []
-
-
-def test_order_visits_every_clip_once_an_epoch_and_is_pinned():
-    order = ClipOrder(7, seed=3)
-    epochs = [[order[7 * epoch + i][1] for i in range(7)] for epoch in range(4)]
-    assert all(sorted(epoch) == list(range(7)) for epoch in epochs)
-    assert len({tuple(epoch) for epoch in epochs}) == 4
-    assert order[0] == ClipOrder(7, seed=3)[0] and order[15][0] == 2
-    # A resumed run relies on this very order.
-    assert epochs[0] == [2, 5, 0, 3, 4, 1, 6]
 
 
 @pytest.mark.parametrize("start", [0, 24])
@@ -313,6 +304,25 @@ def test_several_folders_and_images(shards, tmp_path):
     batches = first(data.train_dataloader(), 3)
     assert {key for batch in batches for key in batch["key"]} >= {"extra"}
     assert batches[0]["rgb"].shape == (4, 3, 1, 16, 16)
+
+
+def test_folders_are_mixed_by_weight(shards, tmp_path):
+    with ShardWriter(tmp_path / "more", max_clips=9, max_bytes=10**9, made_by={}) as writer:
+        for key in ("x", "y"):
+            writer.add(key, encode_clip(clip(0), 16), split="train", prompt="", source="", licence="", lossy=False,
+                       premultiplied_source=False)  # fmt: skip
+    mixed = {str(shards): 2, str(tmp_path / "more"): 1}
+    data = ClipDataModule(shards=OmegaConf.create(mixed), **(SETTINGS | {"batch_size": TRAIN + 2}))
+    data.setup()
+    batches = first(data.train_dataloader(), 2)
+    assert [sum(len(key) == 1 for key in batch["key"]) for batch in batches] == [4, 4]  # of 13
+    again = [picture for key, picture in zip(batches[0]["key"], batches[0]["rgb"], strict=True) if key == "x"]
+    assert len(again) == 2
+    other = ClipDataModule(shards=dict.fromkeys(mixed, 1), **SETTINGS)
+    other.setup()
+    assert other._fingerprint() != data._fingerprint()
+    with pytest.raises(ValueError, match=r"weights \[-1\.0\]; none may be negative"):
+        ClipDataModule(shards={"x": -1}, **SETTINGS)
 
 
 def test_cache_drops_the_least_recently_used(shards, tmp_path):

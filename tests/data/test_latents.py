@@ -21,6 +21,7 @@ from acetate.data.latents import (
     plan,
     window_starts,
 )
+from acetate.data.order import ClipOrder
 from acetate.data.shards import MANIFEST, SCHEMA, ClipRef, ShardError, finish_tar, read_manifest, write_json
 from acetate.data.transforms import resize, to_float
 
@@ -235,7 +236,7 @@ def test_ranks_share_one_order(world):
     buckets = [*TRAIN.values()]
 
     def walk():
-        return BucketWalk(buckets, seed=3)
+        return BucketWalk(buckets, ClipOrder(len(buckets), seed=3))
 
     whole = iter(BucketBatches(walk, 4, 0, 1))
     ranks = [iter(BucketBatches(walk, 4 // world, rank, world)) for rank in range(world)]

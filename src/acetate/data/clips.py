@@ -2,7 +2,7 @@
 
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,31 +10,15 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from acetate.data.datamodule import ShardDataModule
+from acetate.data.order import Order
 from acetate.data.shards import BadClip, Clip, ClipRef, ShardError, index_shards, read_clip
+from acetate.data.store import Remote
 from acetate.data.transforms import ClipTransform
 from acetate.draws import generator_for, stable_hash
 
 log = logging.getLogger(__name__)
 
 Sample = dict[str, Any]  # rgb (3, T, H, W), alpha (1, T, H, W), prompt, key
-
-
-class ClipOrder:
-    """The infinite order of N clips: position p is clip permutation(seed, p // N)[p % N]."""
-
-    def __init__(self, count: int, seed: int):
-        self.count, self.seed = count, seed
-        self.epochs: OrderedDict[int, Tensor] = OrderedDict()
-
-    def __getitem__(self, position: int) -> tuple[int, int]:
-        """position -> (epoch, clip)."""
-        epoch, place = divmod(position, self.count)
-        if epoch not in self.epochs:
-            generator = generator_for("order", self.seed, epoch)
-            self.epochs[epoch] = torch.randperm(self.count, generator=generator)
-            while len(self.epochs) > 2:  # a batch may reach over the end of an epoch
-                self.epochs.popitem(last=False)
-        return epoch, int(self.epochs[epoch][place])
 
 
 class TrainBatches(Sampler[list[int]]):
@@ -88,7 +72,10 @@ class ClipCache:
 
 
 class ClipDataset(Dataset[Sample | BadClip]):
-    """position -> sample, or the BadClip that it would have been; never another clip in its place."""
+    """position -> sample, or the BadClip that it would have been; never another clip in its place.
+
+    Without an order, clip after clip.
+    """
 
     def __init__(
         self,
@@ -96,10 +83,9 @@ class ClipDataset(Dataset[Sample | BadClip]):
         transform: Callable[[Tensor, torch.Generator], tuple[Tensor, Tensor]],
         seed: int,
         cache_bytes: float,
-        shuffle: bool,
+        order: Order | None,
     ):
-        self.refs, self.transform, self.seed = refs, transform, seed
-        self.order = ClipOrder(len(refs), seed) if shuffle else None
+        self.refs, self.transform, self.seed, self.order = refs, transform, seed, order
         self.cache = ClipCache(cache_bytes)
 
     def __getitem__(self, position: int) -> Sample | BadClip:
@@ -131,7 +117,8 @@ def collate(samples: Sequence[Sample | BadClip]) -> dict[str, Any]:
 class ClipDataModule(ShardDataModule):
     """Batches of rgb (B, 3, T, H, W) in [-1, 1], alpha (B, 1, T, H, W) in [0, 1], prompt, key, skipped.
 
-    Order, position and bad clips as in ShardDataModule. resize `straight` bleeds hidden colour, random_validation
+    shards: folders or URLs; a mapping from them to weights mixes them as MixedOrder does. Remote ones, order, position
+    and bad clips as in ShardDataModule. resize `straight` bleeds hidden colour, random_validation
     draws other crops each time: both only to reproduce the released code. Raises ShardError where the shards cannot
     be used.
     """
@@ -139,7 +126,7 @@ class ClipDataModule(ShardDataModule):
     def __init__(
         self,
         *,
-        shards: str | Sequence[str],
+        shards: str | Sequence[str] | Mapping[str, float],
         frames: int,
         height: int,
         width: int,
@@ -158,6 +145,8 @@ class ClipDataModule(ShardDataModule):
         cache_mb: float = 512,
         resize: str = "premultiplied",
         random_validation: bool = False,
+        remote: Remote | None = None,
+        shuffle_tars: int = 8,
     ):
         super().__init__(
             folders=shards,
@@ -167,6 +156,8 @@ class ClipDataModule(ShardDataModule):
             val_batch_size=val_batch_size,
             val_clips=val_clips,
             bad_clip_budget=bad_clip_budget,
+            remote=remote,
+            shuffle_tars=shuffle_tars,
         )
         self.random_validation = random_validation
         self.cache_bytes = cache_mb * 2**20 / max(1, num_workers)
@@ -208,14 +199,14 @@ class ClipDataModule(ShardDataModule):
     def train_dataloader(self) -> DataLoader:
         rank, world = self._rank_and_world()
         self._start()
-        dataset = ClipDataset(self.train_refs, self.train_transform, self.seed, self.cache_bytes, shuffle=True)
+        dataset = ClipDataset(self.train_refs, self.train_transform, self.seed, self.cache_bytes, self._order())
         return self._loader(dataset, TrainBatches(lambda: self.consumed, self.batch_size, rank, world), collate)
 
     def val_dataloader(self) -> DataLoader:
         rank, world = self._rank_and_world()
         # Seed 0: runs of different seeds are measured on the same pictures.
         seed = self._finished_batches() if self.random_validation else 0
-        dataset = ClipDataset(self.val_refs, self.val_transform, seed, self.cache_bytes, shuffle=False)
+        dataset = ClipDataset(self.val_refs, self.val_transform, seed, self.cache_bytes, order=None)
         parts = [ValBatches(len(self.val_refs), self.val_batch_size, r, world) for r in range(world)]
         if len({len(part) for part in parts}) > 1:
             log.warning(
@@ -226,4 +217,7 @@ class ClipDataModule(ShardDataModule):
         return self._loader(dataset, parts[rank], collate)
 
     def _fingerprint(self) -> int:
-        return stable_hash(self.seed, *(ref.key for ref in self.train_refs))
+        return stable_hash(self.seed, *(ref.key for ref in self.train_refs), *self._order().fingerprint)
+
+    def _order(self) -> Order:
+        return self._order_of([ref.tar for ref in self.train_refs])

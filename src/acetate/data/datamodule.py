@@ -1,7 +1,7 @@
 """What both datamodules share: batches without end, the position that a resumed run goes on from, bad clips."""
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,9 @@ import torch
 from lightning import LightningDataModule
 from torch.utils.data import DataLoader, Dataset
 
+from acetate.data.order import ClipOrder, MixedOrder, Order
 from acetate.data.shards import ShardError
+from acetate.data.store import Remote, RemoteTar, open_folder
 
 log = logging.getLogger(__name__)
 
@@ -23,30 +25,41 @@ class ShardDataModule(LightningDataModule):
     (seed, epoch) alone; where it goes on is the number of clips that training has consumed, on all ranks.
     A bad clip leaves its batch, which gets smaller; past `bad_clip_budget` distinct ones in a process,
     training stops with BadDataError.
+
+    Folders may be URLs, which `remote` reads: every machine fetches every tar of the training split once an epoch,
+    unless its cache holds them all. If any is one, clips are shuffled within blocks of `shuffle_tars` tars
+    (block_shuffle), which the cache must hold; else fully. A mapping gives each folder a weight (MixedOrder).
     """
 
     def __init__(
         self,
         *,
-        folders: str | Sequence[str],
+        folders: str | Sequence[str] | Mapping[str, float],
         batch_size: int,
         seed: int,
         num_workers: int,
         val_batch_size: int,
         val_clips: int,
         bad_clip_budget: int,
+        remote: Remote | None = None,
+        shuffle_tars: int = 8,
     ):
         super().__init__()
-        least = {"batch_size": 1, "val_batch_size": 1, "val_clips": 1, "num_workers": 0, "bad_clip_budget": 0}
+        least = {"batch_size": 1, "val_batch_size": 1, "val_clips": 1, "num_workers": 0, "bad_clip_budget": 0,
+                 "shuffle_tars": 1}  # fmt: skip
         for name, value in (
             ("batch_size", batch_size), ("val_batch_size", val_batch_size), ("val_clips", val_clips),
-            ("num_workers", num_workers), ("bad_clip_budget", bad_clip_budget),
+            ("num_workers", num_workers), ("bad_clip_budget", bad_clip_budget), ("shuffle_tars", shuffle_tars),
         ):  # fmt: skip
             if value < least[name]:
                 raise ValueError(f"{name}={value}; must be at least {least[name]}")
-        self.folders = [Path(folder) for folder in ([folders] if isinstance(folders, str) else folders)]
+        self.folders = [open_folder(folder, remote) for folder in ([folders] if isinstance(folders, str) else folders)]
         if not self.folders:
             raise ShardError("shards=[]; name at least one folder of shards")
+        self.weights = [float(weight) for weight in folders.values()] if isinstance(folders, Mapping) else None
+        if self.weights and not (min(self.weights) >= 0 and 0 < sum(self.weights) < float("inf")):
+            raise ValueError(f"weights {self.weights}; none may be negative and one must be above 0")
+        self.remote, self.shuffle_tars = remote, shuffle_tars
         self.batch_size, self.val_batch_size, self.val_clips = batch_size, val_batch_size, val_clips
         self.seed, self.num_workers, self.bad_clip_budget = seed, num_workers, bad_clip_budget
         self.bad: dict[str, str] = {}
@@ -56,6 +69,31 @@ class ShardDataModule(LightningDataModule):
     def _fingerprint(self) -> int:
         """Of the seed and all that is trained on: a position means the same where it is equal."""
         raise NotImplementedError
+
+    def _order_of(self, tars: Sequence[Path | RemoteTar]) -> Order:
+        """Of the training clips, from the tar of each."""
+        names = [str(tar) for tar in tars] if any(isinstance(tar, RemoteTar) for tar in tars) else None
+        if self.weights is None:
+            self._check_window([tars])
+            return ClipOrder(len(tars), self.seed, tars=names, shuffle_tars=self.shuffle_tars)
+        sets = [[i for i, tar in enumerate(tars) if tar.parent == folder] for folder in self.folders]
+        for folder, weight, clips in zip(self.folders, self.weights, sets, strict=True):
+            if weight and not clips:
+                raise ShardError(f"{folder} has weight {weight:g} and no training clip; leave it out.")
+        self._check_window([[tars[clip] for clip in clips] for clips in sets])
+        return MixedOrder(sets, self.weights, self.seed, tars=names, shuffle_tars=self.shuffle_tars)
+
+    def _check_window(self, sets: Sequence[Sequence[Path | RemoteTar]]) -> None:
+        """ShardError where the cache cannot hold the tars that training reads at a time."""
+        needed = 0
+        for tars in sets:
+            sizes = {str(tar): tar.size for tar in tars if isinstance(tar, RemoteTar)}
+            needed += sum(sorted(sizes.values())[-self.shuffle_tars :])
+        if self.remote and needed > self.remote.max_bytes:
+            raise ShardError(
+                f"shuffle_tars={self.shuffle_tars} needs {needed / 2**30:.3g} GiB of tars at a time, the cache holds "
+                f"{self.remote.max_bytes / 2**30:.3g}. Raise remote.cache_gb or lower shuffle_tars."
+            )
 
     @property
     def consumed(self) -> int:

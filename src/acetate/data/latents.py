@@ -7,7 +7,6 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
-from pathlib import Path
 from typing import Any
 
 import safetensors.torch
@@ -17,8 +16,8 @@ from safetensors import SafetensorError
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from acetate.data.clips import ClipOrder
 from acetate.data.datamodule import ShardDataModule
+from acetate.data.order import Order
 from acetate.data.shards import (
     HOW_TO_MAKE,
     BadClip,
@@ -26,11 +25,12 @@ from acetate.data.shards import (
     ShardError,
     TarRef,
     blame,
-    find_in_tar,
+    find_samples,
     read_manifest,
     read_media,
     read_meta,
 )
+from acetate.data.store import Folder, Remote, read_file
 from acetate.data.transforms import crop, resize, to_float, window
 from acetate.draws import stable_hash
 
@@ -151,11 +151,11 @@ class LatentRef(TarRef):
         return self.key.rpartition("-v")[0]
 
 
-def index_latents(folder: Path, manifest: dict[str, Any]) -> list[LatentRef]:
-    """Every sample that the manifest promises, by window and variant; one that its tar lacks has a `problem`."""
+def index_latents(folder: Folder, manifest: dict[str, Any]) -> list[LatentRef]:
+    """Every sample that the manifest promises, by window and variant; one that its local tar lacks has a `problem`."""
     refs = []
     for shard in manifest["shards"]:
-        places = find_in_tar(folder / shard["file"], [(entry["key"], "safetensors") for entry in shard["samples"]])
+        places = find_samples(folder, shard, [(entry["key"], "safetensors") for entry in shard["samples"]])
         for entry, place in zip(shard["samples"], places, strict=True):
             facts = {**entry, **place, "shape": tuple(entry["shape"])}
             refs.append(LatentRef(**facts, kind="safetensors"))
@@ -185,8 +185,8 @@ class BucketWalk:
     gives it away. What is left in the queues stays for the next epoch, so that nothing is dropped.
     """
 
-    def __init__(self, buckets: Sequence[Hashable], seed: int):
-        self.buckets, self.order, self.position = buckets, ClipOrder(len(buckets), seed), 0
+    def __init__(self, buckets: Sequence[Hashable], order: Order):
+        self.buckets, self.order, self.position = buckets, order, 0
         self.queues: dict[Hashable, deque[Place]] = defaultdict(deque)
 
     def batch(self, size: int) -> list[Place]:
@@ -279,6 +279,8 @@ class LatentDataModule(ShardDataModule):
         val_clips: int,
         prompt_length: int,
         bad_clip_budget: int = 0,
+        remote: Remote | None = None,
+        shuffle_tars: int = 8,
     ):
         super().__init__(
             folders=latents,
@@ -288,8 +290,10 @@ class LatentDataModule(ShardDataModule):
             val_batch_size=val_batch_size,
             val_clips=val_clips,
             bad_clip_budget=bad_clip_budget,
+            remote=remote,
+            shuffle_tars=shuffle_tars,
         )
-        self.folder, self.prompt_length = Path(latents), prompt_length
+        (self.folder,), self.prompt_length = self.folders, prompt_length
         self.manifest: dict[str, Any] = {}
         self.train_windows: list[list[LatentRef]] = []
         self.val_windows: list[list[LatentRef]] = []
@@ -327,11 +331,12 @@ class LatentDataModule(ShardDataModule):
         self.manifest = manifest
 
     def _empty_prompt(self) -> Tensor:
-        path = self.folder / EMPTY_PROMPT
         try:
-            embeds = safetensors.torch.load_file(path)["embeds"]
+            embeds = safetensors.torch.load(read_file(self.folder, EMPTY_PROMPT))["embeds"]
         except (OSError, SafetensorError, KeyError) as error:
-            raise ShardError(f"{path} cannot be read ({error}). {HOW_TO_MAKE['latents']}") from error
+            raise ShardError(
+                f"{self.folder}/{EMPTY_PROMPT} cannot be read ({error}). {HOW_TO_MAKE['latents']}"
+            ) from error
         return pad(embeds.float(), self.prompt_length)[None]
 
     def state_dict(self) -> dict[str, Any]:
@@ -348,7 +353,7 @@ class LatentDataModule(ShardDataModule):
 
     def _walk(self) -> BucketWalk:
         """Where training stands."""
-        walk = BucketWalk([window[0].shape for window in self.train_windows], self.seed)
+        walk = BucketWalk([window[0].shape for window in self.train_windows], self._order())
         for size, batches in [*self._past, self._present()]:
             for _ in range(batches):
                 walk.batch(size)
@@ -381,7 +386,12 @@ class LatentDataModule(ShardDataModule):
         return batches
 
     def _fingerprint(self) -> int:
-        return stable_hash(self.seed, *((window[0].window, window[0].shape) for window in self.train_windows))
+        facts = ((window[0].window, window[0].shape) for window in self.train_windows)
+        return stable_hash(self.seed, *facts, *self._order().fingerprint)
+
+    def _order(self) -> Order:
+        """Blocks go by the tar of a window's first variant; the others lie beside it."""
+        return self._order_of([window[0].tar for window in self.train_windows])
 
     def _collate(self) -> Callable:
         return partial(collate, prompt_length=self.prompt_length, null_context=self.null_context)

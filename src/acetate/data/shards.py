@@ -10,7 +10,7 @@ import os
 import re
 import tarfile
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from webdataset.writer import TarWriter
 
+from acetate.data.store import Folder, RemoteTar, Span, find_members, read_at, read_file
 from acetate.draws import stable_hash
 from acetate.video_io import MediaError, decode_ffv1, encode_ffv1
 
@@ -68,10 +69,10 @@ class TarRef:
     key: str
     split: Split
     crc32: int
-    tar: Path
+    tar: Path | RemoteTar
     kind: str  # suffix of the media's name
-    media: tuple[int, int] = (0, 0)  # offset and size in the tar
-    meta: tuple[int, int] = (0, 0)
+    media: Span = (0, 0)  # place in a local tar; a remote one is searched when it has come
+    meta: Span = (0, 0)
     problem: str | None = None
 
     @property
@@ -258,14 +259,17 @@ def write_json(path: Path, value: object) -> None:
     os.replace(temporary, path)
 
 
-def read_manifest(folder: Path, kind: Literal["clips", "latents"] = "clips") -> dict[str, Any]:
+def read_manifest(folder: Folder, kind: Literal["clips", "latents"] = "clips") -> dict[str, Any]:
     """The manifest of a folder of shards; ShardError if it is missing, of another schema or of another kind."""
-    path, advice = folder / MANIFEST, HOW_TO_MAKE[kind]
-    if not path.exists():
-        state = "holds no finished shards" if folder.is_dir() else "does not exist"
-        raise ShardError(f"{folder} {state} (no {MANIFEST}). {advice}")
+    path, advice = f"{folder}/{MANIFEST}", HOW_TO_MAKE[kind]
     try:
-        manifest = json.loads(path.read_text())
+        manifest = json.loads(read_file(folder, MANIFEST))
+    except (FileNotFoundError, NotADirectoryError) as error:
+        lost = isinstance(folder, Path) and not folder.is_dir()
+        state = "does not exist" if lost else "holds no finished shards"
+        raise ShardError(f"{folder} {state} (no {MANIFEST}). {advice}") from error
+    except OSError as error:
+        raise ShardError(f"{path} cannot be read: {error}") from error
     except ValueError as error:
         raise ShardError(f"{path} is not JSON ({error}). {advice}") from error
     schema = manifest.get("schema") if isinstance(manifest, dict) else None
@@ -277,8 +281,8 @@ def read_manifest(folder: Path, kind: Literal["clips", "latents"] = "clips") -> 
     return manifest
 
 
-def index_shards(folders: Sequence[Path]) -> list[ClipRef]:
-    """Every clip that the manifests promise, sorted by key; a clip that its tar lacks carries a `problem`.
+def index_shards(folders: Sequence[Folder]) -> list[ClipRef]:
+    """Every clip that the manifests promise, sorted by key; a clip that its local tar lacks carries a `problem`.
 
     Raises ShardError for a folder without a readable manifest, one without clips, or a key that comes twice.
     """
@@ -288,7 +292,7 @@ def index_shards(folders: Sequence[Path]) -> list[ClipRef]:
         if not manifest["clips"]:
             raise ShardError(f"{folder} holds 0 clips. {HOW_TO_MAKE['clips']}")
         for shard in manifest["shards"]:
-            places = find_in_tar(folder / shard["file"], [(clip["key"], clip["kind"]) for clip in shard["clips"]])
+            places = find_samples(folder, shard, [(clip["key"], clip["kind"]) for clip in shard["clips"]])
             for ref in (ClipRef(**clip, **place) for clip, place in zip(shard["clips"], places, strict=True)):
                 if ref.key in refs:
                     other = refs[ref.key].tar.parent
@@ -297,16 +301,19 @@ def index_shards(folders: Sequence[Path]) -> list[ClipRef]:
     return [refs[key] for key in sorted(refs)]
 
 
-def find_in_tar(tar: Path, samples: Iterable[tuple[str, str]]) -> list[dict[str, Any]]:
-    """tar, media, meta and problem of a TarRef, for every (key, kind)."""
-    members: dict[str, tuple[int, int]] = {}
+def find_samples(folder: Folder, shard: Mapping[str, Any], samples: Sequence[tuple[str, str]]) -> list[dict[str, Any]]:
+    """tar, media, meta and problem of a TarRef, for every (key, kind); remote tars are not looked into."""
+    if not isinstance(folder, Path):
+        tar = RemoteTar(folder, shard["file"], shard["bytes"], shard["sha256"])
+        if tar.size > folder.remote.max_bytes:
+            raise ShardError(f"{tar} has {tar.size / 2**30:.3g} GiB, more than the cache may hold; raise cache_gb.")
+        return [{"tar": tar}] * len(samples)
+    tar = folder / shard["file"]
+    members: dict[str, Span] = {}
     broken = ""
     try:
-        size = tar.stat().st_size
-        with tarfile.open(tar, "r:") as archive:
-            for member in archive:
-                if member.offset_data + member.size <= size:
-                    members[member.name] = (member.offset_data, member.size)
+        with open(tar, "rb") as file:
+            members.update(find_members(file, tar.stat().st_size))
     except (OSError, tarfile.TarError) as error:
         broken = f" ({error})"
     places = []
@@ -324,7 +331,7 @@ def blame(ref: TarRef) -> Iterator[None]:
         yield
     except BadClip:
         raise
-    except (OSError, MediaError, ValueError, KeyError, TypeError) as error:
+    except (OSError, tarfile.TarError, MediaError, ValueError, KeyError, TypeError) as error:
         raise BadClip(ref.key, f"{ref.name}: {type(error).__name__}: {error}") from error
 
 
@@ -332,8 +339,8 @@ def read_meta(ref: TarRef) -> dict[str, Any]:
     """A sample's JSON; BadClip without one."""
     if ref.problem:
         raise BadClip(ref.key, ref.problem)
-    with blame(ref), open(ref.tar, "rb") as file:
-        meta = json.loads(_read_at(file, *ref.meta))
+    with blame(ref):
+        meta = json.loads(_read(ref, "json", ref.meta))
         return {**meta, "prompt": str(meta["prompt"])}
 
 
@@ -341,8 +348,8 @@ def read_media(ref: TarRef) -> bytes:
     """BadClip unless the bytes are those that the manifest knows."""
     if ref.problem:
         raise BadClip(ref.key, ref.problem)
-    with blame(ref), open(ref.tar, "rb") as file:
-        data = _read_at(file, *ref.media)
+    with blame(ref):
+        data = _read(ref, ref.kind, ref.media)
     # FFV1 hides a damaged slice behind the frame before it, so the bytes are checked, not the picture.
     if zlib.crc32(data) != ref.crc32:
         raise BadClip(ref.key, f"{ref.name} does not match the manifest's CRC; the shard is damaged")
@@ -374,6 +381,8 @@ def decode_png(data: bytes, name: str) -> NDArray[np.uint8]:
         raise MediaError(f"{name}: cannot be decoded ({error})") from error
 
 
-def _read_at(file: io.BufferedReader, offset: int, size: int) -> bytes:
-    file.seek(offset)
-    return file.read(size)
+def _read(ref: TarRef, suffix: str, span: Span) -> bytes:
+    if isinstance(ref.tar, RemoteTar):
+        return ref.tar.read(f"{ref.key}.{suffix}")
+    with open(ref.tar, "rb") as file:
+        return read_at(file, span)

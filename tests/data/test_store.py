@@ -1,0 +1,348 @@
+import json
+import os
+import re
+import shutil
+import threading
+import time
+import urllib.error
+import urllib.request
+from contextlib import contextmanager, suppress
+from functools import partial
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import fsspec
+import numpy as np
+import pytest
+import torch
+
+from acetate.data import store
+from acetate.data.clips import ClipDataModule
+from acetate.data.datamodule import BadDataError
+from acetate.data.latents import LatentDataModule
+from acetate.data.shards import BadClip, ShardError, ShardWriter, encode_clip, index_shards, read_clip, read_manifest
+from acetate.data.store import FetchError, Remote, RemoteFolder, open_folder, read_file
+from tests.data.test_latents import SETTINGS as LATENTS
+from tests.data.test_latents import write as write_latents
+
+TARS, PER_TAR = 4, 3
+KEYS = [f"clip{i:02d}" for i in range(TARS * PER_TAR)]
+SETTINGS = {
+    "frames": 5, "height": 16, "width": 16, "batch_size": 5, "seed": 0, "num_workers": 0, "val_batch_size": 2,
+    "val_clips": 2, "bad_clip_budget": 0,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    out = tmp_path_factory.mktemp("shards")
+    with ShardWriter(out, max_clips=PER_TAR, max_bytes=10**9, made_by={}) as writer:
+        for i, key in enumerate(KEYS):
+            pixels = np.random.default_rng(i).integers(0, 256, (5, 16, 16, 4), dtype=np.uint8)
+            writer.add(key, encode_clip(pixels, 16), split="val" if i % PER_TAR == 2 else "train", prompt=key,
+                       source="", licence="", lossy=False, premultiplied_source=False)  # fmt: skip
+    return out
+
+
+class Handler(BaseHTTPRequestHandler):
+    """Serves `source`, a folder or the URL of another server, with the faults that wait for a file's name."""
+
+    def __init__(self, *args, source, faults, asked):
+        self.source, self.faults, self.asked = source, faults, asked
+        super().__init__(*args)
+
+    def do_GET(self):
+        name = self.path.rsplit("/")[-1]
+        if self.command == "GET":
+            self.asked.append(name)
+        fault = self.faults[name].pop(0) if self.faults.get(name) else None
+        status, headers, body = (500, {}, b"broken") if fault == "500" else self.found()
+        self.send_response(status)
+        for header in headers.items():
+            self.send_header(*header)
+        self.send_header("Content-Length", headers.get("Content-Length") or str(len(body)))
+        self.end_headers()
+        if self.command == "HEAD":
+            return
+        self.wfile.write(body[: len(body) // 2] if fault else body)
+        if fault == "stall":
+            self.wfile.flush()
+            time.sleep(2)
+        self.close_connection = bool(fault)
+
+    do_HEAD = do_GET
+
+    def found(self):
+        if isinstance(self.source, Path):
+            path = self.source / self.path.lstrip("/")
+            return (200, {}, path.read_bytes()) if path.exists() else (404, {}, b"")
+        request = urllib.request.Request(self.source + self.path, method=self.command, headers=dict(self.headers))
+        try:
+            with urllib.request.urlopen(request) as answer:
+                kept = {k: v for k, v in answer.headers.items() if k.lower() not in ("content-length", "connection")}
+                return answer.status, kept, answer.read()
+        except urllib.error.HTTPError as error:
+            return error.code, {}, error.read()
+
+    def log_message(self, *_):
+        return
+
+
+class Server:
+    def __init__(self, source):
+        self.source, self.faults, self.asked = source, {}, []
+
+    @contextmanager
+    def run(self):
+        handler = partial(Handler, source=self.source, faults=self.faults, asked=self.asked)
+        server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        server.daemon_threads, server.block_on_close = True, False
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+        self.url = f"http://127.0.0.1:{server.server_port}"
+        yield self
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.fixture
+def server(shards, tmp_path):
+    shutil.copytree(shards, tmp_path / "served")
+    with Server(tmp_path / "served").run() as running:
+        yield running
+
+
+def quick(tmp_path, **settings):
+    return Remote(**({"cache_dir": tmp_path / "cache", "retries": 2, "backoff": 0.01, "timeout": 0.4} | settings))
+
+
+def tar_bytes(shards):
+    return max(path.stat().st_size for path in shards.glob("*.tar"))
+
+
+def used(cache):
+    total = 0
+    for path in cache.iterdir():
+        with suppress(FileNotFoundError):  # gone or renamed meanwhile
+            total += path.stat().st_size if path.suffix in (".tar", ".part") else 0
+    return total
+
+
+def read_all(folder):
+    """key -> frames, or the reason why there are none."""
+    results = {}
+    for ref in index_shards([folder]):
+        try:
+            results[ref.key] = read_clip(ref).frames
+        except BadClip as bad:
+            results[ref.key] = bad.reason
+    return results
+
+
+def reported(results):
+    return {key: reason for key, reason in results.items() if isinstance(reason, str)}
+
+
+def test_local_folders_are_read_in_place(shards):
+    folder = open_folder(str(shards), None)
+    assert folder == shards and isinstance(folder, Path)
+    assert json.loads(read_file(folder, "manifest.json")) == read_manifest(shards)
+
+
+@pytest.mark.parametrize("protocol", ["http", "memory"])
+def test_remote_clips_equal_local_ones_and_each_tar_comes_once(shards, server, tmp_path, protocol):
+    url = server.url
+    if protocol == "memory":
+        url = f"memory://{tmp_path.name}"
+        for path in shards.iterdir():
+            fsspec.filesystem("memory").pipe(f"{url}/{path.name}", path.read_bytes())
+    folder = open_folder(url, quick(tmp_path))
+    expected = read_all(shards)
+    for _ in range(2):
+        found = read_all(folder)
+        assert found.keys() == expected.keys() and all(np.array_equal(found[key], expected[key]) for key in found)
+    if protocol == "http":
+        assert sorted(name for name in server.asked if name.endswith("tar")) == sorted(
+            p.name for p in shards.glob("*.tar")
+        )
+    assert not list((tmp_path / "cache").glob("*.part"))
+
+
+def test_index_fetches_no_tar(server, tmp_path):
+    refs = index_shards([open_folder(server.url + "/", quick(tmp_path))])
+    assert [ref.key for ref in refs] == KEYS and server.asked == ["manifest.json"]
+
+
+@pytest.mark.parametrize("fault", ["500", "cut", "stall"])
+def test_faults_are_survived(server, tmp_path, fault):
+    server.faults |= {"manifest.json": [fault], "clips-000001.tar": [fault, fault]}
+    assert not reported(read_all(open_folder(server.url, quick(tmp_path))))
+    assert server.asked.count("clips-000001.tar") == 3
+
+
+@pytest.mark.parametrize(
+    ("fault", "reason"), [("500", "in 3 tries; .*500"), ("cut", "in 3 tries"), ("stall", "nothing came for 0.2 s")]
+)
+def test_past_the_retries_a_tars_clips_are_reported(server, tmp_path, fault, reason):
+    server.faults["clips-000001.tar"] = [fault] * 100
+    bad = reported(read_all(open_folder(server.url, quick(tmp_path, timeout=0.2))))
+    assert [*bad] == KEYS[3:6]
+    assert server.asked.count("clips-000001.tar") == 3  # once for all of its clips
+    assert re.search(reason, bad["clip03"])
+
+
+def test_missing_and_damaged_tars_are_reported(server, tmp_path):
+    (server.source / "clips-000000.tar").unlink()
+    whole = (server.source / "clips-000001.tar").read_bytes()
+    (server.source / "clips-000001.tar").write_bytes(whole[:-100])
+    flipped = (server.source / "clips-000002.tar").read_bytes()[::-1]
+    (server.source / "clips-000002.tar").write_bytes(flipped)
+    bad = reported(read_all(open_folder(server.url, quick(tmp_path))))
+    assert [*bad] == KEYS[:9]
+    assert "clips-000000.tar does not exist" in bad["clip00"] and server.asked.count("clips-000000.tar") == 1
+    assert f"{len(whole) - 100} bytes came, the manifest says {len(whole)}" in bad["clip03"]
+    assert "its SHA-256 is not the manifest's" in bad["clip06"]
+    assert not list((tmp_path / "cache").glob("*.part"))
+
+
+def test_a_failed_tar_is_asked_for_again_later(server, tmp_path, monkeypatch):
+    server.faults["clips-000000.tar"] = ["500"] * 3
+    folder = open_folder(server.url, quick(tmp_path))
+    assert len(reported(read_all(folder))) == PER_TAR
+    monkeypatch.setattr(store, "FORGET", 0.0)
+    assert not reported(read_all(folder))
+
+
+def test_cache_keeps_its_bound_and_the_tars_in_use(shards, server, tmp_path):
+    remote = quick(tmp_path, cache_gb=2.5 * tar_bytes(shards) / 2**30)
+    refs = {ref.key: ref for ref in index_shards([open_folder(server.url, remote)])}
+    most, stop = 0, threading.Event()
+
+    def watch():
+        nonlocal most
+        while not stop.is_set():
+            most = max(most, used(tmp_path / "cache"))
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    with refs["clip00"].tar.parent.remote.open(refs["clip00"].tar) as held:
+        for key in ("clip00", "clip03", "clip00", "clip06", "clip00", "clip09", "clip03"):
+            read_clip(refs[key])
+        assert len(held.read()) == refs["clip00"].tar.size
+    stop.set()
+    watcher.join()
+    assert 2 * 0.9 * tar_bytes(shards) < most <= remote.max_bytes
+    assert server.asked.count("clips-000000.tar") == 1  # always the last but one
+    assert server.asked.count("clips-000001.tar") == 2
+
+
+def test_a_killed_download_gives_its_room_back(tmp_path):
+    remote = quick(tmp_path, cache_gb=1.0)
+    part = remote._part(remote.max_bytes)
+    part.touch()
+    assert not remote._make_room(1)
+    long_ago = time.time() - store.STALE - 60
+    os.utime(part, (long_ago, long_ago))
+    assert remote._make_room(1) and not part.exists()
+
+
+def test_workers_share_the_cache(server, tmp_path):
+    data = ClipDataModule(shards=server.url, remote=quick(tmp_path), **(SETTINGS | {"num_workers": 2}))
+    data.setup()
+    batches = iter(data.train_dataloader())
+    found = [next(batches) for _ in range(4)]
+    del batches
+    assert not any(batch["skipped"] for batch in found)
+    assert sorted(name for name in server.asked if name.endswith("tar")) == [f"clips-{i:06d}.tar" for i in range(TARS)]
+
+
+def test_remote_order_is_one_of_blocks_and_crops_equal_local_ones(shards, server, tmp_path):
+    def epoch(place, **settings):
+        data = ClipDataModule(shards=place, **(SETTINGS | {"batch_size": 8} | settings))
+        data.setup()
+        batch = next(iter(data.train_dataloader()))
+        return dict(zip(batch["key"], batch["rgb"], strict=True)), data._fingerprint()
+
+    remote = quick(tmp_path)
+    local, plain = epoch(str(shards))
+    blocks, one = epoch(server.url, remote=remote, shuffle_tars=1)
+    assert all(torch.equal(local[key], blocks[key]) for key in local) and local.keys() == blocks.keys()
+    tars = [KEYS.index(key) // PER_TAR for key in blocks]
+    assert all(tars[i] == tars[i + 1] for i in range(0, 8, 2))
+    assert len({plain, one, epoch(server.url, remote=remote, shuffle_tars=2)[1]}) == 3
+
+
+def test_budget_counts_what_cannot_be_fetched(server, tmp_path):
+    (server.source / "clips-000000.tar").unlink()
+    data = ClipDataModule(shards=server.url, remote=quick(tmp_path), **(SETTINGS | {"bad_clip_budget": 1}))
+    data.setup()
+    with pytest.raises(BadDataError, match=r"2 bad clips, bad_clip_budget=1: .*does not exist"):
+        for batch in data.train_dataloader():
+            data.on_before_batch_transfer(batch, 0)
+
+
+def test_latents_come_from_a_url(server, tmp_path):
+    write_latents(server.source / "latents")
+    remote = quick(tmp_path)
+    data = LatentDataModule(latents=f"{server.url}/latents", remote=remote, shuffle_tars=1, **LATENTS)
+    data.setup()
+    local = LatentDataModule(latents=str(server.source / "latents"), **LATENTS)
+    local.setup()
+    batches = iter(data.train_dataloader())
+    assert not any(next(batches)["skipped"] for _ in range(5))
+    for batch, expected in zip(data.val_dataloader(), local.val_dataloader(), strict=True):
+        assert batch["key"] == expected["key"] and torch.equal(batch["latents"], expected["latents"])
+
+
+def test_setup_errors(shards, server, tmp_path):
+    with pytest.raises(ValueError, match=r"need `remote`"):
+        ClipDataModule(shards="s3://bucket/clips", **SETTINGS)
+    with pytest.raises(ValueError, match="nonsense://x cannot be read: Protocol not known"):
+        open_folder("nonsense://x", quick(tmp_path))
+    with pytest.raises(ShardError, match="holds no finished shards"):
+        index_shards([open_folder(f"{server.url}/nowhere", quick(tmp_path))])
+    server.faults["manifest.json"] = ["500"] * 3
+    with pytest.raises(ShardError, match=r"manifest\.json cannot be read: .*in 3 tries"):
+        index_shards([open_folder(server.url, quick(tmp_path))])
+    small = quick(tmp_path, cache_gb=1e-6)
+    with pytest.raises(ShardError, match=r"more than the cache may hold; raise cache_gb"):
+        index_shards([open_folder(server.url, small)])
+    two = quick(tmp_path, cache_gb=2.5 * tar_bytes(shards) / 2**30)
+    data = ClipDataModule(shards=server.url, remote=two, shuffle_tars=3, **SETTINGS)
+    data.setup()
+    with pytest.raises(ShardError, match=r"shuffle_tars=3 needs .*Raise remote\.cache_gb or lower shuffle_tars"):
+        data.train_dataloader()
+    with pytest.raises(ValueError, match="retries=-1; must be at least 0"):
+        quick(tmp_path, retries=-1)
+    with pytest.raises(ValueError, match="timeout=0; must be above 0"):
+        quick(tmp_path, timeout=0)
+
+
+@pytest.fixture(scope="module")
+def s3(shards):
+    """A bucket in front of which a server makes mistakes."""
+    pytest.importorskip("s3fs")
+    moto = pytest.importorskip("moto.server").ThreadedMotoServer(port=0)
+    moto.start()
+    host, port = moto.get_host_and_port()
+    with Server(f"http://{host}:{port}").run() as faulty:
+        yield faulty
+    moto.stop()
+
+
+def test_s3(s3, shards, tmp_path):
+    options = {"key": "k", "secret": "s", "endpoint_url": s3.source, "config_kwargs": {"retries": {"max_attempts": 1}}}
+    files = fsspec.filesystem("s3", **options)
+    files.mkdir("bucket")
+    for path in shards.iterdir():
+        files.put(str(path), f"bucket/clips/{path.name}")
+    files.pipe("bucket/clips/clips-000002.tar", files.cat("bucket/clips/clips-000002.tar")[:-512])
+    files.rm("bucket/clips/clips-000003.tar")
+    s3.faults |= {"manifest.json": ["500"], "clips-000000.tar": ["500"], "clips-000001.tar": ["stall", "cut"]}
+    remote = quick(tmp_path, storage_options=options | {"endpoint_url": s3.url})
+    bad = reported(read_all(RemoteFolder("s3://bucket/clips", remote)))
+    assert [*bad] == KEYS[6:]
+    assert "bytes came, the manifest says" in bad["clip06"] and "does not exist" in bad["clip09"]
+
+
+def test_fetch_errors_are_os_errors():
+    assert issubclass(FetchError, OSError)  # which blame() makes into a BadClip
