@@ -1,4 +1,5 @@
 from itertools import product
+from math import prod
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from acetate.models.adapters import MergedLoRA, check_fit, trainable_state
 from acetate.models.dit import add_dora
 from acetate.models.merge import FeatureMerge
 from acetate.models.rgba_vae import RGBAVAE
+from tests.formats.test_names import conv, residual, wan21_vae
 from tests.original import MERGE, replaced
 
 
@@ -151,31 +153,42 @@ def test_full_size_vae_file():
     with torch.device("meta"):
         merge = FeatureMerge(384, 16, "scratch").named_parameters()
         state = {f"merge.{name}": value for name, value in merge}
-        for name, conv in AutoencoderKLWan().decoder.named_modules():
-            if isinstance(conv, (nn.Conv2d, nn.Conv3d)):
-                lora = MergedLoRA(conv.weight, 128, 1.0)
+        for name, layer in AutoencoderKLWan().decoder.named_modules():
+            if isinstance(layer, (nn.Conv2d, nn.Conv3d)):
+                lora = MergedLoRA(layer.weight, 128, 1.0)
                 for decoder, matrix in product(("decoder_rgb", "decoder_alpha"), "AB"):
                     state[f"{decoder}.net.{name}.parametrizations.weight.0.{matrix}"] = getattr(lora, matrix)
         flat = trainable_to_wan_alpha(state, 1.0)
-    sizes = {
-        part: [value.numel() for name, value in flat.items() if name.startswith(part)]
-        for part in ("middle.", "vae_fgr.decoder.", "vae_pha.decoder.")
-    }
-    assert {part: len(numbers) for part, numbers in sizes.items()} == {
-        "middle.": 33, "vae_fgr.decoder.": 76, "vae_pha.decoder.": 76
-    }  # fmt: skip
-    assert [sum(numbers) for numbers in sizes.values()] == [25_537_552, 30_013_824, 30_013_824]
-    shapes = {
-        "middle.block.conv1.weight": (384, 768, 1, 1, 1),
-        "middle.block.middle.2.residual.6.weight": (384, 384, 3, 3, 3),
-        "middle.block.middle.3.to_qkv.weight": (1152, 384, 1, 1),
-        "middle.block.head.2.weight": (16, 384, 3, 3, 3),
-        "vae_fgr.decoder.conv1.conv3D.lora_A.default.weight": (128, 16, 3, 3, 3),
-        "vae_fgr.decoder.upsamples.4.shortcut.conv3D.lora_B.default.weight": (384, 128, 1, 1, 1),
-        "vae_pha.decoder.upsamples.11.resample.1.lora_A.default.weight": (128, 192, 3, 3),
-        "vae_pha.decoder.middle.1.proj.lora_B.default.weight": (384, 128, 1, 1),
-    }
-    assert {name: tuple(flat[name].shape) for name in shapes} == shapes
+    table = wan_alpha_vae()
+    assert {name: tuple(value.shape) for name, value in flat.items()} == table
+    counts = [[prod(shape) for name, shape in table.items() if name.startswith(part)] for part in PARTS_OF_FILE]
+    assert [(len(numbers), sum(numbers)) for numbers in counts] == list(PARTS_OF_FILE.values())
+
+
+PARTS_OF_FILE = {  # tensors and parameters
+    "middle.": (33, 25_537_552), "vae_fgr.decoder.": (76, 30_013_824), "vae_pha.decoder.": (76, 30_013_824)
+}  # fmt: skip
+
+
+def wan_alpha_vae(rank=128):
+    """Every trained tensor of the released VAE checkpoint and its shape."""
+    block = "middle.block"
+    table = {**conv(f"{block}.conv1", 384, 768, 1, 1, 1), f"{block}.head.0.gamma": (384, 1, 1, 1),
+             **conv(f"{block}.head.2", 16, 384, 3, 3, 3)}  # fmt: skip
+    for place in (0, 2, 4):
+        table |= residual(f"{block}.middle.{place}", 384, 384)
+    for place in (1, 3):
+        table |= {f"{block}.middle.{place}.norm.gamma": (384, 1, 1)}
+        table |= conv(f"{block}.middle.{place}.to_qkv", 1152, 384, 1, 1)
+        table |= conv(f"{block}.middle.{place}.proj", 384, 384, 1, 1)
+    for name, (out, *rest) in wan21_vae().items():
+        if name.startswith("decoder.") and name.endswith(".weight"):
+            kernel = rest[1:]
+            place = name.removesuffix(".weight") + (".conv3D" if len(kernel) == 3 else "")
+            for decoder in ("vae_fgr", "vae_pha"):
+                table[f"{decoder}.{place}.lora_A.default.weight"] = (rank, *rest)
+                table[f"{decoder}.{place}.lora_B.default.weight"] = (out, rank, *[1] * len(kernel))
+    return table
 
 
 def test_full_size_dora():
