@@ -82,6 +82,14 @@ def run_train(tmp_path, *arguments):
 
 
 @pytest.mark.slow
+def test_help_names_every_experiment(tmp_path):
+    done = run_train(tmp_path, "--help")
+    assert done.returncode == 0, done.stderr
+    assert "resume=last" in done.stdout
+    assert all(name in done.stdout for name in EXPERIMENTS)
+
+
+@pytest.mark.slow
 def test_multirun_has_a_folder_per_job_and_returns_the_objective(tmp_path, shards):
     small = [*SMALL, "data.val_clips=2", "trainer.max_steps=2", "trainer.val_check_interval=2"]
     modes = "loss.diffusion.mode=off,opaque,bidirectional"
