@@ -85,7 +85,7 @@ def test_merged_weights(golden, task):
     """What the parametrised convolutions run with is what the released inference merges."""
     file = golden("rgba_vae")
     for key, expected in file.under("merged").items():
-        probe = trainable_from_wan_alpha({f"{key.removesuffix('.weight')}.lora_A.default.weight": torch.empty(0)})
+        probe = trainable_from_wan_alpha({f"{key.removesuffix('.weight')}.lora_A.default.weight": torch.empty(1, 1)})
         (name,) = probe
         conv = task.vae.get_submodule(name.split(".parametrizations")[0])
         assert_close(conv.weight, expected, rtol=0, atol=1e-6)
