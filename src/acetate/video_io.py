@@ -3,9 +3,8 @@
 import io
 import os
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import cast
@@ -13,125 +12,110 @@ from typing import cast
 import av
 import numpy as np
 from av.codec.context import Flags
-from av.error import FFmpegError
 from av.video.reformatter import ColorRange, Colorspace
-from numpy.typing import NDArray
 from PIL import Image
 
-Frames = NDArray[np.uint8]
-Rect = tuple[int, int, int, int]  # x, y, width, height in pixels
+from acetate.media.clip import (
+    LIMITS,
+    Description,
+    Frames,
+    Limits,
+    MediaError,
+    Rect,
+    RGBAClip,
+    decoding,
+    joined,
+)
+from acetate.media.images import IMAGES, OPAQUE_IMAGES, describe_image, image_halves, read_image
+from acetate.media.packed import Packing, find_packing
+from acetate.media.videos import VIDEOS, Film, colour, describe_video, luma, read_film, read_video
 
-IMAGES = (".png", ".apng", ".webp")
-OPAQUE_IMAGES = (".jpg", ".jpeg", ".bmp", ".tif", ".tiff")  # good for either half of a pair
-VIDEOS = (".mov", ".webm", ".mkv", ".mp4", ".m4v", ".avi")
-# FFmpeg's own vp8 and vp9 decoders drop the alpha plane without a word.
-ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
-LOSSLESS = {"ffv1", "png", "apng", "qtrle", "rawvideo", "huffyuv", "ffvhuff", "utvideo", "magicyuv"}
-
-# Every way in which FFmpeg and PIL report a damaged file.
-DECODER_ERRORS = (
-    FFmpegError, OSError, SyntaxError, ValueError, IndexError, EOFError, StopIteration, Image.DecompressionBombError,
-)  # fmt: skip
-
-
-class MediaError(ValueError):
-    """A file that cannot be read as RGBA; the text names the file, what is wrong and the way out."""
+PACKING_PICTURES = 6  # of a video, spread over its length, that its rectangles are measured on
 
 
-@dataclass(frozen=True)
-class RGBAClip:
-    """frames: uint8 (T, H, W, 4). fps: None for stills and sequences. premultiplied: None if not defined."""
+def read_rgba(path: Path, limits: Limits = LIMITS) -> RGBAClip:
+    """A still, a folder of them, an animated image or a video with alpha; see `read_image` and `read_video`.
 
-    frames: Frames
-    fps: float | None
-    lossy: bool
-    premultiplied: bool | None
-
-
-@dataclass(frozen=True)
-class Description:
-    """What a file's headers say; nothing but a first frame is decoded."""
-
-    frames: int
-    width: int
-    height: int
-    fps: float | None
-    lossy: bool
-    alpha: bool
-
-
-def read_rgba(path: Path) -> RGBAClip:
-    """A still (PNG, WebP), a folder of them, APNG, animated WebP, or a video (ProRes 4444, VP8, VP9, FFV1).
-
-    Raises MediaError for a damaged file, an unknown kind of file, or one without alpha.
+    Raises MediaError for a damaged file, an unknown kind of file, one without alpha or beyond the limits.
     """
     if path.is_dir():
-        return _read_sequence(path)
+        return _read_sequence(path, limits)
     if path.suffix.lower() in IMAGES:
-        return _read_image(path)
+        return read_image(path, limits)
     if path.suffix.lower() in VIDEOS:
-        return _read_video(path)
+        return read_video(path, limits)
     raise MediaError(f"{path}: {path.suffix or 'no'} suffix; RGBA is read from {', '.join(IMAGES + VIDEOS)}")
 
 
-def read_pair(fgr: Path, pha: Path) -> RGBAClip:
+def read_pair(fgr: Path, pha: Path, limits: Limits = LIMITS) -> RGBAClip:
     """Colour of `fgr` with the luma of `pha` as alpha; each a video, an image or a folder of images.
 
     Limited-range luma is stretched so that 16..235 becomes 0..255. MediaError if length or size differ.
     """
-    colour, alpha = _stack(fgr, _colour), _stack(pha, _luma)
-    if len(colour) != len(alpha):
+    picture, matte = _stack(fgr, colour, limits), _stack(pha, luma, limits)
+    if len(picture.frames) != len(matte.frames):
         raise MediaError(
-            f"{fgr.name}: {len(colour)} frames, {pha.name}: {len(alpha)}; a pair has equally many. Cut the longer one."
+            f"{fgr.name}: {len(picture.frames)} frames, {pha.name}: {len(matte.frames)}; a pair has equally many. Cut "
+            "the longer one."
         )
-    if colour.shape[1:3] != alpha.shape[1:3]:
-        sizes = [f"{a.shape[2]}x{a.shape[1]}" for a in (colour, alpha)]
+    if picture.frames.shape[1:3] != matte.frames.shape[1:3]:
+        sizes = [f"{film.frames.shape[2]}x{film.frames.shape[1]}" for film in (picture, matte)]
         raise MediaError(f"{fgr.name}: {sizes[0]}, {pha.name}: {sizes[1]}; a pair has one size. Scale one of them")
-    header = describe(fgr)
-    frames = np.concatenate((colour, alpha[..., None]), axis=-1)
-    return RGBAClip(frames, header.fps, header.lossy or describe(pha).lossy, None)
+    limits.check_memory(fgr, len(picture.frames), picture.frames[0].nbytes + matte.frames[0].nbytes)
+    frames = np.concatenate((picture.frames, matte.frames[..., None]), axis=-1)
+    notes = tuple(dict.fromkeys(picture.notes + matte.notes))
+    return RGBAClip(frames, picture.fps, picture.lossy or matte.lossy, None, notes)
 
 
-def read_packed(path: Path, colour_rect: Rect, alpha_rect: Rect) -> RGBAClip:
+def read_packed(path: Path, colour_rect: Rect, alpha_rect: Rect, limits: Limits = LIMITS) -> RGBAClip:
     """Colour and alpha from two rectangles of an opaque video; alpha is scaled to the colour's size."""
-    frames = []
-    with _decoding(path):
-        for frame in _video_frames(path):
-            for name, (x, y, width, height) in (("colour", colour_rect), ("alpha", alpha_rect)):
-                inside = 0 <= x < x + width <= frame.width and 0 <= y < y + height <= frame.height
-                if not inside:
-                    raise MediaError(
-                        f"{path}: {name} rectangle {[x, y, width, height]} (x, y, width, height) is not "
-                        f"inside {frame.width}x{frame.height}. Correct the rectangle."
-                    )
-            colour, alpha = _cut(_colour(frame), colour_rect), _cut(_luma(frame), alpha_rect)
-            if alpha.shape != colour.shape[:2]:
-                size = (colour.shape[1], colour.shape[0])
-                alpha = np.asarray(Image.fromarray(alpha).resize(size, Image.Resampling.BILINEAR))
-            frames.append(np.concatenate((colour, alpha[..., None]), axis=-1))
-    header = describe(path)
-    return RGBAClip(_joined(path, frames), header.fps, header.lossy, None)
+
+    def channels(frame: av.VideoFrame) -> Frames:
+        for name, (x, y, width, height) in (("colour", colour_rect), ("alpha", alpha_rect)):
+            inside = 0 <= x < x + width <= frame.width and 0 <= y < y + height <= frame.height
+            if not inside:
+                raise MediaError(
+                    f"{path}: {name} rectangle {[x, y, width, height]} (x, y, width, height) is not "
+                    f"inside {frame.width}x{frame.height}. Correct the rectangle."
+                )
+        picture, matte = _cut(colour(frame), colour_rect), _cut(luma(frame), alpha_rect)
+        if matte.shape != picture.shape[:2]:
+            size = (picture.shape[1], picture.shape[0])
+            matte = np.asarray(Image.fromarray(matte).resize(size, Image.Resampling.BILINEAR))
+        return np.concatenate((picture, matte[..., None]), axis=-1)
+
+    film = read_film(path, channels, limits)
+    return RGBAClip(film.frames, film.fps, film.lossy, None, film.notes)
 
 
-def describe(path: Path) -> Description:
+def measure_packing(path: Path, limits: Limits = LIMITS) -> Packing | None:
+    """Where colour and alpha of a packed video are, as its pictures show it; see `find_packing`."""
+    count = describe_video(path, limits).frames
+    wanted = {(2 * i + 1) * count // (2 * PACKING_PICTURES) for i in range(PACKING_PICTURES)}
+    pictures: list[Frames] = []
+    seen = 0
+
+    def some(frame: av.VideoFrame) -> Frames:
+        nonlocal seen
+        if seen in wanted:
+            pictures.append(colour(frame))
+        seen += 1
+        return np.zeros((1, 1), np.uint8)
+
+    read_film(path, some, limits)
+    return find_packing(pictures)
+
+
+def describe(path: Path, limits: Limits = LIMITS) -> Description:
     """Length, size, rate and whether there is alpha; decodes one frame at most. MediaError if unreadable."""
-    with _decoding(path):
-        if path.is_dir():
-            first = describe(sequence_files(path)[0])
-            return Description(len(sequence_files(path)), first.width, first.height, None, first.lossy, first.alpha)
-        if path.suffix.lower() in IMAGES + OPAQUE_IMAGES:
-            with Image.open(path) as image:
-                first, count = _animation(image)
-                fps = _frame_rate(image) if count > 1 else None
-                return Description(count, *image.size, fps, _lossy_image(path), image.has_transparency_data)
-        with av.open(str(path)) as container:
-            stream = container.streams.video[0]
-            codec = stream.codec_context
-            count = stream.frames or sum(packet.size > 0 for packet in container.demux(stream))
-            # The header calls VP8 and VP9 opaque either way, and not every writer sets the alpha_mode tag.
-            vpx = codec.name in ALPHA_DECODERS
-            alpha = _has_alpha(next(_video_frames(path)).format if vpx else codec.format)
-            return Description(count, codec.width, codec.height, _rate(stream), codec.name not in LOSSLESS, alpha)
+    if path.is_dir():
+        files = sequence_files(path)
+        first = describe(files[0], limits)
+        limits.check(path, len(files), first.width, first.height)
+        return replace(first, frames=len(files), fps=None)
+    if path.suffix.lower() in IMAGES + OPAQUE_IMAGES:
+        return describe_image(path, limits)
+    return describe_video(path, limits)
 
 
 def sequence_files(folder: Path) -> list[Path]:
@@ -167,14 +151,14 @@ def encode_ffv1(frames: Frames, fps: float) -> bytes:
 def decode_ffv1(data: bytes, name: str) -> tuple[Frames, float]:
     """Inverse of `encode_ffv1`: frames (T, H, W, 4) and fps. MediaError (it names `name`) without alpha."""
     frames = []
-    with _decoding(name), av.open(io.BytesIO(data), "r") as container:
+    with decoding(name), av.open(io.BytesIO(data), "r") as container:
         stream = container.streams.video[0]
-        fps = _rate(stream) or 0.0
+        fps = float(stream.average_rate or stream.guessed_rate or 0)
         for frame in container.decode(stream):
             if frame.format.name != "bgra":
                 raise MediaError(f"{name}: pixel format {frame.format.name}; a clip has alpha, FFV1 in bgra")
             frames.append(frame.to_ndarray(format="rgba"))
-    return _joined(name, frames), fps
+    return joined(name, frames, len(frames)), fps
 
 
 def write_video(path: Path, frames: Frames, fps: float) -> None:
@@ -206,162 +190,40 @@ def write_video(path: Path, frames: Frames, fps: float) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _read_sequence(folder: Path) -> RGBAClip:
+def _read_sequence(folder: Path, limits: Limits) -> RGBAClip:
     files = sequence_files(folder)
-    stills = [_read_image(file) for file in files]
+    _check(folder, files, limits)
+    stills = [read_image(file, limits) for file in files]
     for file, still in zip(files, stills, strict=True):
         if still.frames.shape != stills[0].frames.shape:
-            sizes = [f"{s.frames.shape[2]}x{s.frames.shape[1]}" for s in (stills[0], still)]
+            shapes = [f"{s.frames.shape[2]}x{s.frames.shape[1]}" for s in (stills[0], still)]
             raise MediaError(
-                f"{folder}: {file.name} is {sizes[1]}, {files[0].name} is {sizes[0]}; a sequence has one size"
+                f"{folder}: {file.name} is {shapes[1]}, {files[0].name} is {shapes[0]}; a sequence has one size"
             )
-    frames = np.concatenate([still.frames for still in stills])
-    return RGBAClip(frames, None, any(still.lossy for still in stills), False)
+    notes = tuple(dict.fromkeys(note for still in stills for note in still.notes))
+    frames = joined(folder, (still.frames[0] for still in stills), len(stills))
+    return RGBAClip(frames, None, any(still.lossy for still in stills), False, notes)
 
 
-def _read_image(path: Path) -> RGBAClip:
-    """PIL composes animations (partial frames, dispose, blend). PNG and WebP are straight by definition."""
-    with _decoding(path), Image.open(path) as image:
-        if not image.has_transparency_data:
-            raise MediaError(
-                f"{path}: mode {image.mode} has no alpha channel; save it as RGBA, or give a matte as "
-                "NAME_fgr + NAME_pha"
-            )
-        first, count = _animation(image)
-        fps = _frame_rate(image) if count > 1 else None
-        frames = []
-        for i in range(first, first + count):
-            image.seek(i)
-            frames.append(np.asarray(image.convert("RGBA")))
-    return RGBAClip(_joined(path, frames), fps, _lossy_image(path), False)
-
-
-def _read_video(path: Path) -> RGBAClip:
-    frames = []
-    with _decoding(path):
-        for frame in _video_frames(path):
-            if not _has_alpha(frame.format):
-                raise MediaError(
-                    f"{path}: pixel format {frame.format.name} has no alpha; give its matte as NAME_fgr + "
-                    "NAME_pha, or its rectangles if colour and alpha are packed in one picture"
-                )
-            frames.append(np.concatenate((_colour(frame), _alpha(frame)[..., None]), axis=-1))
-    header = describe(path)
-    return RGBAClip(_joined(path, frames), header.fps, header.lossy, None)
-
-
-def _video_frames(path: Path) -> Iterator[av.VideoFrame]:
-    with av.open(str(path)) as container:
-        stream = container.streams.video[0]
-        if stream.codec_context.name not in ALPHA_DECODERS:
-            stream.thread_type = "AUTO"
-            yield from container.decode(stream)
-            return
-        name = ALPHA_DECODERS[stream.codec_context.name]
-        decoder = cast(av.VideoCodecContext, av.CodecContext.create(name, "r"))
-        for packet in container.demux(stream):
-            yield from decoder.decode(packet)
-
-
-def _stack(path: Path, channel: Callable[[av.VideoFrame], Frames]) -> Frames:
+def _stack(path: Path, channel: Callable[[av.VideoFrame], Frames], limits: Limits) -> Film:
     """One channel group of every frame of a video, an image or a folder of images."""
-    with _decoding(path):
-        if path.is_dir():
-            return np.concatenate([_stack(file, channel) for file in sequence_files(path)])
-        if path.suffix.lower() in IMAGES + OPAQUE_IMAGES:
-            with Image.open(path) as image:
-                return np.asarray(image.convert("RGB" if channel is _colour else "L"))[None]
-        return _joined(path, [channel(frame) for frame in _video_frames(path)])
+    if path.is_dir() or path.suffix.lower() in IMAGES + OPAQUE_IMAGES:
+        files = sequence_files(path) if path.is_dir() else [path]
+        _check(path, files, limits)
+        halves = (image_halves(file, limits)[channel is luma] for file in files)
+        return Film(
+            joined(path, halves, len(files)), None, any(describe_image(file, limits).lossy for file in files), ()
+        )
+    return read_film(path, channel, limits)
 
 
-def _colour(frame: av.VideoFrame) -> Frames:
-    """(H, W, 3); the frame's own colour matrix and range apply."""
-    return cast(Frames, frame.to_ndarray(format="rgb24"))
-
-
-def _alpha(frame: av.VideoFrame) -> Frames:
-    """(H, W). Rounded from the plane itself: the scaler would cut 12 bits off to 8 and make 4080 opaque."""
-    component = frame.format.components[-1]
-    if not frame.format.is_planar:
-        return cast(Frames, frame.to_ndarray(format="rgba"))[..., 3]
-    return _to_uint8(_plane(frame, component.plane, component.bits) / (2**component.bits - 1))
-
-
-def _luma(frame: av.VideoFrame) -> Frames:
-    """(H, W), stretched to 0..255."""
-    if frame.format.is_rgb:
-        return np.ascontiguousarray(_colour(frame)[..., 1])
-    bits = frame.format.components[0].bits
-    luma = _plane(frame, 0, bits)
-    full = frame.color_range == ColorRange.JPEG or frame.format.name.startswith(("yuvj", "gray"))
-    if full:
-        return _to_uint8(luma / (2**bits - 1))
-    return _to_uint8((luma / 2 ** (bits - 8) - 16) / 219)
-
-
-def _plane(frame: av.VideoFrame, index: int, bits: int) -> NDArray[np.float32]:
-    plane = frame.planes[index]
-    values = np.frombuffer(memoryview(plane), np.uint8 if bits <= 8 else np.uint16)
-    rows = values.reshape(-1, plane.line_size // values.itemsize)
-    return rows[: frame.height, : frame.width].astype(np.float32)
-
-
-def _to_uint8(unit: NDArray[np.float32]) -> Frames:
-    return (unit.clip(0, 1) * 255 + 0.5).astype(np.uint8)
-
-
-def _has_alpha(pixels: av.VideoFormat | None) -> bool:
-    return pixels is not None and any(component.is_alpha for component in pixels.components)
-
-
-def _animation(image: Image.Image) -> tuple[int, int]:
-    """First frame and number of frames; the default image of some APNG is not part of the animation."""
-    first = int(getattr(image, "default_image", False))
-    return first, getattr(image, "n_frames", 1) - first
-
-
-def _frame_rate(image: Image.Image) -> float | None:
-    """Of an animation with a duration (ms) per frame: the mean."""
-    first, count = _animation(image)
-    total = 0.0
-    for i in range(first, first + count):
-        image.seek(i)
-        image.load()  # WebP knows a frame's duration only once it is decoded
-        total += image.info.get("duration") or 0
-    return 1000 * count / total if total > 0 else None
-
-
-def _lossy_image(path: Path) -> bool:
-    if path.suffix.lower() != ".webp":
-        return path.suffix.lower() in (".jpg", ".jpeg")
-    return b"VP8 " in path.read_bytes()  # the chunk of lossy WebP; lossless is VP8L
-
-
-def _rate(stream: av.VideoStream) -> float | None:
-    rate = stream.average_rate or stream.guessed_rate
-    return float(rate) if rate else None
+def _check(path: Path, files: list[Path], limits: Limits) -> None:
+    """Of a sequence, by its first image."""
+    header = describe(files[0], limits)
+    limits.check(path, len(files), header.width, header.height)
+    limits.check_memory(path, len(files), 4 * header.width * header.height)
 
 
 def _cut(picture: Frames, rect: Rect) -> Frames:
     x, y, width, height = rect
     return picture[y : y + height, x : x + width]
-
-
-def _joined(name: object, frames: list[Frames]) -> Frames:
-    if not frames:
-        raise MediaError(f"{name}: no frame could be decoded; the file is empty or damaged")
-    if any(frame.shape != frames[0].shape for frame in frames):
-        raise MediaError(f"{name}: the size changes between frames; split the file where it does")
-    return np.stack(frames)
-
-
-@contextmanager
-def _decoding(name: object) -> Iterator[None]:
-    try:
-        yield
-    except MediaError:
-        raise
-    except FileNotFoundError as error:
-        raise MediaError(f"{name}: no such file") from error
-    except DECODER_ERRORS as error:
-        raise MediaError(f"{name}: cannot be decoded ({type(error).__name__}: {error})") from error

@@ -1,0 +1,277 @@
+"""One candidate, decoded once within limits of size, time and memory: what it is, or why it is refused."""
+
+import ctypes
+import json
+import re
+import resource
+import signal
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from acetate.media.clip import Limits
+from acetate.media.packed import SURE
+from acetate.video_io import (
+    VIDEOS,
+    Description,
+    MediaError,
+    Rect,
+    RGBAClip,
+    describe,
+    measure_packing,
+    read_packed,
+    read_pair,
+    read_rgba,
+)
+from data_prep.analysis import analyse
+from data_prep.candidates import Candidate, column, sidecar
+from data_prep.decisions import OVERRIDES
+
+Kind = Literal["still", "sequence", "video", "pair", "matte", "packed"]
+M_MMAP_THRESHOLD = -3  # of glibc's mallopt
+SLEEPING = 10  # times as long by the clock as by the processor
+BYTES_PER_DECODED = 2.5  # memory that reading and measuring take, for each byte of the decoded clip
+NO_ALPHA = "has no alpha: it is neither RGBA nor colour with a matte beside it (NAME_fgr + NAME_pha, NAME + NAME_matte)"
+
+
+@dataclass(frozen=True)
+class Found:
+    """One line of the manifest. files: one, or colour and alpha. The rectangles are of a packed video.
+
+    kind: matte is a whole picture with its matte, whose foreground is estimated when shards are made.
+    """
+
+    key: str
+    kind: Kind
+    files: list[str]
+    frames: int
+    width: int
+    height: int
+    fps: float | None
+    prompt: str
+    licence: str
+    source: str
+    group: str  # clips of one group stay on one side of the split
+    lossy: bool
+    premultiplied: bool | None  # None: the format does not say, it is measured
+    colour_rect: Rect | None
+    alpha_rect: Rect | None
+    decisions: dict[str, Any] | None = None  # Decisions.as_json; None: data_prep.shard measures the clip
+    notes: list[str] = field(default_factory=list)  # what reading did to the pictures
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a file may take. choices: decisions for all clips, as in Decisions.overridden."""
+
+    max_pixels: int = 2**26
+    max_frames: int = 20_000
+    memory_gb: float = 2
+    seconds: float = 10  # for the headers, and again for decoding, which gets more by its size
+    megapixels_per_second: float = 4  # that decoding is given time for
+    detect_packed: bool = True
+    choices: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def limits(self) -> Limits:
+        return Limits(self.max_pixels, self.max_frames, int(self.memory_gb * 2**30 / BYTES_PER_DECODED))
+
+    def __post_init__(self) -> None:
+        for name in ("max_pixels", "max_frames", "memory_gb", "seconds", "megapixels_per_second"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name}={getattr(self, name)}; must be above 0")
+        for name in self.choices:
+            if name not in OVERRIDES:
+                raise ValueError(f"override.{name} cannot be chosen; known: {', '.join(OVERRIDES)}")
+
+
+SETTINGS = Settings()
+
+
+@dataclass(frozen=True)
+class Task:
+    key: str
+    candidate: Candidate
+    settings: Settings
+    guarded: bool  # in a process of its own, which may be killed
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """found or reason. seconds: of one core."""
+
+    found: Found | None
+    reason: str | None
+    seconds: float
+
+
+def guard(settings: Settings, number: int) -> None:
+    """Once per worker process: it gets memory_gb on top of what its libraries have mapped. number: is not used.
+
+    glibc keeps freed pieces of up to 32 MB for itself, several times the clip in sum; from 1 MB on it gives them back.
+    """
+    mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    bound = mapped + int(settings.memory_gb * 2**30)
+    hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+    resource.setrlimit(resource.RLIMIT_AS, (bound if hard == resource.RLIM_INFINITY else min(bound, hard), hard))
+    with suppress(AttributeError):  # another C library
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**20)
+    torch.set_num_threads(1)
+
+
+def examine(_: None, task: Task) -> Outcome:
+    """Never raises for what is wrong with a file. A decoder that hangs is ended with its process."""
+    begun = time.process_time()
+    try:
+        found, reason = _examined(task), None
+    except MediaError as error:
+        found, reason = None, str(error)
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "allocate memory" not in str(error):  # as torch says it
+            raise
+        found, reason = None, f"needs more than memory_gb={task.settings.memory_gb:g}; cut or scale it, or raise that"
+    finally:
+        _allow(task, 0)
+    return Outcome(found, reason, time.process_time() - begun)
+
+
+def lost(task: Task, reason: str) -> Outcome:
+    """Of a task whose process ended."""
+    if signal.SIGALRM.name in reason or signal.SIGPROF.name in reason:
+        said = (
+            f"took more than its time, seconds={task.settings.seconds:g} and 1 more for every "
+            f"{task.settings.megapixels_per_second:g} megapixels; raise seconds if the file is good"
+        )
+    else:
+        said = f"ended the process that decoded it ({reason})"
+    return Outcome(None, said, 0.0)
+
+
+def prompt_from_name(name: str) -> str:
+    """Words of a file name, without numbers and hashes where something else is left."""
+    words = re.split(r"[\W_]+", name)
+    telling = [word for word in words if word.isalpha() and len(word) > 1]
+    return f"Transparent background: {' '.join(telling or words)}"
+
+
+def _allow(task: Task, seconds: float) -> None:
+    """The default action of both signals ends the process even inside of a decoder; 0 takes them back.
+
+    Time of the processor, so that a busy machine refuses nothing; and of the clock, for a decoder that sleeps.
+    """
+    if task.guarded:
+        signal.setitimer(signal.ITIMER_PROF, seconds)
+        signal.setitimer(signal.ITIMER_REAL, SLEEPING * seconds)
+
+
+def _examined(task: Task) -> Found:
+    candidate, settings = task.candidate, task.settings
+    path, row, limits = candidate.files[0], candidate.row, settings.limits
+    _allow(task, settings.seconds)
+    header = describe(path, limits)
+    volume = header.frames * header.width * header.height / 1e6
+    _allow(task, settings.seconds + volume / settings.megapixels_per_second)
+    kind, rects = _kind(candidate, header, settings)
+    clip = _read(candidate, kind, rects, limits)
+    declared = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}.get(
+        column(row, "premultiplied").lower()
+    )
+    decisions = analyse(clip, premultiplied=declared, matte=kind == "matte")
+    decisions = decisions.overridden("the command line", settings.choices)
+    decisions = decisions.overridden("the table", {name: column(row, name) for name in OVERRIDES if name in row})
+    text = sidecar(path)
+    cut_from = f"{candidate.origin.get('source', '')}/{candidate.origin['path']}" if "path" in candidate.origin else ""
+    return Found(
+        key=task.key,
+        kind=kind,
+        files=[str(file.resolve()) for file in candidate.files],
+        frames=len(clip.frames),
+        width=clip.frames.shape[2],
+        height=clip.frames.shape[1],
+        fps=clip.fps,
+        prompt=(text.read_text().strip() if text else "")
+        or column(row, "prompt", "caption", "text")
+        or prompt_from_name(candidate.name),
+        licence=column(row, "licence", "license") or "unknown",
+        source=column(row, "source") or "unknown",
+        group=column(row, "group") or cut_from or candidate.name,
+        lossy=clip.lossy,
+        premultiplied=clip.premultiplied if declared is None else declared,
+        colour_rect=rects[0] if rects else None,
+        alpha_rect=rects[1] if rects else None,
+        decisions=decisions.as_json(),
+        notes=list(clip.notes),
+    )
+
+
+def _kind(candidate: Candidate, header: Description, settings: Settings) -> tuple[Kind, tuple[Rect, Rect] | None]:
+    """With the rectangles of a packed video; MediaError for what has no alpha."""
+    path = candidate.files[0]
+    if len(candidate.files) == 2:
+        return ("matte" if candidate.matte else "pair"), None
+    if path.stem.lower().endswith("_fgr"):
+        raise MediaError(f"{path} has no partner {path.stem[:-4]}_pha.*")
+    if header.alpha:
+        return ("sequence" if path.is_dir() else "still" if header.frames == 1 else "video"), None
+    rects = _given_rectangles(candidate, header)
+    if rects is None and settings.detect_packed and path.suffix.lower() in VIDEOS:
+        rects = _detected_rectangles(path, settings.limits)
+    if rects is None:
+        raise MediaError(f"{path} {NO_ALPHA}, and no rectangles are given or found")
+    return "packed", rects
+
+
+def _read(candidate: Candidate, kind: Kind, rects: tuple[Rect, Rect] | None, limits: Limits) -> RGBAClip:
+    path = candidate.files[0]
+    if kind in ("pair", "matte"):
+        return read_pair(path, candidate.files[1], limits)
+    if rects is not None:
+        return read_packed(path, *rects, limits)
+    return read_rgba(path, limits)
+
+
+def _given_rectangles(candidate: Candidate, header: Description) -> tuple[Rect, Rect] | None:
+    """Of a .json entry or of a table's columns colour_rect and alpha_rect, "x y width height"."""
+    path, origin, row = candidate.files[0], candidate.origin, candidate.row
+    if "alpha_rect" in origin:
+        size = tuple(origin.get("packed_size", (header.width, header.height)))
+        if size != (header.width, header.height):
+            raise MediaError(f"{path} is {header.width}x{header.height}, its rectangles are for {size[0]}x{size[1]}")
+        texts = [origin.get("rgb_rect", origin.get("colour_rect")), origin["alpha_rect"]]
+    elif column(row, "alpha_rect"):
+        texts = [column(row, name).replace(",", " ").split() for name in ("colour_rect", "alpha_rect")]
+    else:
+        return None
+    try:
+        (x, y, width, height), (right, down, wide, high) = ([int(number) for number in text] for text in texts)
+    except (TypeError, ValueError) as error:
+        raise MediaError(f"{path}: rectangles {json.dumps(texts)}; each is x, y, width, height in pixels") from error
+    return (x, y, width, height), (right, down, wide, high)
+
+
+def _detected_rectangles(path: Path, limits: Limits) -> tuple[Rect, Rect] | None:
+    packing = measure_packing(path, limits)
+    if packing is None:
+        return None
+    if packing.confidence < SURE:
+        raise MediaError(
+            f"{path} has no alpha of its own, and is perhaps packed: colour at {list(packing.colour)}, alpha at "
+            f"{list(packing.alpha)}, confidence {packing.confidence:.2f} ({packing.reason}). Give the rectangles in a "
+            ".json or a table if that is so"
+        )
+    return packing.colour, packing.alpha
+
+
+def as_json(outcome: Outcome) -> dict[str, Any]:
+    return asdict(outcome)
+
+
+def of_json(line: dict[str, Any]) -> Outcome:
+    """Inverse of `as_json`; TypeError for another version's line."""
+    found = line["found"]
+    return Outcome(Found(**found) if found else None, line["reason"], line["seconds"])

@@ -1,0 +1,121 @@
+"""What every reader gives and raises: clips, descriptions, limits, errors."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+from av.error import FFmpegError
+from numpy.typing import NDArray
+from PIL import Image
+
+Frames = NDArray[np.uint8]
+Rect = tuple[int, int, int, int]  # x, y, width, height in pixels
+
+# Every way in which FFmpeg and PIL report a damaged file.
+DECODER_ERRORS = (
+    FFmpegError, OSError, SyntaxError, ValueError, TypeError, ArithmeticError, IndexError, KeyError, AttributeError,
+    EOFError, StopIteration, RuntimeError, NotImplementedError, Image.DecompressionBombError,
+)  # fmt: skip
+
+
+class MediaError(ValueError):
+    """A file that cannot be read as RGBA; the text names the file, what is wrong and the way out."""
+
+
+@dataclass(frozen=True)
+class RGBAClip:
+    """frames: uint8 (T, H, W, 4). fps: None for stills and sequences. premultiplied: None if not defined.
+
+    notes: what was done to the file's pictures on the way, in words.
+    """
+
+    frames: Frames
+    fps: float | None
+    lossy: bool
+    premultiplied: bool | None
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Description:
+    """What a file's headers say; nothing but a first frame is decoded."""
+
+    frames: int
+    width: int
+    height: int
+    fps: float | None
+    lossy: bool
+    alpha: bool
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What is refused from its headers, before anything is decoded."""
+
+    max_pixels: int = 2**26  # of one picture: 8192 x 8192
+    max_frames: int = 100_000
+    max_bytes: int = 2**34  # of the decoded clip
+
+    def check(self, name: object, frames: int, width: int, height: int) -> None:
+        """MediaError if a file announces more, or no picture at all; of memory, `check_memory`."""
+        size = f"{name}: {frames} frames of {width}x{height}"
+        if frames < 1 or width < 1 or height < 1:
+            raise MediaError(f"{size}; the file is empty or damaged")
+        if width * height > self.max_pixels:
+            raise MediaError(
+                f"{size}; a picture has at most max_pixels={self.max_pixels}. Scale it or raise max_pixels"
+            )
+        if frames > self.max_frames:
+            raise MediaError(f"{size}; a clip has at most max_frames={self.max_frames}. Cut it or raise max_frames")
+
+    def check_memory(self, name: object, frames: int, bytes_per_frame: int) -> None:
+        """MediaError if what is kept of the decoded frames is more."""
+        if frames * bytes_per_frame > self.max_bytes:
+            raise MediaError(
+                f"{name}: {frames} frames are {frames * bytes_per_frame / 2**30:.1f} GiB decoded; the limit is "
+                f"{self.max_bytes / 2**30:.1f} GiB. Cut or scale it, or allow more memory"
+            )
+
+
+LIMITS = Limits()
+
+
+def joined(name: object, frames: Iterable[Frames], expected: int) -> Frames:
+    """The frames as one array, (T, ...), which is filled as they come, so that the clip is not held twice.
+
+    expected: how many there probably are. MediaError if there is none, or if their sizes differ.
+    """
+    whole, count = np.empty(0, np.uint8), 0
+    for frame in frames:
+        if count == 0:
+            whole = np.empty((max(expected, 1), *frame.shape), np.uint8)
+        if frame.shape != whole.shape[1:]:
+            raise MediaError(f"{name}: the size changes between frames; split the file where it does")
+        if count == len(whole):
+            whole = np.concatenate((whole, np.empty((1 + count // 2, *frame.shape), np.uint8)))
+        whole[count] = frame
+        count += 1
+    if count == 0:
+        raise MediaError(f"{name}: no frame could be decoded; the file is empty or damaged")
+    return whole[:count]
+
+
+def to_uint8(unit: NDArray[np.float32]) -> Frames:
+    """[0, 1] to 0..255, rounded; what is not a number becomes 0."""
+    return (np.nan_to_num(unit).clip(0, 1) * 255 + 0.5).astype(np.uint8)
+
+
+@contextmanager
+def decoding(name: object) -> Iterator[None]:
+    """A decoder's own errors become MediaError with the file's name."""
+    try:
+        yield
+    except MediaError:
+        raise
+    except FileNotFoundError as error:
+        raise MediaError(f"{name}: no such file") from error
+    except MemoryError as error:
+        raise MediaError(f"{name}: does not fit into memory; cut or scale it, or allow more memory") from error
+    except DECODER_ERRORS as error:
+        raise MediaError(f"{name}: cannot be decoded ({type(error).__name__}: {error})") from error
