@@ -2,18 +2,17 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
-from multiprocessing import get_context
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from tempfile import TemporaryDirectory
+from typing import Any
 
 import hydra
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
@@ -24,47 +23,56 @@ from acetate.data.shards import (
     EncodedClip,
     ShardError,
     ShardWriter,
-    assign_splits,
     encode_clip,
     read_manifest,
 )
-from acetate.data.transforms import resize, to_float
+from acetate.data.splits import assign_splits
 from acetate.video_io import MediaError, RGBAClip, read_packed, read_pair, read_rgba
+from data_prep.analysis import analyse
+from data_prep.cleaning import Indices, Settings, clean, overrides, shots
+from data_prep.cleaning import done as done_to
+from data_prep.decisions import Decisions
+from data_prep.executor import parallel
 from data_prep.ingest import Found, check_budget, print_bad
+from data_prep.journal import open_journal, read_journal, write_lines
 
 CONF = str(Path(__file__).parents[1] / "conf")
-Frames = NDArray[np.uint8]
+DECISIONS = "decisions.jsonl"  # beside the manifest: what was made of every clip, and why
+UNSURE = 0.5  # colour below this confidence is listed after the run
+STEPS = {
+    "crop": "black bars cut off", "still": "films of one picture made stills", "cuts": "divided into shots",
+    "alpha": "alpha noise snapped", "colour": "made straight", "trim": "empty margins cut off",
+    "matte": "kept with unusual alpha",
+}  # fmt: skip
+MEASURED = "measured.jsonl"  # while a run lasts: decisions about clips whose lines carry none
 
 
 @dataclass(frozen=True)
-class Settings:
-    """What is done to a clip. Alpha is in 0..255 throughout."""
+class Plan:
+    """What is to be made of one clip. frames: which of its frames each piece takes."""
 
-    snap_low: int  # lossy alpha below becomes 0
-    snap_high: int  # lossy alpha above becomes 255
-    premultiplied: Literal["auto", "true", "false"]  # auto: what the format defines, else what is measured
-    min_alpha: int  # colour is divided by no less than this: below, the quotient is rounding noise
-    max_side: int | None  # longer sides are scaled down to this
-    max_frames: int  # longer clips are cut into pieces of equal length
-    default_fps: float  # for sequences, which carry no rate
+    line: Found
+    decisions: Decisions
+    refusal: str | None
+    frames: list[Indices]
+    pieces: list[str]  # keys
 
-    def __post_init__(self) -> None:
-        if self.premultiplied not in ("auto", "true", "false"):
-            raise ValueError(f"premultiplied={self.premultiplied}; choose auto, true or false")
-        if not 0 <= self.snap_low < self.snap_high <= 255:
-            raise ValueError(f"snap_low={self.snap_low}, snap_high={self.snap_high}; 0 <= low < high <= 255")
-        for name in ("min_alpha", "max_side", "max_frames"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name}={value}; must be at least 1")
+    @classmethod
+    def of(cls, line: Found, measured: Decisions, settings: Settings) -> "Plan":
+        """ValueError, which names the clip, for a decision of the command line that is impossible for it."""
+        try:
+            decisions = settings.apply(measured)
+        except ValueError as error:
+            raise ValueError(f"{line.key}: {error}") from error
+        frames = shots(line.frames, line.fps or settings.default_fps, decisions, settings)
+        keys = [line.key] if len(frames) == 1 else [f"{line.key[:75]}-p{i:03d}" for i in range(len(frames))]
+        return cls(line, decisions, settings.refusal(decisions), frames, keys)
 
-
-@dataclass(frozen=True)
-class Prepared:
-    """The pieces of one clip, ready for the writer."""
-
-    pieces: list[EncodedClip]
-    premultiplied: bool
+    def as_json(self, settings: Settings) -> dict[str, Any]:
+        """A line of DECISIONS."""
+        outcome = {"refused": self.refusal} if self.refusal else {"pieces": self.pieces}
+        steps = done_to(self.decisions, settings)
+        return {"key": self.line.key, **outcome, "done": steps, "decisions": self.decisions.as_json()}
 
 
 def shard(
@@ -76,6 +84,7 @@ def shard(
     max_clips: int,
     max_bytes: int,
     bad_clip_budget: int,
+    executor: str,
     workers: int,
 ) -> dict[str, Any]:
     """Writes the shards and returns their manifest; a run that was interrupted goes on where its last tar ended.
@@ -83,7 +92,7 @@ def shard(
     A folder that already holds these very clips is left as it is; ShardError if it holds others. TooManyBad past
     the budget.
     """
-    lines = read_lines(manifest)
+    found = read_lines(manifest)
     made_by = {
         "command": "data_prep.shard",
         "settings": {
@@ -96,27 +105,74 @@ def shard(
         if done["made_by"] == made_by:
             return done
         raise ShardError(f"{out} holds shards that were made otherwise. Name another folder or remove it first.")
-    splits = assign_splits({line.key: line.group for line in lines}, val_fraction)
+    splits = assign_splits({line.key: line.group for line in found}, val_fraction)
     with ShardWriter(out, max_clips=max_clips, max_bytes=max_bytes, made_by=made_by) as writer:
-        todo = [line for line in lines if not all(key in writer for key, _, _ in pieces(line, settings))]
-        for line, result in tqdm(prepare_all(todo, settings, workers), total=len(todo), unit="clip"):
-            if isinstance(result, str):
-                writer.skipped[line.key] = result
-                check_budget(writer.skipped, bad_clip_budget)
-                continue
-            for (key, _, _), clip in zip(pieces(line, settings), result.pieces, strict=True):
-                if key not in writer:
-                    writer.add(
-                        key,
-                        clip,
-                        split=splits[line.key],
-                        prompt=line.prompt,
-                        source=line.source,
-                        licence=line.licence,
-                        lossy=line.lossy,
-                        premultiplied_source=result.premultiplied,
-                    )
+        plans, bad = decide(found, settings, out / MEASURED, executor=executor, workers=workers)
+        check_budget(bad, bad_clip_budget)
+        writer.skipped |= bad | {plan.line.key: plan.refusal for plan in plans if plan.refusal}
+        todo = [plan for plan in plans if not plan.refusal and not all(key in writer for key in plan.pieces)]
+        function = partial(prepare, settings=settings)
+        results = parallel(function, todo, executor=executor, workers=workers, name=lambda plan: plan.line.key)
+        with closing(results):
+            for plan, result in zip(todo, tqdm(results, total=len(todo), unit="clip"), strict=True):
+                line = plan.line
+                if isinstance(result, str):
+                    writer.skipped[line.key] = bad[line.key] = result
+                    check_budget(bad, bad_clip_budget)
+                    continue
+                for key, clip in zip(plan.pieces, result, strict=True):
+                    if key not in writer:
+                        writer.add(
+                            key,
+                            clip,
+                            split=splits[line.key],
+                            prompt=line.prompt,
+                            source=line.source,
+                            licence=line.licence,
+                            lossy=line.lossy,
+                            premultiplied_source=plan.decisions.colour == "black",
+                            done=done_to(plan.decisions, settings),
+                        )
+        write_lines(out / DECISIONS, (plan.as_json(settings) for plan in plans))
+    (out / MEASURED).unlink(missing_ok=True)
     return read_manifest(out)
+
+
+def decide(
+    found: Sequence[Found], settings: Settings, journal: Path, *, executor: str, workers: int
+) -> tuple[list[Plan], dict[str, str]]:
+    """What is to be made of each clip, and key -> reason of those that cannot be read.
+
+    Lines that carry no decisions are measured here, and the journal keeps what was measured for a restart.
+    """
+    known = {line["key"]: line for line in read_journal(journal)}
+    todo = [line for line in found if line.decisions is None and line.key not in known]
+    if todo:
+        results = parallel(measure, todo, executor=executor, workers=workers, name=lambda line: line.key)
+        with closing(results), open_journal(journal) as append:
+            for line, result in zip(todo, tqdm(results, total=len(todo), unit="clip", desc="decide"), strict=True):
+                known[line.key] = {"key": line.key, **result}
+                append(known[line.key])
+    plans, bad = [], {}
+    for line in found:
+        entry = {"decisions": line.decisions} if line.decisions is not None else known[line.key]
+        if "bad" in entry:
+            bad[line.key] = entry["bad"]
+        else:
+            plans.append(Plan.of(line, Decisions.of_json(entry["decisions"]), settings))
+    return plans, bad
+
+
+def measure(line: Found) -> dict[str, Any]:
+    """{"decisions": ...} of a clip, or {"bad": why it cannot be read}."""
+    torch.set_num_threads(1)
+    try:
+        clip = read(line)
+    except MediaError as error:
+        return {"bad": str(error)}
+    # A line that only repeats the format's definition is nobody's word.
+    declared = None if line.premultiplied == clip.premultiplied else line.premultiplied
+    return {"decisions": analyse(clip, premultiplied=declared, matte=line.kind == "matte").as_json()}
 
 
 def read_lines(manifest: Path) -> list[Found]:
@@ -126,64 +182,35 @@ def read_lines(manifest: Path) -> list[Found]:
     lines = []
     for number, text in enumerate(manifest.read_text().splitlines(), start=1):
         try:
-            lines.append(Found(**json.loads(text)))
+            line = Found(**json.loads(text))
+            if line.decisions is not None:
+                Decisions.of_json(line.decisions)
+            lines.append(line)
         except (ValueError, TypeError) as error:
             raise ValueError(f"{manifest}:{number}: not a line of data_prep.ingest ({error})") from error
     return lines
 
 
-def pieces(line: Found, settings: Settings) -> list[tuple[str, int, int]]:
-    """Key, first and end frame of the pieces of a clip; a short one is its own and only piece."""
-    count = -(-line.frames // settings.max_frames)
-    if count == 1:
-        return [(line.key, 0, line.frames)]
-    ends = [i * line.frames // count for i in range(count + 1)]
-    return [(f"{line.key[:75]}-p{i:03d}", ends[i], ends[i + 1]) for i in range(count)]
-
-
-def prepare_all(lines: Sequence[Found], settings: Settings, workers: int) -> Iterator[tuple[Found, Prepared | str]]:
-    """In the order of the lines, whatever the number of processes."""
-    with ExitStack() as stack:
-        results: Iterable[Prepared | str]
-        if workers:
-            # Spawned: torch and FFmpeg keep threads, which a fork would leave behind locked.
-            pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
-            stack.callback(pool.shutdown, cancel_futures=True)
-            results = pool.map(prepare, lines, [settings] * len(lines))
-        else:
-            results = (prepare(line, settings) for line in lines)
-        yield from zip(lines, results, strict=True)
-
-
-def prepare(line: Found, settings: Settings) -> Prepared | str:
+def prepare(plan: Plan, settings: Settings) -> list[EncodedClip] | str:
     """The encoded pieces of a clip, or why there are none."""
     torch.set_num_threads(1)
+    line = plan.line
     try:
         clip = read(line)
     except MediaError as error:
         return str(error)
     if len(clip.frames) != line.frames:
         return f"has {len(clip.frames)} frames, the manifest says {line.frames}; ingest the folder again"
-    frames = clip.frames
-    if line.lossy:
-        frames = snap(frames, settings.snap_low, settings.snap_high)
-    premultiplied = line.premultiplied if settings.premultiplied == "auto" else settings.premultiplied == "true"
-    if premultiplied is None:
-        premultiplied = looks_premultiplied(frames)
-    if premultiplied:
-        frames = unpremultiply(frames, settings.min_alpha)
-    if settings.max_side is not None:
-        frames = limit_side(frames, settings.max_side)
-    # What alpha = 0 hides is never seen; black takes the least space.
-    frames = frames * (frames[..., 3:] > 0)
-    fps = line.fps or settings.default_fps
-    encoded = [encode_clip(frames[start:end], fps) for _, start, end in pieces(line, settings)]
-    return Prepared(encoded, premultiplied)
+    fps = settings.fps or line.fps or settings.default_fps
+    try:
+        return [encode_clip(clean(clip.frames[taken], plan.decisions, settings), fps) for taken in plan.frames]
+    except ValueError as error:
+        return str(error)
 
 
 def read(line: Found) -> RGBAClip:
     files = [Path(file) for file in line.files]
-    if line.kind == "pair":
+    if line.kind in ("pair", "matte"):
         return read_pair(files[0], files[1])
     if line.kind == "packed":
         assert line.colour_rect and line.alpha_rect
@@ -191,71 +218,58 @@ def read(line: Found) -> RGBAClip:
     return read_rgba(files[0])
 
 
-def snap(frames: Frames, low: int, high: int) -> Frames:
-    """A lossy codec turns 0 and 255 into their neighbours; a hard threshold at 0 would paint them all."""
-    alpha = frames[..., 3:]
-    alpha = np.where(alpha < low, 0, np.where(alpha > high, 255, alpha)).astype(np.uint8)
-    return np.concatenate((frames[..., :3], alpha), axis=-1)
-
-
-def looks_premultiplied(frames: Frames, tolerance: int = 8) -> bool:
-    """Colour over black never exceeds alpha: so in 95 % of the soft pixels, and black where alpha is 0.
-
-    The tolerance is for lossy codecs. Measured on 20 effect videos: premultiplied ones break the rule in at most
-    4 % of their soft pixels, straight ones in at least 11 %.
-    """
-    sample = frames[::4].astype(np.int16)
-    colour, alpha = sample[..., :3].max(axis=-1), sample[..., 3]
-    soft, hidden = (alpha > 0) & (alpha < 255), alpha == 0
-    if not soft.any():
-        return False
-    black = not hidden.any() or (colour[hidden] <= 2 * tolerance).mean() > 0.95
-    return bool(black and (colour[soft] > alpha[soft] + tolerance).mean() < 0.05)
-
-
-def unpremultiply(frames: Frames, min_alpha: int) -> Frames:
-    """Straight colour of colour over black, 8 bit."""
-    colour, alpha = frames[..., :3].astype(np.float32), frames[..., 3:]
-    straight = colour * (255 / np.maximum(alpha, min_alpha).astype(np.float32))
-    return np.concatenate((np.minimum(straight + 0.5, 255).astype(np.uint8), alpha), axis=-1)
-
-
-def limit_side(frames: Frames, max_side: int) -> Frames:
-    """Premultiplied, antialiased; clips that fit stay as they are."""
-    height, width = frames.shape[1:3]
-    scale = max_side / max(height, width)
-    if scale >= 1:
-        return frames
-    size = max(1, round(height * scale)), max(1, round(width * scale))
-    small = []
-    for frame in frames:  # one at a time: floats of a whole clip can take gigabytes
-        rgb, alpha = resize(*to_float(torch.from_numpy(frame[None].copy())), *size)
-        small.append(torch.cat(((rgb + 1) / 2, alpha)).mul(255).round().to(torch.uint8))
-    return torch.cat(small, dim=1).permute(1, 2, 3, 0).contiguous().numpy()
-
-
 @hydra.main(version_base=None, config_path=CONF, config_name="prep/shard")
 def main(cfg: DictConfig) -> None:
-    manifest = Path(cfg.manifest)
+    manifest, out = Path(cfg.manifest), Path(cfg.out)
+    settings = Settings(
+        choices=overrides(
+            colour=cfg.colour, alpha_low=cfg.alpha_low, alpha_high=cfg.alpha_high, crop=cfg.crop,
+            still=cfg.still, cuts=cfg.cuts,
+        ),
+        min_alpha=cfg.min_alpha, trim=cfg.trim, max_side=cfg.max_side, bleed=cfg.bleed, fps=cfg.fps,
+        default_fps=cfg.default_fps, max_frames=cfg.max_frames, empty=cfg.empty, full=cfg.full,
+        flickers=cfg.flickers,
+    )  # fmt: skip
+    if cfg.preview:
+        preview(manifest, settings, executor=cfg.executor, workers=cfg.workers)
+        return
     result = shard(
         manifest=manifest,
-        out=Path(cfg.out),
-        settings=Settings(
-            snap_low=cfg.snap_low,
-            snap_high=cfg.snap_high,
-            premultiplied=str(cfg.premultiplied).lower(),  # type: ignore[arg-type]  checked by Settings
-            min_alpha=cfg.min_alpha,
-            max_side=cfg.max_side,
-            max_frames=cfg.max_frames,
-            default_fps=cfg.default_fps,
-        ),
+        out=out,
+        settings=settings,
         val_fraction=cfg.val_fraction,
         max_clips=cfg.max_clips,
         max_bytes=int(cfg.max_mb * 2**20),
         bad_clip_budget=cfg.bad_clip_budget,
+        executor=cfg.executor,
         workers=cfg.workers,
     )
-    print_summary(Path(cfg.out), result)
+    print_summary(out, result)
+
+
+def preview(manifest: Path, settings: Settings, *, executor: str, workers: int) -> None:
+    """Decides and prints; writes nothing."""
+    with TemporaryDirectory() as folder:
+        plans, bad = decide(read_lines(manifest), settings, Path(folder) / MEASURED, executor=executor, workers=workers)
+    console = Console()
+    for plan in plans:
+        decisions = plan.decisions
+        size = f"{plan.line.frames} x {plan.line.width} x {plan.line.height}"
+        console.print(
+            f"[bold]{plan.line.key}[/]  {size}, colour {decisions.colour} (confidence {decisions.confidence:.2f}: "
+            f"{decisions.reasons.get('colour', 'as chosen')})",
+            highlight=False, soft_wrap=True,
+        )  # fmt: skip
+        if plan.refusal:
+            console.print(f"  [red]refused[/]: {plan.refusal}", highlight=False, soft_wrap=True)
+            continue
+        for step, text in done_to(decisions, settings).items():
+            console.print(f"  {step}: {text}", highlight=False, soft_wrap=True)
+        if len(plan.pieces) > 1:
+            lengths = ", ".join(str(len(taken)) for taken in plan.frames)
+            console.print(f"  pieces: {len(plan.pieces)}, of {lengths} frames", highlight=False, soft_wrap=True)
+    print_decided(console, [plan.as_json(settings) for plan in plans])
+    print_bad(console, bad)
 
 
 def print_summary(out: Path, result: dict[str, Any]) -> None:
@@ -268,7 +282,25 @@ def print_summary(out: Path, result: dict[str, Any]) -> None:
         mine = [clip["frames"] for clip in clips if clip["split"] == split]
         table.add_row(split, str(count), str(mine.count(1)), str(sum(mine)))
     console.print(table)
+    print_decided(console, read_journal(out / DECISIONS))
     print_bad(console, result["skipped"])
+
+
+def print_decided(console: Console, lines: Sequence[dict[str, Any]]) -> None:
+    """How many clips each step was done to; and those whose colour is a guess."""
+    counts = Counter(step for line in lines if "refused" not in line for step in line["done"])
+    table = Table("what was done", "source clips")
+    for step, text in STEPS.items():
+        table.add_row(text, str(counts[step]))
+    table.add_row("refused", str(sum("refused" in line for line in lines)))
+    console.print(table)
+    for line in lines:
+        sure = line["decisions"]["confidence"]
+        if 0 < sure < UNSURE:
+            console.print(
+                f"[yellow]unsure[/] {line['key']}: colour {line['decisions']['colour']}, confidence {sure:.2f}",
+                highlight=False, soft_wrap=True,
+            )  # fmt: skip
 
 
 if __name__ == "__main__":

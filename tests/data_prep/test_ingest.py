@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_prep.ingest import Found, TooManyBad, ingest, prompt_from_name
+from data_prep.examine import Found, prompt_from_name
+from data_prep.ingest import TooManyBad, ingest
 
 MEDIA = Path(os.environ.get("ACETATE_MEDIA", Path(__file__).parents[3] / "shared" / "media"))
 
@@ -31,9 +32,9 @@ def film(path, frames=3, height=16, width=32, codec="libx264", pixels="yuv420p")
         container.mux(stream.encode())
 
 
-def run(source, budget=0):
-    clips, bad = ingest(source=source, out=source.parent / "found.jsonl", bad_clip_budget=budget)
-    return {clip.key: clip for clip in clips}, bad
+def run(source, budget=0, **changes):
+    result = ingest(source=source, out=source.parent / "found.jsonl", bad_clip_budget=budget, **changes)
+    return {clip.key: clip for clip in result.clips}, result.bad
 
 
 @pytest.fixture
@@ -148,8 +149,8 @@ def test_pairs_of_folders(source):
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
-        (lambda s: film(s / "x_pha.mp4", frames=4), r"x_fgr\.mp4 has 3 frames, x_pha\.mp4 4"),
-        (lambda s: film(s / "x_pha.mp4", width=16), r"x_fgr\.mp4 is 32x16, x_pha\.mp4 16x16"),
+        (lambda s: film(s / "x_pha.mp4", frames=4), r"x_fgr\.mp4: 3 frames, x_pha\.mp4: 4"),
+        (lambda s: film(s / "x_pha.mp4", width=16), r"x_fgr\.mp4: 32x16, x_pha\.mp4: 16x16"),
         (lambda s: None, r"no partner x_pha"),
     ],
 )
@@ -205,7 +206,8 @@ def test_prompt_from_name():
 @pytest.mark.slow
 @pytest.mark.skipif(not MEDIA.is_dir(), reason=f"no real media at {MEDIA}; set ACETATE_MEDIA")
 def test_all_real_media(tmp_path):
-    clips, bad = ingest(source=MEDIA, out=tmp_path / "found.jsonl", bad_clip_budget=0)
+    result = ingest(source=MEDIA, out=tmp_path / "found.jsonl", bad_clip_budget=0, workers=2)
+    clips, bad = result.clips, result.bad
     assert not bad
     kinds = [clip.kind for clip in clips]
     assert {kind: kinds.count(kind) for kind in set(kinds)} == {

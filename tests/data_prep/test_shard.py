@@ -1,5 +1,9 @@
 import json
 import os
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,32 +11,26 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from acetate.data.shards import ShardError, index_shards, read_clip, read_manifest
+from acetate.data.shards import MANIFEST, ShardError, index_shards, read_clip, read_manifest
 from acetate.video_io import encode_ffv1
 from data_prep import shard as program
+from data_prep.cleaning import Settings
 from data_prep.ingest import TooManyBad, ingest
-from data_prep.shard import (
-    Settings,
-    limit_side,
-    looks_premultiplied,
-    pieces,
-    prepare,
-    read_lines,
-    shard,
-    snap,
-    unpremultiply,
-)
+from data_prep.shard import DECISIONS, decide, prepare, preview, read_lines, shard
+from tests.paths import ROOT
 
 MEDIA = Path(os.environ.get("ACETATE_MEDIA", Path(__file__).parents[3] / "shared" / "media"))
 SETTINGS = Settings(
-    snap_low=6, snap_high=249, premultiplied="auto", min_alpha=8, max_side=None, max_frames=100, default_fps=24
-)
+    choices={}, min_alpha=8, trim=False, max_side=None, bleed=0, fps=None, default_fps=24, max_frames=100,
+    empty="refuse", full="refuse", flickers="keep",
+)  # fmt: skip
 
 
 def soft(frames=8, size=32, colour=(240, 120, 60), alpha=None):
-    """Straight colour with an alpha ramp, or the given alpha."""
+    """Straight colour, each frame a little bluer, with an alpha ramp, or the given alpha."""
     clip = np.empty((frames, size, size, 4), np.uint8)
     clip[..., :3] = colour
+    clip[..., 2] += np.arange(frames, dtype=np.uint8)[:, None, None]
     clip[..., 3] = np.linspace(0, 255, size) if alpha is None else alpha
     return clip
 
@@ -56,8 +54,9 @@ def make(source, out, settings=SETTINGS, **changes):
     manifest = source.parent / "found.jsonl"
     if not manifest.exists():
         ingest(source=source, out=manifest, bad_clip_budget=0)
-    defaults = {"val_fraction": 0.2, "max_clips": 3, "max_bytes": 10**9, "bad_clip_budget": 0, "workers": 0}
-    return shard(manifest=manifest, out=out, settings=settings, **(defaults | changes))
+    defaults = {"val_fraction": 0.2, "max_clips": 3, "max_bytes": 10**9, "bad_clip_budget": 0}
+    where = {"executor": "local", "workers": 0}
+    return shard(manifest=manifest, out=out, settings=settings, **(defaults | where | changes))
 
 
 def test_folder_to_shards(source, tmp_path):
@@ -76,17 +75,59 @@ def test_folder_to_shards(source, tmp_path):
 @pytest.mark.slow
 def test_workers_make_the_same_bytes(source, tmp_path):
     assert make(source, tmp_path / "a") == make(source, tmp_path / "b", workers=2)
+    assert (tmp_path / "a" / DECISIONS).read_bytes() == (tmp_path / "b" / DECISIONS).read_bytes()
+
+
+def with_decisions(source, lines_of_clips):
+    """Puts decisions, key -> JSON, into the manifest's lines."""
+    found = source.parent / "found.jsonl"
+    lines = [json.loads(text) for text in found.read_text().splitlines()]
+    for line in lines:
+        line["decisions"] = lines_of_clips[line["key"]]["decisions"]
+    found.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return lines
+
+
+def kill_in_the_middle(source, out, executor, env):
+    """The command on 2 processes of `executor`, killed as it reads the last film, which is then not there yet."""
+    last = source / "film3.mkv"
+    film = last.read_bytes()
+    last.unlink()
+    os.mkfifo(last)  # whoever opens it waits
+    settings = [f"manifest={source.parent / 'found.jsonl'}", f"out={out}", "max_clips=2", "val_fraction=0.2"]
+    where = [f"executor={executor}", "workers=2"]
+    program = subprocess.Popen(
+        [sys.executable, "-m", "data_prep.shard", *settings, *where], cwd=ROOT, env=env, start_new_session=True
+    )
+    while program.poll() is None and not (out / "clips-000000.part.json").exists():
+        time.sleep(0.05)
+    assert program.poll() is None
+    os.killpg(program.pid, signal.SIGKILL)
+    program.wait()
+    last.unlink()
+    last.write_bytes(film)
+    assert not (out / MANIFEST).exists()
+
+
+@pytest.mark.slow
+def test_a_killed_command_goes_on(source, tmp_path):
+    settings = replace(SETTINGS, max_frames=121, bleed=None)  # the command's
+    make(source, tmp_path / "first", settings)
+    with_decisions(source, lines_of(tmp_path / "first"))
+    whole = make(source, tmp_path / "whole", settings, max_clips=2, max_bytes=2**30)
+    kill_in_the_middle(source, tmp_path / "cut", "local", os.environ)
+    assert make(source, tmp_path / "cut", settings, max_clips=2, max_bytes=2**30, workers=1) == whole
 
 
 def test_restart_goes_on(source, tmp_path, monkeypatch):
     whole = make(source, tmp_path / "whole")
     calls = []
 
-    def stumble(line, settings):
-        calls.append(line.key)
+    def stumble(plan, settings):
+        calls.append(plan.line.key)
         if len(calls) == 5:
             raise KeyboardInterrupt
-        return prepare(line, settings)
+        return prepare(plan, settings)
 
     monkeypatch.setattr(program, "prepare", stumble)
     with pytest.raises(KeyboardInterrupt):
@@ -121,70 +162,16 @@ def test_manifest_errors(tmp_path):
         read_lines(tmp_path / "bad.jsonl")
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"premultiplied": "maybe"}, "choose auto, true or false"),
-        ({"snap_low": 250}, "0 <= low < high <= 255"),
-        ({"min_alpha": 0}, "min_alpha=0; must be at least 1"),
-        ({"max_frames": 0}, "max_frames=0; must be at least 1"),
-        ({"max_side": 0}, "max_side=0; must be at least 1"),
-    ],
-)
-def test_settings_are_checked(change, message):
-    with pytest.raises(ValueError, match=message):
-        replace(SETTINGS, **change)
-
-
-def test_snap():
-    frames = soft(1, 8, alpha=np.array([0, 5, 6, 100, 249, 250, 255, 1]))
-    assert snap(frames, 6, 249)[0, 0, :, 3].tolist() == [0, 0, 6, 100, 249, 255, 255, 0]
-    assert np.array_equal(snap(frames, 6, 249)[..., :3], frames[..., :3])
-
-
-def test_premultiplied_is_measured():
-    straight = soft()
-    assert not looks_premultiplied(straight)
-    assert looks_premultiplied(premultiplied(straight))
-    blurred = premultiplied(straight).astype(int) + np.random.default_rng(0).integers(-4, 5, straight.shape)
-    assert looks_premultiplied(blurred.clip(0, 255).astype(np.uint8))  # a codec's noise
-    assert not looks_premultiplied(soft(alpha=255)) and not looks_premultiplied(soft(colour=(0, 0, 0), alpha=0))
-    coloured = premultiplied(straight)
-    coloured[..., :8, :3], coloured[..., :8, 3] = 200, 0  # colour where alpha is 0
-    assert not looks_premultiplied(coloured)
-
-
-def test_unpremultiply_inverts_where_alpha_is_not_tiny():
-    straight = soft()
-    back = unpremultiply(premultiplied(straight), 8)
-    visible = straight[..., 3] >= 64
-    assert np.abs(back[visible].astype(int) - straight[visible]).max() <= 2
-    assert np.array_equal(back[..., 3], straight[..., 3])
-    tiny = unpremultiply(np.array([[[[1, 0, 0, 1]]]], np.uint8), 8)
-    assert tiny[0, 0, 0].tolist() == [32, 0, 0, 1]  # 1 / 8, not 1 / 1
-
-
 @pytest.mark.parametrize(("choice", "expected"), [("auto", True), ("true", True), ("false", False)])
 def test_premultiplied_films_become_straight(source, tmp_path, choice, expected):
     (source / "glow.mkv").write_bytes(encode_ffv1(premultiplied(soft()), 12))
-    make(source, tmp_path / "out", replace(SETTINGS, premultiplied=choice))
+    make(source, tmp_path / "out", replace(SETTINGS, choices={"colour": choice}))
     ref = next(ref for ref in index_shards([tmp_path / "out"]) if ref.key == "glow")
     frame = read_clip(ref).frames[0, 0]
     assert abs(int(frame[16, 0]) - (240 if expected else 124)) <= 2
     with open(ref.tar, "rb") as file:
         file.seek(ref.meta[0])
         assert json.loads(file.read(ref.meta[1]))["premultiplied_source"] is expected
-
-
-def test_limit_side_is_premultiplied_and_keeps_the_aspect():
-    frames = np.zeros((2, 40, 80, 4), np.uint8)
-    frames[:, :, 33:] = 255  # white, with hidden black beside it
-    small = limit_side(frames, 20)
-    assert small.shape == (2, 10, 20, 4)
-    assert ((small[..., 3] > 0) & (small[..., 3] < 255)).any()
-    assert (small[small[..., 3] > 0][:, :3] >= 254).all()
-    assert (small[:, :, :6, 3] == 0).all() and (small[:, :, 12:, 3] == 255).all()
-    assert limit_side(frames, 80) is frames
 
 
 def test_long_clips_are_cut_into_equal_pieces(source, tmp_path):
@@ -194,9 +181,95 @@ def test_long_clips_are_cut_into_equal_pieces(source, tmp_path):
     assert (lengths["film3-p000"], lengths["film3-p001"]) == (3, 3)
     splits = {ref.key: ref.split for ref in index_shards([tmp_path / "out"])}
     assert splits["film3-p000"] == splits["film3-p001"]
+
+
+def lines_of(out):
+    return {line["key"]: line for line in map(json.loads, (out / DECISIONS).read_text().splitlines())}
+
+
+def test_decisions_are_reported(source, tmp_path):
+    (source / "glow.mkv").write_bytes(encode_ffv1(premultiplied(soft()), 12))
+    (source / "frozen.mkv").write_bytes(encode_ffv1(np.repeat(soft(1), 5, axis=0), 12))
+    (source / "opaque.mkv").write_bytes(encode_ffv1(soft(alpha=255), 12))
+    manifest = make(source, tmp_path / "out", bad_clip_budget=0)  # what is refused is not bad
+    assert list(manifest["skipped"]) == ["opaque"] and "full=keep takes it in" in manifest["skipped"]["opaque"]
+    told = lines_of(tmp_path / "out")
+    assert list(told) == [line.key for line in read_lines(source.parent / "found.jsonl")]
+    assert "black taken out: measured" in told["glow"]["done"]["colour"]
+    assert told["glow"]["decisions"]["confidence"] > 0.9 and told["glow"]["pieces"] == ["glow"]
+    assert "refused" in told["opaque"] and "pieces" not in told["opaque"]
+    assert told["still0"]["done"] == {}
+    refs = {ref.key: ref for ref in index_shards([tmp_path / "out"])}
+    assert refs["frozen"].frames == 1 and refs["frozen"].kind == "rgba.png"
+    with open(refs["glow"].tar, "rb") as file:
+        file.seek(refs["glow"].meta[0])
+        assert json.loads(file.read(refs["glow"].meta[1]))["done"] == told["glow"]["done"]
+    kept = make(source, tmp_path / "kept", replace(SETTINGS, full="keep", choices={"still": "false"}))
+    assert kept["skipped"] == {}
+    assert {ref.key: ref.frames for ref in index_shards([tmp_path / "kept"])}["frozen"] == 5
+
+
+def test_lines_of_the_manifest_decide(source, tmp_path):
+    """As data_prep.ingest measured, and as a person edited them."""
+    (source / "glow.mkv").write_bytes(encode_ffv1(premultiplied(soft()), 12))
+    found = source.parent / "found.jsonl"
+    make(source, tmp_path / "first")
+    told = lines_of(tmp_path / "first")
+    lines = with_decisions(source, told)
+    make(source, tmp_path / "same")
+    for name in [path.name for path in (tmp_path / "first").glob("*.tar")] + [DECISIONS]:
+        assert (tmp_path / "first" / name).read_bytes() == (tmp_path / "same" / name).read_bytes()
+    next(line for line in lines if line["key"] == "glow")["decisions"] |= {"colour": "straight", "cuts": [5]}
+    found.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    make(source, tmp_path / "edited")
+    refs = {ref.key: ref for ref in index_shards([tmp_path / "edited"])}
+    assert (refs["glow-p000"].frames, refs["glow-p001"].frames) == (5, 3)
+    assert abs(int(read_clip(refs["glow-p000"]).frames[0, 0, 16, 0]) - 124) <= 2
+    lines[0]["decisions"]["colour"] = "purple"
+    found.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(ValueError, match=r"found\.jsonl:1: .*colour='purple'; choose straight, black, white, matte"):
+        make(source, tmp_path / "wrong")
+
+
+def test_what_was_measured_survives_an_interruption(source, tmp_path, monkeypatch):
+    make(source, tmp_path / "whole")  # ingests
+    lines = [replace(line, decisions=None) for line in read_lines(source.parent / "found.jsonl")]
+    journal = tmp_path / "measured.jsonl"
+    measured = program.measure
+    calls = []
+
+    def stumble(line):
+        calls.append(line.key)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return measured(line)
+
+    monkeypatch.setattr(program, "measure", stumble)
+    with pytest.raises(KeyboardInterrupt):
+        decide(lines, SETTINGS, journal, executor="local", workers=0)
+    plans, bad = decide(lines, SETTINGS, journal, executor="local", workers=0)
+    assert len(calls) == 4 + len(lines) - 3 and not bad
+    assert [plan.line.key for plan in plans] == [line.key for line in lines]
+
+
+def test_preview_writes_nothing(source, tmp_path, capsys):
+    make(source, tmp_path / "out")
+    before = sorted(path for path in tmp_path.rglob("*"))
+    (source / "glow.mkv").write_bytes(encode_ffv1(premultiplied(soft()), 12))
+    ingest(source=source, out=source.parent / "found.jsonl", bad_clip_budget=0)
+    preview(source.parent / "found.jsonl", replace(SETTINGS, max_frames=4), executor="local", workers=0)
+    text = capsys.readouterr().out
+    assert "glow  8 x 32 x 32, colour black (confidence" in text and "colour: black taken out" in text
+    assert "pieces: 2, of 4, 4 frames" in text and "made straight" in text
+    assert sorted(path for path in tmp_path.rglob("*") if path.name != "glow.mkv") == before
+
+
+def test_impossible_decisions_name_the_clip(source, tmp_path):
+    make(source, tmp_path / "out")
     line = read_lines(source.parent / "found.jsonl")[0]
-    cuts = pieces(replace(line, frames=250), replace(SETTINGS, max_frames=100))
-    assert [(start, end) for _, start, end in cuts] == [(0, 83), (83, 166), (166, 250)]
+    settings = replace(SETTINGS, choices={"alpha_low": "255"})
+    with pytest.raises(ValueError, match=r"film0: alpha_low=255, alpha_high=255"):
+        decide([line], settings, tmp_path / "journal", executor="local", workers=0)
 
 
 @pytest.mark.slow
@@ -214,7 +287,7 @@ def test_real_media(tmp_path):
     (tmp_path / "some.jsonl").write_text("\n".join(lines) + "\n")
     manifest = shard(
         manifest=tmp_path / "some.jsonl", out=tmp_path / "out", settings=replace(SETTINGS, max_side=192),
-        val_fraction=0.2, max_clips=100, max_bytes=10**9, bad_clip_budget=0, workers=0,
+        val_fraction=0.2, max_clips=100, max_bytes=10**9, bad_clip_budget=0, executor="local", workers=0,
     )  # fmt: skip
     assert manifest["clips"] == len(wanted) and not manifest["skipped"]
     assert read_manifest(tmp_path / "out")["splits"]["val"] >= 1

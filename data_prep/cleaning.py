@@ -1,0 +1,245 @@
+"""Applies what was decided about a clip to its frames: uint8 (T, H, W, 4) in and out, straight colour out."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+
+from acetate.data.transforms import resize, to_float
+from acetate.video_io import Rect
+from data_prep.decisions import AUTO, OVERRIDES, Decisions
+
+Frames = NDArray[np.uint8]
+Indices = NDArray[np.int64]
+Verdict = Literal["refuse", "keep"]
+NEAR = 8  # pixels
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What is done to a clip. Alpha is in 0..255 throughout."""
+
+    choices: Mapping[str, str]  # of Decisions.overridden, for every clip
+    min_alpha: int  # colour is divided by no less than this: below, the quotient is rounding noise
+    trim: bool  # margins that are empty through the whole clip go
+    max_side: int | None  # longer sides are scaled down to this
+    bleed: int | None  # pixels that colour goes on under alpha 0; 0: black; None: over the whole frame
+    fps: float | None  # frames a second after resampling; None: as they are
+    default_fps: float  # of sequences, which carry no rate
+    max_frames: int  # longer shots are cut into pieces of equal length
+    empty: Verdict
+    full: Verdict
+    flickers: Verdict
+
+    def __post_init__(self) -> None:
+        for name in ("min_alpha", "max_side", "max_frames"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value}; must be at least 1")
+        if self.fps is not None and self.fps <= 0:
+            raise ValueError(f"fps={self.fps}; must be above 0, or null to keep every clip's own")
+        if self.bleed is not None and self.bleed < 0:
+            raise ValueError(f"bleed={self.bleed}; pixels, at least 0, or null for the whole frame")
+        for name in ("empty", "full", "flickers"):
+            if getattr(self, name) not in ("refuse", "keep"):
+                raise ValueError(f"{name}={getattr(self, name)}; choose refuse or keep")
+        unknown = sorted(set(self.choices) - set(OVERRIDES))
+        if unknown:
+            raise ValueError(f"choices: {', '.join(unknown)} unknown; known: {', '.join(OVERRIDES)}")
+
+    def apply(self, decisions: Decisions) -> Decisions:
+        """With what the command line decides for every clip."""
+        return decisions.overridden("the command line", self.choices)
+
+    def refusal(self, decisions: Decisions) -> str | None:
+        """Why the clip is left out; None if it is not."""
+        if decisions.matte == "normal" or getattr(self, decisions.matte) == "keep":
+            return None
+        why = decisions.reasons.get("matte", "")
+        return f"alpha is {decisions.matte}: {why}. {decisions.matte}=keep takes it in".replace(
+            "is flickers", "flickers"
+        )
+
+
+def done(decisions: Decisions, settings: Settings) -> dict[str, str]:
+    """Step -> what was done to a clip and why, in the order of the steps."""
+    why = decisions.reasons
+    steps = {}
+    if decisions.crop:
+        steps["crop"] = f"cut to {list(decisions.crop)}: {why.get('crop', '')}"
+    if decisions.still:
+        steps["still"] = f"one frame kept: {why.get('still', '')}"
+    if decisions.cuts and not decisions.still:
+        steps["cuts"] = f"{len(decisions.cuts) + 1} shots: {why.get('cuts', '')}"
+    if decisions.alpha_low > 0 or decisions.alpha_high < 255:
+        steps["alpha"] = (
+            f"up to {decisions.alpha_low} to 0, from {decisions.alpha_high} to 255: {why.get('alpha_low', '')}"
+        )
+    if decisions.colour == "matte":
+        steps["colour"] = f"foreground estimated: {why.get('colour', '')}"
+    elif decisions.colour != "straight":
+        steps["colour"] = f"{decisions.colour} taken out: {why.get('colour', '')}"
+    if decisions.matte != "normal":
+        steps["matte"] = f"kept although alpha is {decisions.matte}: {why.get('matte', '')}"
+    if settings.trim and decisions.visible:
+        steps["trim"] = f"margins around {list(decisions.visible)} cut off: empty in every frame"
+    return steps
+
+
+def shots(frames: int, fps: float, decisions: Decisions, settings: Settings) -> list[Indices]:
+    """Which frames each piece of a clip takes: shots, resampled in time, in pieces of at most max_frames."""
+    if decisions.still:
+        return [np.zeros(1, np.int64)]
+    ends = [0, *(cut for cut in decisions.cuts if cut < frames), frames]
+    taken = []
+    for start, end in pairwise(ends):
+        shot = start + resample(end - start, fps, settings.fps)
+        count = -(-len(shot) // settings.max_frames)
+        taken += [shot[i * len(shot) // count : (i + 1) * len(shot) // count] for i in range(count)]
+    return taken
+
+
+def resample(frames: int, fps: float, target: float | None) -> Indices:
+    """The frame that is shown at each multiple of 1 / target; nothing is blended."""
+    if target is None or frames == 1:
+        return np.arange(frames)
+    times = np.arange(max(1, round(frames * target / fps))) / target
+    return np.minimum((times * fps + 1e-6).astype(np.int64), frames - 1)
+
+
+def clean(frames: Frames, decisions: Decisions, settings: Settings) -> Frames:
+    """The frames of a piece as a shard holds them."""
+    frames, visible = inside(frames, decisions)
+    frames = snap(frames, decisions.alpha_low, decisions.alpha_high)
+    mixed = decisions.colour in ("black", "white")
+    if mixed:
+        frames = unmix(frames, decisions.colour == "white", settings.min_alpha)
+    if decisions.colour == "matte":
+        frames = foreground(frames)
+    if settings.trim and visible:
+        frames = cut(frames, visible)
+    if settings.max_side is not None:
+        frames = limit_side(frames, settings.max_side)
+    # A quotient by a tiny alpha is noise: there, too, colour comes from around.
+    return bleed(frames, settings.bleed, settings.min_alpha if mixed else 1)
+
+
+def inside(frames: Frames, decisions: Decisions) -> tuple[Frames, Rect | None]:
+    """The frames between the bars, and where in them something is visible."""
+    if decisions.crop is None:
+        return frames, decisions.visible
+    x, y, width, height = decisions.crop
+    if decisions.visible is None:
+        return cut(frames, decisions.crop), None
+    left, top = max(decisions.visible[0], x), max(decisions.visible[1], y)
+    right = min(decisions.visible[0] + decisions.visible[2], x + width)
+    bottom = min(decisions.visible[1] + decisions.visible[3], y + height)
+    visible = (left - x, top - y, right - left, bottom - top) if left < right and top < bottom else None
+    return cut(frames, decisions.crop), visible
+
+
+def cut(frames: Frames, rect: Rect) -> Frames:
+    """ValueError for a rectangle that is not inside of the frames."""
+    x, y, width, height = rect
+    if x + width > frames.shape[2] or y + height > frames.shape[1]:
+        raise ValueError(f"rectangle {list(rect)} is not inside of {frames.shape[2]}x{frames.shape[1]}; correct it")
+    return frames[:, y : y + height, x : x + width]
+
+
+def snap(frames: Frames, low: int, high: int) -> Frames:
+    """Alpha up to low becomes 0, from high on 255: a hard threshold at 0 would paint all of a codec's noise."""
+    if low == 0 and high == 255:
+        return frames
+    alpha = frames[..., 3:]
+    alpha = np.where(alpha <= low, 0, np.where(alpha >= high, 255, alpha)).astype(np.uint8)
+    return np.concatenate((frames[..., :3], alpha), axis=-1)
+
+
+def unmix(frames: Frames, white: bool, min_alpha: int) -> Frames:
+    """Straight colour of colour over black or over white, 8 bit."""
+    alpha = frames[..., 3:]
+    colour = 255 - frames[..., :3] if white else frames[..., :3]
+    straight = colour.astype(np.float32) * (255 / np.maximum(alpha, min_alpha).astype(np.float32))
+    straight = np.minimum(straight + 0.5, 255).astype(np.uint8)
+    return np.concatenate((255 - straight if white else straight, alpha), axis=-1)
+
+
+def foreground(frames: Frames) -> Frames:
+    """The colour of the thing alone, where a picture shows it mixed with a scene. Germer et al. 2020, multi-level."""
+    import numba
+    from pymatting import estimate_foreground_ml  # compiles itself at its first import: a minute
+
+    numba.set_num_threads(1)  # its threads race, and the result would change from run to run
+    done = []
+    for frame in frames:
+        picture, alpha = frame[..., :3] / 255.0, frame[..., 3] / 255.0
+        colour = estimate_foreground_ml(picture, alpha).clip(0, 1)
+        done.append(np.concatenate(((colour * 255 + 0.5).astype(np.uint8), frame[..., 3:]), axis=-1))
+    return np.stack(done)
+
+
+def limit_side(frames: Frames, max_side: int) -> Frames:
+    """Premultiplied, antialiased; clips that fit stay as they are."""
+    height, width = frames.shape[1:3]
+    scale = max_side / max(height, width)
+    if scale >= 1:
+        return frames
+    size = max(1, round(height * scale)), max(1, round(width * scale))
+    small = []
+    for frame in frames:  # one at a time: floats of a whole clip can take gigabytes
+        rgb, alpha = resize(*to_float(torch.from_numpy(frame[None].copy())), *size)
+        small.append(torch.cat(((rgb + 1) / 2, alpha)).mul(255).round().to(torch.uint8))
+    return torch.cat(small, dim=1).permute(1, 2, 3, 0).contiguous().numpy()
+
+
+def bleed(frames: Frames, radius: int | None, trusted: int = 1) -> Frames:
+    """Colour under alpha 0 goes on from visible colour for `radius` pixels, None: everywhere; beyond it is black.
+
+    So that a filter which mixes straight colours finds no foreign one at an edge. Where alpha is below `trusted`,
+    colour comes from around, too, if there is any within NEAR pixels. Alpha stays. Push-pull (Gortler et al. 1996):
+    averages over ever larger squares, weighted by alpha, fill what the smaller ones leave open.
+    """
+    return np.stack([_bleed(frame, radius, trusted) for frame in frames])
+
+
+def _bleed(frame: Frames, radius: int | None, trusted: int) -> Frames:
+    alpha = frame[..., 3:]
+    if (radius == 0 and trusted <= 1) or not (alpha >= trusted).any():
+        return frame * (alpha > 0)
+    picture = torch.from_numpy(np.ascontiguousarray(frame)).permute(2, 0, 1)[None].float()
+    hidden, weight = picture[:, 3:] == 0, picture[:, 3:] * (picture[:, 3:] >= trusted)
+    from_around = hidden if radius is None else hidden & _within(weight > 0, radius)
+    if trusted > 1:
+        from_around = from_around | (~hidden & _within(weight > 0, NEAR) & (weight == 0))
+    colour = torch.where(hidden, 0, picture[:, :3])
+    colour = torch.where(from_around, _push_pull(picture[:, :3], weight), colour)
+    colour = colour[0].permute(1, 2, 0).add(0.5).clamp(0, 255).to(torch.uint8).numpy()
+    return np.concatenate((colour, alpha), axis=-1)
+
+
+def _within(mask: torch.Tensor, radius: int) -> torch.Tensor:
+    """(1, 1, H, W): whether a True lies in the square of 2 radius + 1 pixels around."""
+    side = 2 * radius + 1
+    rows = F.max_pool2d(mask.float(), (side, 1), 1, (radius, 0))
+    return F.max_pool2d(rows, (1, side), 1, (0, radius)) > 0
+
+
+def _push_pull(colour: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """(1, 3, H, W), (1, 1, H, W) -> colour where weight is above 0, and what lies around it elsewhere."""
+    if max(colour.shape[-2:]) == 1:
+        return colour * (weight > 0)
+    sums = F.avg_pool2d(torch.cat((colour * weight, weight), dim=1), 2, ceil_mode=True)
+    coarse = _push_pull(sums[:, :3] / sums[:, 3:].clamp_min(1e-6), sums[:, 3:])
+    coarse = F.interpolate(coarse, scale_factor=2.0, mode="nearest")[..., : colour.shape[-2], : colour.shape[-1]]
+    return torch.where(weight > 0, colour, coarse)
+
+
+def overrides(**choices: object) -> dict[str, str]:
+    """Settings of the command line as choices; what is left at auto is none."""
+    texts = {name: str(value).lower() for name, value in choices.items()}
+    return {name: text for name, text in texts.items() if text != AUTO}

@@ -1,0 +1,105 @@
+"""What is decided about a clip before it becomes part of a shard. Lives in the lines of data_prep.ingest's manifest."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any, Literal, get_args
+
+from acetate.video_io import Rect
+
+Colour = Literal["straight", "black", "white", "matte"]
+Matte = Literal["normal", "empty", "full", "flickers"]
+AUTO = "auto"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decisions:
+    """One clip's. Alpha is in 0..255, rectangles are x, y, width, height in the pixels of the decoded frames.
+
+    A person may edit them in the manifest's line; `reasons` says why each one was taken.
+    """
+
+    colour: Colour  # what colour is mixed with at alpha < 1: nothing, black, white, or the scene of a picture + matte
+    confidence: float  # of colour, in [0, 1]; 0: nothing speaks for it, and nothing against it
+    alpha_low: int  # alpha up to this is a codec's noise around 0
+    alpha_high: int  # and from this on around 255
+    matte: Matte  # empty and full: over the whole clip; flickers: its coverage jumps to and fro
+    crop: Rect | None  # the picture inside of black bars; None: there are none
+    visible: Rect | None  # all that is ever above alpha_low; None: nothing is
+    still: bool  # every frame shows the same
+    cuts: tuple[int, ...]  # first frames of the second and later shots
+    reasons: dict[str, str] = field(default_factory=dict)  # field -> why
+
+    def __post_init__(self) -> None:
+        for name, choices in (("colour", get_args(Colour)), ("matte", get_args(Matte)), ("still", (True, False))):
+            value = getattr(self, name)
+            if value not in choices:
+                raise ValueError(f"{name}={value!r}; choose {', '.join(map(str, choices))}")
+        if not 0 <= self.confidence <= 1:
+            raise ValueError(f"confidence={self.confidence}; must be in [0, 1]")
+        if not 0 <= self.alpha_low < self.alpha_high <= 255:
+            raise ValueError(
+                f"alpha_low={self.alpha_low}, alpha_high={self.alpha_high}; 0 <= alpha_low < alpha_high <= 255"
+            )
+        for name in ("crop", "visible"):
+            rect = getattr(self, name)
+            if rect is not None and (len(rect) != 4 or min(rect[:2]) < 0 or min(rect[2:]) < 1):
+                raise ValueError(f"{name}={rect}; a rectangle is x, y >= 0 and width, height >= 1")
+        if list(self.cuts) != sorted(set(self.cuts)) or min(self.cuts, default=1) < 1:
+            raise ValueError(f"cuts={list(self.cuts)}; first frames of the later shots, rising from 1")
+
+    @classmethod
+    def of_json(cls, value: Mapping[str, Any]) -> "Decisions":
+        """Inverse of `as_json`; ValueError names an unknown, missing or impossible entry."""
+        known = {entry.name for entry in fields(cls)}
+        wrong = sorted(value.keys() ^ known)
+        if wrong:
+            raise ValueError(f"decisions: {', '.join(wrong)} unknown or missing; they are {', '.join(sorted(known))}")
+        sequences = {name: None if value[name] is None else tuple(value[name]) for name in ("crop", "visible", "cuts")}
+        return cls(**{**value, **sequences})
+
+    def overridden(self, by: str, choices: Mapping[str, str]) -> "Decisions":
+        """With what a person chose in place of what was measured; `by` says where: "the table", "the command line".
+
+        choices: field -> text. `auto` and empty leave a field as it is. colour: straight | black (or true) | white
+        | matte; alpha_low, alpha_high: 0..255; matte: normal | empty | full | flickers; crop: false, or "x y width
+        height"; still: true | false; cuts: false, or "12 40".
+        """
+        changes: dict[str, Any] = {}
+        for name, text in choices.items():
+            text = str(text).strip().lower()
+            if text not in ("", AUTO):
+                changes[name] = _parse(name, text)
+        if not changes:
+            return self
+        if "colour" in changes:
+            changes["confidence"] = 1.0
+        said = {name: f"chosen by {by}" for name in changes if name != "confidence"}
+        return replace(self, **changes, reasons={**self.reasons, **said})
+
+    def as_json(self) -> dict[str, Any]:
+        """As a line of the manifest holds it: lists in place of tuples."""
+        return json.loads(json.dumps(asdict(self)))
+
+
+OVERRIDES = ("colour", "alpha_low", "alpha_high", "matte", "crop", "still", "cuts")
+
+
+def _parse(name: str, text: str) -> Any:
+    try:
+        match name:
+            case "colour":
+                return {"true": "black", "false": "straight"}.get(text, text)
+            case "alpha_low" | "alpha_high":
+                return int(text)
+            case "matte":
+                return text
+            case "still":
+                return {"true": True, "false": False}[text]
+            case "crop":
+                return None if text == "false" else tuple(map(int, text.split()))
+            case "cuts":
+                return () if text == "false" else tuple(map(int, text.split()))
+    except (KeyError, ValueError) as error:
+        raise ValueError(f"{name}={text!r} cannot be read; see Decisions.overridden for what {name} takes") from error
+    raise ValueError(f"{name} cannot be chosen; known: {', '.join(OVERRIDES)}")
