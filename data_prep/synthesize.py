@@ -1,6 +1,13 @@
 """Procedural RGBA clips as clip shards: exact straight colour and alpha, no download, the same bytes for a seed."""
 
 import hashlib
+import json
+import math
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -9,19 +16,16 @@ import hydra
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+from rich.table import Table
 from tqdm import tqdm
 
 from acetate.data import drawing, synthetic
-from acetate.data.shards import (
-    MANIFEST,
-    ShardError,
-    ShardWriter,
-    assign_splits,
-    encode_clip,
-    read_manifest,
-    stable_hash,
-)
+from acetate.data.shards import MANIFEST, EncodedClip, ShardError, ShardWriter, encode_clip, read_head
+from acetate.data.splits import split_rule
+from acetate.draws import stable_hash
+from data_prep.executor import parallel
 
 CONF = str(Path(__file__).parents[1] / "conf")
 
@@ -30,58 +34,128 @@ def sha256_of_code(*modules: ModuleType) -> str:
     return hashlib.sha256(b"".join(Path(str(module.__file__)).read_bytes() for module in modules)).hexdigest()
 
 
+@dataclass(frozen=True)
+class Plan:
+    """Which clip comes when: kinds take turns, and so do sizes after each round of kinds. sizes: (height, width)."""
+
+    clips: int
+    frames: int
+    sizes: tuple[tuple[int, int], ...]
+    seed: int
+
+    def __post_init__(self) -> None:
+        numbers = [("clips", self.clips), ("frames", self.frames)]
+        for name, value in [*numbers, *(("size", side) for size in self.sizes for side in size)]:
+            if value < 1:
+                raise ValueError(f"{name}={value}; must be at least 1")
+
+    def kind(self, index: int) -> str:
+        return synthetic.KINDS[index % len(synthetic.KINDS)]
+
+    def key(self, index: int) -> str:
+        return f"{self.kind(index)}-{index:06d}"
+
+    def size(self, index: int) -> tuple[int, int]:
+        return self.sizes[index // len(synthetic.KINDS) % len(self.sizes)]
+
+
+@dataclass(frozen=True)
+class Drawn:
+    key: str
+    clip: EncodedClip
+    prompt: str
+
+
+def draw(plan: Plan, index: int) -> Drawn:
+    # Sums over threads round differently from machine to machine; small pictures gain nothing from them.
+    torch.set_num_threads(1)
+    seed = stable_hash("synthesize", plan.seed, index) % 2**31
+    clip = synthetic.render(plan.kind(index), seed, plan.frames, *plan.size(index))
+    return Drawn(plan.key(index), encode_clip(to_uint8(clip), drawing.FPS), clip.prompt)
+
+
 def synthesize(
     *,
     out: Path,
     clips: int,
     frames: int,
-    sizes: list[int],
+    sizes: Sequence[int | Sequence[int]],
     seed: int,
     val_fraction: float,
     max_clips: int,
     max_bytes: int,
+    executor: str = "local",
+    workers: int = 0,
 ) -> dict[str, Any]:
-    """Writes the shards and returns their manifest; kinds take turns, and so do sizes after each round of kinds.
+    """Writes the shards and returns their manifest without its list of clips. sizes: sides, or (height, width).
 
-    A folder that already holds these very clips is left as it is; ShardError if it holds others.
+    The clips of finished tars are kept when a run was interrupted. A folder that already holds these very clips is
+    left as it is; ShardError if it holds others. The memory that this takes does not depend on the number of clips.
     """
-    for name, value in (("clips", clips), ("frames", frames), *(("size", size) for size in sizes)):
-        if value < 1:
-            raise ValueError(f"{name}={value}; must be at least 1")
+    plan = Plan(clips, frames, squares(sizes), seed)
     made_by = {
         "command": "data_prep.synthesize",
         "settings": {
-            "clips": clips, "frames": frames, "sizes": sizes, "seed": seed, "val_fraction": val_fraction,
+            "clips": clips, "frames": frames, "seed": seed, "val_fraction": val_fraction,
+            "sizes": [height if height == width else (height, width) for height, width in plan.sizes],
             "max_clips": max_clips, "max_bytes": max_bytes,
             # The drawing code decides the pictures as much as the seed does.
             "synthetic_sha256": sha256_of_code(synthetic, drawing),
         },
     }  # fmt: skip
     if (out / MANIFEST).exists():
-        manifest = read_manifest(out)
-        if manifest["made_by"] == made_by:
-            return manifest
+        head = read_head(out)
+        if head["made_by"] == json.loads(json.dumps(made_by)):
+            return head
         raise ShardError(f"{out} holds shards that were made otherwise. Name another folder or remove it first.")
-    kinds = [synthetic.KINDS[i % len(synthetic.KINDS)] for i in range(clips)]
-    keys = [f"{kind}-{i:06d}" for i, kind in enumerate(kinds)]
-    splits = assign_splits({key: key for key in keys}, val_fraction)
-    with ShardWriter(out, max_clips=max_clips, max_bytes=max_bytes, made_by=made_by) as writer:
-        for i, (key, kind) in enumerate(zip(tqdm(keys, unit="clip"), kinds, strict=True)):
-            if key in writer:
-                continue
-            size = sizes[i // len(synthetic.KINDS) % len(sizes)]
-            clip = synthetic.render(kind, stable_hash("synthesize", seed, i) % 2**31, frames, size, size)
+    split_of = split_rule(map(plan.key, range(clips)), val_fraction)
+    with ExitStack() as stack:
+        writer = stack.enter_context(ShardWriter(out, max_clips=max_clips, max_bytes=max_bytes, made_by=made_by))
+        bar = stack.enter_context(tqdm(total=clips, initial=writer.clips, unit="clip"))
+        results = parallel(partial(draw, plan), range(writer.clips, clips), executor=executor, workers=workers)
+        for drawn in stack.enter_context(closing(results)):
             writer.add(
-                key,
-                encode_clip(to_uint8(clip), drawing.FPS),
-                split=splits[key],
-                prompt=clip.prompt,
+                drawn.key,
+                drawn.clip,
+                split=split_of(drawn.key),
+                prompt=drawn.prompt,
                 source="acetate.data.synthetic",
                 licence="CC0-1.0",
                 lossy=False,
                 premultiplied_source=False,
             )
-    return read_manifest(out)
+            bar.update()
+    return read_head(out)
+
+
+def squares(sizes: Sequence[int | Sequence[int]]) -> tuple[tuple[int, int], ...]:
+    """(height, width) of each."""
+    pairs = [(size, size) if isinstance(size, int) else tuple(size) for size in sizes]
+    if not pairs or any(len(pair) != 2 for pair in pairs):
+        raise ValueError(f"size={list(sizes)}; give a side, or [[height, width], ...]")
+    return tuple((height, width) for height, width in pairs)
+
+
+def print_preview(plan: Plan, workers: int) -> None:
+    """One clip of each kind, and what the whole would take at their rate."""
+    table = Table("key", "height x width", "KiB", "ms", "prompt")
+    seconds, stored, count = 0.0, 0, min(plan.clips, len(synthetic.KINDS))
+    for index in tqdm(range(count), unit="clip"):
+        start = time.perf_counter()
+        drawn = draw(plan, index)
+        took = time.perf_counter() - start
+        size = len(drawn.clip.media)
+        seconds, stored = seconds + took, stored + size
+        sides = "x".join(map(str, plan.size(index)))
+        table.add_row(drawn.key, sides, f"{size / 2**10:.1f}", f"{1000 * took:.0f}", drawn.prompt)
+    console = Console()
+    console.print(table)
+    # Sizes take turns, and both time and bytes go with the area.
+    area = sum(height * width for height, width in plan.sizes) / len(plan.sizes) / math.prod(plan.sizes[0])
+    total = plan.clips / count * area
+    hours = total * seconds / max(1, workers) / 3600
+    text = f"{plan.clips} clips: about {total * stored / 2**30:.3g} GiB, {hours:.3g} hours. Nothing was written."
+    console.print(text, highlight=False, soft_wrap=True)
 
 
 def to_uint8(clip: synthetic.SyntheticClip) -> NDArray[np.uint8]:
@@ -93,20 +167,24 @@ def to_uint8(clip: synthetic.SyntheticClip) -> NDArray[np.uint8]:
 
 @hydra.main(version_base=None, config_path=CONF, config_name="prep/synthesize")
 def main(cfg: DictConfig) -> None:
-    # Sums over threads round differently from machine to machine; small pictures gain nothing from them.
-    torch.set_num_threads(1)
-    manifest = synthesize(
+    sizes = [cfg.size] if isinstance(cfg.size, int) else OmegaConf.to_container(cfg.size)
+    if cfg.preview:
+        print_preview(Plan(cfg.clips, cfg.frames, squares(sizes), cfg.seed), cfg.workers)
+        return
+    head = synthesize(
         out=Path(cfg.out),
         clips=cfg.clips,
         frames=cfg.frames,
-        sizes=[cfg.size] if isinstance(cfg.size, int) else list(cfg.size),
+        sizes=sizes,
         seed=cfg.seed,
         val_fraction=cfg.val_fraction,
         max_clips=cfg.max_clips,
         max_bytes=int(cfg.max_mb * 2**20),
+        executor=cfg.executor,
+        workers=cfg.workers,
     )
-    train, val = manifest["splits"]["train"], manifest["splits"]["val"]
-    print(f"{cfg.out}: {train} clips to train and {val} to validate on, {manifest['frames']} frames")
+    train, val = head["splits"]["train"], head["splits"]["val"]
+    print(f"{cfg.out}: {train} clips to train and {val} to validate on, {head['frames']} frames")
 
 
 if __name__ == "__main__":

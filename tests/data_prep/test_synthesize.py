@@ -1,4 +1,6 @@
 import sys
+import tracemalloc
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -7,7 +9,8 @@ from hydra.core.global_hydra import GlobalHydra
 from acetate.data.drawing import FPS
 from acetate.data.shards import MANIFEST, ShardError, index_shards, read_clip, read_manifest
 from acetate.data.synthetic import KINDS, render
-from data_prep import ingest, shard, synthesize
+from data_prep import cache_latents, ingest, shard, synthesize
+from data_prep.synthesize import draw
 
 SETTINGS = {"clips": 16, "frames": 5, "sizes": [16], "seed": 0, "val_fraction": 0.2, "max_clips": 6, "max_bytes": 10**9}
 
@@ -29,7 +32,7 @@ def test_kinds_are_balanced_and_both_splits_filled(tmp_path):
     counts = [sum(ref.key.startswith(kind) for ref in refs) for kind in KINDS]
     assert max(counts) - min(counts) <= 1 and len(refs) == manifest["clips"] == 16
     assert min(manifest["splits"].values()) >= 1
-    assert [len(tar["clips"]) for tar in manifest["shards"]] == [6, 6, 4]
+    assert [len(tar["clips"]) for tar in read_manifest(tmp_path)["shards"]] == [6, 6, 4]
     clip = read_clip(refs[0])
     assert clip.frames.shape == (5, 16, 16, 4) and clip.fps == FPS and "ransparent" in clip.prompt
 
@@ -61,6 +64,54 @@ def test_sizes_take_turns_over_all_kinds(tmp_path):
     assert all(sorted(widths) == [16, 24] for widths in sizes.values())
 
 
+def test_sizes_need_not_be_square(tmp_path):
+    make(tmp_path, sizes=[[16, 24], 12], clips=2 * len(KINDS))
+    sizes = {(ref.height, ref.width) for ref in index_shards([tmp_path])}
+    assert sizes == {(16, 24), (12, 12)}
+    with pytest.raises(ValueError, match=r"size=\[\[16, 24, 3\]\]; give a side, or"):
+        make(tmp_path / "none", sizes=[[16, 24, 3]])
+
+
+@pytest.mark.slow
+def test_workers_make_the_same_bytes(tmp_path):
+    make(tmp_path / "a")
+    make(tmp_path / "b", workers=2)
+    for path in (tmp_path / "a").iterdir():
+        assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes()
+
+
+def test_an_interrupted_run_goes_on_after_its_last_tar(tmp_path, monkeypatch):
+    make(tmp_path / "whole")
+    drawn = []
+
+    def stumble(plan, index):
+        drawn.append(index)
+        if len(drawn) == 9:
+            raise KeyboardInterrupt
+        return draw(plan, index)
+
+    monkeypatch.setattr(synthesize, "draw", stumble)
+    with pytest.raises(KeyboardInterrupt):
+        make(tmp_path / "cut")
+    make(tmp_path / "cut")
+    assert drawn[9:] == list(range(6, 16))
+    for path in (tmp_path / "whole").iterdir():
+        assert path.read_bytes() == (tmp_path / "cut" / path.name).read_bytes()
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_clips(tmp_path, monkeypatch):
+    one = draw(synthesize.Plan(1, 1, ((8, 8),), 0), 0)
+    monkeypatch.setattr(synthesize, "draw", lambda plan, index: replace(one, key=plan.key(index)))
+    peaks = []
+    for clips in (1_000, 3_000):
+        tracemalloc.start()
+        make(tmp_path / str(clips), clips=clips, frames=1, max_clips=500)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert (peaks[1] - peaks[0]) / 2_000 < 40  # bytes a clip; its line in the manifest alone has 130
+
+
 def test_finished_work_is_left_alone(tmp_path):
     manifest = make(tmp_path)
     before = (tmp_path / "clips-000000.tar").stat().st_mtime_ns
@@ -80,9 +131,22 @@ def test_command(tmp_path, monkeypatch, capsys):
     assert [path.name for path in tmp_path.iterdir()] == ["shards"]  # no log, no .hydra folder
 
 
+def test_preview_writes_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    run(synthesize, monkeypatch, "out=shards", "clips=1000000", "frames=5", "size=[[16,24]]", "preview=true")
+    text = capsys.readouterr().out
+    assert "shape-000006" in text and "1000000 clips: about" in text and "Nothing was written" in text
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     ("module", "keys"),
-    [(synthesize, ("clips", "seed")), (ingest, ("source", "bad_clip_budget")), (shard, ("manifest", "snap_low"))],
+    [
+        (cache_latents, ("variants", "rgba_vae")),
+        (synthesize, ("clips", "seed")),
+        (ingest, ("source", "bad_clip_budget")),
+        (shard, ("manifest", "alpha_low")),
+    ],
 )
 def test_help_and_unknown_keys(module, keys, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
@@ -92,6 +156,6 @@ def test_help_and_unknown_keys(module, keys, tmp_path, monkeypatch, capsys):
     text = capsys.readouterr().out
     assert f"python -m {module.__name__}" in text and all(key in text for key in keys)
     with pytest.raises(SystemExit):
-        run(module, monkeypatch, "colour=red")
-    assert "Could not override 'colour'" in capsys.readouterr().err
+        run(module, monkeypatch, "paint=red")
+    assert "Could not override 'paint'" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())

@@ -1,0 +1,294 @@
+"""Gives clips prompts, from tables and text files or a vision-language model; the clips stay as they are."""
+
+import csv
+import hashlib
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import hydra
+import torch
+from omegaconf import DictConfig
+from rich.console import Console
+from rich.table import Table
+from tqdm import tqdm
+
+from acetate.data.shards import (
+    MANIFEST,
+    BadClip,
+    ClipRef,
+    ShardError,
+    ShardWriter,
+    index_shards,
+    read_clip,
+    read_head,
+    read_media,
+    read_meta,
+    read_meta_text,
+)
+from acetate.draws import stable_hash
+from data_prep.captioner import Captioner, Look
+from data_prep.executor import parallel
+from data_prep.ingest import check_budget, print_bad
+from data_prep.journal import Line, open_journal, read_journal, write_lines
+
+CONF = str(Path(__file__).parents[1] / "conf")
+CAPTIONS_FILE = "captions.jsonl"
+PREVIEW_CLIPS = 8
+PIECE = re.compile(r"-p\d{3}$")  # what data_prep.shard adds to the key of a clip that it cuts
+Row = dict[str, str]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What decides the prompts. captioner: null leaves clips without a given prompt as they are."""
+
+    overwrite: Literal["missing", "all"]
+    missing: str  # regular expression: prompts that count as none
+    template: str
+    captioner: str | None
+    instruction: str
+    look: Look
+    max_tokens: int
+    dtype: str
+
+    def __post_init__(self) -> None:
+        if self.overwrite not in ("missing", "all"):
+            raise ValueError(f"overwrite={self.overwrite}; choose missing or all")
+        if "{caption}" not in self.template:
+            raise ValueError(f"template={self.template!r} has no {{caption}}; that is where the caption goes")
+        re.compile(self.missing)
+
+    def is_missing(self, prompt: str) -> bool:
+        return self.overwrite == "all" or re.fullmatch(self.missing, prompt, re.DOTALL) is not None
+
+
+def read_prompts(source: Path) -> dict[str, Row]:
+    """Key -> {"caption", and whatever else the row has}, of a .csv or .jsonl file or a folder of KEY.txt.
+
+    Columns: key; caption (or prompt, text); more of them for the template. ValueError names the row that lacks one.
+    """
+    if source.is_dir():
+        return {path.stem: {"caption": path.read_text().strip()} for path in sorted(source.glob("*.txt"))}
+    if source.suffix not in (".csv", ".jsonl"):
+        raise ValueError(f"prompts={source}; give a .csv, a .jsonl or a folder of KEY.txt")
+    with open(source, newline="", encoding="utf-8-sig") as file:
+        found = list(csv.DictReader(file)) if source.suffix == ".csv" else list(map(json.loads, file))
+    rows: dict[str, Row] = {}
+    for number, row in enumerate(found, start=1):
+        texts = {name: str(value).strip() for name, value in row.items() if name and value not in (None, "")}
+        texts["caption"] = next((texts[name] for name in ("caption", "prompt", "text") if name in texts), "")
+        if "key" not in texts or not texts["caption"]:
+            raise ValueError(f"{source}: row {number} lacks a key or a caption; columns: key, caption")
+        rows[texts["key"]] = texts
+    return rows
+
+
+def sentence(template: str, row: Row) -> str:
+    """The template around a caption; one that says already that its background is transparent stays as it is."""
+    caption = row["caption"]
+    if re.match(r"transparent background", caption, re.IGNORECASE):
+        return caption
+    inside = re.sub(r"^(An?|The)\b", lambda word: word[0].lower(), caption)
+    try:
+        return template.format(**{**row, "caption": inside})
+    except (KeyError, IndexError) as error:
+        raise ValueError(
+            f"template={template!r} asks for {error}; this row has {', '.join(sorted(row))}: {caption}"
+        ) from error
+
+
+def decide(ref: ClipRef, settings: Settings, given: Mapping[str, Row]) -> Line | BadClip | None:
+    """The line of a clip whose prompt is known: kept, or given; None if the captioner has to see it."""
+    try:
+        prompt = read_meta(ref)["prompt"]
+    except BadClip as bad:
+        return bad
+    row = given.get(ref.key) or given.get(PIECE.sub("", ref.key))
+    if not settings.is_missing(prompt) or (row is None and settings.captioner is None):
+        return {"key": ref.key, "from": "kept", "prompt": prompt}
+    if row is not None:
+        return {"key": ref.key, "from": "given", "prompt": sentence(settings.template, row)}
+    return None
+
+
+def see(captioner: Captioner, ref: ClipRef, template: str) -> Line | BadClip:
+    try:
+        caption = captioner(read_clip(ref).frames)
+    except BadClip as bad:
+        return bad
+    except ValueError as error:
+        return BadClip(ref.key, str(error))
+    return {"key": ref.key, "from": "captioner", "prompt": sentence(template, {"caption": caption})}
+
+
+def load_captioner(settings: Settings, device: str, number: int) -> Captioner:
+    """Of worker `number`; device auto: spread over the GPUs, the CPU where there is none."""
+    if device == "auto":
+        count = torch.cuda.device_count()
+        device = f"cuda:{number % count}" if count else "cpu"
+    return Captioner(
+        str(settings.captioner), instruction=settings.instruction, look=settings.look,
+        max_tokens=settings.max_tokens, dtype=settings.dtype, device=device,
+    )  # fmt: skip
+
+
+def clip_name(ref: ClipRef) -> str:
+    return ref.name
+
+
+def caption_clips(
+    refs: Sequence[ClipRef], settings: Settings, given: Mapping[str, Row], device: str, executor: str, workers: int
+) -> Iterator[Line | BadClip]:
+    """The line of every clip; those that the captioner sees come last."""
+    unseen = []
+    for ref in tqdm(refs, unit="clip", desc="prompts"):
+        line = decide(ref, settings, given)
+        if line is None:
+            unseen.append(ref)
+        else:
+            yield line
+    if unseen:
+        results = parallel(
+            partial(see, template=settings.template), unseen, executor=executor, workers=workers,
+            setup=partial(load_captioner, settings, device), name=clip_name,
+        )  # fmt: skip
+        with closing(results):
+            yield from tqdm(results, total=len(unseen), unit="clip", desc="captions")
+
+
+def caption(
+    *,
+    shards: Sequence[Path],
+    out: Path,
+    prompts: Path | None,
+    settings: Settings,
+    max_clips: int,
+    max_bytes: int,
+    bad_clip_budget: int,
+    device: str,
+    executor: str,
+    workers: int,
+) -> tuple[list[Line], dict[str, str]]:
+    """Writes captions.jsonl and shards of the same clips with the new prompts; returns the lines, and key -> reason.
+
+    A run that was interrupted keeps the captions that it has. A folder that already holds these very prompts is left
+    as it is; ShardError if it holds others. TooManyBad past the budget.
+    """
+    refs = index_shards(shards)
+    given = read_prompts(prompts) if prompts else {}
+    content = {
+        **asdict(settings), "max_clips": max_clips, "max_bytes": max_bytes,
+        "prompts_sha256": hashlib.sha256(json.dumps(given, sort_keys=True).encode()).hexdigest(),
+        "shards_sha256": [hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest() for folder in shards],
+    }  # fmt: skip
+    made_by = json.loads(json.dumps({"command": "data_prep.caption", "settings": content}))
+    journal = out / CAPTIONS_FILE
+    known = check_folder(out, made_by)
+    if (out / MANIFEST).exists():
+        return list(known.values()), read_head(out)["skipped"]
+    bad: dict[str, str] = {}
+    with open_journal(journal) as append:
+        if not known and not read_journal(journal):
+            append({"made_by": made_by})
+        todo = [ref for ref in refs if ref.key not in known]
+        for line in caption_clips(todo, settings, given, device, executor, workers):
+            if isinstance(line, BadClip):
+                bad[line.key] = line.reason
+                check_budget(bad, bad_clip_budget)
+            else:
+                append(line)
+                known[line["key"]] = line
+    good = [ref for ref in refs if ref.key not in bad]
+    write_lines(journal, [{"made_by": made_by}, *(known[ref.key] for ref in good)])
+    with ShardWriter(out, max_clips=max_clips, max_bytes=max_bytes, made_by=made_by) as writer:
+        for ref in tqdm(good, unit="clip", desc="copies"):
+            if ref.key in writer:
+                continue
+            try:
+                writer.copy(ref, read_media(ref), with_prompt(read_meta_text(ref), known[ref.key]["prompt"]))
+            except BadClip as error:
+                bad[error.key] = error.reason
+                check_budget(bad, bad_clip_budget)
+        writer.skipped = dict(sorted(bad.items()))
+    return [known[ref.key] for ref in good], writer.skipped
+
+
+def check_folder(out: Path, made_by: Mapping[str, Any]) -> dict[str, Line]:
+    """Key -> line of an earlier run with these settings; ShardError if it had others."""
+    lines = read_journal(out / CAPTIONS_FILE)
+    found = [line["made_by"] for line in lines[:1]] + ([read_head(out)["made_by"]] if (out / MANIFEST).exists() else [])
+    if any(other != made_by for other in found):
+        raise ShardError(f"{out} holds captions that were made otherwise. Name another folder or remove it first.")
+    return {line["key"]: line for line in lines[1:]}
+
+
+def with_prompt(meta: bytes, prompt: str) -> bytes:
+    """A clip's JSON with another prompt; the same bytes if it is the same."""
+    content = json.loads(meta)
+    if content["prompt"] == prompt:
+        return meta
+    return json.dumps({**content, "prompt": prompt}, ensure_ascii=False, sort_keys=True).encode()
+
+
+def preview(
+    shards: Sequence[Path], prompts: Path | None, settings: Settings, device: str
+) -> tuple[list[Line], dict[str, str], int]:
+    """Lines of a few clips, reasons of those that have none, and clips in all. Writes nothing."""
+    refs = index_shards(shards)
+    few = sorted(refs, key=lambda ref: stable_hash(ref.key))[:PREVIEW_CLIPS]
+    lines = list(caption_clips(few, settings, read_prompts(prompts) if prompts else {}, device, "local", 0))
+    bad = {line.key: line.reason for line in lines if isinstance(line, BadClip)}
+    return [line for line in lines if not isinstance(line, BadClip)], bad, len(refs)
+
+
+@hydra.main(version_base=None, config_path=CONF, config_name="prep/caption")
+def main(cfg: DictConfig) -> None:
+    console = Console()
+    shards = [Path(folder) for folder in ([cfg.shards] if isinstance(cfg.shards, str) else cfg.shards)]
+    prompts = Path(cfg.prompts) if cfg.prompts else None
+    settings = Settings(
+        overwrite=cfg.overwrite,
+        missing=cfg.missing,
+        template=cfg.template,
+        captioner=cfg.captioner,
+        instruction=cfg.instruction,
+        look=Look(cfg.pictures, cfg.images, cfg.background),
+        max_tokens=cfg.max_tokens,
+        dtype=cfg.dtype,
+    )
+    if cfg.preview:
+        lines, bad, total = preview(shards, prompts, settings, cfg.device)
+        table = Table("key", "from", "prompt")
+        for line in lines:
+            table.add_row(line["key"], line["from"], line["prompt"])
+        console.print(table)
+        console.print(f"{len(lines)} of {total} clips were looked at. Nothing was written.")
+    else:
+        lines, bad = caption(
+            shards=shards,
+            out=Path(cfg.out),
+            prompts=prompts,
+            settings=settings,
+            max_clips=cfg.max_clips,
+            max_bytes=int(cfg.max_mb * 2**20),
+            bad_clip_budget=cfg.bad_clip_budget,
+            device=cfg.device,
+            executor=cfg.executor,
+            workers=cfg.workers,
+        )
+        counts = ", ".join(
+            f"{count} {origin}" for origin, count in Counter(line["from"] for line in lines).most_common()
+        )
+        console.print(f"{cfg.out}: {len(lines)} prompts, {counts}", highlight=False, soft_wrap=True)
+    print_bad(console, bad)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,293 @@
+"""Copies the clips that pass the rules, byte for byte, into shards of their own and says why the others fall."""
+
+import hashlib
+import json
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import hydra
+import numpy as np
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+from rich.table import Table
+from tqdm import tqdm
+
+from acetate.data.shards import (
+    MANIFEST,
+    BadClip,
+    ClipRef,
+    ShardError,
+    ShardWriter,
+    index_shards,
+    read_clip,
+    read_head,
+    read_media,
+    read_meta_text,
+)
+from acetate.draws import stable_hash
+from data_prep import scores as scoring
+from data_prep.executor import parallel
+from data_prep.ingest import check_budget, print_bad
+from data_prep.journal import Line, open_journal, read_journal, write_lines
+from data_prep.scores import SCORES, repeats
+
+CONF = str(Path(__file__).parents[1] / "conf")
+SCORES_FILE, REJECTED_FILE = "scores.jsonl", "rejected.jsonl"
+PREVIEW_CLIPS = 32
+CODE = hashlib.sha256(Path(scoring.__file__).read_bytes()).hexdigest()[:12]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Both ends belong to what is kept."""
+
+    min: float = -math.inf
+    max: float = math.inf
+
+    def __str__(self) -> str:
+        if math.isfinite(self.min) and math.isfinite(self.max):
+            return f"{self.min:g} to {self.max:g}"
+        return f">= {self.min:g}" if math.isfinite(self.min) else f"<= {self.max:g}"
+
+
+@dataclass(frozen=True)
+class Duplicates:
+    """distance: bits of 128 that two looks may differ in. keep: the best (most pixels, then sharpest) or the first."""
+
+    distance: int
+    keep: Literal["best", "first"]
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.distance <= 32:
+            raise ValueError(f"duplicates.distance={self.distance}; 0 to 32 of 128 bits, 6 is a good start")
+        if self.keep not in ("best", "first"):
+            raise ValueError(f"duplicates.keep={self.keep}; choose best or first")
+
+
+def parse_rules(rules: Mapping[str, Any]) -> dict[str, Rule]:
+    """{score: {min, max}}; a rule that is null is none. ValueError for a score or an end that does not exist."""
+    parsed = {}
+    for name, ends in rules.items():
+        if name not in SCORES:
+            raise ValueError(f"rules.{name}: no such score; known: {', '.join(SCORES)}")
+        if ends is None:
+            continue
+        numbers = isinstance(ends, Mapping) and all(isinstance(value, int | float) for value in ends.values())
+        if not numbers or not ends or ends.keys() - {"min", "max"}:
+            raise ValueError(f"rules.{name}={ends}; give {{min: NUMBER}}, {{max: NUMBER}} or both")
+        rule = Rule(**ends)
+        if not rule.min <= rule.max:
+            raise ValueError(f"rules.{name}: min={rule.min:g} is above max={rule.max:g}; nothing would be kept")
+        parsed[name] = rule
+    return parsed
+
+
+def score_clips(
+    refs: Sequence[ClipRef], known: Mapping[str, Line], executor: str, workers: int
+) -> Iterator[Line | BadClip]:
+    """The line of every clip that `known` lacks, in the order of the clips."""
+    todo = [ref for ref in refs if not current(known.get(ref.key), ref)]
+    with closing(parallel(score_clip, todo, executor=executor, workers=workers, name=clip_name)) as results:
+        yield from tqdm(results, total=len(todo), unit="clip", desc="scores")
+
+
+def clip_name(ref: ClipRef) -> str:
+    return ref.name
+
+
+def score_clip(ref: ClipRef) -> Line | BadClip:
+    try:
+        values, look = scoring.score(read_clip(ref))
+    except BadClip as bad:
+        return bad
+    return {"key": ref.key, **values, "look": look, "crc32": ref.crc32, "code": CODE}
+
+
+def current(line: Line | None, ref: ClipRef) -> bool:
+    """Whether a line is of this very clip and of this way to score."""
+    return line is not None and (line["crc32"], line["code"]) == (ref.crc32, CODE)
+
+
+def judge(lines: Sequence[Line], rules: Mapping[str, Rule], duplicates: Duplicates | None) -> list[Line]:
+    """One line per broken rule: key, score, value, rule; for a duplicate also `of`, the clip that is kept."""
+    rejected = [
+        {"key": line["key"], "score": name, "value": line[name], "rule": str(rule)}
+        for line in lines
+        for name, rule in rules.items()
+        if not rule.min <= line[name] <= rule.max
+    ]
+    if duplicates is not None:
+        # Only among clips that are good otherwise: a rejected one must not take a good one with it.
+        fallen = {line["key"] for line in rejected}
+        rest = [line for line in lines if line["key"] not in fallen]
+        if duplicates.keep == "best":
+            rest.sort(key=lambda line: (-pixels(line), -line["sharpness"], line["key"]))
+        found = repeats([line["look"] for line in rest], duplicates.distance)
+        for line, match in zip(rest, found, strict=True):
+            if match is not None:
+                other, bits = match
+                rule = f"> {duplicates.distance} bits of 128"
+                twin = rest[other]["key"]
+                rejected.append({"key": line["key"], "score": "duplicate", "value": bits, "rule": rule, "of": twin})
+    return sorted(rejected, key=lambda line: (line["key"], line["score"]))
+
+
+def pixels(line: Line) -> int:
+    return line["frames"] * line["short_side"] * line["long_side"]
+
+
+def filter_clips(
+    *,
+    shards: Sequence[Path],
+    out: Path,
+    rules: Mapping[str, Rule],
+    duplicates: Duplicates | None,
+    scores: Path | None,
+    max_clips: int,
+    max_bytes: int,
+    bad_clip_budget: int,
+    executor: str,
+    workers: int,
+) -> tuple[list[Line], list[Line], dict[str, str]]:
+    """Writes shards, scores.jsonl and rejected.jsonl; returns the lines of both and key -> reason of unreadable clips.
+
+    Scores in `out`, from a run that was interrupted, and in the file `scores` are not measured again. A folder that
+    already holds this very choice is left as it is; ShardError if it holds another, and if no clip is kept. TooManyBad
+    past the budget.
+    """
+    refs = index_shards(shards)
+    made_by = {
+        "command": "data_prep.filter",
+        "settings": {
+            "rules": {name: str(rule) for name, rule in rules.items()},
+            "duplicates": asdict(duplicates) if duplicates else None,
+            "code": CODE, "max_clips": max_clips, "max_bytes": max_bytes,
+            "shards_sha256": [hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest() for folder in shards],
+        },
+    }  # fmt: skip
+    if (out / MANIFEST).exists():
+        head = read_head(out)
+        if head["made_by"] != json.loads(json.dumps(made_by)):
+            raise ShardError(
+                f"{out} holds shards that were made otherwise. Name another folder or remove it first; "
+                f"scores={out / SCORES_FILE} saves measuring again."
+            )
+        return read_journal(out / SCORES_FILE), read_journal(out / REJECTED_FILE), head["skipped"]
+    known = read_scores(scores, out / SCORES_FILE)
+    bad: dict[str, str] = {}
+    with open_journal(out / SCORES_FILE) as append:
+        for line in score_clips(refs, known, executor, workers):
+            if isinstance(line, BadClip):
+                bad[line.key] = line.reason
+                check_budget(bad, bad_clip_budget)
+            else:
+                append(line)
+                known[line["key"]] = line
+    good = [ref for ref in refs if ref.key not in bad]
+    lines = [known[ref.key] for ref in good]
+    rejected = judge(lines, rules, duplicates)
+    fallen = {line["key"] for line in rejected}
+    if len(fallen) == len(good):
+        raise ShardError(f"the rules reject all {len(good)} clips ({tally(rejected)}); loosen them.")
+    write_lines(out / SCORES_FILE, lines)
+    write_lines(out / REJECTED_FILE, rejected)
+    with ShardWriter(out, max_clips=max_clips, max_bytes=max_bytes, made_by=made_by) as writer:
+        for ref in tqdm([ref for ref in good if ref.key not in fallen], unit="clip", desc="copies"):
+            if ref.key in writer:
+                continue
+            try:
+                writer.copy(ref, read_media(ref), read_meta_text(ref))
+            except BadClip as error:  # its scores may be older than the damage
+                bad[error.key] = error.reason
+                check_budget(bad, bad_clip_budget)
+        writer.skipped = dict(sorted(bad.items()))
+    return lines, rejected, writer.skipped
+
+
+def read_scores(*files: Path | None) -> dict[str, Line]:
+    """Key -> line; later files win."""
+    for file in files[:-1]:
+        if file is not None and not file.is_file():
+            raise FileNotFoundError(f"scores={file} does not exist; data_prep.filter writes {SCORES_FILE} into `out`.")
+    return {line["key"]: line for file in files if file is not None for line in read_journal(file)}
+
+
+def tally(rejected: Sequence[Line]) -> str:
+    return ", ".join(f"{name}: {count}" for name, count in Counter(line["score"] for line in rejected).most_common())
+
+
+def preview(
+    shards: Sequence[Path], files: Sequence[Path | None], executor: str, workers: int
+) -> tuple[int, list[Line], dict[str, str]]:
+    """Clips in all; lines of those with scores and of a few others, or why there are none. Writes nothing."""
+    refs, known = index_shards(shards), read_scores(*files)
+    done = [known[ref.key] for ref in refs if current(known.get(ref.key), ref)]
+    new = sorted((ref for ref in refs if not current(known.get(ref.key), ref)), key=lambda ref: stable_hash(ref.key))
+    found = list(score_clips(new[:PREVIEW_CLIPS], {}, executor, workers))
+    bad = {line.key: line.reason for line in found if isinstance(line, BadClip)}
+    lines = done + [line for line in found if not isinstance(line, BadClip)]
+    return len(refs), sorted(lines, key=lambda line: line["key"]), bad
+
+
+def print_summary(console: Console, lines: Sequence[Line], rejected: Sequence[Line], rules: Mapping[str, Rule]) -> None:
+    """How the scores spread, and what each rule takes away."""
+    table = Table("score", "min", "5 %", "median", "95 %", "max", "kept", "rejected")
+    broken = Counter(line["score"] for line in rejected)
+    for name in SCORES:
+        spread = np.percentile([line[name] for line in lines], (0, 5, 50, 95, 100)) if lines else [math.nan] * 5
+        rule = str(rules[name]) if name in rules else ""
+        table.add_row(
+            name,
+            *(f"{value:.3g}" if value >= 1 else f"{value:.2g}" for value in spread),
+            rule,
+            str(broken[name]) if rule else "",
+        )
+    table.add_row("duplicate", *[""] * 6, str(broken["duplicate"]))
+    console.print(table)
+
+
+@hydra.main(version_base=None, config_path=CONF, config_name="prep/filter")
+def main(cfg: DictConfig) -> None:
+    console = Console()
+    out = Path(cfg.out)
+    shards = [Path(folder) for folder in ([cfg.shards] if isinstance(cfg.shards, str) else cfg.shards)]
+    loaded = OmegaConf.load(cfg.rules) if isinstance(cfg.rules, str) else cfg.rules
+    rules = parse_rules(OmegaConf.to_container(loaded, resolve=True))  # type: ignore[arg-type]  names are strings
+    duplicates = Duplicates(**cfg.duplicates) if cfg.duplicates else None
+    scores = Path(cfg.scores) if cfg.scores else None
+    if cfg.preview:
+        total, lines, bad = preview(shards, [scores, out / SCORES_FILE], cfg.executor, cfg.workers)
+        rejected = judge(lines, rules, duplicates)
+        for line in rejected:
+            twin = f", repeats {line['of']}" if "of" in line else ""
+            console.print(
+                f"{line['key']}: {line['score']} {line['value']:g}, kept {line['rule']}{twin}", highlight=False
+            )
+        text = f"{len(lines)} of {total} clips were measured. Nothing was written."
+    else:
+        lines, rejected, bad = filter_clips(
+            shards=shards,
+            out=out,
+            rules=rules,
+            duplicates=duplicates,
+            scores=scores,
+            max_clips=cfg.max_clips,
+            max_bytes=int(cfg.max_mb * 2**20),
+            bad_clip_budget=cfg.bad_clip_budget,
+            executor=cfg.executor,
+            workers=cfg.workers,
+        )
+        text = f"{out}: reasons in {REJECTED_FILE}, all scores in {SCORES_FILE}"
+    fallen = len({line["key"] for line in rejected})
+    console.print(f"{len(lines) - fallen} clips kept, {fallen} rejected. {text}", highlight=False, soft_wrap=True)
+    print_summary(console, lines, rejected, rules)
+    print_bad(console, bad)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,195 @@
+"""Shows what clip shards hold: a table, and one HTML page with contact sheets that needs nothing else."""
+
+import io
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import hydra
+import numpy as np
+from numpy.typing import NDArray
+from omegaconf import DictConfig, OmegaConf
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+from tqdm import tqdm
+
+from acetate.data.latents import bucket_sizes, plan
+from acetate.data.shards import BadClip, ClipRef, index_shards, read_clip, read_manifest, read_meta
+from acetate.draws import stable_hash
+from acetate.memory import blank_vae
+from acetate.models.wan import Geometry
+from data_prep.executor import parallel
+from data_prep.report import Entry, Picture, Report, render
+
+CONF = str(Path(__file__).parents[1] / "conf")
+WEBP_SIDE = 16383  # pixels, the format's limit
+
+
+def inspect(
+    *,
+    shards: Sequence[Path],
+    sample: int,
+    seed: int,
+    frames: int,
+    side: int,
+    vae: str,
+    lengths: Sequence[int],
+    area: int,
+    max_aspect: float,
+    executor: str,
+    workers: int,
+) -> Report:
+    """Every clip's description; pictures and alpha of `sample` clips that the seed draws.
+
+    frames, side: of a clip's pictures, their longest side in pixels. vae, lengths, area, max_aspect: what
+    data_prep.cache_latents would sort the clips by. Clips that cannot be read are listed beside those that the shards'
+    own manifests name.
+    """
+    for name, value in (("sample", sample), ("frames", frames), ("side", side)):
+        if value < 1:
+            raise ValueError(f"{name}={value}; must be at least 1")
+    if frames * side > WEBP_SIDE:
+        raise ValueError(f"frames={frames}, side={side}; side by side they must not pass {WEBP_SIDE} pixels")
+    refs = index_shards(shards)
+    manifests = [read_manifest(folder) for folder in shards]
+    skipped = {key: reason for manifest in manifests for key, reason in manifest.get("skipped", {}).items()}
+    chosen = sorted(refs, key=lambda ref: (stable_hash("inspect", seed, ref.key), ref.key))[:sample]
+    pictures: dict[str, Picture] = {}
+    draw = partial(picture, frames=frames, side=side)
+    with closing(parallel(draw, chosen, executor=executor, workers=workers, name=clip_name)) as results:
+        for ref, made in zip(chosen, tqdm(results, total=len(chosen), unit="clip", desc="pictures"), strict=True):
+            if isinstance(made, BadClip):
+                skipped[ref.key] = made.reason
+            else:
+                pictures[ref.key] = made
+    entries = []
+    for ref in tqdm(refs, unit="clip", desc="descriptions"):
+        if ref.key in skipped:
+            continue
+        try:
+            entries.append(describe(ref, read_meta(ref), pictures.get(ref.key)))
+        except BadClip as bad:
+            skipped[ref.key] = bad.reason
+    multiple = 2 * Geometry.of(blank_vae(vae)).space_stride
+    pieces = plan(refs, lengths, bucket_sizes(area, max_aspect, multiple), variants=1)
+    return Report(
+        title=", ".join(map(str, shards)),
+        made_by="made by " + " and ".join(dict.fromkeys(map(command_of, manifests))),
+        stored=sum(shard["bytes"] for manifest in manifests for shard in manifest["shards"]),
+        entries=entries,
+        buckets=Counter((piece.frames, piece.height, piece.width) for piece in pieces if piece.ref.key not in skipped),
+        pixels_at_most=area,
+        seed=seed,
+        skipped=dict(sorted(skipped.items())),
+    )
+
+
+def clip_name(ref: ClipRef) -> str:
+    return ref.name
+
+
+def command_of(manifest: Mapping[str, Any]) -> str:
+    return str(manifest["made_by"].get("command", "an unknown command"))
+
+
+def describe(ref: ClipRef, meta: Mapping[str, Any], shown: Picture | None) -> Entry:
+    return Entry(
+        key=ref.key,
+        split=ref.split,
+        frames=ref.frames,
+        width=ref.width,
+        height=ref.height,
+        fps=float(meta.get("fps", 0)),
+        prompt=meta["prompt"],
+        licence=str(meta.get("licence", "unknown")),
+        source=str(meta.get("source", "unknown")),
+        picture=shown,
+    )
+
+
+def picture(ref: ClipRef, *, frames: int, side: int) -> Picture | BadClip:
+    """`frames` of the clip, evenly spread, and the alpha of all of them."""
+    try:
+        clip = read_clip(ref).frames
+    except BadClip as bad:
+        return bad
+    counts = np.bincount(clip[..., 3].reshape(-1), minlength=256)
+    places = np.unique(np.linspace(0, len(clip) - 1, min(frames, len(clip))).round().astype(int))
+    tiles = [small(clip[place], side) for place in places]
+    strip = Image.new("RGBA", (len(tiles) * tiles[0].width, tiles[0].height))
+    for i, tile in enumerate(tiles):
+        strip.paste(tile, (i * tile.width, 0))
+    buffer = io.BytesIO()
+    strip.save(buffer, "WEBP", quality=82, alpha_quality=95)
+    return Picture(buffer.getvalue(), len(tiles), tuple((counts / counts.sum()).tolist()))
+
+
+def small(frame: NDArray[np.uint8], side: int) -> Image.Image:
+    """PIL resizes RGBA premultiplied. Small frames stay as they are."""
+    image = Image.fromarray(frame)
+    scale = min(1.0, side / max(image.size))
+    return image.resize([max(1, round(length * scale)) for length in image.size], Image.Resampling.LANCZOS)
+
+
+def print_summary(console: Console, report: Report) -> None:
+    entries = report.entries
+    console.print(f"{report.title}, {report.made_by}", highlight=False, soft_wrap=True)
+    table = Table("split", "clips", "stills", "frames", "prompts", "empty", "semi", "opaque")
+    for split in ("train", "val"):
+        mine = [entry for entry in entries if entry.split == split]
+        shares = np.mean([entry.picture.shares for entry in mine if entry.picture] or [[np.nan] * 3], axis=0)
+        numbers = (len(mine), sum(entry.frames == 1 for entry in mine), sum(entry.frames for entry in mine))
+        prompts = len({entry.prompt for entry in mine})
+        table.add_row(split, *map(str, (*numbers, prompts)), *(f"{100 * share:.1f} %" for share in shares))
+    console.print(table)
+    shown = len(report.pictured)
+    if shown < len(entries):
+        console.print(f"Alpha is of a sample of {shown} clips, seed {report.seed}.", highlight=False)
+    for title, counts in (
+        ("size (width x height)", Counter(f"{entry.width}x{entry.height}" for entry in entries)),
+        ("bucket (frames x height x width)", Counter({"x".join(map(str, b)): n for b, n in report.buckets.items()})),
+        ("licence", Counter(entry.licence for entry in entries)),
+    ):
+        table = Table(title, "windows" if title.startswith("bucket") else "clips")
+        for name, count in counts.most_common(8):
+            table.add_row(name, str(count))
+        if len(counts) > 8:
+            table.add_row(f"{len(counts) - 8} more", str(sum(n for _, n in counts.most_common()[8:])))
+        console.print(table)
+    for key, reason in report.skipped.items():
+        console.print(f"[red]skipped[/] {key}: {reason}", highlight=False, soft_wrap=True)
+
+
+@hydra.main(version_base=None, config_path=CONF, config_name="prep/inspect")
+def main(cfg: DictConfig) -> None:
+    report = inspect(
+        shards=[Path(folder) for folder in ([cfg.shards] if isinstance(cfg.shards, str) else cfg.shards)],
+        sample=cfg.sample,
+        seed=cfg.seed,
+        frames=cfg.frames,
+        side=cfg.side,
+        vae=cfg.wan.vae,
+        lengths=OmegaConf.to_container(cfg.lengths, resolve=True),  # type: ignore[arg-type]  a list of integers
+        area=cfg.area,
+        max_aspect=cfg.max_aspect,
+        executor=cfg.executor,
+        workers=cfg.workers,
+    )
+    console = Console()
+    print_summary(console, report)
+    if cfg.preview or not cfg.out:
+        return
+    out = Path(cfg.out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = out.with_name(out.name + ".tmp")
+    temporary.write_text(render(report), encoding="utf-8")
+    temporary.replace(out)
+    console.print(f"{out}: {out.stat().st_size / 2**20:.1f} MiB, {len(report.pictured)} clips with pictures")
+
+
+if __name__ == "__main__":
+    main()

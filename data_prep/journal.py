@@ -1,0 +1,53 @@
+"""JSON lines that a run appends one by one, so that the next run goes on after the last of them."""
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+Line = dict[str, Any]
+
+
+class Append(Protocol):
+    def __call__(self, line: Mapping[str, Any]) -> None: ...
+
+
+def encode(line: Mapping[str, Any]) -> str:
+    return json.dumps(line, ensure_ascii=False) + "\n"
+
+
+def read_journal(path: Path) -> list[Line]:
+    """[] without a file. A last line that was cut off is left out; ValueError for any other that is not JSON."""
+    if not path.exists():
+        return []
+    lines = []
+    for number, text in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
+        try:
+            lines.append(json.loads(text))
+        except ValueError as error:
+            raise ValueError(f"{path}:{number} is not JSON ({error}). Repair the line or remove the file.") from error
+    return lines
+
+
+@contextmanager
+def open_journal(path: Path) -> Iterator[Append]:
+    """Appends lines, each on the disk before the next; a last one that was cut off goes first."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "ab+") as file:
+        file.seek(0)
+        file.truncate(file.read().rfind(b"\n") + 1)
+
+        def append(line: Mapping[str, Any]) -> None:
+            file.write(encode(line).encode())
+            file.flush()
+
+        yield append
+
+
+def write_lines(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
+    """Whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.writelines(map(encode, lines))
+    temporary.replace(path)

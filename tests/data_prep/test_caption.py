@@ -1,0 +1,202 @@
+import json
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hydra.core.global_hydra import GlobalHydra
+
+from acetate.data.shards import (
+    ShardError,
+    ShardWriter,
+    encode_clip,
+    index_shards,
+    read_manifest,
+    read_media,
+    read_meta,
+    read_meta_text,
+)
+from data_prep import caption as program
+from data_prep.caption import CAPTIONS_FILE, Settings, caption, read_prompts, sentence
+from data_prep.captioner import Captioner, Look
+from data_prep.ingest import TooManyBad
+from data_prep.journal import read_journal
+from tests.data_prep.tiny_captioners import save_llava
+
+PROMPTS = {
+    "film-p000": "Transparent background: film",  # as data_prep.ingest makes them of names
+    "film-p001": "Transparent background: film",
+    "none": "",
+    "told": "Transparent background, photo, close-up: a told dog.",
+}
+SETTINGS = Settings(
+    overwrite="missing", missing="(Transparent background: .*)?", template="Transparent background, {caption}",
+    captioner=None, instruction="describe a star", look=Look(2, "several", "grey"), max_tokens=4, dtype="float32",
+)  # fmt: skip
+
+
+@pytest.fixture
+def source(tmp_path):
+    with ShardWriter(tmp_path / "in", max_clips=3, max_bytes=10**9, made_by={}) as writer:
+        for i, (key, prompt) in enumerate(PROMPTS.items()):
+            frames = np.full((3, 8, 8, 4), 40 * i, np.uint8)
+            writer.add(key, encode_clip(frames, 8), split="train", prompt=prompt, source="s", licence="MIT",
+                       lossy=False, premultiplied_source=False)  # fmt: skip
+    return tmp_path / "in"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("llava")
+    save_llava(folder)
+    return str(folder)
+
+
+def run(source, out, settings=SETTINGS, prompts=None, **changes):
+    defaults = {"max_clips": 1, "max_bytes": 10**9, "bad_clip_budget": 0, "device": "cpu", "executor": "local"}
+    return caption(
+        shards=[source], out=out, prompts=prompts, settings=settings, **({"workers": 0} | defaults | changes)
+    )
+
+
+def prompts_of(folder):
+    return {ref.key: read_meta(ref)["prompt"] for ref in index_shards([folder])}
+
+
+def test_given_prompts_take_the_place_of_missing_ones(source, tmp_path):
+    table = tmp_path / "prompts.csv"
+    table.write_text("key,caption\nfilm,A grey film.\ntold,A cat\nfilm-p001,Transparent background: Its end.\n")
+    lines, bad = run(source, tmp_path / "out", prompts=table)
+    assert bad == {} and prompts_of(tmp_path / "out") == {
+        "film-p000": "Transparent background, a grey film.",
+        "film-p001": "Transparent background: Its end.",
+        "none": "",
+        "told": PROMPTS["told"],
+    }
+    assert [line["from"] for line in lines] == ["given", "given", "kept", "kept"]
+    before, after = (index_shards([folder]) for folder in (source, tmp_path / "out"))
+    for old, new in zip(before, after, strict=True):
+        assert read_media(old) == read_media(new)
+        assert {**read_meta(new), "prompt": ""} == {**read_meta(old), "prompt": ""}
+    assert read_meta_text(before[3]) == read_meta_text(after[3])
+    run(source, tmp_path / "all", replace(SETTINGS, overwrite="all"), prompts=table)
+    assert prompts_of(tmp_path / "all")["told"] == "Transparent background, a cat"
+
+
+def test_tables_and_text_files(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"key": "a", "text": "A star", "style": "photo"}\n')
+    assert read_prompts(tmp_path / "a.jsonl") == {
+        "a": {"key": "a", "text": "A star", "style": "photo", "caption": "A star"}
+    }
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "b.txt").write_text("A moon\n")
+    assert read_prompts(tmp_path / "texts") == {"b": {"caption": "A moon"}}
+    (tmp_path / "bad.csv").write_text("key,caption\na,b\nc,\n")
+    with pytest.raises(ValueError, match=r"bad\.csv: row 2 lacks a key or a caption"):
+        read_prompts(tmp_path / "bad.csv")
+    with pytest.raises(ValueError, match=r"give a \.csv, a \.jsonl or a folder"):
+        read_prompts(tmp_path / "a.parquet")
+
+
+def test_sentences():
+    template = "Transparent background, {style}: {caption}."
+    assert sentence(template, {"caption": "The Moon", "style": "photo"}) == "Transparent background, photo: the Moon."
+    assert sentence(template, {"caption": "transparent background, as is"}) == "transparent background, as is"
+    with pytest.raises(ValueError, match=r"asks for 'style'; this row has caption: A"):
+        sentence(template, {"caption": "A"})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"overwrite": "none"}, "overwrite=none; choose missing or all"),
+        ({"template": "Transparent"}, r"has no \{caption\}"),
+    ],
+)
+def test_settings_are_checked(change, message):
+    with pytest.raises(ValueError, match=message):
+        replace(SETTINGS, **change)
+
+
+def counted(monkeypatch, stop_at=0):
+    seen = []
+
+    def see(self, frames):
+        seen.append(int(frames[0, 0, 0, 0]) // 40)
+        if len(seen) == stop_at:
+            raise KeyboardInterrupt
+        return original(self, frames)
+
+    original = Captioner.__call__
+    monkeypatch.setattr(Captioner, "__call__", see)
+    return seen
+
+
+@pytest.mark.slow
+def test_the_captioner_sees_what_is_missing_and_a_restart_goes_on(source, model, tmp_path, monkeypatch):
+    settings = replace(SETTINGS, captioner=model)
+    lines, _ = run(source, tmp_path / "whole", settings)
+    assert [line["from"] for line in lines] == ["captioner"] * 3 + ["kept"]
+    assert all(line["prompt"].startswith("Transparent background, ") for line in lines)
+    assert prompts_of(tmp_path / "whole") == {line["key"]: line["prompt"] for line in lines}
+    seen = counted(monkeypatch, stop_at=2)
+    with pytest.raises(KeyboardInterrupt):
+        run(source, tmp_path / "cut", settings)
+    with pytest.raises(ShardError, match="made otherwise"):
+        run(source, tmp_path / "cut", replace(settings, max_tokens=3))
+    run(source, tmp_path / "cut", settings)
+    assert seen == [0, 1, 1, 2]
+    for path in (tmp_path / "whole").iterdir():
+        assert path.read_bytes() == (tmp_path / "cut" / path.name).read_bytes()
+
+
+@pytest.mark.slow
+def test_workers_make_the_same_bytes(source, model, tmp_path):
+    settings = replace(SETTINGS, captioner=model)
+    run(source, tmp_path / "a", settings)
+    run(source, tmp_path / "b", settings, workers=1)
+    for path in (tmp_path / "a").iterdir():
+        assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes()
+
+
+def test_finished_work_is_left_alone(source, tmp_path):
+    lines, _ = run(source, tmp_path / "out")
+    before = (tmp_path / "out" / "clips-000000.tar").stat().st_mtime_ns
+    assert run(source, tmp_path / "out") == (lines, {})
+    assert (tmp_path / "out" / "clips-000000.tar").stat().st_mtime_ns == before
+    assert read_journal(tmp_path / "out" / CAPTIONS_FILE)[1:] == lines
+    with pytest.raises(ShardError, match="made otherwise"):
+        run(source, tmp_path / "out", replace(SETTINGS, overwrite="all"))
+
+
+def test_unreadable_clips_are_counted(source, tmp_path):
+    ref = index_shards([source])[1]
+    with open(ref.tar, "r+b") as file:
+        file.seek(ref.media[0] + 40)
+        file.write(b"damage")
+    with pytest.raises(TooManyBad, match="film-p001"):
+        run(source, tmp_path / "none")
+    _, bad = run(source, tmp_path / "out", bad_clip_budget=1)
+    assert list(bad) == ["film-p001"] and read_manifest(tmp_path / "out")["skipped"] == bad
+    assert prompts_of(tmp_path / "out").keys() == PROMPTS.keys() - bad.keys()
+
+
+def command(monkeypatch, capsys, *arguments):
+    GlobalHydra.instance().clear()
+    monkeypatch.setattr(sys, "argv", ["caption", *arguments])
+    program.main()
+    GlobalHydra.instance().clear()
+    return capsys.readouterr().out
+
+
+def test_command(source, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "prompts.jsonl").write_text(json.dumps({"key": "none", "prompt": "A lamp"}) + "\n")
+    arguments = ("shards=in", "out=out", "prompts=prompts.jsonl")
+    seen = command(monkeypatch, capsys, *arguments, "preview=true")
+    assert "Transparent background, a lamp" in seen and "4 of 4 clips were looked at. Nothing was written." in seen
+    assert not (tmp_path / "out").exists()
+    assert "out: 4 prompts, 3 kept, 1 given" in command(monkeypatch, capsys, *arguments)
+    with pytest.raises(SystemExit):
+        command(monkeypatch, capsys, "--help")
+    assert "python -m data_prep.caption" in capsys.readouterr().out
