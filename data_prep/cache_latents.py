@@ -7,12 +7,10 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import ExitStack, closing, suppress
+from contextlib import closing, suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import groupby
-from multiprocessing import get_context
-from multiprocessing.queues import SimpleQueue
 from pathlib import Path
 from typing import Any
 from zlib import crc32
@@ -43,10 +41,12 @@ from acetate.data.shards import (
     read_meta,
     write_json,
 )
+from acetate.data.store import Folder, open_folder, read_file
 from acetate.formats.rgba_vae import load_rgba_vae, read_rgba_vae
 from acetate.models.rgba_vae import DECODERS_ONLY, RGBAVAE
 from acetate.models.text import TextEncoder
 from acetate.regions import fit_ellipses
+from data_prep.executor import parallel
 from data_prep.ingest import check_budget, print_bad
 from data_prep.latent_plan import Settings, background, placement, plan_of
 
@@ -182,25 +182,28 @@ def made(piece: Piece, tensors: dict[str, Tensor], meta: Mapping[str, Any]) -> M
 
 def cache_latents(
     *,
-    shards: Sequence[Path],
+    shards: Sequence[Folder],
     out: Path,
     sources: Sources,
     settings: Settings,
     allow_empty_buckets: bool,
     bad_clip_budget: int,
     device: str,
+    executor: str,
     workers: int,
+    gpus: float,
 ) -> dict[str, Any] | None:
     """Writes the latent shards and returns their manifest; a run that was interrupted makes what is missing.
 
-    Under torchrun each rank makes its part and rank 0 the manifest; the others return None. A folder that already
-    holds these very latents is left as it is; ShardError if it holds others, or if the clip shards cannot be used.
-    ValueError for sizes, lengths and prompts that the models cannot take; TooManyBad past the budget.
+    executor, workers, gpus as in data_prep.executor.parallel. Under torchrun each rank makes its part and rank 0 the
+    manifest; the others return None. A folder that already holds these very latents is left as it is; ShardError if it
+    holds others, or if the clip shards cannot be used. ValueError for sizes, lengths and prompts that the models cannot
+    take; TooManyBad past the budget.
     """
     rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
     refs, vae = index_shards(shards), sources.load_vae()
     pieces, facts = plan_of(refs, settings, vae.geometry, allow_empty_buckets)
-    devices = devices_for(device, spread=workers > 0)
+    devices = devices_for(device, spread=workers > 0 and executor == "local")
     encoder = TextEncoder(sources.text_encoder, sources.prompt_length, devices[0])
     run = Run(out, made_by(shards, sources, settings, vae, encoder), sources, settings)
     if finished := check_folder(run):
@@ -223,12 +226,20 @@ def cache_latents(
 
         for number in range(len(jobs)):
             report(0, (run.done(number) or {"skipped": {}})["skipped"])
-        run_jobs(run, todo, vae, devices, workers, report)
+        if executor == "local" and not workers:
+            maker = Encoder(run, vae, devices[0])
+            for number, job in todo.items():
+                maker.tar(number, job, report)
+        elif todo:
+            del vae
+            places = devices if executor == "local" else [device]  # Ray shows each worker its own GPUs
+            setup = partial(start_worker, run, places, max(1, torch.get_num_threads() // workers))
+            run_jobs(todo, setup, executor, workers, gpus, report)
     return finish(run, len(jobs), facts, bad_clip_budget) if rank == 0 else None
 
 
 def made_by(
-    shards: Sequence[Path], sources: Sources, settings: Settings, vae: RGBAVAE, encoder: TextEncoder
+    shards: Sequence[Folder], sources: Sources, settings: Settings, vae: RGBAVAE, encoder: TextEncoder
 ) -> dict[str, Any]:
     """All that decides the content, as JSON reads it back."""
     identity = (vae.latents_sha256(), vae.base_sha256, encoder.sha256(), sources.prompt_length)
@@ -237,7 +248,7 @@ def made_by(
         **dict(zip(IDENTITY, identity, strict=True)),
         "frozen_dtype": sources.frozen_dtype,
         "eps": read_rgba_vae(sources.rgba_vae)[2]["eps"],
-        "shards_sha256": sorted(hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest() for folder in shards),
+        "shards_sha256": sorted(hashlib.sha256(read_file(folder, MANIFEST)).hexdigest() for folder in shards),
     }
     return json.loads(json.dumps({"command": "data_prep.cache_latents", "settings": content}))
 
@@ -289,34 +300,35 @@ def embed_prompts(run: Run, encoder: TextEncoder, refs: Mapping[str, ClipRef]) -
 
 
 def run_jobs(
-    run: Run, jobs: Mapping[int, Sequence[Piece]], vae: RGBAVAE, devices: Sequence[str], workers: int, report: Report
+    jobs: Mapping[int, Sequence[Piece]],
+    setup: Callable[[int], Encoder],
+    executor: str,
+    workers: int,
+    gpus: float,
+    report: Report,
 ) -> None:
-    if not workers or not jobs:
-        encoder = Encoder(run, vae, devices[0])
-        for number, job in jobs.items():
-            encoder.tar(number, job, report)
-        return
-    context = get_context("spawn")  # CUDA and torch's threads do not survive a fork
-    places = context.SimpleQueue()
-    for index in range(workers):
-        places.put(devices[index % len(devices)])
-    threads = max(1, torch.get_num_threads() // workers)
-    with ExitStack() as stack:
-        pool = ProcessPoolExecutor(workers, context, start_worker, (run, places, threads))
-        stack.callback(pool.shutdown, cancel_futures=True)
-        futures = {pool.submit(work, number, job): len(job) for number, job in jobs.items()}
-        for future in as_completed(futures):
-            report(futures[future], future.result())
+    results = parallel(
+        work,
+        jobs.items(),
+        executor=executor,
+        workers=workers,
+        setup=setup,
+        name=lambda job: f"latents-{job[0]:06d}.tar",
+        gpus=gpus,
+    )
+    with closing(results):
+        for pieces, bad in zip(jobs.values(), results, strict=True):
+            report(len(pieces), bad)
 
 
-def start_worker(run: Run, places: "SimpleQueue[str]", threads: int) -> None:
+def start_worker(run: Run, devices: Sequence[str], threads: int, number: int) -> Encoder:
     torch.set_num_threads(threads)
-    global worker
-    worker = Encoder(run, run.sources.load_vae(), places.get())
+    (device,) = devices_for(devices[number % len(devices)], spread=False)
+    return Encoder(run, run.sources.load_vae(), device)
 
 
-def work(number: int, job: Sequence[Piece]) -> dict[str, str]:
-    return worker.tar(number, job, lambda count, bad: None)
+def work(encoder: Encoder, job: tuple[int, Sequence[Piece]]) -> dict[str, str]:
+    return encoder.tar(*job, lambda count, bad: None)
 
 
 def finish(run: Run, jobs: int, facts: Mapping[str, Any], bad_clip_budget: int) -> dict[str, Any]:
@@ -365,10 +377,10 @@ def counts(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 @hydra.main(version_base=None, config_path=CONF, config_name="prep/cache_latents")
 def main(cfg: DictConfig) -> None:
-    own = OmegaConf.to_container(cfg, resolve=True)
+    own, remote = OmegaConf.to_container(cfg, resolve=True), hydra.utils.instantiate(cfg.remote)
     names = ("seed", "variants", "area", "max_aspect", "space_multiple", "dtype", "ellipse", "per_tar", "smallest")
     manifest = cache_latents(
-        shards=[Path(folder) for folder in ([cfg.shards] if isinstance(cfg.shards, str) else cfg.shards)],
+        shards=[open_folder(place, remote) for place in ([cfg.shards] if isinstance(cfg.shards, str) else cfg.shards)],
         out=Path(cfg.out),
         sources=Sources(
             vae=cfg.wan.vae,
@@ -386,7 +398,9 @@ def main(cfg: DictConfig) -> None:
         allow_empty_buckets=cfg.allow_empty_buckets,
         bad_clip_budget=cfg.bad_clip_budget,
         device=cfg.device,
+        executor=cfg.executor,
         workers=cfg.workers,
+        gpus=cfg.gpus,
     )
     if manifest is not None:
         print_summary(Path(cfg.out), manifest)

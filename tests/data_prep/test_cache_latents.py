@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from acetate.alpha import PALETTE_NAMES, harden, over, palette_colors
 from acetate.data.latents import EMPTY_PROMPT, LatentDataModule, Piece, cut, index_latents, read_latents
 from acetate.data.shards import MANIFEST, ShardError, ShardWriter, encode_clip, index_shards, read_clip, read_meta
+from acetate.data.store import Remote, open_folder
 from acetate.formats.rgba_vae import load_rgba_vae
 from acetate.models.adapters import ADAPTER_SCHEMA, trainable_state
 from acetate.models.loading import load_vae
@@ -94,7 +95,8 @@ def sources(wan_folder, adapters):
 
 @pytest.fixture(scope="module")
 def make(clips, sources):
-    def make(out, shards=clips, sources=sources, allow_empty_buckets=False, bad_clip_budget=0, workers=0, **settings):
+    def make(out, shards=clips, sources=sources, allow_empty_buckets=False, bad_clip_budget=0, executor="local",
+             workers=0, **settings):  # fmt: skip
         return cache_latents(
             shards=[shards],
             out=out,
@@ -103,7 +105,9 @@ def make(clips, sources):
             allow_empty_buckets=allow_empty_buckets,
             bad_clip_budget=bad_clip_budget,
             device="cpu",
+            executor=executor,
             workers=workers,
+            gpus=0,
         )
 
     return make
@@ -227,6 +231,27 @@ def test_restart_makes_only_what_is_missing(make, cached, tmp_path, monkeypatch)
 def test_workers_make_the_same_bytes(make, cached, tmp_path):
     make(tmp_path / "l", workers=2)
     assert files(tmp_path / "l") == files(cached)
+
+
+@pytest.mark.slow
+def test_clip_shards_behind_a_url(make, clips, cached, tmp_path):
+    """From a bucket through the cache: the bytes that local shards give."""
+    fsspec = pytest.importorskip("fsspec")
+    pytest.importorskip("s3fs")
+    server = pytest.importorskip("moto.server").ThreadedMotoServer(port=0)
+    server.start()
+    try:
+        host, port = server.get_host_and_port()
+        options = {"key": "k", "secret": "s", "endpoint_url": f"http://{host}:{port}"}
+        bucket = fsspec.filesystem("s3", **options)
+        bucket.makedirs("bucket", exist_ok=True)
+        bucket.put(str(clips), "bucket/clips", recursive=True)
+        folder = open_folder("s3://bucket/clips", Remote(cache_dir=tmp_path / "cache", storage_options=options))
+        make(tmp_path / "l", shards=folder)
+        assert files(tmp_path / "l") == files(cached)
+        assert len(list((tmp_path / "cache").glob("*.tar"))) == 1
+    finally:
+        server.stop()
 
 
 def test_ranks_share_the_jobs(make, cached, tmp_path, monkeypatch):

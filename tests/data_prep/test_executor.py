@@ -1,0 +1,154 @@
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from contextlib import closing
+from functools import partial
+
+import pytest
+
+from data_prep.executor import AHEAD, WorkerLost, parallel, portable
+from tests.paths import ROOT
+
+
+class Unlucky(ValueError):
+    """Not built from its message alone, as BadClip is not."""
+
+    def __init__(self, key: str, reason: str):
+        super().__init__(f"{key}: {reason}")
+        self.key, self.reason = key, reason
+
+    def __reduce__(self):
+        return type(self), (self.key, self.reason)
+
+
+def act(item):
+    """What an item's name says."""
+    if item == "raise":
+        raise Unlucky("clip", "torn")
+    if item == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if item == "hang":
+        time.sleep(600)
+    if item == "exit":
+        os._exit(3)
+    if item == "lambda":
+        return lambda: 0
+    return f"{item} done"
+
+
+def number_and_process(state, item):
+    return state, os.getpid(), item
+
+
+def fail_to_load(number):
+    raise FileNotFoundError("no such weights")
+
+
+def call(items, function=act, workers=1, **settings):
+    return list(parallel(function, items, executor="local", workers=workers, **settings))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_results_come_in_the_order_of_the_items(workers):
+    assert call(range(20), workers=workers) == [f"{i} done" for i in range(20)]
+
+
+def test_state_is_made_once_in_each_process():
+    found = call(range(12), number_and_process, workers=2, setup=int)
+    assert [item for _, _, item in found] == list(range(12))
+    assert {number for number, _, _ in found} <= {0, 1}
+    assert len({pid for _, pid, _ in found} - {os.getpid()}) == len({number for number, _, _ in found})
+    assert call([5], number_and_process, workers=0, setup=int) == [(0, os.getpid(), 5)]
+
+
+def test_items_are_taken_as_they_are_needed():
+    taken = []
+    with closing(parallel(act, (taken.append(i) or i for i in range(10**9)), executor="local", workers=1)) as results:
+        assert [next(results) for _ in range(3)] == ["0 done", "1 done", "2 done"]
+        assert len(taken) <= 3 + AHEAD
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_exceptions_keep_their_type(workers):
+    with pytest.raises(Unlucky, match="clip: torn") as caught:
+        call(["a", "raise", "b"], workers=workers)
+    assert caught.value.key == "clip"
+    with pytest.raises(FileNotFoundError, match="no such weights"):
+        call([1], workers=workers, setup=fail_to_load)
+
+
+def test_exceptions_say_where_they_were_raised():
+    with pytest.raises(Unlucky) as caught:
+        call(["raise"])
+    (note,) = caught.value.__notes__
+    assert note.startswith("In a worker process:") and 'raise Unlucky("clip", "torn")' in note
+
+
+def test_exceptions_that_cannot_travel():
+    class Local(Exception):
+        pass
+
+    assert str(portable(Local("why"))) == "Local: why"
+    assert isinstance(portable(KeyError("x")), KeyError)
+
+
+def test_results_that_cannot_travel():
+    with pytest.raises((AttributeError, pickle.PicklingError), match="lambda"):
+        call(["lambda"])
+
+
+@pytest.mark.parametrize(("item", "reason"), [("kill", "SIGKILL.*memory.*fewer workers"), ("exit", "exit code 3")])
+def test_a_dead_worker_names_its_item(item, reason):
+    with pytest.raises(WorkerLost, match=f"clip {item}: its worker process .*{reason}"):
+        call(["a", item, "b"], workers=2, name="clip {}".format)
+
+
+def test_lost_items_can_be_replaced_and_the_worker_goes_on():
+    found = call(["a", "kill", "hang", "b"], time_limit=1, lost="{}: {}".format)
+    assert found[0] == "a done" and found[3] == "b done"
+    assert found[1].startswith("kill: its worker process was ended by SIGKILL")
+    assert found[2] == "hang: took more than 1 s, so that its worker process was stopped"
+
+
+def test_leaving_early_stops_the_processes():
+    results = parallel(partial(number_and_process, 0), range(100), executor="local", workers=2)
+    pids = {next(results)[1] for _ in range(10)}
+    results.close()
+    deadline = time.monotonic() + 30
+    while pids and time.monotonic() < deadline:
+        pids = {pid for pid in pids if alive(pid)}
+    assert not pids
+
+
+def alive(pid):
+    try:
+        return os.waitpid(pid, os.WNOHANG) == (0, 0)
+    except ChildProcessError:
+        return False
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"executor": "slurm", "workers": 1}, "executor=slurm; choose local or ray"),
+        ({"executor": "local", "workers": -1}, "workers=-1; must be at least 0"),
+        ({"executor": "ray", "workers": 0}, "Ray needs at least workers=1"),
+        ({"executor": "local", "workers": 0, "time_limit": 3}, "use workers=1 or more"),
+    ],
+)
+def test_settings_are_checked_at_once(settings, message):
+    with pytest.raises(ValueError, match=message):
+        parallel(act, [], **settings)
+
+
+def test_without_ray_the_error_says_what_to_do():
+    code = (
+        "import sys; sys.modules['ray'] = None\n"
+        "from data_prep.executor import parallel\n"
+        "parallel(str, [1], executor='ray', workers=1)"
+    )
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert "ImportError: executor=ray:" in run.stderr and "Install acetate[ray] or use executor=local" in run.stderr

@@ -1,0 +1,96 @@
+"""All that runs on Ray: one small local cluster, on one process of a parallel test run."""
+
+import os
+from contextlib import closing
+from dataclasses import replace
+
+import pytest
+
+from acetate.data.shards import MANIFEST
+from data_prep.executor import AHEAD, WorkerLost, parallel
+from tests.data_prep.test_cache_latents import adapters, cached, clips, files, make, manifest_of, sources  # noqa: F401
+from tests.data_prep.test_executor import Unlucky, act, fail_to_load, number_and_process
+from tests.data_prep.test_shard import (  # noqa: F401
+    SETTINGS,
+    kill_in_the_middle,
+    lines_of,
+    source,
+    with_decisions,
+)
+from tests.data_prep.test_shard import make as make_shards
+
+ray = pytest.importorskip("ray", reason="Ray is not installed (acetate[ray])")
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("ray")]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster():
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    ray.init("local", num_cpus=2, include_dashboard=False, object_store_memory=100 * 2**20, logging_level="warning")
+    yield
+    ray.shutdown()
+
+
+def call(items, function=act, workers=2, **settings):
+    return list(parallel(function, items, executor="ray", workers=workers, **settings))
+
+
+def test_results_come_in_the_order_of_the_items_from_processes_with_state():
+    found = call(range(12), number_and_process, setup=int)
+    assert [item for _, _, item in found] == list(range(12))
+    assert {number for number, _, _ in found} <= {0, 1}
+    assert os.getpid() not in {pid for _, pid, _ in found}
+
+
+def test_exceptions_keep_their_type():
+    with pytest.raises(Unlucky, match="clip: torn") as caught:
+        call(["a", "raise", "b"])
+    assert caught.value.key == "clip" and "In a worker process" in caught.value.__notes__[0]
+    with pytest.raises(FileNotFoundError, match="no such weights"):
+        call([1], setup=fail_to_load)
+
+
+def test_lost_items():
+    with pytest.raises(WorkerLost, match="clip kill: its Ray worker was lost"):
+        call(["kill"], name="clip {}".format)
+    found = call(["a", "kill", "hang", "b"], workers=1, time_limit=2, lost="{}: {}".format)
+    assert found[0] == "a done" and found[3] == "b done"
+    assert found[1].startswith("kill: its Ray worker was lost")
+    assert found[2] == "hang: took more than 2 s, so that its worker process was stopped"
+
+
+def test_leaving_early_frees_the_cluster():
+    taken = []
+    with closing(parallel(act, (taken.append(i) or i for i in range(10**9)), executor="ray", workers=2)) as results:
+        assert next(results) == "0 done" and len(taken) <= 1 + 2 * AHEAD
+    assert call(["a"]) == ["a done"]
+
+
+def test_more_workers_than_the_cluster_has():
+    with pytest.raises(ValueError, match=r"workers=3 need 3 CPUs; this Ray cluster has 2\. Use fewer workers"):
+        call([], workers=3)
+    with pytest.raises(ValueError, match=r"workers=1 need 0\.5 GPUs"):
+        call([], workers=1, gpus=0.5)
+
+
+def test_clip_shards_have_the_same_bytes_also_after_a_kill(source, tmp_path):  # noqa: F811
+    settings = replace(SETTINGS, max_frames=121, bleed=None)  # the command's
+    make_shards(source, tmp_path / "first", settings)
+    with_decisions(source, lines_of(tmp_path / "first"))
+    limits = {"max_clips": 2, "max_bytes": 2**30}
+    make_shards(source, tmp_path / "here", settings, **limits)
+    there = {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+    kill_in_the_middle(source, tmp_path / "killed", "ray", {**os.environ, **there})
+    make_shards(source, tmp_path / "killed", settings, **limits, executor="ray", workers=1)
+    assert files(tmp_path / "killed") == files(tmp_path / "here")
+
+
+def test_latent_shards_have_the_same_bytes_also_after_a_restart(make, cached, tmp_path):  # noqa: F811
+    out = tmp_path / "l"
+    make(out, executor="ray", workers=1)
+    assert files(out) == files(cached)
+    for name in (MANIFEST, "latents-000001.tar", "latents-000001.part.json"):
+        (out / name).unlink()
+    (out / "latents-000001.tar.tmp").write_bytes(b"half a tar")
+    assert make(out, executor="ray", workers=1) == manifest_of(cached)
+    assert files(out) == files(cached)
