@@ -133,15 +133,28 @@ def shards(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def many_shards(tmp_path_factory):
+    """With a validation clip for each of two ranks."""
+    out = tmp_path_factory.mktemp("many") / "demo"
+    synthesize(out=out, clips=14, frames=5, sizes=[16], seed=0, val_fraction=0.4, max_clips=100, max_bytes=10**9)
+    return out
+
+
+@pytest.fixture(scope="session")
 def cached(shards, tmp_path_factory):
     """Latent shards of the demo clips on the shipped base, and the adapter file of the VAE that made them."""
+    return cache_demo(shards, tmp_path_factory.mktemp("cached"))
+
+
+def cache_demo(shards: Path, folder: Path) -> tuple[Path, Path]:
+    """`cached`, of any shards, below a folder."""
     from acetate.models.adapters import ADAPTER_SCHEMA, trainable_state
     from acetate.models.loading import load_vae
     from acetate.models.rgba_vae import RGBAVAE
     from data_prep.cache_latents import Sources, cache_latents
     from data_prep.latent_plan import Settings
 
-    folder, base = tmp_path_factory.mktemp("cached"), str(ROOT / "assets/wan-tiny")
+    base = str(ROOT / "assets/wan-tiny")
     vae = RGBAVAE(vae=load_vae(base), merge_init="residual", lora_rank=2, lora_alpha=2.0)
     facts = {
         "schema": ADAPTER_SCHEMA, "kind": "rgba_vae", "base": base, "base_sha256": vae.base_sha256,
@@ -162,7 +175,9 @@ def cached(shards, tmp_path_factory):
         allow_empty_buckets=False,
         bad_clip_budget=0,
         device="cpu",
+        executor="local",
         workers=0,
+        gpus=0,
     )  # fmt: skip
     return folder / "latents", adapters
 

@@ -62,7 +62,7 @@ def test_load_velocity_field(wan_folder, tmp_path, latents):
     assert field.context.shape == (1, 6, 16)
     assert not field.transformer.training
     assert field(latents, torch.full((3,), 500.0)).isfinite().all()
-    assert len(list(tmp_path.iterdir())) == 1
+    assert len(list(tmp_path.glob("*.safetensors"))) == 1
 
 
 def test_latent_grid(make_transformer):

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 class EMA(Callback):
@@ -26,8 +26,8 @@ class EMA(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         for name, parameter in pl_module.named_parameters():
             if parameter.requires_grad:
-                start = self.average.get(name, parameter.detach()).to(parameter.device, torch.float32)
-                self.average[name] = start.clone()
+                start = parameter.detach().float().clone()
+                self.average[name] = _assign(start, self.average.get(name, start))
         self.step = trainer.global_step
 
     @torch.no_grad()
@@ -42,22 +42,29 @@ class EMA(Callback):
             if name in self.average:
                 self.average[name].lerp_(parameter.float(), 1 - decay)
 
+    @torch.no_grad()
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not self.average:  # a validation before training
-            return
         for name, parameter in pl_module.named_parameters():
-            if name in self.average:
-                self._training[name] = parameter.data
-                parameter.data = self.average[name].to(parameter.dtype)
+            if name in self.average:  # a validation before training has none
+                self._training[name] = parameter.detach().clone()
+                _assign(parameter, self.average[name])
 
+    @torch.no_grad()
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         for name, parameter in pl_module.named_parameters():
             if name in self._training:
-                parameter.data = self._training.pop(name)
+                parameter.copy_(self._training.pop(name))
 
     def state_dict(self) -> dict[str, Any]:
         whole = {n: value.full_tensor() if isinstance(value, DTensor) else value for n, value in self.average.items()}
-        return {"average": whole}
+        return {"average": {name: value.cpu() for name, value in whole.items()}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.average = state_dict["average"]
+
+
+def _assign(target: Tensor, value: Tensor) -> Tensor:
+    """target with the value, which is whole where it comes from a checkpoint; each rank then takes its part."""
+    if isinstance(target, DTensor) and not isinstance(value, DTensor):
+        value = distribute_tensor(value.to(target.device), target.device_mesh, target.placements, src_data_rank=None)
+    return target.copy_(value)

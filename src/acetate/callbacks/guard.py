@@ -65,6 +65,12 @@ class NonFiniteGuard(Callback):
             raise FloatingPointError(message)
         warnings.warn(f"{message} Skipped, {self._bad_steps} of at most {self.patience} in a row.", stacklevel=2)
 
+    def state_dict(self) -> dict[str, Any]:
+        return {"bad_steps": self._bad_steps}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._bad_steps = state_dict["bad_steps"]
+
     def _read(self, trainer: Trainer, pl_module: LightningModule, values: list[Tensor]) -> bool:
         """Whether any rank met anything that is not finite; the one synchronisation of the batch."""
         loss = [] if self._loss is None else [self._loss]

@@ -1,29 +1,18 @@
 """What was trained, out of any checkpoint that a run writes: whole, sharded, or an adapter file."""
 
 import json
-import pathlib
-import pickle
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint import metadata as sharded_metadata
-from torch.distributed.checkpoint.filesystem import FileSystemReader, _StorageInfo
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
-from torch.serialization import _get_layout
 
+from acetate.formats.sharded import is_sharded, read_sharded
 from acetate.formats.trained import check_facts, check_trained
 from acetate.models.adapters import ADAPTER_SCHEMA, listed, read_adapter_file
-from acetate.models.weights import load_data, reason
+from acetate.models.weights import load_data
 
-UNREADABLE = (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, AttributeError, KeyError, IndexError,
-              TypeError)  # fmt: skip
 KINDS = ("rgba_vae", "dit_dora")
-INDEX, REST = ".metadata", "meta.pt"  # of a sharded checkpoint: where tensors lie; all that is no tensor
 
 
 @dataclass(frozen=True)
@@ -52,7 +41,7 @@ def read_trained(source: str, ema: bool | None = None) -> Trained:
                 f"{path} holds {holds}; ema={str(ema).lower()} needs the .ckpt beside it, or leave out ema."
             )
     else:
-        checkpoint = _read_sharded(path) if path.is_dir() else _read_pickled(path)
+        checkpoint = read_sharded(path, parts=("state_dict",)) if path.is_dir() else _read_pickled(path)
         state, facts, averaged = _choose(checkpoint, path, ema)
     kind = facts.get("kind")
     if kind not in KINDS or facts.get("schema") != ADAPTER_SCHEMA:
@@ -69,7 +58,7 @@ def read_trained(source: str, ema: bool | None = None) -> Trained:
 
 def _newest(path: Path) -> Path:
     """The file or sharded folder itself, or the newest last checkpoint below a folder."""
-    if path.is_file() or (path / INDEX).is_file():
+    if path.is_file() or is_sharded(path):
         return path
     found = sorted(path.glob("**/checkpoints/last.*"), key=lambda file: file.stat().st_mtime)
     found = [file for file in found if file.suffix in (".ckpt", ".safetensors")]
@@ -120,71 +109,3 @@ def _read_pickled(path: Path) -> dict[str, Any]:
     if not isinstance(checkpoint, dict):
         raise ValueError(f"{path} holds a {type(checkpoint).__name__}; a checkpoint is a dict. Give a run's .ckpt.")
     return checkpoint
-
-
-def _read_sharded(folder: Path) -> dict[str, Any]:
-    """A folder of Lightning's ModelParallelStrategy, whole, in this one process. Optimizer states are left there."""
-    reader = _SafeReader(folder)
-    try:
-        index = reader.read_metadata().state_dict_metadata
-        found = {
-            name: entry
-            for name, entry in index.items()
-            if name.startswith("state_dict.") and isinstance(entry, TensorStorageMetadata)
-        }
-        if not found:
-            raise ValueError(f"{INDEX} names no tensor of a state_dict")
-        if holes := [name for name, entry in found.items() if not _covered(entry)]:
-            raise ValueError(f"{INDEX} has no shards for all of {listed(holes)}")
-        state = {
-            name.removeprefix("state_dict."): torch.empty(entry.size, dtype=entry.properties.dtype)
-            for name, entry in found.items()
-        }
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # as intended
-            dcp.load({"state_dict": state}, storage_reader=reader, no_dist=True)
-    except (dcp.CheckpointException, *UNREADABLE) as error:
-        cause = next(iter(error.failures.values()))[0] if isinstance(error, dcp.CheckpointException) else error
-        said = f"{type(cause).__name__}: {reason(cause)}" if isinstance(cause, Exception) else cause
-        raise ValueError(f"{folder} cannot be read as a sharded checkpoint ({said}). Give another one.") from error
-    return {**_read_pickled(folder / REST), "state_dict": state}
-
-
-def _covered(entry: TensorStorageMetadata) -> bool:
-    """Whether its shards leave out no number: what they leave out would be whatever was in memory."""
-    covered = torch.zeros(entry.size, dtype=torch.bool)
-    for chunk in entry.chunks:
-        covered[tuple(slice(at, at + size) for at, size in zip(chunk.offsets, chunk.sizes, strict=True))] = True
-    return bool(covered.all())
-
-
-class _SafeReader(FileSystemReader):
-    """torch's reader, with an index that may name nothing but what an index is made of."""
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        with (Path(self.path) / INDEX).open("rb") as file:
-            index = _IndexUnpickler(file).load()
-        if not isinstance(index, Metadata):
-            raise pickle.UnpicklingError(f"{INDEX} holds a {type(index).__name__}, no index")
-        index.storage_meta = sharded_metadata.StorageMeta(load_id=self.load_id)
-        return index
-
-
-class _IndexUnpickler(pickle.Unpickler):
-    METADATA = ("Metadata", "TensorStorageMetadata", "TensorProperties", "BytesStorageMetadata", "ChunkStorageMetadata",
-                "MetadataIndex", "StorageMeta", "_MEM_FORMAT_ENCODING")  # fmt: skip
-
-    def find_class(self, module: str, name: str) -> Any:
-        if module == sharded_metadata.__name__ and name in self.METADATA:
-            return getattr(sharded_metadata, name)
-        if module == "torch" and (name == "Size" or isinstance(getattr(torch, name, None), torch.dtype)):
-            return getattr(torch, name)
-        if module.partition(".")[0] == "pathlib" and name in ("PosixPath", "WindowsPath"):
-            return pathlib.PurePath
-        known = {
-            ("torch.serialization", "_get_layout"): _get_layout,
-            (_StorageInfo.__module__, "_StorageInfo"): _StorageInfo,
-        }
-        if (module, name) not in known:
-            raise pickle.UnpicklingError(f"{INDEX} names {module}.{name}, which is no part of an index")
-        return known[module, name]

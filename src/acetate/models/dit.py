@@ -1,15 +1,20 @@
 """Wan's DiT: as a frozen velocity field, and with DoRA."""
 
-from typing import cast
+import math
+from functools import partial
+from typing import Any, cast
 
 import torch
 from diffusers import WanTransformer3DModel
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from tqdm import tqdm
 
+from acetate.draws import generator_for
 from acetate.models.loading import load_transformer
+from acetate.models.sharding import shard, shard_like
 from acetate.models.text import embed_prompt
 
 # q, k, v, o of both attentions and both feed-forward layers of every block: 400 layers in the 14B
@@ -45,11 +50,27 @@ def check_latent_grid(transformer: WanTransformer3DModel, height: int, width: in
 
 
 def load_velocity_field(
-    *, transformer: str, text_encoder: str, prompt: str, prompt_length: int, dtype: str, cache: str
+    *,
+    transformer: str,
+    text_encoder: str,
+    prompt: str,
+    prompt_length: int,
+    dtype: str,
+    cache: str,
+    mesh: DeviceMesh | None = None,
 ) -> VelocityField:
-    """The DiT of source `transformer` under one prompt; the prompt's embedding is computed once and cached."""
+    """The DiT of source `transformer` under one prompt, whose embedding is computed once and cached.
+
+    mesh: the ranks that it is sharded over.
+    """
     context = embed_prompt(prompt, text_encoder, prompt_length, cache)
-    return VelocityField(load_transformer(transformer, getattr(torch, dtype)), context)
+    prepare = None if mesh is None else partial(shard_transformer, mesh=mesh)
+    return VelocityField(load_transformer(transformer, getattr(torch, dtype), prepare), context)
+
+
+def shard_transformer(transformer: WanTransformer3DModel, mesh: DeviceMesh) -> None:
+    """Each block is gathered by itself, and what is in no block together."""
+    shard([*transformer.blocks, transformer], mesh)
 
 
 def velocity(transformer: WanTransformer3DModel, x_t: Tensor, timestep: Tensor, context: Tensor) -> Tensor:
@@ -58,21 +79,43 @@ def velocity(transformer: WanTransformer3DModel, x_t: Tensor, timestep: Tensor, 
     return transformer(x_t.to(dtype), timestep, context.to(dtype), return_dict=False)[0].to(x_t.dtype)
 
 
-def add_dora(transformer: WanTransformer3DModel, rank: int, alpha: float, dtype: torch.dtype = torch.float32) -> None:
-    """Freezes the DiT and puts DoRA (Liu et al. 2024) on DORA_TARGETS, through PEFT.
+def add_dora(
+    transformer: WanTransformer3DModel, rank: int, alpha: float, dtype: torch.dtype = torch.float32, seed: int = 0
+) -> None:
+    """Freezes the DiT and puts DoRA (Liu et al. 2024) on DORA_TARGETS, through PEFT; it starts exactly as the base.
 
     W' = m * (W + s B A) / |W + s B A| per output row, s = alpha / rank. dtype: of the adapters; in bfloat16 a
-    magnitude of 1.5 does not move at a learning rate of 1e-4.
+    magnitude of 1.5 does not move at a learning rate of 1e-4. seed: of A.
     """
+    attach_dora(transformer, rank, alpha, dtype)
+    start_dora(transformer, seed)
+
+
+def attach_dora(transformer: WanTransformer3DModel, rank: int, alpha: float, dtype: torch.dtype) -> None:
+    """`add_dora` without values for the adapters, for a transformer that has none yet."""
     transformer.requires_grad_(False)
     transformer.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=DORA_TARGETS, use_dora=True))  # type: ignore
     for name, parameter in transformer.named_parameters():
         if "lora_" in name:
             parameter.data = parameter.data.to(dtype)
-    for layer in transformer.modules():
-        if isinstance(layer, LoraLayer):  # PEFT took the norm in the base's precision; this starts exactly as the base
-            norm = torch.linalg.vector_norm(cast(Tensor, layer.get_base_layer().weight).float(), dim=1)
-            layer.lora_magnitude_vector["default"].weight.data = norm.to(dtype)
+
+
+@torch.no_grad()
+def start_dora(transformer: WanTransformer3DModel, seed: int) -> None:
+    """A as nn.Linear's weights start, drawn by (seed, layer), whatever the ranks; B = 0; m = |W| per row, in fp32."""
+    for name, layer in dora_layers(transformer).items():
+        parts: list[Any] = [layer.lora_A["default"], layer.lora_B["default"], layer.lora_magnitude_vector["default"]]
+        base = cast(Tensor, layer.get_base_layer().weight)
+        if base.is_meta:  # shapes without numbers
+            continue
+        down, up = (part.weight for part in parts[:2])
+        values = torch.empty(down.shape)
+        nn.init.kaiming_uniform_(values, a=math.sqrt(5), generator=generator_for("dora", seed, name))
+        # PEFT took the norm in the base's precision
+        norm = torch.linalg.vector_norm(base.float(), dim=1)
+        starts = (shard_like(values, down), shard_like(torch.zeros(up.shape), up), norm)
+        for part, start in zip(parts, starts, strict=True):
+            part.weight = nn.Parameter(start.to(base.device, part.weight.dtype))
 
 
 def dora_layers(transformer: WanTransformer3DModel) -> dict[str, LoraLayer]:

@@ -44,8 +44,12 @@ def load_vae(source: str, dtype: torch.dtype = torch.float32) -> AutoencoderKLWa
     return _fill(vae, weights, renamed(weights.meta, rename), dtype)
 
 
-def load_transformer(source: str, dtype: torch.dtype = torch.float32) -> WanTransformer3DModel:
-    """Wan2.1's DiT. Raises as `load_vae` does."""
+def load_transformer(
+    source: str,
+    dtype: torch.dtype = torch.float32,
+    prepare: Callable[[WanTransformer3DModel], object] | None = None,
+) -> WanTransformer3DModel:
+    """Wan2.1's DiT. Raises as `load_vae` does. prepare: as in `weights.assign`, of the frozen model."""
     weights = open_weights(locate(source, "transformer"))
     original = renamed(weights.meta, lambda name: DIT_PREFIX.sub("", name, count=1))
     if "text_embedding.0.weight" in original:
@@ -56,7 +60,7 @@ def load_transformer(source: str, dtype: torch.dtype = torch.float32) -> WanTran
         config, names = _read_config(weights.path, WanTransformer3DModel), renamed(weights.meta)
     with init_empty_weights():
         transformer = WanTransformer3DModel(**config)
-    _fill(transformer, weights, names, dtype)
+    _fill(transformer, weights, names, dtype, prepare)
     held = read_weights(weights.path)
     sha256 = _sha256({name: held[key] for name, key in names.items()}, FINGERPRINT)
     transformer.register_to_config(_sha256=sha256)  # pyright: ignore[reportCallIssue]
@@ -208,8 +212,16 @@ def _sha256(state: Mapping[str, Tensor], values: int | None = None) -> str:
     return digest.hexdigest()
 
 
-def _fill(model: M, weights: Weights, names: dict[str, str], dtype: torch.dtype) -> M:
+def _fill(
+    model: M,
+    weights: Weights,
+    names: dict[str, str],
+    dtype: torch.dtype,
+    prepare: Callable[[M], object] | None = None,
+) -> M:
+    model.eval().requires_grad_(False)
     precise = set(model._keep_in_fp32_modules or ())  # diffusers' own list: norms and the time embedding
-    assign(model, weights, names, lambda name: dtype if precise.isdisjoint(name.split(".")) else torch.float32)
+    dtype_of = lambda name: dtype if precise.isdisjoint(name.split(".")) else torch.float32  # noqa: E731
+    assign(model, weights, names, dtype_of, prepare)
     model.register_to_config(_name_or_path=str(weights.path))  # pyright: ignore[reportCallIssue]
-    return model.eval().requires_grad_(False)
+    return model

@@ -6,10 +6,12 @@ import hashlib
 import torch
 from diffusers import AutoencoderKLWan
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from acetate.models.adapters import add_lora
 from acetate.models.loading import weights_sha256
 from acetate.models.merge import FeatureMerge
+from acetate.models.sharding import shard
 from acetate.models.wan import Geometry, WanDecoder, WanEncoder, WanHead
 from acetate.regions import check_clip_shape
 
@@ -145,6 +147,11 @@ class RGBAVAE(RGBADecoders):
             wan_latents = self.head(rgb_features)[0] if self.merge_init == "residual" else None
         merged = self.merge(rgb_features.to(self.mean.dtype), alpha_features.to(self.mean.dtype))
         return merged if wan_latents is None else wan_latents + merged
+
+    def shard(self, mesh: DeviceMesh) -> None:
+        """The merge block and each decoder is gathered by itself. Encoder and head stay whole on every rank: frozen,
+        used three times a step, 0.1 GB in bf16."""
+        shard([self.merge, self.decoder_rgb, self.decoder_alpha], mesh)
 
     def latents_sha256(self) -> str:
         """Of what latents depend on: the base, the merge block and how it starts. Decoder LoRA has no part in it."""

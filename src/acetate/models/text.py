@@ -3,6 +3,7 @@
 import hashlib
 import html
 import json
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import init_empty_weights
+from filelock import FileLock
 from ftfy import fix_text
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -165,15 +167,17 @@ def pad_context(embeds: Sequence[Tensor], length: int) -> Tensor:
 
 
 def embed_prompt(prompt: str, source: str, length: int, cache: str) -> Tensor:
-    """(1, length, text_dim) fp32, padded. Computed once per (source, prompt) and kept in the folder `cache`."""
+    """(1, length, text_dim) fp32, padded. Computed once per (source, prompt) and kept in the folder `cache`; of the
+    ranks of a machine one computes it, since each would need UMT5's 11 GB, and the others wait."""
     path = prompt_cache(prompt, source, length, cache)
-    if path.is_file():
-        return load_file(path)["embeds"]
-    embeds = TextEncoder(source, length).context([prompt])
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    save_file({"embeds": embeds}, temporary, {"prompt": prompt, "text_encoder": source})
-    temporary.rename(path)
+    with FileLock(path.with_suffix(".lock")):
+        if path.is_file():
+            return load_file(path)["embeds"]
+        embeds = TextEncoder(source, length).context([prompt])
+        temporary = path.with_suffix(f".{os.getpid()}.tmp")
+        save_file({"embeds": embeds}, temporary, {"prompt": prompt, "text_encoder": source})
+        temporary.rename(path)
     return embeds
 
 

@@ -7,7 +7,7 @@ import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -15,10 +15,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from acetate.models.adapters import check_fit, listed
+from acetate.models.sharding import shard_like
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
 STANDARD = ("diffusion_pytorch_model", "model", "pytorch_model")  # what diffusers and transformers call a single file
 SHARD = re.compile(r"(?P<stem>.+)-\d{5}-of-(?P<count>\d{5})\.\w+")
+M = TypeVar("M", bound=nn.Module)
 REMAP = 2**26  # bytes to convert before a file is mapped anew, which gives its pages back
 
 
@@ -75,33 +77,48 @@ def read_weights(path: Path, wrapped: bool = False) -> dict[str, Tensor]:
 
 
 def assign(
-    model: nn.Module, weights: Weights, names: Mapping[str, str], dtype_of: Callable[[str], torch.dtype]
+    model: M,
+    weights: Weights,
+    names: Mapping[str, str],
+    dtype_of: Callable[[str], torch.dtype],
+    prepare: Callable[[M], object] | None = None,
 ) -> None:
     """Puts the file's tensors in the place of a meta model's, each in dtype_of(its name).
 
     names: the model's name -> the file's, for every tensor of the file. One tensor at a time is held twice, and only
-    where its type changes; the others stay mapped. Raises ValueError as `check_fit`, and puts nothing then.
+    where its type changes; the others stay mapped. prepare: what becomes of the meta model before, such as adapters on
+    it or shards of it, of which each gets its part. Raises ValueError as `check_fit`, and puts nothing then.
     """
     found = {name: weights.meta[key] for name, key in names.items()}
     labels = {name: weights.label(key) for name, key in names.items()}
     check_fit(dict(model.state_dict()), found, str(weights), labels)
+    if prepare is not None:
+        for name, parameter in model.named_parameters():
+            parameter.data = parameter.data.to(dtype_of(name))
+        prepare(model)
+    # PEFT moves a layer that it adapts one name further down
+    places = {name.replace(".base_layer.", "."): (name, tensor) for name, tensor in model.state_dict().items()}
     by_file: dict[Path, dict[str, str]] = {}
     for name, key in names.items():
         by_file.setdefault(weights.files[key], {})[name] = key
-    state = {name: value for file, part in by_file.items() for name, value in _converted(file, part, dtype_of)}
-    model.load_state_dict(state, assign=True)
+
+    def convert(name: str, value: Tensor) -> Tensor:
+        return shard_like(value, places[name][1]).to(dtype_of(name))
+
+    values = (pair for file, part in by_file.items() for pair in _converted(file, part, convert))
+    model.load_state_dict({places[name][0]: value for name, value in values}, strict=prepare is None, assign=True)
 
 
 def _converted(
-    file: Path, names: Mapping[str, str], dtype_of: Callable[[str], torch.dtype]
+    file: Path, names: Mapping[str, str], convert: Callable[[str, Tensor], Tensor]
 ) -> Iterator[tuple[str, Tensor]]:
     held, done, converted = _open(file), {}, 0
     for name, key in names.items():
         if key not in done:
             if converted > REMAP and _mappable(file):
                 held, converted = _open(file), 0
-            done[key] = held[key].to(dtype_of(name))
-            converted += held[key].nbytes if done[key].dtype != held[key].dtype else 0
+            done[key] = convert(name, held[key])
+            converted += 0 if done[key] is held[key] else held[key].nbytes
         yield name, done[key]
 
 

@@ -3,6 +3,7 @@
 from typing import Any
 
 from lightning import LightningModule
+from torch.distributed.device_mesh import DeviceMesh
 
 from acetate.models.adapters import load_trainable, trainable_state
 
@@ -13,6 +14,11 @@ class AdapterTask(LightningModule):
     def __init__(self) -> None:
         super().__init__()
         self.strict_loading = False  # on_load_checkpoint is strict about what trains
+
+    @property
+    def shards(self) -> DeviceMesh | None:
+        """The ranks that weights are sharded over; None where each holds all of them."""
+        return None if self.device_mesh is None else self.device_mesh["data_parallel"]
 
     def adapter_metadata(self) -> dict[str, str]:
         """What a reader needs to build the model that the trained tensors belong to; JSON values."""

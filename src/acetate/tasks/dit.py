@@ -12,7 +12,7 @@ from acetate import flow, regions
 from acetate.draws import ClipDraws
 from acetate.losses.diffusion import flow_loss
 from acetate.models.adapters import ADAPTER_SCHEMA
-from acetate.models.dit import add_dora, velocity
+from acetate.models.dit import attach_dora, shard_transformer, start_dora, velocity
 from acetate.models.loading import load_transformer, transformer_sha256
 from acetate.tasks.adapter import AdapterTask
 from acetate.tasks.optim import adamw_with_warmup
@@ -81,13 +81,19 @@ class DoRATask(AdapterTask):
     def configure_model(self) -> None:
         if self.transformer is not None:
             return
-        self.adapt(load_transformer(self.source, getattr(torch, self.dtype_name)))
+        self.adopt(load_transformer(self.source, getattr(torch, self.dtype_name), self.adapt))
+        start_dora(self.transformer, self.seed)
 
     def adapt(self, transformer: WanTransformer3DModel) -> None:
-        """Makes a frozen base the model that trains."""
+        """Puts adapters on a frozen base without numbers; on many ranks each keeps its shards."""
+        attach_dora(transformer, self.rank, self.alpha, self.adapter_dtype)
+        if self.shards is not None:
+            shard_transformer(transformer, self.shards)
+
+    def adopt(self, transformer: WanTransformer3DModel) -> None:
+        """Makes an adapted base the model that trains."""
         self.transformer = transformer
         self.base_sha256 = transformer_sha256(transformer)
-        add_dora(transformer, self.rank, self.alpha, self.adapter_dtype)
         if self.checkpointing:
             transformer.enable_gradient_checkpointing()
         transformer.train()
@@ -204,6 +210,7 @@ class DoRATask(AdapterTask):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
         checkpoint["cache"] = {**self.cache, **self.model_facts()}
+        checkpoint["bins"] = (self.bin_sums.clone(), self.bin_counts.clone(), self.logged_step)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         facts, before = {**self.cache, **self.model_facts()}, checkpoint["cache"]
@@ -214,3 +221,5 @@ class DoRATask(AdapterTask):
                 "wan and task settings, or start anew without resume."
             )
         super().on_load_checkpoint(checkpoint)
+        if "bins" in checkpoint:  # older ones have none
+            self.bin_sums, self.bin_counts, self.logged_step = checkpoint["bins"]

@@ -35,7 +35,8 @@ class Draw(NamedTuple):
 
 
 class RGBAVAETask(AdapterTask):
-    """build_vae and build_judge make the RGBAVAE and the frozen VelocityField; the judge only where it is used.
+    """build_vae() and build_judge(mesh=) make the RGBAVAE and the frozen VelocityField; the judge only where it is
+    used.
 
     background_per: one palette colour per `clip` and use, or per `batch` (released). moment_weight: of the
     penalty that holds the normalised latents' per-channel mean at 0 and variance at 1, the base's own.
@@ -47,7 +48,7 @@ class RGBAVAETask(AdapterTask):
         self,
         *,
         build_vae: Callable[[], RGBAVAE],
-        build_judge: Callable[[], VelocityField],
+        build_judge: Callable[..., VelocityField],
         loss: VAELoss,
         diffusion: DiffusionLoss,
         lr: float,
@@ -81,8 +82,10 @@ class RGBAVAETask(AdapterTask):
         self.vae = self.build_vae()
         for parameter in trainable_state(self.vae).values():
             parameter.data = parameter.data.to(self.trainable_dtype)
+        if self.shards is not None:
+            self.vae.shard(self.shards)
         if self.diffusion.mode != "off":
-            self.judge = self.build_judge()
+            self.judge = self.build_judge(mesh=self.shards)
         geometry = self.vae.geometry
         self.composite_quality = CompositeQuality(lpips=self.lpips)
         self.alpha_quality = AlphaQuality(time_stride=geometry.time_stride, space_stride=geometry.space_stride)
@@ -159,7 +162,7 @@ class RGBAVAETask(AdapterTask):
 
     def on_validation_epoch_end(self) -> None:
         for name, metric in (("rgb", self.composite_quality), ("alpha", self.alpha_quality)):
-            self.log_dict({f"val/{name}/{key}": value for key, value in metric.compute().items()})
+            self.log_dict({f"val/{name}/{key}": value for key, value in metric.compute().items()}, sync_dist=True)
             metric.reset()
 
     def configure_optimizers(self) -> dict[str, Any]:
@@ -220,5 +223,5 @@ class PlainVAETask(LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         for name, metric in (("rgb", self.rgb_quality), ("alpha", self.alpha_quality)):
-            self.log_dict({f"val/{name}/{key}": value for key, value in metric.compute().items()})
+            self.log_dict({f"val/{name}/{key}": value for key, value in metric.compute().items()}, sync_dist=True)
             metric.reset()

@@ -1,0 +1,91 @@
+"""A run's own checkpoints, as one file or sharded: whole or not there, and read by either kind of run."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
+from torch import Tensor
+from torch.optim import Optimizer
+
+from acetate.formats.sharded import is_sharded, read_sharded, shard_whole, unwritten, write_sharded
+
+
+class WholeCheckpointIO(TorchCheckpointIO):
+    """Writes to a temporary sibling, syncs, then renames: a full disk leaves the previous checkpoint as it was."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+        """Raises OSError that says how much room there is."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            with temporary.open("wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+            if path.is_dir():  # of a sharded run; a file cannot be renamed over it
+                self.remove_checkpoint(path)
+            temporary.replace(path)
+        except (OSError, RuntimeError) as error:  # torch's zip writer turns a full disk into a RuntimeError
+            raise unwritten(path, error) from error
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def load_checkpoint(self, path: Any, *args: Any, **settings: Any) -> dict[str, Any]:
+        """Sharded folders too, whole."""
+        return read_sharded(Path(path)) if is_sharded(Path(path)) else super().load_checkpoint(path, *args, **settings)
+
+    def remove_checkpoint(self, path: Any) -> None:
+        """A folder loses its name first, so that no half of one is found."""
+        path = Path(path)
+        if path.is_dir():
+            path = path.replace(path.with_name(f".{path.name}.{os.getpid()}.old.tmp"))
+        super().remove_checkpoint(path)
+
+
+class ShardedStrategy(ModelParallelStrategy):
+    """FSDP2 over all ranks. Checkpoints are folders of shards that hold only what the module saves."""
+
+    def setup_environment(self) -> None:
+        self._data_parallel_size, self._tensor_parallel_size = self.num_nodes * self.num_processes, 1
+        super().setup_environment()
+
+    @property
+    def lightning_restore_optimizer(self) -> bool:
+        return True
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        assert self.lightning_module is not None
+        return self.lightning_module.state_dict()  # shards; Lightning's own copies the frozen base to the CPU
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        return Strategy.optimizer_state(self, optimizer)
+
+    def load_optimizer_state_dict(self, checkpoint: Any) -> None:
+        Strategy.load_optimizer_state_dict(self, checkpoint)
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
+        write_sharded(checkpoint, Path(self.broadcast(filepath)))
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        """A folder, or the file of a run without shards."""
+        path = Path(self.broadcast(checkpoint_path))
+        if is_sharded(path):
+            parts = ("state_dict", "optimizer_states") if self.optimizers else ("state_dict",)  # to train, or validate
+            return read_sharded(path, self._parameter, parts)
+        checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=weights_only)
+        return shard_whole(checkpoint, self._parameter)
+
+    def _parameter(self, name: str) -> Tensor | None:
+        """That a tensor of a checkpoint, by its name in the index, belongs to."""
+        assert self.lightning_module is not None
+        part, _, name = name.partition(".")
+        if part == "state_dict":
+            return dict(self.lightning_module.named_parameters()).get(name)
+        number, index, _ = name.split(".")
+        optimizers = self.optimizers[int(number) :]
+        parameters = [p for group in optimizers[0].param_groups for p in group["params"]] if optimizers else []
+        return parameters[int(index)] if int(index) < len(parameters) else None

@@ -1,0 +1,113 @@
+"""What the ranks of the distributed tests do."""
+
+import os
+import resource
+import signal
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from hydra.utils import instantiate
+from lightning import Callback, LightningModule, Trainer, seed_everything
+from torch import nn
+
+from acetate.data.clips import ClipDataModule
+from acetate.formats.sharded import read_sharded, write_sharded
+from tests.compose import composed
+
+GLOBAL_BATCH = 4
+
+
+class Losses(Callback):
+    """Of every step, the mean over all ranks; and the bytes of the weights that this rank holds between steps."""
+
+    def __init__(self):
+        self.losses: list[float] = []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        loss = outputs["loss"].detach().clone()
+        dist.all_reduce(loss)
+        self.losses.append(float(loss) / dist.get_world_size())
+        self.held = sum(p.nbytes for p in map(local, pl_module.parameters()))
+
+
+def local(parameter):
+    return parameter.to_local() if hasattr(parameter, "to_local") else parameter
+
+
+def fit(folder: Path, trainer: str, overrides: Sequence[str], resume: Path | None = None) -> dict[str, Any]:
+    """A run that writes below the folder, always on the same global batches."""
+    config = composed(
+        folder, f"trainer={trainer}", "trainer.accelerator=cpu", "trainer.enable_progress_bar=false",
+        "trainer.enable_model_summary=false", "callbacks.throughput=null", "callbacks.learning_rate=null",
+        "callbacks.progress=null", "data.num_workers=0", f"data.batch_size={GLOBAL_BATCH // dist.get_world_size()}",
+        *overrides,
+    )  # fmt: skip
+    seed_everything(0, verbose=False)
+    losses = Losses()
+    callbacks = [losses, *(callback for callback in instantiate(config.callbacks).values() if callback is not None)]
+    run: Trainer = instantiate(config.trainer, callbacks=callbacks, logger=False)
+    run.fit(instantiate(config.task), instantiate(config.data), ckpt_path=resume, weights_only=True)
+    metrics = {name: float(value) for name, value in run.callback_metrics.items() if name.startswith("val")}
+    return {"losses": losses.losses, "metrics": metrics, "held": losses.held}
+
+
+def fits(runs: dict[str, tuple]) -> dict[str, dict[str, Any]]:
+    """fit(*arguments) of each, one after the other."""
+    return {name: fit(*arguments) for name, arguments in runs.items()}
+
+
+class Seen(LightningModule):
+    """The keys of every batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+        self.train_keys: list[list[str]] = []
+        self.val_keys: list[str] = []
+
+    def training_step(self, batch, batch_idx):
+        self.train_keys.append(batch["key"])
+        return self.weight.sum()
+
+    def validation_step(self, batch, batch_idx):
+        self.val_keys += batch["key"]
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def keys(folders: Sequence[Path], workers: int, batches: int, batch_size: int) -> list[tuple]:
+    """For each folder of shards, what this rank's loaders give in training and in one validation."""
+    found = []
+    for folder in folders:
+        seen = Seen()
+        data = ClipDataModule(
+            shards=str(folder), frames=5, height=16, width=16, batch_size=batch_size, seed=0, num_workers=workers,
+            val_batch_size=1, val_clips=100, bad_clip_budget=0, space_multiple=8,
+        )  # fmt: skip
+        Trainer(
+            accelerator="cpu", devices=dist.get_world_size(), strategy="ddp", max_steps=batches, max_epochs=-1,
+            val_check_interval=batches, check_val_every_n_epoch=None, num_sanity_val_steps=0, logger=False,
+            use_distributed_sampler=False, enable_checkpointing=False, enable_progress_bar=False,
+            enable_model_summary=False,
+        ).fit(seen, data)  # fmt: skip
+        found.append((seen.train_keys, seen.val_keys))
+    return found
+
+
+def full_disk(folder: Path) -> tuple[str, list[str], Any]:
+    """A sharded checkpoint, then one for which there is no room: its error, what is there, and its step."""
+    path = folder / "last.ckpt"
+    write_sharded({"state_dict": {"w": torch.zeros(10)}, "optimizer_states": [], "global_step": 1}, path)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (64 * 1024, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+    large = {"state_dict": {"w": torch.zeros(10**6)}, "optimizer_states": [], "global_step": 2}
+    try:
+        write_sharded(large, path)
+    except OSError as error:
+        said = str(error)
+    dist.barrier()
+    return said, sorted(os.listdir(folder)), read_sharded(path)["global_step"]

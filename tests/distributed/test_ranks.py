@@ -1,0 +1,138 @@
+"""The same numbers on any number of ranks: gloo on the CPU, fp32, the shipped base."""
+
+from collections import Counter
+
+import pytest
+from torch.testing import assert_close
+
+from acetate.formats.checkpoints import read_trained
+from data_prep.synthesize import synthesize
+from tests.conftest import cache_demo
+from tests.distributed import runs
+from tests.distributed.ranks import launch
+
+STEPS, MIDDLE = 10, 5
+COMMON = [f"trainer.max_steps={STEPS}", f"trainer.val_check_interval={MIDDLE}", "callbacks.checkpoint.save_top_k=-1",
+          "data.val_batch_size=1", "data.val_clips=4", "callbacks.ema.decay=0.5"]  # fmt: skip
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("ranks")]
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory):
+    out = tmp_path_factory.mktemp("clips") / "demo"
+    synthesize(
+        out=out, clips=20, frames=5, sizes=[24], seed=0, val_fraction=0.5, max_clips=100, max_bytes=10**9
+    )  # fmt: skip
+    return out
+
+
+@pytest.fixture(scope="module")
+def stages(clips, tmp_path_factory):
+    latents, adapters = cache_demo(clips, tmp_path_factory.mktemp("cached"))
+    return {
+        "vae": [
+            "experiment=vae_rgba", "callbacks=ema", "callbacks.panels=null", f"data.shards={clips}", "data.frames=5",
+            "data.height=16", "data.width=16", "loss.diffusion.mode=bidirectional", "model.lora_rank=4", *COMMON,
+        ],
+        "dit": [
+            "experiment=dit_dora", "callbacks=dit_ema", f"data.latents={latents}", f"rgba_vae={adapters}",
+            "task.checkpointing=true", "task.rank=4", "callbacks.samples.frames=5", "callbacks.samples.height=24",
+            "callbacks.samples.width=24", "callbacks.samples.prompts=[a star]", "callbacks.samples.solver.steps=1",
+            *COMMON,
+        ],
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def found(stages, tmp_path_factory):
+    """(stage, kind of run) -> losses, validation and held bytes of rank 0; and the folder of each run."""
+    root = tmp_path_factory.mktemp("ranks")
+    folders = {
+        (stage, kind): root / f"{stage}_{kind}"
+        for stage in stages
+        for kind in ("one", "ddp", "fsdp", "on1", "on4", "file4")
+    }
+    results = {}
+
+    def run(world, kinds):
+        arguments = {}
+        for stage, overrides in stages.items():
+            for kind, trainer in kinds.items():
+                source = "one" if kind == "file4" else "fsdp"
+                middle = folders[stage, source] / f"checkpoints/{MIDDLE:08d}.ckpt"
+                resume = middle if kind in ("on1", "on4", "file4") else None
+                arguments[stage, kind] = (folders[stage, kind], trainer, overrides, resume)
+        results.update(launch(world, root, runs.fits, arguments)[0])
+
+    run(2, {"ddp": "ddp", "fsdp": "fsdp"})
+    run(1, {"one": "default", "on1": "default"})
+    run(4, {"on4": "fsdp", "file4": "fsdp"})
+    return results, folders
+
+
+@pytest.mark.parametrize("stage", ["vae", "dit"])
+def test_losses_are_those_of_one_process(found, stage):
+    results, _ = found
+    one = results[stage, "one"]
+    assert len(one["losses"]) == STEPS
+    assert one["losses"][0] != one["losses"][-1]
+    for kind in ("ddp", "fsdp"):
+        assert_close(results[stage, kind]["losses"], one["losses"], rtol=1e-6, atol=1e-6)
+        assert_close(results[stage, kind]["metrics"], one["metrics"], rtol=1e-5, atol=1e-5)
+    assert results[stage, "fsdp"]["held"] < 0.7 * results[stage, "ddp"]["held"]
+
+
+@pytest.mark.parametrize("stage", ["vae", "dit"])
+@pytest.mark.parametrize("kind", ["on1", "on4", "file4"])
+def test_checkpoints_go_on_on_other_ranks(found, stage, kind):
+    results, _ = found
+    one, resumed = results[stage, "one"], results[stage, kind]
+    assert_close(resumed["losses"], one["losses"][MIDDLE:], rtol=1e-6, atol=1e-6)
+    assert_close(resumed["metrics"], one["metrics"], rtol=1e-5, atol=1e-5)  # of the average
+
+
+@pytest.mark.parametrize("stage", ["vae", "dit"])
+@pytest.mark.parametrize("ema", [True, False])
+def test_a_sharded_checkpoint_exports_as_a_whole_one(found, stage, ema):
+    _, folders = found
+    whole, sharded = (read_trained(str(folders[stage, kind]), ema) for kind in ("one", "fsdp"))
+    assert whole.path.is_file()
+    assert sharded.path.is_dir()
+    assert whole.facts == sharded.facts
+    # AdamW divides by the size of gradients, so where they are no more than rounding, weights differ by a share of lr
+    assert_close(sharded.state, whole.state, rtol=1e-4, atol=1e-4)
+    if ema:
+        beside = read_trained(str(sharded.path.with_suffix(".safetensors")))
+        assert_close(beside.state, sharded.state, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("world", [2])
+def test_every_clip_once_an_epoch(tmp_path, world):
+    """4 and 5 tars, which 2 ranks of 2 workers divide and do not."""
+    folders = []
+    for tars, per_tar in ((4, 2), (5, 2)):
+        folder = tmp_path / f"of_{tars}"
+        synthesize(
+            out=folder, clips=2 * tars + 4, frames=5, sizes=[16], seed=0, val_fraction=0.3, max_clips=per_tar,
+            max_bytes=10**9,
+        )  # fmt: skip
+        folders.append(folder)
+    batches, batch_size = 9, 2
+    ranks = launch(world, tmp_path, runs.keys, folders, 2, batches, batch_size)
+    for parts in zip(*ranks, strict=True):
+        trained, validated = zip(*parts, strict=True)
+        order = [key for batch in zip(*trained, strict=True) for place in zip(*batch, strict=True) for key in place]
+        count = len(set(order))
+        assert len(order) == world * batches * batch_size
+        for start in range(0, len(order) // count * count, count):
+            assert len(set(order[start : start + count])) == count
+        assert set(Counter(key for keys in validated for key in keys).values()) == {1}
+
+
+def test_a_full_disk_leaves_the_previous_shards(tmp_path):
+    folder = tmp_path / "checkpoints"
+    folder.mkdir()
+    for said, files, step in launch(2, tmp_path, runs.full_disk, folder):
+        assert "last.ckpt could not be written" in said
+        assert "resume=last" in said
+        assert (files, step) == (["last.ckpt"], 1)
