@@ -8,22 +8,37 @@ import torch.distributed
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from acetate.commands.checkpoint import checkpoint_to_resume
+from acetate.callbacks.preemption import Preempted
+from acetate.commands.runs import FINISHED, checkpoint_to_resume
+
+
+def close_process_group() -> None:
+    """Its threads abort a rank that ends with them running."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 @hydra.main(version_base=None, config_path="conf", config_name="config")
 def main(config: DictConfig) -> float | None:
     lightning.seed_everything(config.seed, workers=True)
-    checkpoint = checkpoint_to_resume(config.resume, Path(config.paths.outputs) / config.name)
+    run = Path(config.paths.run)
+    checkpoint = checkpoint_to_resume(config.resume, run)
     task = instantiate(config.task)
     data = instantiate(config.data)
     callbacks = [callback for callback in instantiate(config.callbacks).values() if callback is not None]
     trainer = instantiate(config.trainer, callbacks=callbacks, logger=instantiate(config.logger))
-    trainer.fit(task, data, ckpt_path=checkpoint, weights_only=True)
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()  # its threads abort a rank that ends with them running
-    if config.objective is not None:
-        return float(trainer.callback_metrics[config.objective])
+    if trainer.is_global_zero:
+        (run / FINISHED).unlink(missing_ok=True)
+    try:
+        trainer.fit(task, data, ckpt_path=checkpoint, weights_only=True)
+    except Preempted:
+        close_process_group()
+        raise
+    close_process_group()
+    if trainer.is_global_zero:
+        (run / FINISHED).touch()
+    objective = trainer.callback_metrics.get(config.objective)  # a run that had ended before has measured nothing
+    return None if objective is None else float(objective)
 
 
 if __name__ == "__main__":

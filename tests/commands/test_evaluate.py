@@ -4,7 +4,6 @@ import sys
 
 import pytest
 
-from acetate.commands.checkpoint import checkpoint_to_resume
 from tests.paths import ROOT
 
 SMALL = ["data.frames=5", "data.height=16", "data.width=16", "data.batch_size=2", "data.num_workers=0"]
@@ -28,16 +27,3 @@ def test_train_then_evaluate(tmp_path, shards):
     assert all(row["rgb/psnr"] > 0 and 0 <= row["alpha/mae"] <= 1 for row in rows.values())
     assert str(path.parent / "panels") in printed
     assert list(path.parent.glob("panels/*/*.png"))
-
-
-def test_last_is_the_newest(tmp_path):
-    for name in ("a", "b"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "last.ckpt").write_text("")
-    (tmp_path / "a/last.ckpt").touch()
-    assert checkpoint_to_resume("last", tmp_path) == str(tmp_path / "a/last.ckpt")
-    assert checkpoint_to_resume(None, tmp_path) is None
-    with pytest.raises(FileNotFoundError, match="Leave out resume"):
-        checkpoint_to_resume("last", tmp_path / "nothing")
-    with pytest.raises(FileNotFoundError, match="does not exist"):
-        checkpoint_to_resume(str(tmp_path / "gone.ckpt"), tmp_path)

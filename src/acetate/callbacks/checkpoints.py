@@ -1,47 +1,91 @@
-"""Checkpoints that are whole or not there, and the adapter file beside each."""
+"""When checkpoints are written, and the adapter file beside each."""
 
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.plugins.io import TorchCheckpointIO
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from acetate.callbacks.ema import EMA
+from acetate.callbacks.metrics_file import MetricsFile
 
 
-class WholeCheckpointIO(TorchCheckpointIO):
-    """Writes to a temporary sibling, syncs, then renames: a full disk leaves the previous checkpoint as it was."""
+class StepCheckpoint(ModelCheckpoint):
+    """Checkpoints that a run goes on from exactly, at the end of an optimizer step, the last one included.
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
-        """Raises OSError that says how much room there is."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            with temporary.open("wb") as file:
-                torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        except (OSError, RuntimeError) as error:  # torch's zip writer turns a full disk into a RuntimeError
-            free = shutil.disk_usage(path.parent).free / 2**20
-            raise OSError(
-                f"{path} could not be written ({error}); {free:.0f} MiB are free there. Earlier checkpoints are "
-                "whole: make room and go on with resume=last."
-            ) from error
-        finally:
-            temporary.unlink(missing_ok=True)
+    They are written before a validation that is due after the same step: a run that goes on from there begins with
+    that validation. What was logged is noted, so that metrics.csv has every row once.
+    """
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        self._late: dict[str, Any] = {}
+        if trainer.is_global_zero and stage == "fit":
+            for left in Path(str(self.dirpath)).glob(".*.tmp"):  # by a process that was killed while it wrote
+                left.unlink() if left.is_file() else shutil.rmtree(left)
+
+    def save(self, trainer: Trainer) -> None:
+        """Now, unless this step is saved."""
+        if self._should_skip_saving_checkpoint(trainer):
+            return
+        candidates = self._monitor_candidates(trainer)
+        self._save_topk_checkpoint(trainer, candidates)
+        self._save_last_checkpoint(trainer, candidates)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        if trainer.ckpt_path is None:
+            for logger in _metrics_files(trainer):
+                logger.keep(0)
+            return
+        self._last_global_step_saved = trainer.global_step
+        loop = trainer.fit_loop.epoch_loop
+        if self._late:
+            for logger in _metrics_files(trainer):
+                logger.log_metrics(self._late, step=loop._batches_that_stepped)
+        if loop._should_check_val_epoch() and (loop.total_batch_idx + 1) % _every(trainer) == 0:
+            trainer.validating, loop.val_loop.restarting = True, False
+            loop.val_loop.run()
+            trainer.training = True
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.save(trainer)
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        connector = trainer._logger_connector
+        late = {}
+        if connector._first_loop_iter is not None and connector.should_update_logs:
+            # Of this step, which Lightning logs only after its callbacks
+            late = {name: float(value) for name, value in connector.metrics["log"].items()}
+            late["epoch"] = trainer.current_epoch
+        checkpoint["metrics"] = {"rows": [logger.rows() for logger in _metrics_files(trainer)], "late": late}
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        metrics = checkpoint.get("metrics", {"rows": [], "late": {}})  # older ones know nothing of it
+        self._late = metrics["late"]
+        for logger, rows in zip(_metrics_files(trainer), metrics["rows"], strict=False):
+            logger.keep(rows)
+
+    def _should_skip_saving_checkpoint(self, trainer: Trainer) -> bool:
+        return super()._should_skip_saving_checkpoint(trainer) or trainer.fit_loop._should_accumulate()
 
 
-class AdapterCheckpoint(ModelCheckpoint):
+def _metrics_files(trainer: Trainer) -> list[MetricsFile]:
+    """On rank 0, which writes them."""
+    return [logger for logger in trainer.loggers if isinstance(logger, MetricsFile) and trainer.is_global_zero]
+
+
+def _every(trainer: Trainer) -> float:
+    """Batches between validations."""
+    return trainer.val_check_batch or float("inf")
+
+
+class AdapterCheckpoint(StepCheckpoint):
     """Beside every checkpoint NAME.ckpt a NAME.safetensors with what trains (its average where EMA runs).
 
     Its metadata is the module's `adapter_metadata()`, str -> str: enough to build the model again, and step and

@@ -2,12 +2,21 @@
 
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from omegaconf import DictConfig, OmegaConf
 
+from acetate.commands import runs
+
 # Said by the libraries at every start, true of every run here, and nothing a user could act on.
-for message in (".*LeafSpec.*is deprecated", ".*in eval mode at the start of training", ".*does not have many workers"):
+for message in (
+    ".*LeafSpec.*is deprecated",
+    ".*in eval mode at the start of training",
+    ".*does not have many workers",
+    "Checkpoint directory .* exists and is not empty",  # of a run that goes on
+):
     warnings.filterwarnings("ignore", message)
 
 
@@ -17,8 +26,40 @@ def _on_gpu(gpu: str, cpu: str) -> str:
 
 # ${on_gpu:A,B} in conf/: A where there is a CUDA device, else B
 OmegaConf.register_new_resolver("on_gpu", _on_gpu, replace=True)
+
+
+@contextmanager
+def as_on_gpu() -> Iterator[None]:
+    """Configs resolve as on a machine with a GPU, for a question about GPUs wherever it is asked."""
+    OmegaConf.register_new_resolver("on_gpu", lambda gpu, cpu: gpu, replace=True)
+    try:
+        yield
+    finally:
+        OmegaConf.register_new_resolver("on_gpu", _on_gpu, replace=True)
+
+
 # ${not_set:NAME}: whether the environment lacks NAME
 OmegaConf.register_new_resolver("not_set", lambda name: not os.environ.get(name), replace=True)
+
+# Of a run: its folder, where in it Hydra notes how it was started, and its name for a logger
+OmegaConf.register_new_resolver("run_folder", runs.run_folder, replace=True, use_cache=True)
+OmegaConf.register_new_resolver("record_folder", runs.record_folder, replace=True, use_cache=True)
+OmegaConf.register_new_resolver("run_id", runs.run_id, replace=True)
+
+
+def _launched(what: str) -> str | int:
+    """`devices` or `nodes` of the processes that torchrun or srun started; else all devices of one machine."""
+    env = os.environ
+    if "LOCAL_WORLD_SIZE" in env and "WORLD_SIZE" in env:
+        local, world = int(env["LOCAL_WORLD_SIZE"]), int(env["WORLD_SIZE"])
+        return {"devices": local, "nodes": world // local}[what]
+    nodes = int(env.get("SLURM_NNODES", 1))
+    tasks = int(env.get("SLURM_NTASKS", nodes))
+    return {"devices": tasks // nodes if tasks > nodes else "auto", "nodes": nodes}[what]
+
+
+# ${launched:devices}, ${launched:nodes}: what Lightning must be told of a launcher's processes
+OmegaConf.register_new_resolver("launched", _launched, replace=True)
 
 
 def device_of(config: DictConfig) -> str:

@@ -14,7 +14,7 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
-from acetate.commands.checkpoint import checkpoint_to_resume
+from acetate.commands.runs import checkpoint_to_resume
 from acetate.data.shards import write_json
 from acetate.models.loading import load_vae
 from acetate.tasks.vae import PlainVAETask
@@ -47,7 +47,7 @@ def table(rows: dict[str, dict[str, float]]) -> Table:
 @hydra.main(version_base=None, config_path="../../../conf", config_name="config")
 def main(config: DictConfig) -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    checkpoint = checkpoint_to_resume(config.resume, Path(config.paths.outputs) / config.name)
+    checkpoint = checkpoint_to_resume(config.resume, Path(config.paths.run))
     data, task = instantiate(config.data), instantiate(config.task)
     base = PlainVAETask(vae=load_vae(config.wan.vae), lpips=config.task.lpips)
     trainer = instantiate(config.trainer, logger=False, enable_checkpointing=False, enable_model_summary=False)

@@ -1,0 +1,87 @@
+"""metrics.csv, which a resumed run goes on with."""
+
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers.csv_logs import ExperimentWriter
+from lightning.pytorch.loggers.logger import rank_zero_experiment
+
+
+class MetricsWriter(ExperimentWriter):
+    """Rows of what is logged, a column for each name; whole at any moment but for its last row."""
+
+    def _check_log_dir_exists(self) -> None:
+        """Takes up the file that is there, where Lightning would delete it."""
+        header, rows = self._read()
+        self.metrics_keys, self.rows = list(header), len(rows)
+
+    def save(self) -> None:
+        rows, self.metrics = self.metrics, []
+        if not rows:
+            return
+        if self._record_new_keys([*rows]):
+            self._replace([*self._read()[1], *rows])
+        else:
+            with self.path.open("a", newline="") as file:
+                csv.DictWriter(file, self.metrics_keys).writerows(rows)
+        self.rows += len(rows)
+
+    def keep(self, count: int) -> None:
+        """The first `count` rows, and none that was logged later."""
+        self.metrics = []
+        self._replace(self._read()[1][:count])
+        self.rows = count
+
+    @property
+    def path(self) -> Path:
+        return Path(self.log_dir) / self.NAME_METRICS_FILE
+
+    def _record_new_keys(self, rows: Sequence[dict[str, Any]]) -> bool:
+        known = len(self.metrics_keys)
+        self.metrics_keys = sorted({*self.metrics_keys, *(name for row in rows for name in row)})
+        return len(self.metrics_keys) > known
+
+    def _read(self) -> tuple[Sequence[str], list[dict[str, Any]]]:
+        if not self.path.exists():
+            return [], []
+        with self.path.open(newline="") as file:
+            reader = csv.DictReader(file)
+            return reader.fieldnames or [], list(reader)
+
+    def _replace(self, rows: list[dict[str, Any]]) -> None:
+        temporary = self.path.with_suffix(".tmp")
+        with temporary.open("w", newline="") as file:
+            writer = csv.DictWriter(file, self.metrics_keys)
+            writer.writeheader()
+            writer.writerows(rows)
+        temporary.replace(self.path)
+
+
+class MetricsFile(CSVLogger):
+    """`save_dir`/metrics.csv, of rank 0.
+
+    A checkpoint notes how many rows there are (callbacks.checkpoints); the rows that a killed run has written since are
+    dropped when it goes on, because it writes them again.
+    """
+
+    def __init__(self, save_dir: str):
+        super().__init__(save_dir, name="", version="")
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> MetricsWriter:
+        if self._experiment is None:
+            Path(self.log_dir).mkdir(parents=True, exist_ok=True)
+            self._experiment = MetricsWriter(self.log_dir)
+        return self._experiment  # pyright: ignore[reportReturnType]  typed by its base class
+
+    def rows(self) -> int:
+        """On disk, once everything that was logged is."""
+        self.experiment.save()
+        return self.experiment.rows
+
+    def keep(self, count: int) -> None:
+        self.experiment.keep(count)

@@ -1,0 +1,81 @@
+"""What a signal does to training: the step is finished and saved, and the process ends."""
+
+import logging
+import os
+import signal
+import subprocess
+from collections.abc import Sequence
+from types import FrameType
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint
+
+from acetate.callbacks.checkpoints import StepCheckpoint
+
+log = logging.getLogger(__name__)
+
+EXIT_CODE = 75  # of rank 0; sysexits.h calls it EX_TEMPFAIL: try again later
+STOP, REQUEUE = 1, 2
+
+
+class Preempted(SystemExit):
+    """Training was asked to stop, and has saved where it stands."""
+
+
+class Preemption(Checkpoint):
+    """On one of `signals`, at any rank, all ranks finish the optimizer step, save a checkpoint and end: rank 0 with
+    exit code 75, the others with 0. On one of `requeue`, which are signals, too, rank 0 also puts the SLURM job back
+    into the queue (`scontrol requeue`). The last step of training ends as ever.
+
+    A signal during a validation or a checkpoint waits for the end of the step after it. A Checkpoint to Lightning, so
+    that it comes after all callbacks that a step changes.
+    """
+
+    def __init__(self, signals: Sequence[str], requeue: Sequence[str]):
+        names = {item.name: item for item in signal.Signals}
+        unknown = [name for name in (*signals, *requeue) if name not in names]
+        if unknown:
+            raise ValueError(f"preemption: {unknown[0]!r} is no signal; such are SIGTERM, SIGUSR1, SIGUSR2.")
+        self.asks = {names[name]: STOP for name in signals} | {names[name]: REQUEUE for name in requeue}
+        self.asked = 0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Takes over from Lightning, whose handlers save amid a step and broadcast amid other collectives."""
+        self.asked = STOP if trainer.received_sigterm else 0
+        for number in self.asks:
+            signal.signal(number, self._note)  # Lightning puts back what was there when training ends
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.asked = max(self.asked, self.asks[signal.Signals(number)])
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: object) -> None:
+        if trainer.fit_loop._should_accumulate() or trainer.global_step >= trainer.max_steps:
+            return
+        asked = self.asked
+        if trainer.world_size > 1:  # one rank's signal may come before, another's after the end of a step
+            ranks = trainer.strategy.reduce(torch.tensor(asked, device=pl_module.device), reduce_op="max")
+            asked = int(torch.as_tensor(ranks))
+        if not asked:
+            return
+        for callback in trainer.checkpoint_callbacks:
+            if isinstance(callback, StepCheckpoint):
+                callback.save(trainer)
+        if trainer.is_global_zero:
+            log.warning("asked to stop: saved after step %d, resume=last goes on from there", trainer.global_step)
+            if asked == REQUEUE and "SLURM_JOB_ID" in os.environ:
+                requeue()
+        raise Preempted(EXIT_CODE if trainer.is_global_zero else 0)
+
+
+def requeue() -> None:
+    """Puts this SLURM job back into the queue."""
+    job = os.environ["SLURM_JOB_ID"]
+    if "SLURM_ARRAY_JOB_ID" in os.environ:
+        job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+    command = ["scontrol", "requeue", job]
+    try:
+        subprocess.run(command, check=True, capture_output=True, text=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        said = error.stderr if isinstance(error, subprocess.CalledProcessError) else error
+        log.error("%s failed: %s. Start the job again by hand, with resume=last.", " ".join(command), said)

@@ -1,0 +1,101 @@
+"""Which folder a run writes to, and which checkpoint it goes on from."""
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch.distributed as dist
+from omegaconf import OmegaConf
+
+LAST = "checkpoints/last.ckpt"
+RECORD = ".hydra"  # in a run's folder: the config and the overrides that it was started with
+FINISHED = "finished"  # in a run's folder: an empty file, there once training has reached its last step
+
+
+def run_folder(outputs: str, name: str, resume: str | None, overrides: Sequence[str], now: str) -> str:
+    """outputs/NAME/TIME, or the run that resume chooses: `last` the newest that has a checkpoint, `auto` the newest
+    such that is not finished and was started with the same overrides. All ranks of torchrun and srun get the same.
+
+    srun's ranks name a new folder after the job, torchrun's hear of rank 0's choice.
+    """
+    if "SLURM_STEP_ID" in os.environ and not _torchrun():
+        now = f"slurm_{os.environ['SLURM_JOB_ID']}_{os.environ['SLURM_STEP_ID']}"
+        again = os.environ.get("SLURM_RESTART_COUNT", "0")  # requeued without resume: a new run
+        now += f"_{again}" if again != "0" else ""
+    runs = Path(outputs) / name
+    going_on = None
+    if resume == "last":
+        going_on = _newest(runs, lambda run: True)
+    elif resume == "auto":
+        going_on = _newest(runs, lambda run: not (run / FINISHED).exists() and _started_with(run, overrides))
+    return _of_rank_zero(str(going_on or runs / now))
+
+
+def record_folder(run: str, now: str) -> str | None:
+    """Below a run's folder, where Hydra notes how it was started; a run that goes on keeps its first notes.
+
+    None on other ranks than 0: one of them writes.
+    """
+    if rank() > 0:
+        return None
+    return f"{RECORD}/{now}" if (Path(run) / RECORD).exists() else RECORD
+
+
+def run_id(outputs: str, run: str) -> str:
+    """NAME-TIME: the same for a run that goes on in its folder."""
+    folder = Path(run)
+    below = folder.relative_to(outputs) if folder.is_relative_to(outputs) else Path(folder.name)
+    return "-".join(below.parts or [folder.name])
+
+
+def checkpoint_to_resume(resume: str | None, run: Path) -> str | None:
+    """A checkpoint's path as it is; `last` the run's own, `auto` that where there is one. Raises FileNotFoundError."""
+    if resume in (None, "last", "auto"):
+        own = run / LAST
+        if resume is None or (resume == "auto" and not own.exists()):
+            return None
+        if not own.exists():
+            raise FileNotFoundError(f"resume=last: no last.ckpt below {run.parent}. Leave out resume to start anew.")
+        return str(own)
+    if not Path(resume).exists():
+        raise FileNotFoundError(
+            f"resume={resume} does not exist. Give a .ckpt file, `last` for the newest run, or `auto`."
+        )
+    return resume
+
+
+def rank() -> int:
+    """This process's place among those that torchrun or srun started."""
+    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
+
+
+def _torchrun() -> bool:
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def _newest(runs: Path, chosen: Callable[[Path], bool]) -> Path | None:
+    """Of the runs with a checkpoint; a sweep's jobs are runs, too, but not of their own accord."""
+    found = [path for path in runs.glob(f"*/{LAST}") if chosen(path.parents[1])]
+    return max(found, key=lambda path: path.stat().st_mtime, default=Path()).parents[1] if found else None
+
+
+def _started_with(run: Path, overrides: Sequence[str]) -> bool:
+    """The same but for `resume`, in any order."""
+    record = run / RECORD / "overrides.yaml"
+    before = OmegaConf.to_object(OmegaConf.load(record)) if record.exists() else None
+    return isinstance(before, list) and _settings(before) == _settings(overrides)
+
+
+def _settings(overrides: Sequence[str]) -> list[str]:
+    return sorted(override for override in overrides if not override.startswith("resume="))
+
+
+def _of_rank_zero(value: str) -> str:
+    """Under torchrun rank 0's value on every rank, by the store that its agent serves; else the value."""
+    if not _torchrun() or os.environ["WORLD_SIZE"] == "1" or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return value
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+    key = f"acetate/run/{os.environ['TORCHELASTIC_RESTART_COUNT']}"  # the store outlives a restart of the ranks
+    if rank() == 0:
+        store.set(key, value)
+    return store.get(key).decode()

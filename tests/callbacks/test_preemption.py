@@ -1,0 +1,106 @@
+import os
+import signal
+
+import pytest
+import torch
+from lightning import Callback, Trainer
+from torch.utils.data import DataLoader
+
+from acetate.callbacks.checkpoints import StepCheckpoint
+from acetate.callbacks.preemption import EXIT_CODE, Preempted, Preemption
+from tests.callbacks.test_ema import Counter
+
+
+class SignalAt(Callback):
+    """Of this process to itself, in batch after batch."""
+
+    def __init__(self, *batches: int, number: signal.Signals = signal.SIGTERM):
+        self.batches, self.number = batches, number
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if batch_idx in self.batches:
+            os.kill(os.getpid(), self.number)
+
+
+class SignalWhileSaving(StepCheckpoint):
+    def on_save_checkpoint(self, trainer, pl_module, checkpoint):
+        super().on_save_checkpoint(trainer, pl_module, checkpoint)
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGUSR1)
+
+
+def fit(root, *callbacks, checkpoint=StepCheckpoint, steps=4, resume=None, every=100, **settings):
+    module = Counter()
+    saves = checkpoint(dirpath=root, filename="{step}", save_last=True, every_n_train_steps=every, save_top_k=0)
+    stops = Preemption(signals=["SIGTERM"], requeue=["SIGUSR1"])
+    trainer = Trainer(
+        max_steps=steps, max_epochs=-1, callbacks=[stops, *callbacks, saves], logger=False, default_root_dir=root,
+        enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0, limit_val_batches=0, **settings,
+    )  # fmt: skip
+    trainer.fit(module, DataLoader(torch.zeros(100)), ckpt_path=resume)
+    return trainer, module
+
+
+def saved_step(root):
+    return torch.load(root / "last.ckpt", weights_only=True)["global_step"]
+
+
+def test_the_optimizer_step_is_finished_and_saved(tmp_path):
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Preempted) as stop:
+        fit(tmp_path, SignalAt(3), accumulate_grad_batches=3)  # the first of three batches of step 2
+    assert stop.value.code == EXIT_CODE
+    assert saved_step(tmp_path) == 2
+    assert signal.getsignal(signal.SIGTERM) == before
+    trainer, module = fit(tmp_path, resume=str(tmp_path / "last.ckpt"), accumulate_grad_batches=3)
+    assert trainer.global_step == module.weight.item() == 4
+
+
+def test_further_signals_while_saving_change_nothing(tmp_path):
+    with pytest.raises(Preempted):
+        fit(tmp_path, SignalAt(0, 1), checkpoint=SignalWhileSaving)
+    assert saved_step(tmp_path) == 1
+    assert os.listdir(tmp_path) == ["last.ckpt"]
+
+
+def test_a_job_goes_back_into_the_queue(tmp_path, monkeypatch):
+    said = fake_scontrol(tmp_path, monkeypatch, "exit 0")
+    with pytest.raises(Preempted):
+        fit(tmp_path / "a", SignalAt(0))
+    assert not said.exists()  # SIGTERM is also what scancel sends
+    with pytest.raises(Preempted):
+        fit(tmp_path / "b", SignalAt(0, number=signal.SIGUSR1))
+    assert said.read_text() == "requeue 123\n"
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "120")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3")
+    with pytest.raises(Preempted):
+        fit(tmp_path / "c", SignalAt(0, number=signal.SIGUSR1))
+    assert said.read_text() == "requeue 123\nrequeue 120_3\n"
+
+
+def test_a_queue_that_refuses_is_reported(tmp_path, monkeypatch, caplog):
+    fake_scontrol(tmp_path, monkeypatch, "echo Requeue is disabled >&2; exit 1")
+    with pytest.raises(Preempted):
+        fit(tmp_path / "a", SignalAt(0, number=signal.SIGUSR1))
+    assert "scontrol requeue 123 failed: Requeue is disabled" in caplog.text
+    assert saved_step(tmp_path / "a") == 1
+
+
+def fake_scontrol(folder, monkeypatch, then):
+    """One on the PATH that notes how it was called."""
+    said = folder / "said"
+    (folder / "scontrol").write_text(f'#!/bin/sh\necho "$@" >> {said}\n{then}\n')
+    (folder / "scontrol").chmod(0o755)
+    monkeypatch.setenv("PATH", str(folder), prepend=os.pathsep)
+    monkeypatch.setenv("SLURM_JOB_ID", "123")
+    return said
+
+
+def test_the_last_step_ends_as_ever(tmp_path):
+    trainer, _ = fit(tmp_path, SignalAt(3))
+    assert trainer.global_step == 4 == saved_step(tmp_path)
+
+
+def test_unknown_signals_are_named():
+    with pytest.raises(ValueError, match="'SIGUSER1' is no signal"):
+        Preemption(signals=["SIGTERM"], requeue=["SIGUSER1"])

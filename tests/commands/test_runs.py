@@ -1,0 +1,111 @@
+import os
+import subprocess
+import sys
+import threading
+
+import pytest
+from omegaconf import OmegaConf
+from torch.distributed import TCPStore
+
+from acetate.commands.runs import FINISHED, checkpoint_to_resume, record_folder, run_folder, run_id
+
+THESE = ["experiment=vae_rgba", "task.lr=1"]
+
+
+def make(folder, age=0, overrides=THESE):
+    """A run that has a checkpoint, `age` seconds old."""
+    (folder / "checkpoints").mkdir(parents=True)
+    (folder / ".hydra").mkdir()
+    OmegaConf.save(OmegaConf.create(overrides), folder / ".hydra/overrides.yaml")
+    last = folder / "checkpoints/last.ckpt"
+    last.touch()
+    os.utime(last, (10**9 - age, 10**9 - age))
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def no_cluster(monkeypatch):
+    for name in [name for name in os.environ if name.startswith(("SLURM_", "TORCHELASTIC_"))]:
+        monkeypatch.delenv(name)
+
+
+def choose(outputs, resume, overrides=THESE):
+    return run_folder(str(outputs), "demo", resume, overrides, "NOW")
+
+
+def test_last_is_the_newest_that_has_a_checkpoint(tmp_path):
+    new = str(tmp_path / "demo/NOW")
+    assert choose(tmp_path, "last") == new
+    make(tmp_path / "demo/b", age=9)
+    newest = make(tmp_path / "demo/a", overrides=["other=1"])
+    (tmp_path / "demo/c").mkdir()
+    make(tmp_path / "other/d")
+    assert choose(tmp_path, "last") == str(newest)
+    assert choose(tmp_path, None) == choose(tmp_path, "some/file.ckpt") == new
+
+
+def test_auto_goes_on_with_an_unfinished_run_of_the_same_command(tmp_path):
+    new, same = str(tmp_path / "demo/NOW"), make(tmp_path / "demo/a", age=9)
+    make(tmp_path / "demo/b", overrides=["experiment=vae_rgba", "task.lr=2"])
+    assert choose(tmp_path, "auto", ["task.lr=1", "resume=auto", "experiment=vae_rgba"]) == str(same)
+    assert choose(tmp_path, "auto", ["task.lr=3"]) == new
+    (same / FINISHED).touch()
+    assert choose(tmp_path, "auto") == new
+
+
+def test_checkpoint_to_resume(tmp_path):
+    run = make(tmp_path / "demo/a")
+    last = str(run / "checkpoints/last.ckpt")
+    assert checkpoint_to_resume("last", run) == checkpoint_to_resume("auto", run) == last
+    assert checkpoint_to_resume(last, tmp_path) == last
+    assert checkpoint_to_resume(None, run) is checkpoint_to_resume("auto", tmp_path / "demo/new") is None
+    with pytest.raises(FileNotFoundError, match=r"no last\.ckpt below .*demo\. Leave out resume"):
+        checkpoint_to_resume("last", tmp_path / "demo/new")
+    with pytest.raises(FileNotFoundError, match=r"gone\.ckpt does not exist"):
+        checkpoint_to_resume(str(tmp_path / "gone.ckpt"), run)
+
+
+def test_first_notes_are_kept_and_one_rank_writes_them(tmp_path, monkeypatch):
+    run = make(tmp_path / "demo/a")
+    assert record_folder(str(run), "NOW") == ".hydra/NOW"
+    assert record_folder(str(tmp_path / "demo/new"), "NOW") == ".hydra"
+    monkeypatch.setenv("RANK", "1")
+    assert record_folder(str(run), "NOW") is None
+
+
+def test_a_run_keeps_its_id(tmp_path):
+    assert run_id(str(tmp_path), str(tmp_path / "demo/2026-01-31_10-00-00")) == "demo-2026-01-31_10-00-00"
+    assert run_id(str(tmp_path), str(tmp_path / "demo/sweep_1/3")) == "demo-sweep_1-3"
+    assert run_id(str(tmp_path), "/elsewhere/run") == "run"
+
+
+def test_ranks_of_srun_name_the_folder_after_the_job(tmp_path, monkeypatch):
+    for name, value in {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_PROCID": "1"}.items():
+        monkeypatch.setenv(name, value)
+    assert choose(tmp_path, None) == str(tmp_path / "demo/slurm_7_0")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
+    assert choose(tmp_path, "auto") == str(tmp_path / "demo/slurm_7_0_2")
+    first = make(tmp_path / "demo/slurm_7_0")
+    assert choose(tmp_path, "auto") == str(first)
+
+
+def test_ranks_of_torchrun_hear_of_rank_zeros_choice(tmp_path):
+    """Two processes with clocks that differ, and the store that torchrun's agent serves."""
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    said = {}
+
+    def rank(number):
+        environment = {
+            "RANK": str(number), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port),
+            "TORCHELASTIC_RUN_ID": "none", "TORCHELASTIC_RESTART_COUNT": "0", "TORCHELASTIC_USE_AGENT_STORE": "True",
+        }  # fmt: skip
+        code = f"from acetate.commands.runs import run_folder; print(run_folder('x', 'demo', None, [], 'at_{number}'))"
+        done = subprocess.run([sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True)
+        said[number] = done.stdout.decode().strip() or done.stderr.decode()
+
+    ranks = [threading.Thread(target=rank, args=(number,)) for number in (1, 0)]
+    for thread in ranks:
+        thread.start()
+    for thread in ranks:
+        thread.join()
+    assert said == {0: "x/demo/at_0", 1: "x/demo/at_0"}

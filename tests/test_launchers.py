@@ -1,0 +1,133 @@
+"""Sweeps by submitit, and ranks that torchrun and srun start."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from lightning import Callback
+
+from tests.paths import ROOT
+from tests.runs import ended, free_port, train
+from tests.test_resume import small
+
+TWO_RANKS = ["trainer.accelerator=cpu", "trainer.devices=2", "++trainer.strategy=ddp", "data.num_workers=0"]
+TWO_STEPS = ["trainer.max_steps=2", "trainer.val_check_interval=2", "data.num_workers=0"]
+WITHOUT_PLUGIN = """
+import runpy, sys, types
+sys.modules["hydra_plugins"] = types.ModuleType("hydra_plugins")  # where Hydra looks for plugins
+sys.modules["hydra_plugins"].__path__ = []
+sys.argv[0] = "train.py"
+runpy.run_path("train.py", run_name="__main__")
+"""
+
+
+def run(*command: str, **environment: str) -> subprocess.CompletedProcess:
+    variables = {**os.environ, **environment}
+    return subprocess.run(
+        [sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=500, env=variables
+    )
+
+
+class SignalOnce(Callback):
+    """SIGUSR1 of rank 1 to itself, in the first process that comes to the end of a batch."""
+
+    def __init__(self, path: str):
+        self.path = Path(path)
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if trainer.global_rank == 1 and not self.path.exists():
+            self.path.touch()
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+
+@pytest.fixture(scope="module")
+def clips(many_shards):
+    return many_shards, (many_shards, many_shards)
+
+
+@pytest.mark.slow
+def test_a_sweep_in_local_jobs(tmp_path, clips):
+    seeds = ["hydra/launcher=local", "seed=1,2", "resume=auto", *TWO_STEPS]
+    done = run("train.py", "-m", *small("vae_rgba", tmp_path, *clips), *seeds)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (sweep,) = tmp_path.glob("vae_rgba/sweep_*")
+    for job, seed in enumerate((1, 2)):
+        assert f"seed={seed}" in (sweep / f"{job}/.hydra/overrides.yaml").read_text()
+        assert torch.load(sweep / f"{job}/checkpoints/last.ckpt", weights_only=True)["global_step"] == 2
+        assert (sweep / f"{job}/finished").exists()
+    assert list(sweep.glob(".submitit/**/*_submitted.pkl"))
+
+
+def test_slurm_composes(tmp_path):
+    with initialize_config_dir(str(ROOT / "conf"), version_base=None):
+        config = compose("config", ["hydra/launcher=slurm", "hydra.launcher.gpus_per_node=4"], return_hydra_config=True)
+    launcher = config.hydra.launcher
+    assert launcher._target_.endswith("SlurmLauncher")
+    assert (launcher.tasks_per_node, launcher.gpus_per_node, launcher.partition) == (4, 4, None)
+    assert launcher.signal_delay_s < 60 * launcher.timeout_min
+
+
+@pytest.mark.slow
+def test_without_the_launcher_everything_else_composes():
+    plain = run("-c", WITHOUT_PLUGIN, "experiment=dit_dora", "--cfg", "job")
+    assert plain.returncode == 0, plain.stderr[-2000:]
+    assert "experiment=vae_rgba" in run("-c", WITHOUT_PLUGIN, "--help").stdout
+    sweep = run("-c", WITHOUT_PLUGIN, "hydra/launcher=slurm", "--cfg", "job")
+    assert sweep.returncode != 0 and "submitit_slurm" in sweep.stderr
+
+
+@pytest.mark.slow
+def test_torchrun(tmp_path, clips):
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train.py"]
+    done = run(*launch, *small("vae_rgba", tmp_path, *clips), *TWO_STEPS, *TWO_RANKS)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert_one_run(tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("runs")
+def test_srun(tmp_path, clips):
+    """Two processes in the environment that srun gives them, and again, once they were asked to stop and requeued."""
+    port = free_port()
+
+    def ranks(restart: int, *more: str) -> list[int | None]:
+        environment = {
+            "SLURM_JOB_ID": "1234", "SLURM_STEP_ID": "0", "SLURM_JOB_NAME": "train", "SLURM_NTASKS": "2",
+            "SLURM_NTASKS_PER_NODE": "2", "SLURM_NNODES": "1", "SLURM_NODEID": "0", "SLURM_NODELIST": "127.0.0.1",
+            "SLURM_RESTART_COUNT": str(restart), "MASTER_PORT": str(port + restart),
+            "PATH": f"{tmp_path}:/usr/bin:/bin",
+        }  # fmt: skip
+        settings = [*small("vae_rgba", tmp_path, *clips), *TWO_STEPS, *TWO_RANKS, "resume=auto", *more]
+        return ended(
+            *(
+                train(
+                    tmp_path / f"log_{rank}",
+                    *settings,
+                    environment={**environment, "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)},
+                )
+                for rank in range(2)
+            )
+        )
+
+    scontrol = tmp_path / "scontrol"
+    scontrol.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/said\n')
+    scontrol.chmod(0o755)
+    once = {"_target_": "tests.test_launchers.SignalOnce", "path": str(tmp_path / "signalled")}
+    more = [f"+callbacks.signal.{key}={value}" for key, value in once.items()]
+    assert ranks(0, *more) == [75, 0], (tmp_path / "log_0").read_text()[-3000:]
+    assert (tmp_path / "said").read_text() == "requeue 1234\n"
+    assert ranks(1, *more) == [0, 0], (tmp_path / "log_0").read_text()[-3000:]
+    assert assert_one_run(tmp_path).name == "slurm_1234_0"
+
+
+def assert_one_run(outputs: Path) -> Path:
+    """Of all ranks together, with one record of its settings, trained to the end."""
+    (run_folder,) = outputs.glob("vae_rgba/*")
+    assert (run_folder / ".hydra/overrides.yaml").exists() and (run_folder / "finished").exists()
+    assert torch.load(run_folder / "checkpoints/last.ckpt", weights_only=True)["global_step"] == 2
+    return run_folder
