@@ -18,14 +18,14 @@ from tests.compose import composed
 MIB = 2**20
 FOOTPRINT = memory.Footprint(
     parameters=30, trainable_parameters=10, frozen=800, trainable=160, gradients=160, optimizer=320, ema=160,
-    activations=1000, working=50, whole=300,
+    activations=1000, working=50, replicated=80, gathered=300, groups=3, flops=7,
 )  # fmt: skip
 
 
 def test_sharding_divides_all_but_what_a_clip_needs():
     one, eight = FOOTPRINT.per_gpu(1), FOOTPRINT.per_gpu(8)
     assert one["total"] == 800 + 160 + 160 + 320 + 160 + 1000 + 50
-    assert eight["total"] == 100 + 20 + 20 + 40 + 20 + 300 + 1000 + 50
+    assert eight["total"] == 80 + 90 + 20 + 20 + 40 + 20 + 300 + 1000 + 50
     assert (one["gathered weights"], eight["gathered weights"]) == (0, 300)
 
 
@@ -106,7 +106,9 @@ def test_blocks_are_gathered_two_at_a_time():
             self.blocks = nn.ModuleList([nn.Linear(size, 1, bias=False) for size in (100, 300, 200)])
             self.again = self.blocks
 
-    assert memory._whole(Model()) == 4 * (10 + 300 + 200)
+    model = Model()
+    assert memory._gathered(model, list(model.blocks)) == 4 * (10 + 300 + 200)
+    assert memory._gathered(model, []) == 4 * (10 + 600)
 
 
 def test_unknown_precision_and_task_are_named():

@@ -4,13 +4,15 @@ The models are built from their configs and the step itself runs, forward, backw
 have shapes and no numbers (FakeTensorMode), while every storage that it creates and frees is counted. Kernels are
 those of a CPU with fused attention, as on a GPU: no T x T matrix. For N GPUs, in bytes per GPU:
 
-    total(N) = (frozen + trainable + gradients + optimizer + EMA) / N + gathered(N) + activations + working
+    total(N) = replicated + (frozen - replicated + trainable + gradients + optimizer + EMA) / N + gathered(N)
+               + activations + working
 
 frozen, trainable: weights, each in the precision that it is kept in. gradients: as the trainable weights. optimizer:
 AdamW's two moments. EMA: fp32. activations: what the forward pass keeps for the backward pass, and the batch.
 working: what is needed beyond that at the worst moment, the recomputed block of checkpointing included. N > 1 is
-FSDP2: the batch is per GPU, so that activations do not shrink, and gathered(N) is what is whole at a time: the block at
-work and the next one, and what is in no block. gathered(1) = 0.
+trainer=fsdp: the batch is per GPU, so that activations do not shrink. gathered(N) is what is whole at a time: of the
+DiT the block at work, the next one and what is in no block; of the VAE the merge block or a decoder. gathered(1) = 0.
+replicated: frozen weights that every GPU holds whole (the VAE's encoder and head, perceptual networks).
 
 Not in it: the CUDA context, cuDNN's workspaces and the allocator's gaps (RESERVE of a card is left for them), NCCL's
 buffers, and validation, which needs less unless its clips are larger.
@@ -19,7 +21,7 @@ buffers, and validation, which needs less unless its clips are larger.
 import math
 import warnings
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +34,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 from torch.utils.weak import WeakIdKeyDictionary
 
 from acetate.losses.perceptual import LPIPSFeatures, VGGFeatures
@@ -62,7 +65,7 @@ class Load:
 
 @dataclass(frozen=True)
 class Footprint:
-    """Numbers of parameters; all else in bytes of one GPU that holds everything. Terms as above."""
+    """Numbers of parameters and operations; all else in bytes of one GPU that holds everything. Terms as above."""
 
     parameters: int
     trainable_parameters: int
@@ -73,19 +76,24 @@ class Footprint:
     ema: int
     activations: int
     working: int
-    whole: int  # of the weights, under FSDP2
+    replicated: int  # of the frozen weights, under FSDP2
+    gathered: int  # of the others, under FSDP2
+    groups: int  # of weights that FSDP2 gathers, each by itself
+    flops: int  # of a step: multiplications and additions of matrices, convolutions and attention, recomputed ones too
 
     def per_gpu(self, gpus: int) -> dict[str, int]:
         """Row -> bytes; the last row, total, is the sum of the others."""
+        replicated = self.replicated if gpus > 1 else 0
         sharded = {
-            "frozen weights": self.frozen,
+            "frozen weights": self.frozen - replicated,
             "trainable weights": self.trainable,
             "gradients": self.gradients,
             "optimizer": self.optimizer,
             "EMA": self.ema,
         }
         rows = {name: math.ceil(size / gpus) for name, size in sharded.items()}
-        rows["gathered weights"] = self.whole if gpus > 1 else 0
+        rows["frozen weights"] += replicated
+        rows["gathered weights"] = self.gathered if gpus > 1 else 0
         rows |= {"activations": self.activations, "working peak": self.working}
         return {**rows, "total": sum(rows.values())}
 
@@ -121,6 +129,25 @@ class LiveStorages(TorchDispatchMode):
 
     def _free(self, size: int) -> None:
         self.live -= size
+
+
+class Flops(TorchDispatchMode):
+    """`total` of the operations within it, by torch's own formulas; torch's FlopCounterMode would also take fused
+    attention apart, whose memory is then another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **kwargs or {})
+        if func is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default:
+            self.total += sdpa_flop_count(*(x.shape for x in args[:3]))
+        elif func is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default:
+            self.total += sdpa_backward_flop_count(*(x.shape for x in args[:4]))
+        elif formula := flop_registry.get(func._overloadpacket):
+            self.total += formula(*args, **kwargs or {}, out_val=out)
+        return out
 
 
 def blank_vae(source: str) -> AutoencoderKLWan:
@@ -190,7 +217,9 @@ def build(task: LightningModule) -> None:
     """configure_model() without weights; the task was instantiated with BLANK's targets in the place of loaders."""
     with torch.device("meta"):
         if isinstance(task, DoRATask):
-            task.adapt(blank_transformer(task.source, getattr(torch, task.dtype_name)))
+            transformer = blank_transformer(task.source, getattr(torch, task.dtype_name))
+            task.adapt(transformer)
+            task.adopt(transformer)
         else:
             task.configure_model()
 
@@ -235,7 +264,7 @@ def measure(
         optimizer.step()  # makes the moments
         moments = [x for x in tree_leaves(list(optimizer.state.values())) if isinstance(x, Tensor)]
         known = [*task.parameters(), *task.buffers(), *(p.grad for p in trainable), *moments]
-        with LiveStorages(known) as storages:
+        with LiveStorages(known) as storages, Flops() as flops:
             batch = make_batch(task, load, geometry)
             with torch.autocast("cpu", AUTOCAST[precision]) if AUTOCAST[precision] else nullcontext():
                 loss = training_loss(task, batch)
@@ -243,17 +272,22 @@ def measure(
             loss.backward()
             nn.utils.clip_grad_norm_(trainable, 1.0, foreach=True)
             optimizer.step()
+        groups = _groups(task)
+        frozen = _bytes([*(p for p in task.parameters() if not p.requires_grad), *task.buffers()])
         return Footprint(
             parameters=sum(size for size, _ in counts),
             trainable_parameters=sum(size for size, trains in counts if trains),
-            frozen=_bytes([*(p for p in task.parameters() if not p.requires_grad), *task.buffers()]),
+            frozen=frozen,
             trainable=_bytes(trainable),
             gradients=_bytes(trainable),
             optimizer=_bytes(moments),
             ema=4 * sum(p.numel() for p in trainable) if ema else 0,
             activations=kept,
             working=storages.peak - kept,
-            whole=_whole(task),
+            replicated=frozen - sum(_bytes(p for p in group.parameters() if not p.requires_grad) for group in groups),
+            gathered=max(_gathered(group, blocks) for group, blocks in groups.items()),
+            groups=sum(len(blocks) + 1 for blocks in groups.values()),
+            flops=flops.total,
         )
 
 
@@ -261,19 +295,22 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def _whole(task: nn.Module) -> int:
-    """Weights that FSDP2 holds whole at a time: two blocks, items of outermost ModuleLists, and what is in none."""
-    sizes: dict[nn.Module, int] = {}
+def _groups(task: LightningModule) -> dict[nn.Module, Sequence[nn.Module]]:
+    """What trainer=fsdp shards -> its blocks, which are gathered one by one."""
+    if isinstance(task, DoRATask):
+        assert task.transformer is not None, "build(task) comes first"
+        return {task.transformer: list(task.transformer.blocks)}
+    if isinstance(task, RGBAVAETask):
+        assert task.vae is not None, "build(task) comes first"
+        judge = {} if task.judge is None else {task.judge.transformer: list(task.judge.transformer.blocks)}
+        return {task.vae.merge: [], task.vae.decoder_rgb: [], task.vae.decoder_alpha: [], **judge}
+    return {task: []}
 
-    def walk(module: nn.Module) -> None:
-        for child in module.children():
-            if isinstance(child, nn.ModuleList):
-                sizes.update({block: _bytes(block.parameters()) for block in child})
-            else:
-                walk(child)
 
-    walk(task)
-    return _bytes(task.parameters()) - sum(sizes.values()) + sum(sorted(sizes.values())[-2:])
+def _gathered(group: nn.Module, blocks: Sequence[nn.Module]) -> int:
+    """Its weights that are whole at a time: two blocks, and what is in none."""
+    sizes = sorted(_bytes(block.parameters()) for block in blocks)
+    return _bytes(group.parameters()) - sum(sizes) + sum(sizes[-2:])
 
 
 def make_batch(task: LightningModule, load: Load, geometry: Geometry | None) -> dict[str, Any]:

@@ -27,7 +27,9 @@ def build_both(workload):
 
 def run(monkeypatch, *arguments, **settings):
     GlobalHydra.instance().clear()
-    overrides = [f"{name}={value}" for name, value in (TINY | {"warmup": 0, "repeats": 2} | settings).items()]
+    overrides = [
+        f"{name}={value}" for name, value in (TINY | {"warmup": 0, "repeats": 2, "parts": "[step]"} | settings).items()
+    ]
     monkeypatch.setattr(sys, "argv", ["benchmark", *overrides, *arguments])
     benchmark.main()
     GlobalHydra.instance().clear()
@@ -111,7 +113,7 @@ def test_command_prints_a_table_and_writes_json(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_module_runs_from_anywhere(tmp_path):
-    overrides = [f"{name}={value}" for name, value in (TINY | {"warmup": 1, "repeats": 1}).items()]
+    overrides = [f"{name}={value}" for name, value in (TINY | {"warmup": 1, "repeats": 1, "parts": "[step]"}).items()]
     command = [sys.executable, "-m", "acetate.commands.benchmark", *overrides, "out=new/speed.json"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
     check_output(tmp_path, SimpleNamespace(out=done.stdout, err=done.stderr), repeats=1)
@@ -142,6 +144,10 @@ def test_bfloat16_runs():
         ({"frames": 8}, "8 frames; this VAE needs 4k.1 frames .* Use frames=5"),
         ({"width": 20}, "width 20; this VAE needs multiples of 8"),
         ({"precision": "float16"}, "precision=float16; known: float32, bfloat16"),
+        ({"parts": "[step,writer]"}, r"parts=\['writer'\]; known: step, reader"),
+        ({"reader.frames": 8}, r"reader\.frames: 8 frames; .*Use frames=5"),
+        ({"reader.size": 40}, r"reader\.size=40; sides are multiples of 16"),
+        ({"reader.clips": 0}, r"reader\.clips=0; must be at least 1"),
         ({"device": "tpu"}, "device=tpu; known: cpu, cuda"),
         ({"lora_rank": 0}, "lora_rank=0; must be at least 1"),
         ({"repeats": 0}, "repeats=0; must be at least 1"),

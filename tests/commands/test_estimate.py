@@ -13,7 +13,7 @@ EXPERIMENTS = sorted(path.stem for path in (ROOT / "conf/experiment").glob("*.ya
 GIB = 2**30
 FOOTPRINT = Footprint(
     parameters=1, trainable_parameters=1, frozen=32 * GIB, trainable=0, gradients=0, optimizer=0, ema=0,
-    activations=20 * GIB, working=10 * GIB, whole=GIB,
+    activations=20 * GIB, working=10 * GIB, replicated=0, gathered=GIB, groups=3, flops=0,
 )  # fmt: skip
 
 
@@ -27,7 +27,7 @@ def test_verdicts():
 def test_table_has_a_column_per_number_of_gpus():
     view = table(FOOTPRINT)
     assert [str(column.header) for column in view.columns] == [
-        "GiB per GPU", "1 GPU", *(f"{n} GPUs, if sharded (FSDP2)" for n in (2, 4, 8))
+        "GiB per GPU", "1 GPU", *(f"{n} GPUs, trainer=fsdp" for n in (2, 4, 8))
     ]  # fmt: skip
     assert list(view.columns[1].cells)[-1] == "62.00"
 

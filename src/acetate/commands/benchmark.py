@@ -1,9 +1,10 @@
-"""python -m acetate.commands.benchmark [name=value ...]: a VAE-stage step timed as we run it and as released.
+"""python -m acetate.commands.benchmark [name=value ...]: the speed of a VAE-stage step and of reading clips.
 
-A step is the hard-rendered rgb and alpha through the frozen encoder, the merge block, two decoders, L1, and the
-backward pass to what trains. `ours` is RGBAVAE. `released` is an RGBAVAE of the same weights whose parts run the
-way Wan-Alpha's training code runs them: diffusers' own forward passes on chunks of frames with feature caches, and
-LoRA as a second convolution path. No speed is printed unless both give the same loss and gradients.
+`reader` is in benchmark_reader. `step`, a VAE-stage step timed as we run it and as released, is the hard-rendered rgb
+and alpha through the frozen encoder, the merge block, two decoders, L1, and the backward pass to what trains. `ours` is
+RGBAVAE. `released` is an RGBAVAE of the same weights whose parts run the way Wan-Alpha's training code runs them:
+diffusers' own forward passes on chunks of frames with feature caches, and LoRA as a second convolution path. No speed
+is printed unless both give the same loss and gradients.
 """
 
 import multiprocessing
@@ -31,12 +32,14 @@ from torch.nn.utils import parametrize
 from tqdm import tqdm
 
 from acetate.alpha import harden, over, palette_colors
+from acetate.commands.benchmark_reader import ReaderLoad, benchmark_reader, rows_of
 from acetate.data.shards import write_json
 from acetate.models.adapters import MergedLoRA, trainable_state
 from acetate.models.rgba_vae import RGBAVAE
 from acetate.regions import check_clip_shape
 
 CONF = str(Path(__file__).parents[3] / "conf")
+PARTS = ("step", "reader")
 WAYS = ("ours", "released")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 LOSS_TOLERANCE = 1e-5  # relative, in fp32
@@ -271,12 +274,26 @@ def summarise(results: dict[str, Any]) -> dict[str, list[float]]:
 
 @hydra.main(version_base=None, config_path=CONF, config_name="command/benchmark")
 def main(config: DictConfig) -> None:
+    if unknown := set(config.parts) - set(PARTS):
+        raise ValueError(f"parts={sorted(unknown)}; known: {', '.join(PARTS)}.")
     if config.device == "auto":
         config.device = "cuda" if torch.cuda.is_available() else "cpu"
     config.threads = config.threads or os.cpu_count()
     load = Workload(**{field.name: config[field.name] for field in fields(Workload)})
-    results = benchmark(load, config.warmup, config.repeats)
-    results["summary"] = summarise(results)
+    reading = ReaderLoad(**config.reader)
+    results: dict[str, Any] = {}
+    if "step" in config.parts:
+        results |= {"workload": asdict(load), **benchmark(load, config.warmup, config.repeats)}
+        results["summary"] = summarise(results)
+        print_step(results, load)
+    if "reader" in config.parts:
+        results["reader"] = {"workload": asdict(reading), **benchmark_reader(reading)}
+        print_reader(results["reader"], reading)
+    if config.out is not None:
+        write_json(Path(config.out), results)
+
+
+def print_step(results: dict[str, Any], load: Workload) -> None:
     agreement, console = results["agreement"], Console(width=120)
     table = Table("", *WAYS, "released / ours")
     for row, (ours, released) in results["summary"].items():
@@ -286,8 +303,15 @@ def main(config: DictConfig) -> None:
         f"ways agree: loss to {agreement['loss']:.0e}, gradients to {agreement['gradient']:.0e} of a tensor's largest."
     )
     console.print(table)
-    if config.out is not None:
-        write_json(Path(config.out), {"workload": asdict(load), **results})
+
+
+def print_reader(results: dict[str, Any], load: ReaderLoad) -> None:
+    console = Console(width=120)
+    console.print(f"{load}; per core: of processor time. `datamodule` is one worker with transform and collation.")
+    table = Table("shard", "way", "clips/s/core", "frames/s/core", "clips/s by the clock", "time / plain")
+    for row in rows_of({kind: ways for kind, ways in results.items() if kind != "workload"}):
+        table.add_row(*row)
+    console.print(table)
 
 
 if __name__ == "__main__":

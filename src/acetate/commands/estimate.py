@@ -11,12 +11,13 @@ from rich.console import Console
 from rich.table import Table
 
 from acetate import memory
+from acetate.commands import as_on_gpu
 from acetate.data.shards import write_json
 from acetate.models.wan import Geometry
 
 CONF = str(Path(__file__).parents[3] / "conf")
 GPUS = (1, 2, 4, 8)
-SHARDED = "sharded; acetate runs DDP by default, where every GPU needs column 1"
+SHARDED = "trainer=fsdp; with trainer=ddp every GPU needs column 1"
 CARDS = (24, 40, 48, 80, 139)  # GiB; 139 are what a card sold as 141 GB has
 
 
@@ -57,7 +58,7 @@ def footprint(config: DictConfig) -> tuple[memory.Load, memory.Footprint]:
 
 
 def table(found: memory.Footprint) -> Table:
-    view = Table("GiB per GPU", *("1 GPU" if n == 1 else f"{n} GPUs, if sharded (FSDP2)" for n in GPUS))
+    view = Table("GiB per GPU", *("1 GPU" if n == 1 else f"{n} GPUs, trainer=fsdp" for n in GPUS))
     columns = [found.per_gpu(n) for n in GPUS]
     for row in columns[0]:
         if row == "total":
@@ -95,9 +96,8 @@ def remedies(config: DictConfig, load: memory.Load) -> list[str]:
 
 
 @hydra.main(version_base=None, config_path=CONF, config_name="command/estimate")
+@as_on_gpu()
 def main(config: DictConfig) -> None:
-    # The question is about GPUs, wherever it is asked
-    OmegaConf.register_new_resolver("on_gpu", lambda gpu, cpu: gpu, replace=True)
     load, found = footprint(config)
     verdicts = {card: verdict(found, card) for card in CARDS}
     console = Console(width=120, highlight=False)
@@ -108,8 +108,8 @@ def main(config: DictConfig) -> None:
     )
     console.print(table(found))
     console.print(
-        "acetate runs DDP by default: however many GPUs, each holds column 1 and the gradients again. The other "
-        "columns are what FSDP2 would need."
+        "trainer=ddp: however many GPUs, each holds column 1 and the gradients again. trainer=fsdp shards weights, "
+        "gradients, optimizer and average: the other columns."
     )
     for card, text in verdicts.items():
         console.print(f"{card:>4} GiB  {text}")

@@ -1,0 +1,166 @@
+"""How quickly clips are read, for commands.benchmark: what shards add to decoding, and what a whole worker gives.
+
+Seconds are those of the processor, all threads of this process together, so that they are per core and other work on
+the machine does not count. `plain` is PyAV (FFV1 clips) or PIL (PNG stills) on the same bytes in memory. `local` reads
+them as training does, from tars, with checks. `http` is the same through the cache from a server on this machine: the
+first pass fetches the tars, later ones find them there. `datamodule` adds the transform and the collation.
+"""
+
+import io
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from acetate.data.clips import ClipDataModule
+from acetate.data.shards import ClipRef, ShardWriter, encode_clip, index_shards, read_clip, read_media
+from acetate.data.store import Remote, open_folder
+from acetate.data.synthetic import KINDS, render
+from acetate.data.transforms import check_frames, check_side
+
+STORED = {"rgba.mkv": "FFV1 clips", "rgba.png": "PNG stills"}
+WAYS = ("plain", "local", "http, first", "http, cached", "datamodule")
+
+
+@dataclass(frozen=True)
+class ReaderLoad:
+    """What is drawn, read and trained on."""
+
+    clips: int  # of each kind
+    frames: int  # of an FFV1 clip and of a training clip, 4k+1
+    size: int  # of a square picture, a multiple of 16
+    batch_size: int
+    repeats: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        for name, least in (("clips", 1), ("frames", 5), ("batch_size", 1), ("repeats", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"reader.{name}={getattr(self, name)}; must be at least {least}.")
+        check_frames("reader.frames", self.frames, time_stride=4)
+        check_side("reader.size", self.size, space_multiple=16)
+
+
+def benchmark_reader(load: ReaderLoad) -> dict[str, dict[str, dict[str, float]]]:
+    """Kind of shard -> way -> {clips, frames, seconds, wall_seconds} of the median pass."""
+    results: dict[str, dict[str, dict[str, float]]] = {}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as in a DataLoader's worker
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            for kind, frames in (("rgba.mkv", load.frames), ("rgba.png", 1)):
+                shards = Path(folder) / kind
+                draw_shards(shards, load, frames)
+                with serve(shards) as url:
+                    results[STORED[kind]] = time_ways(shards, url, Path(folder) / "cache", load)
+    finally:
+        torch.set_num_threads(threads)
+    return results
+
+
+def draw_shards(out: Path, load: ReaderLoad, frames: int) -> None:
+    with ShardWriter(out, max_clips=load.clips, max_bytes=2**40, made_by={}) as writer:
+        for i in tqdm(range(load.clips + 1), desc=f"draw {out.name}", unit="clip"):
+            clip = render(KINDS[i % len(KINDS)], load.seed + i, frames, load.size, load.size)
+            pixels = torch.cat(((clip.rgb + 1) / 2, clip.alpha)).permute(1, 2, 3, 0).mul(255).round().byte().numpy()
+            encoded = encode_clip(pixels * (pixels[..., 3:] > 0), fps=16)
+            split = "train" if i < load.clips else "val"
+            writer.add(f"clip{i:06d}", encoded, split=split, prompt=clip.prompt, source="", licence="", lossy=False,
+                       premultiplied_source=False)  # fmt: skip
+
+
+@contextmanager
+def serve(folder: Path) -> Iterator[str]:
+    """URL of a server of its own process, so that its work is not ours."""
+    command = [sys.executable, "-u", "-m", "http.server", "0", "--bind", "127.0.0.1", "--directory", str(folder)]
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    try:
+        assert server.stdout is not None
+        yield f"http://127.0.0.1:{server.stdout.readline().split(' port ')[1].split()[0]}"
+    finally:
+        server.kill()
+        server.wait()
+
+
+def time_ways(shards: Path, url: str, cache: Path, load: ReaderLoad) -> dict[str, dict[str, float]]:
+    local = train_clips(index_shards([shards]))
+    data = [(ref.kind, read_media(ref)) for ref in local]
+    training = batches_of(shards, load)
+    passes: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
+    for turn in tqdm(range(load.repeats), desc=f"read {shards.name}", unit="pass"):
+        remote = train_clips(index_shards([open_folder(url, Remote(cache_dir=cache / f"{shards.name}{turn}"))]))
+        ways: dict[str, Callable[[], Any]] = {
+            "plain": lambda: [decode_plainly(*clip) for clip in data],
+            "local": lambda: [read_clip(ref) for ref in local],
+            "http, first": lambda remote=remote: [read_clip(ref) for ref in remote],
+            "http, cached": lambda remote=remote: [read_clip(ref) for ref in remote],
+            "datamodule": lambda: [next(training) for _ in range(-(-load.clips // load.batch_size))],
+        }
+        for way, read in ways.items():
+            seconds, wall = time.process_time(), time.perf_counter()
+            read()
+            seconds, wall = time.process_time() - seconds, time.perf_counter() - wall
+            passes[way].append({"seconds": seconds, "wall_seconds": wall})
+    trained = -(-load.clips // load.batch_size) * load.batch_size
+    counts = {way: {"clips": load.clips, "frames": sum(ref.frames for ref in local)} for way in WAYS}
+    counts["datamodule"] = {"clips": trained, "frames": trained * load.frames}
+    return {
+        way: {
+            **counts[way],
+            **{name: statistics.median(one[name] for one in passes[way]) for name in ("seconds", "wall_seconds")},
+        }
+        for way in WAYS
+    }
+
+
+def train_clips(refs: Sequence[ClipRef]) -> list[ClipRef]:
+    return [ref for ref in refs if ref.split == "train"]
+
+
+def decode_plainly(kind: str, data: bytes) -> Any:
+    """The least that gives RGBA frames (T, H, W, 4)."""
+    if kind == "rgba.png":
+        return np.array(Image.open(io.BytesIO(data)))[None]
+    with av.open(io.BytesIO(data)) as container:
+        return np.stack([frame.to_ndarray(format="rgba") for frame in container.decode(video=0)])
+
+
+def batches_of(shards: Path, load: ReaderLoad) -> Iterator[dict[str, Any]]:
+    """Batches of a worker, every clip decoded anew."""
+    module = ClipDataModule(
+        shards=str(shards),
+        frames=load.frames,
+        height=load.size,
+        width=load.size,
+        batch_size=load.batch_size,
+        seed=load.seed,
+        num_workers=0,
+        val_batch_size=1,
+        val_clips=1,
+        bad_clip_budget=0,
+        cache_mb=0,
+    )
+    module.setup()
+    return iter(module.train_dataloader())
+
+
+def rows_of(results: dict[str, dict[str, dict[str, float]]]) -> Iterator[tuple[str, ...]]:
+    """Shard, way, clips/s and frames/s of a core, clips/s by the clock, and seconds over those of `plain`."""
+    for kind, ways in results.items():
+        for way, one in ways.items():
+            clip = one["seconds"] / one["clips"]
+            plain = ways["plain"]["seconds"] / ways["plain"]["clips"]
+            rates = (1 / clip, one["frames"] / one["seconds"], one["clips"] / one["wall_seconds"])
+            yield kind, way, *(f"{rate:.1f}" for rate in rates), f"{clip / plain:.2f}"

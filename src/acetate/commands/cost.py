@@ -1,0 +1,97 @@
+"""python -m acetate.commands.cost experiment=NAME [...]: time, communication and data of a run on 1 to 512 GPUs."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import hydra
+import torch
+from omegaconf import DictConfig
+from rich.console import Console
+from rich.table import Table
+
+from acetate import memory
+from acetate.commands import as_on_gpu
+from acetate.commands.estimate import footprint
+from acetate.cost import STRATEGIES, Assumptions, Cost, Gpu, cost, latent_sample_bytes, payload
+from acetate.data.shards import write_json
+from acetate.models.wan import Geometry
+
+CONF = str(Path(__file__).parents[3] / "conf")
+
+
+def sample_bytes(config: DictConfig, load: memory.Load) -> float:
+    """That a GPU reads for each clip: of the latent cache, or of the clip shard."""
+    if "latents" not in config.data:
+        return (config.cost.clip_mb or 4e-6 * load.frames * load.height * load.width) * 1e6
+    shape = Geometry.of(memory.blank_vae(config.wan.vae)).latent_shape(load.frames, load.height, load.width)
+    text_dim = memory.blank_transformer(config.wan.transformer, torch.float32).config.text_dim
+    return latent_sample_bytes(shape, min(config.cost.prompt_tokens, load.prompt_length), text_dim)
+
+
+def limit(costs: list[Cost], least: float) -> str:
+    """Where a run stops scaling."""
+    bad = next((one for one in costs if one.scaling < least), None)
+    if bad is None:
+        return f"scales to {costs[-1].gpus} GPUs: {costs[-1].scaling:.0%} of the step computes there"
+    return f"stops scaling at {bad.gpus} GPUs: {bad.scaling:.0%} of the step computes, less than {least:.0%}"
+
+
+def table(costs: list[Cost]) -> Table:
+    view = Table("GPUs", "step, s", "compute, s", "communication, s", "sent per GPU, GB", "clips/s", "computes",
+                 "data per node, MB/s", "fits")  # fmt: skip
+    for one in costs:
+        view.add_row(
+            str(one.gpus), f"{one.step:.3f}", f"{one.compute:.3f}", f"{one.communication:.3f}", f"{one.sent / 1e9:.2f}",
+            f"{one.clips_per_second:.3g}", f"{one.scaling:.0%}", f"{one.data_per_node / 1e6:.2f}",
+            "yes" if one.fits else "no",
+        )  # fmt: skip
+    return view
+
+
+@hydra.main(version_base=None, config_path=CONF, config_name="command/cost")
+@as_on_gpu()
+def main(config: DictConfig) -> None:
+    settings = config.cost
+    if unknown := set(settings.strategies) - set(STRATEGIES):
+        raise ValueError(f"cost.strategies={sorted(unknown)}; known: {', '.join(STRATEGIES)}")
+    if not settings.gpus or min(settings.gpus) < 1:
+        raise ValueError(f"cost.gpus={list(settings.gpus)}; numbers from 1 on, at least one")
+    gpu = Gpu(**settings.gpu)
+    names = ("efficiency", "bandwidth_share", "overlap", "latency_us")
+    assumed = Assumptions(**{name: settings[name] for name in names})
+    load, found = footprint(config)
+    read = sample_bytes(config, load)
+    console = Console(width=120, highlight=False)
+    console.print(
+        f"{config.name} on {gpu.name}: {found.flops / 1e12:,.2f} TFLOP a step and GPU ({load.batch_size} clip"
+        f"{'s' * (load.batch_size > 1)} of {load.frames} frames, {load.height}x{load.width}; recomputation included)\n"
+        f"assumed: {assumed.efficiency:.0%} of {gpu.peak_tflops:g} TFLOP/s, {assumed.bandwidth_share:.0%} of "
+        f"{gpu.link_gb_s:g} GB/s in a node and {gpu.node_gb_s:g} GB/s between nodes of {gpu.gpus_per_node}, "
+        f"communication hidden under {assumed.overlap:.0%} of the compute"
+    )
+    results: dict[str, Any] = {}
+    for strategy in settings.strategies:
+        sent = payload(found, strategy)
+        costs = [
+            cost(
+                gpus, found, strategy, sent, gpu=gpu, assumed=assumed, batch_size=load.batch_size, clip_bytes=read,
+                accumulate=config.trainer.accumulate_grad_batches,
+            )
+            for gpus in sorted(settings.gpus)
+        ]  # fmt: skip
+        view = table(costs)
+        view.title = {"ddp": "DDP", "fsdp": "FSDP2"}[strategy]
+        console.print(view)
+        console.print(f"{view.title} {limit(costs, settings.least_scaling)}")
+        results[strategy] = [{**asdict(one), "scaling": one.scaling} for one in costs]
+    samples = settings.clips * settings.samples_per_clip
+    kind = "latent cache" if "latents" in config.data else "clip shards"
+    console.print(f"{kind}: {read / 1e6:.2f} MB a sample, {samples * read / 1e12:.2f} TB for {settings.clips:,} clips")
+    if config.out is not None:
+        figures = {"gpu": asdict(gpu), **asdict(assumed), "flops": found.flops, "sample_bytes": read}
+        write_json(Path(config.out), {"name": config.name, **asdict(load), **figures, **results})
+
+
+if __name__ == "__main__":
+    main()

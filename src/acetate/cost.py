@@ -1,0 +1,166 @@
+"""What training costs on N GPUs: time of a step, what the GPUs send each other, what their data needs.
+
+    step = compute + max(0, communication - overlap * compute)
+    compute = FLOPs of the step (memory.measure, recomputed ones included) / (efficiency * peak)
+
+Weak scaling: every GPU has its own batch, so that N GPUs are right with N times the clips in the time of `step`, and
+compute / step is the efficiency of scaling. Communication follows rings (Thakur et al. 2005): of S bytes, every GPU
+sends and receives
+
+    all-reduce                    2 (N - 1) / N * S   in 2 (N - 1) messages
+    all-gather, reduce-scatter      (N - 1) / N * S   in   (N - 1) messages
+
+at the bandwidth of the slowest link of the ring: a GPU's own within a node, else no more than that of a node, through
+which its rings leave together. DDP all-reduces the gradients of what trains. FSDP2 all-gathers every weight that
+it shards, in the precision that it is kept in, for the forward and again for the backward pass, and reduce-scatters
+fp32 gradients.
+
+Not in it: GPUs that wait for a slower one, other traffic on the network, validation, checkpoints.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from safetensors.torch import save
+
+from acetate.memory import Footprint, room
+
+Strategy = Literal["ddp", "fsdp"]
+STRATEGIES = ("ddp", "fsdp")
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A card and how it is connected. Bandwidths are in one direction, 10**9 bytes per second."""
+
+    name: str
+    peak_tflops: float  # dense, in the precision of computation
+    memory_gib: int
+    gpus_per_node: int
+    link_gb_s: float  # of a GPU to its neighbours in the node
+    node_gb_s: float  # of all network cards of a node together
+
+    def __post_init__(self) -> None:
+        for name in ("peak_tflops", "memory_gib", "gpus_per_node", "link_gb_s", "node_gb_s"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"gpu.{name}={getattr(self, name)}; must be above 0")
+
+
+@dataclass(frozen=True)
+class Assumptions:
+    """What is not known before a run, and is stated instead."""
+
+    efficiency: float  # share of the peak that computation reaches
+    bandwidth_share: float  # share of a link's bandwidth that collectives reach
+    overlap: float  # share of the compute under which communication is hidden
+    latency_us: float  # of a message between two GPUs
+
+    def __post_init__(self) -> None:
+        for name in ("efficiency", "bandwidth_share"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ValueError(f"{name}={getattr(self, name)}; a share in (0, 1]")
+        if not 0 <= self.overlap <= 1:
+            raise ValueError(f"overlap={self.overlap}; a share in [0, 1]")
+        if not self.latency_us >= 0:
+            raise ValueError(f"latency_us={self.latency_us}; must be at least 0")
+
+
+@dataclass(frozen=True)
+class Payload:
+    """Bytes that a step gives to collectives, whole tensors, and the number of collectives."""
+
+    reduced: int  # all-reduce
+    gathered: int  # all-gather
+    scattered: int  # reduce-scatter
+    collectives: int
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of one step on `gpus` GPUs. Seconds; bytes that each GPU sends; clips and bytes of data per second."""
+
+    gpus: int
+    compute: float
+    communication: float
+    step: float
+    sent: float
+    clips_per_second: float
+    data_per_node: float
+    fits: bool
+
+    @property
+    def scaling(self) -> float:
+        """Share of the step that computes."""
+        return self.compute / self.step
+
+
+def payload(found: Footprint, strategy: Strategy) -> Payload:
+    if strategy == "ddp":
+        buckets = math.ceil(found.gradients / (25 * 2**20))  # DDP's default
+        return Payload(reduced=found.gradients, gathered=0, scattered=0, collectives=buckets)
+    weights = found.frozen - found.replicated + found.trainable
+    return Payload(
+        reduced=0, gathered=2 * weights, scattered=4 * found.trainable_parameters, collectives=3 * found.groups
+    )
+
+
+def ring(gpus: int, sent: Payload) -> tuple[float, float]:
+    """Bytes and messages that each GPU sends."""
+    share = (gpus - 1) / gpus
+    rounds = 2 if sent.reduced else 1
+    return share * (2 * sent.reduced + sent.gathered + sent.scattered), rounds * (gpus - 1) * sent.collectives
+
+
+def bandwidth(gpus: int, gpu: Gpu, assumed: Assumptions) -> float:
+    """Bytes per second of a ring."""
+    slowest = gpu.link_gb_s if gpus <= gpu.gpus_per_node else min(gpu.link_gb_s, gpu.node_gb_s)
+    return slowest * 1e9 * assumed.bandwidth_share
+
+
+def cost(
+    gpus: int,
+    found: Footprint,
+    strategy: Strategy,
+    sent: Payload,
+    *,
+    gpu: Gpu,
+    assumed: Assumptions,
+    batch_size: int,
+    clip_bytes: float,
+    accumulate: int = 1,
+) -> Cost:
+    """batch_size: clips of a GPU and forward pass; accumulate: passes of a step. clip_bytes: read for each clip."""
+    compute = accumulate * found.flops / (gpu.peak_tflops * 1e12 * assumed.efficiency)
+    size, messages = ring(gpus, sent)
+    if strategy == "fsdp":  # gathers for every pass; DDP reduces after the last
+        size, messages = accumulate * size, accumulate * messages
+    communication = size / bandwidth(gpus, gpu, assumed) + messages * assumed.latency_us * 1e-6
+    step = compute + max(0.0, communication - assumed.overlap * compute)
+    clips = gpus * batch_size * accumulate / step
+    total = found.per_gpu(gpus if strategy == "fsdp" else 1)["total"]
+    return Cost(
+        gpus=gpus,
+        compute=compute,
+        communication=communication,
+        step=step,
+        sent=size,
+        clips_per_second=clips,
+        data_per_node=clips / gpus * min(gpus, gpu.gpus_per_node) * clip_bytes,
+        fits=total <= room(gpu.memory_gib),
+    )
+
+
+def latent_sample_bytes(shape: tuple[int, int, int, int], tokens: int, text_dim: int, text: int = 500) -> int:
+    """Of a sample in a latent tar: both members, each with its header and filled up to whole blocks of 512 bytes.
+
+    shape: latents (C, F, h, w), 16 bit as the prompt's embeddings (tokens, text_dim) are. text: bytes of its JSON.
+    """
+    tensors = {
+        "latents": torch.zeros(shape, dtype=torch.float16),
+        "ellipse": torch.zeros(shape[1], 5),
+        "prompt_embeds": torch.zeros(tokens, text_dim, dtype=torch.float16),
+        "prompt_mask": torch.ones(tokens, dtype=torch.bool),
+    }
+    return sum(512 * (1 + math.ceil(size / 512)) for size in (len(save(tensors)), text))

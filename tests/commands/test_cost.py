@@ -1,0 +1,65 @@
+import json
+import sys
+
+import pytest
+from hydra.core.global_hydra import GlobalHydra
+
+from acetate.commands import cost as command
+from acetate.commands.cost import limit
+from acetate.cost import Cost
+from tests.paths import ROOT
+
+
+@pytest.fixture
+def run(monkeypatch):
+    def run(*arguments):
+        GlobalHydra.instance().clear()
+        monkeypatch.setattr(sys, "argv", ["cost", *arguments])
+        command.main()
+
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    yield run
+    GlobalHydra.instance().clear()
+
+
+def one(gpus, step):
+    return Cost(
+        gpus=gpus, compute=1.0, communication=0.0, step=step, sent=0.0, clips_per_second=1.0, data_per_node=1.0,
+        fits=True,
+    )  # fmt: skip
+
+
+def test_limit():
+    costs = [one(1, 1.0), one(8, 1.1), one(64, 1.6), one(512, 4.0)]
+    assert limit(costs, 0.8) == "stops scaling at 64 GPUs: 62% of the step computes, less than 80%"
+    assert limit(costs, 0.2) == "scales to 512 GPUs: 25% of the step computes there"
+
+
+def test_dit_stage(run, tmp_path, capsys):
+    out = tmp_path / "cost.json"
+    run("experiment=dit_dora", "rgba_vae=x", "data.batch_size=1", "cost.gpus=[16,1]", "gpu@cost.gpu=a100", f"out={out}")
+    shown, found = capsys.readouterr().out, json.loads(out.read_text())
+    assert "dit_dora on A100 80 GB SXM" in shown and "FSDP2 " in shown and "latent cache: " in shown
+    assert [one["gpus"] for one in found["fsdp"]] == [1, 16] and found["gpu"]["peak_tflops"] == 312
+    assert found["ddp"][0]["compute"] == pytest.approx(found["flops"] / (312e12 * 0.4))
+    assert found["ddp"][0]["communication"] == 0 < found["ddp"][1]["communication"] < found["fsdp"][1]["communication"]
+
+
+def test_vae_stage(run, capsys):
+    clip = ("data.frames=1", "data.height=16", "data.width=16", "loss.diffusion.mode='off'", "cost.clip_mb=3")
+    run("experiment=vae_rgba", *clip, "cost.gpus=[1]", "cost.strategies=[ddp]")
+    assert "clip shards: 3.00 MB a sample, 3.00 TB for 1,000,000 clips" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("cost.strategies=[zero]", r"cost\.strategies=\['zero'\]; known: ddp, fsdp"),
+        ("cost.gpus=[0]", r"cost\.gpus=\[0\]; numbers from 1 on"),
+        ("cost.efficiency=0", r"efficiency=0; a share in \(0, 1\]"),
+    ],
+)
+def test_settings_are_checked(run, setting, message):
+    with pytest.raises(ValueError, match=message):
+        run("experiment=dit_dora", "rgba_vae=x", setting)

@@ -1,0 +1,153 @@
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict, replace
+
+import pytest
+import torch
+from hydra.utils import instantiate
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+
+from acetate import memory
+from acetate.commands.estimate import footprint
+from acetate.cost import Assumptions, Gpu, Payload, bandwidth, cost, latent_sample_bytes, payload, ring
+from acetate.data.shards import MANIFEST
+from acetate.models.text import TextEncoder
+from acetate.models.wan import Geometry
+from tests.compose import composed
+from tests.paths import ROOT
+
+GPU = Gpu(name="x", peak_tflops=1e-9, memory_gib=1, gpus_per_node=8, link_gb_s=1e-6, node_gb_s=5e-7)
+EXACT = Assumptions(efficiency=1.0, bandwidth_share=1.0, overlap=0.0, latency_us=0.0)
+FOUND = memory.Footprint(
+    parameters=30, trainable_parameters=10, frozen=800, trainable=40, gradients=40, optimizer=80, ema=0,
+    activations=1000, working=50, replicated=100, gathered=300, groups=3, flops=5000,
+)  # fmt: skip
+LOAD = memory.Load(batch_size=2, frames=5, height=24, width=24, prompt_length=8)
+TINY = ["experiment=dit_dora", "rgba_vae=x", "data.latents=x", "data.batch_size=2", "wan.frames=5", "wan.height=24",
+        "wan.width=24", "wan.prompt_length=8", "trainer.precision=32-true"]  # fmt: skip
+
+
+def tiny_task():
+    """A DoRATask on the shipped base, with weights, and its VAE's geometry."""
+    config = composed(ROOT, *TINY)
+    torch.manual_seed(0)
+    task = instantiate(config.task)
+    task.configure_model()
+    return task, Geometry.of(memory.blank_vae(config.wan.vae))
+
+
+def tiny_batch(task, geometry):
+    batch = memory.make_batch(task, LOAD, geometry)
+    return {name: torch.zeros_like(value) if torch.is_tensor(value) else value for name, value in batch.items()}
+
+
+def test_ring_by_hand():
+    """Four GPUs all-reduce 100 bytes: six messages of 25."""
+    assert ring(4, Payload(reduced=100, gathered=0, scattered=0, collectives=1)) == (150, 6)
+    assert ring(4, Payload(reduced=0, gathered=100, scattered=60, collectives=2)) == (120, 6)
+    assert ring(1, Payload(reduced=100, gathered=100, scattered=60, collectives=5)) == (0, 0)
+
+
+def test_a_ring_is_as_quick_as_its_slowest_link():
+    assert bandwidth(8, GPU, EXACT) == pytest.approx(1000)
+    assert bandwidth(9, GPU, EXACT) == pytest.approx(500)
+    assert bandwidth(9, replace(GPU, node_gb_s=1.0), replace(EXACT, bandwidth_share=0.5)) == pytest.approx(500)
+
+
+def test_payloads():
+    assert payload(FOUND, "ddp") == Payload(reduced=40, gathered=0, scattered=0, collectives=1)
+    sharded = payload(FOUND, "fsdp")
+    assert sharded == Payload(reduced=0, gathered=2 * (700 + 40), scattered=40, collectives=9)
+
+
+def test_a_step_by_hand():
+    """1000 FLOP/s, 1000 bytes/s: 5 s of compute; 4 GPUs send 2 * 3/4 * 40 bytes."""
+    sent = payload(FOUND, "ddp")
+    settings = {"gpu": GPU, "batch_size": 2, "clip_bytes": 10.0}
+    one = cost(1, FOUND, "ddp", sent, assumed=EXACT, **settings)
+    assert (one.compute, one.communication, one.step, one.sent, one.scaling) == pytest.approx((5, 0, 5, 0, 1))
+    four = cost(4, FOUND, "ddp", sent, assumed=replace(EXACT, latency_us=1e6), **settings)
+    assert four.sent == 60 and four.communication == pytest.approx(0.06 + 6)
+    assert four.step == pytest.approx(11.06) and four.scaling == pytest.approx(5 / 11.06)
+    assert four.clips_per_second == pytest.approx(8 / 11.06) and four.data_per_node == pytest.approx(80 / 11.06)
+    hidden = cost(4, FOUND, "ddp", sent, assumed=replace(EXACT, overlap=0.1, latency_us=1e5), **settings)
+    assert hidden.step == pytest.approx(5 + 0.66 - 0.5)
+
+
+def test_accumulation_reduces_once_and_gathers_every_time():
+    settings = {"gpu": GPU, "assumed": EXACT, "batch_size": 1, "clip_bytes": 1.0, "accumulate": 3}
+    for strategy, times in (("ddp", 1), ("fsdp", 3)):
+        sent = payload(FOUND, strategy)
+        found = cost(2, FOUND, strategy, sent, **settings)
+        assert found.compute == pytest.approx(15) and found.sent == times * ring(2, sent)[0]
+
+
+def test_a_node_reads_for_its_own_gpus():
+    sent = Payload(reduced=0, gathered=0, scattered=0, collectives=0)
+    settings = {"gpu": GPU, "assumed": EXACT, "batch_size": 1, "clip_bytes": 10.0}
+    assert cost(64, FOUND, "ddp", sent, **settings).data_per_node == pytest.approx(8 / 5 * 10)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: replace(GPU, link_gb_s=0), r"gpu\.link_gb_s=0; must be above 0"),
+        (lambda: replace(EXACT, efficiency=1.5), r"efficiency=1\.5; a share in \(0, 1\]"),
+        (lambda: replace(EXACT, overlap=-1), r"overlap=-1; a share in \[0, 1\]"),
+        (lambda: replace(EXACT, latency_us=-1), r"latency_us=-1; must be at least 0"),
+    ],
+)
+def test_values_are_checked(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_flops_are_those_of_a_real_step(checkpointing):
+    """Counted by torch on real tensors; for a CPU's attention it has to be told its own formulas."""
+    aten = torch.ops.aten
+    attention = {
+        aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: (
+            lambda grad, q, k, v, *_, **__: sdpa_backward_flop_count(grad, q, k, v)
+        ),
+    }
+    task, geometry = tiny_task()
+    if checkpointing:
+        task.transformer.enable_gradient_checkpointing()
+    with FlopCounterMode(display=False, custom_mapping=attention) as counter:
+        memory.training_loss(task, tiny_batch(task, geometry)).backward()
+    _, found = footprint(composed(ROOT, *TINY, f"task.checkpointing={checkpointing}"))
+    assert found.flops == counter.get_total_flops() > 0
+
+
+def test_bytes_of_a_sample_are_those_of_real_shards(cached):
+    folder = cached[0]
+    manifest = json.loads((folder / MANIFEST).read_text())
+    channels = manifest["geometry"]["channels"]
+    for shard in manifest["shards"]:
+        text_dim = TextEncoder(str(ROOT / "assets/wan-tiny"), 64)("").shape[1]
+        sizes = [latent_sample_bytes((channels, *one["shape"]), one["tokens"], text_dim) for one in shard["samples"]]
+        assert 0 <= shard["bytes"] - sum(sizes) < 1024 + 10240  # a tar ends on two blocks and fills its record
+
+
+@pytest.mark.slow
+def test_payloads_are_those_of_real_processes(tmp_path):
+    world, place = 2, {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "tests.communication"]
+    places = [str(tmp_path / "meeting"), str(tmp_path / "found.json")]
+    runs = [
+        subprocess.Popen([*command, str(rank), str(world), *places], cwd=ROOT, env=place, stderr=subprocess.PIPE)
+        for rank in range(world)
+    ]
+    errors = [run.communicate(timeout=300)[1].decode() for run in runs]
+    assert [run.returncode for run in runs] == [0] * world, errors
+    real = json.loads((tmp_path / "found.json").read_text())
+    _, found = footprint(composed(ROOT, *TINY))
+    assert real["reduced"] == payload(found, "ddp").reduced
+    sharded = asdict(payload(found, "fsdp"))
+    for name in ("gathered", "scattered"):
+        assert real[name] == pytest.approx(sharded[name], rel=0.02), name  # shards are filled up to equal sizes
+    assert real["collectives"] == sharded["collectives"] - 1  # what lies in no block is frozen and never scattered
