@@ -9,9 +9,9 @@ import pytest
 from tests.paths import ROOT
 
 LAYERS = (
-    {"alpha", "regions", "opencv_ellipse", "flow", "draws", "video_io", "video_out"},
+    {"alpha", "regions", "opencv_ellipse", "flow", "draws", "media", "video_io", "video_out"},
     {"models", "losses", "metrics", "data"},
-    {"tasks", "sampling", "formats", "memory"},
+    {"tasks", "sampling", "formats", "memory", "cost"},
     {"callbacks"},
     {"commands", "data_prep", "train"},
 )

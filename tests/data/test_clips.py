@@ -6,9 +6,10 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
+from acetate.data import clips
 from acetate.data.clips import ClipCache, ClipDataModule, TrainBatches, ValBatches
 from acetate.data.datamodule import BadDataError
-from acetate.data.shards import MANIFEST, ShardError, ShardWriter, encode_clip, index_shards
+from acetate.data.shards import MANIFEST, ShardError, ShardWriter, encode_clip, index_shards, read_clip
 
 SETTINGS = {
     "frames": 5, "height": 16, "width": 16, "batch_size": 4, "seed": 0, "num_workers": 0, "val_batch_size": 2,
@@ -166,6 +167,16 @@ def test_resume_takes_the_next_batch(shards, tmp_path):
     rest, data, _ = fit(shards, tmp_path, 12, resume=tmp_path / "a.ckpt")
     assert start.seen + rest.seen == whole.seen
     assert data.consumed == 48
+
+
+def test_resume_decodes_nothing_of_what_it_skips(shards, tmp_path, monkeypatch):
+    _, _, trainer = fit(shards, tmp_path, 7, batch_size=3)
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    read = []
+    monkeypatch.setattr(clips, "read_clip", lambda ref: [read.append(ref.key), read_clip(ref)][1])
+    rest, _, _ = fit(shards, tmp_path, 8, resume=tmp_path / "a.ckpt", batch_size=3, cache_mb=0)
+    trained = [key for key in read if int(key[4:]) % 3 != 2]
+    assert trained[:3] == rest.seen[0][0] and len(trained) <= 6  # one batch is fetched ahead
 
 
 def test_resume_with_another_batch_size_goes_on_at_the_same_clip(shards, tmp_path):

@@ -1,3 +1,4 @@
+from itertools import islice
 from types import SimpleNamespace
 
 import pytest
@@ -7,9 +8,12 @@ from acetate.data.endless import EndlessDataModule
 
 def keys(rank, world, *, step=0, steps=2, batch_size=2, val=False):
     data = EndlessDataModule(frames=1, height=8, width=8, batch_size=batch_size, val_clips=4, seed=5, num_workers=0)
-    data.trainer = SimpleNamespace(global_rank=rank, world_size=world, global_step=step, max_steps=steps)
-    loader = data.val_dataloader() if val else data.train_dataloader()
-    return [batch["key"] for batch in loader]
+    progress = SimpleNamespace(total=SimpleNamespace(processed=step))
+    loop = SimpleNamespace(epoch_loop=SimpleNamespace(batch_progress=progress))
+    data.trainer = SimpleNamespace(global_rank=rank, world_size=world, fit_loop=loop)
+    if val:
+        return [batch["key"] for batch in data.val_dataloader()]
+    return [batch["key"] for batch in islice(data.train_dataloader(), steps - step)]
 
 
 def test_ranks_share_out_the_clips_of_one():

@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import save, save_file
 from webdataset.writer import TarWriter
 
+from acetate.data import latents
 from acetate.data.datamodule import BadDataError
 from acetate.data.latents import (
     EMPTY_PROMPT,
@@ -19,6 +20,7 @@ from acetate.data.latents import (
     cut,
     index_latents,
     plan,
+    read_latents,
     window_starts,
 )
 from acetate.data.order import ClipOrder
@@ -284,7 +286,18 @@ def test_resume_takes_the_next_batch(folder, tmp_path):
     assert (state["consumed"], state["walk"]) == (16, [[2, 8]])
     rest, data, trainer = fit(folder, tmp_path, 15, resume=tmp_path / "a.ckpt")
     assert start.seen + rest.seen == whole.seen
-    assert data.consumed == 30 and data.state_dict()["walk"] == [[2, 8], [2, 7]]
+    assert data.consumed == 30 and data.state_dict()["walk"] == [[2, 15]]
+
+
+def test_resume_reads_nothing_of_what_it_skips(folder, tmp_path, monkeypatch):
+    _, _, trainer = fit(folder, tmp_path, 8)
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    read = []
+    monkeypatch.setattr(latents, "read_latents", lambda ref: [read.append(ref.key), read_latents(ref)][1])
+    rest, _, _ = fit(folder, tmp_path, 9, resume=tmp_path / "a.ckpt")
+    assert len(rest.seen) == 1
+    # The trained batch, one that is fetched ahead of it, and the validation ones
+    assert [key for key in read if not key.startswith(tuple(VAL))][:2] == rest.seen[0] and len(read) <= 4 + 2 * len(VAL)
 
 
 def test_resume_with_another_batch_size_repeats_and_drops_nothing(folder, tmp_path):

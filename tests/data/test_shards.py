@@ -15,11 +15,13 @@ from acetate.data.shards import (
     EncodedClip,
     ShardError,
     ShardWriter,
-    assign_splits,
     encode_clip,
     index_shards,
     read_clip,
+    read_head,
     read_manifest,
+    read_media,
+    read_meta_text,
 )
 from acetate.draws import stable_hash
 from acetate.video_io import decode_ffv1
@@ -101,6 +103,28 @@ def test_same_clips_make_the_same_bytes(tmp_path):
     assert write(tmp_path / "a") == write(tmp_path / "b")
     with tarfile.open(tmp_path / "a" / "clips-000000.tar") as tar:
         assert {member.mtime for member in tar} == {0}
+
+
+@pytest.mark.parametrize("count", [0, 1, 4])
+def test_manifest_is_written_tar_by_tar_as_if_whole(tmp_path, count):
+    with ShardWriter(tmp_path, max_clips=1, max_bytes=10**9, made_by=MADE_BY) as writer:
+        writer.skipped["x"] = "a reason"
+        for key in list(CLIPS)[:count]:
+            add(writer, key)
+            assert key in writer and "x" not in writer
+    text = (tmp_path / MANIFEST).read_text()
+    assert text == json.dumps(json.loads(text), ensure_ascii=False, indent=1) + "\n"
+    manifest = read_manifest(tmp_path)
+    assert len(manifest.pop("shards")) == count and read_head(tmp_path) == manifest
+    assert manifest["clips"] == count and manifest["skipped"] == {"x": "a reason"}
+
+
+def test_a_copied_clip_is_the_same_byte_for_byte(tmp_path):
+    write(tmp_path / "a", max_clips=9)
+    with ShardWriter(tmp_path / "b", max_clips=9, max_bytes=10**9, made_by=MADE_BY) as writer:
+        for ref in index_shards([tmp_path / "a"]):
+            writer.copy(ref, read_media(ref), read_meta_text(ref))
+    assert read_manifest(tmp_path / "b") == read_manifest(tmp_path / "a")
 
 
 def test_max_bytes_cuts_tars(tmp_path):
@@ -240,23 +264,3 @@ def test_stable_hash_is_pinned():
     # Order, splits and crops of every dataset depend on it: it must never change.
     assert stable_hash("clip", 0, 1, "a") == 388899464410021063
     assert 0 <= stable_hash("x") < 2**63
-
-
-def test_splits_hold_groups_together_and_stay():
-    groups = {f"{name}-{form}": name for name in map(str, range(200)) for form in "ab"}
-    splits = assign_splits(groups, 0.1)
-    assert all(splits[f"{name}-a"] == splits[f"{name}-b"] for name in map(str, range(200)))
-    assert 20 <= sum(split == "val" for split in splits.values()) <= 60
-    grown = assign_splits(groups | {f"new-{i}": f"new-{i}" for i in range(50)}, 0.1)
-    assert all(grown[key] == split for key, split in splits.items())
-
-
-def test_splits_of_few_clips():
-    for count in (2, 3, 5):
-        values = assign_splits({str(i): str(i) for i in range(count)}, 0.01).values()
-        assert {"train", "val"} == set(values)
-    assert assign_splits({"a": "a", "b": "a"}, 0.5) == {"a": "train", "b": "train"}
-    assert set(assign_splits({str(i): str(i) for i in range(20)}, 0.0).values()) == {"train"}
-    assert set(assign_splits({str(i): str(i) for i in range(5)}, 0.999).values()) == {"train", "val"}
-    with pytest.raises(ValueError, match=r"val_fraction=1\.0; must be in \[0, 1\)"):
-        assign_splits({}, 1.0)

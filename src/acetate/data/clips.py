@@ -208,12 +208,9 @@ class ClipDataModule(ShardDataModule):
         seed = self._finished_batches() if self.random_validation else 0
         dataset = ClipDataset(self.val_refs, self.val_transform, seed, self.cache_bytes, order=None)
         parts = [ValBatches(len(self.val_refs), self.val_batch_size, r, world) for r in range(world)]
-        if len({len(part) for part in parts}) > 1:
-            log.warning(
-                "%d validation clips on %d ranks make unequal numbers of batches; a sharded model waits "
-                "for ever for the rank with fewer. Use val_clips=%d.",
-                len(self.val_refs), world, len(self.val_refs) // world * world or world,
-            )  # fmt: skip
+        count = len(self.val_refs)
+        even = f"val_clips={count // world * world}" if count >= world else f"at most {count} GPUs, or more clips"
+        self._check_even([len(part) for part in parts], f"{count} validation clips", even)
         return self._loader(dataset, parts[rank], collate)
 
     def _fingerprint(self) -> int:

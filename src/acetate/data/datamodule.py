@@ -1,12 +1,15 @@
 """What both datamodules share: batches without end, the position that a resumed run goes on from, bad clips."""
 
 import logging
+import os
+import signal
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning import LightningDataModule
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.utils.data import DataLoader, Dataset
 
 from acetate.data.order import ClipOrder, MixedOrder, Order
@@ -14,6 +17,16 @@ from acetate.data.shards import ShardError
 from acetate.data.store import Remote, RemoteTar, open_folder
 
 log = logging.getLogger(__name__)
+
+
+def apart_from_signals(worker: int) -> None:
+    """A signal to a job's processes must not end a data worker before the trainer has saved a checkpoint.
+
+    Those to the process group no longer reach it; the trainer's own SIGTERM does.
+    """
+    os.setpgid(0, 0)
+    for name in (signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(name, signal.SIG_IGN)
 
 
 class BadDataError(RuntimeError):
@@ -164,12 +177,23 @@ class ShardDataModule(LightningDataModule):
         place = self.trainer.distributed_sampler_kwargs or {"rank": 0, "num_replicas": 1}
         return place["rank"], place["num_replicas"]
 
+    def _check_even(self, batches: Sequence[int], what: str, remedy: str) -> None:
+        """Of validation, per rank. Where they differ, a sharded model would wait for ever for the rank with fewer: that
+        raises ValueError; others only pay for the slowest."""
+        if len(set(batches)) == 1:
+            return
+        said = f"{what} make unequal numbers of batches on {len(batches)} ranks, {min(batches)} to {max(batches)}"
+        if self.trainer is not None and isinstance(self.trainer.strategy, ModelParallelStrategy):
+            raise ValueError(f"{said}; a sharded model needs equal ones. Use {remedy}.")
+        log.warning("%s; a sharded model (trainer=fsdp) could not run it. Use %s.", said, remedy)
+
     def _loader(self, dataset: Dataset, batches: Iterable[list[Any]], collate: Callable) -> DataLoader:
         return DataLoader(
             dataset,
             batch_sampler=batches,  # pyright: ignore[reportArgumentType]  torch's stub wants a Sampler
             collate_fn=collate,
             num_workers=self.num_workers,
+            worker_init_fn=apart_from_signals,
             persistent_workers=self.num_workers > 0,
             pin_memory=torch.cuda.is_available(),
         )

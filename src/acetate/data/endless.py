@@ -1,5 +1,7 @@
 """Endless synthetic clips over moving backgrounds, drawn on the fly: what the tiny base model is trained on."""
 
+import sys
+
 import torch
 from lightning import LightningDataModule
 from torch import Tensor
@@ -7,6 +9,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from acetate.alpha import PALETTE, harden, over
 from acetate.data import synthetic
+from acetate.data.clips import TrainBatches
+from acetate.data.datamodule import apart_from_signals
 from acetate.draws import generator_for
 
 
@@ -69,26 +73,33 @@ class EndlessDataModule(LightningDataModule):
         self.batch_size, self.val_clips = batch_size, val_clips
         self.seed, self.num_workers = seed, num_workers
 
-    def _loader(self, start: int, length: int, batch_size: int) -> DataLoader:
+    def train_dataloader(self) -> DataLoader:
+        rank, world, finished = 0, 1, 0
+        if self.trainer is not None:
+            rank, world = self.trainer.global_rank, self.trainer.world_size
+            finished = self.trainer.fit_loop.epoch_loop.batch_progress.total.processed
+        batches = TrainBatches(lambda: finished * self.batch_size * world, self.batch_size, rank, world)
+        clips = self._clips(start=0, length=sys.maxsize, step=1)
+        return DataLoader(clips, batch_sampler=batches, num_workers=self.num_workers, worker_init_fn=apart_from_signals)
+
+    def val_dataloader(self) -> DataLoader:
         rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-        clips = EndlessClips(
+        share = max(1, self.val_clips // world)
+        clips = self._clips(start=2**31 + rank, length=share, step=world)
+        return DataLoader(
+            clips,
+            batch_size=min(self.batch_size, share),
+            num_workers=self.num_workers,
+            worker_init_fn=apart_from_signals,
+        )
+
+    def _clips(self, *, start: int, length: int, step: int) -> EndlessClips:
+        return EndlessClips(
             seed=self.seed,
-            start=start + rank,
+            start=start,
             length=length,
-            step=world,
+            step=step,
             frames=self.frames,
             height=self.height,
             width=self.width,
         )
-        return DataLoader(clips, batch_size=batch_size, num_workers=self.num_workers)
-
-    def train_dataloader(self) -> DataLoader:
-        trainer = self.trainer
-        steps = trainer.max_steps if trainer is not None else 1
-        done = trainer.global_step if trainer is not None else 0
-        world = trainer.world_size if trainer is not None else 1
-        return self._loader(done * self.batch_size * world, max(1, steps - done) * self.batch_size, self.batch_size)
-
-    def val_dataloader(self) -> DataLoader:
-        share = max(1, self.val_clips // (self.trainer.world_size if self.trainer else 1))
-        return self._loader(2**31, share, min(self.batch_size, share))

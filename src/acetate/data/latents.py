@@ -7,6 +7,7 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
+from operator import itemgetter
 from typing import Any
 
 import safetensors.torch
@@ -340,7 +341,9 @@ class LatentDataModule(ShardDataModule):
         return pad(embeds.float(), self.prompt_length)[None]
 
     def state_dict(self) -> dict[str, Any]:
-        return super().state_dict() | {"walk": [*self._past, self._present()]}
+        runs = groupby([*self._past, self._present()], itemgetter(0))
+        walk = [[size, sum(batches for _, batches in of_size)] for size, of_size in runs]
+        return super().state_dict() | {"walk": walk}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
@@ -368,12 +371,11 @@ class LatentDataModule(ShardDataModule):
     def val_dataloader(self) -> DataLoader:
         rank, world = self._rank_and_world()
         parts = [self._val_batches(r, world) for r in range(world)]
-        if len({len(part) for part in parts}) > 1:
-            log.warning(
-                "%d validation windows in buckets make unequal numbers of batches on %d ranks; a sharded model waits "
-                "for ever for the rank with fewer. Use val_batch_size=1 and val_clips=%d.",
-                len(self.val_windows), world, len(self.val_windows) // world * world or world,
-            )  # fmt: skip
+        count = len(self.val_windows)
+        even = f"val_clips={count // world * world}" if count >= world else f"at most {count} GPUs, or more clips"
+        self._check_even(
+            [len(part) for part in parts], f"{count} validation windows in buckets", f"val_batch_size=1 and {even}"
+        )
         return self._loader(LatentDataset(self.val_windows, seed=0), parts[rank], self._collate())
 
     def _val_batches(self, rank: int, world: int) -> list[list[Place]]:

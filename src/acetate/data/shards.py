@@ -13,7 +13,9 @@ import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
+from textwrap import indent
 from typing import Any, Literal
 
 import numpy as np
@@ -21,12 +23,14 @@ from numpy.typing import NDArray
 from PIL import Image
 from webdataset.writer import TarWriter
 
+from acetate.data.splits import Split
 from acetate.data.store import Folder, RemoteTar, Span, find_members, read_at, read_file
 from acetate.draws import stable_hash
 from acetate.video_io import MediaError, decode_ffv1, encode_ffv1
 
 SCHEMA = 1  # of clip and of latent shards
 MANIFEST = "manifest.json"
+SHARDS = ',\n "shards": '  # the last thing in the manifest of a folder of clips
 # webdataset cuts a member's name at its first dot, and ustar holds 100 characters of it.
 KEY = re.compile(r"[A-Za-z0-9_\-]{1,80}")
 HOW_TO_MAKE = {
@@ -34,7 +38,6 @@ HOW_TO_MAKE = {
     "latents": "`python -m data_prep.cache_latents` makes latent shards.",
 }
 
-Split = Literal["train", "val"]
 Kind = Literal["rgba.mkv", "rgba.png"]
 
 
@@ -87,23 +90,6 @@ class ClipRef(TarRef):
     height: int
 
 
-def assign_splits(groups: Mapping[str, str], val_fraction: float) -> dict[str, Split]:
-    """Key -> split from key -> group. A group (variants of one source) is never torn apart.
-
-    A group's side depends on its name alone, so that a clip keeps its side when others are added. With two
-    groups and val_fraction > 0 at least one is in val; at least one is always in train.
-    """
-    if not 0 <= val_fraction < 1:
-        raise ValueError(f"val_fraction={val_fraction}; must be in [0, 1)")
-    order = sorted(set(groups.values()), key=lambda group: (stable_hash("split", group), group))
-    val = {group for group in order if stable_hash("split", group) < val_fraction * 2**63}
-    if val_fraction > 0 and len(order) > 1:
-        val.add(order[0])
-    if order and len(val) == len(order):
-        val.remove(order[-1])
-    return {key: "val" if group in val else "train" for key, group in groups.items()}
-
-
 @dataclass(frozen=True)
 class EncodedClip:
     """A clip as a shard stores it; fps is 0 for a still."""
@@ -142,10 +128,12 @@ class ShardWriter:
         self.pending: list[dict[str, Any]] = []
         self.pending_bytes = 0
         self.tar: TarWriter | None = None
-        out.mkdir(parents=True, exist_ok=True)
-        self.shards = self._finished()
+        self.tars = self.clips = self.frames = 0
+        self.splits = {"train": 0, "val": 0}
+        self.hashes = np.empty(0, np.int64)  # of the finished tars' keys, sorted: 8 bytes a clip
         self.skipped: dict[str, str] = {}  # key -> reason, for the manifest; whoever fills the shards keeps it
-        self.keys = {clip["key"] for shard in self.shards for clip in shard["clips"]}
+        out.mkdir(parents=True, exist_ok=True)
+        self._find_finished()
 
     def __enter__(self) -> "ShardWriter":
         return self
@@ -158,7 +146,10 @@ class ShardWriter:
             self.stream.close()
 
     def __contains__(self, key: str) -> bool:
-        return key in self.keys
+        number = stable_hash(key)
+        place = int(np.searchsorted(self.hashes, number))
+        found = place < len(self.hashes) and self.hashes[place] == number
+        return bool(found) or any(clip["key"] == key for clip in self.pending)
 
     def add(
         self,
@@ -171,75 +162,100 @@ class ShardWriter:
         licence: str,
         lossy: bool,
         premultiplied_source: bool,
+        done: Mapping[str, str] | None = None,
     ) -> None:
-        if not KEY.fullmatch(key):
-            raise ValueError(f"key {key!r}; keys are 1 to 80 of A-Z a-z 0-9 _ -")
-        if key in self.keys:
-            raise ValueError(f"key {key!r} was already written; keys are unique in a folder of shards")
+        """done: step -> what was done to the clip and why; it goes into the clip's own JSON."""
         size = {"frames": clip.frames, "width": clip.width, "height": clip.height}
         meta = {"prompt": prompt, "fps": clip.fps, **size, "source": source, "licence": licence, "split": split,
                 "lossy": lossy, "premultiplied_source": premultiplied_source}  # fmt: skip
-        if self.pending and self.pending_bytes + len(clip.media) > self.max_bytes:
+        if done:
+            meta["done"] = dict(done)
+        text = json.dumps(meta, ensure_ascii=False, sort_keys=True).encode()
+        entry = {"key": key, "split": split, **size, "kind": clip.kind, "crc32": zlib.crc32(clip.media)}
+        self.write(entry, clip.media, text)
+
+    def copy(self, ref: "ClipRef", media: bytes, meta: bytes) -> None:
+        """A clip of another folder, its members as they are given."""
+        names = ("key", "split", "frames", "width", "height", "kind", "crc32")
+        self.write({name: getattr(ref, name) for name in names}, media, meta)
+
+    def write(self, entry: dict[str, Any], media: bytes, meta: bytes) -> None:
+        """entry: what the manifest says of the clip."""
+        key = entry["key"]
+        if not KEY.fullmatch(key):
+            raise ValueError(f"key {key!r}; keys are 1 to 80 of A-Z a-z 0-9 _ -")
+        if key in self:
+            raise ValueError(f"key {key!r} was already written; keys are unique in a folder of shards")
+        if self.pending and self.pending_bytes + len(media) > self.max_bytes:
             self._finish_tar()
         if self.tar is None:
-            self.stream = open(self._path("tar.tmp"), "wb")  # noqa: SIM115  open across calls
+            self.stream = open(self._path("tar.tmp", self.tars), "wb")  # noqa: SIM115  open across calls
             self.tar = TarWriter(self.stream, encoder=False, mtime=0)
-        text = json.dumps(meta, ensure_ascii=False, sort_keys=True).encode()
-        self.tar.write({"__key__": key, clip.kind: clip.media, "json": text})
-        entry = {"key": key, "split": split, **size, "kind": clip.kind, "crc32": zlib.crc32(clip.media)}
+        self.tar.write({"__key__": key, entry["kind"]: media, "json": meta})
         self.pending.append(entry)
-        self.pending_bytes += len(clip.media) + len(text)
-        self.keys.add(key)
+        self.pending_bytes += len(media) + len(meta)
         if len(self.pending) == self.max_clips:
             self._finish_tar()
 
-    def close(self) -> dict[str, Any]:
-        """Finishes the last tar, writes the manifest and returns it."""
+    def close(self) -> None:
+        """Finishes the last tar and writes the manifest."""
         if self.pending:
             self._finish_tar()
-        clips = [clip for shard in self.shards for clip in shard["clips"]]
-        splits = {split: sum(clip["split"] == split for clip in clips) for split in ("train", "val")}
-        manifest = {
+        head = {
             "schema": SCHEMA,
             "made_by": self.made_by,
-            "clips": len(clips),
-            "frames": sum(clip["frames"] for clip in clips),
-            "splits": splits,
+            "clips": self.clips,
+            "frames": self.frames,
+            "splits": self.splits,
             "skipped": self.skipped,
-            "shards": self.shards,
         }
-        write_json(self.out / MANIFEST, manifest)
+        temporary = self.out / f"{MANIFEST}.tmp"
+        with open(temporary, "w") as file:
+            file.write(json.dumps(head, ensure_ascii=False, indent=1).removesuffix("\n}") + SHARDS + "[")
+            for number in range(self.tars):  # one at a time: a million clips are a gigabyte of them
+                shard = json.loads(self._path("part.json", number).read_text())["shard"]
+                text = json.dumps(shard, ensure_ascii=False, indent=1)
+                file.write(("," if number else "") + indent("\n" + text, "  "))
+            file.write("\n ]\n}\n" if self.tars else "]\n}\n")
+        os.replace(temporary, self.out / MANIFEST)
         for part in self.out.glob("clips-*.part.json"):
             part.unlink()
-        return manifest
 
-    def _path(self, suffix: str) -> Path:
-        return self.out / f"clips-{len(self.shards):06d}.{suffix}"
+    def _path(self, suffix: str, number: int) -> Path:
+        return self.out / f"clips-{number:06d}.{suffix}"
 
     def _finish_tar(self) -> None:
         assert self.tar is not None
         self.tar.close()
         self.stream.close()
-        shard = {**finish_tar(self._path("tar.tmp")), "clips": self.pending}
-        write_json(self._path("part.json"), {"schema": SCHEMA, "made_by": self.made_by, "shard": shard})
-        self.shards.append(shard)
+        shard = {**finish_tar(self._path("tar.tmp", self.tars)), "clips": self.pending}
+        part = {"schema": SCHEMA, "made_by": self.made_by, "shard": shard}
+        write_json(self._path("part.json", self.tars), part)
         self.tar, self.pending, self.pending_bytes = None, [], 0
+        self._count(shard["clips"])
 
-    def _finished(self) -> list[dict[str, Any]]:
-        """Shards that an interrupted run of the same command finished; everything else of it is removed."""
-        shards: list[dict[str, Any]] = []
-        for path in sorted(self.out.glob("clips-*.part.json")):
+    def _count(self, clips: Sequence[Mapping[str, Any]]) -> None:
+        """A tar more."""
+        self.tars += 1
+        self.clips += len(clips)
+        self.frames += sum(clip["frames"] for clip in clips)
+        for clip in clips:
+            self.splits[clip["split"]] += 1
+        new = [stable_hash(clip["key"]) for clip in clips]
+        self.hashes = np.sort(np.concatenate((self.hashes, np.array(new, np.int64))), kind="stable")
+
+    def _find_finished(self) -> None:
+        """Counts the tars that an interrupted run of the same command finished, and removes everything else of it."""
+        while (path := self._path("part.json", self.tars)).exists():
             part = json.loads(path.read_text())
-            tar = self.out / part["shard"]["file"]
             same = part["schema"] == SCHEMA and part["made_by"] == self.made_by
-            if not same or tar.name != f"clips-{len(shards):06d}.tar" or not tar.exists():
+            if not same or not self._path("tar", self.tars).exists():
                 break
-            shards.append(part["shard"])
-        kept = {shard["file"].removesuffix(".tar") for shard in shards}
+            self._count(part["shard"]["clips"])
         for path in self.out.glob("clips-*"):
-            if path.name.split(".")[0] not in kept:
+            number = path.name.removeprefix("clips-").split(".")[0]
+            if not number.isdecimal() or int(number) >= self.tars:
                 path.unlink()
-        return shards
 
 
 def finish_tar(temporary: Path) -> dict[str, Any]:
@@ -279,6 +295,13 @@ def read_manifest(folder: Folder, kind: Literal["clips", "latents"] = "clips") -
     if found != kind:
         raise ShardError(f"{folder} holds {found}; needed: {kind}. {advice}")
     return manifest
+
+
+def read_head(folder: Path) -> dict[str, Any]:
+    """All of a manifest that ShardWriter wrote but its list of clips, which may be a million lines."""
+    with open(folder / MANIFEST) as file:
+        lines = takewhile(lambda line: line != SHARDS[2:] + "[\n" and line != SHARDS[2:] + "[]\n", file)
+        return json.loads("".join(lines).rstrip().removesuffix(",") + "}")
 
 
 def index_shards(folders: Sequence[Folder]) -> list[ClipRef]:
@@ -337,11 +360,18 @@ def blame(ref: TarRef) -> Iterator[None]:
 
 def read_meta(ref: TarRef) -> dict[str, Any]:
     """A sample's JSON; BadClip without one."""
+    text = read_meta_text(ref)
+    with blame(ref):
+        meta = json.loads(text)
+        return {**meta, "prompt": str(meta["prompt"])}
+
+
+def read_meta_text(ref: TarRef) -> bytes:
+    """The bytes of a sample's JSON; BadClip without one."""
     if ref.problem:
         raise BadClip(ref.key, ref.problem)
     with blame(ref):
-        meta = json.loads(_read(ref, "json", ref.meta))
-        return {**meta, "prompt": str(meta["prompt"])}
+        return _read(ref, "json", ref.meta)
 
 
 def read_media(ref: TarRef) -> bytes:

@@ -1,0 +1,37 @@
+"""Which clips train and which validate."""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Literal
+
+from acetate.draws import stable_hash
+
+Split = Literal["train", "val"]
+
+
+def assign_splits(groups: Mapping[str, str], val_fraction: float) -> dict[str, Split]:
+    """Key -> split from key -> group. A group (variants of one source) is never torn apart."""
+    side = split_rule(groups.values(), val_fraction)
+    return {key: side(group) for key, group in groups.items()}
+
+
+def split_rule(groups: Iterable[str], val_fraction: float) -> Callable[[str], Split]:
+    """Group -> split. The groups are gone through once and not kept.
+
+    A group's side depends on its name alone, so that a clip keeps its side when others are added. With two
+    groups and val_fraction > 0 at least one is in val; at least one is always in train.
+    """
+    if not 0 <= val_fraction < 1:
+        raise ValueError(f"val_fraction={val_fraction}; must be in [0, 1)")
+    end = val_fraction * 2**63
+    first = last = None
+    for place in ((stable_hash("split", group), group) for group in groups):
+        first = place if first is None else min(first, place)
+        last = place if last is None else max(last, place)
+    forced = first if val_fraction > 0 and first != last else None
+
+    def side(group: str) -> Split:
+        place = (stable_hash("split", group), group)
+        # The last one lies before the end only where all do.
+        return "val" if (place[0] < end and place != last) or place == forced else "train"
+
+    return side
