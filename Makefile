@@ -8,7 +8,7 @@ export GOMP_SPINCOUNT = 20000
 export TOKENIZERS_PARALLELISM = false
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo train-vae train-dit check test bench clean
+.PHONY: help setup demo train-vae train-dit lint check test bench clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -38,16 +38,18 @@ train-vae: setup ## the RGBA-VAE on your shards: make train-vae ARGS="data.shard
 train-dit: setup ## DoRA on cached latents: make train-dit ARGS="data.latents=data/mine_latents rgba_vae=outputs/mine"
 	$(RUN) train.py experiment=dit_dora $(ARGS)
 
-check: setup ## format, lint, types, fast tests
+lint: setup ## format, lint, types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright
-	$(RUN) -m pytest -m "not slow and not gpu"
+
+check: lint ## the above and the fast tests
+	$(RUN) -m pytest -n 2 --dist loadgroup -m "not slow and not gpu"
 
 test: setup ## all tests that need no GPU
-	$(RUN) -m pytest -m "not gpu"
+	$(RUN) -m pytest -n 2 --dist loadgroup -m "not gpu"
 
-bench: setup ## one VAE-stage step at full width: ours against the frame-chunked, factored way
+bench: setup ## one VAE-stage step at full width against the released way, and reading clips against plain decoding
 	$(RUN) -m acetate.commands.benchmark $(ARGS)
 
 clean: ## remove what runs wrote: outputs, multirun, demo shards
