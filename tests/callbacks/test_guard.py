@@ -1,7 +1,3 @@
-"""Run as a program, this file is one rank of the distributed test."""
-
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +11,7 @@ from torch.testing import assert_close
 from torch.utils.data import DataLoader
 
 from acetate.callbacks.guard import NonFiniteGuard
+from tests.distributed.ranks import launch
 
 
 class Task(LightningModule):
@@ -167,25 +164,21 @@ class Sharded(LightningModule):
         return torch.optim.AdamW(self.parameters(), lr=0.1)
 
 
+def said_by_sharded() -> tuple[str, bool]:
+    """What the guard raises on this rank, and whether every weight is finite then."""
+    task = Sharded()
+    strategy = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
+    with pytest.raises(FloatingPointError) as error:
+        fit(task, NonFiniteGuard(patience=1), clips(20), devices=2, strategy=strategy)
+    return str(error.value), bool(task.net.weight.full_tensor().isfinite().all())  # type: ignore[operator]
+
+
 @pytest.mark.slow
+@pytest.mark.xdist_group("ranks")
 def test_ranks_of_a_sharded_model_skip_and_raise_together(tmp_path: Path):
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    subprocess.run([*launch, __file__, str(tmp_path)], check=True, timeout=300)
-    first, second = ((tmp_path / f"{rank}.txt").read_text() for rank in range(2))
+    (first, first_finite), (second, second_finite) = launch(2, tmp_path, said_by_sharded)
     assert "training step 4" in first
     assert "gradient of net.weight" in first
     assert "training step 4" in second
     assert "nothing on this rank; another rank names the cause" in second
-
-
-if __name__ == "__main__":
-    task = Sharded()
-    try:
-        strategy = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
-        fit(task, NonFiniteGuard(patience=1), clips(20), devices=2, strategy=strategy)
-    except FloatingPointError as error:
-        rank = task.global_rank
-        finite = task.net.weight.full_tensor().isfinite().all()  # type: ignore[operator]
-        (Path(sys.argv[1]) / f"{rank}.txt").write_text(f"{error}" if finite else "weights are not finite")
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()  # its threads abort a rank that ends with them running
+    assert first_finite and second_finite
