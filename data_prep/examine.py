@@ -219,6 +219,8 @@ def _kind(candidate: Candidate, header: Description, settings: Settings) -> tupl
     if header.alpha:
         return ("sequence" if path.is_dir() else "still" if header.frames == 1 else "video"), None
     rects = _given_rectangles(candidate, header)
+    if rects is None and header.lost:
+        raise MediaError(f"{path}: {header.lost}")
     if rects is None and settings.detect_packed and path.suffix.lower() in VIDEOS:
         rects = _detected_rectangles(path, settings.limits)
     if rects is None:

@@ -13,32 +13,11 @@ from acetate.video_io import (
     read_rgba,
     write_video,
 )
+from tests.media.films import card, write
 
 
 def noise(*shape):
     return np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
-
-
-def card(frames=5, height=32, width=48):
-    """A flat colour with an opaque block, a soft bar of alpha 128 and nothing else."""
-    clip = np.zeros((frames, height, width, 4), np.uint8)
-    clip[..., 0] = 200
-    clip[:, 8:24, 8:40, 3] = 255
-    clip[:, 24:28, 8:40, 3] = 128
-    return clip
-
-
-def write(path, frames, codec, pixels, source="rgba", color_range=None, fps=10, **options):
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream(codec, rate=fps, options=options)
-        stream.width, stream.height, stream.pix_fmt = frames.shape[2], frames.shape[1], pixels
-        if color_range is not None:
-            stream.codec_context.color_range = color_range
-        for frame in frames:
-            picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format=source)
-            container.mux(stream.encode(picture.reformat(format=pixels)))
-        container.mux(stream.encode())
-    return path
 
 
 def write_luma(path, luma, color_range):
@@ -78,7 +57,7 @@ def test_ffv1_refuses_other_arrays(frames):
 def test_ffv1_errors_name_the_clip(tmp_path):
     with pytest.raises(MediaError, match="horse: cannot be decoded"):
         decode_ffv1(b"not a film", "horse")
-    opaque = write(tmp_path / "a.mkv", noise(2, 16, 16, 3), "ffv1", "bgr0", source="rgb24")
+    opaque = write(tmp_path / "a.mkv", noise(2, 16, 16, 3), "ffv1", "bgr0")
     with pytest.raises(MediaError, match=r"horse: pixel format bgr0.*alpha"):
         decode_ffv1(opaque.read_bytes(), "horse")
 
@@ -183,28 +162,6 @@ def test_lossy_webp_says_so(tmp_path):
     assert read_rgba(tmp_path / "a.webp").lossy and describe(tmp_path / "a.webp").lossy
 
 
-@pytest.mark.parametrize(
-    ("name", "codec", "pixels", "lossy"),
-    [
-        ("a.webm", "libvpx-vp9", "yuva420p", True),
-        ("a.mov", "prores_ks", "yuva444p10le", True),
-        ("b.mov", "qtrle", "argb", False),
-        ("a.mkv", "ffv1", "bgra", False),
-    ],
-)
-def test_video_with_alpha(tmp_path, name, codec, pixels, lossy):
-    frames = card()
-    path = write(tmp_path / name, frames, codec, pixels)
-    clip = read_rgba(path)
-    assert clip.frames.shape == frames.shape
-    assert np.abs(clip.frames[..., 3].astype(int) - frames[..., 3]).max() <= (3 if lossy else 0)
-    assert np.abs(clip.frames[:, 10:22, 10:38, 0].astype(int) - 200).max() <= 4
-    assert (clip.fps, clip.lossy, clip.premultiplied) == (10, lossy, None)
-    header = describe(path)
-    assert (header.frames, header.height, header.width) == frames.shape[:3]
-    assert (header.fps, header.lossy, header.alpha) == (10, lossy, True)
-
-
 @pytest.mark.parametrize(("name", "codec"), [("a.webm", "libvpx-vp9"), ("a.mp4", "libx264")])
 def test_video_without_alpha(tmp_path, name, codec):
     path = write(tmp_path / name, card(), codec, "yuv420p")
@@ -218,7 +175,7 @@ def test_pair_stretches_the_luma(tmp_path, color_range, low, high):
     luma = np.full((3, 16, 64), low, np.uint8)
     luma[..., 32:] = high
     luma[..., :8] = max(low - 10, 0)  # below black
-    fgr = write(tmp_path / "a_fgr.mp4", noise(3, 16, 64, 3), "libx264", "yuv420p", source="rgb24")
+    fgr = write(tmp_path / "a_fgr.mp4", noise(3, 16, 64, 3), "libx264", "yuv420p")
     clip = read_pair(fgr, write_luma(tmp_path / "a_pha.mp4", luma, color_range))
     assert clip.frames.shape == (3, 16, 64, 4) and clip.lossy and clip.premultiplied is None
     assert (clip.frames[..., :32, 3] == 0).all() and (clip.frames[..., 32:, 3] == 255).all()
@@ -233,9 +190,9 @@ def test_pair_of_images(tmp_path):
 
 
 def test_pair_must_match(tmp_path):
-    fgr = write(tmp_path / "a_fgr.mp4", noise(4, 16, 32, 3), "libx264", "yuv420p", source="rgb24")
-    short = write(tmp_path / "b_pha.mp4", noise(3, 16, 32, 3), "libx264", "yuv420p", source="rgb24")
-    small = write(tmp_path / "c_pha.mp4", noise(4, 16, 16, 3), "libx264", "yuv420p", source="rgb24")
+    fgr = write(tmp_path / "a_fgr.mp4", noise(4, 16, 32, 3), "libx264", "yuv420p")
+    short = write(tmp_path / "b_pha.mp4", noise(3, 16, 32, 3), "libx264", "yuv420p")
+    small = write(tmp_path / "c_pha.mp4", noise(4, 16, 16, 3), "libx264", "yuv420p")
     with pytest.raises(MediaError, match=r"a_fgr\.mp4: 4 frames, b_pha\.mp4: 3"):
         read_pair(fgr, short)
     with pytest.raises(MediaError, match=r"a_fgr\.mp4: 32x16, c_pha\.mp4: 16x16"):
@@ -246,7 +203,7 @@ def test_packed_video(tmp_path):
     picture = np.zeros((3, 32, 96, 3), np.uint8)
     picture[:, :, :64] = (180, 60, 60)
     picture[:, 8:16, 64:80] = 255  # alpha at half size, opaque in its lower half
-    path = write(tmp_path / "a.mp4", picture, "libx264", "yuv444p", source="rgb24", qp="0")
+    path = write(tmp_path / "a.mp4", picture, "libx264", "yuv444p", qp="0")
     clip = read_packed(path, (0, 0, 64, 32), (64, 0, 16, 16))
     assert clip.frames.shape == (3, 32, 64, 4)
     assert (clip.frames[:, :12, :, 3] == 0).all() and (clip.frames[:, 20:, :, 3] == 255).all()

@@ -8,7 +8,7 @@ from acetate.video_io import RGBAClip
 from data_prep.analysis import _totals as totals
 from data_prep.analysis import analyse, bars, change, cuts, flicker, noise_bounds, thumbnails
 from tests.data_prep.test_cleaning import soft
-from tests.data_prep.test_colour import drawn
+from tests.media.films import drawn
 
 
 def moving(frames=12, size=48, step=1):
@@ -118,9 +118,7 @@ def test_still():
 
 def test_joined_clips_are_cut_where_they_were_joined():
     """But for sparks, which move as much as a cut exchanges."""
-    clips = [
-        drawn(kind, 40 + i, 12, 64) for i, kind in enumerate(("hair", "smoke", "shape", "shadow", "flame", "glass"))
-    ]
+    clips = [drawn(kind, 40 + i, 12) for i, kind in enumerate(("hair", "smoke", "shape", "shadow", "flame", "glass"))]
     found = []
     for first, second in permutations(clips, 2):
         found.append(cuts(thumbnails(np.concatenate((first, second))))[0])

@@ -5,7 +5,6 @@ import numpy as np
 import pytest
 import torch
 
-from acetate.data.synthetic import render
 from acetate.data.transforms import resize
 from data_prep.cleaning import (
     Settings,
@@ -21,6 +20,7 @@ from data_prep.cleaning import (
     unmix,
 )
 from data_prep.decisions import Decisions
+from tests.media.films import drawn
 
 SETTINGS = Settings(
     choices={}, min_alpha=8, trim=False, max_side=None, bleed=0, fps=None, default_fps=24, max_frames=100,
@@ -130,8 +130,7 @@ def test_bleed_carries_colour_as_far_as_it_says():
 
 
 def test_bleed_leaves_what_is_visible_and_hides_nothing():
-    clip = render("hair", 3, 2, 40, 56)
-    frames = torch.cat(((clip.rgb + 1) / 2, clip.alpha)).mul(255).round().byte().permute(1, 2, 3, 0).numpy()
+    frames = drawn("hair", 3, 2, 40, 56)
     seen = frames[..., 3] > 0
     for radius in (0, 1, 8, 100, None):
         grown = bleed(frames, radius)

@@ -6,22 +6,17 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
-import torch
 
-from acetate.data.synthetic import KINDS, render
+from acetate.data.synthetic import KINDS
 from acetate.video_io import RGBAClip, read_packed, read_pair, read_rgba
 from data_prep.analysis import analyse
 from data_prep.cleaning import unmix
 from data_prep.colour import INDEPENDENT_BOUNDS, STRAY, against, confidence, mixtures
 from tests.data_prep.test_cleaning import mixed, soft
+from tests.media.films import drawn
 from tests.paths import ROOT
 
 MEDIA = Path(os.environ.get("ACETATE_MEDIA", ROOT.parent / "shared/media"))
-
-
-def drawn(kind, seed, frames=3, size=64):
-    clip = render(kind, seed, frames, size, size)
-    return torch.cat(((clip.rgb + 1) / 2, clip.alpha)).mul(255).round().byte().permute(1, 2, 3, 0).numpy()
 
 
 def through(frames, codec, crf, folder):

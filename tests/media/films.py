@@ -1,7 +1,16 @@
 """Small films for the tests of readers."""
 
+import shutil
+import subprocess
+
 import av
 import numpy as np
+import pytest
+import torch
+
+from acetate.data.synthetic import render
+
+needs_ffmpeg = pytest.mark.skipif(shutil.which("ffmpeg") is None, reason="no ffmpeg program")
 
 
 def card(frames=5, height=32, width=48):
@@ -11,6 +20,13 @@ def card(frames=5, height=32, width=48):
     clip[:, 8:24, 8:40, 3] = 255
     clip[:, 24:28, 8:40, 3] = 128
     return clip
+
+
+def drawn(kind, seed, frames=3, height=64, width=None):
+    """A procedural clip as 8 bits."""
+    clip = render(kind, seed, frames, height, width or height)
+    rgba = torch.cat(((clip.rgb + 1) / 2, clip.alpha)).permute(1, 2, 3, 0)
+    return rgba.mul(255).round().byte().contiguous().numpy()
 
 
 def write(path, frames, codec, pixels, fps=10, trc=None, primaries=None, **options):
@@ -28,3 +44,17 @@ def write(path, frames, codec, pixels, fps=10, trc=None, primaries=None, **optio
             container.mux(stream.encode(picture))
         container.mux(stream.encode())
     return path
+
+
+def ffmpeg(*arguments, pipe=b""):
+    """What the ffmpeg program writes to its standard output."""
+    command = ["ffmpeg", "-loglevel", "error", "-y", *map(str, arguments)]
+    done = subprocess.run(command, input=pipe, capture_output=True, timeout=60)
+    assert done.returncode == 0, done.stderr.decode()
+    return done.stdout
+
+
+def by_ffmpeg(frames, *arguments, fps=10):
+    """RGBA frames (T, H, W, 4) into whatever the arguments name."""
+    size = f"{frames.shape[2]}x{frames.shape[1]}"
+    ffmpeg("-f", "rawvideo", "-pix_fmt", "rgba", "-s", size, "-r", fps, "-i", "-", *arguments, pipe=frames.tobytes())

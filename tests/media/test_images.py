@@ -8,7 +8,8 @@ import pytest
 from PIL import Image, ImageDraw
 
 from acetate.media.clip import Limits, MediaError
-from acetate.media.images import describe_image, encode_srgb, image_size, read_image
+from acetate.media.images import describe_image, encode_srgb, image_halves, image_size, read_image
+from tests.media.films import ffmpeg, needs_ffmpeg
 
 
 def noise(*shape, dtype=np.uint8):
@@ -29,13 +30,13 @@ def encode(path, pixels, codec, name):
     return path
 
 
-def tiff(path, pixels, extra, kind):
+def tiff(path, pixels, extra, kind, orientation=1):
     """An uncompressed little-endian TIFF of (H, W, 4) with the given ExtraSamples; kind: 1 integers, 3 floats."""
     height, width, _ = pixels.shape
     bits = pixels.dtype.itemsize * 8
     data = pixels.tobytes()
     tags = [(256, 4, 1, width), (257, 4, 1, height), (258, 3, 4, 8), (259, 3, 1, 1), (262, 3, 1, 2), (273, 4, 1, 24),
-            (277, 3, 1, 4), (278, 4, 1, height), (279, 4, 1, len(data)), (338, 3, 1, extra),
+            (274, 3, 1, orientation), (277, 3, 1, 4), (278, 4, 1, height), (279, 4, 1, len(data)), (338, 3, 1, extra),
             (339, 3, 4, 16)]  # fmt: skip
     head = struct.pack("<4H4H", *[bits] * 4, *[kind] * 4)
     entries = [struct.pack("<HHII", *entry) for entry in tags]  # little-endian: a short is an int's first half
@@ -143,25 +144,129 @@ def test_avif(tmp_path):
     assert clip.lossy and np.abs(clip.frames[..., 3].astype(int) - frames[..., 3]).max() <= 8
 
 
-def test_a_camera_that_was_turned(tmp_path):
-    pixels = noise(4, 6, 4)
+def chunk(kind, data):
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+# EXIF's orientations: what is shown of the stored pixels.
+SHOWN = {
+    1: lambda p: p, 2: lambda p: p[:, ::-1], 3: lambda p: p[::-1, ::-1], 4: lambda p: p[::-1],
+    5: lambda p: p.swapaxes(0, 1), 6: lambda p: p[::-1].swapaxes(0, 1), 7: lambda p: p[::-1, ::-1].swapaxes(0, 1),
+    8: lambda p: p[:, ::-1].swapaxes(0, 1),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("orientation", SHOWN)
+@pytest.mark.parametrize("name", ["a.png", "deep.png", "a.tif", "deep.tif", "a.webp"])
+def test_a_camera_that_was_turned(tmp_path, name, orientation):
+    path, pixels = tmp_path / name, noise(4, 6, 4)
+    wide = pixels.astype(np.uint16) * 257
     exif = Image.Exif()
-    exif[0x0112] = 6  # shown after a quarter turn clockwise
-    Image.fromarray(pixels).save(tmp_path / "a.png", exif=exif)
-    assert np.array_equal(read_image(tmp_path / "a.png").frames[0], np.rot90(pixels, -1))
-    assert (describe_image(tmp_path / "a.png").width, describe_image(tmp_path / "a.png").height) == (4, 6)
+    exif[0x0112] = orientation
+    if name == "deep.png":
+        encode(path, wide.astype(">u2"), "png", "rgba64be")
+        data, tail = path.read_bytes(), chunk(b"IEND", b"")
+        late = chunk(b"eXIf", exif.tobytes().removeprefix(b"Exif\0\0")) + tail
+        path.write_bytes(data.replace(tail, late))
+    elif name.endswith(".tif"):
+        tiff(path, wide if name == "deep.tif" else pixels, 2, 1, orientation)
+    else:
+        Image.fromarray(pixels).save(path, exif=exif, lossless=True, exact=True)
+    shown = SHOWN[orientation](pixels)
+    assert np.array_equal(read_image(path).frames[0], shown)
+    assert np.array_equal(image_halves(path)[0], shown[..., :3])
+    header = describe_image(path)
+    assert (header.height, header.width) == shown.shape[:2]
 
 
 def png_of(width, height):
     """A bomb: a header that announces more than the file could hold."""
-
-    def chunk(kind, data):
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
     header = struct.pack(">IIBBBBB", width, height, 8, 6, 0, 0, 0)
-    return (
-        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(100))) + chunk(b"IEND", b"")
-    )
+    parts = chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(bytes(100))), chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+def apng(path, frames, hidden=None):
+    """frames: (pixels, x, y, dispose, blend), of which the first fills the picture; hidden: a default image."""
+    height, width, _ = frames[0][0].shape
+    depth = 8 * frames[0][0].dtype.itemsize
+    parts, number = [chunk(b"acTL", struct.pack(">II", len(frames), 0))], 0
+
+    def packed(pixels):
+        rows = pixels.astype(f">u{depth // 8}").view(np.uint8).reshape(len(pixels), -1)
+        return zlib.compress(np.pad(rows, ((0, 0), (1, 0))).tobytes())
+
+    if hidden is not None:
+        parts.append(chunk(b"IDAT", packed(hidden)))
+    for pixels, x, y, dispose, blend in frames:
+        size = pixels.shape[1], pixels.shape[0]
+        parts.append(chunk(b"fcTL", struct.pack(">5I2H2B", number, *size, x, y, 1, 20, dispose, blend)))
+        number += 1
+        if len(parts) == 2:
+            parts.append(chunk(b"IDAT", packed(pixels)))
+            continue
+        data = packed(pixels)
+        for half in (data[:20], data[20:]):
+            parts.append(chunk(b"fdAT", struct.pack(">I", number) + half))
+            number += 1
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, 6, 0, 0, 0))
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + header + b"".join(parts) + chunk(b"IEND", b""))
+    return path
+
+
+# x, y, dispose (1: to nothing, 2: to what was there), blend (1: over)
+STEPS = [(0, 0, 0, 0), (3, 2, 0, 1), (1, 1, 1, 1), (4, 3, 2, 1), (0, 4, 0, 0), (2, 0, 1, 0), (1, 2, 0, 1)]
+
+
+def partial_frames(dtype=np.uint8):
+    small = noise(len(STEPS), 5, 6, 4).astype(dtype) * (257 if dtype == np.uint16 else 1)
+    whole = noise(12, 14, 4).astype(dtype) * (257 if dtype == np.uint16 else 1)
+    return [(whole if i == 0 else small[i], *step) for i, step in enumerate(STEPS)]
+
+
+@needs_ffmpeg
+@pytest.mark.parametrize("hidden", [None, noise(12, 14, 4)[::-1]])
+def test_apng_of_partial_soft_frames(tmp_path, hidden):
+    path = apng(tmp_path / "a.apng", partial_frames(), hidden)
+    clip = read_image(path)
+    theirs = ffmpeg("-i", path, "-vsync", "passthrough", "-f", "rawvideo", "-pix_fmt", "rgba", "-")
+    difference = np.abs(np.frombuffer(theirs, np.uint8).reshape(clip.frames.shape).astype(int) - clip.frames)
+    assert difference[..., 3].max() <= 1 and difference[clip.frames[..., 3] > 64].max() <= 3
+    assert (clip.fps, clip.notes, describe_image(path).frames) == (20, (), len(STEPS))
+
+
+def test_apng_of_sixteen_bits_is_rounded(tmp_path):
+    eight = read_image(apng(tmp_path / "a.apng", partial_frames())).frames
+    deep = read_image(apng(tmp_path / "b.apng", partial_frames(np.uint16)))
+    assert np.array_equal(deep.frames, eight) and deep.notes == ("16 bits rounded to 8",)
+    pictures = noise(2, 9, 7, 4, dtype=np.uint16)
+    clip = read_image(apng(tmp_path / "c.apng", [(picture, 0, 0, 0, 0) for picture in pictures]))
+    assert np.array_equal(clip.frames, rounded(pictures))
+
+
+def test_apng_with_palette(tmp_path):
+    images = [Image.fromarray(noise(9, 7, 4)).quantize(16) for _ in range(2)]
+    images[1].paste(3, (2, 2, 5, 5))
+    images[0].save(tmp_path / "a.png", format="PNG", save_all=True, append_images=images[1:], duration=50)
+    expected = np.stack([np.asarray(image.convert("RGBA")) for image in images])
+    assert np.array_equal(read_image(tmp_path / "a.png").frames, expected)
+
+
+def test_damaged_apng(tmp_path):
+    whole = noise(9, 7, 4)
+    outside = apng(tmp_path / "a.apng", [(whole, 0, 0, 0, 0), (whole[:5, :5], 4, 2, 0, 0)])
+    with pytest.raises(MediaError, match=r"a frame of 5x5 at 4, 2 in 7x9"):
+        read_image(outside)
+    data = apng(tmp_path / "b.apng", [(whole, 0, 0, 0, 0)] * 3).read_bytes()
+    for broken, reason in (
+        (data[:-12], "the file is cut off"),
+        (data[:-40] + bytes((data[-40] ^ 1,)) + data[-39:], "checksum of chunk b'fdAT' is wrong"),
+        (data.replace(chunk(b"acTL", struct.pack(">II", 3, 0)), chunk(b"acTL", struct.pack(">II", 5, 0))),
+         "announces 5 frames and holds 3"),
+    ):  # fmt: skip
+        (tmp_path / "b.apng").write_bytes(broken)
+        with pytest.raises(MediaError, match=reason):
+            read_image(tmp_path / "b.apng")
 
 
 def test_bombs_are_refused_from_their_headers(tmp_path):

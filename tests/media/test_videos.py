@@ -1,5 +1,4 @@
 import json
-import subprocess
 
 import av
 import numpy as np
@@ -8,30 +7,7 @@ from av.video.reformatter import ColorPrimaries, ColorTrc
 
 from acetate.media.clip import Limits, MediaError
 from acetate.media.videos import describe_video, read_video
-from tests.media.films import card, write
-
-
-@pytest.mark.parametrize(
-    ("name", "codec", "pixels", "error"),
-    [
-        ("a.webm", "libvpx", "yuva420p", 6),
-        ("a.webm", "libvpx-vp9", "yuva420p", 4),
-        ("a.mov", "prores_ks", "yuva444p10le", 2),
-        ("a.mov", "qtrle", "argb", 0),
-        ("a.mov", "png", "rgba", 0),
-        ("a.avi", "utvideo", "gbrap", 0),
-        ("a.mkv", "ffv1", "yuva444p12le", 0),
-        ("a.mkv", "ffv1", "gbrap16le", 0),
-    ],
-)
-def test_alpha_survives(tmp_path, name, codec, pixels, error):
-    frames = card()
-    options = {"auto-alt-ref": "0"} if codec == "libvpx" else {}  # which VP8 has no alpha for
-    path = write(tmp_path / name, frames, codec, pixels, **options)
-    clip = read_video(path)
-    assert np.abs(clip.frames[..., 3].astype(int) - frames[..., 3]).max() <= error
-    assert np.abs(clip.frames[:, 10:22, 10:38, 0].astype(int) - 200).max() <= 4
-    assert (clip.fps, clip.notes, describe_video(path).alpha) == (10, (), True)
+from tests.media.films import by_ffmpeg, card, ffmpeg, needs_ffmpeg, write
 
 
 @pytest.mark.parametrize(("matrix", "height"), [(1, 32), (6, 32), (9, 32), (2, 32), (2, 600)])
@@ -73,13 +49,7 @@ def test_wide_colours_become_bt709(tmp_path):
     assert np.abs(clip.frames[..., 3].astype(int) - card()[..., 3]).max() <= 2
 
 
-def ffmpeg(*arguments):
-    subprocess.run(["ffmpeg", "-nostdin", "-loglevel", "error", "-y", *map(str, arguments)], check=True, timeout=60)
-
-
-@pytest.mark.skipif(
-    subprocess.run(["which", "ffmpeg"], capture_output=True).returncode != 0, reason="no ffmpeg program"
-)
+@needs_ffmpeg
 def test_rotation_pixel_shape_and_interlacing(tmp_path):
     frames = card()
     frames[:, 2:6, 2:6] = (0, 255, 0, 255)
@@ -115,6 +85,28 @@ def test_variable_frame_times(tmp_path):
     clip = read_video(path)
     assert clip.fps == pytest.approx(10) and "5 frames became 7, 0 dropped" in clip.notes[0]
     assert (clip.frames[:, 0, 0, 3] // 50).tolist() == [0, 1, 2, 2, 2, 3, 4]
+
+
+@needs_ffmpeg
+def test_alpha_that_is_there_and_cannot_be_read(tmp_path):
+    """Refused with a reason that says so, not as opaque."""
+    av1 = ("-c:v", "libsvtav1", "-pix_fmt", "yuv420p")
+    by_ffmpeg(card(5, 64, 64), *av1, "-vf", "setsar=3/2", tmp_path / "a.webm")
+    display_width, alpha_mode = bytes((0x54, 0xB0, 0x81, 96)), bytes((0x53, 0xC0, 0x81, 1))
+    data = (tmp_path / "a.webm").read_bytes()
+    assert data.count(display_width) == 1
+    (tmp_path / "a.webm").write_bytes(data.replace(display_width, alpha_mode))
+    tracks = ("-filter_complex", "split[c][b];[b]alphaextract[m]", "-map", "[c]", "-map", "[m]")
+    by_ffmpeg(card(5, 64, 64), *tracks, *av1, tmp_path / "b.mp4")
+    by_ffmpeg(card(5, 64, 64), *av1, tmp_path / "c.mp4")
+    for name, reason in (
+        ("a.webm", "announces alpha .* decoder of (lib\\w+|av1) gives none"),
+        ("b.mp4", "2 video tracks of one size.*pair"),
+        ("c.mp4", "pixel format yuv420p has no alpha"),
+    ):
+        with pytest.raises(MediaError, match=rf"{name}: .*{reason}"):
+            read_video(tmp_path / name)
+        assert (describe_video(tmp_path / name).lost is None) == (name == "c.mp4")
 
 
 def test_limits(tmp_path):

@@ -39,7 +39,10 @@ class RGBAClip:
 
 @dataclass(frozen=True)
 class Description:
-    """What a file's headers say; nothing but a first frame is decoded."""
+    """What a file's headers say; nothing but a first frame is decoded.
+
+    lost: why the alpha that an opaque file has nevertheless cannot be read, and the way out.
+    """
 
     frames: int
     width: int
@@ -47,6 +50,7 @@ class Description:
     fps: float | None
     lossy: bool
     alpha: bool
+    lost: str | None = None
 
 
 @dataclass(frozen=True)

@@ -1,15 +1,19 @@
 """Stills and animated images: PNG, APNG, WebP, GIF, AVIF, TIFF, OpenEXR."""
 
+import io
 import struct
 from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import NamedTuple, TypeVar, cast
 
 import av
 import numpy as np
 from av.video.plane import VideoPlane
 from numpy.typing import NDArray
-from PIL import ExifTags, Image, ImageOps
+from PIL import Image
+from PIL.ExifTags import Base
 from PIL.TiffImagePlugin import (
     BITSPERSAMPLE,
     EXTRASAMPLES,
@@ -19,6 +23,7 @@ from PIL.TiffImagePlugin import (
     ImageFileDirectory_v2,
 )
 
+from acetate.media.apng import SIGNATURE, chunks, composed
 from acetate.media.clip import LIMITS, Description, Frames, Limits, MediaError, RGBAClip, decoding, joined, to_uint8
 from acetate.media.exr_header import exr_size
 from acetate.media.frame_times import Rate, constant_rate, delays_as_shown
@@ -28,8 +33,12 @@ OPAQUE_IMAGES = (".jpg", ".jpeg", ".bmp")  # good for either half of a pair
 # By content, whatever the suffix says; without the formats for which PIL starts other programs.
 FORMATS = ("PNG", "WEBP", "GIF", "AVIF", "TIFF", "JPEG", "BMP")
 NO_ALPHA = "save it as RGBA, or give a matte as NAME_fgr + NAME_pha"
+# EXIF orientation -> counterclockwise quarter turns, after a mirror image where it says so.
+TURNS = {2: (0, True), 3: (2, False), 4: (2, True), 5: (1, True), 6: (3, False), 7: (3, True), 8: (1, False)}
+ROUNDED = "16 bits rounded to 8"
 UNPREMULTIPLIED_FLOOR = 1e-6  # alpha below it carries no colour
 Unit = NDArray[np.float32]
+Pixels = TypeVar("Pixels", Frames, Unit)
 
 
 class Deep(NamedTuple):
@@ -37,14 +46,15 @@ class Deep(NamedTuple):
 
     decoder: str
     bits: int  # 16: integers; 32: floating point, of 16 or 32 bits
-    width: int
+    width: int  # as shown
     height: int
     alpha: bool
     associated: bool  # colour is multiplied by alpha
+    orientation: int
 
 
 def read_image(path: Path, limits: Limits = LIMITS) -> RGBAClip:
-    """PIL composes animations (partial frames, dispose, blend); they come out at a constant rate.
+    """Animations are composed (partial frames, dispose, blend) and come out at a constant rate.
 
     PNG, WebP, GIF and AVIF are straight by definition. TIFF says so itself (ExtraSamples). OpenEXR is premultiplied
     and linear by definition: colour is divided by alpha, cut off at 1 and encoded as sRGB; light without alpha (a glow
@@ -57,21 +67,31 @@ def read_image(path: Path, limits: Limits = LIMITS) -> RGBAClip:
             limits.check(path, 1, deep.width, deep.height)
             frame, note = _read_deep(path, deep)
             return RGBAClip(frame[None], None, False, False, (note,))
-        with Image.open(path, formats=FORMATS) as image:
+        with _opened(path) as image:
             if not _may_have_alpha(image):
                 raise MediaError(f"{path}: mode {image.mode} has no alpha channel; {NO_ALPHA}")
             first, count = _animation(image)
             limits.check(path, count, *image.size)
             limits.check_memory(path, count, 4 * image.width * image.height)
             delays = []
+            notes = (ROUNDED,) if count > 1 and _sixteen_bits(path) else ()
 
             def shown() -> Iterator[Frames]:
+                if image.format == "PNG" and count > 1:
+                    decode = _eight_bits if not notes else lambda file: _decoded(path, "png", file)
+                    for picture, delay in islice(composed(path.read_bytes(), decode), count):
+                        yield to_uint8(picture)
+                        delays.append(delay)
+                    return
                 for i in range(first, first + count):
                     image.seek(i)
-                    yield np.asarray(image.convert("RGBA") if count > 1 else _upright(image).convert("RGBA"))
+                    rgba = np.asarray(image.convert("RGBA"))
+                    yield rgba if count > 1 else _upright(rgba, _orientation(image))
                     delays.append(float(image.info.get("duration") or 0))  # of WebP known once the frame is decoded
 
             clip = joined(path, shown(), count)
+            if len(clip) < count:
+                raise MediaError(f"{path}: announces {count} frames and holds {len(clip)}; the file is cut off")
             lossy, is_gif = _lossy(path, image), image.format == "GIF"
         if is_gif and clip[..., 3].min() == 255:
             raise MediaError(f"{path}: no pixel of any frame is transparent; {NO_ALPHA}")
@@ -79,9 +99,9 @@ def read_image(path: Path, limits: Limits = LIMITS) -> RGBAClip:
             return RGBAClip(clip, None, lossy, False)
         rate = _rate(path, delays, limits)
         if rate.note is None:
-            return RGBAClip(clip, rate.fps, lossy, False)
+            return RGBAClip(clip, rate.fps, lossy, False, notes)
         limits.check_memory(path, len(rate.indices), clip[0].nbytes)
-        return RGBAClip(clip[rate.indices], rate.fps, lossy, False, (rate.note,))
+        return RGBAClip(clip[rate.indices], rate.fps, lossy, False, (*notes, rate.note))
 
 
 def describe_image(path: Path, limits: Limits = LIMITS) -> Description:
@@ -91,7 +111,7 @@ def describe_image(path: Path, limits: Limits = LIMITS) -> Description:
         if deep is not None:
             limits.check(path, 1, deep.width, deep.height)
             return Description(1, deep.width, deep.height, None, False, deep.alpha)
-        with Image.open(path, formats=FORMATS) as image:
+        with _opened(path) as image:
             first, count = _animation(image)
             limits.check(path, count, *image.size)
             width, height = image.size
@@ -101,7 +121,7 @@ def describe_image(path: Path, limits: Limits = LIMITS) -> Description:
                 image.load()  # WebP knows a frame's duration only once it is decoded
                 delays.append(float(image.info.get("duration") or 0))
             fps = _rate(path, delays, limits).fps if delays else None
-            if count == 1 and image.getexif().get(ExifTags.Base.Orientation, 1) > 4:
+            if count == 1 and _orientation(image) > 4:
                 width, height = height, width
             return Description(count, width, height, fps, _lossy(path, image), _may_have_alpha(image))
 
@@ -112,7 +132,7 @@ def image_size(path: Path) -> tuple[int, int]:
         deep = deep_header(path)
         if deep is not None:
             return deep.width, deep.height
-        with Image.open(path, formats=FORMATS) as image:
+        with _opened(path) as image:
             if _animation(image)[1] != 1:
                 raise MediaError(f"{path}: an animation, not a still")
             return image.size
@@ -124,13 +144,14 @@ def image_halves(path: Path, limits: Limits = LIMITS) -> tuple[Frames, Frames]:
         deep = deep_header(path)
         if deep is not None:
             limits.check(path, 1, deep.width, deep.height)
-            pixels = _decode_deep(path, deep)[..., :3]
+            pixels = _decoded(path, deep.decoder, path.read_bytes(), deep.orientation)[..., :3]
             image = Image.fromarray(to_uint8(encode_srgb(pixels) if deep.bits == 32 else pixels))
             return np.asarray(image), np.asarray(image.convert("L"))
-        with Image.open(path, formats=FORMATS) as image:
+        with _opened(path) as image:
             limits.check(path, 1, *image.size)
-            upright = _upright(image)
-            return np.asarray(upright.convert("RGB")), np.asarray(upright.convert("L"))
+            halves = np.asarray(image.convert("RGB")), np.asarray(image.convert("L"))
+            colour, luma = (_upright(half, _orientation(image)) for half in halves)
+            return colour, luma
 
 
 def encode_srgb(linear: Unit) -> Unit:
@@ -145,10 +166,12 @@ def deep_header(path: Path) -> Deep | None:
         head = file.read(65536)
     if head[:4] == b"v/1\x01":
         width, height, channels = exr_size(head)
-        return Deep("exr", 32, width, height, "A" in channels, True)
-    if head[:8] == b"\x89PNG\r\n\x1a\n" and head[24:25] == b"\x10" and b"acTL" not in head[: head.find(b"IDAT")]:
+        return _deep("exr", 32, (width, height), "A" in channels, True, 1)
+    if _sixteen_bits(path) and b"acTL" not in head[: head.find(b"IDAT")]:
         width, height, colour_type = struct.unpack(">II", head[16:24]) + (head[25],)
-        return Deep("png", 16, width, height, colour_type >= 4 or b"tRNS" in head[: head.find(b"IDAT")], False)
+        exif = next((contents for kind, contents in chunks(path.read_bytes()) if kind == b"eXIf"), b"")
+        alpha = colour_type >= 4 or b"tRNS" in head[: head.find(b"IDAT")]
+        return _deep("png", 16, (width, height), alpha, False, _in_exif(exif))
     if head[:4] in (b"II*\0", b"MM\0*"):
         return _deep_tiff(path)
     return None
@@ -165,7 +188,21 @@ def _deep_tiff(path: Path) -> Deep | None:
         return None
     if bits not in (16, 32) or (bits == 32) != (3 in tags.get(SAMPLEFORMAT, ())):
         raise MediaError(f"{path}: {bits}-bit samples; TIFF is read with 8 or 16 bits or 32-bit floats")
-    return Deep("tiff", bits, tags[IMAGEWIDTH], tags[IMAGELENGTH], 1 in extra or 2 in extra, 1 in extra)
+    size = tags[IMAGEWIDTH], tags[IMAGELENGTH]
+    return _deep("tiff", bits, size, 1 in extra or 2 in extra, 1 in extra, tags.get(Base.Orientation, 1))
+
+
+def _deep(decoder: str, bits: int, size: tuple[int, int], alpha: bool, associated: bool, orientation: int) -> Deep:
+    """size: width and height as stored."""
+    width, height = size[::-1] if orientation > 4 else size
+    return Deep(decoder, bits, width, height, alpha, associated, orientation)
+
+
+def _sixteen_bits(path: Path) -> bool:
+    """Whether it is a PNG of that depth."""
+    with open(path, "rb") as file:
+        head = file.read(25)
+    return head[:8] == SIGNATURE and head[24:] == b"\x10"
 
 
 def _read_deep(path: Path, deep: Deep) -> tuple[Frames, str]:
@@ -173,7 +210,7 @@ def _read_deep(path: Path, deep: Deep) -> tuple[Frames, str]:
     if not deep.alpha:
         what = "no channel that ExtraSamples calls alpha" if deep.decoder == "tiff" else "no alpha channel"
         raise MediaError(f"{path}: {what}; {NO_ALPHA}")
-    pixels = _decode_deep(path, deep)
+    pixels = _decoded(path, deep.decoder, path.read_bytes(), deep.orientation)
     if pixels.shape[-1] != 4:
         raise MediaError(f"{path}: FFmpeg's {deep.decoder} decoder drops its alpha; save it as 8-bit RGBA")
     colour, alpha = pixels[..., :3], pixels[..., 3:]
@@ -182,17 +219,23 @@ def _read_deep(path: Path, deep: Deep) -> tuple[Frames, str]:
         colour = np.where(visible, colour / np.where(visible, alpha, 1), 0)
     if deep.bits == 32:
         colour = encode_srgb(colour)
-    note = "linear light encoded as 8-bit sRGB" if deep.bits == 32 else "16 bits rounded to 8"
+    note = "linear light encoded as 8-bit sRGB" if deep.bits == 32 else ROUNDED
     return to_uint8(np.concatenate((colour, alpha), axis=-1)), note + ", divided by alpha" * deep.associated
 
 
-def _decode_deep(path: Path, deep: Deep) -> Unit:
-    """(H, W, 3 or 4), in [0, 1] for integers."""
-    decoder = cast(av.VideoCodecContext, av.CodecContext.create(deep.decoder, "r"))
-    frames = decoder.decode(av.Packet(path.read_bytes())) + decoder.decode(None)
+def _decoded(path: Path, decoder: str, data: bytes, orientation: int = 1) -> Unit:
+    """(H, W, 3 or 4), upright, in [0, 1] for integers."""
+    context = cast(av.VideoCodecContext, av.CodecContext.create(decoder, "r"))
+    frames = context.decode(av.Packet(data)) + context.decode(None)
     if not frames:
         raise MediaError(f"{path}: no frame could be decoded; the file is damaged or compressed in an unknown way")
-    return _deep_pixels(path, frames[0])
+    return _upright(_deep_pixels(path, frames[0]), orientation)
+
+
+def _eight_bits(file: bytes) -> Unit:
+    """A PNG, (H, W, 4)."""
+    with Image.open(io.BytesIO(file), formats=("PNG",)) as image:
+        return np.asarray(image.convert("RGBA")).astype(np.float32) / np.float32(255)
 
 
 def _deep_pixels(path: Path, frame: av.VideoFrame) -> Unit:
@@ -219,9 +262,28 @@ def _rows(plane: VideoPlane, dtype: str, height: int) -> NDArray[np.generic]:
     return values.reshape(-1, plane.line_size // values.itemsize)[:height]
 
 
-def _upright(image: Image.Image) -> Image.Image:
-    """Turned as the camera's orientation tag says."""
-    return cast(Image.Image, ImageOps.exif_transpose(image))
+@contextmanager
+def _opened(path: Path) -> Iterator[Image.Image]:
+    """Not by its path: PIL would map an uncompressed TIFF into memory, and turn that wrongly (13.0)."""
+    with open(path, "rb") as file, Image.open(file, formats=FORMATS) as image:
+        yield image
+
+
+def _orientation(image: Image.Image) -> int:
+    """That is still to be applied: PIL turns a TIFF itself."""
+    return 1 if image.format == "TIFF" else image.getexif().get(Base.Orientation, 1)
+
+
+def _in_exif(data: bytes) -> int:
+    exif = Image.Exif()
+    exif.load(data)
+    return exif.get(Base.Orientation, 1)
+
+
+def _upright(pixels: Pixels, orientation: int) -> Pixels:
+    """(H, W, ...), turned as the camera's orientation tag says."""
+    turns, mirrored = TURNS.get(orientation, (0, False))
+    return cast(Pixels, np.rot90(pixels[:, ::-1] if mirrored else pixels, turns))
 
 
 def _animation(image: Image.Image) -> tuple[int, int]:

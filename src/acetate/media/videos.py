@@ -8,7 +8,8 @@ from typing import cast
 
 import av
 import numpy as np
-from av.video.reformatter import ColorPrimaries, ColorRange, ColorTrc, Interpolation
+from av.stream import Disposition
+from av.video.reformatter import ColorPrimaries, ColorRange, ColorTrc, Interpolation, VideoReformatter
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -27,7 +28,9 @@ UNSPECIFIED = 2  # matrix, primaries or transfer that the file does not name
 BT709, BT601, BT2020 = 1, 6, 9  # FFmpeg's numbers of colour matrices; of primaries too
 WIDEST_PIXEL = 8  # an aspect ratio beyond this is damage
 # Chroma of half the size is repeated, not interpolated: that would carry the colour under alpha 0 into soft edges.
-SCALER = Interpolation.BILINEAR
+INTERPOLATION = Interpolation.BILINEAR
+# One for all frames: what it needs for BT.2020's colours takes it three seconds to make.
+SCALER = VideoReformatter()
 NO_ALPHA = "give its matte as NAME_fgr + NAME_pha, or its rectangles if colour and alpha are packed in one picture"
 
 Channels = Callable[[av.VideoFrame], Frames]
@@ -48,7 +51,8 @@ def read_video(path: Path, limits: Limits = LIMITS) -> RGBAClip:
 
     def channels(frame: av.VideoFrame) -> Frames:
         if not has_alpha(frame.format):
-            raise MediaError(f"{path}: pixel format {frame.format.name} has no alpha; {NO_ALPHA}")
+            why = describe_video(path, limits).lost or f"pixel format {frame.format.name} has no alpha; {NO_ALPHA}"
+            raise MediaError(f"{path}: {why}")
         return np.concatenate((colour(frame), _alpha(frame)[..., None]), axis=-1)
 
     film = read_film(path, channels, limits)
@@ -110,7 +114,9 @@ def describe_video(path: Path, limits: Limits = LIMITS) -> Description:
         frame = next(_decoded(stream, container, AlphaLayer.of(path, stream)))
         limits.check(path, count, frame.width, frame.height)
         upright = _upright(np.empty((frame.height, frame.width), np.uint8), frame.rotation, _pixel_aspect(stream))
-        return Description(count, upright.shape[1], upright.shape[0], fps, lossy, has_alpha(frame.format))
+        alpha = has_alpha(frame.format)
+        lost = None if alpha else _lost_alpha(container, stream)
+        return Description(count, upright.shape[1], upright.shape[0], fps, lossy, alpha, lost)
 
 
 def colour(frame: av.VideoFrame) -> Frames:
@@ -122,7 +128,9 @@ def colour(frame: av.VideoFrame) -> Frames:
         frame.colorspace = BT709 if frame.height > 576 or frame.width > 1024 else BT601
     wide = frame.color_primaries == ColorPrimaries.BT2020
     target = {"dst_color_primaries": ColorPrimaries.BT709, "dst_color_trc": ColorTrc.BT709} if wide else {}
-    return cast(Frames, frame.reformat(format="rgb24", interpolation=SCALER, threads=1, **target).to_ndarray())
+    return cast(
+        Frames, SCALER.reformat(frame, format="rgb24", interpolation=INTERPOLATION, threads=1, **target).to_ndarray()
+    )
 
 
 def luma(frame: av.VideoFrame) -> Frames:
@@ -141,11 +149,31 @@ def has_alpha(pixels: av.VideoFormat | None) -> bool:
     return pixels is not None and any(component.is_alpha for component in pixels.components)
 
 
+def _lost_alpha(container: av.container.InputContainer, stream: av.VideoStream) -> str | None:
+    """Of a video whose frames have none: what its container says of alpha nevertheless."""
+    codec = stream.codec_context
+    if stream.metadata.get("alpha_mode") == "1":
+        return (
+            f"its container announces alpha (AlphaMode), and the decoder of {codec.name} gives none; convert it from "
+            "its source to VP9, ProRes 4444 or a PNG sequence"
+        )
+    tracks = [track for track in container.streams.video if not track.disposition & Disposition.attached_pic]
+    sizes = {(track.codec_context.width, track.codec_context.height) for track in tracks}
+    if len(tracks) > 1 and len(sizes) == 1:
+        return (
+            f"{len(tracks)} video tracks of one size, none with alpha; if one is the alpha of another, make a pair of "
+            "them: ffmpeg -i FILE -map 0:v:0 -c copy NAME_fgr.mp4 -map 0:v:1 -c copy NAME_pha.mp4"
+        )
+    return None
+
+
 def _alpha(frame: av.VideoFrame) -> Frames:
     """(H, W). Rounded from the plane itself: the scaler would cut 12 bits off to 8 and make 4080 opaque."""
+    component = frame.format.components[-1]
+    if not frame.format.is_planar and component.bits > 8:
+        return to_uint8(frame.to_ndarray(format="rgba64le")[..., 3] / np.float32(65535))
     if not frame.format.is_planar:
         return cast(Frames, frame.to_ndarray(format="rgba"))[..., 3]
-    component = frame.format.components[-1]
     return to_uint8(_plane(frame, component.plane, component.bits) / (2**component.bits - 1))
 
 
