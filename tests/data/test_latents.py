@@ -245,7 +245,7 @@ def test_ranks_share_one_order(world):
     for _ in range(12):
         parts = [next(rank) for rank in ranks]
         assert sorted(place for part in parts for place in part) == sorted(next(whole))
-        assert len({buckets[index] for part in parts for _, index in part}) == 1
+        assert len({buckets[index] for part in parts for _, index, _ in part}) == 1
 
 
 class Task(lightning.LightningModule):
@@ -333,7 +333,7 @@ def test_validation_is_fixed_and_of_one_bucket(folder):
 def test_validation_is_split_without_repeats(folder, world):
     data = ready(folder)
     places = [place for rank in range(world) for batch in data._val_batches(rank, world) for place in batch]
-    assert sorted(places) == [(0, i) for i in range(len(VAL))]
+    assert sorted(places) == [(0, i, 0) for i in range(len(VAL))]
 
 
 def test_unequal_validation_is_announced(folder, caplog):

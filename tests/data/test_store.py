@@ -10,6 +10,7 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 import fsspec
 import numpy as np
@@ -52,7 +53,7 @@ class Handler(BaseHTTPRequestHandler):
         super().__init__(*args)
 
     def do_GET(self):
-        name = self.path.rsplit("/")[-1]
+        name = unquote(urlsplit(self.path).path).rsplit("/")[-1]
         if self.command == "GET":
             self.asked.append(name)
         fault = self.faults[name].pop(0) if self.faults.get(name) else None
@@ -68,6 +69,11 @@ class Handler(BaseHTTPRequestHandler):
         if fault == "stall":
             self.wfile.flush()
             time.sleep(4)
+        if isinstance(fault, threading.Event):  # the other half comes after it
+            self.wfile.flush()
+            fault.wait(60)
+            with suppress(OSError):  # nobody waits for it any more
+                self.wfile.write(body[len(body) // 2 :])
         self.close_connection = bool(fault)
 
     do_HEAD = do_GET
@@ -317,31 +323,62 @@ def test_setup_errors(shards, server, tmp_path):
         quick(tmp_path, timeout=0)
 
 
-@pytest.fixture(scope="module")
-def s3(shards):
-    """A bucket in front of which a server makes mistakes."""
+@contextmanager
+def s3():
+    """Address and storage options of a server of its own."""
     pytest.importorskip("s3fs")
     moto = pytest.importorskip("moto.server").ThreadedMotoServer(port=0)
     moto.start()
-    host, port = moto.get_host_and_port()
-    with Server(f"http://{host}:{port}").run() as faulty:
-        yield faulty
+    address = "http://{}:{}".format(*moto.get_host_and_port())
+    yield address, {"key": "k", "secret": "s", "config_kwargs": {"retries": {"max_attempts": 1}}}
     moto.stop()
 
 
-def test_s3(s3, shards, tmp_path):
-    options = {"key": "k", "secret": "s", "endpoint_url": s3.source, "config_kwargs": {"retries": {"max_attempts": 1}}}
-    files = fsspec.filesystem("s3", **options)
-    files.mkdir("bucket")
-    for path in shards.iterdir():
-        files.put(str(path), f"bucket/clips/{path.name}")
-    files.pipe("bucket/clips/clips-000002.tar", files.cat("bucket/clips/clips-000002.tar")[:-512])
-    files.rm("bucket/clips/clips-000003.tar")
-    s3.faults |= {"manifest.json": ["500"], "clips-000000.tar": ["500"], "clips-000001.tar": ["stall", "cut"]}
-    remote = quick(tmp_path, storage_options=options | {"endpoint_url": s3.url})
-    bad = reported(read_all(RemoteFolder("s3://bucket/clips", remote)))
-    assert [*bad] == KEYS[6:]
+@contextmanager
+def gs():
+    os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"  # gRPC, which the emulator does not speak
+    pytest.importorskip("gcsfs")
+    emulator = pytest.importorskip("gcp_storage_emulator.server").create_server("127.0.0.1", 0, in_memory=True)
+    emulator.start()
+    yield f"http://127.0.0.1:{emulator._api._httpd.server_port}", {"token": "anon", "project": "p"}
+    emulator.stop()
+
+
+@pytest.fixture(scope="module", params=["s3", "gs"])
+def bucket(request, shards):
+    """URL of clips of which one tar is damaged and one is missing, options to read it, and the server in front of it
+    that makes mistakes."""
+    with {"s3": s3, "gs": gs}[request.param]() as (address, options), Server(address).run() as faulty:
+        files = fsspec.filesystem(request.param, endpoint_url=address, **options)
+        files.mkdir("bucket")
+        for path in shards.iterdir():
+            files.pipe(f"bucket/clips/{path.name}", path.read_bytes())
+        files.pipe("bucket/clips/clips-000002.tar", (shards / "clips-000002.tar").read_bytes()[:-512])
+        files.rm("bucket/clips/clips-000003.tar")
+        yield f"{request.param}://bucket/clips", options | {"endpoint_url": faulty.url}, faulty
+
+
+def test_buckets(bucket, tmp_path):
+    url, options, server = bucket
+    server.faults |= {"manifest.json": ["500"], "clips-000000.tar": ["500"], "clips-000001.tar": ["stall", "cut"]}
+    bad = reported(read_all(RemoteFolder(url, quick(tmp_path, storage_options=options))))
+    assert not any(server.faults.values()) and [*bad] == KEYS[6:]
     assert "bytes came, the manifest says" in bad["clip06"] and "does not exist" in bad["clip09"]
+
+
+def test_workers_read_buckets(bucket, tmp_path):
+    """An epoch on two workers: every clip comes, or is reported."""
+    url, options, server = bucket
+    server.faults |= {"clips-000000.tar": ["cut"], "clips-000001.tar": ["500"]}
+    settings = SETTINGS | {"num_workers": 2, "batch_size": 2, "bad_clip_budget": 4}
+    data = ClipDataModule(shards=url, remote=quick(tmp_path, storage_options=options), **settings)
+    data.setup()
+    batches = iter(data.train_dataloader())
+    found = [next(batches) for _ in range(len(data.train_refs) // 2)]
+    del batches
+    train = [key for i, key in enumerate(KEYS) if i % PER_TAR < 2]
+    assert sorted(key for batch in found for key in batch["key"]) == train[:4]
+    assert sorted(text.partition(":")[0] for batch in found for text in batch["skipped"]) == train[4:]
 
 
 def test_fetch_errors_are_os_errors():

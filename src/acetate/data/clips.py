@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from acetate.data.datamodule import ShardDataModule
 from acetate.data.order import Order
 from acetate.data.shards import BadClip, Clip, ClipRef, ShardError, index_shards, read_clip
-from acetate.data.store import Remote
+from acetate.data.store import ReadAhead, Remote
 from acetate.data.transforms import ClipTransform
 from acetate.draws import generator_for, stable_hash
 
@@ -74,7 +74,7 @@ class ClipCache:
 class ClipDataset(Dataset[Sample | BadClip]):
     """position -> sample, or the BadClip that it would have been; never another clip in its place.
 
-    Without an order, clip after clip.
+    Without an order, clip after clip. step: between the positions of this rank.
     """
 
     def __init__(
@@ -84,11 +84,15 @@ class ClipDataset(Dataset[Sample | BadClip]):
         seed: int,
         cache_bytes: float,
         order: Order | None,
+        step: int = 1,
     ):
         self.refs, self.transform, self.seed, self.order = refs, transform, seed, order
         self.cache = ClipCache(cache_bytes)
+        self.ahead = ReadAhead(order, [ref.tar for ref in refs], step) if order else None
 
     def __getitem__(self, position: int) -> Sample | BadClip:
+        if self.ahead:
+            self.ahead.reached(position)
         epoch, index = self.order[position] if self.order else (0, position)
         ref = self.refs[index]
         generator = generator_for("clip", self.seed, epoch, ref.key)
@@ -199,7 +203,7 @@ class ClipDataModule(ShardDataModule):
     def train_dataloader(self) -> DataLoader:
         rank, world = self._rank_and_world()
         self._start()
-        dataset = ClipDataset(self.train_refs, self.train_transform, self.seed, self.cache_bytes, self._order())
+        dataset = ClipDataset(self.train_refs, self.train_transform, self.seed, self.cache_bytes, self._order(), world)
         return self._loader(dataset, TrainBatches(lambda: self.consumed, self.batch_size, rank, world), collate)
 
     def val_dataloader(self) -> DataLoader:

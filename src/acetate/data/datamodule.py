@@ -40,8 +40,9 @@ class ShardDataModule(LightningDataModule):
     training stops with BadDataError.
 
     Folders may be URLs, which `remote` reads: every machine fetches every tar of the training split once an epoch,
-    unless its cache holds them all. If any is one, clips are shuffled within blocks of `shuffle_tars` tars
-    (block_shuffle), which the cache must hold; else fully. A mapping gives each folder a weight (MixedOrder).
+    unless its cache holds them all; the next ones while clips are read (ReadAhead). If any is one, clips are shuffled
+    within blocks of `shuffle_tars` tars (block_shuffle), which the cache must hold; else fully. A mapping gives each
+    folder a weight (MixedOrder).
     """
 
     def __init__(

@@ -31,7 +31,7 @@ from acetate.data.shards import (
     read_media,
     read_meta,
 )
-from acetate.data.store import Folder, Remote, read_file
+from acetate.data.store import Folder, ReadAhead, Remote, read_file
 from acetate.data.transforms import crop, resize, to_float, window
 from acetate.draws import stable_hash
 
@@ -40,6 +40,7 @@ EMPTY_PROMPT = "empty_prompt.safetensors"
 log = logging.getLogger(__name__)
 
 Place = tuple[int, int]  # epoch, window
+Step = tuple[int, int, int]  # epoch, window, and how far the walk through the order has come
 Sample = dict[str, Any]  # latents (C, F, h, w), ellipse (F, 5), prompt_embeds (n, D), prompt_mask (n,), prompt, ref
 
 
@@ -200,7 +201,7 @@ class BucketWalk:
                 return [queue.popleft() for _ in range(size)]
 
 
-class BucketBatches(Sampler[list[Place]]):
+class BucketBatches(Sampler[list[Step]]):
     """This rank's part of every global batch: r, r + world, ... of it.
 
     `walk` is asked anew at every iteration: a loader that is iterated again goes on where training stands.
@@ -209,23 +210,28 @@ class BucketBatches(Sampler[list[Place]]):
     def __init__(self, walk: Callable[[], BucketWalk], batch_size: int, rank: int, world: int):
         self.walk, self.batch_size, self.rank, self.world = walk, batch_size, rank, world
 
-    def __iter__(self) -> Iterator[list[Place]]:
+    def __iter__(self) -> Iterator[list[Step]]:
         walk = self.walk()
         while True:
-            yield walk.batch(self.batch_size * self.world)[self.rank :: self.world]
+            batch = walk.batch(self.batch_size * self.world)[self.rank :: self.world]
+            yield [(*place, walk.position) for place in batch]
 
 
 class LatentDataset(Dataset[Sample | BadClip]):
-    """(epoch, window) -> sample, or the BadClip that it would have been; never another clip in its place.
+    """Step -> sample, or the BadClip that it would have been; never another clip in its place.
 
-    The variants of a window take turns from epoch to epoch, from one that its key and the seed choose.
+    The variants of a window take turns from epoch to epoch, from one that its key and the seed choose. order: that of
+    the walk, if there is one.
     """
 
-    def __init__(self, windows: Sequence[Sequence[LatentRef]], seed: int):
+    def __init__(self, windows: Sequence[Sequence[LatentRef]], seed: int, order: Order | None):
         self.windows, self.seed = windows, seed
+        self.ahead = ReadAhead(order, [window[0].tar for window in windows], step=1) if order else None
 
-    def __getitem__(self, place: Place) -> Sample | BadClip:
-        epoch, index = place
+    def __getitem__(self, step: Step) -> Sample | BadClip:
+        epoch, index, position = step
+        if self.ahead:
+            self.ahead.reached(position)
         variants = self.windows[index]
         start = stable_hash("variant", self.seed, variants[0].window)
         try:
@@ -365,7 +371,7 @@ class LatentDataModule(ShardDataModule):
     def train_dataloader(self) -> DataLoader:
         rank, world = self._rank_and_world()
         self._start()
-        dataset = LatentDataset(self.train_windows, self.seed)
+        dataset = LatentDataset(self.train_windows, self.seed, self._order())
         return self._loader(dataset, BucketBatches(self._walk, self.batch_size, rank, world), self._collate())
 
     def val_dataloader(self) -> DataLoader:
@@ -376,15 +382,15 @@ class LatentDataModule(ShardDataModule):
         self._check_even(
             [len(part) for part in parts], f"{count} validation windows in buckets", f"val_batch_size=1 and {even}"
         )
-        return self._loader(LatentDataset(self.val_windows, seed=0), parts[rank], self._collate())
+        return self._loader(LatentDataset(self.val_windows, seed=0, order=None), parts[rank], self._collate())
 
-    def _val_batches(self, rank: int, world: int) -> list[list[Place]]:
+    def _val_batches(self, rank: int, world: int) -> list[list[Step]]:
         """Batches of one bucket; over all ranks, each window exactly once."""
         by_bucket = sorted(range(len(self.val_windows)), key=lambda i: self.val_windows[i][0].shape)
-        batches: list[list[Place]] = []
+        batches: list[list[Step]] = []
         for _, group in groupby(by_bucket[rank::world], key=lambda i: self.val_windows[i][0].shape):
-            places = [(0, index) for index in group]
-            batches += [places[i : i + self.val_batch_size] for i in range(0, len(places), self.val_batch_size)]
+            steps = [(0, index, 0) for index in group]
+            batches += [steps[i : i + self.val_batch_size] for i in range(0, len(steps), self.val_batch_size)]
         return batches
 
     def _fingerprint(self) -> int:

@@ -6,20 +6,27 @@ import random
 import tarfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
 from contextlib import suppress
 from dataclasses import dataclass
+from multiprocessing.util import Finalize
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any, BinaryIO, TypeVar
 from uuid import uuid4
 
 import fsspec
 from filelock import FileLock
 
+from acetate.data.order import Order
+
 FORGET = 300.0  # seconds in which a process does not ask again for a tar that it could not get
 STALE = 600.0  # seconds after which a download that stands still was left behind by a killed process
 POLL = 0.1  # seconds
+AHEAD = 0.75  # share of the cache for tars that are known to be needed; the rest is for ranks behind and validation
+LOOK = 1000  # clips that a reader looks through at a time for the next tar
 
 T = TypeVar("T")
 Span = tuple[int, int]  # offset and size in a tar
@@ -84,7 +91,7 @@ class Remote:
 
     def open(self, tar: "RemoteTar") -> BinaryIO:
         """A whole tar; as long as it is open, it can be read even if it has left the cache."""
-        path = self.cache_dir / f"{tar.sha256}.tar"
+        path = self._path(tar)
         with suppress(FileNotFoundError):
             return _open_used(path)
         since, reason = self.failed.get(tar.sha256, (-FORGET, ""))
@@ -99,8 +106,21 @@ class Remote:
                 self.failed[tar.sha256] = time.monotonic(), str(error)
                 raise
 
+    def has(self, tar: "RemoteTar") -> bool:
+        return self._path(tar).exists()
+
+    def keep(self, tars: "Iterable[RemoteTar]") -> None:
+        """As if they had just been read: others leave the cache before them."""
+        for tar in tars:
+            with suppress(FileNotFoundError):
+                os.utime(self._path(tar))
+
+    def _path(self, tar: "RemoteTar") -> Path:
+        return self.cache_dir / f"{tar.sha256}.tar"
+
     def _fetch(self, tar: "RemoteTar", path: Path) -> BinaryIO:
         part = self._reserve(tar)
+        drop = Finalize(None, part.unlink, (True,), exitpriority=0)  # also if the process ends meanwhile
         try:
             self._download(str(tar), part)
             found = part.stat().st_size
@@ -113,7 +133,7 @@ class Remote:
                 part.replace(path)
                 return _open_used(path)
         finally:
-            part.unlink(missing_ok=True)
+            drop()
 
     def _persist(self, once: Callable[[], T], what: str) -> T:
         """`once`, tried again with pauses that are drawn, so that many machines do not come back at the same time."""
@@ -221,6 +241,60 @@ class RemoteTar:
 
     def read(self, member: str) -> bytes:
         return self.parent.remote.read_member(self, member)
+
+
+class ReadAhead:
+    """Fetches the tars of the clips to come, one at a time in a thread, while a process decodes those before them.
+
+    order: position -> (epoch, clip); tars[clip] is that clip's. step: between the positions that this process's rank
+    reads. Tars that are needed from the position reached on take at most AHEAD of the cache, and outlive there those
+    that are not. One that does not come is met, with its reason, by whoever reads a clip of it.
+    """
+
+    def __init__(self, order: Order, tars: "Sequence[Path | RemoteTar]", step: int):
+        self.order, self.tars, self.step = order, tars, step
+        self.position = self.end = 0  # looked through between them
+        self.needed: dict[RemoteTar, int] = {}  # -> the last position before `end` that needs it
+        self.fetch: Future[None] | None = None  # the latest
+        self.todo: SimpleQueue | None = None
+
+    def reached(self, position: int) -> None:
+        """The clip there is the next to be read. Returns at once."""
+        if not self.position <= position <= self.end:
+            self.end, self.needed = position, {}
+        self.position = position
+        self.needed = {tar: last for tar, last in self.needed.items() if last >= position}
+        for _ in range(LOOK):
+            if self.end >= position + self.order.count or (self.fetch is not None and not self.fetch.done()):
+                return
+            tar = self.tars[self.order[self.end][1]]
+            if isinstance(tar, RemoteTar):
+                if tar not in self.needed:
+                    remote = tar.parent.remote
+                    if sum(other.size for other in self.needed) + tar.size > AHEAD * remote.max_bytes:
+                        return
+                    remote.keep(self.needed)
+                    if not remote.has(tar):
+                        self._start(tar)
+                self.needed[tar] = self.end
+            self.end += self.step
+
+    def _start(self, tar: "RemoteTar") -> None:
+        if self.todo is None:
+            self.todo = SimpleQueue()
+            threading.Thread(target=_fetch_each, args=(self.todo,), daemon=True).start()
+            weakref.finalize(self, self.todo.put, None)
+        self.fetch = Future()
+        self.todo.put((tar, self.fetch))
+
+
+def _fetch_each(todo: SimpleQueue) -> None:
+    """Until None comes."""
+    while item := todo.get():
+        tar, done = item
+        with suppress(OSError):  # Remote.open raises it again for those who read the tar
+            tar.parent.remote.open(tar).close()
+        done.set_result(None)
 
 
 Folder = Path | RemoteFolder
