@@ -415,7 +415,7 @@ def print_summary(out: Path, manifest: Mapping[str, Any]) -> None:
         numbers = (count["samples"], count["clips"], count["splits"]["train"], count["splits"]["val"])
         table.add_row(bucket, *map(str, numbers))
     console.print(table)
-    print_bad(console, manifest["skipped"])
+    print_bad(console, manifest["skipped"], out / MANIFEST)
 
 
 if __name__ == "__main__":

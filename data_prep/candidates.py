@@ -220,9 +220,12 @@ def _is_sequence(source: Path, folder: Path, rows: dict[str, Row]) -> bool:
     images = [path for path in folder.iterdir() if path.suffix.lower() in IMAGES + OPAQUE_IMAGES]
     if len(images) < 2 or any(str(path.relative_to(source)) in rows for path in images):
         return False
-    names = [re.fullmatch(r"(.*?)(\d+)", path.stem) for path in sequence_files(folder)]
-    numbers = [int(name[2]) for name in names if name]
-    if len({name and name[1] for name in names}) > 1 or numbers != [numbers[0] + i for i in range(len(names))]:
+    files = sequence_files(folder)
+    names = [name for path in files if (name := re.fullmatch(r"(.*?)(\d+)", path.stem))]
+    if len(names) < len(files) or len({name[1] for name in names}) > 1:
+        return False
+    first = int(names[0][2])
+    if [int(name[2]) for name in names] != list(range(first, first + len(names))):
         return False
     try:
         return len({image_size(path) for path in images}) == 1

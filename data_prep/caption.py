@@ -287,7 +287,7 @@ def main(cfg: DictConfig) -> None:
             f"{count} {origin}" for origin, count in Counter(line["from"] for line in lines).most_common()
         )
         console.print(f"{cfg.out}: {len(lines)} prompts, {counts}", highlight=False, soft_wrap=True)
-    print_bad(console, bad)
+    print_bad(console, bad, None if cfg.preview else Path(cfg.out) / MANIFEST)
 
 
 if __name__ == "__main__":

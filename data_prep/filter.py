@@ -286,7 +286,7 @@ def main(cfg: DictConfig) -> None:
     fallen = len({line["key"] for line in rejected})
     console.print(f"{len(lines) - fallen} clips kept, {fallen} rejected. {text}", highlight=False, soft_wrap=True)
     print_summary(console, lines, rejected, rules)
-    print_bad(console, bad)
+    print_bad(console, bad, None if cfg.preview else out / MANIFEST)
 
 
 if __name__ == "__main__":

@@ -5,10 +5,11 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import hydra
@@ -23,6 +24,7 @@ from data_prep.executor import parallel
 from data_prep.journal import encode, open_journal, read_journal
 
 CONF = str(Path(__file__).parents[1] / "conf")
+SHOWN_BAD = 20
 
 
 class TooManyBad(RuntimeError):
@@ -68,13 +70,17 @@ def ingest(
     files = _account(source, folder, tasks, outcomes)
     if not preview:
         report = {"clips": len(clips), "bad": bad, "files": files}
-        _write(out.with_name(out.stem + ".report.json"), json.dumps(report, ensure_ascii=False, indent=1) + "\n")
+        _write(report_of(out), json.dumps(report, ensure_ascii=False, indent=1) + "\n")
     check_budget(bad, bad_clip_budget)
     if not preview:
         _write(out, "".join(encode(asdict(clip)) for clip in clips))
         journal.unlink(missing_ok=True)
     fresh = [o for t, o in zip(tasks, outcomes, strict=True) if _fingerprint(t) not in done]
     return Ingested(clips, bad, files, sum(outcome.seconds for outcome in fresh))
+
+
+def report_of(out: Path) -> Path:
+    return out.with_name(out.stem + ".report.json")
 
 
 def check_budget(bad: dict[str, str], bad_clip_budget: int) -> None:
@@ -165,12 +171,16 @@ def _write(path: Path, text: str) -> None:
     temporary.replace(path)
 
 
-def print_bad(console: Console, bad: dict[str, str]) -> None:
-    for key, reason in bad.items():
+def print_bad(console: Console, bad: Mapping[str, str], file: Path | None) -> None:
+    """All of them, or the first where a file has the rest."""
+    shown = len(bad) if file is None else SHOWN_BAD
+    for key, reason in islice(bad.items(), shown):
         console.print(f"[red]skipped[/] {key}: {reason}", highlight=False, soft_wrap=True)
+    if len(bad) > shown:
+        console.print(f"{len(bad) - shown} more are in {file}", highlight=False, soft_wrap=True)
 
 
-def print_summary(console: Console, out: Path, result: Ingested) -> None:
+def print_summary(console: Console, out: Path, report: Path | None, result: Ingested) -> None:
     frames, clips = Counter[str](), Counter(clip.kind for clip in result.clips)
     for clip in result.clips:
         frames[clip.kind] += clip.frames
@@ -190,13 +200,14 @@ def print_summary(console: Console, out: Path, result: Ingested) -> None:
     console.print(table)
     for reason, count in Counter(map(kind_of_reason, result.bad.values())).most_common():
         console.print(f"{count} refused: {reason}", highlight=False, soft_wrap=True)
-    print_bad(console, result.bad)
+    print_bad(console, result.bad, report)
 
 
 def kind_of_reason(reason: str) -> str:
     """Without names and numbers, so that like reasons count together."""
-    words = re.sub(r"\S*[/\\]\S*|\S+\.\w{3,4}\b:?|\d[\d.x]*", "", reason.split(";")[0].split("(")[0])
-    return " ".join(words.split()).strip(" :,")
+    bare = re.sub(r"\S*[/\\]\S*|\S+\.\w{3,4}\b:?", "", reason)
+    parts = [" ".join(re.sub(r"\d[\d.x]*", "N", part).split()).strip(" :,") for part in re.split("[;(]", bare)]
+    return next((part for part in parts if len(part.split()) > 2), parts[0])
 
 
 def print_preview(console: Console, clips: list[Found]) -> None:
@@ -238,7 +249,7 @@ def main(cfg: DictConfig) -> None:
     console = Console()
     if cfg.preview:
         print_preview(console, result.clips)
-    print_summary(console, out, result)
+    print_summary(console, out, None if cfg.preview else report_of(out), result)
 
 
 if __name__ == "__main__":

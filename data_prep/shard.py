@@ -269,7 +269,7 @@ def preview(manifest: Path, settings: Settings, *, executor: str, workers: int) 
             lengths = ", ".join(str(len(taken)) for taken in plan.frames)
             console.print(f"  pieces: {len(plan.pieces)}, of {lengths} frames", highlight=False, soft_wrap=True)
     print_decided(console, [plan.as_json(settings) for plan in plans])
-    print_bad(console, bad)
+    print_bad(console, bad, None)
 
 
 def print_summary(out: Path, result: dict[str, Any]) -> None:
@@ -283,7 +283,7 @@ def print_summary(out: Path, result: dict[str, Any]) -> None:
         table.add_row(split, str(count), str(mine.count(1)), str(sum(mine)))
     console.print(table)
     print_decided(console, read_journal(out / DECISIONS))
-    print_bad(console, result["skipped"])
+    print_bad(console, result["skipped"], out / MANIFEST)
 
 
 def print_decided(console: Console, lines: Sequence[dict[str, Any]]) -> None:

@@ -125,6 +125,7 @@ def test_what_is_a_sequence(source):
         still(source / "frames" / f"f{i}.png")
     for name in ("a1", "b2"):
         still(source / "names" / f"{name}.png")
+        still(source / "words" / f"{name[0]}.png")
     for i in (1, 3):
         still(source / "gap" / f"{i}.png")
     for i in (1, 2):
@@ -133,7 +134,7 @@ def test_what_is_a_sequence(source):
     (source / "index.csv").write_text("file,prompt\nlisted/1.png,x\n")
     kinds = {key: clip.kind for key, clip in run(source)[0].items()}
     assert kinds.pop("frames") == "sequence"
-    assert len(kinds) == 8 and set(kinds.values()) == {"still"}
+    assert len(kinds) == 10 and set(kinds.values()) == {"still"}
     (source / "index.csv").write_text("file,prompt\nnames/,x\n")
     assert run(source)[0]["names"].kind == "sequence"
 
