@@ -28,7 +28,6 @@ from safetensors.torch import save
 from acetate.memory import Footprint, room
 
 Strategy = Literal["ddp", "fsdp"]
-STRATEGIES = ("ddp", "fsdp")
 
 
 @dataclass(frozen=True)
@@ -140,6 +139,8 @@ def cost(
     step = compute + max(0.0, communication - assumed.overlap * compute)
     clips = gpus * batch_size * accumulate / step
     total = found.per_gpu(gpus if strategy == "fsdp" else 1)["total"]
+    if strategy == "ddp" and gpus > 1:
+        total += found.gradients  # its buckets
     return Cost(
         gpus=gpus,
         compute=compute,

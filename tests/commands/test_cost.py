@@ -55,8 +55,14 @@ def test_vae_stage(run, capsys):
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ("cost.strategies=[zero]", r"cost\.strategies=\['zero'\]; known: ddp, fsdp"),
-        ("cost.gpus=[0]", r"cost\.gpus=\[0\]; numbers from 1 on"),
+        ("cost.strategies=[zero]", r"cost\.strategies=\['zero'\]; a list of ddp, fsdp"),
+        ("cost.strategies=ddp", "cost.strategies=ddp; a list of"),
+        ("cost.gpus=[0]", r"cost\.gpus=\[0\]; a list of whole numbers from 1 on"),
+        ("cost.gpus=[1.5]", r"cost\.gpus=\[1\.5\]; a list of whole numbers"),
+        ("cost.gpus=8", "cost.gpus=8; a list of"),
+        ("cost.gpu=h100", "chosen with gpu@cost.gpu=h100"),
+        ("cost.clips=-1", "cost.clips=-1; at least 1"),
+        ("cost.least_scaling=2", "cost.least_scaling=2; a share"),
         ("cost.efficiency=0", r"efficiency=0; a share in \(0, 1\]"),
     ],
 )

@@ -2,18 +2,18 @@
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import hydra
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
 
 from acetate import memory
 from acetate.commands import as_on_gpu
 from acetate.commands.estimate import footprint
-from acetate.cost import STRATEGIES, Assumptions, Cost, Gpu, cost, latent_sample_bytes, payload
+from acetate.cost import Assumptions, Cost, Gpu, Strategy, cost, latent_sample_bytes, payload
 from acetate.data.shards import write_json
 from acetate.models.wan import Geometry
 
@@ -49,14 +49,28 @@ def table(costs: list[Cost]) -> Table:
     return view
 
 
+def check(settings: DictConfig) -> None:
+    """ValueError for what is no number of GPUs, no strategy, no card, or below its least."""
+    known = get_args(Strategy)
+    if not OmegaConf.is_list(settings.strategies) or not set(settings.strategies) <= set(known):
+        raise ValueError(f"cost.strategies={settings.strategies}; a list of {', '.join(known)}")
+    gpus = settings.gpus
+    if not OmegaConf.is_list(gpus) or not gpus or not all(isinstance(n, int) and n >= 1 for n in gpus):
+        raise ValueError(f"cost.gpus={gpus}; a list of whole numbers from 1 on, as in cost.gpus=[1,8]")
+    if not OmegaConf.is_dict(settings.gpu):
+        raise ValueError(f"cost.gpu={settings.gpu}; a preset is chosen with gpu@cost.gpu={settings.gpu}")
+    for name in ("clips", "samples_per_clip"):
+        if settings[name] < 1:
+            raise ValueError(f"cost.{name}={settings[name]}; at least 1")
+    if not 0 <= settings.least_scaling <= 1:
+        raise ValueError(f"cost.least_scaling={settings.least_scaling}; a share in [0, 1]")
+
+
 @hydra.main(version_base=None, config_path=CONF, config_name="command/cost")
 @as_on_gpu()
 def main(config: DictConfig) -> None:
     settings = config.cost
-    if unknown := set(settings.strategies) - set(STRATEGIES):
-        raise ValueError(f"cost.strategies={sorted(unknown)}; known: {', '.join(STRATEGIES)}")
-    if not settings.gpus or min(settings.gpus) < 1:
-        raise ValueError(f"cost.gpus={list(settings.gpus)}; numbers from 1 on, at least one")
+    check(settings)
     gpu = Gpu(**settings.gpu)
     names = ("efficiency", "bandwidth_share", "overlap", "latency_us")
     assumed = Assumptions(**{name: settings[name] for name in names})

@@ -42,8 +42,3 @@ def shard_like(value: Tensor, like: Tensor) -> Tensor:
         Tensor,
         DTensor.from_local(part, mesh, placements, run_check=False, shape=like.shape, stride=like.stride()),
     )
-
-
-def whole(value: Tensor) -> Tensor:
-    """A sharded tensor on every rank, which all have to ask for; another as it is."""
-    return value.full_tensor() if isinstance(value, DTensor) else value
