@@ -53,11 +53,11 @@ def parallel(
     """function(item) for each item, in the order of the items, which are taken as they are needed.
 
     executor: local, spawned processes; or ray, processes that Ray places, on the cluster of RAY_ADDRESS or one that is
-    started on this machine. workers: processes; with local, 0 is this one. function, setup, items and results are
-    pickled. setup: each process calls it once with its number from 0 to workers - 1, and function is then
-    function(what setup returned, item). name: of an item, for errors. time_limit: seconds that an item may take before
-    its process is killed. lost: (item, reason) -> the result of an item whose process was killed or died; without it,
-    that is WorkerLost. gpus: that Ray keeps for each process.
+    started on this machine. workers: processes; with local, 0 is this one; on Ray at most as many as it has room for.
+    function, setup, items and results are pickled. setup: each process calls it once with its number from 0 to
+    workers - 1, and function is then function(what setup returned, item). name: of an item, for errors. time_limit:
+    seconds that an item may take before its process is killed. lost: (item, reason) -> the result of an item whose
+    process was killed or died; without it, that is WorkerLost. gpus: that Ray keeps for each process.
 
     What function or setup raises is raised here, with its type. Leaving the iterator early stops the processes when
     it is closed: use contextlib.closing. Raises ValueError for settings that contradict each other, ImportError
@@ -79,8 +79,7 @@ def parallel(
             from data_prep.on_ray import RayWorker, start_ray
         except ImportError as error:
             raise ImportError(f"executor=ray: {error}. Install acetate[ray] or use executor=local.") from error
-        start_ray(workers, gpus)
-        team = [RayWorker(function, setup, number, gpus) for number in range(workers)]
+        team = [RayWorker(function, setup, number, gpus) for number in range(start_ray(workers, gpus))]
     else:
         team = [LocalWorker(function, setup, number) for number in range(workers)]
     return _spread(team, items, name, time_limit, lost)

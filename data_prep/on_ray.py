@@ -1,5 +1,6 @@
 """Workers of data_prep.executor on a Ray cluster; needs the extra acetate[ray]."""
 
+import logging
 import os
 from collections.abc import Callable
 from typing import Any
@@ -7,6 +8,8 @@ from typing import Any
 import ray
 
 from data_prep.executor import OVERRAN, Answer, WorkerLost, attempt, bind
+
+log = logging.getLogger(__name__)
 
 
 class RayWorker:
@@ -54,17 +57,26 @@ class RayProcess:
         return attempt(self.call, item)
 
 
-def start_ray(workers: int, gpus: float) -> None:
-    """Connects, or starts Ray on this machine for so many workers; ValueError where it has too little for them."""
+def start_ray(workers: int, gpus: float) -> int:
+    """Connects, or starts Ray on this machine for so many workers; how many of them the cluster has room for.
+
+    More would wait for a place that those before them never leave. ValueError where there is room for none.
+    """
     if not ray.is_initialized():
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is reported to anybody
         address = os.environ.get("RAY_ADDRESS")
         size = {} if address else {"num_cpus": workers, "include_dashboard": False}
         ray.init(address or "local", logging_level="warning", **size)
-    there = ray.cluster_resources()
-    for what, each in (("CPU", 1), ("GPU", gpus)):
-        if workers * each > there.get(what, 0):
-            raise ValueError(
-                f"workers={workers} need {workers * each:g} {what}s; this Ray cluster has {there.get(what, 0):g}. "
-                "Use fewer workers or a larger cluster."
-            )
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    room = sum(
+        min(int(node.get("CPU", 0)), int(node.get("GPU", 0) / gpus + 1e-6) if gpus else workers) for node in nodes
+    )
+    there = ", ".join(f"{sum(node.get(what, 0) for node in nodes):g} {what}s" for what in ("CPU", "GPU"))
+    if room == 0:
+        raise ValueError(
+            f"A worker needs 1 CPU and {gpus:g} GPUs of one node; this Ray cluster has {there} on {len(nodes)} nodes. "
+            "Use a larger cluster, or fewer GPUs for each worker."
+        )
+    if room < workers:
+        log.warning("workers=%d; this Ray cluster (%s) has room for %d, which are used", workers, there, room)
+    return min(workers, room)

@@ -30,6 +30,16 @@ class Loss(nn.Module):
         return memory.training_loss(self.task, batch)
 
 
+def wrapped(task, strategy):
+    """batch -> loss; ddp and fsdp as the trainers do."""
+    if strategy == "ddp":
+        return DistributedDataParallel(Loss(task))
+    if strategy == "fsdp":
+        for part in (*task.transformer.blocks, task.transformer):
+            fully_shard(part, reshard_after_forward=True)
+    return Loss(task)
+
+
 class Collectives(TorchDispatchMode):
     """Bytes of whole tensors, by collective."""
 
@@ -57,16 +67,14 @@ def main(rank: int, world: int, meeting: str, out: str) -> None:
 
     task, geometry = tiny_task()
     batch = tiny_batch(task, geometry)
-    whole = DistributedDataParallel(Loss(task))
+    whole = wrapped(task, "ddp")
     whole.register_comm_hook(None, hook)
     whole(batch).backward()
 
     task, _ = tiny_task()
-    for block in task.transformer.blocks:
-        fully_shard(block, reshard_after_forward=True)
-    fully_shard(task.transformer, reshard_after_forward=True)
+    loss = wrapped(task, "fsdp")
     with Collectives() as sharded:
-        memory.training_loss(task, batch).backward()
+        loss(batch).backward()
     if rank == 0:
         found = {
             "reduced": sum(reduced),

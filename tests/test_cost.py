@@ -29,17 +29,21 @@ TINY = ["experiment=dit_dora", "rgba_vae=x", "data.latents=x", "data.batch_size=
         "wan.width=24", "wan.prompt_length=8", "trainer.precision=32-true"]  # fmt: skip
 
 
-def tiny_task():
-    """A DoRATask on the shipped base, with weights, and its VAE's geometry."""
-    config = composed(ROOT, *TINY)
+VAE = ["experiment=vae_rgba", "data.shards=x", "data.batch_size=2", "data.frames=5", "data.height=24", "data.width=24",
+       "wan.prompt_length=8", "trainer.precision=32-true"]  # fmt: skip
+
+
+def tiny_task(stage=TINY, folder=ROOT):
+    """A task on the shipped base, with weights, and its VAE's geometry. folder: for what it writes."""
+    config = composed(folder, *stage)
     torch.manual_seed(0)
     task = instantiate(config.task)
     task.configure_model()
     return task, Geometry.of(memory.blank_vae(config.wan.vae))
 
 
-def tiny_batch(task, geometry):
-    batch = memory.make_batch(task, LOAD, geometry)
+def tiny_batch(task, geometry, load=LOAD):
+    batch = memory.make_batch(task, load, geometry)
     return {name: torch.zeros_like(value) if torch.is_tensor(value) else value for name, value in batch.items()}
 
 
@@ -105,7 +109,8 @@ def test_values_are_checked(make, message):
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_flops_are_those_of_a_real_step(checkpointing):
+@pytest.mark.parametrize(("stage", "setting"), [(TINY, "task.checkpointing"), (VAE, "model.checkpointing")])
+def test_flops_are_those_of_a_real_step(stage, setting, checkpointing, tmp_path):
     """Counted by torch on real tensors; for a CPU's attention it has to be told its own formulas."""
     aten = torch.ops.aten
     attention = {
@@ -114,12 +119,11 @@ def test_flops_are_those_of_a_real_step(checkpointing):
             lambda grad, q, k, v, *_, **__: sdpa_backward_flop_count(grad, q, k, v)
         ),
     }
-    task, geometry = tiny_task()
-    if checkpointing:
-        task.transformer.enable_gradient_checkpointing()
+    chosen = [*stage, f"{setting}={checkpointing}"]
+    task, geometry = tiny_task(chosen, tmp_path)
     with FlopCounterMode(display=False, custom_mapping=attention) as counter:
         memory.training_loss(task, tiny_batch(task, geometry)).backward()
-    _, found = footprint(composed(ROOT, *TINY, f"task.checkpointing={checkpointing}"))
+    _, found = footprint(composed(tmp_path, *chosen))
     assert found.flops == counter.get_total_flops() > 0
 
 

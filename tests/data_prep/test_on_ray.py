@@ -8,8 +8,10 @@ import pytest
 
 from acetate.data.shards import MANIFEST
 from data_prep.executor import AHEAD, WorkerLost, parallel
+from data_prep.ingest import TooManyBad, ingest
 from tests.data_prep.test_cache_latents import adapters, cached, clips, files, make, manifest_of, sources  # noqa: F401
 from tests.data_prep.test_executor import Unlucky, act, fail_to_load, number_and_process
+from tests.data_prep.test_ingest import film, still
 from tests.data_prep.test_shard import (  # noqa: F401
     SETTINGS,
     kill_in_the_middle,
@@ -66,11 +68,34 @@ def test_leaving_early_frees_the_cluster():
     assert call(["a"]) == ["a done"]
 
 
-def test_more_workers_than_the_cluster_has():
-    with pytest.raises(ValueError, match=r"workers=3 need 3 CPUs; this Ray cluster has 2\. Use fewer workers"):
-        call([], workers=3)
-    with pytest.raises(ValueError, match=r"workers=1 need 0\.5 GPUs"):
+def test_more_workers_than_the_cluster_has(caplog):
+    found = call(range(12), number_and_process, workers=5, setup=int)
+    assert [item for _, _, item in found] == list(range(12)) and {number for number, _, _ in found} <= {0, 1}
+    assert "workers=5; this Ray cluster (2 CPUs, 0 GPUs) has room for 2, which are used" in caplog.text
+    with pytest.raises(
+        ValueError, match=r"A worker needs 1 CPU and 0\.5 GPUs of one node; this Ray cluster has 2 CPUs"
+    ):
         call([], workers=1, gpus=0.5)
+
+
+def test_ingest_finds_the_same_also_after_a_restart(tmp_path):
+    media = tmp_path / "media"
+    for i in range(3):
+        still(media / "walk" / f"{i}.png")
+    film(media / "wave.mov", codec="qtrle", pixels="argb")
+    still(media / "opaque.png", channels=3)
+    (media / "broken.webm").write_bytes(b"no film")
+    settings = {"source": media, "workers": 1}
+    ingest(out=tmp_path / "here" / "found.jsonl", bad_clip_budget=2, executor="local", **settings)
+    there = {"out": tmp_path / "there" / "found.jsonl", "executor": "ray", **settings}
+    with pytest.raises(TooManyBad, match="2 bad clips"):
+        ingest(bad_clip_budget=0, **there)
+    journal = tmp_path / "there" / "found.journal.jsonl"
+    lines = journal.read_text().splitlines(keepends=True)
+    journal.write_text("".join(lines[:2]) + lines[2][:20])  # killed as it wrote the third
+    ingest(bad_clip_budget=2, **there)
+    assert len(lines) == 4 and files(tmp_path / "there") == files(tmp_path / "here")
+    assert len(there["out"].read_text().splitlines()) == 2
 
 
 def test_clip_shards_have_the_same_bytes_also_after_a_kill(source, tmp_path):  # noqa: F811
