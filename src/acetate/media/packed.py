@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageFilter
 
 from acetate.media.clip import Frames, Rect
 
@@ -183,12 +183,15 @@ def _judged(pictures: list[Frames], colour_rect: Rect, alpha_rect: Rect) -> tupl
     theirs, mine = (sum(float((np.abs(pair[i]) ** 2).sum()) for pair in pairs) for i in (0, 1))
     outlines = sum(float(np.vdot(*pair).real) for pair in pairs) / max(theirs * mine, 1e-9) ** 0.5
     strength = np.stack([np.abs(c) for c, _ in pairs])
-    inside = float((strength * (alpha > NOISE)).sum() / max(strength.sum(), 1e-9))
+    # The gradient of an outline, and what a codec makes of it, reaches two pixels beyond.
+    shown = np.stack([Image.fromarray(a > NOISE).convert("L").filter(ImageFilter.MaxFilter(5)) for a in alpha])
+    inside = float(strength[shown > 0].sum() / max(strength.sum(), 1e-9))
     ends = float(np.mean((alpha <= NOISE) | (alpha >= 255 - NOISE)))
-    same = float(np.mean(np.abs(luma - alpha)))
+    seen = np.maximum(luma, alpha) > NOISE
+    same = float(np.abs(luma - alpha)[seen].mean()) if seen.any() else 0.0
     confidence = (
         _ramp(outlines, 0.1, 0.4) * _ramp(grey, *GREY) * _ramp(area, *AREA) * _ramp(inside, 0.5, 0.8)
-        * _ramp(ends, 0.05, 0.25) * _ramp(same, 0.2, 1) * (1 if hue > 0.005 else SURE / 2)
+        * _ramp(ends, 0.05, 0.25) * _ramp(same, 3, 10) * (1 if hue > 0.005 else SURE / 2)
     )  # fmt: skip
     reason = (
         f"outlines agree by {outlines:.2f}, {100 * grey:.0f} % of alpha is grey and {100 * ends:.0f} % empty or full, "
