@@ -183,7 +183,10 @@ def _examined(task: Task) -> Found:
     )
     decisions = analyse(clip, premultiplied=declared, matte=kind == "matte")
     decisions = decisions.overridden("the command line", settings.choices)
-    decisions = decisions.overridden("the table", {name: column(row, name) for name in OVERRIDES if name in row})
+    try:
+        decisions = decisions.overridden("the table", {name: column(row, name) for name in OVERRIDES if name in row})
+    except ValueError as error:
+        raise MediaError(f"{path}: its table says {error}") from error
     text = sidecar(path)
     cut_from = f"{candidate.origin.get('source', '')}/{candidate.origin['path']}" if "path" in candidate.origin else ""
     return Found(

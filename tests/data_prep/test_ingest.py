@@ -1,5 +1,9 @@
 import json
 import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import av
@@ -7,8 +11,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_prep.examine import Found, prompt_from_name
+from data_prep.decisions import OVERRIDES, Decisions
+from data_prep.examine import Found, Settings, prompt_from_name
 from data_prep.ingest import TooManyBad, ingest
+from tests.media.films import drawn, write
+from tests.media.test_images import encode
+from tests.media.test_packed import packed
+from tests.paths import ROOT
 
 MEDIA = Path(os.environ.get("ACETATE_MEDIA", Path(__file__).parents[3] / "shared" / "media"))
 
@@ -180,6 +189,140 @@ def test_bad_files_are_named(source):
     for reason in ("opaque.png has no alpha", "opaque.mp4 has no alpha", "broken.webm: cannot be decoded",
                    "packed.mp4 is 32x16, its rectangles are for 64x64"):  # fmt: skip
         assert reason in text
+
+
+def test_rectangles_given_in_a_table_and_found(source):
+    frames, colour, alpha = packed(drawn("flame", 22, 6, 160), "right")
+    source.mkdir()
+    for name in ("given", "found"):
+        write(source / f"{name}.mp4", frames, "libx264", "yuv420p")
+    write(source / "grey.mp4", frames.mean(-1, keepdims=True).repeat(3, -1).astype(np.uint8), "libx264", "yuv420p")
+    (source / "t.csv").write_text("file,colour_rect,alpha_rect\ngiven.mp4,0 0 64 64,160 0 64 64\n")
+    clips, bad = run(source, budget=3)
+    assert {key: (clip.kind, clip.colour_rect, clip.alpha_rect) for key, clip in clips.items()} == {
+        "given": ("packed", (0, 0, 64, 64), (160, 0, 64, 64)),
+        "found": ("packed", colour, alpha),
+    }
+    assert "grey.mp4 has no alpha of its own, and is perhaps packed: colour at" in bad["grey"]
+    clips, bad = run(source, budget=3, settings=Settings(detect_packed=False))
+    assert list(clips) == ["given"] and "found.mp4 has no alpha" in bad["found"]
+
+
+def test_what_a_person_decides(source):
+    """Each decision, from a table or from the command line; the table has the last word."""
+    source.mkdir()
+    clip = drawn("glass", 3, 6, 48)
+    for name in ("plain", "told", "wrong"):
+        write(source / f"{name}.mkv", clip, "ffv1", "bgra")
+    (source / "t.csv").write_text(
+        "file,premultiplied,alpha_low,alpha_high,matte,crop,still,cuts,colour\n"
+        "told.mkv,true,3,250,full,1 2 30 40,true,2 4,white\n"
+        "wrong.mkv,,,,,1 2 3,,,\n"
+    )
+    clips, bad = run(source, budget=1, settings=Settings(choices={"alpha_low": "7", "still": "false"}))
+    assert "wrong.mkv: its table says crop=(1, 2, 3); a rectangle is" in bad["wrong"]
+    plain, told = (Decisions.of_json(clips[name].decisions) for name in ("plain", "told"))
+    assert (plain.alpha_low, plain.still, plain.crop, plain.cuts) == (7, False, None, ())
+    assert plain.reasons["alpha_low"] == "chosen by the command line"
+    assert (told.colour, told.alpha_low, told.alpha_high, told.matte) == ("white", 3, 250, "full")
+    assert (told.crop, told.still, told.cuts, told.confidence) == ((1, 2, 30, 40), True, (2, 4), 1)
+    assert set(told.reasons.values()) == {"chosen by the table"}
+    (source / "t.csv").write_text("file,premultiplied\nplain.mkv,no\ntold.mkv,yes\n")
+    clips, _ = run(source)
+    assert [(clips[n].premultiplied, clips[n].decisions["colour"], clips[n].decisions["reasons"]["colour"])
+            for n in ("plain", "told")] == [(False, "straight", "declared"), (True, "black", "declared")]  # fmt: skip
+
+
+def test_preview_writes_nothing_and_says_the_same(source, tmp_path):
+    still(source / "a.png")
+    before = sorted(tmp_path.rglob("*"))
+    seen, _ = run(source, preview=True)
+    assert sorted(tmp_path.rglob("*")) == before
+    assert run(source)[0] == seen
+
+
+def test_the_report_accounts_for_every_file(source, tmp_path):
+    still(source / "a.png")
+    (source / "a.txt").write_text("a cup")
+    for i in range(2):
+        still(source / "walk" / f"{i}.png")
+    film(source / "b_fgr.mp4")
+    film(source / "b_pha.mp4")
+    still(source / "opaque.png", channels=3)
+    (source / "LICENCE").write_text("CC0")
+    run(source, budget=1)
+    report = json.loads((tmp_path / "found.report.json").read_text())
+    said = {line.pop("file"): line for line in report["files"]}
+    refused = said.pop("opaque.png")["refused"]
+    assert "has no alpha" in refused and report["bad"] == {"opaque": refused} and report["clips"] == 3
+    assert said == {
+        "LICENCE": {"ignored": "a licence or a note"}, "a.png": {"ingested as": "a"}, "a.txt": {"prompt of": "a"},
+        "b_fgr.mp4": {"ingested as": "b"}, "b_pha.mp4": {"part of": "b"},
+        "walk/0.png": {"part of": "walk"}, "walk/1.png": {"part of": "walk"},
+    }  # fmt: skip
+
+
+def listed_pairs(source, names):
+    """Named in a table, where a file may be one that makes its reader wait."""
+    rows = [f"{name}_fgr.mp4,{name}_pha.mp4" for name in names]
+    for name in names:
+        film(source / f"{name}_fgr.mp4")
+        film(source / f"{name}_pha.mp4")
+    (source / "t.csv").write_text("\n".join(("video_fgr,video_pha", *rows)))
+
+
+@pytest.mark.slow
+def test_a_reader_that_waits_for_ever_is_ended(source):
+    listed_pairs(source, "abc")
+    (source / "b_pha.mp4").unlink()
+    os.mkfifo(source / "b_pha.mp4")  # whoever opens it waits
+    clips, bad = run(source, budget=1, workers=1, settings=Settings(seconds=0.3))
+    assert list(clips) == ["a", "c"] and list(bad) == ["b"]
+    assert bad["b"].startswith("took more than its time, seconds=0.3 and 1 more for every 4 megapixels")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        (Settings(seconds=0.1, megapixels_per_second=1e9), "took more than its time, seconds=0.1"),
+        (Settings(memory_gb=0.1), "d.png: does not fit into memory"),
+    ],
+)
+def test_what_only_decoding_shows_to_be_too_large_is_refused(source, settings, reason):
+    """A valid picture, which is read as floats; the rest goes on."""
+    still(source / "a.png")
+    encode(source / "d.png", noise(2500, 2500, 8).view(">u2"), "png", "rgba64be")
+    still(source / "e.png")
+    clips, bad = run(source, budget=1, workers=1, settings=settings)
+    assert list(clips) == ["a", "e"] and reason in bad["d"]
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on(source, tmp_path):
+    """The same bytes, and nothing is decoded twice."""
+    listed_pairs(source, "abc")
+    slow, journal = source / "c_pha.mp4", tmp_path / "found.journal.jsonl"
+    whole = slow.read_bytes()
+    slow.unlink()
+    os.mkfifo(slow)
+    command = [sys.executable, "-m", "data_prep.ingest", f"source={source}", f"out={tmp_path / 'found.jsonl'}"]
+    program = subprocess.Popen([*command, "workers=1"], cwd=ROOT, start_new_session=True)
+    while program.poll() is None and not (journal.exists() and journal.read_text().count("\n") == 2):
+        time.sleep(0.05)
+    os.killpg(program.pid, signal.SIGKILL)
+    assert program.wait() == -signal.SIGKILL and not (tmp_path / "found.jsonl").exists()
+    slow.unlink()
+    slow.write_bytes(whole)
+    known = [json.loads(line) for line in journal.read_text().splitlines()]
+    known[0]["outcome"]["found"]["prompt"] = "from the journal"
+    journal.write_text("".join(json.dumps(line) + "\n" for line in known))
+    same = {"workers": 1, "settings": Settings(choices=dict.fromkeys(OVERRIDES, "auto"))}  # the command's
+    assert run(source, **same)[0]["a"].prompt == "from the journal" and not journal.exists()
+    lines = (tmp_path / "found.jsonl").read_text()
+    run(source)
+    uninterrupted = (tmp_path / "found.jsonl").read_text()
+    assert lines == uninterrupted.replace('Transparent background: a"', 'from the journal"')
 
 
 def test_keys_are_plain_and_unique(source):
