@@ -103,6 +103,29 @@ def test_killed_run_goes_on_exactly(tmp_path, many_shards, cached, experiment, r
     assert_same_run(run_of(whole), run_of(parts))
 
 
+class KilledInLastValidation(Callback):
+    def on_validation_start(self, trainer, pl_module):
+        if trainer.global_step == trainer.max_steps:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_run_killed_in_its_last_validation_ends_with_it(tmp_path, many_shards):
+    """And measures the same once more if it is asked to go on from its end."""
+    arguments = [
+        *small("vae_rgba", tmp_path, many_shards, (many_shards, many_shards)), "data.num_workers=0",
+        "trainer.max_steps=4", "trainer.val_check_interval=2",
+    ]  # fmt: skip
+    kill = "+callbacks.kill._target_=tests.test_resume.KilledInLastValidation"
+    assert ended(train(tmp_path / "log", *arguments, kill)) == [-signal.SIGKILL]
+    run = run_of(tmp_path)
+    for _ in range(2):
+        assert not (run / "finished").exists()
+        assert ended(train(tmp_path / "log", *arguments, "resume=last")) == [0]
+        assert [row["step"] for row in logged(run) if "val/loss" in row] == ["1", "3"]
+        assert [row["step"] for row in logged(run) if "train/loss" in row] == ["0", "1", "2", "3"]
+        (run / "finished").unlink()
+
+
 def test_wandb_goes_on_under_one_id(tmp_path, many_shards):
     """Read from wandb's own offline files: two processes, one run in one folder."""
     arguments = [

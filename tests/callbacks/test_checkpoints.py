@@ -1,3 +1,6 @@
+import csv
+
+import pytest
 import torch
 from lightning import LightningModule, Trainer
 from torch import nn
@@ -21,13 +24,21 @@ class Pull(LightningModule):
 
     def validation_step(self, batch, batch_idx):
         self.validated.append(self.trainer.global_step)
+        self.log("value", self.weight.sum())
 
     def configure_optimizers(self):
         return torch.optim.SGD([self.weight], lr=1.0)
 
 
-def fit(root, steps, *, resume=None, every=2, **settings):
-    module = Pull()
+class Killed(Pull):
+    """In the middle of a validation."""
+
+    def validation_step(self, batch, batch_idx):
+        raise InterruptedError
+
+
+def fit(root, steps, *, resume=None, every=2, module=None, **settings):
+    module = module or Pull()
     saves = StepCheckpoint(
         dirpath=root, filename="{step}", save_last=True, every_n_train_steps=every, save_top_k=-1,
         enable_version_counter=False,
@@ -65,6 +76,25 @@ def test_a_resumed_run_begins_with_the_validation_that_was_due(tmp_path):
     for step, expected in ((2, [3, 6]), (4, [6]), (6, [6])):
         module = fit(fresh, 7, val_check_interval=3, resume=str(tmp_path / f"step={step}.ckpt"))
         assert module.validated == expected
+
+
+def logged(root):
+    with (root / "metrics.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_run_that_goes_on_from_its_last_step_has_all_its_rows(tmp_path):
+    """Killed in the validation after it, or ended as it should."""
+    fit(tmp_path / "whole", 4, val_check_interval=2)
+    whole = logged(tmp_path / "whole")
+    assert [row["value"] for row in whole if row["value"]] == ["2.0", "4.0"]
+    with pytest.raises(InterruptedError):
+        fit(tmp_path / "parts", 4, val_check_interval=4, module=Killed())
+    assert len(logged(tmp_path / "parts")) == 4
+    for root, expected in (("parts", [row for row in whole if row["value"] != "2.0"]), ("whole", whole)):
+        module = fit(tmp_path / root, 4, val_check_interval=2, resume=str(tmp_path / root / "last.ckpt"))
+        assert module.validated == [4] and module.weight.item() == 4
+        assert logged(tmp_path / root) == expected
 
 
 def test_leftovers_of_killed_writers_go(tmp_path):

@@ -7,6 +7,7 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loops import _FitLoop
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -15,16 +16,26 @@ from acetate.callbacks.ema import EMA
 from acetate.callbacks.metrics_file import MetricsFile
 
 
+class Resumed(_FitLoop):
+    """Lightning's, which also starts and ends a training that goes on from its last step."""
+
+    @property
+    def skip(self) -> bool:
+        return self.trainer.limit_train_batches == 0 if self.restarting else super().skip
+
+
 class StepCheckpoint(ModelCheckpoint):
     """Checkpoints that a run goes on from exactly, at the end of an optimizer step, the last one included.
 
     They are written before a validation that is due after the same step: a run that goes on from there begins with
-    that validation. What was logged is noted, so that metrics.csv has every row once.
+    that validation, also when there is no step left. What was logged is noted, so that metrics.csv has every row once.
     """
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
-        self._late: dict[str, Any] = {}
+        self._logged: dict[str, Any] = {}
+        if stage == "fit":
+            trainer.fit_loop.__class__ = Resumed
         if trainer.is_global_zero and stage == "fit":
             for left in Path(str(self.dirpath)).glob(".*.tmp"):  # by a process that was killed while it wrote
                 left.unlink() if left.is_file() else shutil.rmtree(left)
@@ -39,15 +50,16 @@ class StepCheckpoint(ModelCheckpoint):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
+        loggers, loop = _metrics_files(trainer), trainer.fit_loop.epoch_loop
         if trainer.ckpt_path is None:
-            for logger in _metrics_files(trainer):
+            for logger in loggers:
                 logger.keep(0)
             return
         self._last_global_step_saved = trainer.global_step
-        loop = trainer.fit_loop.epoch_loop
-        if self._late:
-            for logger in _metrics_files(trainer):
-                logger.log_metrics(self._late, step=loop._batches_that_stepped)
+        for logger, rows in zip(loggers, self._logged["rows"], strict=False):
+            logger.keep(rows)
+            if self._logged["late"]:
+                logger.log_metrics(self._logged["late"], step=loop._batches_that_stepped)
         if loop._should_check_val_epoch() and (loop.total_batch_idx + 1) % _every(trainer) == 0:
             trainer.validating, loop.val_loop.restarting = True, False
             loop.val_loop.run()
@@ -66,10 +78,7 @@ class StepCheckpoint(ModelCheckpoint):
         checkpoint["metrics"] = {"rows": [logger.rows() for logger in _metrics_files(trainer)], "late": late}
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        metrics = checkpoint.get("metrics", {"rows": [], "late": {}})  # older ones know nothing of it
-        self._late = metrics["late"]
-        for logger, rows in zip(_metrics_files(trainer), metrics["rows"], strict=False):
-            logger.keep(rows)
+        self._logged = checkpoint.get("metrics", {"rows": [], "late": {}})  # older ones know nothing of it
 
     def _should_skip_saving_checkpoint(self, trainer: Trainer) -> bool:
         return super()._should_skip_saving_checkpoint(trainer) or trainer.fit_loop._should_accumulate()
