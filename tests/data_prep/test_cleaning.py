@@ -4,8 +4,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from acetate.data.transforms import resize
+from acetate.video_io import read_pair
+from data_prep.analysis import analyse
 from data_prep.cleaning import (
     Settings,
     bleed,
@@ -171,6 +174,25 @@ def test_foreground_of_a_picture_and_its_matte():
     after = np.abs(colour[visible].astype(int) - clip[visible]).mean()
     assert np.array_equal(foreground(picture), colour)
     assert after < 0.2 * before and np.array_equal(colour[..., 3], clip[..., 3])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [31, 32, 33])
+def test_foreground_of_hair_before_a_scene(tmp_path, seed):
+    """A picture and its matte, as files: the colour of soft pixels, against the truth that was drawn."""
+    hair, scene = drawn("hair", seed, 1, 160)[0], drawn("glass", seed, 1, 160)[0][..., 2::-1]
+    alpha = hair[..., 3:] / 255
+    picture = np.round(alpha * hair[..., :3] + (1 - alpha) * scene).astype(np.uint8)
+    Image.fromarray(picture).save(tmp_path / "a.png")
+    Image.fromarray(hair[..., 3]).save(tmp_path / "a_matte.png")
+    clip = read_pair(tmp_path / "a.png", tmp_path / "a_matte.png")
+    back = clean(clip.frames, analyse(clip, matte=True), SETTINGS)[0]
+    soft = (hair[..., 3] > 12) & (hair[..., 3] < 243)
+    before, after = (
+        np.average(np.abs(colour[soft][:, :3].astype(int) - hair[soft][:, :3]).mean(axis=-1), weights=hair[soft][:, 3])
+        for colour in (picture, back)
+    )
+    assert np.array_equal(back[..., 3], hair[..., 3]) and after < 0.5 * before
 
 
 def test_limit_side_is_premultiplied_and_keeps_the_aspect():
