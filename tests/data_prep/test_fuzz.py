@@ -96,8 +96,10 @@ def test_damaged_files_are_refused_or_ingested(tmp_path):
     assert all(len(reason) > 20 for reason in result.bad.values())
     assert peak < 2 * 2**20
     said = "\n".join(result.bad.values())
-    print(f"{len(result.clips)} ingested, {len(result.bad)} refused, {said.count('its time')} for their time, "
-          f"{said.count('ended the process')} crashed, {said.count('memory_gb')} for memory")  # fmt: skip
+    print(
+        f"{len(result.clips)} ingested, {len(result.bad)} refused, {said.count('its time')} for their time, "
+        f"{said.count('ended the process')} crashed, {said.count('memory_gb')} for memory; peak {peak / 2**20:.2f} GiB"
+    )
     assert "ended the process" not in said and "its time" not in said
 
 
