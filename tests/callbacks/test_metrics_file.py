@@ -35,6 +35,16 @@ def test_rows_after_a_checkpoint_are_written_again(tmp_path):
     assert [row["a"] for row in rows(tmp_path)] == [1, 2, 5]
 
 
+def test_a_new_file_has_none_of_the_rows_that_a_checkpoint_counts(tmp_path):
+    logger = MetricsFile(str(tmp_path))
+    logger.keep(5)
+    assert logger.rows() == 0
+    logger.log_metrics({"a": 1}, step=5)
+    assert logger.rows() == 1
+    logger.keep(1)
+    assert rows(tmp_path) == [{"a": 1, "step": 5}]
+
+
 def test_new_names_get_columns(tmp_path):
     assert log(tmp_path, {"b": 1}).rows() == 1
     assert log(tmp_path, {"a": 2}, {"b": 3}, start=1).rows() == 3

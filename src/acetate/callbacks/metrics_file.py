@@ -31,9 +31,9 @@ class MetricsWriter(ExperimentWriter):
 
     def keep(self, count: int) -> None:
         """The first `count` rows, and none that was logged later."""
-        self.metrics = []
-        self._replace(self._read()[1][:count])
-        self.rows = count
+        rows = self._read()[1][:count]
+        self._replace(rows)
+        self.metrics, self.rows = [], len(rows)
 
     @property
     def path(self) -> Path:
