@@ -6,7 +6,7 @@ from lightning import LightningModule, Trainer
 from torch import nn
 from torch.utils.data import DataLoader
 
-from acetate.callbacks.checkpoints import StepCheckpoint
+from acetate.callbacks.checkpoints import AdapterCheckpoint, StepCheckpoint
 from acetate.callbacks.metrics_file import MetricsFile
 
 
@@ -29,6 +29,9 @@ class Pull(LightningModule):
     def configure_optimizers(self):
         return torch.optim.SGD([self.weight], lr=1.0)
 
+    def adapter_metadata(self):
+        return {}
+
 
 class Killed(Pull):
     """In the middle of a validation."""
@@ -37,9 +40,9 @@ class Killed(Pull):
         raise InterruptedError
 
 
-def fit(root, steps, *, resume=None, every=2, module=None, **settings):
+def fit(root, steps, *, resume=None, every=2, module=None, checkpoint=StepCheckpoint, **settings):
     module = module or Pull()
-    saves = StepCheckpoint(
+    saves = checkpoint(
         dirpath=root, filename="{step}", save_last=True, every_n_train_steps=every, save_top_k=-1,
         enable_version_counter=False,
     )  # fmt: skip
@@ -101,3 +104,11 @@ def test_leftovers_of_killed_writers_go(tmp_path):
     (tmp_path / ".last.ckpt.123.tmp").write_text("half of it")
     fit(tmp_path, 2, val_check_interval=50)
     assert not list(tmp_path.glob(".*"))
+
+
+def test_leftovers_of_adapter_files_go(tmp_path):
+    (tmp_path / "step=2.safetensors").mkdir()  # which a file cannot be renamed to
+    with pytest.raises(IsADirectoryError):
+        fit(tmp_path, 2, val_check_interval=50, checkpoint=AdapterCheckpoint)
+    fit(tmp_path, 1, val_check_interval=50, checkpoint=AdapterCheckpoint)
+    assert not list(tmp_path.glob("*.tmp"))

@@ -1,6 +1,7 @@
 """When checkpoints are written, and the adapter file beside each."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -110,8 +111,10 @@ class AdapterCheckpoint(StepCheckpoint):
     def _save_adapters(self, trainer: Trainer, path: Path, averaged: bool, state: dict[str, Tensor]) -> None:
         module = trainer.lightning_module
         metadata = {**_metadata(module), "step": str(trainer.global_step), "averaged": json.dumps(averaged)}
-        temporary = path.with_suffix(".tmp")
+        temporary = path.with_name(f".{path.name}.tmp")
         save_file(state, temporary, metadata)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
         temporary.replace(path)
 
     def _remove_checkpoint(self, trainer: Trainer, filepath: str) -> None:
