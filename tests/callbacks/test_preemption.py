@@ -3,12 +3,14 @@ import signal
 
 import pytest
 import torch
+from hydra.utils import instantiate
 from lightning import Callback, Trainer
 from torch.utils.data import DataLoader
 
 from acetate.callbacks.checkpoints import StepCheckpoint
 from acetate.callbacks.preemption import EXIT_CODE, Preempted, Preemption
 from tests.callbacks.test_ema import Counter
+from tests.compose import composed
 
 
 class SignalAt(Callback):
@@ -99,6 +101,39 @@ def fake_scontrol(folder, monkeypatch, then):
 def test_the_last_step_ends_as_ever(tmp_path):
     trainer, _ = fit(tmp_path, SignalAt(3))
     assert trainer.global_step == 4 == saved_step(tmp_path)
+
+
+class SignalInValidation(Callback):
+    def on_validation_start(self, trainer, pl_module):
+        os.kill(os.getpid(), signal.SIGUSR1)
+
+
+def test_a_signal_in_the_validation_that_a_run_goes_on_with(tmp_path, monkeypatch):
+    """With the callbacks in their order in conf/."""
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    conf = composed(tmp_path, "callbacks=base", "callbacks.checkpoint.every_n_train_steps=2").callbacks
+
+    def fit(steps, *callbacks, resume=None):
+        ours = [instantiate(conf[name]) for name in conf if name in ("preemption", "checkpoint")]
+        trainer = Trainer(
+            max_steps=steps, max_epochs=-1, callbacks=[*callbacks, *ours], logger=False, default_root_dir=tmp_path,
+            enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0, val_check_interval=2,
+            check_val_every_n_epoch=None,
+        )  # fmt: skip
+        trainer.fit(Counter(), DataLoader(torch.zeros(100)), DataLoader(torch.zeros(1)), ckpt_path=resume)
+
+    fit(2)
+
+    def unhandled(number, frame):
+        raise AssertionError("outside of tests this signal ends the process")
+
+    before = signal.signal(signal.SIGUSR1, unhandled)
+    try:
+        with pytest.raises(Preempted):
+            fit(4, SignalInValidation(), resume=str(tmp_path / "checkpoints/last.ckpt"))
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert saved_step(tmp_path / "checkpoints") == 3
 
 
 def test_unknown_signals_are_named():
