@@ -1,5 +1,6 @@
 """What the ranks of the distributed tests do."""
 
+import csv
 import os
 import resource
 import signal
@@ -13,6 +14,7 @@ from hydra.utils import instantiate
 from lightning import Callback, LightningModule, Trainer, seed_everything
 from torch import nn
 
+from acetate.callbacks.metrics_file import MetricsFile
 from acetate.data.clips import ClipDataModule
 from acetate.formats.sharded import read_sharded, write_sharded
 from tests.compose import composed
@@ -48,10 +50,18 @@ def fit(folder: Path, trainer: str, overrides: Sequence[str], resume: Path | Non
     seed_everything(0, verbose=False)
     losses = Losses()
     callbacks = [losses, *(callback for callback in instantiate(config.callbacks).values() if callback is not None)]
-    run: Trainer = instantiate(config.trainer, callbacks=callbacks, logger=False)
+    run: Trainer = instantiate(config.trainer, callbacks=callbacks, logger=MetricsFile(str(folder)))
     run.fit(instantiate(config.task), instantiate(config.data), ckpt_path=resume, weights_only=True)
     metrics = {name: float(value) for name, value in run.callback_metrics.items() if name.startswith("val")}
-    return {"losses": losses.losses, "metrics": metrics, "held": losses.held}
+    return {"losses": losses.losses, "metrics": metrics, "held": losses.held, "logged": logged(folder)}
+
+
+def logged(folder: Path) -> list[dict[str, float]]:
+    """The rows of metrics.csv, on rank 0."""
+    if dist.get_rank() > 0:
+        return []
+    with (folder / "metrics.csv").open() as file:
+        return [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(file)]
 
 
 def fits(runs: dict[str, tuple]) -> dict[str, dict[str, Any]]:

@@ -3,10 +3,10 @@
 from collections.abc import Callable
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from acetate import flow, regions
+from acetate.losses.ranks import sum_over_ranks
 
 MODES = ("off", "opaque", "bidirectional", "upstream")
 
@@ -14,14 +14,10 @@ MODES = ("off", "opaque", "bidirectional", "upstream")
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
     """Mean of values over a boolean mask; exactly 0, with zero gradient, where the mask is empty.
 
-    In training the mask is that of all ranks, which must call this together: the mean over the ranks is then what one
-    process has for the whole batch, however unevenly the mask falls.
+    In training it is that of all ranks, which must call this together, however unevenly the mask falls.
     """
-    count, ranks = mask.sum().float(), 1
-    if torch.is_grad_enabled() and dist.is_initialized():
-        dist.all_reduce(count)
-        ranks = dist.get_world_size()
-    return torch.where(mask, values, 0).sum() * ranks / count.clamp_min(1)
+    total, count = sum_over_ranks(torch.stack([torch.where(mask, values, 0).sum(), mask.sum()]))
+    return total / count.clamp_min(1)
 
 
 class DiffusionLoss(nn.Module):

@@ -15,6 +15,7 @@ from acetate.models.adapters import ADAPTER_SCHEMA
 from acetate.models.dit import attach_dora, shard_transformer, start_dora, velocity
 from acetate.models.loading import load_transformer, transformer_sha256
 from acetate.tasks.adapter import AdapterTask
+from acetate.tasks.logs import log_means
 from acetate.tasks.optim import adamw_with_warmup
 
 # What a cache was made with, and a run on other latents must be refused
@@ -74,7 +75,10 @@ class DoRATask(AdapterTask):
         self.levels = flow.schedule()
         count = len(self.levels.sigmas)
         self.val_ids = ((torch.arange(val_timesteps) + 0.5) * count / val_timesteps).long()
-        self.bin_sums, self.bin_counts, self.logged_step = torch.zeros(bins), torch.zeros(bins), 0
+        # Of this rank since the last log; float64, so that a sum does not depend on the order that ranks and resumed
+        # runs add in
+        self.bin_sums, self.bin_counts = torch.zeros(2, bins, dtype=torch.float64)
+        self.logged_step = 0
         self.transformer: WanTransformer3DModel | None = None
         self.cache: dict[str, Any] = {}
 
@@ -142,14 +146,12 @@ class DoRATask(AdapterTask):
         errors = self.errors(batch, noise, ids, context)
         weights = self.levels.weights[ids].to(errors.device) if self.timestep_weight else 1.0
         loss = (weights * errors).mean()
-        size = len(batch["key"])
-        self.log("train/loss", loss.detach(), prog_bar=True, batch_size=size)
-        self.log("train/mse", errors.detach().mean(), batch_size=size)
-        self.log_bins(errors.detach().float().cpu(), ids)
+        log_means(self, {"train/loss": loss, "train/mse": errors.mean()}, len(batch["key"]))
+        self.log_bins(errors.detach().double().cpu(), ids)
         return {"loss": loss, "parts": {"mse": errors.mean()}}
 
     def log_bins(self, errors: Tensor, ids: Tensor) -> None:
-        """Mean error since the last log per range of timesteps; a range that no clip fell into is left out."""
+        """Mean error of all ranks since the last log per range of timesteps; one that no clip fell into is left out."""
         count = len(self.bin_sums)
         places = (self.levels.timesteps[ids] / len(self.levels.sigmas) * count).long().clamp_max(count - 1)
         self.bin_sums.index_add_(0, places, errors)
@@ -157,15 +159,22 @@ class DoRATask(AdapterTask):
         if self.trainer.global_step == self.logged_step or self.trainer.global_step % self.trainer.log_every_n_steps:
             return
         self.logged_step = self.trainer.global_step
-        width = len(self.levels.sigmas) // count
+        width, (sums, counts) = len(self.levels.sigmas) // count, self.bins()
         means = {  # given to the loggers at once: Lightning would repeat the last value of a range that is left out
-            f"train_t/{place * width:04}-{(place + 1) * width:04}": float(self.bin_sums[place] / self.bin_counts[place])
-            for place in self.bin_counts.nonzero().flatten().tolist()
+            f"train_t/{place * width:04}-{(place + 1) * width:04}": float(sums[place] / counts[place])
+            for place in counts.nonzero().flatten().tolist()
         }
         for logger in self.trainer.loggers:
             logger.log_metrics(means, step=self.trainer.global_step)
         self.bin_sums.zero_()
         self.bin_counts.zero_()
+
+    def bins(self) -> Tensor:
+        """Sums and counts (2, bins) of all ranks, which must call this together."""
+        local = torch.stack([self.bin_sums, self.bin_counts])
+        if self.trainer.world_size == 1:
+            return local
+        return self.trainer.strategy.reduce(local.to(self.device), reduce_op="sum").cpu()
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
         """The same noise and noise levels at every validation."""
@@ -194,32 +203,21 @@ class DoRATask(AdapterTask):
             "schema": ADAPTER_SCHEMA,
             "kind": "dit_dora",
             "base": self.source,
-            **self.model_facts(),
-            **self.cache,
-        }
-        return {name: json.dumps(value) for name, value in facts.items()}
-
-    def model_facts(self) -> dict[str, Any]:
-        return {
             "transformer_sha256": self.base_sha256,
             "rank": self.rank,
             "alpha": self.alpha,
             "mean_shift": self.mean_shift,
+            **self.cache,
         }
+        return {name: json.dumps(value) for name, value in facts.items()}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
-        checkpoint["cache"] = {**self.cache, **self.model_facts()}
-        checkpoint["bins"] = (self.bin_sums.clone(), self.bin_counts.clone(), self.logged_step)
+        checkpoint["bins"] = (*self.bins(), self.logged_step)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        facts, before = {**self.cache, **self.model_facts()}, checkpoint["cache"]
-        changed = [name for name in facts if before.get(name) != facts[name]]
-        if changed:
-            raise ValueError(
-                f"{', '.join(changed)} differ from what this checkpoint was trained on. Give the same data.latents, "
-                "wan and task settings, or start anew without resume."
-            )
         super().on_load_checkpoint(checkpoint)
         if "bins" in checkpoint:  # older ones have none
-            self.bin_sums, self.bin_counts, self.logged_step = checkpoint["bins"]
+            sums, counts, self.logged_step = checkpoint["bins"]
+            if self.trainer.is_global_zero:  # for all ranks, on any number of them
+                self.bin_sums, self.bin_counts = sums.double(), counts.double()

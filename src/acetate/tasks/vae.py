@@ -12,6 +12,7 @@ from torch import Tensor
 from acetate import alpha as compositing
 from acetate.draws import ClipDraws
 from acetate.losses.diffusion import DiffusionLoss
+from acetate.losses.ranks import moments
 from acetate.losses.vae import VAELoss
 from acetate.metrics.alpha import AlphaQuality
 from acetate.metrics.rgb import CompositeQuality, RGBQuality
@@ -21,6 +22,7 @@ from acetate.models.rgba_vae import RGBAVAE
 from acetate.models.wan import Geometry, WanDecoder, WanEncoder, WanHead
 from acetate.regions import check_clip_shape
 from acetate.tasks.adapter import AdapterTask
+from acetate.tasks.logs import log_means, logs_now
 from acetate.tasks.optim import adamw_with_warmup
 
 
@@ -120,7 +122,7 @@ class RGBAVAETask(AdapterTask):
             )
             loss = loss + parts["diffusion"]
         if self.moment_weight:
-            mean, variance = latents.mean((0, 2, 3, 4)), latents.var((0, 2, 3, 4))
+            mean, variance = moments(latents.transpose(0, 1).flatten(1))
             parts["moments"] = self.moment_weight * (mean**2 + (variance - 1) ** 2).mean()
             loss = loss + parts["moments"]
         return loss, parts, rgb_hat, alpha_hat, latents
@@ -136,18 +138,18 @@ class RGBAVAETask(AdapterTask):
         draw = self.draw(batch, "train", self.global_step)
         loss, parts, _, _, latents = self.step(batch, draw)
         size = len(batch["key"])
-        self.log("train/loss", loss.detach(), prog_bar=True, batch_size=size)
-        self.log_dict({f"train/{name}": value.detach() for name, value in parts.items()}, batch_size=size)
+        log_means(self, {"train/loss": loss, **{f"train/{name}": value for name, value in parts.items()}}, size)
         self.log_latents(latents.detach(), size)
         return {"loss": loss, "parts": parts}
 
     def log_latents(self, latents: Tensor, size: int) -> None:
         """Mean and standard deviation in the base's normalised space, where the DiT expects 0 and 1."""
-        if self.global_step % self.trainer.log_every_n_steps:
+        if not logs_now(self):
             return
-        means, stds = latents.mean((0, 2, 3, 4)), latents.std((0, 2, 3, 4))
-        self.log_dict({"latents/mean": latents.mean(), "latents/std": latents.std()}, batch_size=size)
-        for channel, (mean, std) in enumerate(zip(means, stds, strict=True)):
+        (mean,), (variance,) = moments(latents.flatten()[None])
+        self.log_dict({"latents/mean": mean, "latents/std": variance.sqrt()}, batch_size=size)
+        means, variances = moments(latents.transpose(0, 1).flatten(1))
+        for channel, (mean, std) in enumerate(zip(means, variances.sqrt(), strict=True)):
             self.log_dict({f"latents/mean_{channel:02}": mean, f"latents/std_{channel:02}": std}, batch_size=size)
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:

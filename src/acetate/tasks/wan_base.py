@@ -99,8 +99,8 @@ class WanVAETask(LightningModule):
             "kl": self.kl_weight * 0.5 * (mean**2 + log_variance.exp() - 1 - log_variance).mean(),
         }
         loss = sum(parts.values())
-        self.log_dict({f"train/{name}": value.detach() for name, value in parts.items()})
-        self.log("train/loss", loss.detach(), prog_bar=True)
+        self.log_dict({f"train/{name}": value.detach() for name, value in parts.items()}, sync_dist=True)
+        self.log("train/loss", loss.detach(), prog_bar=True, sync_dist=True)
         return {"loss": loss, "parts": parts}
 
     def on_validation_epoch_start(self) -> None:
@@ -224,7 +224,7 @@ class WanDiTTask(LightningModule):
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
         loss = self.step(batch, ClipDraws(batch["key"], self.seed, "train", self.global_step, device=self.device))
-        self.log("train/loss", loss.detach(), prog_bar=True)
+        self.log("train/loss", loss.detach(), prog_bar=True, sync_dist=True)
         return {"loss": loss}
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
