@@ -153,9 +153,9 @@ def test_other_latents_are_refused_on_resume(tmp_path, cached):
     fit(config_for(tmp_path, cached, "trainer.max_steps=2"))
     path = tmp_path / "checkpoints/last.ckpt"
     checkpoint = torch.load(path, weights_only=True)
-    checkpoint["cache"]["vae_sha256"] = "0" * 64
+    checkpoint["adapter_metadata"]["vae_sha256"] = '"other"'
     torch.save(checkpoint, path)
-    with pytest.raises(ValueError, match="vae_sha256 differ from what this checkpoint was trained on"):
+    with pytest.raises(ValueError, match=r"checkpoint was trained with vae_sha256 'other', now '\w{64}'\. Give"):
         fit(config_for(tmp_path, cached, "trainer.max_steps=4"), resume=path)
 
 

@@ -109,11 +109,15 @@ def test_checkpoint_holds_only_what_trains(tmp_path, shards):
     assert (metadata["lora_rank"], metadata["merge_init"]) == (2, "residual")
 
 
-def test_checkpoint_of_another_shape_is_refused(tmp_path, shards):
-    fit(config_for(tmp_path, shards, "trainer.max_steps=2"))
-    other = config_for(tmp_path / "b", shards, "trainer.max_steps=4", "model.lora_rank=3")
-    with pytest.raises(ValueError, match=r"of another shape: vae\.\S+ is \(2, "):
-        fit(other, resume=str(tmp_path / "checkpoints/last.ckpt"))
+def test_checkpoint_of_another_model_is_refused(tmp_path, shards):
+    """Also where names and shapes are the same."""
+    fit(config_for(tmp_path, shards, "trainer.max_steps=2", "model.lora_alpha=16"))
+    other = ["model.lora_rank=2", "model.lora_alpha=99", "model.merge_init=scratch"]
+    with pytest.raises(ValueError, match=r"merge_init 'residual', now 'scratch'; lora_alpha 16, now 99\. Give"):
+        fit(
+            config_for(tmp_path / "b", shards, "trainer.max_steps=4", *other),
+            resume=str(tmp_path / "checkpoints/last.ckpt"),
+        )
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """What every task shares that trains adapters on a frozen base: its checkpoints hold nothing else."""
 
+import json
 from typing import Any
 
 from lightning import LightningModule
@@ -30,4 +31,15 @@ class AdapterTask(LightningModule):
         checkpoint["adapter_metadata"] = self.adapter_metadata()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Raises ValueError, before anything is loaded, for a checkpoint of another model, base or latents."""
+        before, now = (
+            {name: json.loads(value) for name, value in facts.items() if name != "base"}  # its hash says what it held
+            for facts in (checkpoint["adapter_metadata"], self.adapter_metadata())
+        )
+        changed = [f"{name} {before.get(name)!r}, now {now[name]!r}" for name in now if before.get(name) != now[name]]
+        if changed:
+            raise ValueError(
+                f"This checkpoint was trained with {'; '.join(changed)}. Give the settings that it was trained with, "
+                "or start anew without resume."
+            )
         load_trainable(self, checkpoint["state_dict"], "This checkpoint")
