@@ -93,6 +93,29 @@ def test_resume_is_exact(tmp_path, cached):
         assert_close(a, b, rtol=0, atol=0, msg=name)
 
 
+class Rates(Callback):
+    """Learning rate of every step."""
+
+    def __init__(self):
+        self.rates = []
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.rates.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+
+def test_a_run_from_a_checkpoint_takes_its_own_settings(tmp_path, cached):
+    """From the end of a cosine, where the rate was 0, into the middle of a longer one."""
+    fit(config_for(tmp_path / "a", cached, "trainer.max_steps=2"))
+    config = config_for(tmp_path / "b", cached, "trainer.max_steps=4", "task.lr=5e-5", "task.weight_decay=0.1")
+    rates = Rates()
+    with pytest.warns(match="initial_lr 0.003 of the checkpoint is now 5e-05"):
+        trainer, _, _ = fit(config, resume=tmp_path / "a/checkpoints/last.ckpt", extra=[rates])
+    steps = torch.tensor([2, 3])
+    expected = 5e-5 * (steps + 1) / (config.task.warmup_steps + 1) * 0.5 * (1 + torch.cos(math.pi * steps / 4))
+    assert_close(torch.tensor(rates.rates), expected)
+    assert trainer.optimizers[0].param_groups[0]["weight_decay"] == 0.1
+
+
 class Gradients(Callback):
     """Of every optimizer step, before they are clipped."""
 

@@ -4,6 +4,7 @@ import json
 from typing import Any
 
 from lightning import LightningModule
+from lightning.pytorch.utilities import rank_zero_warn
 from torch.distributed.device_mesh import DeviceMesh
 
 from acetate.models.adapters import load_trainable, trainable_state
@@ -21,9 +22,28 @@ class AdapterTask(LightningModule):
         """The ranks that weights are sharded over; None where each holds all of them."""
         return None if self.device_mesh is None else self.device_mesh["data_parallel"]
 
+    def configure_optimizers(self) -> dict[str, Any]:
+        """One optimizer and its LambdaLR, as `adamw_with_warmup` returns them."""
+        raise NotImplementedError
+
     def adapter_metadata(self) -> dict[str, str]:
         """What a reader needs to build the model that the trained tensors belong to; JSON values."""
         raise NotImplementedError
+
+    def on_train_start(self) -> None:
+        """A checkpoint brings its own learning rate, betas and weight decay: this run's settings are put back."""
+        restored, (config,) = self.trainer.optimizers[0].param_groups, self.trainer.lr_scheduler_configs
+        scheduler: Any = config.scheduler  # LambdaLR
+        scheduler.base_lrs = []
+        for group, own, factor in zip(
+            restored, self.configure_optimizers()["optimizer"].param_groups, scheduler.lr_lambdas, strict=True
+        ):
+            changed = [name for name in ("initial_lr", "betas", "weight_decay") if group[name] != own[name]]
+            for name in changed:
+                rank_zero_warn(f"{name} {group[name]} of the checkpoint is now {own[name]}, as the settings say.")
+                group[name] = own[name]
+            scheduler.base_lrs.append(own["initial_lr"])
+            group["lr"] = own["initial_lr"] * factor(scheduler.last_epoch)  # where the schedule, too, may be another
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         trained = trainable_state(self)
