@@ -63,6 +63,16 @@ def test_checkpoint_to_resume(tmp_path):
         checkpoint_to_resume("last", tmp_path / "demo/new")
     with pytest.raises(FileNotFoundError, match=r"gone\.ckpt does not exist"):
         checkpoint_to_resume(str(tmp_path / "gone.ckpt"), run)
+    shards = tmp_path / "shards.ckpt"
+    shards.mkdir()
+    adapters = run / "checkpoints/last.safetensors"
+    adapters.touch()
+    for wrong in ("", shards, run / "checkpoints", adapters):
+        with pytest.raises(ValueError, match=f"resume={wrong} is no checkpoint of training"):
+            checkpoint_to_resume(str(wrong), run)
+    (shards / ".metadata").touch()
+    assert checkpoint_to_resume(str(shards), tmp_path) == str(shards)
+    assert checkpoint_to_resume(str(run), tmp_path) == last
 
 
 def test_first_notes_are_kept_and_one_rank_writes_them(tmp_path, monkeypatch):

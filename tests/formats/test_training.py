@@ -29,3 +29,13 @@ def test_a_file_takes_the_place_of_a_sharded_folder(tmp_path):
     WholeCheckpointIO().save_checkpoint({"step": 1}, path)
     assert torch.load(path, weights_only=True) == {"step": 1}
     assert os.listdir(tmp_path) == ["last.ckpt"]
+
+
+def test_what_is_no_checkpoint_is_refused(tmp_path):
+    path = tmp_path / "other.ckpt"
+    path.write_bytes(b"no checkpoint")
+    with pytest.raises(ValueError, match=r"other\.ckpt cannot be read"):
+        WholeCheckpointIO().load_checkpoint(path)
+    torch.save([1], path)
+    with pytest.raises(ValueError, match=r"other\.ckpt holds a list; a checkpoint is a dict"):
+        WholeCheckpointIO().load_checkpoint(path)

@@ -7,6 +7,8 @@ from pathlib import Path
 import torch.distributed as dist
 from omegaconf import OmegaConf
 
+from acetate.formats.sharded import is_sharded
+
 LAST = "checkpoints/last.ckpt"
 RECORD = ".hydra"  # in a run's folder: the config and the overrides that it was started with
 FINISHED = "finished"  # in a run's folder: an empty file, there once training has reached its last step
@@ -49,7 +51,8 @@ def run_id(outputs: str, run: str) -> str:
 
 
 def checkpoint_to_resume(resume: str | None, run: Path) -> str | None:
-    """A checkpoint's path as it is; `last` the run's own, `auto` that where there is one. Raises FileNotFoundError."""
+    """A checkpoint's path as it is, or the last one of a run's folder; `last` the run's own, `auto` that where there is
+    one. Raises FileNotFoundError, and ValueError for what is no checkpoint of training."""
     if resume in (None, "last", "auto"):
         own = run / LAST
         if resume is None or (resume == "auto" and not own.exists()):
@@ -61,7 +64,13 @@ def checkpoint_to_resume(resume: str | None, run: Path) -> str | None:
         raise FileNotFoundError(
             f"resume={resume} does not exist. Give a .ckpt file, `last` for the newest run, or `auto`."
         )
-    return resume
+    given = Path(resume) / LAST if (Path(resume) / LAST).exists() else Path(resume)
+    if given.suffix != ".ckpt" or not (given.is_file() or is_sharded(given)):
+        raise ValueError(
+            f"resume={resume} is no checkpoint of training. Such is a .ckpt, file or folder of shards; a run's folder "
+            f"stands for its {LAST}. Leave out resume to start anew."
+        )
+    return str(given)
 
 
 def rank() -> int:

@@ -41,7 +41,7 @@ def read_trained(source: str, ema: bool | None = None) -> Trained:
                 f"{path} holds {holds}; ema={str(ema).lower()} needs the .ckpt beside it, or leave out ema."
             )
     else:
-        checkpoint = read_sharded(path, parts=("state_dict",)) if path.is_dir() else _read_pickled(path)
+        checkpoint = read_sharded(path, parts=("state_dict",)) if path.is_dir() else read_whole(path)
         state, facts, averaged = _choose(checkpoint, path, ema)
     kind = facts.get("kind")
     if kind not in KINDS or facts.get("schema") != ADAPTER_SCHEMA:
@@ -104,7 +104,8 @@ def _part(held: object, *names: str) -> Any:
     return held
 
 
-def _read_pickled(path: Path) -> dict[str, Any]:
+def read_whole(path: Path) -> dict[str, Any]:
+    """A checkpoint that is one file. Raises ValueError for what is none, or cannot be read."""
     checkpoint = load_data(path)
     if not isinstance(checkpoint, dict):
         raise ValueError(f"{path} holds a {type(checkpoint).__name__}; a checkpoint is a dict. Give a run's .ckpt.")

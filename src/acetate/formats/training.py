@@ -10,6 +10,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 from torch import Tensor
 from torch.optim import Optimizer
 
+from acetate.formats.checkpoints import read_whole
 from acetate.formats.sharded import is_sharded, read_sharded, shard_whole, unwritten, write_sharded
 
 
@@ -36,7 +37,7 @@ class WholeCheckpointIO(TorchCheckpointIO):
 
     def load_checkpoint(self, path: Any, *args: Any, **settings: Any) -> dict[str, Any]:
         """Sharded folders too, whole."""
-        return read_sharded(Path(path)) if is_sharded(Path(path)) else super().load_checkpoint(path, *args, **settings)
+        return read_sharded(Path(path)) if is_sharded(Path(path)) else read_whole(Path(path))
 
     def remove_checkpoint(self, path: Any) -> None:
         """A folder loses its name first, so that no half of one is found."""
@@ -76,8 +77,7 @@ class ShardedStrategy(ModelParallelStrategy):
         if is_sharded(path):
             parts = ("state_dict", "optimizer_states") if self.optimizers else ("state_dict",)  # to train, or validate
             return read_sharded(path, self._parameter, parts)
-        checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=weights_only)
-        return shard_whole(checkpoint, self._parameter)
+        return shard_whole(read_whole(path), self._parameter)
 
     def _parameter(self, name: str) -> Tensor | None:
         """That a tensor of a checkpoint, by its name in the index, belongs to."""
