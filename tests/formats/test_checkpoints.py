@@ -25,6 +25,7 @@ from acetate.formats.checkpoints import read_trained
 from acetate.models.adapters import ADAPTER_SCHEMA, trainable_state
 from acetate.models.dit import add_dora, velocity
 from acetate.tasks.adapter import AdapterTask
+from acetate.tasks.optim import adamw_with_warmup
 
 CHANNELS, WIDTH = 4, 24
 FACTS = {"schema": ADAPTER_SCHEMA, "kind": "dit_dora", "base": "tiny", "transformer_sha256": "0", "rank": 3, "alpha": 6,
@@ -57,7 +58,7 @@ class DoRA(AdapterTask):
         return velocity(self.transformer, batch, torch.full((len(batch),), 500.0), context).square().mean()
 
     def configure_optimizers(self):
-        return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=0.1)
+        return adamw_with_warmup(self.parameters(), lr=0.1, warmup_steps=0)
 
     def adapter_metadata(self):
         return {name: json.dumps(value) for name, value in FACTS.items()}
