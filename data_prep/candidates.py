@@ -3,8 +3,9 @@
 import csv
 import hashlib
 import json
+import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ FORM = re.compile(
 )
 LICENCE = re.compile(r"licen[cs]e|copying|notice|readme|credits", re.IGNORECASE)
 Row = dict[str, Any]
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -48,25 +50,33 @@ class Folder:
     ignored: dict[str, str]
 
 
-def survey(source: Path) -> Folder:
-    """All of a folder. FileNotFoundError if it is none, ValueError for a table that cannot be read or used."""
+def survey(source: Path, leave_out: Collection[Path] = ()) -> Folder:
+    """All of a folder but `leave_out`, which an earlier run wrote into it.
+
+    FileNotFoundError if it is none, ValueError for a table that cannot be read or used.
+    """
     if not source.is_dir():
         raise FileNotFoundError(f"source={source} is not a folder; name the folder that holds the media.")
-    tables = sorted([*source.glob("*.csv"), *source.glob("*.jsonl")])
+    tables = sorted({*source.glob("*.csv"), *source.glob("*.jsonl")}.difference(leave_out))
     rows, listed = _read_tables(source, tables)
-    origins, jsons = _read_origins(source)
+    origins, jsons = _read_origins(source, leave_out)
     found = [*listed, *_in_folders(source, rows, {file for candidate in listed for file in candidate.files})]
     candidates = [
         Candidate(c.files, c.matte, c.row or _row(source, c.files, rows), origins.get(c.name, {})) for c in found
     ]
     ignored = {str(path.relative_to(source)): "a table of clips" for path in tables}
     ignored |= {str(path.relative_to(source)): "describes clips" for path in jsons}
-    for path in sorted(source.rglob("*")):
+    used = {file for candidate in candidates for file in candidate.files}
+    for path in sorted(set(source.rglob("*")).difference(leave_out)):
         inside = path.relative_to(source)
         if path.is_file() and str(inside) not in ignored:
             reason = _not_media(source, path)
+            if reason is None and path.suffix.lower() in OPAQUE_IMAGES and not used & {path, path.parent}:
+                reason = "an opaque picture without a matte"
             if reason:
                 ignored[str(inside)] = reason
+    if unknown := [name for name in rows if not (source / name).exists()]:
+        log.warning("%d rows of tables name no file of %s, the first is %s", len(unknown), source, unknown[0])
     return Folder(candidates, ignored)
 
 
@@ -76,7 +86,7 @@ def column(row: Row, *names: str) -> str:
 
 def clip_key(source: Path, path: Path, taken: set[str]) -> str:
     """The path with dashes; with a hash where that is too long, not plain ASCII or taken."""
-    inside = path.relative_to(source) if path.is_relative_to(source) else Path(path.name)
+    inside = path.relative_to(source) if source in path.parents else Path(path.name)
     folders = [part for part in inside.parent.parts if part.lower() not in PAIR_COLOUR + WHOLE_COLOUR]
     name = "-".join((*folders, inside.stem.removesuffix("_fgr")))
     plain = re.sub(r"[^A-Za-z0-9_\-]+", "_", name)
@@ -123,7 +133,7 @@ def _listed_pair(source: Path, table: Path, number: int, row: Row) -> Candidate:
     return Candidate(files, False, {**row, "still": "true"} if status == "static" else row)
 
 
-def _read_origins(source: Path) -> tuple[dict[str, Row], list[Path]]:
+def _read_origins(source: Path, leave_out: Collection[Path]) -> tuple[dict[str, Row], list[Path]]:
     """Entries of the .json files at the top of the folder, by the name of the clip that they describe; and the files.
 
     An entry may give rgb_rect, alpha_rect (x, y, width, height) and packed_size of a packed video, and source and
@@ -131,7 +141,7 @@ def _read_origins(source: Path) -> tuple[dict[str, Row], list[Path]]:
     """
     entries: dict[str, Row] = {}
     files = []
-    for path in sorted(source.glob("*.json")):
+    for path in sorted(set(source.glob("*.json")).difference(leave_out)):
         try:
             content = json.loads(path.read_text())
         except ValueError as error:
@@ -164,11 +174,11 @@ class _Neighbours:
         stem, ending = _split(path, PAIR_COLOUR + WHOLE_COLOUR)
         for end in MATTES:
             found = self.find(path.parent, f"{stem}_{end}")
-            if found is None and ending == path.parent.name.lower():
+            if found is None and ending and ending == path.parent.name.lower():
                 found = self.find(path.parent.with_name(end), path.stem)
             if found is None and path.name.lower() == ending:
                 found = self.find(path.parent, end)
-            if found is not None:
+            if found is not None and not _still_and_folder(path, found):
                 return found
         return None
 
@@ -179,10 +189,18 @@ class _Neighbours:
             return False
         colours = PAIR_COLOUR + WHOLE_COLOUR
         if stem != path.stem:
-            return any(self.find(path.parent, name) for name in (stem, *(f"{stem}_{end}" for end in colours)))
-        if path.name.lower() == ending:
-            return any(self.find(path.parent, end) for end in colours)
-        return any(self.find(path.parent.with_name(end), path.stem) for end in colours)
+            found = [self.find(path.parent, name) for name in (stem, *(f"{stem}_{end}" for end in colours))]
+        elif path.name.lower() == ending:
+            found = [self.find(path.parent, end) for end in colours]
+        else:
+            found = [self.find(path.parent.with_name(end), path.stem) for end in colours]
+        return any(other is not None and not _still_and_folder(other, path) for other in found)
+
+
+def _still_and_folder(one: Path, other: Path) -> bool:
+    """Which make no pair: a folder is a sequence."""
+    stills = IMAGES + OPAQUE_IMAGES
+    return (one.is_dir() and other.suffix.lower() in stills) or (other.is_dir() and one.suffix.lower() in stills)
 
 
 def _split(path: Path, endings: tuple[str, ...]) -> tuple[str, str]:
@@ -199,16 +217,21 @@ def _in_folders(source: Path, rows: dict[str, Row], taken: set[Path]) -> Iterato
         inside = folder.relative_to(source)
         if any(part.startswith(".") for part in inside.parts):
             continue
-        if inside.parts and _is_sequence(source, folder, rows):
-            paths = [folder]
-        else:
-            paths = [p for p in sorted(folder.iterdir()) if p.is_file() and p.suffix.lower() in MEDIA]
+        paths = [p for p in sorted(folder.iterdir()) if p.is_file() and p.suffix.lower() in MEDIA]
+        sequence = _is_sequence(source, folder, rows)
+        if sequence and folder == source and "." not in rows:
+            log.warning(
+                "%s: its numbered images are read as stills; give the folder above to make them a sequence", source
+            )
+        elif sequence:
+            paths = [folder, *(path for path in paths if path.suffix.lower() in VIDEOS)]
         for path in paths:
             if path in taken or path.name.startswith(".") or neighbours.has_colour(path):
                 continue
             alpha = neighbours.matte_of(path)
             if alpha is None:
-                yield Candidate((path,))
+                if path.suffix.lower() not in OPAQUE_IMAGES or str(path.relative_to(source)) in rows:
+                    yield Candidate((path,))
             else:
                 yield Candidate((path, alpha), matte=_split(path, PAIR_COLOUR)[1] == "")
 
@@ -224,13 +247,20 @@ def _is_sequence(source: Path, folder: Path, rows: dict[str, Row]) -> bool:
     names = [name for path in files if (name := re.fullmatch(r"(.*?)(\d+)", path.stem))]
     if len(names) < len(files) or len({name[1] for name in names}) > 1:
         return False
-    first = int(names[0][2])
-    if [int(name[2]) for name in names] != list(range(first, first + len(names))):
+    numbers = [int(name[2]) for name in names]
+    span = numbers[-1] - numbers[0] + 1
+    if len(set(numbers)) < len(numbers) or span > 2 * len(numbers):
         return False
     try:
-        return len({image_size(path) for path in images}) == 1
+        if len({image_size(path) for path in images}) > 1:
+            return False
     except MediaError:
         return False
+    if span > len(numbers):
+        missing = next(number for number in range(numbers[0], numbers[-1]) if number not in numbers)
+        log.warning("%s: number %d is missing, so its %d images are stills; list the folder in a table to make them a "
+                    "sequence", folder, missing, len(numbers))  # fmt: skip
+    return span == len(numbers)
 
 
 def _not_media(source: Path, path: Path) -> str | None:

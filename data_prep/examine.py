@@ -8,7 +8,7 @@ import signal
 import time
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -36,6 +36,7 @@ Kind = Literal["still", "sequence", "video", "pair", "matte", "packed"]
 M_MMAP_THRESHOLD = -3  # of glibc's mallopt
 SLEEPING = 10  # times as long by the clock as by the processor
 BYTES_PER_DECODED = 2.5  # memory that reading and measuring take, for each byte of the decoded clip
+PREMULTIPLIED = {"": None, "1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
 NO_ALPHA = "has no alpha: it is neither RGBA nor colour with a matte beside it (NAME_fgr + NAME_pha, NAME + NAME_matte)"
 
 
@@ -176,11 +177,18 @@ def _examined(task: Task) -> Found:
     header = describe(path, limits)
     volume = header.frames * header.width * header.height / 1e6
     _allow(task, settings.seconds + volume / settings.megapixels_per_second)
+    notes: tuple[str, ...] = ()
+    if candidate.matte and header.alpha and read_rgba(path, limits).frames[..., 3].min() < 255:
+        notes = (f"{candidate.files[1].name} beside it is not used: the picture has alpha of its own",)
+        candidate = replace(candidate, files=(path,), matte=False)
     kind, rects = _kind(candidate, header, settings)
     clip = _read(candidate, kind, rects, limits)
-    declared = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}.get(
-        column(row, "premultiplied").lower()
-    )
+    said = column(row, "premultiplied").lower()
+    if said not in PREMULTIPLIED:
+        raise MediaError(
+            f"{path}: its table says premultiplied={said}; it is one of {', '.join(filter(None, PREMULTIPLIED))}"
+        )
+    declared = PREMULTIPLIED[said]
     decisions = analyse(clip, premultiplied=declared, matte=kind == "matte")
     decisions = decisions.overridden("the command line", settings.choices)
     try:
@@ -197,7 +205,7 @@ def _examined(task: Task) -> Found:
         width=clip.frames.shape[2],
         height=clip.frames.shape[1],
         fps=clip.fps,
-        prompt=(text.read_text().strip() if text else "")
+        prompt=(_text(text) if text else "")
         or column(row, "prompt", "caption", "text")
         or prompt_from_name(candidate.name),
         licence=column(row, "licence", "license") or "unknown",
@@ -208,8 +216,15 @@ def _examined(task: Task) -> Found:
         colour_rect=rects[0] if rects else None,
         alpha_rect=rects[1] if rects else None,
         decisions=decisions.as_json(),
-        notes=list(clip.notes),
+        notes=[*clip.notes, *notes],
     )
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8").strip()
+    except UnicodeDecodeError as error:
+        raise MediaError(f"{path}: not UTF-8 ({error}); save it as such") from error
 
 
 def _kind(candidate: Candidate, header: Description, settings: Settings) -> tuple[Kind, tuple[Rect, Rect] | None]:

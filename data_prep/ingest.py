@@ -16,8 +16,10 @@ import hydra
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from tqdm import tqdm
 
+from acetate.video_io import IMAGES, OPAQUE_IMAGES
 from data_prep.candidates import Folder, clip_key, sidecar, survey
 from data_prep.examine import SETTINGS, Found, Outcome, Settings, Task, as_json, examine, guard, lost, of_json
 from data_prep.executor import parallel
@@ -60,19 +62,20 @@ def ingest(
     is decoded in a process that may be killed, except with workers=0. Raises FileNotFoundError without a source,
     ValueError for a table that cannot be used, and TooManyBad past the budget, which writes the report alone.
     """
-    folder = survey(source)
+    source, journal = source.resolve(), out.with_name(out.stem + ".journal.jsonl")
+    written = {path.resolve() for path in (out, report_of(out), journal)}
+    folder = survey(source, written)
     tasks = list(_tasks(source, folder, settings, guarded=workers > 0))
-    journal = out.with_name(out.stem + ".journal.jsonl")
     done = {} if preview else _finished(journal)
     outcomes = _outcomes(tasks, done, None if preview else journal, executor, workers)
     clips = [outcome.found for outcome in outcomes if outcome.found is not None]
     bad = {t.key: o.reason for t, o in zip(tasks, outcomes, strict=True) if o.reason is not None}
-    files = _account(source, folder, tasks, outcomes)
+    files = _account(source, written, folder, tasks, outcomes)
     if not preview:
         report = {"clips": len(clips), "bad": bad, "files": files}
         _write(report_of(out), json.dumps(report, ensure_ascii=False, indent=1) + "\n")
-    check_budget(bad, bad_clip_budget)
     if not preview:
+        check_budget(bad, bad_clip_budget)
         _write(out, "".join(encode(asdict(clip)) for clip in clips))
         journal.unlink(missing_ok=True)
     fresh = [o for t, o in zip(tasks, outcomes, strict=True) if _fingerprint(t) not in done]
@@ -133,17 +136,26 @@ def _outcomes(
     return [fresh[_fingerprint(task)] for task in tasks]
 
 
+def _pictures(path: Path) -> list[Path]:
+    """Of a sequence; else the file."""
+    if not path.is_dir():
+        return [path]
+    return [file for file in sorted(path.iterdir()) if file.suffix.lower() in IMAGES + OPAQUE_IMAGES]
+
+
 def _fingerprint(task: Task) -> str:
     """Of all that the outcome depends on; a file by its size and time."""
-    files = [path for file in task.candidate.files for path in (sorted(file.iterdir()) if file.is_dir() else [file])]
+    files = [path for file in task.candidate.files for path in _pictures(file)]
     text = sidecar(task.candidate.files[0])
     stats = [path.stat() if path.exists() else None for path in (*files, *([text] if text else []))]
     seen = [(stat.st_size, stat.st_mtime_ns) if stat else None for stat in stats]
     return hashlib.sha256(repr((task, seen)).encode()).hexdigest()
 
 
-def _account(source: Path, folder: Folder, tasks: list[Task], outcomes: list[Outcome]) -> list[dict[str, str]]:
-    """What became of every file, in the order of their names."""
+def _account(
+    source: Path, written: set[Path], folder: Folder, tasks: list[Task], outcomes: list[Outcome]
+) -> list[dict[str, str]]:
+    """What became of every file but those that this run writes, in the order of their names."""
     accounts = {name: {"file": name, "ignored": reason} for name, reason in folder.ignored.items()}
     for task, outcome in zip(tasks, outcomes, strict=True):
         texts = [sidecar(task.candidate.files[0])]
@@ -151,13 +163,13 @@ def _account(source: Path, folder: Folder, tasks: list[Task], outcomes: list[Out
             said = {"refused": outcome.reason} if outcome.reason else {"part of" if i else "ingested as": task.key}
             if i >= len(task.candidate.files):
                 said = {"prompt of": task.key}
-            for file in sorted(path.iterdir()) if path.is_dir() else [path]:
+            for file in _pictures(path):
                 name = str(file.relative_to(source)) if file.is_relative_to(source) else str(file)
                 accounts[name] = {
                     "file": name,
                     **({"part of": task.key} if path.is_dir() and not outcome.reason else said),
                 }
-    for path in sorted(source.rglob("*")):
+    for path in sorted(set(source.rglob("*")) - written):
         name = str(path.relative_to(source))
         if path.is_file() and name not in accounts:
             accounts[name] = {"file": name, "ignored": "not part of any clip"}
@@ -175,7 +187,7 @@ def print_bad(console: Console, bad: Mapping[str, str], file: Path | None) -> No
     """All of them, or the first where a file has the rest."""
     shown = len(bad) if file is None else SHOWN_BAD
     for key, reason in islice(bad.items(), shown):
-        console.print(f"[red]skipped[/] {key}: {reason}", highlight=False, soft_wrap=True)
+        console.print(Text.assemble(("skipped", "red"), f" {key}: {reason}"), soft_wrap=True)
     if len(bad) > shown:
         console.print(f"{len(bad) - shown} more are in {file}", highlight=False, soft_wrap=True)
 
@@ -246,7 +258,7 @@ def main(cfg: DictConfig) -> None:
         workers=len(os.sched_getaffinity(0)) if cfg.workers is None else cfg.workers,
         preview=cfg.preview,
     )
-    console = Console()
+    console = Console(markup=False)  # names may hold brackets
     if cfg.preview:
         print_preview(console, result.clips)
     print_summary(console, out, None if cfg.preview else report_of(out), result)

@@ -91,13 +91,13 @@ def test_still_without_alpha(tmp_path):
 def test_damaged_missing_and_unknown_files(tmp_path):
     (tmp_path / "cut.png").write_bytes(b"\x89PNG\r\n\x1a\n1234")
     (tmp_path / "cut.mov").write_bytes(b"\0" * 100)
-    (tmp_path / "a.tga").write_bytes(b"")
+    (tmp_path / "a.psd").write_bytes(b"")
     for name, message in (
         ("cut.png", "cannot be decoded"),
         ("cut.mov", "cannot be decoded"),
         ("none.png", "no such file"),
         ("none.webm", "no such file"),
-        ("a.tga", "suffix"),
+        ("a.psd", "suffix"),
     ):
         with pytest.raises(MediaError, match=message) as error:
             read_rgba(tmp_path / name)

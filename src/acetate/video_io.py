@@ -107,12 +107,12 @@ def measure_packing(path: Path, limits: Limits = LIMITS) -> Packing | None:
 
 
 def describe(path: Path, limits: Limits = LIMITS) -> Description:
-    """Length, size, rate and whether there is alpha; decodes one frame at most. MediaError if unreadable."""
+    """Length, size and whether there is alpha; decodes one frame at most. MediaError if unreadable."""
     if path.is_dir():
         files = sequence_files(path)
         first = describe(files[0], limits)
         limits.check(path, len(files), first.width, first.height)
-        return replace(first, frames=len(files), fps=None)
+        return replace(first, frames=len(files))
     if path.suffix.lower() in IMAGES + OPAQUE_IMAGES:
         return describe_image(path, limits)
     return describe_video(path, limits)

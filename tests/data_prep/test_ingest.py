@@ -10,10 +10,11 @@ import av
 import numpy as np
 import pytest
 from PIL import Image
+from rich.console import Console
 
 from data_prep.decisions import OVERRIDES, Decisions
 from data_prep.examine import Found, Settings, prompt_from_name
-from data_prep.ingest import TooManyBad, ingest
+from data_prep.ingest import TooManyBad, ingest, print_bad
 from tests.media.films import drawn, write
 from tests.media.test_images import encode
 from tests.media.test_packed import packed
@@ -335,6 +336,77 @@ def test_keys_are_plain_and_unique(source):
         assert key.isascii() and len(key) <= 80 and "." not in key and " " not in key
     assert "same" in clips
     assert list(run(source)[0]) == list(clips)
+
+
+def test_damage_of_a_few_bytes_is_refused(source):
+    still(source / "good.png")
+    for suffix, body in ((".exr", b"v/1\x01ab"), (".tif", b"II*\0"), (".png", b"\x89PNG\r\n\x1a\n")):
+        for length in range(1, len(body) + 1):
+            (source / f"{suffix[1:]}{length}x{suffix}").write_bytes(body[:length])
+    clips, bad = run(source, 100)
+    assert list(clips) == ["good"] and all("cannot be decoded" in reason for reason in bad.values())
+
+
+def test_a_folder_named_by_a_dot(source, monkeypatch, caplog):
+    still(source / "a.png")
+    for i in range(2):
+        still(source / "walk" / f"{i}.png")
+    monkeypatch.chdir(source)
+    assert {key: clip.kind for key, clip in run(Path("."))[0].items()} == {"a": "still", "walk": "sequence"}
+    monkeypatch.chdir(source / "walk")
+    assert {key: clip.kind for key, clip in run(Path("."))[0].items()} == {"0": "still", "1": "still"}
+    assert "walk: its numbered images are read as stills" in caplog.text
+    (source / "walk/index.csv").write_text("file\n.\n")
+    assert {key: clip.kind for key, clip in run(Path("."))[0].items()} == {"walk": "sequence"}
+
+
+def test_a_sequence_with_a_gap_is_named(source, caplog):
+    for i in (1, 2, 4):
+        still(source / "gap" / f"{i}.png")
+    assert {clip.kind for clip in run(source)[0].values()} == {"still"}
+    assert "gap: number 3 is missing, so its 3 images are stills" in caplog.text
+
+
+def test_sidecar_and_table_errors_name_the_file(source, caplog):
+    for name in ("a", "b", "c"):
+        still(source / f"{name}.png")
+    (source / "a.txt").write_bytes("caf\u00e9".encode("latin-1"))
+    (source / "index.csv").write_text("file,premultiplied\nb.png,jawohl\nC.png,no\n")
+    clips, bad = run(source, 2)
+    assert list(clips) == ["c"]
+    assert "a.txt: not UTF-8" in bad["a"] and "premultiplied=jawohl" in bad["b"]
+    assert "1 rows of tables name no file" in caplog.text and "C.png" in caplog.text
+
+
+def test_alpha_of_its_own_is_not_given_up_for_a_mask(source):
+    still(source / "hero.png")
+    still(source / "hero_mask.png")
+    still(source / "logo" / "x.png")
+    still(source / "logo_alpha.png")
+    clips = run(source)[0]
+    assert {key: clip.kind for key, clip in clips.items()} == {
+        "hero": "still", "logo-x": "still", "logo_alpha": "still"
+    }  # fmt: skip
+    assert clips["hero"].notes == ["hero_mask.png beside it is not used: the picture has alpha of its own"]
+
+
+def test_what_ingest_wrote_is_no_material(source):
+    still(source / "a.png")
+    Image.new("RGB", (8, 8)).save(source / "photo.jpg")
+    out = source / "m.jsonl"
+    first = ingest(source=source, out=out, bad_clip_budget=0)
+    written = out.read_bytes()
+    (source / "m.journal.jsonl").write_text("half a li")
+    again = ingest(source=source, out=out, bad_clip_budget=0)
+    assert again.files == first.files and out.read_bytes() == written
+    assert {file["file"]: file.get("ignored") for file in first.files} == {
+        "a.png": None, "photo.jpg": "an opaque picture without a matte"
+    }  # fmt: skip
+
+
+def test_names_with_brackets_are_printed(capsys):
+    print_bad(Console(width=200), {"logo [final]": "in [/b]"}, None)
+    assert "logo [final]: in [/b]" in capsys.readouterr().out
 
 
 def test_source_must_be_a_folder(tmp_path):

@@ -1,5 +1,7 @@
 """What every reader gives and raises: clips, descriptions, limits, errors."""
 
+import struct
+import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +18,7 @@ Rect = tuple[int, int, int, int]  # x, y, width, height in pixels
 DECODER_ERRORS = (
     FFmpegError, OSError, SyntaxError, ValueError, TypeError, ArithmeticError, IndexError, KeyError, AttributeError,
     EOFError, StopIteration, RuntimeError, NotImplementedError, Image.DecompressionBombError,
+    struct.error, zlib.error,
 )  # fmt: skip
 
 
@@ -47,7 +50,6 @@ class Description:
     frames: int
     width: int
     height: int
-    fps: float | None
     lossy: bool
     alpha: bool
     lost: str | None = None

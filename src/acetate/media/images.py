@@ -1,4 +1,4 @@
-"""Stills and animated images: PNG, APNG, WebP, GIF, AVIF, TIFF, OpenEXR."""
+"""Stills and animated images: PNG, APNG, WebP, GIF, AVIF, TIFF, OpenEXR, Targa, BMP."""
 
 import io
 import struct
@@ -28,10 +28,10 @@ from acetate.media.clip import LIMITS, Description, Frames, Limits, MediaError, 
 from acetate.media.exr_header import exr_size
 from acetate.media.frame_times import Rate, constant_rate, delays_as_shown
 
-IMAGES = (".png", ".apng", ".webp", ".gif", ".avif", ".tif", ".tiff", ".exr")
-OPAQUE_IMAGES = (".jpg", ".jpeg", ".bmp")  # good for either half of a pair
+IMAGES = (".png", ".apng", ".webp", ".gif", ".avif", ".tif", ".tiff", ".exr", ".tga", ".bmp")
+OPAQUE_IMAGES = (".jpg", ".jpeg")  # good for either half of a pair
 # By content, whatever the suffix says; without the formats for which PIL starts other programs.
-FORMATS = ("PNG", "WEBP", "GIF", "AVIF", "TIFF", "JPEG", "BMP")
+FORMATS = ("PNG", "WEBP", "GIF", "AVIF", "TIFF", "JPEG", "TGA", "BMP")
 NO_ALPHA = "save it as RGBA, or give a matte as NAME_fgr + NAME_pha"
 # EXIF orientation -> counterclockwise quarter turns, after a mirror image where it says so.
 TURNS = {2: (0, True), 3: (2, False), 4: (2, True), 5: (1, True), 6: (3, False), 7: (3, True), 8: (1, False)}
@@ -105,25 +105,20 @@ def read_image(path: Path, limits: Limits = LIMITS) -> RGBAClip:
 
 
 def describe_image(path: Path, limits: Limits = LIMITS) -> Description:
-    """frames: of the file, fps: of the clip that it becomes. A GIF may turn out opaque once its frames are seen."""
+    """frames: of the file. A GIF may turn out opaque once its frames are seen."""
     with decoding(path):
         deep = deep_header(path)
         if deep is not None:
             limits.check(path, 1, deep.width, deep.height)
-            return Description(1, deep.width, deep.height, None, False, deep.alpha)
+            return Description(1, deep.width, deep.height, False, deep.alpha)
         with _opened(path) as image:
-            first, count = _animation(image)
+            count = _animation(image)[1]
             limits.check(path, count, *image.size)
+            limits.check_memory(path, count, 4 * image.width * image.height)
             width, height = image.size
-            delays = []
-            for i in range(first, first + count if count > 1 else first):
-                image.seek(i)
-                image.load()  # WebP knows a frame's duration only once it is decoded
-                delays.append(float(image.info.get("duration") or 0))
-            fps = _rate(path, delays, limits).fps if delays else None
             if count == 1 and _orientation(image) > 4:
                 width, height = height, width
-            return Description(count, width, height, fps, _lossy(path, image), _may_have_alpha(image))
+            return Description(count, width, height, _lossy(path, image), _may_have_alpha(image))
 
 
 def image_size(path: Path) -> tuple[int, int]:

@@ -108,7 +108,7 @@ def describe_video(path: Path, limits: Limits = LIMITS) -> Description:
         _check_header(path, stream, limits)
         count = stream.frames or sum(packet.size > 0 for packet in container.demux(stream))
         limits.check(path, count, stream.codec_context.width, stream.codec_context.height)
-        fps, lossy = _rate(stream), stream.codec_context.name not in LOSSLESS
+        lossy = stream.codec_context.name not in LOSSLESS
     with decoding(path), _open(path) as container:
         stream = container.streams.video[0]
         frame = next(_decoded(stream, container, AlphaLayer.of(path, stream)))
@@ -116,7 +116,7 @@ def describe_video(path: Path, limits: Limits = LIMITS) -> Description:
         upright = _upright(np.empty((frame.height, frame.width), np.uint8), frame.rotation, _pixel_aspect(stream))
         alpha = has_alpha(frame.format)
         lost = None if alpha else _lost_alpha(container, stream)
-        return Description(count, upright.shape[1], upright.shape[0], fps, lossy, alpha, lost)
+        return Description(count, upright.shape[1], upright.shape[0], lossy, alpha, lost)
 
 
 def colour(frame: av.VideoFrame) -> Frames:
