@@ -27,6 +27,7 @@ from acetate.data.shards import (
     read_manifest,
 )
 from acetate.data.splits import assign_splits
+from acetate.media.clip import LIMITS, Limits
 from acetate.video_io import MediaError, RGBAClip, read_packed, read_pair, read_rgba
 from data_prep.analysis import analyse
 from data_prep.cleaning import Indices, Settings, clean, overrides, shots
@@ -44,6 +45,7 @@ STEPS = {
     "alpha": "alpha noise snapped", "colour": "made straight", "trim": "empty margins cut off",
     "matte": "kept with unusual alpha",
 }  # fmt: skip
+LONGEST_KEY = 80  # characters, as acetate.data.shards.KEY says
 MEASURED = "measured.jsonl"  # while a run lasts: decisions about clips whose lines carry none
 
 
@@ -65,14 +67,24 @@ class Plan:
         except ValueError as error:
             raise ValueError(f"{line.key}: {error}") from error
         frames = shots(line.frames, line.fps or settings.default_fps, decisions, settings)
-        keys = [line.key] if len(frames) == 1 else [f"{line.key[:75]}-p{i:03d}" for i in range(len(frames))]
-        return cls(line, decisions, settings.refusal(decisions), frames, keys)
+        return cls(line, decisions, settings.refusal(decisions), frames, piece_keys(line.key, len(frames)))
 
     def as_json(self, settings: Settings) -> dict[str, Any]:
         """A line of DECISIONS."""
         outcome = {"refused": self.refusal} if self.refusal else {"pieces": self.pieces}
         steps = done_to(self.decisions, settings)
         return {"key": self.line.key, **outcome, "done": steps, "decisions": self.decisions.as_json()}
+
+
+def piece_keys(key: str, count: int) -> list[str]:
+    """KEY-p000, KEY-p001, ...; a key that is too long for that is cut and ends in 8 digits of its hash."""
+    if count == 1:
+        return [key]
+    numbers = [f"-p{i:03d}" for i in range(count)]
+    room = LONGEST_KEY - len(numbers[-1])
+    if len(key) > room:
+        key = f"{key[: room - 9]}-{hashlib.sha256(key.encode()).hexdigest()[:8]}"
+    return [key + number for number in numbers]
 
 
 def shard(
@@ -89,7 +101,8 @@ def shard(
 ) -> dict[str, Any]:
     """Writes the shards and returns their manifest; a run that was interrupted goes on where its last tar ended.
 
-    A folder that already holds these very clips is left as it is; ShardError if it holds others. TooManyBad past
+    A folder that already holds these very clips is left as it is; ShardError if it holds others,
+    and if no clip is left to write. TooManyBad past
     the budget.
     """
     found = read_lines(manifest)
@@ -133,6 +146,12 @@ def shard(
                             premultiplied_source=plan.decisions.colour == "black",
                             done=done_to(plan.decisions, settings),
                         )
+        if not writer.tars and not writer.pending:
+            first = "; ".join(f"{key}: {reason}" for key, reason in list(writer.skipped.items())[:3])
+            raise ShardError(
+                f"none of the {len(found)} clips of {manifest} became a shard ({first or 'it is empty'}). Ingest other "
+                "media, or change the settings that refuse these."
+            )
         write_lines(out / DECISIONS, (plan.as_json(settings) for plan in plans))
     (out / MEASURED).unlink(missing_ok=True)
     return read_manifest(out)
@@ -144,6 +163,7 @@ def decide(
     """What is to be made of each clip, and key -> reason of those that cannot be read.
 
     Lines that carry no decisions are measured here, and the journal keeps what was measured for a restart.
+    ValueError if two clips would be written under one key.
     """
     known = {line["key"]: line for line in read_journal(journal)}
     todo = [line for line in found if line.decisions is None and line.key not in known]
@@ -160,6 +180,15 @@ def decide(
             bad[line.key] = entry["bad"]
         else:
             plans.append(Plan.of(line, Decisions.of_json(entry["decisions"]), settings))
+    owners: dict[str, str] = {}
+    for plan in plans:
+        for key in [] if plan.refusal else plan.pieces:
+            if key in owners:
+                raise ValueError(
+                    f"clips {owners[key]!r} and {plan.line.key!r} would both write {key!r}; keys are unique. Change "
+                    "the key of one of them in the manifest, or rename its file and ingest again."
+                )
+            owners[key] = plan.line.key
     return plans, bad
 
 
@@ -180,14 +209,15 @@ def read_lines(manifest: Path) -> list[Found]:
     if not manifest.is_file():
         raise FileNotFoundError(f"manifest={manifest} does not exist; `python -m data_prep.ingest` writes one.")
     lines = []
-    for number, text in enumerate(manifest.read_text().splitlines(), start=1):
-        try:
-            line = Found(**json.loads(text))
-            if line.decisions is not None:
-                Decisions.of_json(line.decisions)
-            lines.append(line)
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"{manifest}:{number}: not a line of data_prep.ingest ({error})") from error
+    with open(manifest, "rb") as file:  # bytes end at \n only; prompts may hold Unicode's other line ends
+        for number, text in enumerate(file, start=1):
+            try:
+                line = Found(**json.loads(text))
+                if line.decisions is not None:
+                    Decisions.of_json(line.decisions)
+                lines.append(line)
+            except (ValueError, TypeError) as error:
+                raise ValueError(f"{manifest}:{number}: not a line of data_prep.ingest ({error})") from error
     return lines
 
 
@@ -209,13 +239,21 @@ def prepare(plan: Plan, settings: Settings) -> list[EncodedClip] | str:
 
 
 def read(line: Found) -> RGBAClip:
+    """Whatever data_prep.ingest took: its limits may have been raised."""
+    pixels = line.width * line.height
+    limits = Limits(
+        # A packed video's pictures hold more than the clip.
+        max_pixels=max(LIMITS.max_pixels, pixels * (4 if line.kind == "packed" else 1)),
+        max_frames=max(LIMITS.max_frames, line.frames),
+        max_bytes=max(LIMITS.max_bytes, 4 * pixels * line.frames),
+    )
     files = [Path(file) for file in line.files]
     if line.kind in ("pair", "matte"):
-        return read_pair(files[0], files[1])
+        return read_pair(files[0], files[1], limits)
     if line.kind == "packed":
         assert line.colour_rect and line.alpha_rect
-        return read_packed(files[0], line.colour_rect, line.alpha_rect)
-    return read_rgba(files[0])
+        return read_packed(files[0], line.colour_rect, line.alpha_rect, limits)
+    return read_rgba(files[0], limits)
 
 
 @hydra.main(version_base=None, config_path=CONF, config_name="prep/shard")

@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from acetate.data.shards import MANIFEST, ShardError, index_shards, read_clip, read_manifest
+from acetate.media.clip import Limits
 from acetate.video_io import encode_ffv1
 from data_prep import shard as program
 from data_prep.cleaning import Settings
@@ -160,6 +161,45 @@ def test_manifest_errors(tmp_path):
     (tmp_path / "bad.jsonl").write_text('{"key": "a"}\n')
     with pytest.raises(ValueError, match=r"bad\.jsonl:1: not a line of data_prep\.ingest"):
         read_lines(tmp_path / "bad.jsonl")
+
+
+def test_pieces_of_long_names_are_all_kept(tmp_path):
+    media = tmp_path / "media"
+    media.mkdir()
+    for i in (1, 2):
+        (media / f"take_{'x' * 68}_{i:05d}.mkv").write_bytes(encode_ffv1(soft(frames=10), 12))
+    assert make(media, tmp_path / "out", replace(SETTINGS, max_frames=5))["frames"] == 20
+    assert {len(key) for key in program.piece_keys("k" * 80, 1001)} == {79, 80}
+
+
+def test_clips_that_would_share_a_key_are_an_error(source, tmp_path):
+    (source / "film3-p001.mkv").write_bytes(encode_ffv1(soft(frames=2), 12))
+    with pytest.raises(ValueError, match=r"'film3-p001' and 'film3' would both write 'film3-p001'.* rename its file"):
+        make(source, tmp_path / "out", replace(SETTINGS, max_frames=3))
+    assert not list((tmp_path / "out").glob("*.tar*"))
+
+
+def test_prompts_may_hold_any_line_end(source, tmp_path):
+    make(source, tmp_path / "first")  # ingests
+    found = source.parent / "found.jsonl"
+    lines = [{**json.loads(text), "prompt": "a\u2028b\u2029c\x85d"} for text in found.read_bytes().split(b"\n")[:-1]]
+    found.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
+    assert {line.prompt for line in read_lines(found)} == {"a\u2028b\u2029c\x85d"}
+
+
+def test_what_ingest_took_beyond_the_default_limits_is_read(source, tmp_path, monkeypatch):
+    make(source, tmp_path / "first")  # ingests
+    monkeypatch.setattr(program, "LIMITS", Limits(max_pixels=1, max_frames=1, max_bytes=1))
+    assert make(source, tmp_path / "out")["clips"] == 8
+
+
+def test_no_clip_at_all_is_an_error(source, tmp_path):
+    make(source, tmp_path / "first")  # ingests
+    for path in source.iterdir():
+        path.write_bytes(b"broken since")
+    with pytest.raises(ShardError, match=r"none of the 8 clips of .*found\.jsonl became a shard \(film0: "):
+        make(source, tmp_path / "out", bad_clip_budget=8)
+    assert not (tmp_path / "out" / MANIFEST).exists()
 
 
 @pytest.mark.parametrize(("choice", "expected"), [("auto", True), ("true", True), ("false", False)])
