@@ -38,6 +38,7 @@ from data_prep.scores import SCORES, repeats
 
 CONF = str(Path(__file__).parents[1] / "conf")
 SCORES_FILE, REJECTED_FILE = "scores.jsonl", "rejected.jsonl"
+FIELDS = {"key", "look", "crc32", "code"}  # and, of lines of this code, all scores
 PREVIEW_CLIPS = 32
 CODE = hashlib.sha256(Path(scoring.__file__).read_bytes()).hexdigest()[:12]
 
@@ -210,11 +211,20 @@ def filter_clips(
 
 
 def read_scores(*files: Path | None) -> dict[str, Line]:
-    """Key -> line; later files win."""
+    """Key -> line; later files win. ValueError for a line that holds no scores."""
     for file in files[:-1]:
         if file is not None and not file.is_file():
             raise FileNotFoundError(f"scores={file} does not exist; data_prep.filter writes {SCORES_FILE} into `out`.")
-    return {line["key"]: line for file in files if file is not None for line in read_journal(file)}
+    known = {}
+    for file in files:
+        for number, line in enumerate(read_journal(file) if file is not None else [], start=1):
+            if not isinstance(line, dict) or FIELDS - line.keys():
+                raise ValueError(
+                    f"{file}:{number}: not a line of {SCORES_FILE}, which has {', '.join(sorted(FIELDS))}; name a "
+                    "file that data_prep.filter wrote, or leave scores out to measure again"
+                )
+            known[line["key"]] = line
+    return known
 
 
 def tally(rejected: Sequence[Line]) -> str:

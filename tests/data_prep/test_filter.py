@@ -90,6 +90,13 @@ def test_duplicates_can_stay_or_the_first_be_kept(source, tmp_path):
     assert (list(contents(tmp_path / "first")), list(contents(tmp_path / "best"))) == (["a"], ["b"])
 
 
+def test_scores_of_something_else_are_an_error(source, tmp_path):
+    (tmp_path / "captions.jsonl").write_text('{"key": "good", "prompt": "a disc"}\n')
+    with pytest.raises(ValueError, match=r"captions\.jsonl:1: not a line of scores\.jsonl"):
+        run(source, tmp_path / "out", scores=tmp_path / "captions.jsonl")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_rejected_clip_takes_no_duplicate_with_it(source, tmp_path):
     run(source, tmp_path / "out", rules={"short_side": Rule(max=32), **RULES})
     assert contents(tmp_path / "out").keys() == {"small", "other"}
