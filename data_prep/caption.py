@@ -41,7 +41,7 @@ from data_prep.journal import Line, open_journal, read_journal, write_lines
 CONF = str(Path(__file__).parents[1] / "conf")
 CAPTIONS_FILE = "captions.jsonl"
 PREVIEW_CLIPS = 8
-PIECE = re.compile(r"-p\d{3}$")  # what data_prep.shard adds to the key of a clip that it cuts
+PIECE = re.compile(r"-p\d{3,}$")  # what data_prep.shard adds to the key of a clip that it cuts
 Row = dict[str, str]
 
 
@@ -75,11 +75,18 @@ def read_prompts(source: Path) -> dict[str, Row]:
     Columns: key; caption (or prompt, text); more of them for the template. ValueError names the row that lacks one.
     """
     if source.is_dir():
-        return {path.stem: {"caption": path.read_text().strip()} for path in sorted(source.glob("*.txt"))}
+        texts = {path.stem: path.read_text(encoding="utf-8").strip() for path in sorted(source.glob("*.txt"))}
+        for key, text in texts.items():
+            if not text:
+                raise ValueError(f"{source / key}.txt is empty; write the caption of {key} into it or remove it")
+        return {key: {"caption": text} for key, text in texts.items()}
     if source.suffix not in (".csv", ".jsonl"):
         raise ValueError(f"prompts={source}; give a .csv, a .jsonl or a folder of KEY.txt")
     with open(source, newline="", encoding="utf-8-sig") as file:
-        found = list(csv.DictReader(file)) if source.suffix == ".csv" else list(map(json.loads, file))
+        try:
+            found = list(csv.DictReader(file)) if source.suffix == ".csv" else list(map(json.loads, file))
+        except (ValueError, csv.Error) as error:
+            raise ValueError(f"prompts={source} is not a table ({error}). Repair it.") from error
     rows: dict[str, Row] = {}
     for number, row in enumerate(found, start=1):
         texts = {name: str(value).strip() for name, value in row.items() if name and value not in (None, "")}

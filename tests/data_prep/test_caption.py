@@ -98,6 +98,15 @@ def test_tables_and_text_files(tmp_path):
         read_prompts(tmp_path / "a.parquet")
 
 
+def test_damaged_tables_and_empty_texts_are_named(tmp_path):
+    (tmp_path / "cut.jsonl").write_text('{"key": "a", "cap')
+    with pytest.raises(ValueError, match=r"cut\.jsonl is not a table"):
+        read_prompts(tmp_path / "cut.jsonl")
+    (tmp_path / "b.txt").write_text("\n")
+    with pytest.raises(ValueError, match=r"b\.txt is empty"):
+        read_prompts(tmp_path)
+
+
 def test_sentences():
     template = "Transparent background, {style}: {caption}."
     assert sentence(template, {"caption": "The Moon", "style": "photo"}) == "Transparent background, photo: the Moon."
