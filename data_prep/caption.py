@@ -3,6 +3,7 @@
 import csv
 import hashlib
 import json
+import logging
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -43,6 +44,7 @@ CAPTIONS_FILE = "captions.jsonl"
 PREVIEW_CLIPS = 8
 PIECE = re.compile(r"-p\d{3,}$")  # what data_prep.shard adds to the key of a clip that it cuts
 Row = dict[str, str]
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,19 @@ def read_prompts(source: Path) -> dict[str, Row]:
         if "key" not in texts or not texts["caption"]:
             raise ValueError(f"{source}: row {number} lacks a key or a caption; columns: key, caption")
         rows[texts["key"]] = texts
+    return rows
+
+
+def prompts_for(refs: Sequence[ClipRef], source: Path) -> dict[str, Row]:
+    """`read_prompts`, with a warning about rows that no clip takes; ValueError if no clip takes any."""
+    rows = read_prompts(source)
+    keys = {key for ref in refs for key in (ref.key, PIECE.sub("", ref.key))}
+    idle = [key for key in rows if key not in keys]
+    if idle:
+        said = f"prompts={source}: {len(idle)} of {len(rows)} rows have the key of no clip: {', '.join(idle[:3])}"
+        if len(idle) == len(rows):
+            raise ValueError(f"{said}. Keys here are as {refs[0].key}; correct those of the prompts.")
+        log.warning(said)
     return rows
 
 
@@ -189,7 +204,7 @@ def caption(
     as it is; ShardError if it holds others. TooManyBad past the budget.
     """
     refs = index_shards(shards)
-    given = read_prompts(prompts) if prompts else {}
+    given = prompts_for(refs, prompts) if prompts else {}
     content = {
         **asdict(settings), "max_clips": max_clips, "max_bytes": max_bytes,
         "prompts_sha256": hashlib.sha256(json.dumps(given, sort_keys=True).encode()).hexdigest(),
@@ -250,7 +265,7 @@ def preview(
     """Lines of a few clips, reasons of those that have none, and clips in all. Writes nothing."""
     refs = index_shards(shards)
     few = sorted(refs, key=lambda ref: stable_hash(ref.key))[:PREVIEW_CLIPS]
-    lines = list(caption_clips(few, settings, read_prompts(prompts) if prompts else {}, device, "local", 0))
+    lines = list(caption_clips(few, settings, prompts_for(refs, prompts) if prompts else {}, device, "local", 0))
     bad = {line.key: line.reason for line in lines if isinstance(line, BadClip)}
     return [line for line in lines if not isinstance(line, BadClip)], bad, len(refs)
 

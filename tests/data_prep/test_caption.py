@@ -107,6 +107,17 @@ def test_damaged_tables_and_empty_texts_are_named(tmp_path):
         read_prompts(tmp_path)
 
 
+def test_prompts_of_no_clip_are_named(source, tmp_path, caplog):
+    table = tmp_path / "prompts.csv"
+    table.write_text("key,caption\nfilm,A film\nfilm.mkv,A film\n")
+    run(source, tmp_path / "out", prompts=table)
+    assert "1 of 2 rows have the key of no clip: film.mkv" in caplog.text
+    table.write_text("key,caption\nfilm.mkv,A film\n")
+    with pytest.raises(ValueError, match=r"1 of 1 rows .* no clip: film\.mkv\. Keys here are as film-p000"):
+        run(source, tmp_path / "none", prompts=table)
+    assert not (tmp_path / "none").exists()
+
+
 def test_sentences():
     template = "Transparent background, {style}: {caption}."
     assert sentence(template, {"caption": "The Moon", "style": "photo"}) == "Transparent background, photo: the Moon."
