@@ -1,6 +1,5 @@
 """A sampled RGBA clip into the files that editors, compositors and browsers open."""
 
-import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -22,6 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from acetate.alpha import checkerboard, over
+from acetate.replacing import remove, rename_over
 from acetate.video_io import Frames, write_video
 
 FORMATS = ("png", "webm", "prores", "webp", "apng", "pair", "preview")
@@ -283,7 +283,7 @@ def _whole(paths: Sequence[Path]) -> Iterator[list[Path]]:
     try:
         paths[0].parent.mkdir(parents=True, exist_ok=True)
         for temporary in temporaries:
-            _remove(temporary)  # of a run that was killed
+            remove(temporary)  # of a run that was killed
         yield temporaries
         for temporary, path in zip(temporaries, paths, strict=True):
             rename_over(temporary, path)
@@ -297,31 +297,7 @@ def _whole(paths: Sequence[Path]) -> Iterator[list[Path]]:
     finally:
         for temporary in temporaries:
             with suppress(OSError):
-                _remove(temporary)
-
-
-def rename_over(temporary: Path, path: Path) -> None:
-    """Atomic for files. A full folder cannot be renamed over: the old one steps aside, and back if that fails."""
-    if not temporary.is_dir() or not os.path.lexists(path):
-        os.replace(temporary, path)
-        return
-    old = path.with_name(f".old-{path.name}")
-    _remove(old)
-    os.replace(path, old)
-    try:
-        os.replace(temporary, path)
-    except OSError:
-        os.replace(old, path)
-        raise
-    with suppress(OSError):
-        _remove(old)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+                remove(temporary)
 
 
 def _free_space(folder: Path) -> str:

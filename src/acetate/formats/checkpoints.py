@@ -11,6 +11,7 @@ from acetate.formats.sharded import is_sharded, read_sharded
 from acetate.formats.trained import check_facts, check_trained
 from acetate.models.adapters import ADAPTER_SCHEMA, listed, read_adapter_file
 from acetate.models.weights import load_data
+from acetate.replacing import standing
 
 KINDS = ("rgba_vae", "dit_dora")
 
@@ -31,7 +32,7 @@ def read_trained(source: str, ema: bool | None = None) -> Trained:
     ema: True the average, False the raw weights, None the average where there is one. Raises FileNotFoundError
     (nothing there) and ValueError (not readable, damaged, no average, another kind of file), naming the file.
     """
-    path = _newest(Path(source).expanduser())
+    path = _newest(standing(Path(source).expanduser()))
     if path.suffix == ".safetensors":
         state, facts = read_adapter_file(path)
         averaged = bool(facts.get("averaged", False))
@@ -67,7 +68,7 @@ def _newest(path: Path) -> Path:
             f"{path}: no checkpoint there. Give a .ckpt (a file or a sharded folder), the .safetensors beside it, or "
             "the folder of a run, which has checkpoints/last.ckpt."
         )
-    whole = found[-1].with_suffix(".ckpt")  # holds the raw weights and the average
+    whole = standing(found[-1].with_suffix(".ckpt"))  # holds the raw weights and the average
     return whole if whole.exists() else found[-1]
 
 

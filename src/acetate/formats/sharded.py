@@ -26,7 +26,7 @@ from torch.serialization import _get_layout
 from acetate.models.adapters import listed
 from acetate.models.sharding import shard_like
 from acetate.models.weights import load_data, reason
-from acetate.video_out import rename_over
+from acetate.replacing import rename_over
 
 UNREADABLE = (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, AttributeError, KeyError, IndexError,
               TypeError)  # fmt: skip
@@ -39,7 +39,8 @@ def is_sharded(path: Path) -> bool:
 
 
 def write_sharded(checkpoint: dict[str, Any], folder: Path) -> None:
-    """All ranks call it; the folder has its name when everything is in it, and an older one stays until then.
+    """All ranks call it; the folder has its name when everything is in it, and an older one is there until then
+    (`replacing.standing`).
 
     Raises OSError on all ranks.
     """

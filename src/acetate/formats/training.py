@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from acetate.formats.checkpoints import read_whole
 from acetate.formats.sharded import is_sharded, read_sharded, shard_whole, unwritten, write_sharded
+from acetate.replacing import rename_over
 
 
 class WholeCheckpointIO(TorchCheckpointIO):
@@ -27,9 +28,7 @@ class WholeCheckpointIO(TorchCheckpointIO):
                 torch.save(checkpoint, file)
                 file.flush()
                 os.fsync(file.fileno())
-            if path.is_dir():  # of a sharded run; a file cannot be renamed over it
-                self.remove_checkpoint(path)
-            temporary.replace(path)
+            rename_over(temporary, path)
         except (OSError, RuntimeError) as error:  # torch's zip writer turns a full disk into a RuntimeError
             raise unwritten(path, error) from error
         finally:

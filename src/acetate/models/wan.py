@@ -22,7 +22,7 @@ from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
 from acetate.models.ops import LAYOUT, norm_silu, upsample_conv
-from acetate.video_out import rename_over
+from acetate.replacing import rename_over
 
 State = dict[nn.Module, Tensor] | None
 
