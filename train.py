@@ -1,5 +1,6 @@
 """python train.py experiment=vae_rgba [group=option] [key=value ...]; --help lists what there is."""
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import hydra
@@ -9,7 +10,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from acetate.callbacks.preemption import Preempted
-from acetate.commands.runs import FINISHED, checkpoint_to_resume
+from acetate.commands.runs import checkpoint_to_resume, only_writer
 
 
 def close_process_group() -> None:
@@ -27,16 +28,13 @@ def main(config: DictConfig) -> float | None:
     data = instantiate(config.data)
     callbacks = [callback for callback in instantiate(config.callbacks).values() if callback is not None]
     trainer = instantiate(config.trainer, callbacks=callbacks, logger=instantiate(config.logger))
-    if trainer.is_global_zero:
-        (run / FINISHED).unlink(missing_ok=True)
-    try:
-        trainer.fit(task, data, ckpt_path=checkpoint, weights_only=True)
-    except Preempted:
+    with only_writer(run) if trainer.is_global_zero else nullcontext():
+        try:
+            trainer.fit(task, data, ckpt_path=checkpoint, weights_only=True)
+        except Preempted:
+            close_process_group()
+            raise
         close_process_group()
-        raise
-    close_process_group()
-    if trainer.is_global_zero:
-        (run / FINISHED).touch()
     objective = trainer.callback_metrics.get(config.objective)  # a run that had ended before has measured nothing
     return None if objective is None else float(objective)
 

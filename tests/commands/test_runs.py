@@ -7,8 +7,16 @@ import pytest
 from omegaconf import OmegaConf
 from torch.distributed import TCPStore
 
-from acetate.commands.runs import FINISHED, checkpoint_to_resume, record_folder, run_folder, run_id
+from acetate.commands.runs import FINISHED, LOCK, checkpoint_to_resume, only_writer, record_folder, run_folder, run_id
 
+WRITER = """
+import sys
+from pathlib import Path
+from acetate.commands.runs import only_writer
+with only_writer(Path(sys.argv[1])):
+    print("in", flush=True)
+    sys.stdin.read()
+"""
 THESE = ["experiment=vae_rgba", "task.lr=1"]
 
 
@@ -73,6 +81,51 @@ def test_checkpoint_to_resume(tmp_path):
     (shards / ".metadata").touch()
     assert checkpoint_to_resume(str(shards), tmp_path) == str(shards)
     assert checkpoint_to_resume(str(run), tmp_path) == last
+
+
+def test_a_checkpoint_that_stepped_aside_is_found(tmp_path):
+    run = make(tmp_path / "demo/a")
+    last, aside = run / "checkpoints/last.ckpt", run / "checkpoints/.old-last.ckpt"
+    last.rename(aside)
+    for resume in ("last", "auto"):
+        assert choose(tmp_path, resume) == str(run)
+        assert checkpoint_to_resume(resume, run) == str(aside)
+    assert checkpoint_to_resume(str(last), tmp_path) == str(aside)
+
+
+@pytest.fixture
+def writer(tmp_path):
+    """Another process, which writes to the run's folder until it is killed."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", WRITER, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert process.stdout.readline() == b"in\n"
+    yield process
+    process.kill()
+    process.wait()
+
+
+def test_a_run_has_one_writer(tmp_path, writer):
+    (tmp_path / FINISHED).touch()
+    with pytest.raises(RuntimeError, match=f"by process {writer.pid} on .*resume=last"), only_writer(tmp_path):
+        pass
+    assert (tmp_path / FINISHED).exists()
+    writer.kill()
+    writer.wait()
+    with only_writer(tmp_path):
+        assert not (tmp_path / FINISHED).exists()
+    assert (tmp_path / FINISHED).exists()
+
+
+def test_a_writer_on_another_machine_has_time_to_end(tmp_path, writer, caplog):
+    (tmp_path / LOCK).write_text("7 on elsewhere")
+    with pytest.raises(RuntimeError, match="by process 7 on elsewhere"), only_writer(tmp_path, patience=0):
+        pass
+    ends = threading.Timer(0.3, writer.kill)
+    ends.start()
+    with only_writer(tmp_path, patience=600):
+        assert "written by process 7 on elsewhere; waiting for it, 600 s at most" in caplog.text
+    ends.join()
 
 
 def test_first_notes_are_kept_and_one_rank_writes_them(tmp_path, monkeypatch):

@@ -28,6 +28,10 @@ class Preemption(Checkpoint):
     exit code 75, the others with 0. On one of `requeue`, which are signals, too, rank 0 also puts the SLURM job back
     into the queue (`scontrol requeue`). The last step of training ends as ever.
 
+    torchrun's agent hands SIGTERM on to its ranks, kills those that have not ended 30 s later (`--shutdown-timeout`),
+    and ends with 1. SIGUSR1 and SIGUSR2 kill it, unless `--signals-to-handle=SIGTERM,SIGUSR1,SIGUSR2` has it hand them
+    on. Ranks of srun without torchrun get every signal themselves.
+
     A signal during a validation or a checkpoint waits for the end of the step after it. A Checkpoint to Lightning, so
     that it comes after all callbacks that a step changes.
     """

@@ -1,17 +1,28 @@
 """Which folder a run writes to, and which checkpoint it goes on from."""
 
+import fcntl
+import logging
 import os
-from collections.abc import Callable, Sequence
+import socket
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 import torch.distributed as dist
 from omegaconf import OmegaConf
 
 from acetate.formats.sharded import is_sharded
+from acetate.replacing import standing
+
+log = logging.getLogger(__name__)
 
 LAST = "checkpoints/last.ckpt"
 RECORD = ".hydra"  # in a run's folder: the config and the overrides that it was started with
 FINISHED = "finished"  # in a run's folder: an empty file, there once training has reached its last step
+LOCK = ".lock"  # in a run's folder: a file that names the process that last wrote there, which locks it
+LEASE = 150.0  # seconds; in less, file servers take its locks from a machine that is gone (NFSv4 90, Lustre 100)
 
 
 def run_folder(outputs: str, name: str, resume: str | None, overrides: Sequence[str], now: str) -> str:
@@ -54,23 +65,65 @@ def checkpoint_to_resume(resume: str | None, run: Path) -> str | None:
     """A checkpoint's path as it is, or the last one of a run's folder; `last` the run's own, `auto` that where there is
     one. Raises FileNotFoundError, and ValueError for what is no checkpoint of training."""
     if resume in (None, "last", "auto"):
-        own = run / LAST
+        own = standing(run / LAST)
         if resume is None or (resume == "auto" and not own.exists()):
             return None
         if not own.exists():
             raise FileNotFoundError(f"resume=last: no last.ckpt below {run.parent}. Leave out resume to start anew.")
         return str(own)
-    if not Path(resume).exists():
+    given = next((path for path in map(standing, (Path(resume) / LAST, Path(resume))) if path.exists()), None)
+    if given is None:
         raise FileNotFoundError(
             f"resume={resume} does not exist. Give a .ckpt file, `last` for the newest run, or `auto`."
         )
-    given = Path(resume) / LAST if (Path(resume) / LAST).exists() else Path(resume)
     if given.suffix != ".ckpt" or not (given.is_file() or is_sharded(given)):
         raise ValueError(
             f"resume={resume} is no checkpoint of training. Such is a .ckpt, file or folder of shards; a run's folder "
             f"stands for its {LAST}. Leave out resume to start anew."
         )
     return str(given)
+
+
+@contextmanager
+def only_writer(run: Path, patience: float = LEASE) -> Iterator[None]:
+    """Rank 0 trains in the run's folder, and no other process does; reaching the end of it marks the run as finished.
+
+    The kernel unlocks the folder when the process ends, however it does, but not when its data workers do. Raises
+    RuntimeError at once where another process of this machine writes there; one of another machine, which may be gone
+    without its file server having noticed, has `patience` seconds.
+    """
+    run.mkdir(parents=True, exist_ok=True)
+    with (run / LOCK).open("a+") as file:
+        _lock(file, run, patience)
+        file.truncate(0)
+        file.write(f"{os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        (run / FINISHED).unlink(missing_ok=True)
+        yield
+        (run / FINISHED).touch()
+
+
+def _lock(file: IO[str], run: Path, patience: float) -> None:
+    deadline, waits = time.monotonic() + patience, False
+    while True:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock, which forked data workers would go on holding
+            return
+        except (BlockingIOError, PermissionError):  # which of them is up to the system
+            file.seek(0)
+            holder = file.read()
+        except OSError as error:
+            log.warning("%s cannot be locked (%s): see to it that no other process trains there", run, error.strerror)
+            return
+        if holder.endswith(f" on {socket.gethostname()}") or time.monotonic() > deadline:
+            raise RuntimeError(
+                f"{run} is being written by process {holder}, and by one at a time. Wait until it has ended, or end it "
+                "(SIGTERM: it saves where it stands), then go on with resume=last; without resume a new run starts."
+            )
+        if not waits:
+            log.warning("%s is being written by process %s; waiting for it, %.0f s at most", run, holder, patience)
+        waits = True
+        time.sleep(min(1.0, patience))
 
 
 def rank() -> int:
@@ -84,7 +137,7 @@ def _torchrun() -> bool:
 
 def _newest(runs: Path, chosen: Callable[[Path], bool]) -> Path | None:
     """Of the runs with a checkpoint; a sweep's jobs are runs, too, but not of their own accord."""
-    found = [path for path in runs.glob(f"*/{LAST}") if chosen(path.parents[1])]
+    found = [last for run in runs.glob("*") if (last := standing(run / LAST)).exists() and chosen(run)]
     return max(found, key=lambda path: path.stat().st_mtime, default=Path()).parents[1] if found else None
 
 
