@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from acetate import video_out
+from acetate import replacing, video_out
 from acetate.alpha import checkerboard, over
 from acetate.video_io import describe, read_pair, read_rgba
 from acetate.video_out import FORMATS, SUFFIXES, check_formats, write_clip
@@ -303,14 +303,14 @@ def test_folder_that_is_a_file(tmp_path):
 
 def test_old_folder_comes_back(tmp_path, monkeypatch):
     write_clip(tmp_path / "a", *film(3), 24, ["png"])
-    before, replace = contents(tmp_path), video_out.os.replace
+    before, replace = contents(tmp_path), replacing.os.replace
 
     def stubborn(source, target):
         if source.name.startswith(".tmp-"):
             raise PermissionError(errno.EACCES, "Permission denied")
         replace(source, target)
 
-    monkeypatch.setattr(video_out.os, "replace", stubborn)
+    monkeypatch.setattr(replacing.os, "replace", stubborn)
     with pytest.raises(PermissionError, match=r"a_png: not written \(Permission denied\)"):
         write_clip(tmp_path / "a", *film(1), 24, ["png"])
     assert contents(tmp_path) == before
