@@ -1,8 +1,9 @@
-"""python -m tests.soak [kills=20] [seed=0] [steps=4 * kills] [workers=2]: training that is killed again and again.
+"""python -m tests.soak [kills=20] [seed=0] [steps=4 * kills] [workers=2] [trainer=default] [ranks=1]: training that is
+killed again and again.
 
-Kills a run at random moments: itself at any time, itself while it writes a checkpoint, one of its data workers. Each
-time the same command goes on (resume=auto). In the end everything is compared, bit for bit, with a run that nobody
-killed: weights, optimizer, average, position in the data, metrics.csv.
+Kills a run at random moments: one of its ranks at any time, one while a checkpoint is being written, one of their data
+workers. Each time the same command goes on (resume=auto). In the end everything is compared, bit for bit, with a run
+that nobody killed: weights, optimizer, average, position in the data, metrics.csv.
 """
 
 import random
@@ -10,6 +11,8 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -18,7 +21,7 @@ from omegaconf import OmegaConf
 from tqdm import tqdm
 
 from data_prep.synthesize import synthesize
-from tests.runs import ended, train
+from tests.processes import ended, train_ranks
 from tests.test_resume import assert_same_run, run_of, small
 
 KINDS = ("process", "checkpoint", "worker")
@@ -26,79 +29,84 @@ CHECKPOINT_EVERY = 3  # steps
 PATIENCE = 300.0  # seconds for anything that has to happen
 
 
-def soak(folder: Path, *, kills: int, seed: int, steps: int, workers: int) -> Counter[str]:
+def soak(
+    folder: Path, *, kills: int, seed: int, steps: int, workers: int, trainer: str = "default", ranks: int = 1
+) -> Counter[str]:
     """How often what was killed, `half a checkpoint` where one was left behind. Raises AssertionError."""
     chance, counts = random.Random(seed), Counter()
     shards = folder / "shards"
-    synthesize(out=shards, clips=12, frames=5, sizes=[16], seed=0, val_fraction=0.2, max_clips=100, max_bytes=10**9)
+    synthesize(out=shards, clips=14, frames=5, sizes=[16], seed=0, val_fraction=0.4, max_clips=100, max_bytes=10**9)
 
-    def start(outputs: Path) -> BaseProcess:
+    def start(outputs: Path) -> list[BaseProcess]:
         arguments = [
             *small("vae_rgba", outputs, shards, (shards, shards)), f"data.num_workers={workers}",
-            f"trainer.max_steps={steps}", f"callbacks.checkpoint.every_n_train_steps={CHECKPOINT_EVERY}",
+            f"trainer={trainer}", f"trainer.max_steps={steps}",
+            f"callbacks.checkpoint.every_n_train_steps={CHECKPOINT_EVERY}",
             f"trainer.val_check_interval={4 * CHECKPOINT_EVERY}", "loss.diffusion.mode=off",
             "callbacks.throughput=null", "resume=auto",
         ]  # fmt: skip
-        return train(folder / f"{outputs.name}.log", *arguments)
+        return train_ranks(ranks, folder / f"{outputs.name}.log", *arguments)
 
     whole, parts = folder / "whole", folder / "parts"
-    process = start(whole)
-    until(lambda: len(children(process)) >= workers, process)
+    run = start(whole)
+    until(lambda: len(data_workers(run)) >= workers * ranks, run)
     began = time.monotonic()
-    assert ended(process, within=PATIENCE * 4) == [0], log_of(whole)
+    assert ended(*run, within=PATIENCE * 4) == [0] * ranks, log_of(whole)
     share = (time.monotonic() - began) / (2 * kills)  # what a kill lets pass on average
     for number in tqdm(range(kills), unit="kill"):
         kind = KINDS[number % len(KINDS)]
-        left = half_written(parts)
-        process = start(parts)
+        run = start(parts)
         if kind == "checkpoint":
-            until(lambda left=left: half_written(parts) - left, process)
+            until(lambda: not half_written(parts), run)  # of an earlier kill
+            until(lambda: half_written(parts), run)
             time.sleep(chance.uniform(0, 0.02))
         elif kind == "process" and chance.random() < 0.3:
             time.sleep(chance.uniform(0, 2))  # before it trains
         else:
-            until(lambda process=process: len(children(process)) >= workers, process)
+            until(lambda run=run: len(data_workers(run)) >= workers * ranks, run)
             time.sleep(chance.uniform(0, 2 * share))
-        assert process.is_alive(), f"ended before it was killed; give it more than steps={steps}: {log_of(parts)}"
+        assert running(run), f"ended before it was killed; give it more than steps={steps}: {log_of(parts)}"
         counts[kind] += 1
+        victim = chance.choice(data_workers(run) if kind == "worker" else run)
+        victim.kill()
+        codes = ended(*run, within=PATIENCE)
+        assert not {0, None} & set(codes), f"exit codes {codes}: {log_of(parts)}"
         if kind == "worker":
-            for worker in chance.sample(children(process), k=min(1, len(children(process)))):
-                worker.kill()
-            (code,) = ended(process, within=PATIENCE)
-            said = log_of(parts)
-            assert code == 1 and "DataLoader worker (pid" in said, f"exit code {code}: {said}"
-        else:
-            process.kill()
-            process.join()
-        counts["half a checkpoint"] += bool(half_written(parts) - left)
-    assert ended(start(parts), within=PATIENCE * 4) == [0], log_of(parts)
+            assert "DataLoader worker (pid" in log_of(parts), log_of(parts)
+        if kind == "checkpoint":
+            counts["half a checkpoint"] += bool(half_written(parts))
+    assert ended(*start(parts), within=PATIENCE * 4) == [0] * ranks, log_of(parts)
     assert_same_run(run_of(whole), run_of(parts))
     return counts
 
 
-def half_written(outputs: Path) -> set[Path]:
+def half_written(outputs: Path) -> list[Path]:
     """Checkpoints."""
-    return set(outputs.glob("*/*/checkpoints/.*.tmp"))
+    return list(outputs.glob("*/*/checkpoints/.*.tmp"))
 
 
-def children(process: BaseProcess) -> list[psutil.Process]:
-    """Data workers."""
-    try:
-        return psutil.Process(process.pid).children()
-    except psutil.NoSuchProcess:
-        return []
+def data_workers(run: Sequence[BaseProcess]) -> list[psutil.Process]:
+    found = []
+    for rank in run:
+        with suppress(psutil.NoSuchProcess):
+            found += psutil.Process(rank.pid).children()
+    return found
 
 
-def until(happens, process: BaseProcess) -> None:
-    """Waits while the process runs."""
+def running(run: Sequence[BaseProcess]) -> bool:
+    return all(rank.is_alive() for rank in run)
+
+
+def until(happens: Callable[[], object], run: Sequence[BaseProcess]) -> None:
+    """Waits while the run runs."""
     deadline = time.monotonic() + PATIENCE
-    while process.is_alive() and not happens():
+    while running(run) and not happens():
         assert time.monotonic() < deadline, "nothing happened"
         time.sleep(0.001)
 
 
 def log_of(outputs: Path) -> str:
-    return outputs.with_suffix(".log").read_text()[-3000:]
+    return "".join(log.read_text()[-3000:] for log in sorted(outputs.parent.glob(f"{outputs.name}.log_*")))
 
 
 if __name__ == "__main__":

@@ -1,12 +1,15 @@
 import json
-import os
-import subprocess
-import sys
 from dataclasses import asdict, replace
 
 import pytest
 import torch
+import torch.distributed as dist
 from hydra.utils import instantiate
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from acetate import memory
@@ -17,6 +20,7 @@ from acetate.models.text import TextEncoder
 from acetate.models.wan import Geometry
 from tests.compose import composed
 from tests.paths import ROOT
+from tests.processes import launch
 
 GPU = Gpu(name="x", peak_tflops=1e-9, memory_gib=1, gpus_per_node=8, link_gb_s=1e-6, node_gb_s=5e-7)
 EXACT = Assumptions(efficiency=1.0, bandwidth_share=1.0, overlap=0.0, latency_us=0.0)
@@ -137,18 +141,63 @@ def test_bytes_of_a_sample_are_those_of_real_shards(cached):
         assert 0 <= shard["bytes"] - sum(sizes) < 1024 + 10240  # a tar ends on two blocks and fills its record
 
 
+class Loss(nn.Module):
+    def __init__(self, task):
+        super().__init__()
+        self.task = task
+
+    def forward(self, batch):
+        return memory.training_loss(self.task, batch)
+
+
+class Collectives(TorchDispatchMode):
+    """Bytes of whole tensors, by collective."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = {"_allgather_base_": 0, "_reduce_scatter_base_": 0}
+        self.calls = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._schema.name.removeprefix("c10d::")
+        if name in self.bytes:
+            self.bytes[name] += max(x.nbytes for x in tree_leaves(args) if isinstance(x, torch.Tensor))
+            self.calls += 1
+        return func(*args, **kwargs or {})
+
+
+def sent_in_a_step():
+    """What DDP and FSDP2 really hand to their collectives."""
+    reduced = []
+
+    def hook(state, bucket):
+        reduced.append(bucket.buffer().nbytes)
+        return dist.all_reduce(bucket.buffer(), async_op=True).get_future().then(lambda done: done.value()[0])
+
+    task, geometry = tiny_task()
+    batch = tiny_batch(task, geometry)
+    whole = DistributedDataParallel(Loss(task))
+    whole.register_comm_hook(None, hook)
+    whole(batch).backward()
+
+    task, _ = tiny_task()
+    for block in task.transformer.blocks:
+        fully_shard(block, reshard_after_forward=True)
+    fully_shard(task.transformer, reshard_after_forward=True)
+    with Collectives() as sharded:
+        memory.training_loss(task, batch).backward()
+    return {
+        "reduced": sum(reduced),
+        "gathered": sharded.bytes["_allgather_base_"],
+        "scattered": sharded.bytes["_reduce_scatter_base_"],
+        "collectives": sharded.calls,
+    }
+
+
 @pytest.mark.slow
-def test_payloads_are_those_of_real_processes(tmp_path):
-    world, place = 2, {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "tests.communication"]
-    places = [str(tmp_path / "meeting"), str(tmp_path / "found.json")]
-    runs = [
-        subprocess.Popen([*command, str(rank), str(world), *places], cwd=ROOT, env=place, stderr=subprocess.PIPE)
-        for rank in range(world)
-    ]
-    errors = [run.communicate(timeout=300)[1].decode() for run in runs]
-    assert [run.returncode for run in runs] == [0] * world, errors
-    real = json.loads((tmp_path / "found.json").read_text())
+@pytest.mark.xdist_group("ranks")
+def test_payloads_are_those_of_real_processes():
+    real, _ = launch(2, sent_in_a_step)
     _, found = footprint(composed(ROOT, *TINY))
     assert real["reduced"] == payload(found, "ddp").reduced
     sharded = asdict(payload(found, "fsdp"))

@@ -1,21 +1,28 @@
 """Sweeps by submitit, and ranks that torchrun and srun start."""
 
+import json
 import os
+import re
 import signal
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from lightning import Callback
+from safetensors import safe_open
 
+from acetate.commands import export
+from acetate.formats.training import WholeCheckpointIO
 from tests.paths import ROOT
-from tests.runs import ended, free_port, train
+from tests.processes import ended, train
 from tests.test_resume import small
 
-TWO_RANKS = ["trainer.accelerator=cpu", "trainer.devices=2", "++trainer.strategy=ddp", "data.num_workers=0"]
+TWO_RANKS = ["trainer.accelerator=cpu", "data.num_workers=0"]
 TWO_STEPS = ["trainer.max_steps=2", "trainer.val_check_interval=2", "data.num_workers=0"]
 WITHOUT_PLUGIN = """
 import runpy, sys, types
@@ -83,17 +90,41 @@ def test_without_the_launcher_everything_else_composes():
 
 @pytest.mark.slow
 def test_torchrun(tmp_path, clips):
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train.py"]
-    done = run(*launch, *small("vae_rgba", tmp_path, *clips), *TWO_STEPS, *TWO_RANKS)
+    """A sharded run whose agent gets SIGTERM, as at the end of a SLURM job's time, goes on to its end."""
+    command = [
+        "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "train.py", "trainer=fsdp",
+        "trainer.accelerator=cpu", *small("vae_rgba", tmp_path, *clips), "data.num_workers=1",
+        "loss.diffusion.mode=off", "+trainer.limit_val_batches=0", "callbacks.checkpoint.every_n_train_steps=1",
+    ]  # fmt: skip
+    with (tmp_path / "log").open("w") as log:
+        agent = subprocess.Popen(
+            [sys.executable, *command, "trainer.max_steps=100000"], cwd=ROOT, stdout=log, stderr=log
+        )
+        while not list(tmp_path.glob("vae_rgba/*/checkpoints/last.ckpt")) and agent.poll() is None:
+            time.sleep(0.1)
+        agent.send_signal(signal.SIGTERM)
+        agent.wait(60)
+    said = (tmp_path / "log").read_text()
+    asked = re.search(r"asked to stop: saved after step (\d+)", said)
+    assert asked and "forcefully exiting" not in said, said[-3000:]
+    done = run(*command, f"trainer.max_steps={int(asked[1]) + 1}", "resume=last")
     assert done.returncode == 0, done.stderr[-3000:]
-    assert_one_run(tmp_path)
+    assert_one_run(tmp_path, steps=int(asked[1]) + 1)
+    with initialize_config_dir(str(ROOT / "conf"), version_base=None):
+        settings = [f"paths.root={ROOT}", f"checkpoint={tmp_path}", "to=acetate", f"out={tmp_path / 'out'}"]
+        export.main(compose("command/export", settings))
+    (exported,) = (tmp_path / "out").glob("*.safetensors")
+    with safe_open(exported, "pt") as file:
+        assert json.loads(file.metadata()["step"]) == int(asked[1]) + 1
 
 
 @pytest.mark.slow
 @pytest.mark.xdist_group("runs")
 def test_srun(tmp_path, clips):
     """Two processes in the environment that srun gives them, and again, once they were asked to stop and requeued."""
-    port = free_port()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
 
     def ranks(restart: int, *more: str) -> list[int | None]:
         environment = {
@@ -125,9 +156,10 @@ def test_srun(tmp_path, clips):
     assert assert_one_run(tmp_path).name == "slurm_1234_0"
 
 
-def assert_one_run(outputs: Path) -> Path:
+def assert_one_run(outputs: Path, steps: int = 2) -> Path:
     """Of all ranks together, with one record of its settings, trained to the end."""
     (run_folder,) = outputs.glob("vae_rgba/*")
     assert (run_folder / ".hydra/overrides.yaml").exists() and (run_folder / "finished").exists()
-    assert torch.load(run_folder / "checkpoints/last.ckpt", weights_only=True)["global_step"] == 2
+    checkpoint = WholeCheckpointIO().load_checkpoint(run_folder / "checkpoints/last.ckpt", weights_only=True)
+    assert checkpoint["global_step"] == steps
     return run_folder

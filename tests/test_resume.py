@@ -3,6 +3,7 @@
 import csv
 import os
 import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,8 @@ import torch
 from lightning import Callback
 from torch.testing import assert_close
 
-from tests.runs import ended, train, two_ranks
+from acetate.formats.training import WholeCheckpointIO
+from tests.processes import ended, train, train_ranks
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("runs")]
 
@@ -33,9 +35,28 @@ class SignalAt(Callback):
             os.kill(os.getpid(), self.number)
 
 
-def signal_at(batches: int, name: str, rank: int) -> list[str]:
-    settings = {"_target_": "tests.test_resume.SignalAt", "batches": batches, "name": name, "rank": rank}
-    return [f"+callbacks.signal.{key}={value}" for key, value in settings.items()]
+class KilledAt(Callback):
+    """Rank `rank` is killed when it is about to rename or open (of sys.addaudithook) a path that ends so, but for the
+    first `spared` times."""
+
+    def __init__(self, event: str, path: str, rank: int, spared: int):
+        self.event, self.path, self.rank, self.spared = event, path, rank, spared
+
+    def setup(self, trainer, pl_module, stage):
+        if trainer.global_rank == self.rank:
+            sys.addaudithook(self.hook)
+
+    def hook(self, event, arguments):
+        if event == self.event and str(arguments[0]).endswith(self.path):
+            self.spared -= 1
+            if self.spared < 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+
+def added(callback: type[Callback], **settings) -> list[str]:
+    """To the callbacks of a run."""
+    place = {"_target_": f"tests.test_resume.{callback.__name__}", **settings}
+    return [f"+callbacks.{callback.__name__}.{key}={value}" for key, value in place.items()]
 
 
 def small(experiment: str, outputs: Path, shards: Path, cached: tuple[Path, Path]) -> list[str]:
@@ -67,7 +88,9 @@ def logged(run: Path) -> list[dict[str, str]]:
 
 
 def assert_same_run(one: Path, two: Path) -> None:
-    first, second = (torch.load(run / "checkpoints/last.ckpt", weights_only=True) for run in (one, two))
+    first, second = (
+        WholeCheckpointIO().load_checkpoint(run / "checkpoints/last.ckpt", weights_only=True) for run in (one, two)
+    )
     for part in ("global_step", "state_dict", "optimizer_states", "lr_schedulers"):
         assert_close(second[part], first[part], rtol=0, atol=0)
     assert_close(second["callbacks"]["EMA"], first["callbacks"]["EMA"], rtol=0, atol=0)
@@ -77,10 +100,13 @@ def assert_same_run(one: Path, two: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("experiment", "ranks", "workers", "accumulate"),
-    [("vae_rgba", 1, 2, 3), ("vae_rgba", 2, 0, 1), ("dit_dora", 1, 0, 2), ("dit_dora", 2, 2, 2)],
-)
-def test_killed_run_goes_on_exactly(tmp_path, many_shards, cached, experiment, ranks, workers, accumulate):
+    ("experiment", "trainer", "ranks", "workers", "accumulate"),
+    [
+        ("vae_rgba", "default", 1, 2, 3), ("vae_rgba", "ddp", 2, 0, 1), ("vae_rgba", "fsdp", 2, 2, 1),
+        ("dit_dora", "default", 1, 0, 2), ("dit_dora", "ddp", 2, 2, 2), ("dit_dora", "fsdp", 2, 0, 2),
+    ],
+)  # fmt: skip
+def test_killed_run_goes_on_exactly(tmp_path, many_shards, cached, experiment, trainer, ranks, workers, accumulate):
     """Killed in the middle of a window of accumulation, where there is one; gone on, then asked to stop by one rank's
     SIGTERM just before a validation; gone on to the end."""
 
@@ -88,17 +114,18 @@ def test_killed_run_goes_on_exactly(tmp_path, many_shards, cached, experiment, r
         arguments = [
             *small(experiment, outputs, many_shards, cached), f"data.num_workers={workers}", "trainer.max_steps=6",
             f"trainer.accumulate_grad_batches={accumulate}", "callbacks.checkpoint.every_n_train_steps=2",
-            f"trainer.val_check_interval={2 * accumulate}", *more,
+            f"trainer.val_check_interval={2 * accumulate}", f"trainer={trainer}", *more,
             *(["+trainer.limit_val_batches=0"] if (experiment, ranks) == ("dit_dora", 2) else []),
         ]  # fmt: skip
-        log = tmp_path / f"{outputs.name}.log"
-        return ended(*(two_ranks(log, *arguments) if ranks == 2 else [train(log, *arguments)]))
+        return ended(*train_ranks(ranks, tmp_path / f"{outputs.name}.log", *arguments))
 
     # Of the cached windows only one is to validate on, too few for two ranks.
+    killed = added(SignalAt, batches=3 * accumulate + accumulate // 2, name="SIGKILL", rank=ranks - 1)
+    stopped = added(SignalAt, batches=accumulate + 1, name="SIGTERM", rank=ranks - 1)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert run(whole) == [0] * ranks
-    assert 0 not in run(parts, *signal_at(3 * accumulate + accumulate // 2, "SIGKILL", rank=ranks - 1))
-    assert run(parts, "resume=last", *signal_at(accumulate + 1, "SIGTERM", rank=ranks - 1)) == [75, 0][:ranks]
+    assert 0 not in run(parts, *killed)
+    assert run(parts, "resume=last", *stopped) == [75, 0][:ranks]
     assert run(parts, "resume=last") == [0] * ranks
     assert_same_run(run_of(whole), run_of(parts))
 
@@ -124,6 +151,50 @@ def test_a_run_killed_in_its_last_validation_ends_with_it(tmp_path, many_shards)
         assert [row["step"] for row in logged(run) if "val/loss" in row] == ["1", "3"]
         assert [row["step"] for row in logged(run) if "train/loss" in row] == ["0", "1", "2", "3"]
         (run / "finished").unlink()
+
+
+def test_a_sharded_run_that_is_killed_amid_its_checkpoints(tmp_path, many_shards):
+    """As rank 1 writes its shards, and as rank 0 puts a new last.ckpt in the place of the old one."""
+
+    def run(outputs: Path, *more: str) -> list[int | None]:
+        arguments = [
+            *small("vae_rgba", outputs, many_shards, (many_shards, many_shards)), "trainer=fsdp", "data.num_workers=0",
+            "trainer.max_steps=4", "callbacks.checkpoint.every_n_train_steps=1", "+trainer.limit_val_batches=0", *more,
+        ]  # fmt: skip
+        return ended(*train_ranks(2, tmp_path / f"{outputs.name}.log", *arguments))
+
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert run(whole) == [0, 0]
+    writing = added(KilledAt, event="open", path=".last.ckpt.tmp/__1_0.distcp", rank=1, spared=1)
+    assert 0 not in run(parts, *writing)
+    checkpoints = run_of(parts) / "checkpoints"
+    assert not (checkpoints / ".last.ckpt.tmp/.metadata").exists()
+    renaming = added(KilledAt, event="os.rename", path=".last.ckpt.tmp", rank=0, spared=1)
+    assert 0 not in run(parts, "resume=last", *renaming)
+    assert (checkpoints / ".old-last.ckpt").is_dir() and not (checkpoints / "last.ckpt").exists()
+    assert run(parts, "resume=last") == [0, 0]
+    assert_same_run(run_of(whole), run_of(parts))
+
+
+def test_one_process_at_a_time_writes_a_run(tmp_path, many_shards):
+    """The second is refused; when the first is killed, its data workers, who live on for seconds, hold up nobody."""
+    arguments = [
+        *small("vae_rgba", tmp_path, many_shards, (many_shards, many_shards)), "loss.diffusion.mode=off",
+        "callbacks.checkpoint.every_n_train_steps=1", "+trainer.limit_val_batches=0", "data.num_workers=1",
+    ]  # fmt: skip
+    first = train(tmp_path / "first.log", *arguments, "trainer.max_steps=100000")
+    while not list(tmp_path.glob("*/*/checkpoints/last.ckpt")):
+        first.join(0.1)
+        assert first.is_alive(), (tmp_path / "first.log").read_text()[-2000:]
+    assert ended(train(tmp_path / "second.log", *arguments, "resume=last", "trainer.max_steps=100001")) == [1]
+    run = run_of(tmp_path)
+    assert f"{run} is being written by process {first.pid} on " in (tmp_path / "second.log").read_text()
+    first.kill()
+    first.join()
+    step = torch.load(run / "checkpoints/last.ckpt", weights_only=True)["global_step"]
+    third = train(tmp_path / "third.log", *arguments, "resume=last", f"trainer.max_steps={step + 1}")
+    assert ended(third) == [0], (tmp_path / "third.log").read_text()[-2000:]
+    assert (run / "finished").exists()
 
 
 def test_wandb_goes_on_under_one_id(tmp_path, many_shards):

@@ -1,4 +1,3 @@
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +10,7 @@ from torch.testing import assert_close
 from torch.utils.data import DataLoader
 
 from acetate.callbacks.guard import NonFiniteGuard
-from tests.distributed.ranks import launch
+from tests.processes import launch
 
 
 class Task(LightningModule):
@@ -175,8 +174,8 @@ def said_by_sharded() -> tuple[str, bool]:
 
 @pytest.mark.slow
 @pytest.mark.xdist_group("ranks")
-def test_ranks_of_a_sharded_model_skip_and_raise_together(tmp_path: Path):
-    (first, first_finite), (second, second_finite) = launch(2, tmp_path, said_by_sharded)
+def test_ranks_of_a_sharded_model_skip_and_raise_together():
+    (first, first_finite), (second, second_finite) = launch(2, said_by_sharded)
     assert "training step 4" in first
     assert "gradient of net.weight" in first
     assert "training step 4" in second

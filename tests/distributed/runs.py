@@ -4,6 +4,7 @@ import csv
 import os
 import resource
 import signal
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch.distributed as dist
 from hydra.utils import instantiate
 from lightning import Callback, LightningModule, Trainer, seed_everything
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 
 from acetate.callbacks.metrics_file import MetricsFile
 from acetate.data.clips import ClipDataModule
@@ -69,6 +71,15 @@ def fits(runs: dict[str, tuple]) -> dict[str, dict[str, Any]]:
     return {name: fit(*arguments) for name, arguments in runs.items()}
 
 
+def refused(*arguments: Any) -> str:
+    """The error of such a run."""
+    try:
+        fit(*arguments)
+    except ValueError as error:
+        return str(error)
+    raise AssertionError("it ran")
+
+
 class Seen(LightningModule):
     """The keys of every batch."""
 
@@ -106,6 +117,31 @@ def keys(folders: Sequence[Path], workers: int, batches: int, batch_size: int) -
         ).fit(seen, data)  # fmt: skip
         found.append((seen.train_keys, seen.val_keys))
     return found
+
+
+def anonymous() -> int:
+    """Bytes in memory of this process that are no pages of files, which the system takes back when it needs them."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.split("RssAnon:")[1].split()[0])
+
+
+def peak_of_loading(folder: Path) -> int:
+    """Bytes by which this rank's memory grows at most while it makes its part of the folder's DiT, with DoRA."""
+    config = composed(folder, "experiment=dit_dora", "rgba_vae=x", f"wan.transformer={folder}", "task.rank=4")
+    task = instantiate(config.task)
+    task._device_mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("data_parallel",))
+    before, seen, done = anonymous(), [], threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.001):
+            seen.append(anonymous())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    task.configure_model()
+    done.set()
+    watcher.join()
+    return max(*seen, anonymous()) - before
 
 
 def full_disk(folder: Path) -> tuple[str, list[str], Any]:

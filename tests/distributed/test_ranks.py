@@ -3,13 +3,17 @@
 from collections import Counter
 
 import pytest
+import torch
+from accelerate import init_empty_weights
+from diffusers import WanTransformer3DModel
+from safetensors.torch import save_file
 from torch.testing import assert_close
 
 from acetate.formats.checkpoints import read_trained
 from data_prep.synthesize import synthesize
 from tests.conftest import cache_demo
 from tests.distributed import runs
-from tests.distributed.ranks import launch
+from tests.processes import launch
 
 STEPS, MIDDLE = 10, 5
 COMMON = [f"trainer.max_steps={STEPS}", f"trainer.val_check_interval={MIDDLE}", "callbacks.checkpoint.save_top_k=-1",
@@ -52,7 +56,7 @@ def found(stages, tmp_path_factory):
     folders = {
         (stage, kind): root / f"{stage}_{kind}"
         for stage in stages
-        for kind in ("one", "ddp", "fsdp", "on1", "on4", "file4")
+        for kind in ("one", "ddp", "fsdp", "fsdp4", "on1", "on4", "file4")
     }
     results = {}
 
@@ -64,11 +68,11 @@ def found(stages, tmp_path_factory):
                 middle = folders[stage, source] / f"checkpoints/{MIDDLE:08d}.ckpt"
                 resume = middle if kind in ("on1", "on4", "file4") else None
                 arguments[stage, kind] = (folders[stage, kind], trainer, overrides, resume)
-        results.update(launch(world, root, runs.fits, arguments)[0])
+        results.update(launch(world, runs.fits, arguments)[0])
 
     run(2, {"ddp": "ddp", "fsdp": "fsdp"})
     run(1, {"one": "default", "on1": "default"})
-    run(4, {"on4": "fsdp", "file4": "fsdp"})
+    run(4, {"fsdp4": "fsdp", "on4": "fsdp", "file4": "fsdp"})
     return results, folders
 
 
@@ -78,11 +82,12 @@ def test_losses_are_those_of_one_process(found, stage):
     one = results[stage, "one"]
     assert len(one["losses"]) == STEPS
     assert one["losses"][0] != one["losses"][-1]
-    for kind in ("ddp", "fsdp"):
+    for kind in ("ddp", "fsdp", "fsdp4"):
         assert_close(results[stage, kind]["losses"], one["losses"], rtol=1e-6, atol=1e-6)
         assert_close(results[stage, kind]["metrics"], one["metrics"], rtol=1e-5, atol=1e-5)
         assert_close(results[stage, kind]["logged"], one["logged"], rtol=1e-4, atol=1e-5)
-    assert results[stage, "fsdp"]["held"] < 0.7 * results[stage, "ddp"]["held"]
+    held = [results[stage, kind]["held"] for kind in ("ddp", "fsdp", "fsdp4")]
+    assert held[2] < 0.7 * held[1] < 0.7 * 0.7 * held[0]
 
 
 @pytest.mark.parametrize("stage", ["vae", "dit"])
@@ -109,19 +114,18 @@ def test_a_sharded_checkpoint_exports_as_a_whole_one(found, stage, ema):
         assert_close(beside.state, sharded.state, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("world", [2])
+@pytest.mark.parametrize("world", [2, 4])
 def test_every_clip_once_an_epoch(tmp_path, world):
-    """4 and 5 tars, which 2 ranks of 2 workers divide and do not."""
+    """Of as many tars as ranks have workers, and of one more."""
     folders = []
-    for tars, per_tar in ((4, 2), (5, 2)):
+    for tars in (2 * world, 2 * world + 1):
         folder = tmp_path / f"of_{tars}"
         synthesize(
-            out=folder, clips=2 * tars + 4, frames=5, sizes=[16], seed=0, val_fraction=0.3, max_clips=per_tar,
-            max_bytes=10**9,
+            out=folder, clips=2 * tars + 4, frames=5, sizes=[16], seed=0, val_fraction=0.5, max_clips=2, max_bytes=10**9
         )  # fmt: skip
         folders.append(folder)
     batches, batch_size = 9, 2
-    ranks = launch(world, tmp_path, runs.keys, folders, 2, batches, batch_size)
+    ranks = launch(world, runs.keys, folders, 2, batches, batch_size)
     for parts in zip(*ranks, strict=True):
         trained, validated = zip(*parts, strict=True)
         order = [key for batch in zip(*trained, strict=True) for place in zip(*batch, strict=True) for key in place]
@@ -132,10 +136,32 @@ def test_every_clip_once_an_epoch(tmp_path, world):
         assert set(Counter(key for keys in validated for key in keys).values()) == {1}
 
 
+def test_uneven_validation_of_a_sharded_model_is_refused(stages, tmp_path):
+    for said in launch(2, runs.refused, tmp_path, "fsdp", [*stages["vae"], "data.val_clips=3"]):
+        assert "unequal numbers of batches on 2 ranks, 1 to 2; a sharded model needs equal ones" in said
+        assert "val_clips" in said
+
+
+def test_no_rank_holds_a_whole_model(tmp_path):
+    """One of 330 MB in fp32: two ranks take about half of it each, read from its file."""
+    with init_empty_weights():
+        model = WanTransformer3DModel(
+            num_attention_heads=8, attention_head_dim=64, in_channels=16, out_channels=16, text_dim=64, freq_dim=64,
+            ffn_dim=2048, num_layers=19, rope_max_seq_len=64,
+        )  # fmt: skip
+    model.save_config(tmp_path / "transformer")
+    file = tmp_path / "transformer/diffusion_pytorch_model.safetensors"
+    save_file({name: torch.zeros(value.shape) for name, value in model.state_dict().items()}, file)
+    whole = file.stat().st_size
+    assert whole > 320e6
+    for peak in launch(2, runs.peak_of_loading, tmp_path):
+        assert 0.5 < peak / whole < 0.7
+
+
 def test_a_full_disk_leaves_the_previous_shards(tmp_path):
     folder = tmp_path / "checkpoints"
     folder.mkdir()
-    for said, files, step in launch(2, tmp_path, runs.full_disk, folder):
+    for said, files, step in launch(2, runs.full_disk, folder):
         assert "last.ckpt could not be written" in said
         assert "resume=last" in said
         assert (files, step) == (["last.ckpt"], 1)

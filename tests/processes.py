@@ -1,0 +1,113 @@
+"""Processes that start at once, forked from one that has imported everything: train.py, and functions on many ranks.
+
+Ranks find each other as under torchrun, whose store this process serves.
+"""
+
+import atexit
+import multiprocessing
+import os
+import runpy
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from tests.paths import ROOT
+
+TIMEOUT = 500.0  # seconds
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(
+    ["acetate.tasks.vae", "acetate.tasks.dit", "acetate.formats.rgba_vae", "acetate.formats.training",
+     "acetate.callbacks.samples", "acetate.callbacks.throughput", "acetate.callbacks.guard",
+     "acetate.callbacks.preemption", "acetate.commands", "lightning.pytorch.loggers", "diffusers", "hydra",
+     "torch.distributed.fsdp", "tests.processes"]
+)  # fmt: skip
+STORES: list[dist.TCPStore] = []  # of every launch, as long as this process: its ranks may ask at any time
+
+
+def train(log: Path, *arguments: str, environment: Mapping[str, str] | None = None) -> BaseProcess:
+    """Starts `python train.py ARGUMENTS`, a session of its own; what it prints goes on in `log`."""
+    process = FORKS.Process(target=_train, args=(log, arguments, dict(environment or {})))
+    process.start()
+    return process
+
+
+def train_ranks(world: int, log: Path, *arguments: str) -> list[BaseProcess]:
+    """The same on `world` ranks of the CPU; that of each prints to its own log, NAME_0, NAME_1, ..."""
+    environments = _environments(world)
+    return [
+        train(log.with_name(f"{log.name}_{rank}"), *arguments, "trainer.accelerator=cpu", environment=environment)
+        for rank, environment in enumerate(environments)
+    ]
+
+
+def launch(world: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+    """function(*arguments) on `world` ranks of one process group; what each returns."""
+    pipes, processes = [], []
+    for environment in _environments(world):
+        receiver, sender = FORKS.Pipe(duplex=False)
+        process = FORKS.Process(target=_call, args=(environment, sender, function, arguments))
+        process.start()
+        sender.close()
+        pipes.append(receiver)
+        processes.append(process)
+    results: list[Any] = []
+    try:
+        for rank, pipe in enumerate(pipes):
+            assert wait([pipe], TIMEOUT), f"rank {rank} of {world} gives no answer"
+            results.append(pipe.recv())
+    finally:
+        codes = ended(*processes, within=10)
+    assert codes == [0] * world
+    return results
+
+
+def ended(*processes: BaseProcess, within: float = TIMEOUT) -> list[int | None]:
+    """Their exit codes once all have ended; those that have not in `within` seconds are killed and have None."""
+    codes = []
+    for process in processes:
+        process.join(within)
+        codes.append(process.exitcode)
+        if process.exitcode is None:
+            process.kill()
+    return codes
+
+
+def _environments(world: int) -> list[dict[str, str]]:
+    """Of each rank, as torchrun's agent makes it."""
+    STORES.append(dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False))
+    shared = {
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(STORES[-1].port), "WORLD_SIZE": str(world), "GROUP_RANK": "0",
+        "LOCAL_WORLD_SIZE": str(world), "TORCHELASTIC_RUN_ID": "test", "TORCHELASTIC_RESTART_COUNT": "0",
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+    }  # fmt: skip
+    return [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world)]
+
+
+def _train(log: Path, arguments: Sequence[str], environment: Mapping[str, str]) -> None:
+    os.setsid()
+    with log.open("ab") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    multiprocessing.set_start_method("fork", force=True)  # of data workers, as in a program of its own
+    os.environ.update(environment)
+    os.chdir(ROOT)
+    torch.set_num_threads(1)
+    sys.argv = ["train.py", *arguments]
+    try:
+        runpy.run_path("train.py", run_name="__main__")
+    finally:
+        atexit._run_exitfuncs()  # which multiprocessing leaves out, and wandb ends its run in
+
+
+def _call(environment: Mapping[str, str], sender: Any, function: Callable, arguments: tuple) -> None:
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    sender.send(function(*arguments))
+    dist.destroy_process_group()  # its threads abort a rank that ends with them running
