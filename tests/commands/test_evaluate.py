@@ -1,3 +1,4 @@
+import csv
 import json
 import subprocess
 import sys
@@ -19,11 +20,15 @@ def run(program, *arguments):
 @pytest.mark.slow
 def test_train_then_evaluate(tmp_path, shards):
     places = [f"paths.outputs={tmp_path}", f"data.shards={shards}", f"paths.cache={tmp_path}"]
+    places.append("callbacks=ema")
     run(["train.py"], *places, "trainer.max_steps=2", "trainer.val_check_interval=2")
     printed = run(["-m", "acetate.commands.evaluate"], *places, "resume=last")
     (path,) = tmp_path.glob("vae_rgba/*/evaluation.json")
     rows = json.loads(path.read_text())
-    assert list(rows) == ["base VAE, plain RGB", "RGBA-VAE, step 0", "RGBA-VAE, last.ckpt"]
+    assert list(rows) == ["base VAE, plain RGB", "RGBA-VAE, step 0", "RGBA-VAE, last.ckpt, average"]
     assert all(row["rgb/psnr"] > 0 and 0 <= row["alpha/mae"] <= 1 for row in rows.values())
+    with (path.parent / "metrics.csv").open() as file:
+        (logged,) = [float(row["val/loss"]) for row in csv.DictReader(file) if row.get("val/loss")]
+    assert rows["RGBA-VAE, last.ckpt, average"]["loss"] == pytest.approx(logged, rel=1e-6)
     assert str(path.parent / "panels") in printed
     assert list(path.parent.glob("panels/*/*.png"))

@@ -50,12 +50,15 @@ def main(config: DictConfig) -> None:
     checkpoint = checkpoint_to_resume(config.resume, Path(config.paths.run))
     data, task = instantiate(config.data), instantiate(config.task)
     base = PlainVAETask(vae=load_vae(config.wan.vae), lpips=config.task.lpips)
-    trainer = instantiate(config.trainer, logger=False, enable_checkpointing=False, enable_model_summary=False)
-    rows = {"base VAE, plain RGB": trainer.validate(base, data, verbose=False)[0]}
+    average = instantiate(config.callbacks.get("ema"))  # validations of the run see it, too
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
+    plain = instantiate(config.trainer, strategy="auto", **quiet)  # nothing of the base is sharded
+    trainer = instantiate(config.trainer, callbacks=[] if average is None else [average], **quiet)
+    rows = {"base VAE, plain RGB": plain.validate(base, data, verbose=False)[0]}
     rows["RGBA-VAE, step 0"] = trainer.validate(task, data, verbose=False)[0]
     if checkpoint is not None:
-        label = f"RGBA-VAE, {Path(checkpoint).name}"
-        rows[label] = trainer.validate(task, data, ckpt_path=checkpoint, verbose=False, weights_only=True)[0]
+        found = trainer.validate(task, data, ckpt_path=checkpoint, verbose=False, weights_only=True)[0]
+        rows[f"RGBA-VAE, {Path(checkpoint).name}{', average' if average and average.average else ''}"] = found
     rows = {row: {name.removeprefix("val/"): value for name, value in values.items()} for row, values in rows.items()}
     folder = Path(config.paths.run) if checkpoint is None else Path(checkpoint).parents[1]
     path = folder / "evaluation.json"
