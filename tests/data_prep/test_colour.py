@@ -139,7 +139,7 @@ def test_drawn_clips_through_codecs(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not MEDIA.is_dir(), reason=f"no real media at {MEDIA}; set ACETATE_MEDIA")
+@pytest.mark.skipif(not (MEDIA / "pairs_meta.json").exists(), reason=f"no labels, pairs_meta.json, in {MEDIA}")
 def test_real_media():
     """Packed videos hold source colour; pairs were made straight; cut-outs of rembg break what PNG defines."""
     origins = json.loads((MEDIA / "pairs_meta.json").read_text())

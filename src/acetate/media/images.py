@@ -28,7 +28,7 @@ from acetate.media.clip import LIMITS, Description, Frames, Limits, MediaError, 
 from acetate.media.exr_header import exr_size
 from acetate.media.frame_times import Rate, constant_rate, delays_as_shown
 
-IMAGES = (".png", ".apng", ".webp", ".gif", ".avif", ".tif", ".tiff", ".exr", ".tga", ".bmp")
+IMAGES = (".png", ".apng", ".webp", ".gif", ".avif", ".avifs", ".tif", ".tiff", ".exr", ".tga", ".bmp")
 OPAQUE_IMAGES = (".jpg", ".jpeg")  # good for either half of a pair
 # By content, whatever the suffix says; without the formats for which PIL starts other programs.
 FORMATS = ("PNG", "WEBP", "GIF", "AVIF", "TIFF", "JPEG", "TGA", "BMP")
