@@ -1,6 +1,7 @@
 """Small real Wan modules with seeded weights, and a folder of them in diffusers layout."""
 
 import json
+import os
 import resource
 import signal
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from data_prep.synthesize import synthesize
 from tests.paths import ROOT
 
 torch.set_num_threads(1)
+os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"  # gRPC, which no emulator speaks; read when gcsfs is imported
 
 VAE_LAYOUTS = {
     # Wan2.1's own shape: 8x8 pixels and 4 frames to a latent, time halved in the last two of three stages

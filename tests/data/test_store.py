@@ -336,7 +336,6 @@ def s3():
 
 @contextmanager
 def gs():
-    os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"  # gRPC, which the emulator does not speak
     pytest.importorskip("gcsfs")
     emulator = pytest.importorskip("gcp_storage_emulator.server").create_server("127.0.0.1", 0, in_memory=True)
     emulator.start()
