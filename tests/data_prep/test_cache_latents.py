@@ -244,9 +244,9 @@ def test_clip_shards_behind_a_url(make, clips, cached, tmp_path):
         host, port = server.get_host_and_port()
         options = {"key": "k", "secret": "s", "endpoint_url": f"http://{host}:{port}"}
         bucket = fsspec.filesystem("s3", **options)
-        bucket.makedirs("bucket", exist_ok=True)
-        bucket.put(str(clips), "bucket/clips", recursive=True)
-        folder = open_folder("s3://bucket/clips", Remote(cache_dir=tmp_path / "cache", storage_options=options))
+        bucket.mkdir("films")  # all servers of a process share their buckets
+        bucket.put(str(clips), "films/clips", recursive=True)
+        folder = open_folder("s3://films/clips", Remote(cache_dir=tmp_path / "cache", storage_options=options))
         make(tmp_path / "l", shards=folder)
         assert files(tmp_path / "l") == files(cached)
         assert len(list((tmp_path / "cache").glob("*.tar"))) == 1
