@@ -95,6 +95,7 @@ def _train(log: Path, arguments: Sequence[str], environment: Mapping[str, str]) 
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     multiprocessing.set_start_method("fork", force=True)  # of data workers, as in a program of its own
+    os.environ.pop("WANDB_SERVICE", None)  # a test's that ran before: this one starts its own
     os.environ.update(environment)
     os.chdir(ROOT)
     torch.set_num_threads(1)
