@@ -41,7 +41,7 @@ from acetate.data.shards import (
     read_meta,
     write_json,
 )
-from acetate.data.store import Folder, open_folder, read_file
+from acetate.data.store import Folder, listed, open_folder, read_file
 from acetate.formats.rgba_vae import load_rgba_vae, read_rgba_vae
 from acetate.models.rgba_vae import DECODERS_ONLY, RGBAVAE
 from acetate.models.text import TextEncoder
@@ -380,7 +380,7 @@ def main(cfg: DictConfig) -> None:
     own, remote = OmegaConf.to_container(cfg, resolve=True), hydra.utils.instantiate(cfg.remote)
     names = ("seed", "variants", "area", "max_aspect", "space_multiple", "dtype", "ellipse", "per_tar", "smallest")
     manifest = cache_latents(
-        shards=[open_folder(place, remote) for place in ([cfg.shards] if isinstance(cfg.shards, str) else cfg.shards)],
+        shards=[open_folder(place, remote) for place in listed(cfg.shards)],
         out=Path(cfg.out),
         sources=Sources(
             vae=cfg.wan.vae,
@@ -407,9 +407,9 @@ def main(cfg: DictConfig) -> None:
 
 
 def print_summary(out: Path, manifest: Mapping[str, Any]) -> None:
-    console = Console()
+    console = Console(markup=False, highlight=False)
     text = "{samples} samples of {clips} clips, {unused_frames} frames left over, {short_clips} clips forth and back"
-    console.print(f"{out}: {text.format(**manifest)}", highlight=False, soft_wrap=True)
+    console.print(f"{out}: {text.format(**manifest)}", soft_wrap=True)
     table = Table("bucket (frames x height x width)", "samples", "clips", "train", "val")
     for bucket, count in manifest["buckets"].items():
         numbers = (count["samples"], count["clips"], count["splits"]["train"], count["splits"]["val"])

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from functools import partial
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,6 +34,7 @@ from acetate.data.shards import (
     read_meta,
     read_meta_text,
 )
+from acetate.data.store import listed
 from acetate.draws import stable_hash
 from data_prep.captioner import Captioner, Look
 from data_prep.executor import parallel
@@ -161,10 +163,6 @@ def load_captioner(settings: Settings, device: str, number: int) -> Captioner:
     )  # fmt: skip
 
 
-def clip_name(ref: ClipRef) -> str:
-    return ref.name
-
-
 def caption_clips(
     refs: Sequence[ClipRef], settings: Settings, given: Mapping[str, Row], device: str, executor: str, workers: int
 ) -> Iterator[Line | BadClip]:
@@ -179,7 +177,7 @@ def caption_clips(
     if unseen:
         results = parallel(
             partial(see, template=settings.template), unseen, executor=executor, workers=workers,
-            setup=partial(load_captioner, settings, device), name=clip_name,
+            setup=partial(load_captioner, settings, device), name=attrgetter("name"),
         )  # fmt: skip
         with closing(results):
             yield from tqdm(results, total=len(unseen), unit="clip", desc="captions")
@@ -272,8 +270,8 @@ def preview(
 
 @hydra.main(version_base=None, config_path=CONF, config_name="prep/caption")
 def main(cfg: DictConfig) -> None:
-    console = Console()
-    shards = [Path(folder) for folder in ([cfg.shards] if isinstance(cfg.shards, str) else cfg.shards)]
+    console = Console(markup=False, highlight=False)
+    shards = [Path(folder) for folder in listed(cfg.shards)]
     prompts = Path(cfg.prompts) if cfg.prompts else None
     settings = Settings(
         overwrite=cfg.overwrite,
@@ -308,7 +306,7 @@ def main(cfg: DictConfig) -> None:
         counts = ", ".join(
             f"{count} {origin}" for origin, count in Counter(line["from"] for line in lines).most_common()
         )
-        console.print(f"{cfg.out}: {len(lines)} prompts, {counts}", highlight=False, soft_wrap=True)
+        console.print(f"{cfg.out}: {len(lines)} prompts, {counts}", soft_wrap=True)
     print_bad(console, bad, None if cfg.preview else Path(cfg.out) / MANIFEST)
 
 

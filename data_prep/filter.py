@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,6 +30,7 @@ from acetate.data.shards import (
     read_media,
     read_meta_text,
 )
+from acetate.data.store import listed
 from acetate.draws import stable_hash
 from data_prep import scores as scoring
 from data_prep.executor import parallel
@@ -93,12 +95,8 @@ def score_clips(
 ) -> Iterator[Line | BadClip]:
     """The line of every clip that `known` lacks, in the order of the clips."""
     todo = [ref for ref in refs if not current(known.get(ref.key), ref)]
-    with closing(parallel(score_clip, todo, executor=executor, workers=workers, name=clip_name)) as results:
+    with closing(parallel(score_clip, todo, executor=executor, workers=workers, name=attrgetter("name"))) as results:
         yield from tqdm(results, total=len(todo), unit="clip", desc="scores")
-
-
-def clip_name(ref: ClipRef) -> str:
-    return ref.name
 
 
 def score_clip(ref: ClipRef) -> Line | BadClip:
@@ -263,9 +261,9 @@ def print_summary(console: Console, lines: Sequence[Line], rejected: Sequence[Li
 
 @hydra.main(version_base=None, config_path=CONF, config_name="prep/filter")
 def main(cfg: DictConfig) -> None:
-    console = Console()
+    console = Console(markup=False, highlight=False)
     out = Path(cfg.out)
-    shards = [Path(folder) for folder in ([cfg.shards] if isinstance(cfg.shards, str) else cfg.shards)]
+    shards = [Path(folder) for folder in listed(cfg.shards)]
     loaded = OmegaConf.load(cfg.rules) if isinstance(cfg.rules, str) else cfg.rules
     rules = parse_rules(OmegaConf.to_container(loaded, resolve=True))  # type: ignore[arg-type]  names are strings
     duplicates = Duplicates(**cfg.duplicates) if cfg.duplicates else None
@@ -276,7 +274,7 @@ def main(cfg: DictConfig) -> None:
         for line in rejected:
             twin = f", repeats {line['of']}" if "of" in line else ""
             console.print(
-                f"{line['key']}: {line['score']} {line['value']:g}, kept {line['rule']}{twin}", highlight=False
+                f"{line['key']}: {line['score']} {line['value']:g}, kept {line['rule']}{twin}", soft_wrap=True
             )
         text = f"{len(lines)} of {total} clips were measured. Nothing was written."
     else:
@@ -294,7 +292,7 @@ def main(cfg: DictConfig) -> None:
         )
         text = f"{out}: reasons in {REJECTED_FILE}, all scores in {SCORES_FILE}"
     fallen = len({line["key"] for line in rejected})
-    console.print(f"{len(lines) - fallen} clips kept, {fallen} rejected. {text}", highlight=False, soft_wrap=True)
+    console.print(f"{len(lines) - fallen} clips kept, {fallen} rejected. {text}", soft_wrap=True)
     print_summary(console, lines, rejected, rules)
     print_bad(console, bad, None if cfg.preview else out / MANIFEST)
 

@@ -189,7 +189,7 @@ def print_bad(console: Console, bad: Mapping[str, str], file: Path | None) -> No
     for key, reason in islice(bad.items(), shown):
         console.print(Text.assemble(("skipped", "red"), f" {key}: {reason}"), soft_wrap=True)
     if len(bad) > shown:
-        console.print(f"{len(bad) - shown} more are in {file}", highlight=False, soft_wrap=True)
+        console.print(f"{len(bad) - shown} more are in {file}", soft_wrap=True)
 
 
 def print_summary(console: Console, out: Path, report: Path | None, result: Ingested) -> None:
@@ -206,12 +206,11 @@ def print_summary(console: Console, out: Path, report: Path | None, result: Inge
     console.print(
         f"{out}: {len(result.files)} files, {ignored} of them ignored; {len(result.clips)} clips, {len(result.bad)} "
         f"refused; {rate}",
-        highlight=False,
         soft_wrap=True,
     )
     console.print(table)
     for reason, count in Counter(map(kind_of_reason, result.bad.values())).most_common():
-        console.print(f"{count} refused: {reason}", highlight=False, soft_wrap=True)
+        console.print(f"{count} refused: {reason}", soft_wrap=True)
     print_bad(console, result.bad, report)
 
 
@@ -233,7 +232,6 @@ def print_preview(console: Console, clips: list[Found]) -> None:
         console.print(
             f"{clip.key}: {clip.kind}, {clip.frames} of {clip.width}x{clip.height}{rate}, colour {decisions['colour']} "
             f"({decisions['confidence']:.2f}){said}",
-            highlight=False,
             soft_wrap=True,
         )
 
@@ -258,7 +256,7 @@ def main(cfg: DictConfig) -> None:
         workers=len(os.sched_getaffinity(0)) if cfg.workers is None else cfg.workers,
         preview=cfg.preview,
     )
-    console = Console(markup=False)  # names may hold brackets
+    console = Console(markup=False, highlight=False)  # names may hold brackets
     if cfg.preview:
         print_preview(console, result.clips)
     print_summary(console, out, None if cfg.preview else report_of(out), result)

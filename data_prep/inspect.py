@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from functools import partial
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,12 @@ from tqdm import tqdm
 
 from acetate.data.latents import bucket_sizes, plan
 from acetate.data.shards import BadClip, ClipRef, index_shards, read_clip, read_manifest, read_meta
+from acetate.data.store import listed
 from acetate.draws import stable_hash
 from acetate.memory import blank_vae
 from acetate.models.wan import Geometry
 from data_prep.executor import parallel
+from data_prep.ingest import print_bad
 from data_prep.report import Entry, Picture, Report, render
 
 CONF = str(Path(__file__).parents[1] / "conf")
@@ -60,7 +63,7 @@ def inspect(
     chosen = sorted(refs, key=lambda ref: (stable_hash("inspect", seed, ref.key), ref.key))[:sample]
     pictures: dict[str, Picture] = {}
     draw = partial(picture, frames=frames, side=side)
-    with closing(parallel(draw, chosen, executor=executor, workers=workers, name=clip_name)) as results:
+    with closing(parallel(draw, chosen, executor=executor, workers=workers, name=attrgetter("name"))) as results:
         for ref, made in zip(chosen, tqdm(results, total=len(chosen), unit="clip", desc="pictures"), strict=True):
             if isinstance(made, BadClip):
                 skipped[ref.key] = made.reason
@@ -86,10 +89,6 @@ def inspect(
         seed=seed,
         skipped=dict(sorted(skipped.items())),
     )
-
-
-def clip_name(ref: ClipRef) -> str:
-    return ref.name
 
 
 def command_of(manifest: Mapping[str, Any]) -> str:
@@ -137,7 +136,7 @@ def small(frame: NDArray[np.uint8], side: int) -> Image.Image:
 
 def print_summary(console: Console, report: Report) -> None:
     entries = report.entries
-    console.print(f"{report.title}, {report.made_by}", highlight=False, soft_wrap=True)
+    console.print(f"{report.title}, {report.made_by}", soft_wrap=True)
     table = Table("split", "clips", "stills", "frames", "prompts", "empty", "semi", "opaque")
     for split in ("train", "val"):
         mine = [entry for entry in entries if entry.split == split]
@@ -148,7 +147,7 @@ def print_summary(console: Console, report: Report) -> None:
     console.print(table)
     shown = len(report.pictured)
     if shown < len(entries):
-        console.print(f"Alpha is of a sample of {shown} clips, seed {report.seed}.", highlight=False)
+        console.print(f"Alpha is of a sample of {shown} clips, seed {report.seed}.")
     for title, counts in (
         ("size (width x height)", Counter(f"{entry.width}x{entry.height}" for entry in entries)),
         ("bucket (frames x height x width)", Counter({"x".join(map(str, b)): n for b, n in report.buckets.items()})),
@@ -160,14 +159,13 @@ def print_summary(console: Console, report: Report) -> None:
         if len(counts) > 8:
             table.add_row(f"{len(counts) - 8} more", str(sum(n for _, n in counts.most_common()[8:])))
         console.print(table)
-    for key, reason in report.skipped.items():
-        console.print(f"[red]skipped[/] {key}: {reason}", highlight=False, soft_wrap=True)
+    print_bad(console, report.skipped, None)
 
 
 @hydra.main(version_base=None, config_path=CONF, config_name="prep/inspect")
 def main(cfg: DictConfig) -> None:
     report = inspect(
-        shards=[Path(folder) for folder in ([cfg.shards] if isinstance(cfg.shards, str) else cfg.shards)],
+        shards=[Path(folder) for folder in listed(cfg.shards)],
         sample=cfg.sample,
         seed=cfg.seed,
         frames=cfg.frames,
@@ -179,7 +177,7 @@ def main(cfg: DictConfig) -> None:
         executor=cfg.executor,
         workers=cfg.workers,
     )
-    console = Console()
+    console = Console(markup=False, highlight=False)
     print_summary(console, report)
     if cfg.preview or not cfg.out:
         return

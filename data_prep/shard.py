@@ -289,32 +289,32 @@ def preview(manifest: Path, settings: Settings, *, executor: str, workers: int) 
     """Decides and prints; writes nothing."""
     with TemporaryDirectory() as folder:
         plans, bad = decide(read_lines(manifest), settings, Path(folder) / MEASURED, executor=executor, workers=workers)
-    console = Console()
+    console = Console(markup=False, highlight=False)
     for plan in plans:
         decisions = plan.decisions
         size = f"{plan.line.frames} x {plan.line.width} x {plan.line.height}"
         console.print(
-            f"[bold]{plan.line.key}[/]  {size}, colour {decisions.colour} (confidence {decisions.confidence:.2f}: "
+            f"{plan.line.key}  {size}, colour {decisions.colour} (confidence {decisions.confidence:.2f}: "
             f"{decisions.reasons.get('colour', 'as chosen')})",
-            highlight=False, soft_wrap=True,
+            soft_wrap=True,
         )  # fmt: skip
         if plan.refusal:
-            console.print(f"  [red]refused[/]: {plan.refusal}", highlight=False, soft_wrap=True)
+            console.print(f"  refused: {plan.refusal}", soft_wrap=True)
             continue
         for step, text in done_to(decisions, settings).items():
-            console.print(f"  {step}: {text}", highlight=False, soft_wrap=True)
+            console.print(f"  {step}: {text}", soft_wrap=True)
         if len(plan.pieces) > 1:
             lengths = ", ".join(str(len(taken)) for taken in plan.frames)
-            console.print(f"  pieces: {len(plan.pieces)}, of {lengths} frames", highlight=False, soft_wrap=True)
+            console.print(f"  pieces: {len(plan.pieces)}, of {lengths} frames", soft_wrap=True)
     print_decided(console, [plan.as_json(settings) for plan in plans])
     print_bad(console, bad, None)
 
 
 def print_summary(out: Path, result: dict[str, Any]) -> None:
     clips = [clip for tar in result["shards"] for clip in tar["clips"]]
-    console = Console()
+    console = Console(markup=False, highlight=False)
     counts = f"{result['clips']} clips in {len(result['shards'])} tars, {len(result['skipped'])} skipped"
-    console.print(f"{out}: {counts}", highlight=False, soft_wrap=True)
+    console.print(f"{out}: {counts}", soft_wrap=True)
     table = Table("split", "clips", "stills", "frames")
     for split, count in result["splits"].items():
         mine = [clip["frames"] for clip in clips if clip["split"] == split]
@@ -336,8 +336,8 @@ def print_decided(console: Console, lines: Sequence[dict[str, Any]]) -> None:
         sure = line["decisions"]["confidence"]
         if 0 < sure < UNSURE:
             console.print(
-                f"[yellow]unsure[/] {line['key']}: colour {line['decisions']['colour']}, confidence {sure:.2f}",
-                highlight=False, soft_wrap=True,
+                f"unsure {line['key']}: colour {line['decisions']['colour']}, confidence {sure:.2f}",
+                soft_wrap=True,
             )  # fmt: skip
 
 

@@ -148,14 +148,14 @@ def print_preview(plan: Plan, workers: int) -> None:
         seconds, stored = seconds + took, stored + size
         sides = "x".join(map(str, plan.size(index)))
         table.add_row(drawn.key, sides, f"{size / 2**10:.1f}", f"{1000 * took:.0f}", drawn.prompt)
-    console = Console()
+    console = Console(markup=False, highlight=False)
     console.print(table)
     # Sizes take turns, and both time and bytes go with the area.
     area = sum(height * width for height, width in plan.sizes) / len(plan.sizes) / math.prod(plan.sizes[0])
     total = plan.clips / count * area
     hours = total * seconds / max(1, workers) / 3600
     text = f"{plan.clips} clips: about {total * stored / 2**30:.3g} GiB, {hours:.3g} hours. Nothing was written."
-    console.print(text, highlight=False, soft_wrap=True)
+    console.print(text, soft_wrap=True)
 
 
 def to_uint8(clip: synthetic.SyntheticClip) -> NDArray[np.uint8]:

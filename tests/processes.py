@@ -1,4 +1,4 @@
-"""Processes that start at once, forked from one that has imported everything: train.py, and functions on many ranks.
+"""Processes that start at once, forked from one that has imported everything: programs, and functions on many ranks.
 
 Ranks find each other as under torchrun, whose store this process serves.
 """
@@ -32,9 +32,18 @@ STORES: list[dist.TCPStore] = []  # of every launch, as long as this process: it
 
 def train(log: Path, *arguments: str, environment: Mapping[str, str] | None = None) -> BaseProcess:
     """Starts `python train.py ARGUMENTS`, a session of its own; what it prints goes on in `log`."""
-    process = FORKS.Process(target=_train, args=(log, arguments, dict(environment or {})))
+    process = FORKS.Process(target=_run, args=(log, "train.py", arguments, dict(environment or {})))
     process.start()
     return process
+
+
+def program(log: Path, name: str, *arguments: str) -> tuple[int, str]:
+    """`python NAME ARGUMENTS`, or `python -m NAME ARGUMENTS`, to its end: exit code and all that it printed."""
+    process = FORKS.Process(target=_run, args=(log, name, arguments, {}))
+    process.start()
+    (code,) = ended(process)
+    assert code is not None, f"{name} does not end: {log.read_text()[-2000:]}"
+    return code, log.read_text()
 
 
 def train_ranks(world: int, log: Path, *arguments: str) -> list[BaseProcess]:
@@ -89,7 +98,7 @@ def _environments(world: int) -> list[dict[str, str]]:
     return [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world)]
 
 
-def _train(log: Path, arguments: Sequence[str], environment: Mapping[str, str]) -> None:
+def _run(log: Path, name: str, arguments: Sequence[str], environment: Mapping[str, str]) -> None:
     os.setsid()
     with log.open("ab") as file:
         os.dup2(file.fileno(), 1)
@@ -99,9 +108,12 @@ def _train(log: Path, arguments: Sequence[str], environment: Mapping[str, str]) 
     os.environ.update(environment)
     os.chdir(ROOT)
     torch.set_num_threads(1)
-    sys.argv = ["train.py", *arguments]
+    sys.argv = [name, *arguments]
     try:
-        runpy.run_path("train.py", run_name="__main__")
+        if name.endswith(".py"):
+            runpy.run_path(name, run_name="__main__")
+        else:
+            runpy.run_module(name, run_name="__main__", alter_sys=True)
     finally:
         atexit._run_exitfuncs()  # which multiprocessing leaves out, and wandb ends its run in
 

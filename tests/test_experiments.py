@@ -1,8 +1,5 @@
 """Every shipped recipe composes, instantiates, and runs where a CPU can run it."""
 
-import subprocess
-import sys
-
 import pytest
 from hydra.errors import ConfigCompositionException, MissingConfigException
 from hydra.utils import instantiate
@@ -10,6 +7,7 @@ from lightning import LightningDataModule, LightningModule, Trainer
 
 from tests.compose import composed
 from tests.paths import ROOT
+from tests.processes import program
 
 EXPERIMENTS = sorted(path.stem for path in (ROOT / "conf/experiment").glob("*.yaml"))
 SMALL = ["data.frames=5", "data.height=16", "data.width=16", "data.batch_size=2", "data.num_workers=0"]
@@ -77,24 +75,23 @@ def test_released_dit_choices(tmp_path):
 
 
 def run_train(tmp_path, *arguments):
-    command = [sys.executable, "train.py", *arguments, f"paths.outputs={tmp_path}"]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    return program(tmp_path / "printed", "train.py", *arguments, f"paths.outputs={tmp_path}")
 
 
 @pytest.mark.slow
 def test_help_names_every_experiment(tmp_path):
-    done = run_train(tmp_path, "--help")
-    assert done.returncode == 0, done.stderr
-    assert "resume=last" in done.stdout
-    assert all(name in done.stdout for name in EXPERIMENTS)
+    code, printed = run_train(tmp_path, "--help")
+    assert code == 0, printed
+    assert "resume=last" in printed
+    assert all(name in printed for name in EXPERIMENTS)
 
 
 @pytest.mark.slow
 def test_multirun_has_a_folder_per_job_and_returns_the_objective(tmp_path, shards):
-    small = [*SMALL, "data.val_clips=2", "trainer.max_steps=2", "trainer.val_check_interval=2"]
+    small = [*SMALL, f"data.shards={shards}", "data.val_clips=2", "trainer.max_steps=2", "trainer.val_check_interval=2"]
     modes = "loss.diffusion.mode=off,opaque,bidirectional"
-    done = run_train(tmp_path, "-m", "experiment=vae_rgba", modes, f"data.shards={shards}", "callbacks=base", *small)
-    assert done.returncode == 0, done.stderr[-2000:]
+    code, printed = run_train(tmp_path, "-m", "experiment=vae_rgba", modes, "callbacks=base", *small)
+    assert code == 0, printed[-2000:]
     folders = sorted(tmp_path.glob("vae_rgba/sweep_*/[0-9]"))
     overrides = [(folder / ".hydra/overrides.yaml").read_text() for folder in folders]
     for mode, text in zip(("off", "opaque", "bidirectional"), overrides, strict=True):
@@ -107,12 +104,12 @@ def test_multirun_has_a_folder_per_job_and_returns_the_objective(tmp_path, shard
 def test_base_recipes_run(experiment, tmp_path):
     extra = [] if experiment == "wan_tiny_vae" else ["task.transformer.num_layers=1"]
     steps = ["trainer.max_steps=2", "trainer.val_check_interval=2", "data.val_clips=2", f"task.save_to={tmp_path}/base"]
-    done = run_train(tmp_path, f"experiment={experiment}", *SMALL, *steps, *extra)
-    assert done.returncode == 0, done.stderr[-2000:]
+    code, printed = run_train(tmp_path, f"experiment={experiment}", *SMALL, *steps, *extra)
+    assert code == 0, printed[-2000:]
     assert list(tmp_path.glob("base/**/*.safetensors"))
 
 
 def test_train_names_a_missing_checkpoint(tmp_path):
-    done = run_train(tmp_path, "experiment=vae_rgba", "resume=last")
-    assert done.returncode != 0
-    assert "no last.ckpt below" in done.stderr
+    code, printed = run_train(tmp_path, "experiment=vae_rgba", "resume=last")
+    assert code != 0
+    assert "no last.ckpt below" in printed

@@ -1,6 +1,4 @@
 import json
-import subprocess
-import sys
 
 import pytest
 
@@ -8,6 +6,7 @@ from acetate.commands.estimate import CARDS, GPUS, SHARDED, footprint, remedies,
 from acetate.memory import Footprint, Load
 from tests.compose import composed
 from tests.paths import ROOT
+from tests.processes import program
 
 EXPERIMENTS = sorted(path.stem for path in (ROOT / "conf/experiment").glob("*.yaml"))
 GIB = 2**30
@@ -65,15 +64,14 @@ def test_terms_follow_precision(tmp_path):
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_every_experiment_has_an_answer(experiment, tmp_path):
     out = tmp_path / "deep/out.json"
-    command = [sys.executable, "-m", "acetate.commands.estimate", f"experiment={experiment}", f"out={out}"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400)
-    assert done.returncode == 0, done.stderr[-2000:]
+    code, printed = program(tmp_path / "log", "acetate.commands.estimate", f"experiment={experiment}", f"out={out}")
+    assert code == 0, printed[-2000:]
     found = json.loads(out.read_text())
     assert list(found["bytes_per_gpu"]) == [str(n) for n in GPUS]
     assert list(found["cards"]) == [str(card) for card in CARDS]
     totals = [found["bytes_per_gpu"][str(n)]["total"] for n in GPUS]
     assert totals == sorted(totals, reverse=True)
-    assert f"{found['parameters']:,} parameters" in done.stdout
+    assert f"{found['parameters']:,} parameters" in printed
     if "14b" in experiment:  # 14,288,491,584 of Wan's, two bytes each but for those kept in fp32
         assert found["parameters"] - found["trainable_parameters"] == 14_288_491_584
         assert found["frozen"] == pytest.approx(2 * 14_288_491_584, rel=0.01)

@@ -1,28 +1,25 @@
 import csv
 import json
-import subprocess
-import sys
 
 import pytest
 
-from tests.paths import ROOT
+from tests.processes import program
 
 SMALL = ["data.frames=5", "data.height=16", "data.width=16", "data.batch_size=2", "data.num_workers=0"]
 
 
-def run(program, *arguments):
-    command = [sys.executable, *program, "experiment=vae_rgba", *SMALL, "data.val_clips=2", *arguments]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout
+def run(log, name, *arguments):
+    code, printed = program(log, name, "experiment=vae_rgba", *SMALL, "data.val_clips=2", *arguments)
+    assert code == 0, printed[-2000:]
+    return printed
 
 
 @pytest.mark.slow
 def test_train_then_evaluate(tmp_path, shards):
     places = [f"paths.outputs={tmp_path}", f"data.shards={shards}", f"paths.cache={tmp_path}"]
     places.append("callbacks=ema")
-    run(["train.py"], *places, "trainer.max_steps=2", "trainer.val_check_interval=2")
-    printed = run(["-m", "acetate.commands.evaluate"], *places, "resume=last")
+    run(tmp_path / "trained", "train.py", *places, "trainer.max_steps=2", "trainer.val_check_interval=2")
+    printed = run(tmp_path / "evaluated", "acetate.commands.evaluate", *places, "resume=last")
     (path,) = tmp_path.glob("vae_rgba/*/evaluation.json")
     rows = json.loads(path.read_text())
     assert list(rows) == ["base VAE, plain RGB", "RGBA-VAE, step 0", "RGBA-VAE, last.ckpt, average"]

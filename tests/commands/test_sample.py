@@ -2,8 +2,6 @@
 
 import json
 import re
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -22,6 +20,7 @@ from acetate.models.wan import Geometry
 from acetate.video_io import read_rgba
 from tests.original import original_transformer_state, wan_alpha_state
 from tests.paths import ROOT
+from tests.processes import program
 
 BASE = str(ROOT / "assets/wan-tiny")
 
@@ -49,8 +48,7 @@ def config_for(*overrides):
 
 
 def run(tmp_path, *arguments):
-    command = [sys.executable, "-m", "acetate.commands.sample", f"out={tmp_path}", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    return program(tmp_path.with_suffix(".log"), "acetate.commands.sample", f"out={tmp_path}", *arguments)
 
 
 @pytest.mark.slow
@@ -59,8 +57,8 @@ def test_writes_clips_that_editors_open_and_seeds_reproduce(tmp_path, cached, do
     guide = ["guide.centre=[0.4,0.5]", "guide.axes=[0.6,0.4]"]
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a red disc\n\nblue smoke\n")
-    done = run(tmp_path / "a", f"prompts={prompts}", "count=2", "batch_size=3", *small, *guide)
-    assert done.returncode == 0, done.stderr[-2000:]
+    code, printed = run(tmp_path / "a", f"prompts={prompts}", "count=2", "batch_size=3", *small, *guide)
+    assert code == 0, printed[-2000:]
     folders = sorted(path.name for path in (tmp_path / "a").glob("*_png"))
     names = ("000-a-red-disc", "000-a-red-disc", "001-blue-smoke", "001-blue-smoke")
     assert folders == [f"{name}-seed{seed}_png" for seed, name in enumerate(names)]
@@ -69,8 +67,8 @@ def test_writes_clips_that_editors_open_and_seeds_reproduce(tmp_path, cached, do
     settings = json.loads((tmp_path / "a/001-blue-smoke-seed3.json").read_text())
     assert settings["seed"] == 3
     assert settings["mean_shift"] == 0.5
-    again = run(tmp_path / "b", 'prompt="blue smoke"', "seed=3", *small, *guide)
-    assert again.returncode == 0, again.stderr[-2000:]
+    code, printed = run(tmp_path / "b", 'prompt="blue smoke"', "seed=3", *small, *guide)
+    assert code == 0, printed[-2000:]
     alone = read_rgba(tmp_path / "b/000-blue-smoke-seed3_png").frames
     assert abs(clip.frames.astype(int) - alone.astype(int)).max() <= 1
 
@@ -211,8 +209,8 @@ def test_samples_with_released_files(tmp_path):
              "width=32", "steps=1", "formats=[png]", f"guide.mask={tmp_path}/gauss_mask", "prompt=disc"]  # fmt: skip
     clips = []
     for file in ("pytorch_model.bin", "decoder.bin"):
-        done = run(tmp_path / file.split(".")[0], f"rgba_vae={tmp_path}/{file}", *given)
-        assert done.returncode == 0, done.stderr[-2000:]
+        code, printed = run(tmp_path / file.split(".")[0], f"rgba_vae={tmp_path}/{file}", *given)
+        assert code == 0, printed[-2000:]
         clips.append(read_rgba(tmp_path / file.split(".")[0] / "000-disc-seed0_png").frames)
     assert clips[0].shape == (5, 24, 32, 4)
     assert (clips[0] == clips[1]).all()
@@ -257,7 +255,9 @@ def test_prompts(tmp_path):
 )
 @pytest.mark.slow
 def test_bad_input_is_named(tmp_path, cached, dora, arguments, message):
-    done = run(tmp_path / "out", 'prompt="a long red disc"', f"rgba_vae={cached[1]}", f"dora={dora}", *arguments)
-    assert done.returncode != 0
-    assert message in done.stderr
+    code, printed = run(
+        tmp_path / "out", 'prompt="a long red disc"', f"rgba_vae={cached[1]}", f"dora={dora}", *arguments
+    )
+    assert code != 0
+    assert message in printed
     assert not (tmp_path / "out").exists()

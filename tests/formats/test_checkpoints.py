@@ -1,11 +1,8 @@
-"""Every kind of checkpoint that a run writes, read back; the sharded one is written by two processes."""
+"""Every kind of checkpoint that a run writes, read back; the sharded one is written by two ranks."""
 
 import json
 import os
 import pickle
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -26,6 +23,7 @@ from acetate.models.adapters import ADAPTER_SCHEMA, trainable_state
 from acetate.models.dit import add_dora, velocity
 from acetate.tasks.adapter import AdapterTask
 from acetate.tasks.optim import adamw_with_warmup
+from tests.processes import launch
 
 CHANNELS, WIDTH = 4, 24
 FACTS = {"schema": ADAPTER_SCHEMA, "kind": "dit_dora", "base": "tiny", "transformer_sha256": "0", "rank": 3, "alpha": 6,
@@ -254,10 +252,26 @@ def test_bad_index_of_a_sharded_checkpoint(tmp_path, index):
     assert not (tmp_path / "ran").exists()
 
 
+def train_sharded(out):
+    """On the ranks of one process group; the first writes what trained, and its average, whole."""
+    ema = EMA(0.5)
+    strategy = ModelParallelStrategy(
+        data_parallel_size=2, tensor_parallel_size=1, save_distributed_checkpoint=True, process_group_backend="gloo"
+    )
+    keep = AdapterCheckpoint(dirpath=out / "checkpoints", save_last=True, every_n_train_steps=3)
+    trainer, task = fit(out, ema, keep, devices=2, strategy=strategy)
+    expected = {
+        "raw": {name: value.full_tensor() for name, value in trained(task).items()},
+        "average": {name.removeprefix("transformer."): v.full_tensor() for name, v in ema.average.items()},
+    }
+    if trainer.is_global_zero:
+        torch.save(expected, out / "expected.pt")
+
+
 @pytest.mark.slow
+@pytest.mark.xdist_group("ranks")
 def test_sharded_checkpoint_is_read_whole(tmp_path):
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    subprocess.run([*launch, __file__, str(tmp_path)], check=True, timeout=300)
+    launch(2, train_sharded, tmp_path)
     folder, expected = tmp_path / "checkpoints/last.ckpt", torch.load(tmp_path / "expected.pt", weights_only=True)
     assert len(list(folder.glob("*.distcp"))) == 2
     raw, average = (read_trained(str(tmp_path), ema=ema) for ema in (False, True))
@@ -270,20 +284,3 @@ def test_sharded_checkpoint_is_read_whole(tmp_path):
     shard.write_bytes(shard.read_bytes()[:100])
     with pytest.raises(ValueError, match=r"last\.ckpt cannot be read as a sharded checkpoint"):
         read_trained(str(folder))
-
-
-if __name__ == "__main__":
-    out, ema = Path(sys.argv[1]), EMA(0.5)
-    strategy = ModelParallelStrategy(
-        data_parallel_size=2, tensor_parallel_size=1, save_distributed_checkpoint=True, process_group_backend="gloo"
-    )
-    keep = AdapterCheckpoint(dirpath=out / "checkpoints", save_last=True, every_n_train_steps=3)
-    trainer, task = fit(out, ema, keep, devices=2, strategy=strategy)
-    expected = {
-        "raw": {name: value.full_tensor() for name, value in trained(task).items()},
-        "average": {name.removeprefix("transformer."): v.full_tensor() for name, v in ema.average.items()},
-    }
-    if trainer.is_global_zero:
-        torch.save(expected, out / "expected.pt")
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()  # its threads abort a rank that ends with them running

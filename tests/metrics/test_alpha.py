@@ -1,9 +1,3 @@
-"""Run as a program, this file is one rank of the distributed test."""
-
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 import torch.distributed as dist
@@ -12,6 +6,7 @@ from torch.testing import assert_close
 
 from acetate.metrics.alpha import AlphaQuality, border_mean, cells_to_pixels, centre_of_mass, highest_cell
 from acetate.regions import cells
+from tests.processes import launch
 
 
 def clips(batch: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -123,22 +118,18 @@ def test_border_cells_and_centre():
     assert_close(centre_of_mass(torch.zeros(1, 1, 1, 4, 4)), torch.full((1, 2), 0.5))
 
 
+def of_shares():
+    mine = quality()
+    for index in SHARES[dist.get_rank()]:
+        mine.update(*clips(1 + index, index))
+    return {name: float(value) for name, value in mine.compute().items()}
+
+
 @pytest.mark.slow
-def test_two_ranks_with_unequal_shares_equal_one_process(tmp_path: Path):
-    ranks = [subprocess.Popen([sys.executable, __file__, str(tmp_path), str(rank)]) for rank in range(2)]
-    assert [rank.wait(300) for rank in ranks] == [0, 0]
+@pytest.mark.xdist_group("ranks")
+def test_two_ranks_with_unequal_shares_equal_one_process():
     alone = quality()
     for seed in range(4):
         alone.update(*clips(1 + seed, seed))
-    for rank in range(2):
-        assert_close(torch.load(tmp_path / f"{rank}.pt"), alone.compute(), rtol=1e-6, atol=0)
-
-
-if __name__ == "__main__":
-    folder, this = Path(sys.argv[1]), int(sys.argv[2])
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=this, world_size=2)
-    mine = quality()
-    for index in SHARES[this]:
-        mine.update(*clips(1 + index, index))
-    torch.save(mine.compute(), folder / f"{this}.pt")
-    dist.destroy_process_group()
+    for together in launch(2, of_shares):
+        assert together == pytest.approx({name: float(value) for name, value in alone.compute().items()}, rel=1e-6)

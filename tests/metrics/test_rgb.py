@@ -1,7 +1,3 @@
-"""Run as a program, this file is one rank of the distributed test."""
-
-import subprocess
-import sys
 import urllib.error
 from pathlib import Path
 
@@ -15,6 +11,7 @@ from torchmetrics.functional.image import structural_similarity_index_measure
 from acetate.alpha import PALETTE, over
 from acetate.metrics import rgb as module
 from acetate.metrics.rgb import CompositeQuality, RGBQuality, frame_ssim, frames
+from tests.processes import launch
 
 
 def clips(batch: int, seed: int, size: int = 16) -> tuple[torch.Tensor, ...]:
@@ -197,22 +194,18 @@ def test_lpips_itself_on_a_random_trunk(monkeypatch: pytest.MonkeyPatch):
 SHARES = ((0, 1, 2), (3,))  # batches of rank 0 and of rank 1; batch i holds 1 + i clips
 
 
+def of_shares():
+    mine = CompositeQuality(lpips=False)
+    for index in SHARES[dist.get_rank()]:
+        mine.update(*clips(1 + index, index))
+    return {name: float(value) for name, value in mine.compute().items()}
+
+
 @pytest.mark.slow
-def test_two_ranks_with_unequal_shares_equal_one_process(tmp_path: Path):
-    ranks = [subprocess.Popen([sys.executable, __file__, str(tmp_path), str(rank)]) for rank in range(2)]
-    assert [rank.wait(300) for rank in ranks] == [0, 0]
+@pytest.mark.xdist_group("ranks")
+def test_two_ranks_with_unequal_shares_equal_one_process():
     alone = CompositeQuality(lpips=False)
     for seed in range(4):
         alone.update(*clips(1 + seed, seed))
-    for rank in range(2):
-        assert_close(torch.load(tmp_path / f"{rank}.pt"), alone.compute(), rtol=1e-6, atol=0)
-
-
-if __name__ == "__main__":
-    folder, this = Path(sys.argv[1]), int(sys.argv[2])
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=this, world_size=2)
-    mine = CompositeQuality(lpips=False)
-    for index in SHARES[this]:
-        mine.update(*clips(1 + index, index))
-    torch.save(mine.compute(), folder / f"{this}.pt")
-    dist.destroy_process_group()
+    for together in launch(2, of_shares):
+        assert together == pytest.approx({name: float(value) for name, value in alone.compute().items()}, rel=1e-6)

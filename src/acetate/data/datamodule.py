@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from acetate.data.order import ClipOrder, MixedOrder, Order
 from acetate.data.shards import ShardError
-from acetate.data.store import Remote, RemoteTar, open_folder
+from acetate.data.store import Remote, RemoteTar, listed, open_folder
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +67,7 @@ class ShardDataModule(LightningDataModule):
         ):  # fmt: skip
             if value < least[name]:
                 raise ValueError(f"{name}={value}; must be at least {least[name]}")
-        self.folders = [open_folder(folder, remote) for folder in ([folders] if isinstance(folders, str) else folders)]
+        self.folders = [open_folder(folder, remote) for folder in listed(folders)]
         if not self.folders:
             raise ShardError("shards=[]; name at least one folder of shards")
         self.weights = [float(weight) for weight in folders.values()] if isinstance(folders, Mapping) else None

@@ -300,6 +300,11 @@ def _fetch_each(todo: SimpleQueue) -> None:
 Folder = Path | RemoteFolder
 
 
+def listed(folders: str | Iterable[str]) -> list[str]:
+    """One folder or many, as configs name them."""
+    return [folders] if isinstance(folders, str) else list(folders)
+
+
 def open_folder(place: str | Path, remote: Remote | None) -> Folder:
     """A path, or a URL with `://`; ValueError for a URL without `remote` or one that fsspec cannot read."""
     if "://" not in str(place):
