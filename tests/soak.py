@@ -1,4 +1,4 @@
-"""python -m tests.soak [kills=20] [seed=0] [steps=4 * kills] [workers=2] [trainer=default] [ranks=1]: training that is
+"""python -m tests.soak [kills=20] [seed=0] [steps=6 * kills] [workers=2] [trainer=default] [ranks=1]: training that is
 killed again and again.
 
 Kills a run at random moments: one of its ranks at any time, one while a checkpoint is being written, one of their data
@@ -111,7 +111,7 @@ def log_of(outputs: Path) -> str:
 
 if __name__ == "__main__":
     settings = {"kills": 20, "seed": 0, "workers": 2} | dict(OmegaConf.from_cli(sys.argv[1:]))
-    settings.setdefault("steps", 4 * settings["kills"])
+    settings.setdefault("steps", 6 * settings["kills"])
     with tempfile.TemporaryDirectory() as place:
         began = time.monotonic()
         found = soak(Path(place), **settings)
