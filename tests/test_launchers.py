@@ -19,7 +19,7 @@ from safetensors import safe_open
 from acetate.commands import export
 from acetate.formats.training import WholeCheckpointIO
 from tests.paths import ROOT
-from tests.processes import ended, train
+from tests.processes import ended, program, train
 from tests.test_resume import small
 
 TWO_RANKS = ["trainer.accelerator=cpu", "data.num_workers=0"]
@@ -80,12 +80,14 @@ def test_slurm_composes(tmp_path):
 
 
 @pytest.mark.slow
-def test_without_the_launcher_everything_else_composes():
-    plain = run("-c", WITHOUT_PLUGIN, "experiment=dit_dora", "--cfg", "job")
-    assert plain.returncode == 0, plain.stderr[-2000:]
-    assert "experiment=vae_rgba" in run("-c", WITHOUT_PLUGIN, "--help").stdout
-    sweep = run("-c", WITHOUT_PLUGIN, "hydra/launcher=slurm", "--cfg", "job")
-    assert sweep.returncode != 0 and "submitit_slurm" in sweep.stderr
+def test_without_the_launcher_everything_else_composes(tmp_path):
+    file = tmp_path / "without_plugin.py"
+    file.write_text(WITHOUT_PLUGIN)
+    code, printed = program(tmp_path / "plain", str(file), "experiment=dit_dora", "--cfg", "job")
+    assert code == 0, printed[-2000:]
+    assert "experiment=vae_rgba" in program(tmp_path / "help", str(file), "--help")[1]
+    code, printed = program(tmp_path / "sweep", str(file), "hydra/launcher=slurm", "--cfg", "job")
+    assert code != 0 and "submitit_slurm" in printed
 
 
 @pytest.mark.slow

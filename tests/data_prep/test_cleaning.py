@@ -165,6 +165,7 @@ def test_where_alpha_is_tiny_colour_comes_from_around():
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("matting")  # which compiles itself once
 def test_foreground_of_a_picture_and_its_matte():
     clip = soft(1, 48, (250, 30, 40))
     picture = mixed(clip, 255)  # over white
@@ -177,6 +178,7 @@ def test_foreground_of_a_picture_and_its_matte():
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("matting")
 @pytest.mark.parametrize("seed", [31, 32, 33])
 def test_foreground_of_hair_before_a_scene(tmp_path, seed):
     """A picture and its matte, as files: the colour of soft pixels, against the truth that was drawn."""
