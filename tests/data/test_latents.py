@@ -4,6 +4,7 @@ from zlib import crc32
 import lightning
 import pytest
 import torch
+from omegaconf import OmegaConf
 from safetensors.torch import save, save_file
 from webdataset.writer import TarWriter
 
@@ -91,6 +92,12 @@ def module(folder, **settings):
 
 def ready(folder, **settings):
     data = module(folder, **settings)
+    data.setup()
+    return data
+
+
+def ready_of(folders):
+    data = LatentDataModule(latents=[str(folder) for folder in folders], **SETTINGS)
     data.setup()
     return data
 
@@ -317,6 +324,26 @@ def test_resume_on_other_latents_warns(folder, caplog):
     with caplog.at_level(logging.WARNING):
         data.load_state_dict(ready(folder).state_dict())
     assert "another seed" in caplog.text
+
+
+def test_folders_are_mixed_by_weight(folder, tmp_path):
+    more = {**{clip: ("train", WIDE) for clip in "hijk"}, "u": ("val", WIDE)}
+    other = write(tmp_path / "more", more)
+    mixed = {str(folder): 1, str(other): 3}
+    data = LatentDataModule(latents=OmegaConf.create(mixed), **(SETTINGS | {"batch_size": 1}))
+    data.setup()
+    clips = [batch["clip"][0] for batch in first(data.train_dataloader(), 4 * 11)]
+    assert sum(clip in more for clip in clips) == 4 * 8  # of 11 places 8.25, each epoch
+    assert {clip for batch in data.val_dataloader() for clip in batch["clip"]} == {*VAL, "u"}
+    with pytest.raises(ShardError, match=r"key 'a-w000-v0' is in .*latents\S* and in .*again; leave one of the two out"):
+        ready_of([folder, write(tmp_path / "again")])
+
+
+def test_latents_of_another_vae_are_not_mixed_in(folder, tmp_path):
+    other = write(tmp_path / "other", {"h": ("train", WIDE)})
+    write_json(other / MANIFEST, read_manifest(other, "latents") | {"vae_sha256": "xyz"})
+    with pytest.raises(ShardError, match=r"other was made with vae_sha256 xyz, .* with abc; they cannot be mixed"):
+        ready_of([folder, other])
 
 
 def test_validation_is_fixed_and_of_one_bucket(folder):

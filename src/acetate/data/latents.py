@@ -3,7 +3,7 @@
 import logging
 import math
 from collections import defaultdict, deque
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
@@ -26,6 +26,7 @@ from acetate.data.shards import (
     ShardError,
     TarRef,
     blame,
+    by_key,
     find_samples,
     read_manifest,
     read_media,
@@ -37,6 +38,8 @@ from acetate.draws import stable_hash
 
 KEY_LENGTH = 80  # of shards.KEY
 EMPTY_PROMPT = "empty_prompt.safetensors"
+# What latents were made with: folders are mixed, and a run goes on, only where all of it is equal
+MADE_WITH = ("vae_sha256", "base_sha256", "text_encoder_sha256", "prompt_length", "ellipse", "geometry")
 log = logging.getLogger(__name__)
 
 Place = tuple[int, int]  # epoch, window
@@ -154,14 +157,14 @@ class LatentRef(TarRef):
 
 
 def index_latents(folder: Folder, manifest: dict[str, Any]) -> list[LatentRef]:
-    """Every sample that the manifest promises, by window and variant; one that its local tar lacks has a `problem`."""
+    """Every sample that the manifest promises; one that its local tar lacks has a `problem`."""
     refs = []
     for shard in manifest["shards"]:
         places = find_samples(folder, shard, [(entry["key"], "safetensors") for entry in shard["samples"]])
         for entry, place in zip(shard["samples"], places, strict=True):
             facts = {**entry, **place, "shape": tuple(entry["shape"])}
             refs.append(LatentRef(**facts, kind="safetensors"))
-    return sorted(refs, key=lambda ref: (ref.window, ref.variant))
+    return refs
 
 
 def read_latents(ref: LatentRef) -> Sample:
@@ -269,16 +272,17 @@ class LatentDataModule(ShardDataModule):
     context (B, prompt_length, D) and null_context (1, prompt_length, D) zero-padded, all fp32; prompt, key, clip
     (lists of B) and skipped.
 
-    Order, position and bad clips as in ShardDataModule; the position counts samples, and resuming walks there again,
+    latents: folders or URLs; a mapping from them to weights mixes them as MixedOrder does. Remote ones, order, position
+    and bad clips as in ShardDataModule; the position counts samples, and resuming walks there again,
     also from a run with another number of ranks or another batch size. batch_size is per rank; val_clips counts
-    windows. `manifest` is that of data_prep.cache_latents, after setup. Raises ShardError where the folder cannot be
-    used, and ValueError naming the sample whose prompt is longer than prompt_length.
+    windows. `manifest` is that of the first folder, after setup. Raises ShardError where folders cannot be used, or not
+    together, and ValueError naming the sample whose prompt is longer than prompt_length.
     """
 
     def __init__(
         self,
         *,
-        latents: str,
+        latents: str | Sequence[str] | Mapping[str, float],
         batch_size: int,
         seed: int,
         num_workers: int,
@@ -300,7 +304,7 @@ class LatentDataModule(ShardDataModule):
             remote=remote,
             shuffle_tars=shuffle_tars,
         )
-        (self.folder,), self.prompt_length = self.folders, prompt_length
+        self.prompt_length = prompt_length
         self.manifest: dict[str, Any] = {}
         self.train_windows: list[list[LatentRef]] = []
         self.val_windows: list[list[LatentRef]] = []
@@ -314,13 +318,16 @@ class LatentDataModule(ShardDataModule):
     def setup(self, stage: str | None = None) -> None:
         if self.manifest:
             return
-        manifest = read_manifest(self.folder, "latents")
-        refs = index_latents(self.folder, manifest)
+        manifests = [read_manifest(folder, "latents") for folder in self.folders]
+        self._check_alike(manifests)
+        pairs = zip(self.folders, manifests, strict=True)
+        refs = by_key(ref for folder, manifest in pairs for ref in index_latents(folder, manifest)).values()
+        refs = sorted(refs, key=lambda ref: (ref.window, ref.variant))
         longest = max(refs, key=lambda ref: ref.tokens, default=None)
         if longest and longest.tokens > self.prompt_length:
             raise ValueError(
                 f"{longest.key}: a prompt of {longest.tokens} tokens; prompt_length={self.prompt_length}. "
-                f"{self.folder} was made for {manifest['prompt_length']}: set that, or cache it with shorter prompts."
+                f"{self._where()}: made for {manifests[0]['prompt_length']}; set that, or cache with shorter prompts."
             )
         self._count_bad([f"{ref.key}: {ref.problem}" for ref in refs if ref.problem])
         windows = [list(group) for _, group in groupby(refs, key=lambda ref: ref.window)]
@@ -328,21 +335,31 @@ class LatentDataModule(ShardDataModule):
         for split, found in (("train", train), ("val", val)):
             if not found:
                 raise ShardError(
-                    f"{self.folder}: none of {len(refs)} samples is in split {split!r}. Add clips of that split to "
+                    f"{self._where()}: none of {len(refs)} samples is in split {split!r}. Add clips of that split to "
                     f"the clip shards and cache them anew. {HOW_TO_MAKE['latents']}"
                 )
         # A fixed draw over all keys: the first ones in the alphabet are often all of one kind.
         val = sorted(val, key=lambda window: stable_hash("val", window[0].window))[: self.val_clips]
         self.null_context = self._empty_prompt()
         self.train_windows, self.val_windows = train, [window[:1] for window in val]
-        self.manifest = manifest
+        self.manifest = manifests[0]
+
+    def _check_alike(self, manifests: Sequence[dict[str, Any]]) -> None:
+        for name in MADE_WITH:
+            for folder, manifest in zip(self.folders, manifests, strict=True):
+                if manifest.get(name) != manifests[0].get(name):
+                    raise ShardError(
+                        f"{folder} was made with {name} {manifest.get(name)}, {self.folders[0]} with "
+                        f"{manifests[0].get(name)}; they cannot be mixed. Cache one of them anew, with the settings of "
+                        "the other, or leave it out."
+                    )
 
     def _empty_prompt(self) -> Tensor:
         try:
-            embeds = safetensors.torch.load(read_file(self.folder, EMPTY_PROMPT))["embeds"]
+            embeds = safetensors.torch.load(read_file(self.folders[0], EMPTY_PROMPT))["embeds"]
         except (OSError, SafetensorError, KeyError) as error:
             raise ShardError(
-                f"{self.folder}/{EMPTY_PROMPT} cannot be read ({error}). {HOW_TO_MAKE['latents']}"
+                f"{self.folders[0]}/{EMPTY_PROMPT} cannot be read ({error}). {HOW_TO_MAKE['latents']}"
             ) from error
         return pad(embeds.float(), self.prompt_length)[None]
 

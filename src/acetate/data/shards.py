@@ -10,13 +10,13 @@ import os
 import re
 import tarfile
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
 from textwrap import indent
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -81,6 +81,9 @@ class TarRef:
     @property
     def name(self) -> str:
         return f"{self.tar.name}:{self.key}.{self.kind}"
+
+
+Ref = TypeVar("Ref", bound=TarRef)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -309,19 +312,28 @@ def index_shards(folders: Sequence[Folder]) -> list[ClipRef]:
 
     Raises ShardError for a folder without a readable manifest, one without clips, or a key that comes twice.
     """
-    refs: dict[str, ClipRef] = {}
-    for folder in folders:
-        manifest = read_manifest(folder)
-        if not manifest["clips"]:
-            raise ShardError(f"{folder} holds 0 clips. {HOW_TO_MAKE['clips']}")
-        for shard in manifest["shards"]:
-            places = find_samples(folder, shard, [(clip["key"], clip["kind"]) for clip in shard["clips"]])
-            for ref in (ClipRef(**clip, **place) for clip, place in zip(shard["clips"], places, strict=True)):
-                if ref.key in refs:
-                    other = refs[ref.key].tar.parent
-                    raise ShardError(f"key {ref.key!r} is in {other} and in {folder}; leave one of the two out.")
-                refs[ref.key] = ref
+    refs = by_key(ref for folder in folders for ref in _index(folder))
     return [refs[key] for key in sorted(refs)]
+
+
+def _index(folder: Folder) -> Iterator[ClipRef]:
+    manifest = read_manifest(folder)
+    if not manifest["clips"]:
+        raise ShardError(f"{folder} holds 0 clips. {HOW_TO_MAKE['clips']}")
+    for shard in manifest["shards"]:
+        places = find_samples(folder, shard, [(clip["key"], clip["kind"]) for clip in shard["clips"]])
+        yield from (ClipRef(**clip, **place) for clip, place in zip(shard["clips"], places, strict=True))
+
+
+def by_key(refs: Iterable[Ref]) -> dict[str, Ref]:
+    """ShardError for a key that comes twice."""
+    found: dict[str, Ref] = {}
+    for ref in refs:
+        if ref.key in found:
+            other = found[ref.key].tar.parent
+            raise ShardError(f"key {ref.key!r} is in {other} and in {ref.tar.parent}; leave one of the two out.")
+        found[ref.key] = ref
+    return found
 
 
 def find_samples(folder: Folder, shard: Mapping[str, Any], samples: Sequence[tuple[str, str]]) -> list[dict[str, Any]]:

@@ -9,6 +9,7 @@ from diffusers import WanTransformer3DModel
 from torch import Tensor
 
 from acetate import flow, regions
+from acetate.data.latents import MADE_WITH
 from acetate.draws import ClipDraws
 from acetate.losses.diffusion import flow_loss
 from acetate.models.adapters import ADAPTER_SCHEMA
@@ -17,9 +18,6 @@ from acetate.models.loading import load_transformer, transformer_sha256
 from acetate.tasks.adapter import AdapterTask
 from acetate.tasks.logs import log_means
 from acetate.tasks.optim import adamw_with_warmup
-
-# What a cache was made with, and a run on other latents must be refused
-CACHE_FACTS = ("vae_sha256", "base_sha256", "text_encoder_sha256", "prompt_length", "ellipse", "geometry")
 
 
 class DoRATask(AdapterTask):
@@ -104,7 +102,7 @@ class DoRATask(AdapterTask):
 
     def setup(self, stage: str) -> None:
         manifest = self.trainer.datamodule.manifest  # pyright: ignore[reportAttributeAccessIssue]
-        self.cache = {name: manifest[name] for name in CACHE_FACTS}
+        self.cache = {name: manifest[name] for name in MADE_WITH}
 
     def on_validation_model_eval(self) -> None:
         """Training mode stays on: nothing here depends on it but PEFT, which keeps full-size deltas in eval mode."""
