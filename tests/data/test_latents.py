@@ -327,7 +327,7 @@ def test_resume_on_other_latents_warns(folder, caplog):
 
 
 def test_folders_are_mixed_by_weight(folder, tmp_path):
-    more = {**{clip: ("train", WIDE) for clip in "hijk"}, "u": ("val", WIDE)}
+    more = {**dict.fromkeys("hijk", ("train", WIDE)), "u": ("val", WIDE)}
     other = write(tmp_path / "more", more)
     mixed = {str(folder): 1, str(other): 3}
     data = LatentDataModule(latents=OmegaConf.create(mixed), **(SETTINGS | {"batch_size": 1}))
@@ -335,7 +335,9 @@ def test_folders_are_mixed_by_weight(folder, tmp_path):
     clips = [batch["clip"][0] for batch in first(data.train_dataloader(), 4 * 11)]
     assert sum(clip in more for clip in clips) == 4 * 8  # of 11 places 8.25, each epoch
     assert {clip for batch in data.val_dataloader() for clip in batch["clip"]} == {*VAL, "u"}
-    with pytest.raises(ShardError, match=r"key 'a-w000-v0' is in .*latents\S* and in .*again; leave one of the two out"):
+    with pytest.raises(
+        ShardError, match=r"key 'a-w000-v0' is in .*latents\S* and in .*again; leave one of the two out"
+    ):
         ready_of([folder, write(tmp_path / "again")])
 
 
