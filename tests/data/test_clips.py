@@ -248,15 +248,22 @@ def test_training_stops_past_the_budget(tmp_path):
         fit(tmp_path / "s", tmp_path, 10)
 
 
-def test_batch_without_a_good_clip(tmp_path):
-    write(tmp_path)
+def test_a_batch_without_a_good_clip_is_a_blank(tmp_path):
+    """That trains nothing, and that training ends with only where no clip is good."""
+    write(tmp_path / "some")
+    break_clip(tmp_path / "some", "clip04")
+    task, _, _ = fit(tmp_path / "some", tmp_path, TRAIN, batch_size=1, bad_clip_budget=1)
+    seen = [keys for keys, _ in task.seen]
+    assert seen.count([""]) == 1 and len({key for (key,) in seen}) == TRAIN
+    write(tmp_path / "none")
     for i in range(TRAIN + VAL):
-        break_clip(tmp_path, f"clip{i:02d}")
-    data = ready(tmp_path, bad_clip_budget=100)
-    (batch,) = first(data.train_dataloader(), 1)
-    assert batch["key"] == [] and len(batch["skipped"]) == 4
-    with pytest.raises(BadDataError, match="no usable clip in a batch of 4"):
-        data.on_before_batch_transfer(batch, 0)
+        break_clip(tmp_path / "none", f"clip{i:02d}")
+    data = ready(tmp_path / "none", bad_clip_budget=100)
+    with pytest.raises(BadDataError, match=rf"none of {TRAIN} clips is usable: clip"):
+        for batch in data.train_dataloader():
+            assert batch["key"] == [] and len(batch["skipped"]) == 4
+            blank = data.on_before_batch_transfer(batch, 0)
+            assert blank["rgb"].shape == (1, 3, 5, 16, 16) and blank["alpha"].shape == (1, 1, 5, 16, 16)
 
 
 def test_lost_tar_is_counted_at_setup(tmp_path):

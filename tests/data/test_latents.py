@@ -42,8 +42,8 @@ def value(clip, variant):
     return float(ord(clip[0]) + variant / 8)  # exact in half precision
 
 
-def write(out, clips=None, variants=VARIANTS, tokens=None, spoil=lambda clip, tensors: tensors):
-    """Latent shards whose values tell clip and variant; two tars."""
+def write(out, clips=None, variants=VARIANTS, tokens=None, spoil=lambda clip, tensors: tensors, tars=2):
+    """Latent shards whose values tell clip and variant."""
     out.mkdir(parents=True, exist_ok=True)
     clips = (
         {**{c: ("train", s) for c, s in TRAIN.items()}, **{c: ("val", s) for c, s in VAL.items()}}
@@ -51,7 +51,8 @@ def write(out, clips=None, variants=VARIANTS, tokens=None, spoil=lambda clip, te
         else clips
     )
     shards = []
-    for number, mine in enumerate((sorted(clips)[::2], sorted(clips)[1::2])):
+    for number in range(tars):
+        mine = sorted(clips)[number::tars]
         samples = []
         temporary = out / f"latents-{number:06d}.tar.tmp"
         with open(temporary, "wb") as stream:
@@ -77,7 +78,7 @@ def write(out, clips=None, variants=VARIANTS, tokens=None, spoil=lambda clip, te
         shards.append({**finish_tar(temporary), "samples": samples})
     save_file({"embeds": torch.ones(1, 8, dtype=torch.float16)}, out / EMPTY_PROMPT)
     write_json(out / MANIFEST, {"schema": SCHEMA, "kind": "latents", "vae_sha256": "abc", "prompt_length": 6,
-                                "shards": shards})  # fmt: skip
+                                "geometry": {"channels": 4}, "shards": shards})  # fmt: skip
     return out
 
 
@@ -379,8 +380,10 @@ def test_bad_sample_leaves_its_batch_within_the_budget(tmp_path, caplog):
     write(tmp_path, variants=1)
     break_sample(tmp_path, "c-w000-v0")
     data = ready(tmp_path, bad_clip_budget=1)
-    batches = first(data.train_dataloader(), 21)
     with caplog.at_level(logging.WARNING):
+        batches = first(data.train_dataloader(), 21)
+        assert "1 of 3 buckets have fewer windows than the 2 of a batch" in caplog.text
+        caplog.clear()
         for batch in batches:
             data.on_before_batch_transfer(batch, 0)
     assert sum(bool(batch["skipped"]) for batch in batches) > 1
@@ -389,6 +392,20 @@ def test_bad_sample_leaves_its_batch_within_the_budget(tmp_path, caplog):
     with pytest.raises(BadDataError, match=r"1 bad clips, bad_clip_budget=0: c-w000-v0: .*CRC.*raise bad_clip_budget"):
         for batch in batches:
             strict.on_before_batch_transfer(batch, 0)
+
+
+def test_a_batch_without_a_good_sample_is_a_blank(tmp_path):
+    write(tmp_path, variants=1)
+    for clip in TRAIN:
+        break_sample(tmp_path, f"{clip}-w000-v0")
+    data = ready(tmp_path, bad_clip_budget=100)
+    batches = iter(data.train_dataloader())
+    blank = data.on_before_batch_transfer(next(batches), 0)
+    assert blank["key"] == [""] and blank["latents"].shape == (1, 4, *WIDE) and blank["ellipses"].shape == (1, 2, 5)
+    assert blank["context"].shape == blank["null_context"].shape == (1, 6, 8)
+    with pytest.raises(BadDataError, match=r"none of 7 clips is usable"):
+        for batch in batches:
+            data.on_before_batch_transfer(batch, 0)
 
 
 @pytest.mark.parametrize("name", ["latents", "ellipse"])

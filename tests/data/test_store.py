@@ -1,11 +1,13 @@
 import json
-import os
+import multiprocessing
+import pickle
 import re
 import shutil
 import threading
 import time
 import urllib.error
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -58,6 +60,8 @@ class Handler(BaseHTTPRequestHandler):
             self.asked.append(name)
         fault = self.faults[name].pop(0) if self.faults.get(name) else None
         status, headers, body = (500, {}, b"broken") if fault == "500" else self.found()
+        if fault == "late":
+            time.sleep(2)
         self.send_response(status)
         for header in headers.items():
             self.send_header(*header)
@@ -65,7 +69,13 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command == "HEAD":
             return
-        self.wfile.write(body[: len(body) // 2] if fault else body)
+        if fault == "slow":  # all of it, over longer than the tests' timeout
+            for i in range(16):
+                self.wfile.write(body[i * len(body) // 16 : (i + 1) * len(body) // 16])
+                time.sleep(0.15)
+            return
+        with suppress(OSError):  # nobody waits for it any more
+            self.wfile.write(body[: len(body) // 2] if fault and fault != "late" else body)
         if fault == "stall":
             self.wfile.flush()
             time.sleep(4)
@@ -241,14 +251,81 @@ def test_cache_keeps_its_bound_and_the_tars_in_use(shards, server, tmp_path):
     assert server.asked.count("clips-000001.tar") == 2
 
 
-def test_a_killed_download_gives_its_room_back(tmp_path):
-    remote = quick(tmp_path, cache_gb=1.0)
-    part = remote._part(remote.max_bytes)
-    part.touch()
-    assert not remote._make_room(1)
-    long_ago = time.time() - store.STALE - 60
-    os.utime(part, (long_ago, long_ago))
-    assert remote._make_room(1) and not part.exists()
+def hold_all_room(remote, held):
+    with remote._part(remote.max_bytes):
+        held.set()
+        time.sleep(60)
+
+
+def test_a_killed_download_gives_its_room_back_at_once(tmp_path):
+    remote, held = quick(tmp_path, cache_gb=1.0), multiprocessing.Event()
+    process = multiprocessing.Process(target=hold_all_room, args=(remote, held))
+    process.start()
+    assert held.wait(60) and remote._reserve(1) is None
+    process.kill()
+    process.join()
+    with remote._part(remote.max_bytes) as part:
+        assert [*remote.cache_dir.glob("*.part")] == [part]
+    assert not list(remote.cache_dir.glob("*.part"))
+
+
+def test_a_server_that_answers_too_late_leaves_nothing_behind(server, tmp_path):
+    server.faults["clips-000001.tar"] = ["late"]
+    assert not reported(read_all(open_folder(server.url, quick(tmp_path, timeout=0.5))))
+    time.sleep(2)
+    assert not list((tmp_path / "cache").glob("*.part"))
+
+
+def test_slow_is_not_lost(server, tmp_path):
+    """As long as something comes, a download may take longer than the timeout."""
+    server.faults["clips-000001.tar"] = ["slow"]
+    assert not reported(read_all(open_folder(server.url, quick(tmp_path, timeout=1.0))))
+    assert server.asked.count("clips-000001.tar") == 1
+    assert store.in_one_stream("https", 1.0)[0]["timeout"].total is None  # aiohttp's ends at 300 s
+
+
+def test_more_than_was_promised_is_broken_off(server, tmp_path):
+    tar = server.source / "clips-000001.tar"
+    promised = tar.stat().st_size
+    tar.write_bytes(tar.read_bytes() * 20)
+    server.faults["clips-000001.tar"] = ["slow"]
+    bad = reported(read_all(open_folder(server.url, quick(tmp_path, retries=0))))
+    assert [*bad] == KEYS[3:6] and f"more than the {promised} bytes come that the manifest says" in bad["clip03"]
+
+
+def test_processes_of_a_run_share_what_failed(server, tmp_path):
+    server.faults["clips-000001.tar"] = ["500"] * 9
+    remote = quick(tmp_path)
+    folders = [RemoteFolder(server.url, pickle.loads(pickle.dumps(remote))) for _ in range(3)]
+    with ThreadPoolExecutor(3) as threads:
+        assert all([*reported(found)] == KEYS[3:6] for found in threads.map(read_all, folders))
+    assert server.asked.count("clips-000001.tar") == 3
+    assert len(reported(read_all(open_folder(server.url, quick(tmp_path))))) == PER_TAR  # another run asks anew
+    assert server.asked.count("clips-000001.tar") == 6
+
+
+def test_what_is_damaged_in_the_cache_is_fetched_again(server, tmp_path):
+    read_all(open_folder(server.url, quick(tmp_path)))
+    cached = sorted((tmp_path / "cache").glob("*.tar"))
+    cached[0].write_bytes(cached[0].read_bytes()[:100])
+    cached[1].write_bytes(b"")
+    (tmp_path / "cache/notes.part").touch()  # no file of ours
+    assert not reported(read_all(open_folder(server.url, quick(tmp_path))))
+    assert len([name for name in server.asked if name.endswith("tar")]) == TARS + 2
+
+
+def test_a_reference_takes_no_table_of_members_along(server, tmp_path):
+    refs = index_shards([open_folder(server.url, quick(tmp_path))])
+    before = len(pickle.dumps(refs[0]))
+    for ref in refs:
+        read_clip(ref)
+    assert len(pickle.dumps(refs[0])) == before
+
+
+def test_options_of_one_protocol(tmp_path):
+    remote = quick(tmp_path, storage_options={"anon": True, "s3": {"key": "k"}, "http": {"headers": {"a": "b"}}})
+    assert remote._options("s3") == {"anon": True, "key": "k"} and remote._options("gs") == {"anon": True}
+    assert remote._options("http") == {"anon": True, "headers": {"a": "b"}}
 
 
 def test_workers_share_the_cache(server, tmp_path):
@@ -302,6 +379,8 @@ def test_latents_come_from_a_url(server, tmp_path):
 def test_setup_errors(shards, server, tmp_path):
     with pytest.raises(ValueError, match=r"need `remote`"):
         ClipDataModule(shards="s3://bucket/clips", **SETTINGS)
+    with pytest.raises(ValueError, match="s3:// names no bucket or host"):
+        open_folder("s3://", quick(tmp_path))
     with pytest.raises(ValueError, match="nonsense://x cannot be read: Protocol not known"):
         open_folder("nonsense://x", quick(tmp_path))
     with pytest.raises(ShardError, match="holds no finished shards"):
@@ -323,6 +402,35 @@ def test_setup_errors(shards, server, tmp_path):
         quick(tmp_path, timeout=0)
 
 
+def damaged(name, value):
+    """What makes another manifest of one: a field of its first tar, or one of its own."""
+
+    def damage(manifest):
+        place = manifest["shards"][0] if name in manifest["shards"][0] and name != "clips" else manifest
+        if value is None:
+            del place[name]
+        else:
+            place[name] = value
+
+    return damage
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [damaged("clips", None), damaged("shards", None), damaged("sha256", None), damaged("sha256", 5),
+     damaged("sha256", "../x"), damaged("bytes", "5"), damaged("shards", [None]),
+     lambda manifest: manifest["shards"][0]["clips"][0].pop("crc32"),
+     lambda manifest: manifest["shards"][0]["clips"][0].update(more=1)],
+)  # fmt: skip
+def test_damaged_manifests(server, tmp_path, damage):
+    path = server.source / "manifest.json"
+    manifest = json.loads(path.read_text())
+    damage(manifest)
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(ShardError, match=r"manifest\.json is damaged \(\w+Error: .*data_prep\.shard` make"):
+        index_shards([open_folder(server.url, quick(tmp_path))])
+
+
 @contextmanager
 def s3():
     """Address and storage options of a server of its own."""
@@ -330,7 +438,11 @@ def s3():
     moto = pytest.importorskip("moto.server").ThreadedMotoServer(port=0)
     moto.start()
     address = "http://{}:{}".format(*moto.get_host_and_port())
-    yield address, {"key": "k", "secret": "s", "config_kwargs": {"retries": {"max_attempts": 1}}}
+    # So small a block that pieces of each tar would be fetched at once
+    yield (
+        address,
+        {"key": "k", "secret": "s", "default_block_size": 1024, "config_kwargs": {"retries": {"max_attempts": 1}}},
+    )
     moto.stop()
 
 
@@ -359,8 +471,13 @@ def bucket(request, shards):
 
 def test_buckets(bucket, tmp_path):
     url, options, server = bucket
-    server.faults |= {"manifest.json": ["500"], "clips-000000.tar": ["500"], "clips-000001.tar": ["stall", "cut"]}
-    bad = reported(read_all(RemoteFolder(url, quick(tmp_path, storage_options=options))))
+    server.faults |= {
+        "manifest.json": ["500"],
+        "clips-000000.tar": ["500"],
+        "clips-000001.tar": ["stall", "cut", "slow"],
+    }
+    remote = quick(tmp_path, storage_options={url.split("://")[0]: options}, timeout=2, retries=3)
+    bad = reported(read_all(RemoteFolder(url, remote)))
     assert not any(server.faults.values()) and [*bad] == KEYS[6:]
     assert "bytes came, the manifest says" in bad["clip06"] and "does not exist" in bad["clip09"]
 

@@ -200,8 +200,8 @@ class Panels(Callback):
         if not trainer.is_global_zero or dataloader_idx > 0:
             return
         for i, key in enumerate(batch["key"]):
-            # A sampler that pads the last batch repeats clips.
-            if len(self._drawn) < self.clips and key not in self._drawn:
+            # A sampler that pads the last batch repeats clips; one without a key stands in for bad ones.
+            if key and len(self._drawn) < self.clips and key not in self._drawn:
                 self._drawn.add(key)
                 self._draw(trainer, _clip(outputs, batch, i))
 

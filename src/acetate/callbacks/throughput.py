@@ -42,10 +42,11 @@ class Throughput(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self._steps += 1
-        self._clips += len(batch["key"])
+        clips = sum(map(bool, batch["key"]))  # one without a key stands in for bad ones
+        self._clips += clips
         for name in ("rgb", "video"):
             if name in batch:  # (B, 3, T, H, W)
-                self._frames += len(batch["key"]) * batch[name].shape[2]
+                self._frames += clips * batch[name].shape[2]
         last = self._steps == self.every_n_steps
         if last and pl_module.device.type == "cuda":
             torch.cuda.synchronize(pl_module.device)

@@ -3,6 +3,8 @@
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import count
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from acetate.data.datamodule import ShardDataModule
 from acetate.data.order import Order
 from acetate.data.shards import BadClip, Clip, ClipRef, ShardError, index_shards, read_clip
-from acetate.data.store import ReadAhead, Remote
+from acetate.data.store import ReadAhead, Remote, RemoteTar
 from acetate.data.transforms import ClipTransform
 from acetate.draws import generator_for, stable_hash
 
@@ -87,8 +89,9 @@ class ClipDataset(Dataset[Sample | BadClip]):
         step: int = 1,
     ):
         self.refs, self.transform, self.seed, self.order = refs, transform, seed, order
-        self.cache = ClipCache(cache_bytes)
-        self.ahead = ReadAhead(order, [ref.tar for ref in refs], step) if order else None
+        self.cache, self.step = ClipCache(cache_bytes), step
+        remote = order and any(isinstance(ref.tar, RemoteTar) for ref in refs)
+        self.ahead = ReadAhead(self._coming, len(refs)) if remote else None
 
     def __getitem__(self, position: int) -> Sample | BadClip:
         if self.ahead:
@@ -104,6 +107,11 @@ class ClipDataset(Dataset[Sample | BadClip]):
         if not (rgb.isfinite().all() and alpha.isfinite().all()):
             return BadClip(ref.key, "has values that are not finite")
         return {"rgb": rgb, "alpha": alpha, "prompt": clip.prompt, "key": ref.key}
+
+    def _coming(self, position: int) -> Iterator[tuple[int, Path | RemoteTar]]:
+        assert self.order is not None
+        for place in count(position, self.step):
+            yield place, self.refs[self.order[place][1]].tar
 
 
 def collate(samples: Sequence[Sample | BadClip]) -> dict[str, Any]:
@@ -212,10 +220,18 @@ class ClipDataModule(ShardDataModule):
         seed = self._finished_batches() if self.random_validation else 0
         dataset = ClipDataset(self.val_refs, self.val_transform, seed, self.cache_bytes, order=None)
         parts = [ValBatches(len(self.val_refs), self.val_batch_size, r, world) for r in range(world)]
-        count = len(self.val_refs)
-        even = f"val_clips={count // world * world}" if count >= world else f"at most {count} GPUs, or more clips"
-        self._check_even([len(part) for part in parts], f"{count} validation clips", even)
+        clips = len(self.val_refs)
+        even = f"val_clips={clips // world * world}" if clips >= world else f"at most {clips} GPUs, or more clips"
+        self._check_even([len(part) for part in parts], f"{clips} validation clips", even)
         return self._loader(dataset, parts[rank], collate)
+
+    def _training_refs(self) -> list[ClipRef]:
+        return self.train_refs
+
+    def _blank(self) -> dict[str, Any]:
+        transform = self.train_transform
+        shape = (transform.frames, transform.height, transform.width)
+        return {"rgb": torch.zeros(1, 3, *shape), "alpha": torch.ones(1, 1, *shape), "prompt": [""], "key": [""]}
 
     def _fingerprint(self) -> int:
         return stable_hash(self.seed, *(ref.key for ref in self.train_refs), *self._order().fingerprint)

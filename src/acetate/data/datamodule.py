@@ -13,7 +13,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.utils.data import DataLoader, Dataset
 
 from acetate.data.order import ClipOrder, MixedOrder, Order
-from acetate.data.shards import ShardError
+from acetate.data.shards import ShardError, TarRef
 from acetate.data.store import Remote, RemoteTar, listed, open_folder
 
 log = logging.getLogger(__name__)
@@ -33,11 +33,25 @@ class BadDataError(RuntimeError):
     """More bad clips than the budget allows, or none that is good."""
 
 
+def weights_of(folders: Mapping[str, Any]) -> list[float]:
+    """ValueError for what is no number, negative, not finite, or 0 for all."""
+    for folder, weight in folders.items():
+        if not isinstance(weight, int | float):
+            raise ValueError(
+                f"{folder}: weight {weight!r} is no number. On a command line, a colon in a URL needs a backslash: "
+                r"data.shards='{data/mine: 1, s3\://bucket/clips: 3}'"
+            )
+    weights = [float(weight) for weight in folders.values()]
+    if not (min(weights) >= 0 and 0 < sum(weights) < float("inf")):
+        raise ValueError(f"weights {weights}; none may be negative and one must be above 0")
+    return weights
+
+
 class ShardDataModule(LightningDataModule):
     """Training batches have no end and no length: the trainer's max_steps ends them. Their order depends on
     (seed, epoch) alone; where it goes on is the number of clips that training has consumed, on all ranks.
-    A bad clip leaves its batch, which gets smaller; past `bad_clip_budget` distinct ones in a process,
-    training stops with BadDataError.
+    A bad clip leaves its batch, which gets smaller, or is a blank that counts for nothing; past `bad_clip_budget`
+    distinct ones in a process, training stops with BadDataError.
 
     Folders may be URLs, which `remote` reads: every machine fetches every tar of the training split once an epoch,
     unless its cache holds them all; the next ones while clips are read (ReadAhead). If any is one, clips are shuffled
@@ -70,9 +84,7 @@ class ShardDataModule(LightningDataModule):
         self.folders = [open_folder(folder, remote) for folder in listed(folders)]
         if not self.folders:
             raise ShardError("shards=[]; name at least one folder of shards")
-        self.weights = [float(weight) for weight in folders.values()] if isinstance(folders, Mapping) else None
-        if self.weights and not (min(self.weights) >= 0 and 0 < sum(self.weights) < float("inf")):
-            raise ValueError(f"weights {self.weights}; none may be negative and one must be above 0")
+        self.weights = weights_of(folders) if isinstance(folders, Mapping) else None
         self.remote, self.shuffle_tars = remote, shuffle_tars
         self.batch_size, self.val_batch_size, self.val_clips = batch_size, val_batch_size, val_clips
         self.seed, self.num_workers, self.bad_clip_budget = seed, num_workers, bad_clip_budget
@@ -82,6 +94,14 @@ class ShardDataModule(LightningDataModule):
 
     def _fingerprint(self) -> int:
         """Of the seed and all that is trained on: a position means the same where it is equal."""
+        raise NotImplementedError
+
+    def _training_refs(self) -> Iterable[TarRef]:
+        """Of all that is trained on."""
+        raise NotImplementedError
+
+    def _blank(self) -> dict[str, Any]:
+        """A batch of one clip that is none."""
         raise NotImplementedError
 
     def _order_of(self, tars: Sequence[Path | RemoteTar]) -> Order:
@@ -94,8 +114,16 @@ class ShardDataModule(LightningDataModule):
         for folder, weight, clips in zip(self.folders, self.weights, sets, strict=True):
             if weight and not clips:
                 raise ShardError(f"{folder} has weight {weight:g} and no training clip; leave it out.")
-        self._check_window([[tars[clip] for clip in clips] for clips in sets])
-        return MixedOrder(sets, self.weights, self.seed, tars=names, shuffle_tars=self.shuffle_tars)
+        used = [clips for clips, weight in zip(sets, self.weights, strict=True) if weight]
+        self._check_window([[tars[clip] for clip in clips] for clips in used])
+        order = MixedOrder(sets, self.weights, self.seed, tars=names, shuffle_tars=self.shuffle_tars)
+        for folder, weight, quota in zip(self.folders, self.weights, order.quotas, strict=True):
+            if weight and not quota:
+                raise ShardError(
+                    f"{folder} has weight {weight:g} of {sum(self.weights):g}, which is none of the {order.count} "
+                    "places of an epoch. Give it a larger one, or 0."
+                )
+        return order
 
     def _check_window(self, sets: Sequence[Sequence[Path | RemoteTar]]) -> None:
         """ShardError where the cache cannot hold the tars that training reads at a time."""
@@ -135,14 +163,20 @@ class ShardDataModule(LightningDataModule):
         self._batches = self._finished_batches() if self.trainer else None
 
     def on_before_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
-        """Counts the bad clips of a batch; BadDataError past the budget or if the batch has no good one."""
+        """Counts the bad clips of a batch; BadDataError past the budget, or if no clip is good.
+
+        In the place of a batch whose clips are all bad comes one blank clip without a key: other ranks wait for this
+        one's step, which must count for nothing.
+        """
         self._count_bad(batch["skipped"])
-        if not batch["key"]:
+        if batch["key"]:
+            return batch
+        if all(ref.key in self.bad for ref in self._training_refs()):
             raise BadDataError(
-                f"no usable clip in a batch of {len(batch['skipped'])}: {batch['skipped'][0]}. "
+                f"none of {len(self.bad)} clips is usable: {batch['skipped'][0]}. "
                 f"Repair or re-make the shards in {self._where()}."
             )
-        return batch
+        return batch | self._blank()
 
     def _count_bad(self, skipped: Sequence[str]) -> None:
         for text in skipped:
@@ -179,8 +213,10 @@ class ShardDataModule(LightningDataModule):
         return place["rank"], place["num_replicas"]
 
     def _check_even(self, batches: Sequence[int], what: str, remedy: str) -> None:
-        """Of validation, per rank. Where they differ, a sharded model would wait for ever for the rank with fewer: that
-        raises ValueError; others only pay for the slowest."""
+        """Of validation, per rank. ValueError where one has none, which would leave out what the others do together,
+        and where they differ on a sharded model, which would wait for ever; others only pay for the slowest."""
+        if not min(batches):
+            raise ValueError(f"{what} leave some of {len(batches)} ranks without one. Use {remedy}.")
         if len(set(batches)) == 1:
             return
         said = f"{what} make unequal numbers of batches on {len(batches)} ranks, {min(batches)} to {max(batches)}"

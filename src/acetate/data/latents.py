@@ -2,12 +2,13 @@
 
 import logging
 import math
-from collections import defaultdict, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import groupby
+from itertools import chain, groupby
 from operator import itemgetter
+from pathlib import Path
 from typing import Any
 
 import safetensors.torch
@@ -26,13 +27,14 @@ from acetate.data.shards import (
     ShardError,
     TarRef,
     blame,
+    blame_manifest,
     by_key,
     find_samples,
     read_manifest,
     read_media,
     read_meta,
 )
-from acetate.data.store import Folder, ReadAhead, Remote, read_file
+from acetate.data.store import Folder, ReadAhead, Remote, RemoteTar, read_file
 from acetate.data.transforms import crop, resize, to_float, window
 from acetate.draws import stable_hash
 
@@ -142,7 +144,7 @@ def cut(frames: Tensor, piece: Piece, placement: Placement = (1.0, 0.0, 0.0)) ->
     return rgb, alpha
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class LatentRef(TarRef):
     """One window of a clip over one background; shape: latent (F, h, w); tokens: of its prompt."""
 
@@ -159,11 +161,12 @@ class LatentRef(TarRef):
 def index_latents(folder: Folder, manifest: dict[str, Any]) -> list[LatentRef]:
     """Every sample that the manifest promises; one that its local tar lacks has a `problem`."""
     refs = []
-    for shard in manifest["shards"]:
-        places = find_samples(folder, shard, [(entry["key"], "safetensors") for entry in shard["samples"]])
-        for entry, place in zip(shard["samples"], places, strict=True):
-            facts = {**entry, **place, "shape": tuple(entry["shape"])}
-            refs.append(LatentRef(**facts, kind="safetensors"))
+    with blame_manifest(folder, "latents"):
+        for shard in manifest["shards"]:
+            places = find_samples(folder, shard, [(entry["key"], "safetensors") for entry in shard["samples"]])
+            for entry, place in zip(shard["samples"], places, strict=True):
+                facts = {**entry, **place, "shape": tuple(entry["shape"])}
+                refs.append(LatentRef(**facts, kind="safetensors"))
     return refs
 
 
@@ -203,6 +206,13 @@ class BucketWalk:
             if len(queue) >= size:
                 return [queue.popleft() for _ in range(size)]
 
+    def copy(self) -> "BucketWalk":
+        """Goes its own way from here."""
+        other = BucketWalk(self.buckets, self.order)
+        other.position = self.position
+        other.queues.update((bucket, deque(queue)) for bucket, queue in self.queues.items())
+        return other
+
 
 class BucketBatches(Sampler[list[Step]]):
     """This rank's part of every global batch: r, r + world, ... of it.
@@ -223,24 +233,34 @@ class BucketBatches(Sampler[list[Step]]):
 class LatentDataset(Dataset[Sample | BadClip]):
     """Step -> sample, or the BadClip that it would have been; never another clip in its place.
 
-    The variants of a window take turns from epoch to epoch, from one that its key and the seed choose. order: that of
-    the walk, if there is one.
+    The variants of a window take turns from epoch to epoch, from one that its key and the seed choose. batches: those
+    of training on this rank, from no later than the first step that is asked for.
     """
 
-    def __init__(self, windows: Sequence[Sequence[LatentRef]], seed: int, order: Order | None):
-        self.windows, self.seed = windows, seed
-        self.ahead = ReadAhead(order, [window[0].tar for window in windows], step=1) if order else None
+    def __init__(self, windows: Sequence[Sequence[LatentRef]], seed: int, batches: BucketBatches | None):
+        self.windows, self.seed, self.batches = windows, seed, batches
+        remote = batches and any(isinstance(window[0].tar, RemoteTar) for window in windows)
+        self.ahead = ReadAhead(self._coming, len(windows)) if remote else None
 
     def __getitem__(self, step: Step) -> Sample | BadClip:
         epoch, index, position = step
         if self.ahead:
             self.ahead.reached(position)
-        variants = self.windows[index]
-        start = stable_hash("variant", self.seed, variants[0].window)
         try:
-            return read_latents(variants[(start + epoch) % len(variants)])
+            return read_latents(self._variant(epoch, index))
         except BadClip as bad:
             return bad
+
+    def _variant(self, epoch: int, index: int) -> LatentRef:
+        variants = self.windows[index]
+        start = stable_hash("variant", self.seed, variants[0].window)
+        return variants[(start + epoch) % len(variants)]
+
+    def _coming(self, position: int) -> Iterator[tuple[int, Path | RemoteTar]]:
+        assert self.batches is not None
+        for epoch, index, place in chain.from_iterable(self.batches):
+            if place >= position:
+                yield place, self._variant(epoch, index).tar
 
 
 def collate(samples: Sequence[Sample | BadClip], *, prompt_length: int, null_context: Tensor) -> dict[str, Any]:
@@ -388,7 +408,9 @@ class LatentDataModule(ShardDataModule):
     def train_dataloader(self) -> DataLoader:
         rank, world = self._rank_and_world()
         self._start()
-        dataset = LatentDataset(self.train_windows, self.seed, self._order())
+        walk = self._walk()
+        self._check_buckets(walk.buckets, self.batch_size * world)
+        dataset = LatentDataset(self.train_windows, self.seed, BucketBatches(walk.copy, self.batch_size, rank, world))
         return self._loader(dataset, BucketBatches(self._walk, self.batch_size, rank, world), self._collate())
 
     def val_dataloader(self) -> DataLoader:
@@ -399,7 +421,16 @@ class LatentDataModule(ShardDataModule):
         self._check_even(
             [len(part) for part in parts], f"{count} validation windows in buckets", f"val_batch_size=1 and {even}"
         )
-        return self._loader(LatentDataset(self.val_windows, seed=0, order=None), parts[rank], self._collate())
+        return self._loader(LatentDataset(self.val_windows, seed=0, batches=None), parts[rank], self._collate())
+
+    def _check_buckets(self, buckets: Sequence[Hashable], size: int) -> None:
+        """Warns of those too rare for a batch of `size` different windows."""
+        if rare := {bucket: count for bucket, count in Counter(buckets).items() if count < size}:
+            log.warning(
+                "%d of %d buckets have fewer windows than the %d of a batch, so that its batches repeat some; the "
+                "smallest has %d. Cache latents in fewer buckets, or train with smaller batches.",
+                len(rare), len(set(buckets)), size, min(rare.values()),
+            )  # fmt: skip
 
     def _val_batches(self, rank: int, world: int) -> list[list[Step]]:
         """Batches of one bucket; over all ranks, each window exactly once."""
@@ -409,6 +440,20 @@ class LatentDataModule(ShardDataModule):
             steps = [(0, index, 0) for index in group]
             batches += [steps[i : i + self.val_batch_size] for i in range(0, len(steps), self.val_batch_size)]
         return batches
+
+    def _training_refs(self) -> Iterator[LatentRef]:
+        return chain.from_iterable(self.train_windows)
+
+    def _blank(self) -> dict[str, Any]:
+        frames, height, width = min(window[0].shape for window in self.train_windows)
+        return {
+            "latents": torch.zeros(1, self.manifest["geometry"]["channels"], frames, height, width),
+            "ellipses": torch.zeros(1, frames, 5),
+            "context": self.null_context,
+            "prompt": [""],
+            "key": [""],
+            "clip": [""],
+        }
 
     def _fingerprint(self) -> int:
         facts = ((window[0].window, window[0].shape) for window in self.train_windows)

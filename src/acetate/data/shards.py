@@ -32,6 +32,7 @@ SCHEMA = 1  # of clip and of latent shards
 MANIFEST = "manifest.json"
 SHARDS = ',\n "shards": '  # the last thing in the manifest of a folder of clips
 # webdataset cuts a member's name at its first dot, and ustar holds 100 characters of it.
+SHA256 = re.compile(r"[0-9a-f]{64}")
 KEY = re.compile(r"[A-Za-z0-9_\-]{1,80}")
 HOW_TO_MAKE = {
     "clips": "`python -m data_prep.synthesize` and `python -m data_prep.shard` make clip shards.",
@@ -65,7 +66,7 @@ class Clip:
     fps: float
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class TarRef:
     """Where a sample's bytes lie; `problem` is set if they are known to be missing."""
 
@@ -86,7 +87,7 @@ class TarRef:
 Ref = TypeVar("Ref", bound=TarRef)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ClipRef(TarRef):
     frames: int
     width: int
@@ -318,11 +319,24 @@ def index_shards(folders: Sequence[Folder]) -> list[ClipRef]:
 
 def _index(folder: Folder) -> Iterator[ClipRef]:
     manifest = read_manifest(folder)
-    if not manifest["clips"]:
-        raise ShardError(f"{folder} holds 0 clips. {HOW_TO_MAKE['clips']}")
-    for shard in manifest["shards"]:
-        places = find_samples(folder, shard, [(clip["key"], clip["kind"]) for clip in shard["clips"]])
-        yield from (ClipRef(**clip, **place) for clip, place in zip(shard["clips"], places, strict=True))
+    with blame_manifest(folder, "clips"):
+        if not manifest["clips"]:
+            raise ShardError(f"{folder} holds 0 clips. {HOW_TO_MAKE['clips']}")
+        for shard in manifest["shards"]:
+            places = find_samples(folder, shard, [(clip["key"], clip["kind"]) for clip in shard["clips"]])
+            yield from (ClipRef(**clip, **place) for clip, place in zip(shard["clips"], places, strict=True))
+
+
+@contextmanager
+def blame_manifest(folder: Folder, kind: Literal["clips", "latents"]) -> Iterator[None]:
+    """ShardError for what is not as this version writes it."""
+    try:
+        yield
+    except ShardError:
+        raise
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise ShardError(f"{folder}/{MANIFEST} is damaged ({reason}). {HOW_TO_MAKE[kind]}") from error
 
 
 def by_key(refs: Iterable[Ref]) -> dict[str, Ref]:
@@ -338,6 +352,8 @@ def by_key(refs: Iterable[Ref]) -> dict[str, Ref]:
 
 def find_samples(folder: Folder, shard: Mapping[str, Any], samples: Sequence[tuple[str, str]]) -> list[dict[str, Any]]:
     """tar, media, meta and problem of a TarRef, for every (key, kind); remote tars are not looked into."""
+    if not SHA256.fullmatch(shard["sha256"]):
+        raise ValueError(f"sha256 {shard['sha256']!r}")
     if not isinstance(folder, Path):
         tar = RemoteTar(folder, shard["file"], shard["bytes"], shard["sha256"])
         if tar.size > folder.remote.max_bytes:

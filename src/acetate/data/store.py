@@ -1,15 +1,17 @@
 """Where shards lie: a local folder, read in place, or a URL of fsspec's, whose tars are fetched whole into a cache."""
 
+import fcntl
 import hashlib
 import os
 import random
+import re
 import tarfile
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, wait
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.util import Finalize
 from pathlib import Path
@@ -20,13 +22,13 @@ from uuid import uuid4
 import fsspec
 from filelock import FileLock
 
-from acetate.data.order import Order
-
 FORGET = 300.0  # seconds in which a process does not ask again for a tar that it could not get
-STALE = 600.0  # seconds after which a download that stands still was left behind by a killed process
+STALE = 600.0  # seconds for which a download waits for room, others of which may end
 POLL = 0.1  # seconds
 AHEAD = 0.75  # share of the cache for tars that are known to be needed; the rest is for ranks behind and validation
-LOOK = 1000  # clips that a reader looks through at a time for the next tar
+LOOK = 100  # samples that a reader looks through at a time for the next tar
+INDEXED = 64  # tars of which a process remembers where their members lie
+TAR, PART = re.compile(r"[0-9a-f]{64}\.tar"), re.compile(r"[0-9a-f]{32}\.(\d+)\.part")  # others are no files of ours
 
 T = TypeVar("T")
 Span = tuple[int, int]  # offset and size in a tar
@@ -42,7 +44,9 @@ class Remote:
     All processes of a machine, also of several runs with the same cache_gb, share the cache: it never holds more than
     cache_gb * 2**30 bytes, downloads under way included; tars that were not read for longest go first. What fails,
     comes damaged or brings nothing for `timeout` seconds is tried again `retries` times, after about `backoff`
-    seconds, then twice as long each time; a file that does not exist is not. storage_options: of fsspec's file system.
+    seconds, then twice as long each time; a file that does not exist is not. A tar that did not come is not asked for
+    again for FORGET seconds, by any process of the run. storage_options: of fsspec's file systems; below the name of a
+    protocol, as {s3: {...}}, of that one alone.
     """
 
     def __init__(
@@ -64,19 +68,19 @@ class Remote:
         self.cache_dir, self.max_bytes = Path(cache_dir), int(cache_gb * 2**30)
         self.retries, self.backoff, self.timeout = retries, backoff, timeout
         self.storage_options = dict(storage_options or {})
-        self.members: dict[str, dict[str, Span]] = {}
-        self.failed: dict[str, tuple[float, str]] = {}
+        self.members: dict[str, dict[str, Span]] = {}  # of the tars read last
+        self.made = time.time()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"members": {}}  # a reference to a clip that goes to another process takes it along
 
     def read(self, url: str) -> bytes:
         """A small file. FileNotFoundError where there is none, FetchError past the retries."""
 
         def once() -> bytes:
-            part = self._part(0)
-            try:
+            with self._part(0) as part:
                 self._download(url, part)
                 return part.read_bytes()
-            finally:
-                part.unlink(missing_ok=True)
 
         return self._persist(once, url)
 
@@ -85,25 +89,25 @@ class Remote:
         with self.open(tar) as file:
             if tar.sha256 not in self.members:
                 self.members[tar.sha256] = dict(find_members(file, tar.size))
+                if len(self.members) > INDEXED:
+                    del self.members[next(iter(self.members))]
             if name not in self.members[tar.sha256]:
                 raise FetchError(f"{name} is not in {tar}")
             return read_at(file, self.members[tar.sha256][name])
 
     def open(self, tar: "RemoteTar") -> BinaryIO:
         """A whole tar; as long as it is open, it can be read even if it has left the cache."""
-        path = self._path(tar)
         with suppress(FileNotFoundError):
-            return _open_used(path)
-        since, reason = self.failed.get(tar.sha256, (-FORGET, ""))
-        if time.monotonic() - since < FORGET:
-            raise FetchError(reason)
+            return self._open_cached(tar)
+        self._check_failed(tar)
         with self._lock(tar.sha256[:2]):
             with suppress(FileNotFoundError):
-                return _open_used(path)  # another process has fetched it
+                return self._open_cached(tar)  # another process has fetched it
+            self._check_failed(tar)  # or has failed to
             try:
-                return self._persist(lambda: self._fetch(tar, path), str(tar))
+                return self._persist(lambda: self._fetch(tar), str(tar))
             except OSError as error:
-                self.failed[tar.sha256] = time.monotonic(), str(error)
+                self._failure(tar).write_text(str(error))
                 raise
 
     def has(self, tar: "RemoteTar") -> bool:
@@ -112,28 +116,45 @@ class Remote:
     def keep(self, tars: "Iterable[RemoteTar]") -> None:
         """As if they had just been read: others leave the cache before them."""
         for tar in tars:
-            with suppress(FileNotFoundError):
+            with suppress(OSError):
                 os.utime(self._path(tar))
 
     def _path(self, tar: "RemoteTar") -> Path:
         return self.cache_dir / f"{tar.sha256}.tar"
 
-    def _fetch(self, tar: "RemoteTar", path: Path) -> BinaryIO:
-        part = self._reserve(tar)
-        drop = Finalize(None, part.unlink, (True,), exitpriority=0)  # also if the process ends meanwhile
-        try:
-            self._download(str(tar), part)
+    def _failure(self, tar: "RemoteTar") -> Path:
+        return self.cache_dir / f"{tar.sha256}.failed"
+
+    def _check_failed(self, tar: "RemoteTar") -> None:
+        """FetchError where a process of this run could not get it a moment ago."""
+        with suppress(FileNotFoundError):
+            when = self._failure(tar).stat().st_mtime
+            if when > max(self.made, time.time() - FORGET):
+                raise FetchError(self._failure(tar).read_text())
+
+    def _open_cached(self, tar: "RemoteTar") -> BinaryIO:
+        """FileNotFoundError also for what is shorter: the machine lost its power as it was written."""
+        file = open(self._path(tar), "rb")  # noqa: SIM115  for the caller
+        if os.fstat(file.fileno()).st_size != tar.size:
+            file.close()
+            raise FileNotFoundError(f"{self._path(tar)} is not the whole tar")
+        self.keep([tar])
+        return file
+
+    def _fetch(self, tar: "RemoteTar") -> BinaryIO:
+        with self._part(tar.size) as part:
+            self._download(str(tar), part, tar.size)
             found = part.stat().st_size
             if found != tar.size:
                 raise FetchError(f"{found} bytes came, the manifest says {tar.size}")
             with open(part, "rb") as file:
                 if hashlib.file_digest(file, "sha256").hexdigest() != tar.sha256:
                     raise FetchError("its SHA-256 is not the manifest's")
+                os.fsync(file.fileno())
             with self._lock("cache"):
-                part.replace(path)
-                return _open_used(path)
-        finally:
-            drop()
+                part.replace(self._path(tar))
+                self._failure(tar).unlink(missing_ok=True)
+                return self._open_cached(tar)
 
     def _persist(self, once: Callable[[], T], what: str) -> T:
         """`once`, tried again with pauses that are drawn, so that many machines do not come back at the same time."""
@@ -150,49 +171,77 @@ class Remote:
                 reason = f"{type(error).__name__}: {error}"
         raise FetchError(f"{what} could not be fetched in {self.retries + 1} tries; the last: {reason}")
 
-    def _download(self, url: str, part: Path) -> None:
-        """TimeoutError once the file has not grown for `timeout` seconds."""
+    def _download(self, url: str, part: Path, size: float = float("inf")) -> None:
+        """TimeoutError once the file has not grown for `timeout` seconds, FetchError once it has more than `size`
+        bytes."""
         # The instance is made here, since fsspec keeps one for every thread that asks.
-        files, path = fsspec.url_to_fs(url, **self.storage_options)
+        protocol = url.split("://")[0]
+        options, arguments = in_one_stream(protocol, self.timeout)
+        files, path = fsspec.url_to_fs(url, **options | self._options(protocol))
         done: Future[None] = Future()
+        given_up = threading.Event()
 
         def work() -> None:
             try:
-                done.set_result(files.get_file(path, str(part)))
+                files.get_file(path, str(part), **arguments)
+                done.set_result(None)
             except BaseException as error:
                 done.set_exception(error)
+            if given_up.is_set():
+                part.unlink(missing_ok=True)  # which it may have made anew
 
         # Not every file system knows timeouts: a thread that hangs is left behind, with a file that nobody reads.
         threading.Thread(target=work, daemon=True).start()
-        size, since = 0, time.monotonic()
-        while not wait([done], timeout=min(1.0, self.timeout / 4)).done:
-            grown = part.stat().st_size if part.exists() else 0
-            if grown != size:
-                size, since = grown, time.monotonic()
-            elif time.monotonic() - since > self.timeout:
-                raise TimeoutError(f"nothing came for {self.timeout:g} s")
+        try:
+            grown, since = 0, time.monotonic()
+            while not wait([done], timeout=min(1.0, self.timeout / 4)).done:
+                found = part.stat().st_size if part.exists() else 0
+                if found > size:
+                    raise FetchError(f"more than the {size} bytes come that the manifest says")
+                if found != grown:
+                    grown, since = found, time.monotonic()
+                elif time.monotonic() - since > self.timeout:
+                    raise TimeoutError(f"nothing came for {self.timeout:g} s")
+        except OSError:
+            given_up.set()
+            raise
         done.result()
+
+    def _options(self, protocol: str) -> dict[str, Any]:
+        others = set(fsspec.available_protocols())
+        shared = {name: value for name, value in self.storage_options.items() if name not in others}
+        return shared | dict(self.storage_options.get(protocol) or {})
 
     def _lock(self, name: str) -> FileLock:
         self.cache_dir.mkdir(parents=True, exist_ok=True)
         return FileLock(self.cache_dir / f"{name}.lock")
 
-    def _part(self, size: int) -> Path:
-        """A name of its own for every try: one that was left behind may still write."""
-        self.cache_dir.mkdir(parents=True, exist_ok=True)
-        return self.cache_dir / f"{uuid4().hex}.{size}.part"
-
-    def _reserve(self, tar: "RemoteTar") -> Path:
-        """An empty file, whose name takes the tar's bytes out of what the cache has left."""
+    @contextmanager
+    def _part(self, size: int) -> Iterator[Path]:
+        """A file whose name takes its bytes out of what the cache has left, for one try: one that was left behind may
+        still write. It is gone afterwards, also where the process ends meanwhile."""
         since = time.monotonic()
-        while time.monotonic() - since < STALE:
-            with self._lock("cache"):
-                if self._make_room(tar.size):
-                    part = self._part(tar.size)
-                    part.touch()
-                    return part
+        while (file := self._reserve(size)) is None:
+            if time.monotonic() - since > STALE:
+                raise FetchError(f"other downloads fill {self.cache_dir}; raise cache_gb")
             time.sleep(POLL)
-        raise FetchError(f"other downloads fill {self.cache_dir}; raise cache_gb")
+        part = Path(file.name)
+        drop = Finalize(None, part.unlink, (True,), exitpriority=0)
+        with file:
+            try:
+                yield part
+            finally:
+                drop()
+
+    def _reserve(self, size: int) -> BinaryIO | None:
+        """The file, which this process locks as long as it has it open; None where downloads leave too little room."""
+        with self._lock("cache"):
+            if not self._make_room(size):
+                return None
+            file = open(self.cache_dir / f"{uuid4().hex}.{size}.part", "xb")  # noqa: SIM115  for the caller
+            with suppress(OSError):  # not every file system has locks
+                fcntl.flock(file, fcntl.LOCK_EX)
+            return file
 
     def _make_room(self, size: int) -> bool:
         """False where downloads under way leave too little; under the lock."""
@@ -201,12 +250,13 @@ class Remote:
         for path in self.cache_dir.iterdir():
             with suppress(FileNotFoundError):
                 stat = path.stat()
-                if path.suffix == ".tar":
+                if TAR.fullmatch(path.name):
                     tars.append((stat.st_mtime_ns, stat.st_size, path))
-                elif path.suffix == ".part" and time.time() - stat.st_mtime > STALE + self.timeout:
-                    path.unlink()
-                elif path.suffix == ".part":
-                    parts += int(path.suffixes[-2][1:])
+                elif found := PART.fullmatch(path.name):
+                    if _left_behind(path, stat.st_mtime, self.timeout):
+                        path.unlink()
+                    else:
+                        parts += int(found[1])
         if parts + size > self.max_bytes:
             return False
         held = parts + sum(used for _, used, _ in tars)
@@ -216,6 +266,35 @@ class Remote:
             path.unlink()
             held -= used
         return True
+
+
+def _left_behind(part: Path, written: float, timeout: float) -> bool:
+    """Whether the process that downloaded it is gone; where there are no locks, whether it stands still for long."""
+    with part.open("r+b") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            return False
+        except OSError:
+            return time.time() - written > STALE + timeout
+
+
+def in_one_stream(protocol: str, timeout: float) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Storage options, and arguments of get_file, that make fsspec write a file from its start to its end, so that its
+    size tells how far it is.
+
+    Left alone, s3fs and gcsfs fetch pieces at once into a file that has its whole length from the start, and aiohttp
+    ends whatever takes longer than five minutes.
+    """
+    if protocol in ("http", "https"):
+        from aiohttp import ClientTimeout
+
+        # Later than _download's own, which says more
+        return {"timeout": ClientTimeout(total=None, sock_connect=2 * timeout, sock_read=2 * timeout)}, {}
+    if protocol == "s3":
+        return {"max_concurrency": 1}, {}
+    return {}, {"concurrency": 1} if protocol == "gs" else {}
 
 
 @dataclass(frozen=True)
@@ -244,40 +323,45 @@ class RemoteTar:
 
 
 class ReadAhead:
-    """Fetches the tars of the clips to come, one at a time in a thread, while a process decodes those before them.
+    """Fetches the tars of the samples to come, one at a time in a thread, while a process decodes those before them.
 
-    order: position -> (epoch, clip); tars[clip] is that clip's. step: between the positions that this process's rank
-    reads. Tars that are needed from the position reached on take at most AHEAD of the cache, and outlive there those
-    that are not. One that does not come is met, with its reason, by whoever reads a clip of it.
+    coming: place -> (place, tar) of the samples from there on, in the order in which this process's rank reads them;
+    places only grow. horizon: places that are looked ahead at most. Tars that are needed from the place reached on take
+    at most AHEAD of the cache, and outlive there those that are not. One that does not come is met, with its reason, by
+    whoever reads a sample of it.
     """
 
-    def __init__(self, order: Order, tars: "Sequence[Path | RemoteTar]", step: int):
-        self.order, self.tars, self.step = order, tars, step
-        self.position = self.end = 0  # looked through between them
-        self.needed: dict[RemoteTar, int] = {}  # -> the last position before `end` that needs it
+    def __init__(self, coming: "Callable[[int], Iterator[tuple[int, Path | RemoteTar]]]", horizon: int):
+        self.coming, self.horizon = coming, horizon
+        self.place = 0
+        self.samples: Iterator[tuple[int, Path | RemoteTar]] | None = None
+        self.needed: dict[RemoteTar, int] = {}  # -> the last place looked at that needs it
         self.fetch: Future[None] | None = None  # the latest
         self.todo: SimpleQueue | None = None
 
-    def reached(self, position: int) -> None:
-        """The clip there is the next to be read. Returns at once."""
-        if not self.position <= position <= self.end:
-            self.end, self.needed = position, {}
-        self.position = position
-        self.needed = {tar: last for tar, last in self.needed.items() if last >= position}
+    def reached(self, place: int) -> None:
+        """The sample there is the next to be read. Returns at once."""
+        if self.samples is None or place < self.place:
+            self.samples, self.needed = self.coming(place), {}
+            self.next = next(self.samples)  # the first that was not looked at
+        while self.next[0] < place:
+            self.next = next(self.samples)
+        self.place = place
+        self.needed = {tar: last for tar, last in self.needed.items() if last >= place}
         for _ in range(LOOK):
-            if self.end >= position + self.order.count or (self.fetch is not None and not self.fetch.done()):
+            if self.next[0] >= place + self.horizon or (self.fetch is not None and not self.fetch.done()):
                 return
-            tar = self.tars[self.order[self.end][1]]
+            last, tar = self.next
             if isinstance(tar, RemoteTar):
                 if tar not in self.needed:
                     remote = tar.parent.remote
                     if sum(other.size for other in self.needed) + tar.size > AHEAD * remote.max_bytes:
                         return
-                    remote.keep(self.needed)
                     if not remote.has(tar):
+                        remote.keep(self.needed)
                         self._start(tar)
-                self.needed[tar] = self.end
-            self.end += self.step
+                self.needed[tar] = last
+            self.next = next(self.samples)
 
     def _start(self, tar: "RemoteTar") -> None:
         if self.todo is None:
@@ -315,6 +399,8 @@ def open_folder(place: str | Path, remote: Remote | None) -> Folder:
         fsspec.get_filesystem_class(str(place).split("://")[0])
     except (ImportError, ValueError) as error:
         raise ValueError(f"{place} cannot be read: {error}. Extras: acetate[s3], acetate[gcs].") from error
+    if not str(place).split("://")[1].strip("/"):
+        raise ValueError(f"{place} names no bucket or host; as in s3://bucket/clips")
     return RemoteFolder(str(place).rstrip("/"), remote)
 
 
@@ -337,9 +423,3 @@ def read_at(file: BinaryIO, span: Span) -> bytes:
     offset, size = span
     file.seek(offset)
     return file.read(size)
-
-
-def _open_used(path: Path) -> BinaryIO:
-    file = open(path, "rb")  # noqa: SIM115  for the caller
-    os.utime(path)
-    return file

@@ -16,7 +16,7 @@ from acetate.models.adapters import ADAPTER_SCHEMA
 from acetate.models.dit import attach_dora, shard_transformer, start_dora, velocity
 from acetate.models.loading import load_transformer, transformer_sha256
 from acetate.tasks.adapter import AdapterTask
-from acetate.tasks.logs import log_means
+from acetate.tasks.logs import ValidationMeans, clips_in, log_means
 from acetate.tasks.optim import adamw_with_warmup
 
 
@@ -77,6 +77,7 @@ class DoRATask(AdapterTask):
         # runs add in
         self.bin_sums, self.bin_counts = torch.zeros(2, bins, dtype=torch.float64)
         self.logged_step = 0
+        self.means = ValidationMeans()
         self.transformer: WanTransformer3DModel | None = None
         self.cache: dict[str, Any] = {}
 
@@ -143,10 +144,10 @@ class DoRATask(AdapterTask):
         context = torch.where(dropped[:, None, None], batch["null_context"], batch["context"])
         errors = self.errors(batch, noise, ids, context)
         weights = self.levels.weights[ids].to(errors.device) if self.timestep_weight else 1.0
-        loss = (weights * errors).mean()
-        log_means(self, {"train/loss": loss, "train/mse": errors.mean()}, len(batch["key"]))
-        self.log_bins(errors.detach().double().cpu(), ids)
-        return {"loss": loss, "parts": {"mse": errors.mean()}}
+        loss, size = (weights * errors).mean(), clips_in(batch)
+        log_means(self, {"train/loss": loss, "train/mse": errors.mean()}, size)
+        self.log_bins(errors[:size].detach().double().cpu(), ids[:size])
+        return {"loss": loss if size else 0 * loss, "parts": {"mse": errors.mean()}}
 
     def log_bins(self, errors: Tensor, ids: Tensor) -> None:
         """Mean error of all ranks since the last log per range of timesteps; one that no clip fell into is left out."""
@@ -177,13 +178,15 @@ class DoRATask(AdapterTask):
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
         """The same noise and noise levels at every validation."""
         noise = ClipDraws(batch["key"], self.seed, "val", device=self.device).normal(batch["latents"].shape[1:])
-        size, values = len(batch["key"]), []
+        size, values = len(batch["key"]), {}
         for step in self.val_ids:
-            values.append(self.errors(batch, noise, step.expand(size), batch["context"]).mean())
             name = f"val_t/{self.levels.timesteps[step]:04.0f}"
-            self.log(name, values[-1], batch_size=size, sync_dist=True)
-        self.log("val/loss", torch.stack(values).mean(), prog_bar=True, batch_size=size, sync_dist=True)
+            values[name] = self.errors(batch, noise, step.expand(size), batch["context"]).mean()
+        self.means.add({**values, "val/loss": torch.stack([*values.values()]).mean()}, clips_in(batch))
         return {}
+
+    def on_validation_epoch_end(self) -> None:
+        self.means.log(self)
 
     def configure_optimizers(self) -> dict[str, Any]:
         return adamw_with_warmup(

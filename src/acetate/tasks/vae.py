@@ -22,7 +22,7 @@ from acetate.models.rgba_vae import RGBAVAE
 from acetate.models.wan import Geometry, WanDecoder, WanEncoder, WanHead
 from acetate.regions import check_clip_shape
 from acetate.tasks.adapter import AdapterTask
-from acetate.tasks.logs import log_means, logs_now
+from acetate.tasks.logs import ValidationMeans, clips_in, log_means, logs_now
 from acetate.tasks.optim import adamw_with_warmup
 
 
@@ -75,6 +75,7 @@ class RGBAVAETask(AdapterTask):
         self.background_per = background_per
         self.trainable_dtype = getattr(torch, trainable_dtype)
         self.lpips, self.seed, self.random_validation = lpips, seed, random_validation
+        self.means = ValidationMeans()
         self.vae: RGBAVAE | None = None
         self.judge: VelocityField | None = None
 
@@ -137,14 +138,14 @@ class RGBAVAETask(AdapterTask):
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
         draw = self.draw(batch, "train", self.global_step)
         loss, parts, _, _, latents = self.step(batch, draw)
-        size = len(batch["key"])
+        size = clips_in(batch)
         log_means(self, {"train/loss": loss, **{f"train/{name}": value for name, value in parts.items()}}, size)
         self.log_latents(latents.detach(), size)
-        return {"loss": loss, "parts": parts}
+        return {"loss": loss if size else 0 * loss, "parts": parts}
 
     def log_latents(self, latents: Tensor, size: int) -> None:
         """Mean and standard deviation in the base's normalised space, where the DiT expects 0 and 1."""
-        if not logs_now(self):
+        if not logs_now(self) or not size:
             return
         (mean,), (variance,) = moments(latents.flatten()[None])
         self.log_dict({"latents/mean": mean, "latents/std": variance.sqrt()}, batch_size=size)
@@ -156,13 +157,15 @@ class RGBAVAETask(AdapterTask):
         """Fixed colours, noise and timesteps, a function of the clip's key, unless random_validation is set."""
         draw = self.draw(batch, "val", self.global_step if self.random_validation else 0)
         loss, parts, rgb_hat, alpha_hat, _ = self.step(batch, draw)
-        self.composite_quality.update(rgb_hat, alpha_hat, batch["rgb"], batch["alpha"])
-        self.alpha_quality.update(alpha_hat, batch["alpha"])
-        values = {f"val/{name}": value for name, value in parts.items()}
-        self.log_dict({"val/loss": loss, **values}, batch_size=len(batch["key"]), sync_dist=True)
+        size = clips_in(batch)
+        self.means.add({"val/loss": loss, **{f"val/{name}": value for name, value in parts.items()}}, size)
+        if size:
+            self.composite_quality.update(rgb_hat, alpha_hat, batch["rgb"], batch["alpha"])
+            self.alpha_quality.update(alpha_hat, batch["alpha"])
         return {"loss": loss, "rgb_hat": rgb_hat, "alpha_hat": alpha_hat}
 
     def on_validation_epoch_end(self) -> None:
+        self.means.log(self)
         for name, metric in (("rgb", self.composite_quality), ("alpha", self.alpha_quality)):
             self.log_dict({f"val/{name}/{key}": value for key, value in metric.compute().items()}, sync_dist=True)
             metric.reset()
