@@ -1,5 +1,6 @@
 """The same numbers on any number of ranks: gloo on the CPU, fp32, the shipped base."""
 
+import shutil
 from collections import Counter
 
 import pytest
@@ -9,6 +10,8 @@ from diffusers import WanTransformer3DModel
 from safetensors.torch import save_file
 from torch.testing import assert_close
 
+from acetate.data.latents import index_latents
+from acetate.data.shards import index_shards, read_manifest
 from acetate.formats.checkpoints import read_trained
 from data_prep.synthesize import synthesize
 from tests.conftest import cache_demo
@@ -112,6 +115,31 @@ def test_a_sharded_checkpoint_exports_as_a_whole_one(found, stage, ema):
     if ema:
         beside = read_trained(str(sharded.path.with_suffix(".safetensors")))
         assert_close(beside.state, sharded.state, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("stage", ["vae", "dit"])
+def test_bad_clips_weigh_nothing(stages, clips, tmp_path, stage):
+    """On one process they leave a batch of four, on four a rank has no other clip."""
+    data = {"vae": clips, "dit": clips_of(stages["dit"])}[stage]
+    copy = shutil.copytree(data, tmp_path / "data")
+    refs = index_shards([copy]) if stage == "vae" else index_latents(copy, read_manifest(copy, "latents"))
+    bad = next(ref for ref in refs if ref.split == "train")
+    with open(bad.tar, "r+b") as file:
+        file.seek(bad.media[0] + bad.media[1] // 2)
+        file.write(bytes(8))
+    place = {"vae": "data.shards", "dit": "data.latents"}[stage]
+    settings = [
+        *stages[stage], f"{place}={copy}", "trainer.max_steps=6", "data.bad_clip_budget=3", "callbacks.checkpoint=null",
+        *(["loss.diffusion.mode=off", "task.moment_weight=0"] if stage == "vae" else []),
+    ]  # fmt: skip
+    one = launch(1, runs.fit, tmp_path / "one", "default", settings)[0]
+    four = launch(4, runs.fit, tmp_path / "four", "fsdp", settings)[0]
+    assert_close(four["losses"], one["losses"], rtol=1e-6, atol=1e-6)
+    assert_close(four["logged"], one["logged"], rtol=1e-4, atol=1e-5)
+
+
+def clips_of(overrides):
+    return next(value.partition("=")[2] for value in overrides if value.startswith("data.latents="))
 
 
 @pytest.mark.parametrize("world", [2, 4])

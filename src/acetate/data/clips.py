@@ -231,7 +231,7 @@ class ClipDataModule(ShardDataModule):
     def _blank(self) -> dict[str, Any]:
         transform = self.train_transform
         shape = (transform.frames, transform.height, transform.width)
-        return {"rgb": torch.zeros(1, 3, *shape), "alpha": torch.ones(1, 1, *shape), "prompt": [""], "key": [""]}
+        return {"rgb": torch.zeros(1, 3, *shape), "alpha": torch.zeros(1, 1, *shape), "prompt": [""], "key": [""]}
 
     def _fingerprint(self) -> int:
         return stable_hash(self.seed, *(ref.key for ref in self.train_refs), *self._order().fingerprint)

@@ -20,9 +20,9 @@ def sum_over_ranks(values: Tensor) -> Tensor:
 
 
 def moments(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and variance (unbiased) per row of (C, N), over those of all ranks, in fp32."""
+    """Mean and variance (unbiased) per row of (C, N), over those of all ranks, in fp32; 0 of none."""
     values = values.float()
     count = values.new_full((len(values),), values.shape[1])
     count, total, squares = sum_over_ranks(torch.stack([count, values.sum(1), values.square().sum(1)]))
-    mean = total / count
-    return mean, (squares - count * mean**2) / (count - 1)
+    mean = total / count.clamp_min(1)
+    return mean, (squares - count * mean**2) / (count - 1).clamp_min(1)

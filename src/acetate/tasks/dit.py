@@ -16,7 +16,7 @@ from acetate.models.adapters import ADAPTER_SCHEMA
 from acetate.models.dit import attach_dora, shard_transformer, start_dora, velocity
 from acetate.models.loading import load_transformer, transformer_sha256
 from acetate.tasks.adapter import AdapterTask
-from acetate.tasks.logs import ValidationMeans, clips_in, log_means
+from acetate.tasks.logs import ValidationMeans, clips_in, log_means, share_of
 from acetate.tasks.optim import adamw_with_warmup
 
 
@@ -147,7 +147,7 @@ class DoRATask(AdapterTask):
         loss, size = (weights * errors).mean(), clips_in(batch)
         log_means(self, {"train/loss": loss, "train/mse": errors.mean()}, size)
         self.log_bins(errors[:size].detach().double().cpu(), ids[:size])
-        return {"loss": loss if size else 0 * loss, "parts": {"mse": errors.mean()}}
+        return {"loss": share_of(self, loss, size), "parts": {"mse": errors.mean()}}
 
     def log_bins(self, errors: Tensor, ids: Tensor) -> None:
         """Mean error of all ranks since the last log per range of timesteps; one that no clip fell into is left out."""

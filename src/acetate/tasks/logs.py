@@ -1,4 +1,4 @@
-"""What training logs: numbers of the whole batch, not of one rank's part."""
+"""What training minimises and logs: numbers of the whole batch, not of one rank's part."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -16,6 +16,18 @@ def logs_now(task: LightningModule) -> bool:
 def clips_in(batch: Mapping[str, Any]) -> int:
     """Clips of this rank's batch; 0 where a blank one, which has no key, stands in for clips that are all bad."""
     return sum(map(bool, batch["key"]))
+
+
+def share_of(task: LightningModule, loss: Tensor, size: int, whole: Tensor | float = 0.0) -> Tensor:
+    """A loss of this rank's `size` clips, so weighted that its mean over the ranks, which must call this together, is
+    that of all clips. whole: the part of it that is that of all clips on every rank."""
+    if not size:
+        loss = 0 * loss
+    if task.trainer.world_size == 1:
+        return loss
+    total = task.trainer.strategy.reduce(torch.tensor(float(size), device=loss.device), reduce_op="sum")
+    weight = size * task.trainer.world_size / torch.as_tensor(total).clamp_min(1)
+    return loss + (weight - 1) * (loss - whole) if size else loss
 
 
 def means_of(task: LightningModule, sums: Mapping[str, Tensor], size: int) -> dict[str, Tensor]:

@@ -22,8 +22,10 @@ from acetate.models.rgba_vae import RGBAVAE
 from acetate.models.wan import Geometry, WanDecoder, WanEncoder, WanHead
 from acetate.regions import check_clip_shape
 from acetate.tasks.adapter import AdapterTask
-from acetate.tasks.logs import ValidationMeans, clips_in, log_means, logs_now
+from acetate.tasks.logs import ValidationMeans, clips_in, log_means, logs_now, share_of
 from acetate.tasks.optim import adamw_with_warmup
+
+OF_ALL_RANKS = ("diffusion", "moments")  # parts of the loss; the others are means over a rank's own clips
 
 
 class Draw(NamedTuple):
@@ -123,7 +125,7 @@ class RGBAVAETask(AdapterTask):
             )
             loss = loss + parts["diffusion"]
         if self.moment_weight:
-            mean, variance = moments(latents.transpose(0, 1).flatten(1))
+            mean, variance = moments(latents[: clips_in(batch)].transpose(0, 1).flatten(1))
             parts["moments"] = self.moment_weight * (mean**2 + (variance - 1) ** 2).mean()
             loss = loss + parts["moments"]
         return loss, parts, rgb_hat, alpha_hat, latents
@@ -140,12 +142,13 @@ class RGBAVAETask(AdapterTask):
         loss, parts, _, _, latents = self.step(batch, draw)
         size = clips_in(batch)
         log_means(self, {"train/loss": loss, **{f"train/{name}": value for name, value in parts.items()}}, size)
-        self.log_latents(latents.detach(), size)
-        return {"loss": loss if size else 0 * loss, "parts": parts}
+        self.log_latents(latents[:size].detach(), size)
+        whole = sum(parts[name] for name in OF_ALL_RANKS if name in parts)
+        return {"loss": share_of(self, loss, size, whole), "parts": parts}
 
     def log_latents(self, latents: Tensor, size: int) -> None:
         """Mean and standard deviation in the base's normalised space, where the DiT expects 0 and 1."""
-        if not logs_now(self) or not size:
+        if not logs_now(self):
             return
         (mean,), (variance,) = moments(latents.flatten()[None])
         self.log_dict({"latents/mean": mean, "latents/std": variance.sqrt()}, batch_size=size)
