@@ -354,6 +354,22 @@ def test_remote_order_is_one_of_blocks_and_crops_equal_local_ones(shards, server
     assert len({plain, one, epoch(server.url, remote=remote, shuffle_tars=2)[1]}) == 3
 
 
+def test_an_epoch_that_goes_on_on_other_ranks_has_every_clip_once(server, tmp_path):
+    """Two ranks, then three, which do not divide it, then one; data workers and remote tars."""
+    remote, state, seen = quick(tmp_path), None, []
+    for world, batch_size in ((2, 1), (3, 1), (1, 3)):
+        for rank in range(world):
+            settings = SETTINGS | {"batch_size": batch_size, "num_workers": 1}
+            data = ClipDataModule(shards=server.url, remote=remote, shuffle_tars=2, **settings)
+            data.setup()
+            data._rank_and_world = lambda place=(rank, world): place
+            if state:
+                data.load_state_dict(state)
+            seen += next(iter(data.train_dataloader()))["key"]
+        state = {"consumed": len(seen), "order": data._fingerprint()}
+    assert sorted(seen) == [key for i, key in enumerate(KEYS) if i % PER_TAR < 2]
+
+
 def test_budget_counts_what_cannot_be_fetched(server, tmp_path):
     (server.source / "clips-000000.tar").unlink()
     data = ClipDataModule(shards=server.url, remote=quick(tmp_path), **(SETTINGS | {"bad_clip_budget": 1}))

@@ -285,8 +285,9 @@ def read_manifest(folder: Folder, kind: Literal["clips", "latents"] = "clips") -
     try:
         manifest = json.loads(read_file(folder, MANIFEST))
     except (FileNotFoundError, NotADirectoryError) as error:
-        lost = isinstance(folder, Path) and not folder.is_dir()
-        state = "does not exist" if lost else "holds no finished shards"
+        local = isinstance(folder, Path)
+        lost = "does not exist" if local else "does not exist, or holds no finished shards"
+        state = "holds no finished shards" if local and folder.is_dir() else lost
         raise ShardError(f"{folder} {state} (no {MANIFEST}). {advice}") from error
     except OSError as error:
         raise ShardError(f"{path} cannot be read: {error}") from error

@@ -270,14 +270,14 @@ class Remote:
 
 def _left_behind(part: Path, written: float, timeout: float) -> bool:
     """Whether the process that downloaded it is gone; where there are no locks, whether it stands still for long."""
-    with part.open("r+b") as file:
-        try:
+    try:
+        with part.open("r+b") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return True
-        except BlockingIOError:
-            return False
-        except OSError:
-            return time.time() - written > STALE + timeout
+    except BlockingIOError:
+        return False
+    except OSError:
+        return time.time() - written > STALE + timeout
 
 
 def in_one_stream(protocol: str, timeout: float) -> tuple[dict[str, Any], dict[str, Any]]:
