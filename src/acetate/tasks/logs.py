@@ -7,6 +7,8 @@ import torch
 from lightning import LightningModule
 from torch import Tensor
 
+from acetate.losses.ranks import sum_over_ranks
+
 
 def logs_now(task: LightningModule) -> bool:
     """Whether loggers write what this training step logs."""
@@ -25,8 +27,8 @@ def share_of(task: LightningModule, loss: Tensor, size: int, whole: Tensor | flo
         loss = 0 * loss
     if task.trainer.world_size == 1:
         return loss
-    total = task.trainer.strategy.reduce(torch.tensor(float(size), device=loss.device), reduce_op="sum")
-    weight = size * task.trainer.world_size / torch.as_tensor(total).clamp_min(1)
+    total = sum_over_ranks(torch.tensor(float(size), device=loss.device))  # Lightning's reduce waits for the GPU
+    weight = size * task.trainer.world_size / total.clamp_min(1)
     return loss + (weight - 1) * (loss - whole) if size else loss
 
 
