@@ -49,19 +49,25 @@ def table(costs: list[Cost]) -> Table:
     return view
 
 
-def check(settings: DictConfig) -> None:
+def counts(value: Any) -> bool:
+    """Whether it is a whole number from 1 on; True is an int to Python."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def check(config: DictConfig) -> None:
     """ValueError for what is no number of GPUs, no strategy, no card, or below its least."""
-    known = get_args(Strategy)
-    if not OmegaConf.is_list(settings.strategies) or not set(settings.strategies) <= set(known):
-        raise ValueError(f"cost.strategies={settings.strategies}; a list of {', '.join(known)}")
+    settings, known = config.cost, get_args(Strategy)
+    chosen = settings.strategies
+    if not OmegaConf.is_list(chosen) or not chosen or not set(chosen) <= set(known):
+        raise ValueError(f"cost.strategies={chosen}; a list of {', '.join(known)}, one at least")
     gpus = settings.gpus
-    if not OmegaConf.is_list(gpus) or not gpus or not all(isinstance(n, int) and n >= 1 for n in gpus):
+    if not OmegaConf.is_list(gpus) or not gpus or not all(counts(n) for n in gpus):
         raise ValueError(f"cost.gpus={gpus}; a list of whole numbers from 1 on, as in cost.gpus=[1,8]")
     if not OmegaConf.is_dict(settings.gpu):
         raise ValueError(f"cost.gpu={settings.gpu}; a preset is chosen with gpu@cost.gpu={settings.gpu}")
-    for name in ("clips", "samples_per_clip"):
-        if settings[name] < 1:
-            raise ValueError(f"cost.{name}={settings[name]}; at least 1")
+    for name in ("cost.clips", "cost.samples_per_clip", "cost.prompt_tokens", "trainer.accumulate_grad_batches"):
+        if not counts(value := OmegaConf.select(config, name)):
+            raise ValueError(f"{name}={value}; a whole number from 1 on")
     if not 0 <= settings.least_scaling <= 1:
         raise ValueError(f"cost.least_scaling={settings.least_scaling}; a share in [0, 1]")
 
@@ -70,7 +76,7 @@ def check(settings: DictConfig) -> None:
 @as_on_gpu()
 def main(config: DictConfig) -> None:
     settings = config.cost
-    check(settings)
+    check(config)
     gpu = Gpu(**settings.gpu)
     names = ("efficiency", "bandwidth_share", "overlap", "latency_us")
     assumed = Assumptions(**{name: settings[name] for name in names})

@@ -34,8 +34,13 @@ def without_weights(node: Any) -> Any:
 
 
 def footprint(config: DictConfig) -> tuple[memory.Load, memory.Footprint]:
-    """Of a training step of the run that the config composes. Downloads nothing, reads configs only."""
+    """Of a training step of the run that the config composes. Downloads nothing, reads configs only.
+
+    Raises ValueError for a batch without clips.
+    """
     wan, data = config.get("wan"), config.data
+    if data.batch_size < 1:
+        raise ValueError(f"data.batch_size={data.batch_size}; every GPU takes at least 1 clip")
     settings = without_weights(OmegaConf.to_container(config.task, resolve=True))
     unused = {"lpips": False, "init_from": None}  # a metric, and weights of the same shape
     task = instantiate(settings | {name: value for name, value in unused.items() if name in settings})
