@@ -12,8 +12,8 @@ from rich.table import Table
 
 from acetate import memory
 from acetate.commands import as_on_gpu
-from acetate.commands.estimate import footprint
-from acetate.cost import Assumptions, Cost, Gpu, Strategy, cost, latent_sample_bytes, payload
+from acetate.commands.estimate import blank_task, footprint
+from acetate.cost import Assumptions, Cost, Gpu, Strategy, cost, latent_sample_bytes, payload, trained_groups
 from acetate.data.shards import write_json
 from acetate.models.wan import Geometry
 
@@ -81,6 +81,7 @@ def main(config: DictConfig) -> None:
     names = ("efficiency", "bandwidth_share", "overlap", "latency_us")
     assumed = Assumptions(**{name: settings[name] for name in names})
     load, found = footprint(config)
+    trained = trained_groups(blank_task(config))
     read = sample_bytes(config, load)
     console = Console(width=120, highlight=False)
     console.print(
@@ -92,7 +93,7 @@ def main(config: DictConfig) -> None:
     )
     results: dict[str, Any] = {}
     for strategy in settings.strategies:
-        sent = payload(found, strategy)
+        sent = payload(found, strategy, trained)
         costs = [
             cost(
                 gpus, found, strategy, sent, gpu=gpu, assumed=assumed, batch_size=load.batch_size, clip_bytes=read,
