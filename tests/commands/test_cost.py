@@ -1,11 +1,12 @@
 import json
 import sys
+from dataclasses import replace
 
 import pytest
 from hydra.core.global_hydra import GlobalHydra
 
 from acetate.commands import cost as command
-from acetate.commands.cost import limit
+from acetate.commands.cost import limit, table
 from acetate.cost import Cost
 from tests.paths import ROOT
 
@@ -34,6 +35,14 @@ def test_limit():
     costs = [one(1, 1.0), one(8, 1.1), one(64, 1.6), one(512, 4.0)]
     assert limit(costs, 0.8) == "stops scaling at 64 GPUs: 62% of the step computes, less than 80%"
     assert limit(costs, 0.2) == "scales to 512 GPUs: 25% of the step computes there"
+
+
+def test_short_times_keep_their_digits():
+    """A step of 12 microseconds is no step of 0.000 s."""
+    short = replace(one(8, 1.2345e-5), sent=4567.0, clips_per_second=1843.6)
+    assert [next(iter(column.cells)) for column in table([short]).columns][:6] == [
+        "8", "1.23e-05", "1", "0", "4.57e-06", "1,844"
+    ]  # fmt: skip
 
 
 def test_dit_stage(run, tmp_path, capsys):

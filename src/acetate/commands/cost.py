@@ -37,13 +37,18 @@ def limit(costs: list[Cost], least: float) -> str:
     return f"stops scaling at {bad.gpus} GPUs: {bad.scaling:.0%} of the step computes, less than {least:.0%}"
 
 
+def digits(value: float) -> str:
+    """Three significant ones: a message takes microseconds, a step minutes."""
+    return f"{value:,.0f}" if value >= 999.5 else f"{value:.3g}"
+
+
 def table(costs: list[Cost]) -> Table:
     view = Table("GPUs", "step, s", "compute, s", "communication, s", "sent per GPU, GB", "clips/s", "computes",
                  "data per node, MB/s", "fits")  # fmt: skip
     for one in costs:
         view.add_row(
-            str(one.gpus), f"{one.step:.3f}", f"{one.compute:.3f}", f"{one.communication:.3f}", f"{one.sent / 1e9:.2f}",
-            f"{one.clips_per_second:.3g}", f"{one.scaling:.0%}", f"{one.data_per_node / 1e6:.2f}",
+            str(one.gpus), digits(one.step), digits(one.compute), digits(one.communication), digits(one.sent / 1e9),
+            digits(one.clips_per_second), f"{one.scaling:.0%}", digits(one.data_per_node / 1e6),
             "yes" if one.fits else "no",
         )  # fmt: skip
     return view
