@@ -52,7 +52,14 @@ def test_dit_stage(run, tmp_path, capsys):
     assert "dit_dora on A100 80 GB SXM" in shown and "FSDP2 " in shown and "latent cache: " in shown
     assert [one["gpus"] for one in found["fsdp"]] == [1, 16] and found["gpu"]["peak_tflops"] == 312
     assert found["ddp"][0]["compute"] == pytest.approx(found["flops"] / (312e12 * 0.4))
+    assert "40% of 312 TFLOP/s (bf16-mixed)" in shown
     assert found["ddp"][0]["communication"] == 0 < found["ddp"][1]["communication"] < found["fsdp"][1]["communication"]
+
+
+def test_full_precision_has_its_own_peak(run, tmp_path, capsys):
+    run("experiment=dit_dora", "rgba_vae=x", "trainer.precision=32-true", "cost.gpus=[1]", f"out={tmp_path / 'x'}")
+    assert "40% of 67 TFLOP/s (32-true)" in capsys.readouterr().out
+    assert json.loads((tmp_path / "x").read_text())["gpu"]["peak_tflops"] == 67
 
 
 def test_vae_stage(run, capsys):

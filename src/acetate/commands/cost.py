@@ -20,6 +20,13 @@ from acetate.models.wan import Geometry
 CONF = str(Path(__file__).parents[3] / "conf")
 
 
+def card(config: DictConfig) -> Gpu:
+    """With the peak of the precision that the run computes in."""
+    presets = {**config.cost.gpu}
+    fp32 = presets.pop("fp32_tflops")
+    return Gpu(**presets | ({"peak_tflops": fp32} if config.trainer.precision == "32-true" else {}))
+
+
 def sample_bytes(config: DictConfig, load: memory.Load) -> float:
     """That a GPU reads for each clip: of the latent cache, or of the clip shard."""
     if "latents" not in config.data:
@@ -82,7 +89,7 @@ def check(config: DictConfig) -> None:
 def main(config: DictConfig) -> None:
     settings = config.cost
     check(config)
-    gpu = Gpu(**settings.gpu)
+    gpu = card(config)
     names = ("efficiency", "bandwidth_share", "overlap", "latency_us")
     assumed = Assumptions(**{name: settings[name] for name in names})
     load, found = footprint(config)
@@ -92,9 +99,9 @@ def main(config: DictConfig) -> None:
     console.print(
         f"{config.name} on {gpu.name}: {found.flops / 1e12:,.2f} TFLOP a step and GPU ({load.batch_size} clip"
         f"{'s' * (load.batch_size > 1)} of {load.frames} frames, {load.height}x{load.width}; recomputation included)\n"
-        f"assumed: {assumed.efficiency:.0%} of {gpu.peak_tflops:g} TFLOP/s, {assumed.bandwidth_share:.0%} of "
-        f"{gpu.link_gb_s:g} GB/s in a node and {gpu.node_gb_s:g} GB/s between nodes of {gpu.gpus_per_node}, "
-        f"communication hidden under {assumed.overlap:.0%} of the compute"
+        f"assumed: {assumed.efficiency:.0%} of {gpu.peak_tflops:g} TFLOP/s ({config.trainer.precision}), "
+        f"{assumed.bandwidth_share:.0%} of {gpu.link_gb_s:g} GB/s in a node and {gpu.node_gb_s:g} GB/s between nodes "
+        f"of {gpu.gpus_per_node}, communication hidden under {assumed.overlap:.0%} of the compute"
     )
     results: dict[str, Any] = {}
     for strategy in settings.strategies:
