@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 from hydra.core.global_hydra import GlobalHydra
+from omegaconf import OmegaConf
 
 from acetate.commands import cost as command
 from acetate.commands.cost import limit, table
@@ -49,7 +50,8 @@ def test_dit_stage(run, tmp_path, capsys):
     out = tmp_path / "cost.json"
     run("experiment=dit_dora", "rgba_vae=x", "data.batch_size=1", "cost.gpus=[16,1]", "gpu@cost.gpu=a100", f"out={out}")
     shown, found = capsys.readouterr().out, json.loads(out.read_text())
-    assert "dit_dora on A100 80 GB SXM" in shown and "FSDP2 " in shown and "latent cache: " in shown
+    assert "dit_dora on A100 80 GB SXM" in shown and "FSDP2 " in shown
+    assert "a sample, 4 (cost.samples_per_clip" in shown and found["stored_bytes"] == 4e6 * found["sample_bytes"]
     assert [one["gpus"] for one in found["fsdp"]] == [1, 16] and found["gpu"]["peak_tflops"] == 312
     assert found["ddp"][0]["compute"] == pytest.approx(found["flops"] / (312e12 * 0.4))
     assert "40% of 312 TFLOP/s (bf16-mixed)" in shown
@@ -65,7 +67,18 @@ def test_full_precision_has_its_own_peak(run, tmp_path, capsys):
 def test_vae_stage(run, capsys):
     clip = ("data.frames=1", "data.height=16", "data.width=16", "loss.diffusion.mode='off'", "cost.clip_mb=3")
     run("experiment=vae_rgba", *clip, "cost.gpus=[1]", "cost.strategies=[ddp]")
-    assert "clip shards: 3.00 MB a sample, 3.00 TB for 1,000,000 clips" in capsys.readouterr().out
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "clip shards: 3 MB a clip (cost.clip_mb; 81 frames at 480x832 take about 13 in FFV1), read whole" in shown
+    assert ", 3 TB for 1,000,000 clips" in shown
+
+
+def test_defaults_are_those_of_what_is_made():
+    """As many samples of a clip as cache_latents makes, and clips as the DiT takes them, not the VAE's crops."""
+    settings = OmegaConf.load(ROOT / "conf/command/cost.yaml").cost
+    clip = OmegaConf.load(ROOT / "conf/wan/wan21_14b.yaml")
+    assert settings.samples_per_clip == OmegaConf.load(ROOT / "conf/prep/cache_latents.yaml").variants
+    raw = 4e-6 * clip.frames * clip.height * clip.width
+    assert settings.clip_mb == pytest.approx(0.1 * raw, rel=0.01)
 
 
 @pytest.mark.parametrize(
@@ -84,6 +97,7 @@ def test_vae_stage(run, capsys):
         ("cost.prompt_tokens=-5", "cost.prompt_tokens=-5; a whole number from 1 on"),
         ("trainer.accumulate_grad_batches=0", "trainer.accumulate_grad_batches=0; a whole number from 1 on"),
         ("data.batch_size=0", "data.batch_size=0; every GPU takes at least 1 clip"),
+        ("cost.clip_mb=null", "cost.clip_mb=None; megabytes above 0"),
         ("cost.least_scaling=2", "cost.least_scaling=2; a share"),
         ("cost.efficiency=0", r"efficiency=0; a share in \(0, 1\]"),
     ],

@@ -28,9 +28,9 @@ def card(config: DictConfig) -> Gpu:
 
 
 def sample_bytes(config: DictConfig, load: memory.Load) -> float:
-    """That a GPU reads for each clip: of the latent cache, or of the clip shard."""
+    """That a GPU reads for each clip: of the latent cache, or the whole clip in its shard, whatever is cut from it."""
     if "latents" not in config.data:
-        return (config.cost.clip_mb or 4e-6 * load.frames * load.height * load.width) * 1e6
+        return config.cost.clip_mb * 1e6
     shape = Geometry.of(memory.blank_vae(config.wan.vae)).latent_shape(load.frames, load.height, load.width)
     text_dim = memory.blank_transformer(config.wan.transformer, torch.float32).config.text_dim
     return latent_sample_bytes(shape, min(config.cost.prompt_tokens, load.prompt_length), text_dim)
@@ -80,6 +80,8 @@ def check(config: DictConfig) -> None:
     for name in ("cost.clips", "cost.samples_per_clip", "cost.prompt_tokens", "trainer.accumulate_grad_batches"):
         if not counts(value := OmegaConf.select(config, name)):
             raise ValueError(f"{name}={value}; a whole number from 1 on")
+    if not settings.clip_mb or not settings.clip_mb > 0:
+        raise ValueError(f"cost.clip_mb={settings.clip_mb}; megabytes above 0")
     if not 0 <= settings.least_scaling <= 1:
         raise ValueError(f"cost.least_scaling={settings.least_scaling}; a share in [0, 1]")
 
@@ -118,11 +120,18 @@ def main(config: DictConfig) -> None:
         console.print(view)
         console.print(f"{view.title} {limit(costs, settings.least_scaling)}")
         results[strategy] = [{**asdict(one), "scaling": one.scaling} for one in costs]
-    samples = settings.clips * settings.samples_per_clip
-    kind = "latent cache" if "latents" in config.data else "clip shards"
-    console.print(f"{kind}: {read / 1e6:.2f} MB a sample, {samples * read / 1e12:.2f} TB for {settings.clips:,} clips")
+    if "latents" in config.data:
+        stored = settings.samples_per_clip * read
+        windows = f"{settings.samples_per_clip} (cost.samples_per_clip: windows times variants) of a clip"
+        kind = f"latent cache: {digits(read / 1e6)} MB a sample, {windows}"
+    else:
+        stored = read
+        named = "cost.clip_mb; 81 frames at 480x832 take about 13 in FFV1"
+        kind = f"clip shards: {digits(read / 1e6)} MB a clip ({named}), read whole for every crop"
+    console.print(f"{kind}, {digits(settings.clips * stored / 1e12)} TB for {settings.clips:,} clips")
     if config.out is not None:
         figures = {"gpu": asdict(gpu), **asdict(assumed), "flops": found.flops, "sample_bytes": read}
+        figures["stored_bytes"] = settings.clips * stored
         write_json(Path(config.out), {"name": config.name, **asdict(load), **figures, **results})
 
 
