@@ -4,8 +4,9 @@
     compute = FLOPs of the step (memory.measure, recomputed ones included) / (efficiency * peak)
 
 Weak scaling: every GPU has its own batch, so that N GPUs are right with N times the clips in the time of `step`, and
-compute / step is the efficiency of scaling. Communication follows rings (Thakur et al. 2005): of S bytes, every GPU
-sends and receives
+compute / step is the efficiency of scaling. Strong scaling: a batch of B clips in all, of which N GPUs take B / (N *
+batch_size) passes each; with more than B / batch_size GPUs, some have nothing to do. Communication follows rings
+(Thakur et al. 2005): of S bytes, every GPU sends and receives
 
     all-reduce                    2 (N - 1) / N * S   in 2 (N - 1) messages
     all-gather, reduce-scatter      (N - 1) / N * S   in   (N - 1) messages

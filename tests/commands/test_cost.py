@@ -7,7 +7,7 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
 from acetate.commands import cost as command
-from acetate.commands.cost import limit, table
+from acetate.commands.cost import limit, shares, table, verdicts
 from acetate.cost import Cost
 from tests.paths import ROOT
 
@@ -32,10 +32,36 @@ def one(gpus, step):
     )  # fmt: skip
 
 
-def test_limit():
-    costs = [one(1, 1.0), one(8, 1.1), one(64, 1.6), one(512, 4.0)]
-    assert limit(costs, 0.8) == "stops scaling at 64 GPUs: 62% of the step computes, less than 80%"
-    assert limit(costs, 0.2) == "scales to 512 GPUs: 25% of the step computes there"
+def test_limit_is_looked_for_beyond_the_table():
+    bad = limit(lambda gpus: one(gpus, 1 + gpus / 10_000), 0.8)
+    assert bad is not None and bad.gpus == 4096  # 71 %; 83 % at 2048
+    assert limit(lambda gpus: one(gpus, 1.0), 0.8) is None
+
+
+def test_a_batch_is_shared_in_whole_passes():
+    assert shares(16, 2, [1, 2, 3, 16]) == {1: 8, 2: 4, 8: 1}
+    assert shares(12, 2, [4]) == {6: 1}
+
+
+def test_verdicts():
+    fixed = [one(1, 8.0), one(8, 1.0)]
+    weak, strong = verdicts(one(4096, 1.4096), fixed, 0.8, batch=16, batch_size=2)
+    assert weak.endswith("every GPU: stops scaling at 4,096 GPUs: 70.9% of a step computes, less than 80%")
+    assert strong.endswith("8 s on 1, 1 s on 8; stops at 8, one more has no 2 clips")
+    assert verdicts(None, fixed, 0.8, batch=8, batch_size=1)[0].endswith(
+        "at least 80% of a step computes up to 1,048,576 GPUs"
+    )
+
+
+def test_a_fixed_batch_ends_with_its_clips(run, tmp_path, capsys):
+    """The published 8 clips: on fewer GPUs a step takes as many passes more, on more GPUs none is left."""
+    run("experiment=dit_dora", "rgba_vae=x", "data.batch_size=1", "cost.gpus=[1,4,16]", f"out={tmp_path / 'x'}")
+    assert "with 8 clips in all" in capsys.readouterr().out
+    found = json.loads((tmp_path / "x").read_text())
+    assert found["global_batch"] == 8 and found["limit"]["ddp"] > 1
+    one, four, most = found["fixed_batch"]["ddp"]
+    assert [each["gpus"] for each in (one, four, most)] == [1, 4, 8]
+    assert one["compute"] == pytest.approx(8 * most["compute"]) == pytest.approx(4 * four["compute"])
 
 
 def test_short_times_keep_their_digits():
@@ -96,7 +122,9 @@ def test_defaults_are_those_of_what_is_made():
         ("cost.samples_per_clip=0.5", r"cost\.samples_per_clip=0\.5; a whole number from 1 on"),
         ("cost.prompt_tokens=-5", "cost.prompt_tokens=-5; a whole number from 1 on"),
         ("trainer.accumulate_grad_batches=0", "trainer.accumulate_grad_batches=0; a whole number from 1 on"),
-        ("data.batch_size=0", "data.batch_size=0; every GPU takes at least 1 clip"),
+        ("data.batch_size=0", "data.batch_size=0; a whole number from 1 on"),
+        ("cost.global_batch=0", "cost.global_batch=0; a multiple of data.batch_size=16"),
+        ("cost.global_batch=12", "cost.global_batch=12; a multiple of data.batch_size=16"),
         ("cost.clip_mb=null", "cost.clip_mb=None; megabytes above 0"),
         ("cost.least_scaling=2", "cost.least_scaling=2; a share"),
         ("cost.efficiency=0", r"efficiency=0; a share in \(0, 1\]"),

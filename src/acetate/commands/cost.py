@@ -1,6 +1,8 @@
 """python -m acetate.commands.cost experiment=NAME [...]: time, communication and data of a run on 1 to 512 GPUs."""
 
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -17,6 +19,7 @@ from acetate.cost import Assumptions, Cost, Gpu, Strategy, cost, latent_sample_b
 from acetate.data.shards import write_json
 from acetate.models.wan import Geometry
 
+DOUBLINGS = [2**n for n in range(21)]  # to a million GPUs, more than anyone has
 CONF = str(Path(__file__).parents[3] / "conf")
 
 
@@ -36,12 +39,29 @@ def sample_bytes(config: DictConfig, load: memory.Load) -> float:
     return latent_sample_bytes(shape, min(config.cost.prompt_tokens, load.prompt_length), text_dim)
 
 
-def limit(costs: list[Cost], least: float) -> str:
-    """Where a run stops scaling."""
-    bad = next((one for one in costs if one.scaling < least), None)
+def limit(at: Callable[[int], Cost], least: float) -> Cost | None:
+    """The first of 1, 2, 4, ... GPUs where less of a step computes; None: not up to the last of them."""
+    return next((one for one in map(at, DOUBLINGS) if one.scaling < least), None)
+
+
+def shares(batch: int, batch_size: int, gpus: Iterable[int]) -> dict[int, int]:
+    """Numbers of GPUs that share a batch of clips in whole passes -> passes of each GPU; the last is the most."""
+    most = batch // batch_size
+    return {n: most // n for n in sorted({*gpus, most}) if most % n == 0}
+
+
+def verdicts(bad: Cost | None, fixed: list[Cost], least: float, batch: int, batch_size: int) -> tuple[str, str]:
+    """Where a run stops scaling, with a batch for every GPU and with one over all of them."""
     if bad is None:
-        return f"scales to {costs[-1].gpus} GPUs: {costs[-1].scaling:.0%} of the step computes there"
-    return f"stops scaling at {bad.gpus} GPUs: {bad.scaling:.0%} of the step computes, less than {least:.0%}"
+        weak = f"at least {least:.0%} of a step computes up to {DOUBLINGS[-1]:,} GPUs"
+    else:
+        weak = f"stops scaling at {bad.gpus:,} GPUs: {bad.scaling:.1%} of a step computes, less than {least:.0%}"
+    times = ", ".join(f"{digits(one.step)} s on {one.gpus:,}" for one in fixed)
+    most, left = fixed[-1].gpus, "no clip" if batch_size == 1 else f"no {batch_size} clips"
+    return (
+        f"with {batch_size} clip{'s' * (batch_size > 1)} a pass for every GPU: {weak}",
+        f"with {batch:,} clips in all (cost.global_batch): a step of {times}; stops at {most:,}, one more has {left}",
+    )
 
 
 def digits(value: float) -> str:
@@ -77,9 +97,15 @@ def check(config: DictConfig) -> None:
         raise ValueError(f"cost.gpus={gpus}; a list of whole numbers from 1 on, as in cost.gpus=[1,8]")
     if not OmegaConf.is_dict(settings.gpu):
         raise ValueError(f"cost.gpu={settings.gpu}; a preset is chosen with gpu@cost.gpu={settings.gpu}")
-    for name in ("cost.clips", "cost.samples_per_clip", "cost.prompt_tokens", "trainer.accumulate_grad_batches"):
+    for name in ("cost.clips", "cost.samples_per_clip", "cost.prompt_tokens", "data.batch_size",
+                 "trainer.accumulate_grad_batches"):  # fmt: skip
         if not counts(value := OmegaConf.select(config, name)):
             raise ValueError(f"{name}={value}; a whole number from 1 on")
+    batch, size = settings.global_batch, config.data.batch_size
+    if batch is not None and (not counts(batch) or batch % size):
+        raise ValueError(
+            f"cost.global_batch={batch}; a multiple of data.batch_size={size}, the clips of a GPU, or null for a node's"
+        )
     if not settings.clip_mb or not settings.clip_mb > 0:
         raise ValueError(f"cost.clip_mb={settings.clip_mb}; megabytes above 0")
     if not 0 <= settings.least_scaling <= 1:
@@ -105,21 +131,26 @@ def main(config: DictConfig) -> None:
         f"{assumed.bandwidth_share:.0%} of {gpu.link_gb_s:g} GB/s in a node and {gpu.node_gb_s:g} GB/s between nodes "
         f"of {gpu.gpus_per_node}, communication hidden under {assumed.overlap:.0%} of the compute"
     )
-    results: dict[str, Any] = {}
+    passes = config.trainer.accumulate_grad_batches
+    batch = settings.global_batch or load.batch_size * passes * gpu.gpus_per_node
+    results: dict[str, Any] = {"global_batch": batch, "limit": {}, "fixed_batch": {}}
     for strategy in settings.strategies:
         sent = payload(found, strategy, trained)
-        costs = [
-            cost(
-                gpus, found, strategy, sent, gpu=gpu, assumed=assumed, batch_size=load.batch_size, clip_bytes=read,
-                accumulate=config.trainer.accumulate_grad_batches,
-            )
-            for gpus in sorted(settings.gpus)
-        ]  # fmt: skip
+        at = partial(
+            cost, found=found, strategy=strategy, sent=sent, gpu=gpu, assumed=assumed, batch_size=load.batch_size,
+            clip_bytes=read,
+        )  # fmt: skip
+        costs = [at(gpus, accumulate=passes) for gpus in sorted(settings.gpus)]
+        fixed = [at(gpus, accumulate=n) for gpus, n in shares(batch, load.batch_size, settings.gpus).items()]
+        bad = limit(partial(at, accumulate=passes), settings.least_scaling)
         view = table(costs)
         view.title = {"ddp": "DDP", "fsdp": "FSDP2"}[strategy]
         console.print(view)
-        console.print(f"{view.title} {limit(costs, settings.least_scaling)}")
+        for text in verdicts(bad, fixed, settings.least_scaling, batch, load.batch_size):
+            console.print(f"{view.title} {text}")
         results[strategy] = [{**asdict(one), "scaling": one.scaling} for one in costs]
+        results["limit"][strategy] = bad and bad.gpus
+        results["fixed_batch"][strategy] = [asdict(one) for one in fixed]
     if "latents" in config.data:
         stored = settings.samples_per_clip * read
         windows = f"{settings.samples_per_clip} (cost.samples_per_clip: windows times variants) of a clip"
