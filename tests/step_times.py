@@ -26,8 +26,8 @@ from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
 from acetate import memory
-from acetate.commands.estimate import footprint
-from acetate.cost import Assumptions, Gpu, cost, payload
+from acetate.commands.estimate import blank_task, footprint
+from acetate.cost import Assumptions, Gpu, cost, payload, trained_groups
 from acetate.models.wan import Geometry
 from tests.compose import composed
 from tests.processes import launch
@@ -48,16 +48,17 @@ def main(ranks: Sequence[int] = (2, 4), repeats: int = 5) -> None:
         ).save_pretrained(folder / "transformer")  # fmt: skip
         needs = {load: footprint(config_of(folder, load))[1] for load in LOADS}
         any_load = needs[LOADS[0]]
+        trained = trained_groups(blank_task(config_of(folder, LOADS[0])))
         sizes = {
-            "ddp": min(25 * 2**20, payload(any_load, "ddp").reduced),
-            "fsdp": payload(any_load, "fsdp").gathered // 2 // (any_load.groups - 1),
+            "ddp": min(25 * 2**20, payload(any_load, "ddp", 0).reduced),
+            "fsdp": payload(any_load, "fsdp", 0).gathered // 2 // (any_load.groups - 1),
         }
         for world in tqdm(ranks, unit="launch"):
             for (strategy, load), (alone, seconds, rate, latency) in launch(world, measured, folder, sizes, repeats)[0]:
                 speed = needs[load].flops / alone
                 gpu = Gpu("a process", speed / 1e12, 1000, gpus_per_node=world, link_gb_s=rate, node_gb_s=rate)
                 expected = cost(
-                    world, needs[load], strategy, payload(needs[load], strategy), gpu=gpu,
+                    world, needs[load], strategy, payload(needs[load], strategy, trained), gpu=gpu,
                     assumed=Assumptions(efficiency=1.0, bandwidth_share=1.0, overlap=0.0, latency_us=1e6 * latency),
                     batch_size=load[0], clip_bytes=0.0,
                 )  # fmt: skip

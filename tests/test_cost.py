@@ -6,15 +6,15 @@ import torch
 import torch.distributed as dist
 from hydra.utils import instantiate
 from torch import nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from acetate import memory
-from acetate.commands.estimate import footprint
-from acetate.cost import Assumptions, Gpu, Payload, bandwidth, cost, latent_sample_bytes, payload, ring
+from acetate.commands.estimate import blank_task, footprint
+from acetate.cost import Assumptions, Gpu, Payload, bandwidth, cost, latent_sample_bytes, payload, ring, trained_groups
 from acetate.data.shards import MANIFEST
 from acetate.models.text import TextEncoder
 from acetate.models.wan import Geometry
@@ -65,14 +65,14 @@ def test_a_ring_is_as_quick_as_its_slowest_link():
 
 
 def test_payloads():
-    assert payload(FOUND, "ddp") == Payload(reduced=40, gathered=0, scattered=0, collectives=1)
-    sharded = payload(FOUND, "fsdp")
-    assert sharded == Payload(reduced=0, gathered=2 * (700 + 40), scattered=40, collectives=9)
+    assert payload(FOUND, "ddp", 2) == Payload(reduced=40, gathered=0, scattered=0, collectives=1)
+    sharded = payload(FOUND, "fsdp", 2)
+    assert sharded == Payload(reduced=0, gathered=2 * (700 + 40), scattered=40, collectives=8)
 
 
 def test_a_step_by_hand():
     """1000 FLOP/s, 1000 bytes/s: 5 s of compute; 4 GPUs send 2 * 3/4 * 40 bytes."""
-    sent = payload(FOUND, "ddp")
+    sent = payload(FOUND, "ddp", 2)
     settings = {"gpu": GPU, "batch_size": 2, "clip_bytes": 10.0}
     one = cost(1, FOUND, "ddp", sent, assumed=EXACT, **settings)
     assert (one.compute, one.communication, one.step, one.sent, one.scaling) == pytest.approx((5, 0, 5, 0, 1))
@@ -87,7 +87,7 @@ def test_a_step_by_hand():
 def test_accumulation_reduces_once_and_gathers_every_time():
     settings = {"gpu": GPU, "assumed": EXACT, "batch_size": 1, "clip_bytes": 1.0, "accumulate": 3}
     for strategy, times in (("ddp", 1), ("fsdp", 3)):
-        sent = payload(FOUND, strategy)
+        sent = payload(FOUND, strategy, 2)
         found = cost(2, FOUND, strategy, sent, **settings)
         assert found.compute == pytest.approx(15) and found.sent == times * ring(2, sent)[0]
 
@@ -141,6 +141,13 @@ def test_bytes_of_a_sample_are_those_of_real_shards(cached):
         assert 0 <= shard["bytes"] - sum(sizes) < 1024 + 10240  # a tar ends on two blocks and fills its record
 
 
+def test_groups_that_train(tmp_path):
+    """The DiT's four blocks have adapters, what lies in none has not; three parts of the VAE, and not its judge."""
+    for stage, groups, trained in ((TINY, 5, 4), (VAE, 8, 3)):
+        config = composed(tmp_path, *stage)
+        assert (footprint(config)[1].groups, trained_groups(blank_task(config))) == (groups, trained)
+
+
 class Loss(nn.Module):
     def __init__(self, task):
         super().__init__()
@@ -166,7 +173,7 @@ class Collectives(TorchDispatchMode):
         return func(*args, **kwargs or {})
 
 
-def sent_in_a_step():
+def sent_in_a_step(stage, folder):
     """What DDP and FSDP2 really hand to their collectives."""
     reduced = []
 
@@ -174,16 +181,15 @@ def sent_in_a_step():
         reduced.append(bucket.buffer().nbytes)
         return dist.all_reduce(bucket.buffer(), async_op=True).get_future().then(lambda done: done.value()[0])
 
-    task, geometry = tiny_task()
+    task, geometry = tiny_task(stage, folder)
     batch = tiny_batch(task, geometry)
     whole = DistributedDataParallel(Loss(task))
     whole.register_comm_hook(None, hook)
     whole(batch).backward()
 
-    task, _ = tiny_task()
-    for block in task.transformer.blocks:
-        fully_shard(block, reshard_after_forward=True)
-    fully_shard(task.transformer, reshard_after_forward=True)
+    task = instantiate(composed(folder, *stage).task)
+    task._device_mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("data_parallel",))  # as ShardedStrategy gives it
+    task.configure_model()
     with Collectives() as sharded:
         memory.training_loss(task, batch).backward()
     return {
@@ -196,11 +202,13 @@ def sent_in_a_step():
 
 @pytest.mark.slow
 @pytest.mark.xdist_group("ranks")
-def test_payloads_are_those_of_real_processes():
-    real, _ = launch(2, sent_in_a_step)
-    _, found = footprint(composed(ROOT, *TINY))
-    assert real["reduced"] == payload(found, "ddp").reduced
-    sharded = asdict(payload(found, "fsdp"))
+@pytest.mark.parametrize("stage", [TINY, VAE])
+def test_payloads_are_those_of_real_processes(stage, tmp_path):
+    real, _ = launch(2, sent_in_a_step, stage, tmp_path)
+    config = composed(tmp_path, *stage)
+    trained, (_, found) = trained_groups(blank_task(config)), footprint(config)
+    assert real["reduced"] == payload(found, "ddp", trained).reduced
+    sharded = asdict(payload(found, "fsdp", trained))
     for name in ("gathered", "scattered"):
         assert real[name] == pytest.approx(sharded[name], rel=0.02), name  # shards are filled up to equal sizes
-    assert real["collectives"] == sharded["collectives"] - 1  # what lies in no block is frozen and never scattered
+    assert real["collectives"] == sharded["collectives"]

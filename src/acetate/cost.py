@@ -4,8 +4,9 @@
     compute = FLOPs of the step (memory.measure, recomputed ones included) / (efficiency * peak)
 
 Weak scaling: every GPU has its own batch, so that N GPUs are right with N times the clips in the time of `step`, and
-compute / step is the efficiency of scaling. Communication follows rings (Thakur et al. 2005): of S bytes, every GPU
-sends and receives
+compute / step is the efficiency of scaling. Strong scaling: a batch of B clips in all, of which N GPUs take B / (N *
+batch_size) passes each; with more than B / batch_size GPUs, some have nothing to do. Communication follows rings
+(Thakur et al. 2005): of S bytes, every GPU sends and receives
 
     all-reduce                    2 (N - 1) / N * S   in 2 (N - 1) messages
     all-gather, reduce-scatter      (N - 1) / N * S   in   (N - 1) messages
@@ -13,7 +14,7 @@ sends and receives
 at the bandwidth of the slowest link of the ring: a GPU's own within a node, else no more than that of a node, through
 which its rings leave together. DDP all-reduces the gradients of what trains. FSDP2 all-gathers every weight that
 it shards, in the precision that it is kept in, for the forward and again for the backward pass, and reduce-scatters
-fp32 gradients.
+the fp32 gradients of those groups of weights in which something trains.
 
 Not in it: GPUs that wait for a slower one, other traffic on the network, validation, checkpoints.
 """
@@ -23,8 +24,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from lightning import LightningModule
 from safetensors.torch import save
 
+from acetate import memory
 from acetate.memory import Footprint, room
 
 Strategy = Literal["ddp", "fsdp"]
@@ -95,13 +98,28 @@ class Cost:
         return self.compute / self.step
 
 
-def payload(found: Footprint, strategy: Strategy) -> Payload:
+def trained_groups(task: LightningModule) -> int:
+    """Of the groups of weights that FSDP2 gathers, those in which something trains. For a task after memory.build."""
+    count = 0
+    for whole, blocks in memory._groups(task).items():
+        parts = [list(block.parameters()) for block in blocks]
+        within = {parameter for part in parts for parameter in part}
+        parts.append([parameter for parameter in whole.parameters() if parameter not in within])
+        count += sum(any(parameter.requires_grad for parameter in part) for part in parts)
+    return count
+
+
+def payload(found: Footprint, strategy: Strategy, trained: int) -> Payload:
+    """trained: as trained_groups counts; the others have no gradients to scatter."""
     if strategy == "ddp":
         buckets = math.ceil(found.gradients / (25 * 2**20))  # DDP's default
         return Payload(reduced=found.gradients, gathered=0, scattered=0, collectives=buckets)
     weights = found.frozen - found.replicated + found.trainable
     return Payload(
-        reduced=0, gathered=2 * weights, scattered=4 * found.trainable_parameters, collectives=3 * found.groups
+        reduced=0,
+        gathered=2 * weights,
+        scattered=4 * found.trainable_parameters,
+        collectives=2 * found.groups + trained,
     )
 
 

@@ -60,6 +60,11 @@ def test_terms_follow_precision(tmp_path):
     assert found.ema == 0
 
 
+def test_a_batch_has_clips(tmp_path):
+    with pytest.raises(ValueError, match=r"data\.batch_size=0; every GPU takes at least 1 clip"):
+        footprint(composed(tmp_path, "experiment=vae_rgba", "data.batch_size=0"))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_every_experiment_has_an_answer(experiment, tmp_path):

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKLWan
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, WanEncoder3d
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -274,19 +274,20 @@ def summarise(results: dict[str, Any]) -> dict[str, list[float]]:
 
 @hydra.main(version_base=None, config_path=CONF, config_name="command/benchmark")
 def main(config: DictConfig) -> None:
-    if unknown := set(config.parts) - set(PARTS):
-        raise ValueError(f"parts={sorted(unknown)}; known: {', '.join(PARTS)}.")
+    parts = config.parts
+    if not OmegaConf.is_list(parts) or not parts or not set(parts) <= set(PARTS):
+        raise ValueError(f"parts={parts}; a list of {', '.join(PARTS)}, one at least, as in parts=[step]")
     if config.device == "auto":
         config.device = "cuda" if torch.cuda.is_available() else "cpu"
     config.threads = config.threads or os.cpu_count()
     load = Workload(**{field.name: config[field.name] for field in fields(Workload)})
     reading = ReaderLoad(**config.reader)
     results: dict[str, Any] = {}
-    if "step" in config.parts:
+    if "step" in parts:
         results |= {"workload": asdict(load), **benchmark(load, config.warmup, config.repeats)}
         results["summary"] = summarise(results)
         print_step(results, load)
-    if "reader" in config.parts:
+    if "reader" in parts:
         results["reader"] = {"workload": asdict(reading), **benchmark_reader(reading)}
         print_reader(results["reader"], reading)
     if config.out is not None:

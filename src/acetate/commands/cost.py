@@ -1,6 +1,8 @@
 """python -m acetate.commands.cost experiment=NAME [...]: time, communication and data of a run on 1 to 512 GPUs."""
 
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -12,29 +14,59 @@ from rich.table import Table
 
 from acetate import memory
 from acetate.commands import as_on_gpu
-from acetate.commands.estimate import footprint
-from acetate.cost import Assumptions, Cost, Gpu, Strategy, cost, latent_sample_bytes, payload
+from acetate.commands.estimate import blank_task, footprint
+from acetate.cost import Assumptions, Cost, Gpu, Strategy, cost, latent_sample_bytes, payload, trained_groups
 from acetate.data.shards import write_json
 from acetate.models.wan import Geometry
 
+DOUBLINGS = [2**n for n in range(21)]  # to a million GPUs, more than anyone has
 CONF = str(Path(__file__).parents[3] / "conf")
 
 
+def card(config: DictConfig) -> Gpu:
+    """With the peak of the precision that the run computes in."""
+    presets = {**config.cost.gpu}
+    fp32 = presets.pop("fp32_tflops")
+    return Gpu(**presets | ({"peak_tflops": fp32} if config.trainer.precision == "32-true" else {}))
+
+
 def sample_bytes(config: DictConfig, load: memory.Load) -> float:
-    """That a GPU reads for each clip: of the latent cache, or of the clip shard."""
+    """That a GPU reads for each clip: of the latent cache, or the whole clip in its shard, whatever is cut from it."""
     if "latents" not in config.data:
-        return (config.cost.clip_mb or 4e-6 * load.frames * load.height * load.width) * 1e6
+        return config.cost.clip_mb * 1e6
     shape = Geometry.of(memory.blank_vae(config.wan.vae)).latent_shape(load.frames, load.height, load.width)
     text_dim = memory.blank_transformer(config.wan.transformer, torch.float32).config.text_dim
     return latent_sample_bytes(shape, min(config.cost.prompt_tokens, load.prompt_length), text_dim)
 
 
-def limit(costs: list[Cost], least: float) -> str:
-    """Where a run stops scaling."""
-    bad = next((one for one in costs if one.scaling < least), None)
+def limit(at: Callable[[int], Cost], least: float) -> Cost | None:
+    """The first of 1, 2, 4, ... GPUs where less of a step computes; None: not up to the last of them."""
+    return next((one for one in map(at, DOUBLINGS) if one.scaling < least), None)
+
+
+def shares(batch: int, batch_size: int, gpus: Iterable[int]) -> dict[int, int]:
+    """Numbers of GPUs that share a batch of clips in whole passes -> passes of each GPU; the last is the most."""
+    most = batch // batch_size
+    return {n: most // n for n in sorted({*gpus, most}) if most % n == 0}
+
+
+def verdicts(bad: Cost | None, fixed: list[Cost], least: float, batch: int, batch_size: int) -> tuple[str, str]:
+    """Where a run stops scaling, with a batch for every GPU and with one over all of them."""
     if bad is None:
-        return f"scales to {costs[-1].gpus} GPUs: {costs[-1].scaling:.0%} of the step computes there"
-    return f"stops scaling at {bad.gpus} GPUs: {bad.scaling:.0%} of the step computes, less than {least:.0%}"
+        weak = f"at least {least:.0%} of a step computes up to {DOUBLINGS[-1]:,} GPUs"
+    else:
+        weak = f"stops scaling at {bad.gpus:,} GPUs: {bad.scaling:.1%} of a step computes, less than {least:.0%}"
+    times = ", ".join(f"{digits(one.step)} s on {one.gpus:,}" for one in fixed)
+    most, left = fixed[-1].gpus, "no clip" if batch_size == 1 else f"no {batch_size} clips"
+    return (
+        f"with {batch_size} clip{'s' * (batch_size > 1)} a pass for every GPU: {weak}",
+        f"with {batch:,} clips in all (cost.global_batch): a step of {times}; stops at {most:,}, one more has {left}",
+    )
+
+
+def digits(value: float) -> str:
+    """Three significant ones: a message takes microseconds, a step minutes."""
+    return f"{value:,.0f}" if value >= 999.5 else f"{value:.3g}"
 
 
 def table(costs: list[Cost]) -> Table:
@@ -42,26 +74,40 @@ def table(costs: list[Cost]) -> Table:
                  "data per node, MB/s", "fits")  # fmt: skip
     for one in costs:
         view.add_row(
-            str(one.gpus), f"{one.step:.3f}", f"{one.compute:.3f}", f"{one.communication:.3f}", f"{one.sent / 1e9:.2f}",
-            f"{one.clips_per_second:.3g}", f"{one.scaling:.0%}", f"{one.data_per_node / 1e6:.2f}",
+            str(one.gpus), digits(one.step), digits(one.compute), digits(one.communication), digits(one.sent / 1e9),
+            digits(one.clips_per_second), f"{one.scaling:.0%}", digits(one.data_per_node / 1e6),
             "yes" if one.fits else "no",
         )  # fmt: skip
     return view
 
 
-def check(settings: DictConfig) -> None:
+def counts(value: Any) -> bool:
+    """Whether it is a whole number from 1 on; True is an int to Python."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def check(config: DictConfig) -> None:
     """ValueError for what is no number of GPUs, no strategy, no card, or below its least."""
-    known = get_args(Strategy)
-    if not OmegaConf.is_list(settings.strategies) or not set(settings.strategies) <= set(known):
-        raise ValueError(f"cost.strategies={settings.strategies}; a list of {', '.join(known)}")
+    settings, known = config.cost, get_args(Strategy)
+    chosen = settings.strategies
+    if not OmegaConf.is_list(chosen) or not chosen or not set(chosen) <= set(known):
+        raise ValueError(f"cost.strategies={chosen}; a list of {', '.join(known)}, one at least")
     gpus = settings.gpus
-    if not OmegaConf.is_list(gpus) or not gpus or not all(isinstance(n, int) and n >= 1 for n in gpus):
+    if not OmegaConf.is_list(gpus) or not gpus or not all(counts(n) for n in gpus):
         raise ValueError(f"cost.gpus={gpus}; a list of whole numbers from 1 on, as in cost.gpus=[1,8]")
     if not OmegaConf.is_dict(settings.gpu):
         raise ValueError(f"cost.gpu={settings.gpu}; a preset is chosen with gpu@cost.gpu={settings.gpu}")
-    for name in ("clips", "samples_per_clip"):
-        if settings[name] < 1:
-            raise ValueError(f"cost.{name}={settings[name]}; at least 1")
+    for name in ("cost.clips", "cost.samples_per_clip", "cost.prompt_tokens", "data.batch_size",
+                 "trainer.accumulate_grad_batches"):  # fmt: skip
+        if not counts(value := OmegaConf.select(config, name)):
+            raise ValueError(f"{name}={value}; a whole number from 1 on")
+    batch, size = settings.global_batch, config.data.batch_size
+    if batch is not None and (not counts(batch) or batch % size):
+        raise ValueError(
+            f"cost.global_batch={batch}; a multiple of data.batch_size={size}, the clips of a GPU, or null for a node's"
+        )
+    if not settings.clip_mb or not settings.clip_mb > 0:
+        raise ValueError(f"cost.clip_mb={settings.clip_mb}; megabytes above 0")
     if not 0 <= settings.least_scaling <= 1:
         raise ValueError(f"cost.least_scaling={settings.least_scaling}; a share in [0, 1]")
 
@@ -70,40 +116,53 @@ def check(settings: DictConfig) -> None:
 @as_on_gpu()
 def main(config: DictConfig) -> None:
     settings = config.cost
-    check(settings)
-    gpu = Gpu(**settings.gpu)
+    check(config)
+    gpu = card(config)
     names = ("efficiency", "bandwidth_share", "overlap", "latency_us")
     assumed = Assumptions(**{name: settings[name] for name in names})
     load, found = footprint(config)
+    trained = trained_groups(blank_task(config))
     read = sample_bytes(config, load)
     console = Console(width=120, highlight=False)
     console.print(
         f"{config.name} on {gpu.name}: {found.flops / 1e12:,.2f} TFLOP a step and GPU ({load.batch_size} clip"
         f"{'s' * (load.batch_size > 1)} of {load.frames} frames, {load.height}x{load.width}; recomputation included)\n"
-        f"assumed: {assumed.efficiency:.0%} of {gpu.peak_tflops:g} TFLOP/s, {assumed.bandwidth_share:.0%} of "
-        f"{gpu.link_gb_s:g} GB/s in a node and {gpu.node_gb_s:g} GB/s between nodes of {gpu.gpus_per_node}, "
-        f"communication hidden under {assumed.overlap:.0%} of the compute"
+        f"assumed: {assumed.efficiency:.0%} of {gpu.peak_tflops:g} TFLOP/s ({config.trainer.precision}), "
+        f"{assumed.bandwidth_share:.0%} of {gpu.link_gb_s:g} GB/s in a node and {gpu.node_gb_s:g} GB/s between nodes "
+        f"of {gpu.gpus_per_node}, communication hidden under {assumed.overlap:.0%} of the compute"
     )
-    results: dict[str, Any] = {}
+    passes = config.trainer.accumulate_grad_batches
+    batch = settings.global_batch or load.batch_size * passes * gpu.gpus_per_node
+    results: dict[str, Any] = {"global_batch": batch, "limit": {}, "fixed_batch": {}}
     for strategy in settings.strategies:
-        sent = payload(found, strategy)
-        costs = [
-            cost(
-                gpus, found, strategy, sent, gpu=gpu, assumed=assumed, batch_size=load.batch_size, clip_bytes=read,
-                accumulate=config.trainer.accumulate_grad_batches,
-            )
-            for gpus in sorted(settings.gpus)
-        ]  # fmt: skip
+        sent = payload(found, strategy, trained)
+        at = partial(
+            cost, found=found, strategy=strategy, sent=sent, gpu=gpu, assumed=assumed, batch_size=load.batch_size,
+            clip_bytes=read,
+        )  # fmt: skip
+        costs = [at(gpus, accumulate=passes) for gpus in sorted(settings.gpus)]
+        fixed = [at(gpus, accumulate=n) for gpus, n in shares(batch, load.batch_size, settings.gpus).items()]
+        bad = limit(partial(at, accumulate=passes), settings.least_scaling)
         view = table(costs)
         view.title = {"ddp": "DDP", "fsdp": "FSDP2"}[strategy]
         console.print(view)
-        console.print(f"{view.title} {limit(costs, settings.least_scaling)}")
+        for text in verdicts(bad, fixed, settings.least_scaling, batch, load.batch_size):
+            console.print(f"{view.title} {text}")
         results[strategy] = [{**asdict(one), "scaling": one.scaling} for one in costs]
-    samples = settings.clips * settings.samples_per_clip
-    kind = "latent cache" if "latents" in config.data else "clip shards"
-    console.print(f"{kind}: {read / 1e6:.2f} MB a sample, {samples * read / 1e12:.2f} TB for {settings.clips:,} clips")
+        results["limit"][strategy] = bad and bad.gpus
+        results["fixed_batch"][strategy] = [asdict(one) for one in fixed]
+    if "latents" in config.data:
+        stored = settings.samples_per_clip * read
+        windows = f"{settings.samples_per_clip} (cost.samples_per_clip: windows times variants) of a clip"
+        kind = f"latent cache: {digits(read / 1e6)} MB a sample, {windows}"
+    else:
+        stored = read
+        named = "cost.clip_mb; 81 frames at 480x832 take about 13 in FFV1"
+        kind = f"clip shards: {digits(read / 1e6)} MB a clip ({named}), read whole for every crop"
+    console.print(f"{kind}, {digits(settings.clips * stored / 1e12)} TB for {settings.clips:,} clips")
     if config.out is not None:
         figures = {"gpu": asdict(gpu), **asdict(assumed), "flops": found.flops, "sample_bytes": read}
+        figures["stored_bytes"] = settings.clips * stored
         write_json(Path(config.out), {"name": config.name, **asdict(load), **figures, **results})
 
 

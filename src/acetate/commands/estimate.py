@@ -6,6 +6,7 @@ from typing import Any
 
 import hydra
 from hydra.utils import instantiate
+from lightning import LightningModule
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
@@ -33,13 +34,23 @@ def without_weights(node: Any) -> Any:
     }
 
 
-def footprint(config: DictConfig) -> tuple[memory.Load, memory.Footprint]:
-    """Of a training step of the run that the config composes. Downloads nothing, reads configs only."""
-    wan, data = config.get("wan"), config.data
+def blank_task(config: DictConfig) -> LightningModule:
+    """Of the run that the config composes, built without weights."""
     settings = without_weights(OmegaConf.to_container(config.task, resolve=True))
     unused = {"lpips": False, "init_from": None}  # a metric, and weights of the same shape
     task = instantiate(settings | {name: value for name, value in unused.items() if name in settings})
     memory.build(task)
+    return task
+
+
+def footprint(config: DictConfig) -> tuple[memory.Load, memory.Footprint]:
+    """Of a training step of the run that the config composes. Downloads nothing, reads configs only.
+
+    Raises ValueError for a batch without clips.
+    """
+    wan, data = config.get("wan"), config.data
+    if data.batch_size < 1:
+        raise ValueError(f"data.batch_size={data.batch_size}; every GPU takes at least 1 clip")
     clip = data if "frames" in data else wan
     load = memory.Load(
         batch_size=data.batch_size,
@@ -49,7 +60,7 @@ def footprint(config: DictConfig) -> tuple[memory.Load, memory.Footprint]:
         prompt_length=0 if wan is None else wan.prompt_length,
     )
     return load, memory.measure(
-        task,
+        blank_task(config),
         load,
         precision=config.trainer.precision,
         ema=config.callbacks.get("ema") is not None,
