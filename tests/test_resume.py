@@ -12,6 +12,7 @@ from lightning import Callback
 from torch.testing import assert_close
 
 from acetate.formats.training import WholeCheckpointIO
+from acetate.models.adapters import read_adapter_file
 from tests.processes import ended, train, train_ranks
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("runs")]
@@ -97,6 +98,9 @@ def assert_same_run(one: Path, two: Path) -> None:
     for module in ("ClipDataModule", "LatentDataModule"):
         assert second.get(module) == first.get(module)
     assert logged(two) == logged(one)
+    adapters, expected = (read_adapter_file(run / "checkpoints/last.safetensors") for run in (two, one))
+    assert_close(adapters[0], expected[0], rtol=0, atol=0)
+    assert adapters[1] == expected[1]
 
 
 @pytest.mark.parametrize(
@@ -136,20 +140,24 @@ class KilledInLastValidation(Callback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def test_a_run_killed_in_its_last_validation_ends_with_it(tmp_path, many_shards):
-    """And measures the same once more if it is asked to go on from its end."""
+def test_a_run_killed_at_its_end_ends_with_all_that_is_due(tmp_path, many_shards):
+    """Amid its last checkpoint, then in its last validation; it measures the same once more if it is asked to go on
+    from its end."""
     arguments = [
         *small("vae_rgba", tmp_path, many_shards, (many_shards, many_shards)), "data.num_workers=0",
         "trainer.max_steps=4", "trainer.val_check_interval=2",
     ]  # fmt: skip
-    kill = "+callbacks.kill._target_=tests.test_resume.KilledInLastValidation"
-    assert ended(train(tmp_path / "log", *arguments, kill)) == [-signal.SIGKILL]
+    saving = added(KilledAt, event="os.rename", path="/.last.safetensors.tmp", rank=0, spared=1)
+    assert ended(train(tmp_path / "log", *arguments, *saving)) == [-signal.SIGKILL]
+    validating = "+callbacks.kill._target_=tests.test_resume.KilledInLastValidation"
+    assert ended(train(tmp_path / "log", *arguments, "resume=last", validating)) == [-signal.SIGKILL]
     run = run_of(tmp_path)
     for _ in range(2):
         assert not (run / "finished").exists()
         assert ended(train(tmp_path / "log", *arguments, "resume=last")) == [0]
         assert [row["step"] for row in logged(run) if "val/loss" in row] == ["1", "3"]
         assert [row["step"] for row in logged(run) if "train/loss" in row] == ["0", "1", "2", "3"]
+        assert read_adapter_file(run / "checkpoints/last.safetensors")[1]["step"] == 4
         (run / "finished").unlink()
 
 

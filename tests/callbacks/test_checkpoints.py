@@ -106,9 +106,10 @@ def test_leftovers_of_killed_writers_go(tmp_path):
     assert not list(tmp_path.glob(".*"))
 
 
-def test_leftovers_of_adapter_files_go(tmp_path):
-    (tmp_path / "step=2.safetensors").mkdir()  # which a file cannot be renamed to
-    with pytest.raises(IsADirectoryError):
-        fit(tmp_path, 2, val_check_interval=50, checkpoint=AdapterCheckpoint)
+def test_adapters_that_cannot_be_written_leave_the_previous_checkpoint(tmp_path):
     fit(tmp_path, 1, val_check_interval=50, checkpoint=AdapterCheckpoint)
-    assert not list(tmp_path.glob("*.tmp"))
+    (tmp_path / "step=2.safetensors").mkdir()  # which a file cannot be renamed to
+    with pytest.raises(OSError, match=r"step=2\.safetensors could not be written .* resume=last"):
+        fit(tmp_path, 2, val_check_interval=50, checkpoint=AdapterCheckpoint, resume=str(tmp_path / "last.ckpt"))
+    assert steps_saved(tmp_path) == {"step=1.ckpt": 1, "last.ckpt": 1}
+    assert not list(tmp_path.glob(".*.tmp"))

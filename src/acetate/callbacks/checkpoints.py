@@ -9,12 +9,14 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loops import _FitLoop
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from acetate.callbacks.ema import EMA
 from acetate.callbacks.metrics_file import MetricsFile
+from acetate.formats.sharded import unwritten
 
 
 class Resumed(_FitLoop):
@@ -99,23 +101,29 @@ class AdapterCheckpoint(StepCheckpoint):
     """Beside every checkpoint NAME.ckpt a NAME.safetensors with what trains (its average where EMA runs).
 
     Its metadata is the module's `adapter_metadata()`, str -> str: enough to build the model again, and step and
-    whether it is the average. The file's tensors are named as in the module.
+    whether it is the average. The file's tensors are named as in the module. It comes first: a run that is killed
+    between the two goes on from the checkpoint before, and writes both again.
     """
 
     def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
-        super()._save_checkpoint(trainer, filepath)
         averaged, state = _adapters(trainer, trainer.lightning_module)  # all ranks: they gather shards
         if trainer.is_global_zero:
             self._save_adapters(trainer, Path(filepath).with_suffix(".safetensors"), averaged, state)
+        super()._save_checkpoint(trainer, filepath)
 
     def _save_adapters(self, trainer: Trainer, path: Path, averaged: bool, state: dict[str, Tensor]) -> None:
         module = trainer.lightning_module
         metadata = {**_metadata(module), "step": str(trainer.global_step), "averaged": json.dumps(averaged)}
+        path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.tmp")
-        save_file(state, temporary, metadata)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        try:
+            save_file(state, temporary, metadata)
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        except (OSError, SafetensorError) as error:
+            temporary.unlink(missing_ok=True)
+            raise unwritten(path, error) from error
 
     def _remove_checkpoint(self, trainer: Trainer, filepath: str) -> None:
         super()._remove_checkpoint(trainer, filepath)
