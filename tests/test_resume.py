@@ -4,6 +4,7 @@ import csv
 import os
 import signal
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,13 @@ class KilledAt(Callback):
             self.spared -= 1
             if self.spared < 0:
                 os.kill(os.getpid(), signal.SIGKILL)
+
+
+class OwnDisk(WholeCheckpointIO):
+    """On which rank 1 finds the checkpoint of a step before."""
+
+    def load_checkpoint(self, path, *args, **settings):
+        return super().load_checkpoint(path.replace("last", "00000003") if os.environ["RANK"] == "1" else path)
 
 
 def added(callback: type[Callback], **settings) -> list[str]:
@@ -162,14 +170,16 @@ def test_a_run_killed_at_its_end_ends_with_all_that_is_due(tmp_path, many_shards
 
 
 def test_a_sharded_run_that_is_killed_amid_its_checkpoints(tmp_path, many_shards):
-    """As rank 1 writes its shards, and as rank 0 puts a new last.ckpt in the place of the old one."""
+    """As rank 1 writes its shards, and as rank 0 puts a new last.ckpt in the place of the old one. In the end, ranks
+    that see different checkpoints are told so."""
 
-    def run(outputs: Path, *more: str) -> list[int | None]:
+    def run(outputs: Path, *more: str, of_each: Sequence[str] = ()) -> list[int | None]:
         arguments = [
             *small("vae_rgba", outputs, many_shards, (many_shards, many_shards)), "trainer=fsdp", "data.num_workers=0",
-            "trainer.max_steps=4", "callbacks.checkpoint.every_n_train_steps=1", "+trainer.limit_val_batches=0", *more,
+            "trainer.max_steps=4", "callbacks.checkpoint.every_n_train_steps=1", "+trainer.limit_val_batches=0",
+            "callbacks.checkpoint.save_top_k=-1", *more,
         ]  # fmt: skip
-        return ended(*train_ranks(2, tmp_path / f"{outputs.name}.log", *arguments))
+        return ended(*train_ranks(2, tmp_path / f"{outputs.name}.log", *arguments, of_each=of_each), within=100)
 
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert run(whole) == [0, 0]
@@ -182,6 +192,16 @@ def test_a_sharded_run_that_is_killed_amid_its_checkpoints(tmp_path, many_shards
     assert (checkpoints / ".old-last.ckpt").is_dir() and not (checkpoints / "last.ckpt").exists()
     assert run(parts, "resume=last") == [0, 0]
     assert_same_run(run_of(whole), run_of(parts))
+    own = run_of(whole) / "checkpoints/last.ckpt"
+    apart = ["trainer.max_steps=5", f"resume={own}"]
+    assert run(tmp_path / "none", *apart, of_each=["seed=0", "resume=null"]) == [1, 1]
+    plugin = "trainer.plugins.0._target_=tests.test_resume.OwnDisk"
+    assert run(tmp_path / "other", *apart, "trainer=ddp", plugin) == [1, 1]
+    for name, said in (
+        ("none", f"rank 0 goes on from checkpoint {own}, rank 1 from checkpoint None"),
+        ("other", "rank 0 goes on from step 4, rank 1 from step 3"),
+    ):
+        assert all(said in (tmp_path / f"{name}.log_{rank}").read_text() for rank in range(2))
 
 
 def test_one_process_at_a_time_writes_a_run(tmp_path, many_shards):

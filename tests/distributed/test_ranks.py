@@ -193,3 +193,12 @@ def test_a_full_disk_leaves_the_previous_shards(tmp_path):
         assert "last.ckpt could not be written" in said
         assert "resume=last" in said
         assert (files, step) == (["last.ckpt"], 1)
+
+
+def test_a_checkpoint_that_is_not_whole_is_refused_by_all_ranks(tmp_path):
+    (tmp_path / "0").mkdir()
+    (tmp_path / "1").mkdir()
+    for apart, other in launch(2, runs.unwritten, tmp_path):
+        assert "no __1_0.distcp, which another rank has written: all machines must share the folder" in apart
+        assert "last.ckpt could not be written" in other and "lambda" in other
+    assert not list(tmp_path.glob("**/last.ckpt"))

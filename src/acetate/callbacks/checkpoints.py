@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loops import _FitLoop
@@ -16,7 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from acetate.callbacks.ema import EMA
 from acetate.callbacks.metrics_file import MetricsFile
-from acetate.formats.sharded import unwritten
+from acetate.replacing import unwritten
 
 
 class Resumed(_FitLoop):
@@ -35,6 +36,8 @@ class StepCheckpoint(ModelCheckpoint):
     """
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit":  # before they load it, for which ranks of a sharded model wait for each other
+            _check_same(trainer, f"checkpoint {trainer.ckpt_path}")
         super().setup(trainer, pl_module, stage)
         self._logged: dict[str, Any] = {}
         if stage == "fit":
@@ -53,6 +56,7 @@ class StepCheckpoint(ModelCheckpoint):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
+        _check_same(trainer, f"step {trainer.global_step}")
         loggers, loop = _metrics_files(trainer), trainer.fit_loop.epoch_loop
         if trainer.ckpt_path is None:
             for logger in loggers:
@@ -85,6 +89,20 @@ class StepCheckpoint(ModelCheckpoint):
 
     def _should_skip_saving_checkpoint(self, trainer: Trainer) -> bool:
         return super()._should_skip_saving_checkpoint(trainer) or trainer.fit_loop._should_accumulate()
+
+
+def _check_same(trainer: Trainer, own: str) -> None:
+    """ValueError on all ranks where one goes on from something else."""
+    if trainer.world_size == 1:
+        return
+    found = [""] * trainer.world_size
+    dist.all_gather_object(found, own)
+    for rank, other in enumerate(found):
+        if other != found[0]:
+            raise ValueError(
+                f"rank 0 goes on from {found[0]}, rank {rank} from {other}. All machines must see the same files in a "
+                "run's folder: let paths.outputs, or resume, lie on a file system that they share."
+            )
 
 
 def _metrics_files(trainer: Trainer) -> list[MetricsFile]:
