@@ -77,6 +77,7 @@ def test_slurm_composes(tmp_path):
     assert launcher._target_.endswith("SlurmLauncher")
     assert (launcher.tasks_per_node, launcher.gpus_per_node, launcher.partition) == (4, 4, None)
     assert launcher.signal_delay_s < 60 * launcher.timeout_min
+    assert launcher.setup == ["export SLURM_KILL_BAD_EXIT=1"]
 
 
 @pytest.mark.slow
