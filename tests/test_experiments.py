@@ -113,3 +113,11 @@ def test_train_names_a_missing_checkpoint(tmp_path):
     code, printed = run_train(tmp_path, "experiment=vae_rgba", "resume=last")
     assert code != 0
     assert "no last.ckpt below" in printed
+
+
+@pytest.mark.parametrize(("experiment", "frames"), [("vae_rgba", 9), ("vae_rgba", 1), ("dit_dora", None)])
+def test_ddp_knows_stills(experiment, frames, tmp_path):
+    more = [] if frames is None else [f"data.frames={frames}"]
+    strategy = composed(tmp_path, f"experiment={experiment}", "trainer=ddp", *more).trainer.strategy
+    assert strategy.find_unused_parameters == (frames == 1)
+    assert "forward_sync_buffers" not in strategy  # new in torch 2.13

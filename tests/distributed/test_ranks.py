@@ -117,6 +117,14 @@ def test_a_sharded_checkpoint_exports_as_a_whole_one(found, stage, ema):
         assert_close(beside.state, sharded.state, rtol=0, atol=0)
 
 
+def test_ddp_trains_on_stills(stages, tmp_path):
+    """Whose decoders leave out their convolutions over time."""
+    settings = [*stages["vae"], "data.frames=1", "trainer.max_steps=2", "callbacks.checkpoint=null"]
+    one = launch(1, runs.fit, tmp_path / "one", "default", settings)[0]
+    two = launch(2, runs.fit, tmp_path / "two", "ddp", settings)[0]
+    assert_close(two["losses"], one["losses"], rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("stage", ["vae", "dit"])
 def test_bad_clips_weigh_nothing(stages, clips, tmp_path, stage):
     """On one process they leave a batch of four, on four a rank has no other clip."""

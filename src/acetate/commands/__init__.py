@@ -42,6 +42,9 @@ def as_on_gpu() -> Iterator[None]:
 # ${not_set:NAME}: whether the environment lacks NAME
 OmegaConf.register_new_resolver("not_set", lambda name: not os.environ.get(name), replace=True)
 
+# ${equal:A,B}
+OmegaConf.register_new_resolver("equal", lambda one, other: one == other, replace=True)
+
 # Of a run: its folder, where in it Hydra notes how it was started, and its name for a logger
 OmegaConf.register_new_resolver("run_folder", runs.run_folder, replace=True, use_cache=True)
 OmegaConf.register_new_resolver("record_folder", runs.record_folder, replace=True, use_cache=True)
