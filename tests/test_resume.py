@@ -3,10 +3,12 @@
 import csv
 import os
 import signal
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from lightning import Callback
@@ -26,15 +28,17 @@ SMALL = {
 
 
 class SignalAt(Callback):
-    """Of rank `rank` to itself, after so many batches of this process."""
+    """Of rank `rank` to itself, after so many batches of this process; SIGTERM to its data workers, too, and from
+    another process, as a scheduler's."""
 
     def __init__(self, batches: int, name: str, rank: int):
-        self.batches, self.number, self.rank = batches, getattr(signal, name), rank
+        self.batches, self.name, self.rank = batches, name, rank
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         self.batches -= 1
         if not self.batches and trainer.global_rank == self.rank:
-            os.kill(os.getpid(), self.number)
+            workers = psutil.Process().children() if self.name == "SIGTERM" else []
+            subprocess.run(["kill", "-s", self.name[3:], *(str(w.pid) for w in workers), str(os.getpid())], check=True)
 
 
 class KilledAt(Callback):
@@ -120,7 +124,7 @@ def assert_same_run(one: Path, two: Path) -> None:
 )  # fmt: skip
 def test_killed_run_goes_on_exactly(tmp_path, many_shards, cached, experiment, trainer, ranks, workers, accumulate):
     """Killed in the middle of a window of accumulation, where there is one; gone on, then asked to stop by one rank's
-    SIGTERM just before a validation; gone on to the end."""
+    SIGTERM, which its data workers get as well, just before a validation; gone on to the end."""
 
     def run(outputs: Path, *more: str) -> list[int | None]:
         arguments = [
