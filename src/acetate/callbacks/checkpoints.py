@@ -65,7 +65,8 @@ class StepCheckpoint(ModelCheckpoint):
         self._last_global_step_saved = trainer.global_step
         for logger, rows in zip(loggers, self._logged["rows"], strict=False):
             logger.keep(rows)
-            if self._logged["late"]:
+        if self._logged["late"]:
+            for logger in trainer.loggers:
                 logger.log_metrics(self._logged["late"], step=loop._batches_that_stepped)
         if loop._should_check_val_epoch() and (loop.total_batch_idx + 1) % _every(trainer) == 0:
             trainer.validating, loop.val_loop.restarting = True, False
