@@ -55,10 +55,14 @@ def test_sweeps_compose(sweep, tmp_path):
 @pytest.mark.parametrize("logger", sorted(path.stem for path in (ROOT / "conf/logger").glob("*.yaml")))
 def test_loggers(logger, tmp_path, monkeypatch):
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.delenv("WANDB_BASE_URL", raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     config = composed(tmp_path, "experiment=vae_rgba", f"logger={logger}")
     assert instantiate(config.logger) is not None
     if logger == "wandb":
         assert config.logger.offline
+        (tmp_path / "netrc").write_text("machine api.wandb.ai login user password key")  # as of `wandb login`
+        assert not composed(tmp_path, "experiment=vae_rgba", "logger=wandb").logger.offline
 
 
 def test_unknown_names_are_named(tmp_path):
