@@ -46,13 +46,16 @@ def program(log: Path, name: str, *arguments: str) -> tuple[int, str]:
     return code, log.read_text()
 
 
-def train_ranks(world: int, log: Path, *arguments: str) -> list[BaseProcess]:
-    """The same on `world` ranks of the CPU; that of each prints to its own log, NAME_0, NAME_1, ..."""
-    environments = _environments(world)
+def train_ranks(world: int, log: Path, *arguments: str, of_each: Sequence[str] = ()) -> list[BaseProcess]:
+    """The same on `world` ranks of the CPU; that of each prints to its own log, NAME_0, NAME_1, ..., and may have an
+    argument of its own."""
     return [
-        train(log.with_name(f"{log.name}_{rank}"), *arguments, "trainer.accelerator=cpu", environment=environment)
-        for rank, environment in enumerate(environments)
-    ]
+        train(
+            log.with_name(f"{log.name}_{rank}"), "trainer.accelerator=cpu", *arguments, *of_each[rank : rank + 1],
+            environment=environment,
+        )
+        for rank, environment in enumerate(_environments(world))
+    ]  # fmt: skip
 
 
 def launch(world: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:

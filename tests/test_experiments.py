@@ -55,10 +55,14 @@ def test_sweeps_compose(sweep, tmp_path):
 @pytest.mark.parametrize("logger", sorted(path.stem for path in (ROOT / "conf/logger").glob("*.yaml")))
 def test_loggers(logger, tmp_path, monkeypatch):
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.delenv("WANDB_BASE_URL", raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     config = composed(tmp_path, "experiment=vae_rgba", f"logger={logger}")
     assert instantiate(config.logger) is not None
     if logger == "wandb":
         assert config.logger.offline
+        (tmp_path / "netrc").write_text("machine api.wandb.ai login user password key")  # as of `wandb login`
+        assert not composed(tmp_path, "experiment=vae_rgba", "logger=wandb").logger.offline
 
 
 def test_unknown_names_are_named(tmp_path):
@@ -113,3 +117,11 @@ def test_train_names_a_missing_checkpoint(tmp_path):
     code, printed = run_train(tmp_path, "experiment=vae_rgba", "resume=last")
     assert code != 0
     assert "no last.ckpt below" in printed
+
+
+@pytest.mark.parametrize(("experiment", "frames"), [("vae_rgba", 9), ("vae_rgba", 1), ("dit_dora", None)])
+def test_ddp_knows_stills(experiment, frames, tmp_path):
+    more = [] if frames is None else [f"data.frames={frames}"]
+    strategy = composed(tmp_path, f"experiment={experiment}", "trainer=ddp", *more).trainer.strategy
+    assert strategy.find_unused_parameters == (frames == 1)
+    assert "forward_sync_buffers" not in strategy  # new in torch 2.13

@@ -41,12 +41,12 @@ def run(*command: str, **environment: str) -> subprocess.CompletedProcess:
 
 
 class SignalOnce(Callback):
-    """SIGUSR1 of rank 1 to itself, in the first process that comes to the end of a batch."""
+    """SIGUSR1 of rank 1 to itself, in the first process that is about to train."""
 
     def __init__(self, path: str):
         self.path = Path(path)
 
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+    def on_fit_start(self, trainer, pl_module):
         if trainer.global_rank == 1 and not self.path.exists():
             self.path.touch()
             os.kill(os.getpid(), signal.SIGUSR1)
@@ -77,6 +77,7 @@ def test_slurm_composes(tmp_path):
     assert launcher._target_.endswith("SlurmLauncher")
     assert (launcher.tasks_per_node, launcher.gpus_per_node, launcher.partition) == (4, 4, None)
     assert launcher.signal_delay_s < 60 * launcher.timeout_min
+    assert launcher.setup == ["export SLURM_KILL_BAD_EXIT=1"]
 
 
 @pytest.mark.slow

@@ -3,15 +3,19 @@
 import csv
 import os
 import signal
+import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from lightning import Callback
 from torch.testing import assert_close
 
 from acetate.formats.training import WholeCheckpointIO
+from acetate.models.adapters import read_adapter_file
 from tests.processes import ended, train, train_ranks
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("runs")]
@@ -24,15 +28,17 @@ SMALL = {
 
 
 class SignalAt(Callback):
-    """Of rank `rank` to itself, after so many batches of this process."""
+    """Of rank `rank` to itself, after so many batches of this process; SIGTERM to its data workers, too, and from
+    another process, as a scheduler's."""
 
     def __init__(self, batches: int, name: str, rank: int):
-        self.batches, self.number, self.rank = batches, getattr(signal, name), rank
+        self.batches, self.name, self.rank = batches, name, rank
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         self.batches -= 1
         if not self.batches and trainer.global_rank == self.rank:
-            os.kill(os.getpid(), self.number)
+            workers = psutil.Process().children() if self.name == "SIGTERM" else []
+            subprocess.run(["kill", "-s", self.name[3:], *(str(w.pid) for w in workers), str(os.getpid())], check=True)
 
 
 class KilledAt(Callback):
@@ -51,6 +57,13 @@ class KilledAt(Callback):
             self.spared -= 1
             if self.spared < 0:
                 os.kill(os.getpid(), signal.SIGKILL)
+
+
+class OwnDisk(WholeCheckpointIO):
+    """On which rank 1 finds the checkpoint of a step before."""
+
+    def load_checkpoint(self, path, *args, **settings):
+        return super().load_checkpoint(path.replace("last", "00000003") if os.environ["RANK"] == "1" else path)
 
 
 def added(callback: type[Callback], **settings) -> list[str]:
@@ -97,6 +110,9 @@ def assert_same_run(one: Path, two: Path) -> None:
     for module in ("ClipDataModule", "LatentDataModule"):
         assert second.get(module) == first.get(module)
     assert logged(two) == logged(one)
+    adapters, expected = (read_adapter_file(run / "checkpoints/last.safetensors") for run in (two, one))
+    assert_close(adapters[0], expected[0], rtol=0, atol=0)
+    assert adapters[1] == expected[1]
 
 
 @pytest.mark.parametrize(
@@ -108,7 +124,7 @@ def assert_same_run(one: Path, two: Path) -> None:
 )  # fmt: skip
 def test_killed_run_goes_on_exactly(tmp_path, many_shards, cached, experiment, trainer, ranks, workers, accumulate):
     """Killed in the middle of a window of accumulation, where there is one; gone on, then asked to stop by one rank's
-    SIGTERM just before a validation; gone on to the end."""
+    SIGTERM, which its data workers get as well, just before a validation; gone on to the end."""
 
     def run(outputs: Path, *more: str) -> list[int | None]:
         arguments = [
@@ -136,32 +152,38 @@ class KilledInLastValidation(Callback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def test_a_run_killed_in_its_last_validation_ends_with_it(tmp_path, many_shards):
-    """And measures the same once more if it is asked to go on from its end."""
+def test_a_run_killed_at_its_end_ends_with_all_that_is_due(tmp_path, many_shards):
+    """Amid its last checkpoint, then in its last validation; it measures the same once more if it is asked to go on
+    from its end."""
     arguments = [
         *small("vae_rgba", tmp_path, many_shards, (many_shards, many_shards)), "data.num_workers=0",
         "trainer.max_steps=4", "trainer.val_check_interval=2",
     ]  # fmt: skip
-    kill = "+callbacks.kill._target_=tests.test_resume.KilledInLastValidation"
-    assert ended(train(tmp_path / "log", *arguments, kill)) == [-signal.SIGKILL]
+    saving = added(KilledAt, event="os.rename", path="/.last.safetensors.tmp", rank=0, spared=1)
+    assert ended(train(tmp_path / "log", *arguments, *saving)) == [-signal.SIGKILL]
+    validating = "+callbacks.kill._target_=tests.test_resume.KilledInLastValidation"
+    assert ended(train(tmp_path / "log", *arguments, "resume=last", validating)) == [-signal.SIGKILL]
     run = run_of(tmp_path)
     for _ in range(2):
         assert not (run / "finished").exists()
         assert ended(train(tmp_path / "log", *arguments, "resume=last")) == [0]
         assert [row["step"] for row in logged(run) if "val/loss" in row] == ["1", "3"]
         assert [row["step"] for row in logged(run) if "train/loss" in row] == ["0", "1", "2", "3"]
+        assert read_adapter_file(run / "checkpoints/last.safetensors")[1]["step"] == 4
         (run / "finished").unlink()
 
 
 def test_a_sharded_run_that_is_killed_amid_its_checkpoints(tmp_path, many_shards):
-    """As rank 1 writes its shards, and as rank 0 puts a new last.ckpt in the place of the old one."""
+    """As rank 1 writes its shards, and as rank 0 puts a new last.ckpt in the place of the old one. In the end, ranks
+    that see different checkpoints are told so."""
 
-    def run(outputs: Path, *more: str) -> list[int | None]:
+    def run(outputs: Path, *more: str, of_each: Sequence[str] = ()) -> list[int | None]:
         arguments = [
             *small("vae_rgba", outputs, many_shards, (many_shards, many_shards)), "trainer=fsdp", "data.num_workers=0",
-            "trainer.max_steps=4", "callbacks.checkpoint.every_n_train_steps=1", "+trainer.limit_val_batches=0", *more,
+            "trainer.max_steps=4", "callbacks.checkpoint.every_n_train_steps=1", "+trainer.limit_val_batches=0",
+            "callbacks.checkpoint.save_top_k=-1", *more,
         ]  # fmt: skip
-        return ended(*train_ranks(2, tmp_path / f"{outputs.name}.log", *arguments))
+        return ended(*train_ranks(2, tmp_path / f"{outputs.name}.log", *arguments, of_each=of_each), within=100)
 
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert run(whole) == [0, 0]
@@ -174,6 +196,16 @@ def test_a_sharded_run_that_is_killed_amid_its_checkpoints(tmp_path, many_shards
     assert (checkpoints / ".old-last.ckpt").is_dir() and not (checkpoints / "last.ckpt").exists()
     assert run(parts, "resume=last") == [0, 0]
     assert_same_run(run_of(whole), run_of(parts))
+    own = run_of(whole) / "checkpoints/last.ckpt"
+    apart = ["trainer.max_steps=5", f"resume={own}"]
+    assert run(tmp_path / "none", *apart, of_each=["seed=0", "resume=null"]) == [1, 1]
+    plugin = "trainer.plugins.0._target_=tests.test_resume.OwnDisk"
+    assert run(tmp_path / "other", *apart, "trainer=ddp", plugin) == [1, 1]
+    for name, said in (
+        ("none", f"rank 0 goes on from checkpoint {own}, rank 1 from checkpoint None"),
+        ("other", "rank 0 goes on from step 4, rank 1 from step 3"),
+    ):
+        assert all(said in (tmp_path / f"{name}.log_{rank}").read_text() for rank in range(2))
 
 
 def test_one_process_at_a_time_writes_a_run(tmp_path, many_shards):

@@ -37,5 +37,14 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def unwritten(path: Path, error: object) -> OSError:
+    """What to say of a checkpoint, or the adapters beside it, that could not be written."""
+    free = shutil.disk_usage(path.parent).free / 2**20 if path.parent.is_dir() else 0
+    return OSError(
+        f"{path} could not be written ({error}); {free:.0f} MiB are free there. Earlier checkpoints are whole: make "
+        "room and go on with resume=last."
+    )
+
+
 def _aside(path: Path) -> Path:
     return path.with_name(f".old-{path.name}")

@@ -3,6 +3,8 @@ import csv
 import pytest
 import torch
 from lightning import LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -40,14 +42,15 @@ class Killed(Pull):
         raise InterruptedError
 
 
-def fit(root, steps, *, resume=None, every=2, module=None, checkpoint=StepCheckpoint, **settings):
+def fit(root, steps, *, resume=None, every=2, module=None, checkpoint=StepCheckpoint, loggers=(), **settings):
     module = module or Pull()
     saves = checkpoint(
         dirpath=root, filename="{step}", save_last=True, every_n_train_steps=every, save_top_k=-1,
         enable_version_counter=False,
     )  # fmt: skip
     trainer = Trainer(
-        max_steps=steps, max_epochs=-1, callbacks=[saves], logger=MetricsFile(str(root)), default_root_dir=root,
+        max_steps=steps, max_epochs=-1, callbacks=[saves], logger=[MetricsFile(str(root)), *loggers],
+        default_root_dir=root,
         enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0, log_every_n_steps=1,
         check_val_every_n_epoch=None, **settings,
     )  # fmt: skip
@@ -91,13 +94,17 @@ def test_a_run_that_goes_on_from_its_last_step_has_all_its_rows(tmp_path):
     fit(tmp_path / "whole", 4, val_check_interval=2)
     whole = logged(tmp_path / "whole")
     assert [row["value"] for row in whole if row["value"]] == ["2.0", "4.0"]
+    board = TensorBoardLogger(tmp_path, name="", version="board")
     with pytest.raises(InterruptedError):
         fit(tmp_path / "parts", 4, val_check_interval=4, module=Killed())
     assert len(logged(tmp_path / "parts")) == 4
     for root, expected in (("parts", [row for row in whole if row["value"] != "2.0"]), ("whole", whole)):
-        module = fit(tmp_path / root, 4, val_check_interval=2, resume=str(tmp_path / root / "last.ckpt"))
+        last = str(tmp_path / root / "last.ckpt")
+        module = fit(tmp_path / root, 4, val_check_interval=2, resume=last, loggers=[board])
         assert module.validated == [4] and module.weight.item() == 4
         assert logged(tmp_path / root) == expected
+        events = EventAccumulator(str(tmp_path / "board")).Reload()
+        assert [(event.step, event.value) for event in events.Scalars("loss")][-1:] == [(3, -3)]  # of the saved step
 
 
 def test_leftovers_of_killed_writers_go(tmp_path):
@@ -106,9 +113,10 @@ def test_leftovers_of_killed_writers_go(tmp_path):
     assert not list(tmp_path.glob(".*"))
 
 
-def test_leftovers_of_adapter_files_go(tmp_path):
-    (tmp_path / "step=2.safetensors").mkdir()  # which a file cannot be renamed to
-    with pytest.raises(IsADirectoryError):
-        fit(tmp_path, 2, val_check_interval=50, checkpoint=AdapterCheckpoint)
+def test_adapters_that_cannot_be_written_leave_the_previous_checkpoint(tmp_path):
     fit(tmp_path, 1, val_check_interval=50, checkpoint=AdapterCheckpoint)
-    assert not list(tmp_path.glob("*.tmp"))
+    (tmp_path / "step=2.safetensors").mkdir()  # which a file cannot be renamed to
+    with pytest.raises(OSError, match=r"step=2\.safetensors could not be written .* resume=last"):
+        fit(tmp_path, 2, val_check_interval=50, checkpoint=AdapterCheckpoint, resume=str(tmp_path / "last.ckpt"))
+    assert steps_saved(tmp_path) == {"step=1.ckpt": 1, "last.ckpt": 1}
+    assert not list(tmp_path.glob(".*.tmp"))

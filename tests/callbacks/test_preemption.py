@@ -31,7 +31,20 @@ class SignalWhileSaving(StepCheckpoint):
         os.kill(os.getpid(), signal.SIGUSR1)
 
 
-def fit(root, *callbacks, checkpoint=StepCheckpoint, steps=4, resume=None, every=100, **settings):
+class SignalBefore(Callback):
+    def on_fit_start(self, trainer, pl_module):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+class SignalInLoader(DataLoader):
+    """When its iterator is made."""
+
+    def __iter__(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return super().__iter__()
+
+
+def fit(root, *callbacks, checkpoint=StepCheckpoint, steps=4, resume=None, every=100, loader=DataLoader, **settings):
     module = Counter()
     saves = checkpoint(dirpath=root, filename="{step}", save_last=True, every_n_train_steps=every, save_top_k=0)
     stops = Preemption(signals=["SIGTERM"], requeue=["SIGUSR1"])
@@ -39,7 +52,7 @@ def fit(root, *callbacks, checkpoint=StepCheckpoint, steps=4, resume=None, every
         max_steps=steps, max_epochs=-1, callbacks=[stops, *callbacks, saves], logger=False, default_root_dir=root,
         enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0, limit_val_batches=0, **settings,
     )  # fmt: skip
-    trainer.fit(module, DataLoader(torch.zeros(100)), ckpt_path=resume)
+    trainer.fit(module, loader(torch.zeros(100)), ckpt_path=resume)
     return trainer, module
 
 
@@ -63,6 +76,17 @@ def test_further_signals_while_saving_change_nothing(tmp_path):
         fit(tmp_path, SignalAt(0, 1), checkpoint=SignalWhileSaving)
     assert saved_step(tmp_path) == 1
     assert os.listdir(tmp_path) == ["last.ckpt"]
+
+
+@pytest.mark.parametrize(("callbacks", "loader"), [([SignalBefore()], DataLoader), ([], SignalInLoader)])
+def test_a_signal_before_the_first_step_waits_for_it(tmp_path, callbacks, loader):
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)  # outside of tests it ends the process
+    try:
+        with pytest.raises(Preempted):
+            fit(tmp_path, *callbacks, loader=loader)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert saved_step(tmp_path) == 1
 
 
 def test_a_job_goes_back_into_the_queue(tmp_path, monkeypatch):

@@ -157,3 +157,18 @@ def full_disk(folder: Path) -> tuple[str, list[str], Any]:
         said = str(error)
     dist.barrier()
     return said, sorted(os.listdir(folder)), read_sharded(path)["global_step"]
+
+
+def unwritten(folder: Path) -> list[str]:
+    """The errors of a sharded checkpoint of which each rank writes its part to a disk of its own, and of one with
+    what cannot be written at all."""
+    state = {"state_dict": {"v": torch.zeros(10), "w": torch.zeros(10)}, "optimizer_states": [], "global_step": 1}
+    said = []
+    for path, checkpoint in (
+        (folder / str(dist.get_rank()) / "last.ckpt", state), (folder / "last.ckpt", {**state, "more": lambda: None}),
+    ):  # fmt: skip
+        try:
+            write_sharded(checkpoint, path)
+        except OSError as error:
+            said.append(str(error))
+    return said

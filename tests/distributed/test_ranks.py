@@ -117,6 +117,14 @@ def test_a_sharded_checkpoint_exports_as_a_whole_one(found, stage, ema):
         assert_close(beside.state, sharded.state, rtol=0, atol=0)
 
 
+def test_ddp_trains_on_stills(stages, tmp_path):
+    """Whose decoders leave out their convolutions over time."""
+    settings = [*stages["vae"], "data.frames=1", "trainer.max_steps=2", "callbacks.checkpoint=null"]
+    one = launch(1, runs.fit, tmp_path / "one", "default", settings)[0]
+    two = launch(2, runs.fit, tmp_path / "two", "ddp", settings)[0]
+    assert_close(two["losses"], one["losses"], rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("stage", ["vae", "dit"])
 def test_bad_clips_weigh_nothing(stages, clips, tmp_path, stage):
     """On one process they leave a batch of four, on four a rank has no other clip."""
@@ -193,3 +201,12 @@ def test_a_full_disk_leaves_the_previous_shards(tmp_path):
         assert "last.ckpt could not be written" in said
         assert "resume=last" in said
         assert (files, step) == (["last.ckpt"], 1)
+
+
+def test_a_checkpoint_that_is_not_whole_is_refused_by_all_ranks(tmp_path):
+    (tmp_path / "0").mkdir()
+    (tmp_path / "1").mkdir()
+    for apart, other in launch(2, runs.unwritten, tmp_path):
+        assert "no __1_0.distcp, which another rank has written: all machines must share the folder" in apart
+        assert "last.ckpt could not be written" in other and "lambda" in other
+    assert not list(tmp_path.glob("**/last.ckpt"))

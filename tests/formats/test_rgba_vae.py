@@ -64,6 +64,21 @@ def test_released_vae_checkpoint(trained, tmp_path, wrapper, suffix):
     assert_decodes_alike(ours, vae)
 
 
+@SMALL
+def test_a_half_precise_base_keeps_what_was_trained(trained, tmp_path):
+    """It encodes as it does in training, and into latents of the same name."""
+    base, vae, res_blocks = trained
+    save_file(wan_alpha_state(vae, res_blocks), tmp_path / "vae.safetensors")
+    half = load_rgba_vae(vae=base, adapters=str(tmp_path / "vae.safetensors"), frozen_dtype="bfloat16")
+    assert half.encoder.net.conv_in.weight.dtype == half.decoder_rgb.post_quant_conv.weight.dtype == torch.bfloat16
+    assert half.latents_sha256() == vae.latents_sha256()
+    rgb, alpha = torch.rand(1, 3, 5, 16, 16) * 2 - 1, torch.rand(1, 1, 5, 16, 16)
+    with torch.no_grad():
+        raw, expected = half.encode(rgb, alpha), vae.encode(rgb, alpha)
+        assert (raw - expected).norm() < 0.05 * expected.norm()
+        assert half.decode(raw)[0].isfinite().all()
+
+
 def test_released_vae_as_safetensors(trained, tmp_path):
     base, vae, res_blocks = trained
     save_file(wan_alpha_state(vae, res_blocks), tmp_path / "vae.safetensors")

@@ -153,6 +153,22 @@ def test_moment_penalty_pulls_latents_to_the_base(tmp_path, shards):
     assert_close(parts["moments"], (mean**2 + (variance - 1) ** 2).mean())
 
 
+@torch.no_grad()
+def test_validation_is_the_same_for_any_batches(tmp_path, shards):
+    more = ["trainer.max_steps=1", "task.moment_weight=1.0", "loss.diffusion.mode=bidirectional"]
+    task = instantiate(config_for(tmp_path, shards, *more).task)
+    task.configure_model()
+    alpha = torch.zeros(3, 1, 5, 16, 16)
+    alpha[0] = alpha[1, ..., :8] = 1  # all, half and none of the cells are opaque
+    batch = {"rgb": torch.rand(3, 3, 5, 16, 16) * 2 - 1, "alpha": alpha, "key": ["a", "b", "c"]}
+    loss, parts, *_ = task.step(batch, task.draw(batch, "val", 0))
+    each = [{name: values[i : i + 1] for name, values in batch.items()} for i in range(3)]
+    losses, of_each, *_ = zip(*(task.step(clip, task.draw(clip, "val", 0)) for clip in each), strict=True)
+    assert_close(loss, torch.stack(losses).mean())
+    for name, value in parts.items():
+        assert_close(value, torch.stack([parts[name] for parts in of_each]).mean())
+
+
 class Poison(Callback):
     """NaN in a weight before step 1."""
 

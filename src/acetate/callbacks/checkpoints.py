@@ -6,15 +6,18 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loops import _FitLoop
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from acetate.callbacks.ema import EMA
 from acetate.callbacks.metrics_file import MetricsFile
+from acetate.replacing import unwritten
 
 
 class Resumed(_FitLoop):
@@ -33,6 +36,8 @@ class StepCheckpoint(ModelCheckpoint):
     """
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit":  # before they load it, for which ranks of a sharded model wait for each other
+            _check_same(trainer, f"checkpoint {trainer.ckpt_path}")
         super().setup(trainer, pl_module, stage)
         self._logged: dict[str, Any] = {}
         if stage == "fit":
@@ -51,6 +56,7 @@ class StepCheckpoint(ModelCheckpoint):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
+        _check_same(trainer, f"step {trainer.global_step}")
         loggers, loop = _metrics_files(trainer), trainer.fit_loop.epoch_loop
         if trainer.ckpt_path is None:
             for logger in loggers:
@@ -59,7 +65,8 @@ class StepCheckpoint(ModelCheckpoint):
         self._last_global_step_saved = trainer.global_step
         for logger, rows in zip(loggers, self._logged["rows"], strict=False):
             logger.keep(rows)
-            if self._logged["late"]:
+        if self._logged["late"]:
+            for logger in trainer.loggers:
                 logger.log_metrics(self._logged["late"], step=loop._batches_that_stepped)
         if loop._should_check_val_epoch() and (loop.total_batch_idx + 1) % _every(trainer) == 0:
             trainer.validating, loop.val_loop.restarting = True, False
@@ -85,6 +92,20 @@ class StepCheckpoint(ModelCheckpoint):
         return super()._should_skip_saving_checkpoint(trainer) or trainer.fit_loop._should_accumulate()
 
 
+def _check_same(trainer: Trainer, own: str) -> None:
+    """ValueError on all ranks where one goes on from something else."""
+    if trainer.world_size == 1:
+        return
+    found = [""] * trainer.world_size
+    dist.all_gather_object(found, own)
+    for rank, other in enumerate(found):
+        if other != found[0]:
+            raise ValueError(
+                f"rank 0 goes on from {found[0]}, rank {rank} from {other}. All machines must see the same files in a "
+                "run's folder: let paths.outputs, or resume, lie on a file system that they share."
+            )
+
+
 def _metrics_files(trainer: Trainer) -> list[MetricsFile]:
     """On rank 0, which writes them."""
     return [logger for logger in trainer.loggers if isinstance(logger, MetricsFile) and trainer.is_global_zero]
@@ -99,23 +120,29 @@ class AdapterCheckpoint(StepCheckpoint):
     """Beside every checkpoint NAME.ckpt a NAME.safetensors with what trains (its average where EMA runs).
 
     Its metadata is the module's `adapter_metadata()`, str -> str: enough to build the model again, and step and
-    whether it is the average. The file's tensors are named as in the module.
+    whether it is the average. The file's tensors are named as in the module. It comes first: a run that is killed
+    between the two goes on from the checkpoint before, and writes both again.
     """
 
     def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
-        super()._save_checkpoint(trainer, filepath)
         averaged, state = _adapters(trainer, trainer.lightning_module)  # all ranks: they gather shards
         if trainer.is_global_zero:
             self._save_adapters(trainer, Path(filepath).with_suffix(".safetensors"), averaged, state)
+        super()._save_checkpoint(trainer, filepath)
 
     def _save_adapters(self, trainer: Trainer, path: Path, averaged: bool, state: dict[str, Tensor]) -> None:
         module = trainer.lightning_module
         metadata = {**_metadata(module), "step": str(trainer.global_step), "averaged": json.dumps(averaged)}
+        path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.tmp")
-        save_file(state, temporary, metadata)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        try:
+            save_file(state, temporary, metadata)
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        except (OSError, SafetensorError) as error:
+            temporary.unlink(missing_ok=True)
+            raise unwritten(path, error) from error
 
     def _remove_checkpoint(self, trainer: Trainer, filepath: str) -> None:
         super()._remove_checkpoint(trainer, filepath)

@@ -32,8 +32,8 @@ class Preemption(Checkpoint):
     and ends with 1. SIGUSR1 and SIGUSR2 kill it, unless `--signals-to-handle=SIGTERM,SIGUSR1,SIGUSR2` has it hand them
     on. Ranks of srun without torchrun get every signal themselves.
 
-    A signal during a validation or a checkpoint waits for the end of the step after it. A Checkpoint to Lightning, so
-    that it comes after all callbacks that a step changes.
+    A signal while the model is loaded, during a validation or a checkpoint waits for the end of the step after it. A
+    Checkpoint to Lightning, so that it comes after all callbacks that a step changes.
     """
 
     def __init__(self, signals: Sequence[str], requeue: Sequence[str]):
@@ -44,11 +44,16 @@ class Preemption(Checkpoint):
         self.asks = {names[name]: STOP for name in signals} | {names[name]: REQUEUE for name in requeue}
         self.asked = 0
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Takes over from Lightning, whose handlers save amid a step and broadcast amid other collectives."""
-        self.asked = STOP if trainer.received_sigterm else 0
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Listens from here on, in the place of Lightning, whose handlers save amid a step and broadcast amid other
+        collectives."""
+        if stage != "fit":
+            return
+        connector, self.asked = trainer._signal_connector, 0
+        connector._original_handlers = connector._get_current_signal_handlers()  # it puts them back when training ends
+        connector.register_signal_handlers = lambda: None
         for number in self.asks:
-            signal.signal(number, self._note)  # Lightning puts back what was there when training ends
+            signal.signal(number, self._note)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.asked = max(self.asked, self.asks[signal.Signals(number)])

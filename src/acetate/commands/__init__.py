@@ -4,6 +4,9 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from netrc import NetrcParseError, netrc
+from pathlib import Path
+from urllib.parse import urlsplit
 
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -16,6 +19,7 @@ for message in (
     ".*in eval mode at the start of training",
     ".*does not have many workers",
     ".*callbacks used to create the checkpoint",  # evaluate takes the average and leaves the others
+    "`broadcast_buffers` is deprecated",  # as of torch 2.13, whose own name older ones do not know
     "Checkpoint directory .* exists and is not empty",  # of a run that goes on
 ):
     warnings.filterwarnings("ignore", message)
@@ -39,8 +43,22 @@ def as_on_gpu() -> Iterator[None]:
         OmegaConf.register_new_resolver("on_gpu", _on_gpu, replace=True)
 
 
-# ${not_set:NAME}: whether the environment lacks NAME
-OmegaConf.register_new_resolver("not_set", lambda name: not os.environ.get(name), replace=True)
+def _no_wandb_key() -> bool:
+    """Neither in the environment nor where `wandb login` leaves it."""
+    if os.environ.get("WANDB_API_KEY"):
+        return False
+    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).netloc
+    try:
+        return netrc(os.environ.get("NETRC", Path.home() / ".netrc")).authenticators(host) is None
+    except (OSError, NetrcParseError):
+        return True
+
+
+# ${no_wandb_key:}
+OmegaConf.register_new_resolver("no_wandb_key", _no_wandb_key, replace=True)
+
+# ${equal:A,B}
+OmegaConf.register_new_resolver("equal", lambda one, other: one == other, replace=True)
 
 # Of a run: its folder, where in it Hydra notes how it was started, and its name for a logger
 OmegaConf.register_new_resolver("run_folder", runs.run_folder, replace=True, use_cache=True)

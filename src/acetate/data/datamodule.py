@@ -3,6 +3,7 @@
 import logging
 import os
 import signal
+import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,11 +23,20 @@ log = logging.getLogger(__name__)
 def apart_from_signals(worker: int) -> None:
     """A signal to a job's processes must not end a data worker before the trainer has saved a checkpoint.
 
-    Those to the process group no longer reach it; the trainer's own SIGTERM does.
+    Those to the process group no longer reach it; of those to itself, the trainer's own SIGTERM ends it.
     """
     os.setpgid(0, 0)
     for name in (signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(name, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+        threading.Thread(target=_end_at_sigterm_of, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_at_sigterm_of(trainer: int) -> None:
+    while signal.sigwaitinfo([signal.SIGTERM]).si_pid != trainer:
+        pass
+    os._exit(0)
 
 
 class BadDataError(RuntimeError):

@@ -56,8 +56,8 @@ def load_rgba_vae(
             model = RGBADecoders(rgb=base, alpha=copy.deepcopy(base), average_alpha=facts["average_alpha"], **settings)
             model.adapt(facts["lora_rank"], facts["lora_alpha"])
         load_trainable(model, state, str(path))
-    model.requires_grad_(False)
     model.cast_frozen(frozen_dtype)
+    model.requires_grad_(False)  # after the cast: what was trained stays in fp32
     return model.eval()
 
 

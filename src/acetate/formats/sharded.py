@@ -26,7 +26,7 @@ from torch.serialization import _get_layout
 from acetate.models.adapters import listed
 from acetate.models.sharding import shard_like
 from acetate.models.weights import load_data, reason
-from acetate.replacing import rename_over
+from acetate.replacing import rename_over, unwritten
 
 UNREADABLE = (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, AttributeError, KeyError, IndexError,
               TypeError)  # fmt: skip
@@ -52,6 +52,9 @@ def write_sharded(checkpoint: dict[str, Any], folder: Path) -> None:
         temporary.mkdir(parents=True)
 
     def finish() -> None:
+        shards = {place.relative_path for place in _SafeReader(temporary).read_metadata().storage_data.values()}
+        if missing := [name for name in sorted(shards) if not (temporary / name).exists()]:
+            raise OSError(f"no {listed(missing)}, which another rank has written: all machines must share the folder")
         with (temporary / REST).open("wb") as file:
             torch.save(rest, file)
             file.flush()
@@ -67,26 +70,18 @@ def write_sharded(checkpoint: dict[str, Any], folder: Path) -> None:
         raise unwritten(folder, _cause(error)) from error
 
 
-def unwritten(path: Path, error: object) -> OSError:
-    """What to say of a checkpoint that could not be written."""
-    free = shutil.disk_usage(path.parent).free / 2**20 if path.parent.is_dir() else 0
-    return OSError(
-        f"{path} could not be written ({error}); {free:.0f} MiB are free there. Earlier checkpoints are whole: make "
-        "room and go on with resume=last."
-    )
-
-
 def _on_first_rank(action: Callable[[], None]) -> None:
-    """The others wait, and raise what it raises."""
-    failed: list[OSError | None] = [None]
+    """The others wait, and all raise OSError for whatever it raises."""
+    failed: Exception | None = None
     if dist.get_rank() == 0:
         try:
             action()
-        except (OSError, RuntimeError) as error:  # torch's zip writer turns a full disk into a RuntimeError
-            failed = [OSError(str(error))]
-    dist.broadcast_object_list(failed)
-    if failed[0] is not None:
-        raise failed[0]
+        except Exception as error:
+            failed = error
+    said = [None if failed is None else repr(failed)]
+    dist.broadcast_object_list(said)
+    if said[0] is not None:
+        raise OSError(said[0]) from failed
 
 
 def split(checkpoint: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from acetate.formats.checkpoints import read_whole
-from acetate.formats.sharded import is_sharded, read_sharded, shard_whole, unwritten, write_sharded
-from acetate.replacing import rename_over
+from acetate.formats.sharded import Like, is_sharded, read_sharded, shard_whole, write_sharded
+from acetate.replacing import rename_over, unwritten
 
 
 class WholeCheckpointIO(TorchCheckpointIO):
@@ -75,16 +75,21 @@ class ShardedStrategy(ModelParallelStrategy):
         path = Path(self.broadcast(checkpoint_path))
         if is_sharded(path):
             parts = ("state_dict", "optimizer_states") if self.optimizers else ("state_dict",)  # to train, or validate
-            return read_sharded(path, self._parameter, parts)
-        return shard_whole(read_whole(path), self._parameter)
+            return read_sharded(path, self._owners(), parts)
+        return shard_whole(read_whole(path), self._owners())
 
-    def _parameter(self, name: str) -> Tensor | None:
-        """That a tensor of a checkpoint, by its name in the index, belongs to."""
+    def _owners(self) -> Like:
+        """The parameter that a tensor of a checkpoint belongs to, by its name in the index."""
         assert self.lightning_module is not None
-        part, _, name = name.partition(".")
-        if part == "state_dict":
-            return dict(self.lightning_module.named_parameters()).get(name)
-        number, index, _ = name.split(".")
-        optimizers = self.optimizers[int(number) :]
-        parameters = [p for group in optimizers[0].param_groups for p in group["params"]] if optimizers else []
-        return parameters[int(index)] if int(index) < len(parameters) else None
+        named = dict(self.lightning_module.named_parameters())
+        optimized = [[p for group in optimizer.param_groups for p in group["params"]] for optimizer in self.optimizers]
+
+        def owner(name: str) -> Tensor | None:
+            part, _, name = name.partition(".")
+            if part == "state_dict":
+                return named.get(name)
+            number, index, _ = name.split(".")
+            parameters = optimized[int(number)] if int(number) < len(optimized) else []
+            return parameters[int(index)] if int(index) < len(parameters) else None
+
+        return owner

@@ -12,10 +12,14 @@ MODES = ("off", "opaque", "bidirectional", "upstream")
 
 
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
-    """Mean of values over a boolean mask; exactly 0, with zero gradient, where the mask is empty.
+    """Mean of values (B, ...) over a boolean mask; exactly 0, with zero gradient, where the mask is empty.
 
-    In training it is that of all ranks, which must call this together, however unevenly the mask falls.
+    In training it is that of all ranks, which must call this together, however unevenly the mask falls. Where no
+    gradients are kept, in validation, it is the mean of each clip's own: the same for any batches, on any ranks.
     """
+    if not torch.is_grad_enabled():
+        totals, counts = torch.where(mask, values, 0).flatten(1).sum(1), mask.flatten(1).sum(1)
+        return (totals / counts.clamp_min(1)).mean()
     total, count = sum_over_ranks(torch.stack([torch.where(mask, values, 0).sum(), mask.sum()]))
     return total / count.clamp_min(1)
 

@@ -10,7 +10,8 @@ def sum_over_ranks(values: Tensor) -> Tensor:
 
     Its gradient reaches this rank's values times the number of ranks, so that the mean over the ranks, which DDP and
     FSDP take of gradients, is the gradient that one process has for the whole batch. Where no gradients are kept, in
-    validation, ranks may have unequal numbers of batches: the values are this rank's alone.
+    validation, ranks may have unequal numbers of batches: the values are this rank's alone, and what is no mean over
+    clips has to be taken of each clip by itself.
     """
     if not (torch.is_grad_enabled() and dist.is_initialized()):
         return values

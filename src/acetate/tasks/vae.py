@@ -125,8 +125,7 @@ class RGBAVAETask(AdapterTask):
             )
             loss = loss + parts["diffusion"]
         if self.moment_weight:
-            mean, variance = moments(latents[: clips_in(batch)].transpose(0, 1).flatten(1))
-            parts["moments"] = self.moment_weight * (mean**2 + (variance - 1) ** 2).mean()
+            parts["moments"] = self.moment_weight * moment_penalty(latents[: clips_in(batch)])
             loss = loss + parts["moments"]
         return loss, parts, rgb_hat, alpha_hat, latents
 
@@ -197,6 +196,13 @@ class RGBAVAETask(AdapterTask):
             "eps": self.loss.eps,
         }
         return {name: json.dumps(value) for name, value in facts.items()}
+
+
+def moment_penalty(latents: Tensor) -> Tensor:
+    """Of the batch on all ranks; where no gradients are kept, in validation, the mean of each clip's own."""
+    parts = [latents] if torch.is_grad_enabled() else latents.split(1)
+    means, variances = zip(*(moments(part.transpose(0, 1).flatten(1)) for part in parts), strict=True)
+    return (torch.stack(means) ** 2 + (torch.stack(variances) - 1) ** 2).mean()
 
 
 class PlainVAETask(LightningModule):
