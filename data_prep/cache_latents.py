@@ -7,7 +7,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import groupby
@@ -180,6 +180,18 @@ def made(piece: Piece, tensors: dict[str, Tensor], meta: Mapping[str, Any]) -> M
     return member, {"key": piece.key, **common, **sizes, "crc32": crc32(data)}
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Sums over threads round differently with their number, and the bytes must not; more processes use the cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@one_thread()
 def cache_latents(
     *,
     shards: Sequence[Folder],
@@ -233,7 +245,7 @@ def cache_latents(
         elif todo:
             del vae
             places = devices if executor == "local" else [device]  # Ray shows each worker its own GPUs
-            setup = partial(start_worker, run, places, max(1, torch.get_num_threads() // workers))
+            setup = partial(start_worker, run, places)
             run_jobs(todo, setup, executor, workers, gpus, report)
     return finish(run, len(jobs), facts, bad_clip_budget) if rank == 0 else None
 
@@ -321,8 +333,8 @@ def run_jobs(
             report(len(pieces), bad)
 
 
-def start_worker(run: Run, devices: Sequence[str], threads: int, number: int) -> Encoder:
-    torch.set_num_threads(threads)
+def start_worker(run: Run, devices: Sequence[str], number: int) -> Encoder:
+    torch.set_num_threads(1)  # as in `one_thread`
     (device,) = devices_for(devices[number % len(devices)], spread=False)
     return Encoder(run, run.sources.load_vae(), device)
 

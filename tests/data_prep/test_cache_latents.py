@@ -228,6 +228,26 @@ def test_restart_makes_only_what_is_missing(make, cached, tmp_path, monkeypatch)
 
 
 @pytest.mark.slow
+def test_the_bytes_do_not_depend_on_threads(make, tmp_path):
+    """Of clips that are large enough for convolutions to be divided."""
+    noise = np.random.default_rng(0).integers(0, 256, (2, 17, 96, 160, 4), dtype=np.uint8)
+    with ShardWriter(tmp_path / "clips", max_clips=100, max_bytes=10**9, made_by={}) as writer:
+        for i, frames in enumerate(noise):
+            writer.add(f"clip{i}", encode_clip(frames, 8), split="train", prompt=f"noise {i}", source="nowhere",
+                       licence="CC0-1.0", lossy=False, premultiplied_source=False)  # fmt: skip
+    settings = {"shards": tmp_path / "clips", "variants": 1, "frames": (17,), "area": 96 * 160}
+    before = torch.get_num_threads()
+    try:
+        for threads, workers in ((1, 0), (2, 0), (2, 1)):
+            torch.set_num_threads(threads)
+            make(tmp_path / f"{threads}-{workers}", workers=workers, **settings)
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    assert files(tmp_path / "1-0") == files(tmp_path / "2-0") == files(tmp_path / "2-1")
+
+
+@pytest.mark.slow
 def test_workers_make_the_same_bytes(make, cached, tmp_path):
     make(tmp_path / "l", workers=2)
     assert files(tmp_path / "l") == files(cached)
