@@ -3,15 +3,18 @@
 import os
 import signal
 import socket
+import subprocess
+import sys
 import time
 from contextlib import closing
 from dataclasses import replace
 
 import pytest
 
-from acetate.data.shards import MANIFEST
+from acetate.data.shards import MANIFEST, read_manifest
 from data_prep.executor import AHEAD, WorkerLost, parallel
 from data_prep.ingest import TooManyBad, ingest
+from data_prep.synthesize import synthesize
 from tests.data_prep.test_cache_latents import adapters, cached, clips, files, make, manifest_of, sources  # noqa: F401
 from tests.data_prep.test_executor import Unlucky, act, fail_to_load, number_and_process
 from tests.data_prep.test_ingest import film, still
@@ -104,6 +107,17 @@ def test_a_cluster_without_room_is_waited_for(monkeypatch):
     ray.get(other.ready.remote())
     monkeypatch.setattr(on_ray.log, "warning", lambda *said: ray.kill(other))  # as soon as it is said
     assert call(["a"], workers=1) == ["a done"]
+
+
+def test_a_driver_in_another_folder(tmp_path):
+    """With a relative path; Ray's workers know neither that folder nor, by themselves, the package."""
+    synthesize(out=tmp_path / "clips", clips=4, frames=1, sizes=[64], seed=0, val_fraction=0.5, max_clips=9,
+               max_bytes=10**9)  # fmt: skip
+    command = ["shards=clips", "out=kept", "duplicates=null", "rules={}", "executor=ray", "workers=1"]
+    there = {"RAY_ADDRESS": ray.get_runtime_context().gcs_address, "PYTHONPATH": os.pathsep.join(on_ray.ROOTS)}
+    driver = [sys.executable, "-m", "data_prep.filter", *command]
+    subprocess.run(driver, cwd=tmp_path, env={**os.environ, **there}, check=True)
+    assert read_manifest(tmp_path / "kept")["clips"] == 4
 
 
 def test_an_address_where_nothing_listens_is_named(monkeypatch):
