@@ -7,12 +7,13 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 from zlib import crc32
 
 import hydra
@@ -46,8 +47,9 @@ from acetate.formats.rgba_vae import load_rgba_vae, read_rgba_vae
 from acetate.models.rgba_vae import DECODERS_ONLY, RGBAVAE
 from acetate.models.text import TextEncoder
 from acetate.regions import fit_ellipses
-from data_prep.executor import parallel
+from data_prep.executor import check, parallel
 from data_prep.ingest import check_budget, print_bad
+from data_prep.journal import only_writer
 from data_prep.latent_plan import Settings, background, placement, plan_of
 
 CONF = str(Path(__file__).parents[1] / "conf")
@@ -113,7 +115,8 @@ class Encoder:
         """Writes tar and part `number` and returns key -> reason of its bad clips."""
         entries: list[dict[str, Any]] = []
         skipped: dict[str, str] = {}
-        temporary = self.run.out / f"latents-{number:06d}.tar.tmp"
+        # A name of this process alone: that of one that was thought dead may go on.
+        temporary = self.run.out / f"latents-{number:06d}.tar.{uuid4().hex[:8]}"
         with open(temporary, "wb") as stream, closing(TarWriter(stream, encoder=False, mtime=0)) as tar:
             for _, group in groupby(pieces, key=lambda piece: piece.ref.key):
                 mine = list(group)
@@ -180,6 +183,18 @@ def made(piece: Piece, tensors: dict[str, Tensor], meta: Mapping[str, Any]) -> M
     return member, {"key": piece.key, **common, **sizes, "crc32": crc32(data)}
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Sums over threads round differently with their number, and the bytes must not; more processes use the cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@one_thread()
 def cache_latents(
     *,
     shards: Sequence[Folder],
@@ -200,6 +215,7 @@ def cache_latents(
     holds others, or if the clip shards cannot be used. ValueError for sizes, lengths and prompts that the models cannot
     take; TooManyBad past the budget.
     """
+    check(executor, workers)
     rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
     refs, vae = index_shards(shards), sources.load_vae()
     pieces, facts = plan_of(refs, settings, vae.geometry, allow_empty_buckets)
@@ -207,35 +223,38 @@ def cache_latents(
     encoder = TextEncoder(sources.text_encoder, sources.prompt_length, devices[0])
     run = Run(out, made_by(shards, sources, settings, vae, encoder), sources, settings)
     if finished := check_folder(run):
+        if rank == 0:
+            tidy(run)
         return finished if rank == 0 else None
-    jobs = [pieces[i : i + settings.per_tar] for i in range(0, len(pieces), settings.per_tar)]
-    todo = {number: jobs[number] for number in range(rank, len(jobs), world) if not run.done(number)}
-    if todo or rank == 0:  # a rank without work may come after the manifest
-        embed_prompts(run, encoder, {piece.ref.key: piece.ref for job in todo.values() for piece in job})
-    del encoder
-    torch.cuda.empty_cache()  # the VAE, also that of other processes, needs the room
-    bad: dict[str, str] = {}
-    with tqdm(total=sum(map(len, todo.values())), unit="sample", disable=rank > 0) as bar:
+    with only_writer(out, rank):  # each rank writes tars of its own
+        jobs = [pieces[i : i + settings.per_tar] for i in range(0, len(pieces), settings.per_tar)]
+        todo = {number: jobs[number] for number in range(rank, len(jobs), world) if not run.done(number)}
+        if todo or rank == 0:  # a rank without work may come after the manifest
+            embed_prompts(run, encoder, {piece.ref.key: piece.ref for job in todo.values() for piece in job})
+        del encoder
+        torch.cuda.empty_cache()  # the VAE, also that of other processes, needs the room
+        bad: dict[str, str] = {}
+        with tqdm(total=sum(map(len, todo.values())), unit="sample", disable=rank > 0) as bar:
 
-        def report(count: int, skipped: dict[str, str]) -> None:
-            for key in skipped.keys() - bad.keys():
-                log.warning("skipped clip %s: %s", key, skipped[key])
-            bad.update(skipped)
-            check_budget(bad, bad_clip_budget)
-            bar.update(count)
+            def report(count: int, skipped: dict[str, str]) -> None:
+                for key in skipped.keys() - bad.keys():
+                    log.warning("skipped clip %s: %s", key, skipped[key])
+                bad.update(skipped)
+                check_budget(bad, bad_clip_budget)
+                bar.update(count)
 
-        for number in range(len(jobs)):
-            report(0, (run.done(number) or {"skipped": {}})["skipped"])
-        if executor == "local" and not workers:
-            maker = Encoder(run, vae, devices[0])
-            for number, job in todo.items():
-                maker.tar(number, job, report)
-        elif todo:
-            del vae
-            places = devices if executor == "local" else [device]  # Ray shows each worker its own GPUs
-            setup = partial(start_worker, run, places, max(1, torch.get_num_threads() // workers))
-            run_jobs(todo, setup, executor, workers, gpus, report)
-    return finish(run, len(jobs), facts, bad_clip_budget) if rank == 0 else None
+            for number in range(len(jobs)):
+                report(0, (run.done(number) or {"skipped": {}})["skipped"])
+            if executor == "local" and not workers:
+                maker = Encoder(run, vae, devices[0])
+                for number, job in todo.items():
+                    maker.tar(number, job, report)
+            elif todo:
+                del vae
+                places = devices if executor == "local" else [device]  # Ray shows each worker its own GPUs
+                setup = partial(start_worker, run, places)
+                run_jobs(todo, setup, executor, workers, gpus, report)
+        return finish(run, len(jobs), facts, bad_clip_budget) if rank == 0 else None
 
 
 def made_by(
@@ -321,8 +340,8 @@ def run_jobs(
             report(len(pieces), bad)
 
 
-def start_worker(run: Run, devices: Sequence[str], threads: int, number: int) -> Encoder:
-    torch.set_num_threads(threads)
+def start_worker(run: Run, devices: Sequence[str], number: int) -> Encoder:
+    torch.set_num_threads(1)  # as in `one_thread`
     (device,) = devices_for(devices[number % len(devices)], spread=False)
     return Encoder(run, run.sources.load_vae(), device)
 
@@ -345,8 +364,15 @@ def finish(run: Run, jobs: int, facts: Mapping[str, Any], bad_clip_budget: int) 
     shutil.copyfile(run.prompt(""), run.out / EMPTY_PROMPT)
     manifest = manifest_of(run, [parts[n]["shard"] for n in range(jobs)], dict(sorted(skipped.items())), facts)
     write_json(run.out / MANIFEST, manifest)
-    shutil.rmtree(run.out / "prompts")
+    tidy(run)
     return manifest
+
+
+def tidy(run: Run) -> None:
+    """Removes what a finished folder has no use for, also where a run was killed before it came to that."""
+    shutil.rmtree(run.out / "prompts", ignore_errors=True)
+    for half in run.out.glob("latents-*.tar.*"):
+        half.unlink(missing_ok=True)
 
 
 def manifest_of(

@@ -33,13 +33,14 @@ from acetate.data.shards import (
     read_media,
     read_meta,
     read_meta_text,
+    remove_parts,
 )
 from acetate.data.store import listed
 from acetate.draws import stable_hash
 from data_prep.captioner import Captioner, Look
-from data_prep.executor import parallel
+from data_prep.executor import check, parallel
 from data_prep.ingest import check_budget, print_bad
-from data_prep.journal import Line, open_journal, read_journal, write_lines
+from data_prep.journal import Line, only_writer, open_journal, read_journal, write_lines
 
 CONF = str(Path(__file__).parents[1] / "conf")
 CAPTIONS_FILE = "captions.jsonl"
@@ -201,6 +202,7 @@ def caption(
     A run that was interrupted keeps the captions that it has. A folder that already holds these very prompts is left
     as it is; ShardError if it holds others. TooManyBad past the budget.
     """
+    check(executor, workers)
     refs = index_shards(shards)
     given = prompts_for(refs, prompts) if prompts else {}
     content = {
@@ -210,33 +212,36 @@ def caption(
     }  # fmt: skip
     made_by = json.loads(json.dumps({"command": "data_prep.caption", "settings": content}))
     journal = out / CAPTIONS_FILE
-    known = check_folder(out, made_by)
     if (out / MANIFEST).exists():
+        known = check_folder(out, made_by)
+        remove_parts(out)
         return list(known.values()), read_head(out)["skipped"]
-    bad: dict[str, str] = {}
-    with open_journal(journal) as append:
-        if not known and not read_journal(journal):
-            append({"made_by": made_by})
-        todo = [ref for ref in refs if ref.key not in known]
-        for line in caption_clips(todo, settings, given, device, executor, workers):
-            if isinstance(line, BadClip):
-                bad[line.key] = line.reason
-                check_budget(bad, bad_clip_budget)
-            else:
-                append(line)
-                known[line["key"]] = line
-    good = [ref for ref in refs if ref.key not in bad]
-    write_lines(journal, [{"made_by": made_by}, *(known[ref.key] for ref in good)])
-    with ShardWriter(out, max_clips=max_clips, max_bytes=max_bytes, made_by=made_by) as writer:
-        for ref in tqdm(good, unit="clip", desc="copies"):
-            if ref.key in writer:
-                continue
-            try:
-                writer.copy(ref, read_media(ref), with_prompt(read_meta_text(ref), known[ref.key]["prompt"]))
-            except BadClip as error:
-                bad[error.key] = error.reason
-                check_budget(bad, bad_clip_budget)
-        writer.skipped = dict(sorted(bad.items()))
+    with only_writer(out):
+        known = check_folder(out, made_by)
+        bad: dict[str, str] = {}
+        with open_journal(journal) as append:
+            if not known and not read_journal(journal):
+                append({"made_by": made_by})
+            todo = [ref for ref in refs if ref.key not in known]
+            for line in caption_clips(todo, settings, given, device, executor, workers):
+                if isinstance(line, BadClip):
+                    bad[line.key] = line.reason
+                    check_budget(bad, bad_clip_budget)
+                else:
+                    append(line)
+                    known[line["key"]] = line
+        good = [ref for ref in refs if ref.key not in bad]
+        write_lines(journal, [{"made_by": made_by}, *(known[ref.key] for ref in good)])
+        with ShardWriter(out, max_clips=max_clips, max_bytes=max_bytes, made_by=made_by) as writer:
+            for ref in tqdm(good, unit="clip", desc="copies"):
+                if ref.key in writer:
+                    continue
+                try:
+                    writer.copy(ref, read_media(ref), with_prompt(read_meta_text(ref), known[ref.key]["prompt"]))
+                except BadClip as error:
+                    bad[error.key] = error.reason
+                    check_budget(bad, bad_clip_budget)
+            writer.skipped = dict(sorted(bad.items()))
     return [known[ref.key] for ref in good], writer.skipped
 
 

@@ -1,36 +1,53 @@
 """One function over many items, in processes of this machine or of a Ray cluster."""
 
+import logging
+import os
 import pickle
 import signal
 import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
+from multiprocessing.process import parent_process
 from queue import SimpleQueue
 from typing import Any, Protocol, TypeVar
 
 EXECUTORS = ("local", "ray")
 OVERRAN = "took more than {:g} s, so that its worker process was stopped"
+OVERRUN_SIGNALS = ("SIGPROF", "SIGALRM")  # of a process that set itself a time limit
 AHEAD = 4  # items per worker that are begun before their results are asked for
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 Answer = tuple[bool, Any]  # (True, result), or (False, (exception, its traceback as text))
+log = logging.getLogger(__name__)
 
 
 class WorkerLost(RuntimeError):
     """A worker process that ended, or was ended, before it gave the result of an item."""
 
 
+class Overran(WorkerLost):
+    """It was ended because the item took too long."""
+
+
+class SetupLost(WorkerLost):
+    """It ended before it took any item, so that no item is to blame."""
+
+
+class NoPlace(WorkerLost):
+    """No process could be started, while others of the team run."""
+
+
 class Worker(Protocol):
     """A process that takes one item at a time; it starts with the first, and anew after it was lost."""
 
     def ask(self, item: Any, time_limit: float | None) -> Answer:
-        """WorkerLost with the reason if no answer comes."""
+        """WorkerLost with the reason if no answer comes; NoPlace only while another worker of the team runs."""
         ...
 
     def stop(self) -> None:
@@ -56,33 +73,39 @@ def parallel(
     started on this machine. workers: processes; with local, 0 is this one; on Ray at most as many as it has room for.
     function, setup, items and results are pickled. setup: each process calls it once with its number from 0 to
     workers - 1, and function is then function(what setup returned, item). name: of an item, for errors. time_limit:
-    seconds that an item may take before its process is killed. lost: (item, reason) -> the result of an item whose
-    process was killed or died; without it, that is WorkerLost. gpus: that Ray keeps for each process.
+    seconds that an item may take before its process is killed. lost: (item, reason) -> the result of an item that
+    overran it, or whose process was killed or died twice: another may have taken the memory, or the machine; without
+    it, that is WorkerLost, and so is a process that ends twice in its setup. gpus: that Ray keeps for each process.
 
     What function or setup raises is raised here, with its type. Leaving the iterator early stops the processes when
     it is closed: use contextlib.closing. Raises ValueError for settings that contradict each other, ImportError
     without Ray.
     """
+    check(executor, workers)
+    if workers == 0 and time_limit is not None:
+        raise ValueError(f"time_limit={time_limit} kills the process that overruns it; use workers=1 or more")
+    if workers == 0:
+        return _here(function, items, setup)
+    team: Sequence[Worker]
+    if executor == "ray":
+        try:
+            from data_prep.on_ray import start_team
+        except ImportError as error:
+            raise ImportError(f"executor=ray: {error}. Install acetate[ray] or use executor=local.") from error
+        team = start_team(function, setup, workers, gpus)
+    else:
+        team = [LocalWorker(function, setup, number) for number in range(workers)]
+    return _spread(team, items, name, time_limit, lost)
+
+
+def check(executor: str, workers: int) -> None:
+    """ValueError for settings that `parallel` refuses: for commands, before they load or write anything."""
     if executor not in EXECUTORS:
         raise ValueError(f"executor={executor}; choose {' or '.join(EXECUTORS)}")
     if workers < 0:
         raise ValueError(f"workers={workers}; must be at least 0")
     if workers == 0 and executor == "ray":
         raise ValueError("executor=ray, workers=0; Ray needs at least workers=1")
-    if workers == 0 and time_limit is not None:
-        raise ValueError(f"time_limit={time_limit} kills the process that overruns it; use workers=1 or more")
-    if workers == 0:
-        return _here(function, items, setup)
-    team: list[Worker]
-    if executor == "ray":
-        try:
-            from data_prep.on_ray import RayWorker, start_ray
-        except ImportError as error:
-            raise ImportError(f"executor=ray: {error}. Install acetate[ray] or use executor=local.") from error
-        team = [RayWorker(function, setup, number, gpus) for number in range(start_ray(workers, gpus))]
-    else:
-        team = [LocalWorker(function, setup, number) for number in range(workers)]
-    return _spread(team, items, name, time_limit, lost)
 
 
 def _here(
@@ -94,7 +117,7 @@ def _here(
 
 
 def _spread(
-    team: list[Worker],
+    team: Sequence[Worker],
     items: Iterable[Item],
     name: Callable[[Item], str],
     time_limit: float | None,
@@ -105,17 +128,33 @@ def _spread(
         idle.put(worker)
     closed = threading.Event()
 
-    def serve_one(item: Item) -> Result:
-        """In a thread of its own for each worker, so that none waits for the caller."""
-        worker = idle.get()
+    def ask(item: Item) -> Answer:
+        """Once more, of a new process, if the first was lost."""
+        worker, again = idle.get(), False
         try:
-            good, value = worker.ask(item, time_limit)
-        except WorkerLost as error:
-            if lost is not None and not closed.is_set():
-                return lost(item, str(error))
-            raise WorkerLost(f"{name(item)}: {error}") from None
+            while not closed.is_set():
+                try:
+                    return worker.ask(item, time_limit)
+                except NoPlace as error:
+                    log.warning("%s; its work goes to the others", error)
+                    worker = idle.get()  # the one without a place does not come back
+                except WorkerLost as error:
+                    if again or closed.is_set() or isinstance(error, Overran):
+                        raise
+                    log.warning("%s: %s; tried once more", name(item), error)
+                    again = True
+            raise WorkerLost("the run was stopped")
         finally:
             idle.put(worker)
+
+    def serve_one(item: Item) -> Result:
+        """In a thread of its own for each worker, so that none waits for the caller."""
+        try:
+            good, value = ask(item)
+        except WorkerLost as error:
+            if lost is not None and not closed.is_set() and not isinstance(error, SetupLost):
+                return lost(item, str(error))
+            raise type(error)(f"{name(item)}: {error}") from None
         if good:
             return value
         error, trace = value
@@ -184,10 +223,11 @@ class LocalWorker:
             if self.pipe.poll(time_limit):
                 return self.pipe.recv()
         except (EOFError, OSError):
-            raise WorkerLost(self._gone()) from None
+            reason = self._gone()
+            raise (Overran if any(name in reason for name in OVERRUN_SIGNALS) else WorkerLost)(reason) from None
         self.process.kill()
         self._gone()
-        raise WorkerLost(OVERRAN.format(time_limit))
+        raise Overran(OVERRAN.format(time_limit))
 
     def _start(self) -> Answer:
         """The answer of its setup."""
@@ -200,7 +240,7 @@ class LocalWorker:
         try:
             good, failure = self.pipe.recv()
         except (EOFError, OSError):
-            raise WorkerLost(f"{self._gone()} at its start") from None
+            raise SetupLost(f"{self._gone()} at its start") from None
         if not good:
             self._gone()
         return good, failure
@@ -222,9 +262,18 @@ class LocalWorker:
             process.kill()
 
 
+def end_with_parent() -> None:
+    """A parent that was killed cannot end its processes, which would go on writing into the folder of a restart."""
+    parent = parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
 def serve(pipe: Connection, function: Callable[..., Any], setup: Callable[[int], Any] | None, number: int) -> None:
     """Answers items until the other end is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which ends this process
+    threading.Thread(target=end_with_parent, daemon=True).start()
     good, call = attempt(bind, function, setup, number)
     pipe.send((good, None if good else call))
     with suppress(EOFError, BrokenPipeError):

@@ -29,13 +29,14 @@ from acetate.data.shards import (
     read_head,
     read_media,
     read_meta_text,
+    remove_parts,
 )
 from acetate.data.store import listed
 from acetate.draws import stable_hash
 from data_prep import scores as scoring
-from data_prep.executor import parallel
+from data_prep.executor import check, parallel
 from data_prep.ingest import check_budget, print_bad
-from data_prep.journal import Line, open_journal, read_journal, write_lines
+from data_prep.journal import Line, only_writer, open_journal, read_journal, write_lines
 from data_prep.scores import SCORES, repeats
 
 CONF = str(Path(__file__).parents[1] / "conf")
@@ -159,6 +160,7 @@ def filter_clips(
     already holds this very choice is left as it is; ShardError if it holds another, and if no clip is kept. TooManyBad
     past the budget.
     """
+    check(executor, workers)
     refs = index_shards(shards)
     made_by = {
         "command": "data_prep.filter",
@@ -176,35 +178,37 @@ def filter_clips(
                 f"{out} holds shards that were made otherwise. Name another folder or remove it first; "
                 f"scores={out / SCORES_FILE} saves measuring again."
             )
+        remove_parts(out)
         return read_journal(out / SCORES_FILE), read_journal(out / REJECTED_FILE), head["skipped"]
-    known = read_scores(scores, out / SCORES_FILE)
-    bad: dict[str, str] = {}
-    with open_journal(out / SCORES_FILE) as append:
-        for line in score_clips(refs, known, executor, workers):
-            if isinstance(line, BadClip):
-                bad[line.key] = line.reason
-                check_budget(bad, bad_clip_budget)
-            else:
-                append(line)
-                known[line["key"]] = line
-    good = [ref for ref in refs if ref.key not in bad]
-    lines = [known[ref.key] for ref in good]
-    rejected = judge(lines, rules, duplicates)
-    fallen = {line["key"] for line in rejected}
-    if len(fallen) == len(good):
-        raise ShardError(f"the rules reject all {len(good)} clips ({tally(rejected)}); loosen them.")
-    write_lines(out / SCORES_FILE, lines)
-    write_lines(out / REJECTED_FILE, rejected)
-    with ShardWriter(out, max_clips=max_clips, max_bytes=max_bytes, made_by=made_by) as writer:
-        for ref in tqdm([ref for ref in good if ref.key not in fallen], unit="clip", desc="copies"):
-            if ref.key in writer:
-                continue
-            try:
-                writer.copy(ref, read_media(ref), read_meta_text(ref))
-            except BadClip as error:  # its scores may be older than the damage
-                bad[error.key] = error.reason
-                check_budget(bad, bad_clip_budget)
-        writer.skipped = dict(sorted(bad.items()))
+    with only_writer(out):
+        known = read_scores(scores, out / SCORES_FILE)
+        bad: dict[str, str] = {}
+        with open_journal(out / SCORES_FILE) as append:
+            for line in score_clips(refs, known, executor, workers):
+                if isinstance(line, BadClip):
+                    bad[line.key] = line.reason
+                    check_budget(bad, bad_clip_budget)
+                else:
+                    append(line)
+                    known[line["key"]] = line
+        good = [ref for ref in refs if ref.key not in bad]
+        lines = [known[ref.key] for ref in good]
+        rejected = judge(lines, rules, duplicates)
+        fallen = {line["key"] for line in rejected}
+        if len(fallen) == len(good):
+            raise ShardError(f"the rules reject all {len(good)} clips ({tally(rejected)}); loosen them.")
+        write_lines(out / SCORES_FILE, lines)
+        write_lines(out / REJECTED_FILE, rejected)
+        with ShardWriter(out, max_clips=max_clips, max_bytes=max_bytes, made_by=made_by) as writer:
+            for ref in tqdm([ref for ref in good if ref.key not in fallen], unit="clip", desc="copies"):
+                if ref.key in writer:
+                    continue
+                try:
+                    writer.copy(ref, read_media(ref), read_meta_text(ref))
+                except BadClip as error:  # its scores may be older than the damage
+                    bad[error.key] = error.reason
+                    check_budget(bad, bad_clip_budget)
+            writer.skipped = dict(sorted(bad.items()))
     return lines, rejected, writer.skipped
 
 

@@ -5,8 +5,8 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import closing
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import islice
@@ -22,8 +22,8 @@ from tqdm import tqdm
 from acetate.video_io import IMAGES, OPAQUE_IMAGES
 from data_prep.candidates import Folder, clip_key, sidecar, survey
 from data_prep.examine import SETTINGS, Found, Outcome, Settings, Task, as_json, examine, guard, lost, of_json
-from data_prep.executor import parallel
-from data_prep.journal import encode, open_journal, read_journal
+from data_prep.executor import check, parallel
+from data_prep.journal import encode, lock_of, only_writer, open_journal, read_journal
 
 CONF = str(Path(__file__).parents[1] / "conf")
 SHOWN_BAD = 20
@@ -62,24 +62,29 @@ def ingest(
     is decoded in a process that may be killed, except with workers=0. Raises FileNotFoundError without a source,
     ValueError for a table that cannot be used, and TooManyBad past the budget, which writes the report alone.
     """
+    check(executor, workers)
     source, journal = source.resolve(), out.with_name(out.stem + ".journal.jsonl")
-    written = {path.resolve() for path in (out, report_of(out), journal)}
-    folder = survey(source, written)
-    tasks = list(_tasks(source, folder, settings, guarded=workers > 0))
-    done = {} if preview else _finished(journal)
-    outcomes = _outcomes(tasks, done, None if preview else journal, executor, workers)
-    clips = [outcome.found for outcome in outcomes if outcome.found is not None]
-    bad = {t.key: o.reason for t, o in zip(tasks, outcomes, strict=True) if o.reason is not None}
-    files = _account(source, written, folder, tasks, outcomes)
-    if not preview:
-        report = {"clips": len(clips), "bad": bad, "files": files}
-        _write(report_of(out), json.dumps(report, ensure_ascii=False, indent=1) + "\n")
-    if not preview:
-        check_budget(bad, bad_clip_budget)
-        _write(out, "".join(encode(asdict(clip)) for clip in clips))
-        journal.unlink(missing_ok=True)
-    fresh = [o for t, o in zip(tasks, outcomes, strict=True) if _fingerprint(t) not in done]
-    return Ingested(clips, bad, files, sum(outcome.seconds for outcome in fresh))
+    written = {path.resolve() for path in (out, report_of(out), journal, lock_of(out))}
+    with nullcontext() if preview else only_writer(out):
+        folder = survey(source, written)
+        tasks = list(_tasks(source, folder, settings, guarded=workers > 0))
+        # Before anything is decoded: a file that changes later is decoded again by a run that goes on.
+        prints = [_fingerprint(task) for task in tasks]
+        done = {} if preview else _finished(journal)
+        todo = [(task, seen) for task, seen in zip(tasks, prints, strict=True) if seen not in done]
+        fresh = _outcomes(todo, None if preview else journal, executor, workers)
+        known = done | fresh
+        outcomes = [known[seen] for seen in prints]
+        clips = [outcome.found for outcome in outcomes if outcome.found is not None]
+        bad = {t.key: o.reason for t, o in zip(tasks, outcomes, strict=True) if o.reason is not None}
+        files = _account(source, written, folder, tasks, outcomes)
+        if not preview:
+            report = {"clips": len(clips), "bad": bad, "files": files}
+            _write(report_of(out), json.dumps(report, ensure_ascii=False, indent=1) + "\n")
+            check_budget(bad, bad_clip_budget)
+            _write(out, "".join(encode(asdict(clip)) for clip in clips))
+            journal.unlink(missing_ok=True)
+    return Ingested(clips, bad, files, sum(outcome.seconds for outcome in fresh.values()))
 
 
 def report_of(out: Path) -> Path:
@@ -115,28 +120,22 @@ def _finished(journal: Path) -> dict[str, Outcome]:
     return done
 
 
-def _outcomes(
-    tasks: list[Task], done: dict[str, Outcome], journal: Path | None, executor: str, workers: int
-) -> list[Outcome]:
-    """In the order of the tasks; each new one is in the journal before the next."""
-    todo = [task for task in tasks if _fingerprint(task) not in done]
-    guards = {"setup": partial(guard, todo[0].settings), "lost": lost} if workers and todo else {}
+def _outcomes(todo: list[tuple[Task, str]], journal: Path | None, executor: str, workers: int) -> dict[str, Outcome]:
+    """By the fingerprints beside the tasks; each is in the journal before the next."""
+    tasks = [task for task, _ in todo]
+    guards = {"setup": partial(guard, tasks[0].settings), "lost": lost} if workers and tasks else {}
     function = examine if guards else partial(examine, None)
-    results = parallel(function, todo, executor=executor, workers=workers, name=lambda task: task.key, **guards)
-    fresh = dict(done)
-    with closing(results):
-        shown = tqdm(zip(todo, results, strict=True), total=len(todo), unit="clip")
-        if journal is None:
-            fresh |= {_fingerprint(task): outcome for task, outcome in shown}
-        else:
-            with open_journal(journal) as append:
-                for task, outcome in shown:
-                    fresh[_fingerprint(task)] = outcome
-                    append({"task": _fingerprint(task), "outcome": as_json(outcome)})
-    return [fresh[_fingerprint(task)] for task in tasks]
+    results = parallel(function, tasks, executor=executor, workers=workers, name=lambda task: task.key, **guards)
+    fresh = {}
+    with closing(results), open_journal(journal) if journal else nullcontext() as append:
+        for (_, seen), outcome in zip(todo, tqdm(results, total=len(todo), unit="clip"), strict=True):
+            fresh[seen] = outcome
+            if append:
+                append({"task": seen, "outcome": as_json(outcome)})
+    return fresh
 
 
-def _pictures(path: Path) -> list[Path]:
+def pictures(path: Path) -> list[Path]:
     """Of a sequence; else the file."""
     if not path.is_dir():
         return [path]
@@ -145,11 +144,15 @@ def _pictures(path: Path) -> list[Path]:
 
 def _fingerprint(task: Task) -> str:
     """Of all that the outcome depends on; a file by its size and time."""
-    files = [path for file in task.candidate.files for path in _pictures(file)]
+    files = [path for file in task.candidate.files for path in pictures(file)]
     text = sidecar(task.candidate.files[0])
-    stats = [path.stat() if path.exists() else None for path in (*files, *([text] if text else []))]
-    seen = [(stat.st_size, stat.st_mtime_ns) if stat else None for stat in stats]
-    return hashlib.sha256(repr((task, seen)).encode()).hexdigest()
+    return hashlib.sha256(repr((task, stamps([*files, *([text] if text else [])]))).encode()).hexdigest()
+
+
+def stamps(files: Iterable[Path]) -> list[tuple[int, int] | None]:
+    """Size and time of each, by which a file that was changed is told; None without a file."""
+    stats = [path.stat() if path.exists() else None for path in files]
+    return [(stat.st_size, stat.st_mtime_ns) if stat else None for stat in stats]
 
 
 def _account(
@@ -163,7 +166,7 @@ def _account(
             said = {"refused": outcome.reason} if outcome.reason else {"part of" if i else "ingested as": task.key}
             if i >= len(task.candidate.files):
                 said = {"prompt of": task.key}
-            for file in _pictures(path):
+            for file in pictures(path):
                 name = str(file.relative_to(source)) if file.is_relative_to(source) else str(file)
                 accounts[name] = {
                     "file": name,

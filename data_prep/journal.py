@@ -6,6 +6,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
+from filelock import FileLock, Timeout
+
 Line = dict[str, Any]
 
 
@@ -43,6 +45,30 @@ def open_journal(path: Path) -> Iterator[Append]:
             file.flush()
 
         yield append
+
+
+def lock_of(out: Path, rank: int = 0) -> Path:
+    """Beside `out`, which holds nothing but what was made; there while it is made."""
+    out = out.absolute()
+    return out.with_name(f".{out.name}.{rank}.lock")
+
+
+@contextmanager
+def only_writer(out: Path, rank: int = 0) -> Iterator[None]:
+    """Of a file or folder; RuntimeError at once if another process writes it. Who is killed loses the lock."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(lock_of(out, rank))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise RuntimeError(
+            f"out={out} is being written by another process. Wait for it or end it, or name another place."
+        ) from error
+    try:
+        yield
+    finally:
+        Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()
 
 
 def write_lines(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:

@@ -2,59 +2,121 @@
 
 import logging
 import os
+import pickle
+import socket
 from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
+from multiprocessing import spawn
+from pathlib import Path
 from typing import Any
 
 import ray
 
-from data_prep.executor import OVERRAN, Answer, WorkerLost, attempt, bind
+import acetate
+from data_prep.executor import Answer, LocalWorker, NoPlace, SetupLost, WorkerLost, attempt, bind
 
+PATIENCE = 60  # seconds without a place after which that is said, and work goes to workers that have one
+ROOTS = [str(Path(__file__).resolve().parents[1]), str(Path(acetate.__path__[0]).resolve().parent)]
 log = logging.getLogger(__name__)
 
 
 class RayWorker:
-    """A data_prep.executor.Worker that Ray places."""
+    """A data_prep.executor.Worker that Ray places. placed: the numbers of those of its team that have a place."""
 
-    def __init__(self, function: Callable[..., Any], setup: Callable[[int], Any] | None, number: int, gpus: float):
-        self.task, self.gpus = (function, setup, number), gpus
+    def __init__(self, task: bytes, gpus: float, number: int, placed: set[int]):
+        self.task, self.gpus, self.number, self.placed = task, gpus, number, placed
         self.actor: Any = None
 
     def ask(self, item: Any, time_limit: float | None) -> Answer:
-        if self.actor is None:
-            self.actor = ray.remote(RayProcess).options(num_cpus=1, num_gpus=self.gpus).remote()
-            good, failure = self._wait(self.actor.start.remote(*self.task), None)
-            if not good:
-                self.stop()
-                return good, failure
-        return self._wait(self.actor.answer.remote(item), time_limit)
-
-    def _wait(self, reference: Any, time_limit: float | None) -> Answer:
+        actor = self.actor or self._start()
         try:
-            return ray.get(reference, timeout=time_limit)
+            answer = ray.get(actor.ask.remote(pickle.dumps(item), time_limit))
         except ray.exceptions.RayTaskError:
-            raise  # the result cannot be pickled
-        except ray.exceptions.GetTimeoutError:
-            self.stop()
-            raise WorkerLost(OVERRAN.format(time_limit)) from None
+            raise  # it could not even start a process
         except ray.exceptions.RayError as error:
-            self.actor = None
-            raise WorkerLost(f"its Ray worker was lost ({type(error).__name__}): {error}") from None
+            self.stop()  # one that only cannot be reached would keep its place
+            log.warning("Ray worker %d: %s", self.number, error)
+            # Without Ray's text, which names processes and machines: a reason is the same in every run.
+            raise WorkerLost(f"its Ray worker was lost ({type(error).__name__})") from None
+        if isinstance(answer, WorkerLost):
+            raise answer
+        good, value = answer
+        return pickle.loads(value) if good else (good, value)
+
+    def _start(self) -> Any:
+        """The actor, once it has a place; NoPlace if another worker has one."""
+        # Nodes need not have been started where this program was.
+        paths = {"env_vars": {"PYTHONPATH": os.pathsep.join([*ROOTS, "${PYTHONPATH}"])}}
+        options = {"num_cpus": 1, "num_gpus": self.gpus, "runtime_env": paths}
+        main = {name: value for name, value in spawn.get_preparation_data("").items() if name.startswith("init_main")}
+        self.actor = actor = ray.remote(RayProcess).options(**options).remote(main, os.getcwd(), self.task)
+        while True:
+            try:
+                ray.get(actor.ready.remote(), timeout=PATIENCE)
+                break
+            except ray.exceptions.GetTimeoutError:
+                pass
+            except ray.exceptions.RayError as error:
+                self.stop()
+                raise SetupLost(f"its Ray worker could not start ({type(error).__name__}): {error}") from None
+            free, there = ray.available_resources(), ray.cluster_resources()
+            taken = " and ".join(
+                f"{there[what] - free.get(what, 0):g} of {there[what]:g} {what}s are taken"
+                for what in ("CPU", "GPU")
+                if there.get(what)
+            )
+            if self.placed:
+                self.stop()
+                raise NoPlace(f"no room on the Ray cluster for worker {self.number} in {PATIENCE} s: {taken}")
+            log.warning("waiting for room on the Ray cluster: %s", taken)
+        self.placed.add(self.number)
+        return actor
 
     def stop(self) -> None:
         actor, self.actor = self.actor, None
+        self.placed.discard(self.number)
         if actor is not None:
             ray.kill(actor)
 
 
 class RayProcess:
-    """What runs in a Ray worker."""
+    """What runs in a Ray worker: a LocalWorker, so that limits, and reasons of what was lost, are those of one machine.
 
-    def start(self, function: Callable[..., Any], setup: Callable[[int], Any] | None, number: int) -> Answer:
-        good, self.call = attempt(bind, function, setup, number)
-        return good, None if good else self.call
+    It passes on bytes and imports nothing that the work needs; `load` is the process's setup.
+    """
 
-    def answer(self, item: Any) -> Answer:
-        return attempt(self.call, item)
+    def __init__(self, main: dict[str, str], folder: str, task: bytes):
+        self.worker = LocalWorker(answer, partial(load, main, folder, task), 0)
+
+    def ready(self) -> None:
+        """Returns once the process is there."""
+
+    def ask(self, item: bytes, time_limit: float | None) -> Answer | WorkerLost:
+        try:
+            return self.worker.ask(item, time_limit)
+        except WorkerLost as error:
+            return error
+
+
+def load(main: dict[str, str], folder: str, task: bytes, _: int) -> Callable[[Any], Any]:
+    """main: where multiprocessing finds the driver's __main__. folder: the driver's, for paths that begin there."""
+    with suppress(FileNotFoundError):
+        os.chdir(folder)
+    spawn.prepare(main)
+    return bind(*pickle.loads(task))
+
+
+def answer(function: Callable[[Any], Any], item: bytes) -> bytes:
+    return pickle.dumps(attempt(function, pickle.loads(item)))
+
+
+def start_team(
+    function: Callable[..., Any], setup: Callable[[int], Any] | None, workers: int, gpus: float
+) -> list[RayWorker]:
+    placed: set[int] = set()
+    numbers = range(start_ray(workers, gpus))
+    return [RayWorker(pickle.dumps((function, setup, number)), gpus, number, placed) for number in numbers]
 
 
 def start_ray(workers: int, gpus: float) -> int:
@@ -65,6 +127,7 @@ def start_ray(workers: int, gpus: float) -> int:
     if not ray.is_initialized():
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is reported to anybody
         address = os.environ.get("RAY_ADDRESS")
+        check_address(address or "")
         size = {} if address else {"num_cpus": workers, "include_dashboard": False}
         ray.init(address or "local", logging_level="warning", **size)
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
@@ -80,3 +143,17 @@ def start_ray(workers: int, gpus: float) -> int:
     if room < workers:
         log.warning("workers=%d; this Ray cluster (%s) has room for %d, which are used", workers, there, room)
     return min(workers, room)
+
+
+def check_address(address: str) -> None:
+    """ConnectionError if nothing listens at host:port, for which Ray would look for minutes."""
+    host, _, port = address.rpartition("://")[2].rpartition(":")
+    if not port.isdecimal():
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+    except OSError as error:
+        raise ConnectionError(
+            f"RAY_ADDRESS={address}: nothing answers there ({error}). Start it (ray start --head), correct the "
+            "address, or unset it to start Ray on this machine."
+        ) from error

@@ -25,6 +25,7 @@ from acetate.data.shards import (
     ShardWriter,
     encode_clip,
     read_manifest,
+    remove_parts,
 )
 from acetate.data.splits import assign_splits
 from acetate.media.clip import LIMITS, Limits
@@ -33,9 +34,9 @@ from data_prep.analysis import analyse
 from data_prep.cleaning import Indices, Settings, clean, overrides, shots
 from data_prep.cleaning import done as done_to
 from data_prep.decisions import Decisions
-from data_prep.executor import parallel
-from data_prep.ingest import Found, check_budget, print_bad
-from data_prep.journal import open_journal, read_journal, write_lines
+from data_prep.executor import check, parallel
+from data_prep.ingest import Found, check_budget, pictures, print_bad, stamps
+from data_prep.journal import only_writer, open_journal, read_journal, write_lines
 
 CONF = str(Path(__file__).parents[1] / "conf")
 DECISIONS = "decisions.jsonl"  # beside the manifest: what was made of every clip, and why
@@ -105,6 +106,7 @@ def shard(
     and if no clip is left to write. TooManyBad past
     the budget.
     """
+    check(executor, workers)
     found = read_lines(manifest)
     made_by = {
         "command": "data_prep.shard",
@@ -116,10 +118,15 @@ def shard(
     if (out / MANIFEST).exists():
         done = read_manifest(out)
         if done["made_by"] == made_by:
+            remove_parts(out)
+            (out / MEASURED).unlink(missing_ok=True)
             return done
         raise ShardError(f"{out} holds shards that were made otherwise. Name another folder or remove it first.")
     splits = assign_splits({line.key: line.group for line in found}, val_fraction)
-    with ShardWriter(out, max_clips=max_clips, max_bytes=max_bytes, made_by=made_by) as writer:
+    with (
+        only_writer(out),
+        ShardWriter(out, max_clips=max_clips, max_bytes=max_bytes, made_by=made_by) as writer,
+    ):
         plans, bad = decide(found, settings, out / MEASURED, executor=executor, workers=workers)
         check_budget(bad, bad_clip_budget)
         writer.skipped |= bad | {plan.line.key: plan.refusal for plan in plans if plan.refusal}
@@ -165,13 +172,14 @@ def decide(
     Lines that carry no decisions are measured here, and the journal keeps what was measured for a restart.
     ValueError if two clips would be written under one key.
     """
-    known = {line["key"]: line for line in read_journal(journal)}
+    seen = {line.key: fingerprint(line) for line in found if line.decisions is None}
+    known = {entry["key"]: entry for entry in read_journal(journal) if entry.get("of", "") == seen.get(entry["key"])}
     todo = [line for line in found if line.decisions is None and line.key not in known]
     if todo:
         results = parallel(measure, todo, executor=executor, workers=workers, name=lambda line: line.key)
         with closing(results), open_journal(journal) as append:
             for line, result in zip(todo, tqdm(results, total=len(todo), unit="clip", desc="decide"), strict=True):
-                known[line.key] = {"key": line.key, **result}
+                known[line.key] = {"key": line.key, "of": seen[line.key], **result}
                 append(known[line.key])
     plans, bad = [], {}
     for line in found:
@@ -190,6 +198,12 @@ def decide(
                 )
             owners[key] = plan.line.key
     return plans, bad
+
+
+def fingerprint(line: Found) -> str:
+    """Of all that measuring a clip depends on."""
+    files = [file for name in line.files for file in pictures(Path(name))]
+    return hashlib.sha256(repr((line, stamps(files))).encode()).hexdigest()
 
 
 def measure(line: Found) -> dict[str, Any]:

@@ -22,10 +22,11 @@ from rich.table import Table
 from tqdm import tqdm
 
 from acetate.data import drawing, synthetic
-from acetate.data.shards import MANIFEST, EncodedClip, ShardError, ShardWriter, encode_clip, read_head
+from acetate.data.shards import MANIFEST, EncodedClip, ShardError, ShardWriter, encode_clip, read_head, remove_parts
 from acetate.data.splits import split_rule
 from acetate.draws import stable_hash
-from data_prep.executor import parallel
+from data_prep.executor import check, parallel
+from data_prep.journal import only_writer
 
 CONF = str(Path(__file__).parents[1] / "conf")
 
@@ -92,6 +93,7 @@ def synthesize(
     The clips of finished tars are kept when a run was interrupted. A folder that already holds these very clips is
     left as it is; ShardError if it holds others. The memory that this takes does not depend on the number of clips.
     """
+    check(executor, workers)
     plan = Plan(clips, frames, squares(sizes), seed)
     made_by = {
         "command": "data_prep.synthesize",
@@ -106,10 +108,12 @@ def synthesize(
     if (out / MANIFEST).exists():
         head = read_head(out)
         if head["made_by"] == json.loads(json.dumps(made_by)):
+            remove_parts(out)
             return head
         raise ShardError(f"{out} holds shards that were made otherwise. Name another folder or remove it first.")
     split_of = split_rule(map(plan.key, range(clips)), val_fraction)
     with ExitStack() as stack:
+        stack.enter_context(only_writer(out))
         writer = stack.enter_context(ShardWriter(out, max_clips=max_clips, max_bytes=max_bytes, made_by=made_by))
         bar = stack.enter_context(tqdm(total=clips, initial=writer.clips, unit="clip"))
         results = parallel(partial(draw, plan), range(writer.clips, clips), executor=executor, workers=workers)

@@ -22,6 +22,7 @@ from acetate.regions import fit_ellipses
 from data_prep import cache_latents as program
 from data_prep.cache_latents import Sources, cache_latents, made_by
 from data_prep.ingest import TooManyBad
+from data_prep.journal import only_writer
 from data_prep.latent_plan import Settings
 from tests.conftest import fill_
 from tests.original import wan_alpha_state
@@ -225,6 +226,68 @@ def test_restart_makes_only_what_is_missing(make, cached, tmp_path, monkeypatch)
     (out / "latents-000000.tar").unlink()
     make(out)
     assert made == [1, 0] and files(out) == files(cached)
+
+
+def test_two_processes_at_one_tar_make_it_whole(make, cached, tmp_path, monkeypatch):
+    """One that was thought dead goes on: here a second one writes the tar while the first is in its middle."""
+    tar, clip, jobs = program.Encoder.tar, program.Encoder.clip, []
+
+    def begin(self, number, pieces, report):
+        jobs.append((number, pieces))
+        return tar(self, number, pieces, report)
+
+    def interrupt(self, pieces):
+        yield from clip(self, pieces)
+        if len(jobs) == 1:
+            self.tar(*jobs[0], lambda count, bad: None)
+
+    monkeypatch.setattr(program.Encoder, "tar", begin)
+    monkeypatch.setattr(program.Encoder, "clip", interrupt)
+    make(tmp_path / "l")
+    assert len(jobs) == 3 and files(tmp_path / "l") == files(cached)
+
+
+def test_what_a_kill_left_beside_the_manifest_goes(make, cached, tmp_path):
+    out = tmp_path / "l"
+    make(out)
+    (out / "prompts").mkdir()
+    (out / "latents-000000.tar.0123abcd").write_bytes(b"half a tar")
+    make(out)
+    assert not (out / "prompts").exists() and files(out) == files(cached)
+
+
+def test_one_run_at_a_time(make, tmp_path, monkeypatch):
+    with only_writer(tmp_path / "l"):
+        with pytest.raises(RuntimeError, match="l is being written by another process"):
+            make(tmp_path / "l")
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        monkeypatch.setenv("RANK", "1")
+        make(tmp_path / "l")
+
+
+def test_executors_are_checked_before_anything_is_loaded(make, sources, tmp_path):
+    with pytest.raises(ValueError, match="executor=ray, workers=0; Ray needs at least workers=1"):
+        make(tmp_path / "l", executor="ray", sources=replace(sources, vae="nowhere"))
+
+
+@pytest.mark.slow
+def test_the_bytes_do_not_depend_on_threads(make, tmp_path):
+    """Of clips that are large enough for convolutions to be divided."""
+    noise = np.random.default_rng(0).integers(0, 256, (2, 17, 96, 160, 4), dtype=np.uint8)
+    with ShardWriter(tmp_path / "clips", max_clips=100, max_bytes=10**9, made_by={}) as writer:
+        for i, frames in enumerate(noise):
+            writer.add(f"clip{i}", encode_clip(frames, 8), split="train", prompt=f"noise {i}", source="nowhere",
+                       licence="CC0-1.0", lossy=False, premultiplied_source=False)  # fmt: skip
+    settings = {"shards": tmp_path / "clips", "variants": 1, "frames": (17,), "area": 96 * 160}
+    before = torch.get_num_threads()
+    try:
+        for threads, workers in ((1, 0), (2, 0), (2, 1)):
+            torch.set_num_threads(threads)
+            make(tmp_path / f"{threads}-{workers}", workers=workers, **settings)
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    assert files(tmp_path / "1-0") == files(tmp_path / "2-0") == files(tmp_path / "2-1")
 
 
 @pytest.mark.slow

@@ -20,7 +20,7 @@ from data_prep import caption as program
 from data_prep.caption import CAPTIONS_FILE, Settings, caption, read_prompts, sentence
 from data_prep.captioner import Captioner, Look
 from data_prep.ingest import TooManyBad
-from data_prep.journal import read_journal
+from data_prep.journal import only_writer, read_journal
 from tests.data_prep.tiny_captioners import save_llava
 
 PROMPTS = {
@@ -220,3 +220,8 @@ def test_command(source, tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         command(monkeypatch, capsys, "--help")
     assert "python -m data_prep.caption" in capsys.readouterr().out
+
+
+def test_one_run_at_a_time(source, tmp_path):
+    with only_writer(tmp_path / "out"), pytest.raises(RuntimeError, match="out is being written by another process"):
+        run(source, tmp_path / "out")

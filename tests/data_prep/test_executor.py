@@ -6,6 +6,7 @@ import sys
 import time
 from contextlib import closing
 from functools import partial
+from pathlib import Path
 
 import pytest
 
@@ -34,6 +35,14 @@ def act(item):
         time.sleep(600)
     if item == "exit":
         os._exit(3)
+    if item == "slow":
+        signal.signal(signal.SIGPROF, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGPROF)
+    if isinstance(item, Path):  # killed from outside, once
+        if not item.exists():
+            item.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return "second time"
     if item == "lambda":
         return lambda: 0
     return f"{item} done"
@@ -41,6 +50,20 @@ def act(item):
 
 def number_and_process(state, item):
     return state, os.getpid(), item
+
+
+def die_once(path, number):
+    act(path)
+    return number
+
+
+def die(number):
+    act("kill")
+
+
+def say_pid(gate):
+    Path(gate).write_text(str(os.getpid()))
+    time.sleep(600)
 
 
 def fail_to_load(number):
@@ -111,6 +134,42 @@ def test_lost_items_can_be_replaced_and_the_worker_goes_on():
     assert found[0] == "a done" and found[3] == "b done"
     assert found[1].startswith("kill: its worker process was ended by SIGKILL")
     assert found[2] == "hang: took more than 1 s, so that its worker process was stopped"
+
+
+def test_an_item_whose_process_was_killed_from_outside_is_tried_again(tmp_path):
+    found = call([tmp_path / "item", "b"], workers=2, lost="{}: {}".format)
+    assert found == ["second time", "b done"]
+    assert call([5], number_and_process, setup=partial(die_once, tmp_path / "setup"))[0][::2] == (0, 5)
+
+
+def test_a_process_that_dies_in_its_setup_is_nobodys_fault():
+    with pytest.raises(WorkerLost, match=r"5: its worker process was ended by SIGKILL.* at its start"):
+        call([5], number_and_process, setup=die, lost="{}: {}".format)
+
+
+def test_what_took_too_long_is_not_tried_again(caplog):
+    found = call(["hang", "slow"], time_limit=1, lost="{}: {}".format)
+    assert found[1] == "slow: its worker process was ended by SIGPROF"
+    assert "tried once more" not in caplog.text
+
+
+def test_processes_end_with_a_parent_that_was_killed(tmp_path):
+    """It is killed as its only worker waits at a pipe."""
+    gate = tmp_path / "gate"
+    os.mkfifo(gate)
+    code = (
+        "from data_prep.executor import parallel\n"
+        "from tests.data_prep.test_executor import say_pid\n"
+        f"list(parallel(say_pid, [{str(gate)!r}], executor='local', workers=1))"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
+    pid = int(gate.read_text())
+    os.kill(parent.pid, signal.SIGKILL)
+    parent.wait()
+    deadline = time.monotonic() + 30
+    while Path(f"/proc/{pid}").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not Path(f"/proc/{pid}").exists()
 
 
 def test_leaving_early_stops_the_processes():

@@ -17,7 +17,7 @@ from acetate.data.shards import (
 from data_prep import filter as program
 from data_prep.filter import REJECTED_FILE, SCORES_FILE, Duplicates, Rule, filter_clips, parse_rules
 from data_prep.ingest import TooManyBad
-from data_prep.journal import read_journal
+from data_prep.journal import only_writer, read_journal
 
 RULES = {"coverage": Rule(0.1, 0.9)}
 BEST = Duplicates(distance=6, keep="best")
@@ -230,3 +230,8 @@ def test_command(source, tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         command(monkeypatch, capsys, "--help")
     assert "python -m data_prep.filter" in capsys.readouterr().out
+
+
+def test_one_run_at_a_time(source, tmp_path):
+    with only_writer(tmp_path / "out"), pytest.raises(RuntimeError, match="out is being written by another process"):
+        run(source, tmp_path / "out")

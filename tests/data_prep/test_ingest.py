@@ -14,9 +14,11 @@ from PIL import Image
 from rich.console import Console
 
 from acetate.video_io import IMAGES
+from data_prep import ingest as program
 from data_prep.decisions import OVERRIDES, Decisions
 from data_prep.examine import NO_ALPHA, Found, Settings, prompt_from_name
 from data_prep.ingest import TooManyBad, ingest, print_bad
+from data_prep.journal import only_writer
 from tests.media.films import drawn, write
 from tests.media.test_images import encode
 from tests.media.test_packed import packed
@@ -326,6 +328,34 @@ def test_a_killed_run_goes_on(source, tmp_path):
     run(source)
     uninterrupted = (tmp_path / "found.jsonl").read_text()
     assert lines == uninterrupted.replace('Transparent background: a"', 'from the journal"')
+
+
+def test_a_file_that_changes_during_the_run_is_decoded_again_by_the_next(source, monkeypatch):
+    still(source / "a.png")
+    still(source / "b.png")
+    examine = program.examine
+
+    def change(state, task, stop):
+        outcome = examine(state, task)
+        still(source / "a.png", height=9)  # after it was decoded
+        if stop and task.key == "b":
+            raise KeyboardInterrupt
+        return outcome
+
+    monkeypatch.setattr(program, "examine", lambda state, task: change(state, task, True))
+    with pytest.raises(KeyboardInterrupt):
+        run(source)
+    monkeypatch.setattr(program, "examine", lambda state, task: change(state, task, False))
+    clips, _ = run(source)
+    assert (clips["a"].height, clips["b"].height) == (9, 8)
+
+
+def test_one_run_at_a_time(source):
+    still(source / "a.png")
+    out = source / "found.jsonl"  # among the material
+    with only_writer(out), pytest.raises(RuntimeError, match="jsonl is being written by another process"):
+        ingest(source=source, out=out, bad_clip_budget=0)
+    assert [file["file"] for file in ingest(source=source, out=out, bad_clip_budget=0).files] == ["a.png"]
 
 
 def test_keys_are_plain_and_unique(source):

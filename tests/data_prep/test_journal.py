@@ -1,6 +1,11 @@
+import signal
+import subprocess
+import sys
+
 import pytest
 
-from data_prep.journal import open_journal, read_journal, write_lines
+from data_prep.journal import only_writer, open_journal, read_journal, write_lines
+from tests.paths import ROOT
 
 
 def test_lines_come_back_and_the_next_run_goes_on(tmp_path):
@@ -31,3 +36,33 @@ def test_whole_files(tmp_path):
     write_lines(tmp_path / "a.jsonl", [{"a": 1}, {"b": 2}])
     assert read_journal(tmp_path / "a.jsonl") == [{"a": 1}, {"b": 2}]
     assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
+
+
+def test_one_writer_at_a_time(tmp_path):
+    with only_writer(tmp_path / "out"):
+        with (
+            pytest.raises(RuntimeError, match="out is being written by another process"),
+            only_writer(tmp_path / "out"),
+        ):
+            pass
+        with only_writer(tmp_path / "out", rank=1), only_writer(tmp_path / "other"):
+            pass
+    with only_writer(tmp_path / "out"):
+        pass
+    assert not [*tmp_path.iterdir()]
+
+
+def test_a_writer_that_was_killed_is_none(tmp_path):
+    code = (
+        "from pathlib import Path; from data_prep.journal import only_writer\n"
+        f"with only_writer(Path({str(tmp_path / 'out')!r})): print('held', flush=True); input()"
+    )
+    streams = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, **streams) as other:
+        assert other.stdout.readline() == b"held\n"
+        with pytest.raises(RuntimeError, match="being written"), only_writer(tmp_path / "out"):
+            pass
+        other.send_signal(signal.SIGKILL)
+        other.wait()
+    with only_writer(tmp_path / "out"):
+        pass

@@ -1,14 +1,20 @@
 """All that runs on Ray: one small local cluster, on one process of a parallel test run."""
 
 import os
+import signal
+import socket
+import subprocess
+import sys
+import time
 from contextlib import closing
 from dataclasses import replace
 
 import pytest
 
-from acetate.data.shards import MANIFEST
+from acetate.data.shards import MANIFEST, read_manifest
 from data_prep.executor import AHEAD, WorkerLost, parallel
 from data_prep.ingest import TooManyBad, ingest
+from data_prep.synthesize import synthesize
 from tests.data_prep.test_cache_latents import adapters, cached, clips, files, make, manifest_of, sources  # noqa: F401
 from tests.data_prep.test_executor import Unlucky, act, fail_to_load, number_and_process
 from tests.data_prep.test_ingest import film, still
@@ -22,6 +28,7 @@ from tests.data_prep.test_shard import (  # noqa: F401
 from tests.data_prep.test_shard import make as make_shards
 
 ray = pytest.importorskip("ray", reason="Ray is not installed (acetate[ray])")
+on_ray = pytest.importorskip("data_prep.on_ray")
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("ray")]
 
 
@@ -52,13 +59,74 @@ def test_exceptions_keep_their_type():
         call([1], setup=fail_to_load)
 
 
-def test_lost_items():
-    with pytest.raises(WorkerLost, match="clip kill: its Ray worker was lost"):
+def test_lost_items_have_the_reasons_of_one_machine(caplog):
+    items = ["a", "kill", "exit", "hang", "slow", "b"]
+    settings = {"workers": 1, "time_limit": 2, "lost": "{}: {}".format}
+    found = call(items, **settings)
+    assert found == list(parallel(act, items, executor="local", **settings))
+    assert found[1].startswith("kill: its worker process was ended by SIGKILL") and found[-1] == "b done"
+    with pytest.raises(WorkerLost, match="clip kill: its worker process was ended by SIGKILL"):
         call(["kill"], name="clip {}".format)
-    found = call(["a", "kill", "hang", "b"], workers=1, time_limit=2, lost="{}: {}".format)
-    assert found[0] == "a done" and found[3] == "b done"
-    assert found[1].startswith("kill: its Ray worker was lost")
-    assert found[2] == "hang: took more than 2 s, so that its worker process was stopped"
+
+
+def test_an_item_whose_worker_was_killed_from_outside_is_tried_again(tmp_path):
+    assert call([tmp_path / "item", "b"], workers=1, lost="{}: {}".format) == ["second time", "b done"]
+    items = [tmp_path / "actor", "b"]
+    assert call(items, kill_ray_once, workers=1, lost="{}: {}".format) == ["second time", "b done"]
+
+
+def kill_ray_once(item):
+    """The Ray worker, with what it runs."""
+    if isinstance(item, str) or item.exists():
+        return act(item)
+    item.touch()
+    os.kill(os.getppid(), signal.SIGKILL)
+    time.sleep(600)
+
+
+def test_without_a_place_work_goes_to_those_that_have_one(monkeypatch, caplog):
+    monkeypatch.setattr(on_ray, "PATIENCE", 2)
+    other = ray.remote(on_ray.RayProcess).options(num_cpus=1).remote({}, ".", b"")
+    ray.get(other.ready.remote())
+    try:
+        found = call(range(6), slowly, workers=2)
+    finally:
+        ray.kill(other)
+    assert found == [*range(6)]
+    assert "no room on the Ray cluster for worker" in caplog.text and "2 of 2 CPUs are taken" in caplog.text
+
+
+def slowly(item):
+    time.sleep(1)
+    return item
+
+
+def test_a_cluster_without_room_is_waited_for(monkeypatch):
+    monkeypatch.setattr(on_ray, "PATIENCE", 1)
+    other = ray.remote(on_ray.RayProcess).options(num_cpus=2).remote({}, ".", b"")
+    ray.get(other.ready.remote())
+    monkeypatch.setattr(on_ray.log, "warning", lambda *said: ray.kill(other))  # as soon as it is said
+    assert call(["a"], workers=1) == ["a done"]
+
+
+def test_a_driver_in_another_folder(tmp_path):
+    """With a relative path; Ray's workers know neither that folder nor, by themselves, the package."""
+    synthesize(out=tmp_path / "clips", clips=4, frames=1, sizes=[64], seed=0, val_fraction=0.5, max_clips=9,
+               max_bytes=10**9)  # fmt: skip
+    command = ["shards=clips", "out=kept", "duplicates=null", "rules={}", "executor=ray", "workers=1"]
+    there = {"RAY_ADDRESS": ray.get_runtime_context().gcs_address, "PYTHONPATH": os.pathsep.join(on_ray.ROOTS)}
+    driver = [sys.executable, "-m", "data_prep.filter", *command]
+    subprocess.run(driver, cwd=tmp_path, env={**os.environ, **there}, check=True)
+    assert read_manifest(tmp_path / "kept")["clips"] == 4
+
+
+def test_an_address_where_nothing_listens_is_named(monkeypatch):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    with pytest.raises(ConnectionError, match=f"RAY_ADDRESS={address}: nothing answers there"):
+        on_ray.check_address(address)
+    on_ray.check_address("auto")
 
 
 def test_leaving_early_frees_the_cluster():

@@ -17,7 +17,8 @@ from acetate.video_io import encode_ffv1
 from data_prep import shard as program
 from data_prep.cleaning import Settings
 from data_prep.ingest import TooManyBad, ingest
-from data_prep.shard import DECISIONS, decide, prepare, preview, read_lines, shard
+from data_prep.journal import only_writer
+from data_prep.shard import DECISIONS, MEASURED, decide, prepare, preview, read_lines, shard
 from tests.paths import ROOT
 
 MEDIA = Path(os.environ.get("ACETATE_MEDIA", Path(__file__).parents[3] / "shared" / "media"))
@@ -142,6 +143,23 @@ def test_finished_work_is_left_alone(source, tmp_path):
     assert make(source, tmp_path / "out") == manifest
     with pytest.raises(ShardError, match="made otherwise"):
         make(source, tmp_path / "out", val_fraction=0.5)
+
+
+def test_what_a_kill_left_beside_the_manifest_goes(source, tmp_path):
+    make(source, tmp_path / "out")
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    for name in (MEASURED, "clips-000001.part.json"):
+        (tmp_path / "out" / name).write_text("{}\n")
+    make(source, tmp_path / "out")
+    assert {path.name for path in (tmp_path / "out").iterdir()} == names
+
+
+def test_one_run_at_a_time(source, tmp_path):
+    with only_writer(tmp_path / "out"), pytest.raises(RuntimeError, match="out is being written by another process"):
+        make(source, tmp_path / "out")
+    with pytest.raises(ValueError, match="executor=slurm; choose local or ray"):
+        make(source, tmp_path / "out", executor="slurm")
+    assert not (tmp_path / "out").exists()
 
 
 def test_bad_clips_are_skipped_within_the_budget(source, tmp_path):
@@ -290,6 +308,19 @@ def test_what_was_measured_survives_an_interruption(source, tmp_path, monkeypatc
     plans, bad = decide(lines, SETTINGS, journal, executor="local", workers=0)
     assert len(calls) == 4 + len(lines) - 3 and not bad
     assert [plan.line.key for plan in plans] == [line.key for line in lines]
+
+
+def test_what_was_measured_of_another_file_does_not_count(source, tmp_path):
+    make(source, tmp_path / "whole")  # ingests
+    lines = [replace(line, decisions=None) for line in read_lines(source.parent / "found.jsonl")]
+    journal = tmp_path / "measured.jsonl"
+    decide(lines, SETTINGS, journal, executor="local", workers=0)
+    Image.fromarray(soft(1, alpha=255)[0]).save(source / "still0.png")
+    lines[2] = replace(lines[2], files=lines[1].files, kind=lines[1].kind)  # another line under the old key
+    plans, _ = decide(lines, SETTINGS, journal, executor="local", workers=0)
+    again = [entry["key"] for entry in program.read_journal(journal)[len(lines) :]]
+    assert again == [lines[2].key, "still0"]
+    assert next(plan for plan in plans if plan.line.key == "still0").refusal
 
 
 def test_preview_writes_nothing(source, tmp_path, capsys):

@@ -10,6 +10,7 @@ from acetate.data.drawing import FPS
 from acetate.data.shards import MANIFEST, ShardError, index_shards, read_clip, read_manifest
 from acetate.data.synthetic import KINDS, render
 from data_prep import cache_latents, ingest, shard, synthesize
+from data_prep.journal import only_writer
 from data_prep.synthesize import draw
 
 SETTINGS = {"clips": 16, "frames": 5, "sizes": [16], "seed": 0, "val_fraction": 0.2, "max_clips": 6, "max_bytes": 10**9}
@@ -121,6 +122,22 @@ def test_finished_work_is_left_alone(tmp_path):
         make(tmp_path, seed=1)
     with pytest.raises(ValueError, match="clips=0; must be at least 1"):
         make(tmp_path / "none", clips=0)
+
+
+def test_what_a_kill_left_beside_the_manifest_goes(tmp_path):
+    make(tmp_path / "out")
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    (tmp_path / "out" / "clips-000002.part.json").write_text("{}")
+    make(tmp_path / "out")
+    assert {path.name for path in (tmp_path / "out").iterdir()} == names
+
+
+def test_one_run_at_a_time(tmp_path):
+    with only_writer(tmp_path / "out"), pytest.raises(RuntimeError, match="out is being written by another process"):
+        make(tmp_path / "out")
+    with pytest.raises(ValueError, match="Ray needs at least workers=1"):
+        make(tmp_path / "out", executor="ray")
+    assert not [*tmp_path.iterdir()]
 
 
 def test_command(tmp_path, monkeypatch, capsys):

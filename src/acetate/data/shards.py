@@ -222,8 +222,7 @@ class ShardWriter:
                 file.write(("," if number else "") + indent("\n" + text, "  "))
             file.write("\n ]\n}\n" if self.tars else "]\n}\n")
         os.replace(temporary, self.out / MANIFEST)
-        for part in self.out.glob("clips-*.part.json"):
-            part.unlink()
+        remove_parts(self.out)
 
     def _path(self, suffix: str, number: int) -> Path:
         return self.out / f"clips-{number:06d}.{suffix}"
@@ -260,6 +259,12 @@ class ShardWriter:
             number = path.name.removeprefix("clips-").split(".")[0]
             if not number.isdecimal() or int(number) >= self.tars:
                 path.unlink()
+
+
+def remove_parts(out: Path) -> None:
+    """Of a folder whose manifest is in place; a run that is killed in its last moments leaves some."""
+    for part in out.glob("clips-*.part.json"):
+        part.unlink(missing_ok=True)
 
 
 def finish_tar(temporary: Path) -> dict[str, Any]:
