@@ -28,9 +28,7 @@ def main(config: DictConfig) -> float | None:
     data = instantiate(config.data)
     callbacks = [callback for callback in instantiate(config.callbacks).values() if callback is not None]
     trainer = instantiate(config.trainer, callbacks=callbacks, logger=instantiate(config.logger))
-    trainer.ckpt_path = (
-        checkpoint  # not as fit's argument, which callbacks do not know when they compare ranks in setup
-    )
+    trainer.ckpt_path = checkpoint  # callbacks, which compare the ranks' in setup, do not know an argument of fit
     with only_writer(run) if trainer.is_global_zero else nullcontext():
         try:
             trainer.fit(task, data, weights_only=True)
