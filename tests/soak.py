@@ -54,11 +54,10 @@ def soak(
     assert ended(*run, within=PATIENCE * 4) == [0] * ranks, log_of(whole)
     share = (time.monotonic() - began) / (2 * kills)  # what a kill lets pass on average
     for number in tqdm(range(kills), unit="kill"):
-        kind = KINDS[number % len(KINDS)]
+        kind, since = KINDS[number % len(KINDS)], time.time()
         run = start(parts)
         if kind == "checkpoint":
-            until(lambda: not half_written(parts), run)  # of an earlier kill
-            until(lambda: half_written(parts), run)
+            until(lambda since=since: half_written(parts, since), run)
             time.sleep(chance.uniform(0, 0.02))
         elif kind == "process" and chance.random() < 0.3:
             time.sleep(chance.uniform(0, 2))  # before it trains
@@ -74,15 +73,19 @@ def soak(
         if kind == "worker":
             assert "DataLoader worker (pid" in log_of(parts), log_of(parts)
         if kind == "checkpoint":
-            counts["half a checkpoint"] += bool(half_written(parts))
+            counts["half a checkpoint"] += bool(half_written(parts, since))
     assert ended(*start(parts), within=PATIENCE * 4) == [0] * ranks, log_of(parts)
     assert_same_run(run_of(whole), run_of(parts))
     return counts
 
 
-def half_written(outputs: Path) -> list[Path]:
-    """Checkpoints."""
-    return list(outputs.glob("*/*/checkpoints/.*.tmp"))
+def half_written(outputs: Path, since: float) -> list[Path]:
+    """Checkpoints, and adapters beside them; what an earlier kill left may lie there for ever, in a run of no use."""
+    found = []
+    for path in outputs.glob("*/*/checkpoints/.*.tmp"):
+        with suppress(FileNotFoundError):
+            found += [path] if path.stat().st_mtime > since else []
+    return found
 
 
 def data_workers(run: Sequence[BaseProcess]) -> list[psutil.Process]:

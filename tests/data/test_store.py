@@ -61,7 +61,7 @@ class Handler(BaseHTTPRequestHandler):
         fault = self.faults[name].pop(0) if self.faults.get(name) else None
         status, headers, body = (500, {}, b"broken") if fault == "500" else self.found()
         if fault == "late":
-            time.sleep(2)
+            time.sleep(0.8)
         self.send_response(status)
         for header in headers.items():
             self.send_header(*header)
@@ -72,7 +72,7 @@ class Handler(BaseHTTPRequestHandler):
         if fault == "slow":  # all of it, over longer than the tests' timeout
             for i in range(16):
                 self.wfile.write(body[i * len(body) // 16 : (i + 1) * len(body) // 16])
-                time.sleep(0.15)
+                time.sleep(0.2)
             return
         with suppress(OSError):  # nobody waits for it any more
             self.wfile.write(body[: len(body) // 2] if fault and fault != "late" else body)
@@ -279,7 +279,7 @@ def test_a_server_that_answers_too_late_leaves_nothing_behind(server, tmp_path):
 def test_slow_is_not_lost(server, tmp_path):
     """As long as something comes, a download may take longer than the timeout."""
     server.faults["clips-000001.tar"] = ["slow"]
-    assert not reported(read_all(open_folder(server.url, quick(tmp_path, timeout=1.0))))
+    assert not reported(read_all(open_folder(server.url, quick(tmp_path, timeout=2.0))))
     assert server.asked.count("clips-000001.tar") == 1
     assert store.in_one_stream("https", 1.0)[0]["timeout"].total is None  # aiohttp's ends at 300 s
 
