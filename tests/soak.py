@@ -54,20 +54,21 @@ def soak(
     assert ended(*run, within=PATIENCE * 4) == [0] * ranks, log_of(whole)
     share = (time.monotonic() - began) / (2 * kills)  # what a kill lets pass on average
     for number in tqdm(range(kills), unit="kill"):
-        kind, since = KINDS[number % len(KINDS)], time.time()
+        kind, since, early = KINDS[number % len(KINDS)], time.time(), False
         run = start(parts)
         if kind == "checkpoint":
             until(lambda since=since: half_written(parts, since), run)
             time.sleep(chance.uniform(0, 0.02))
         elif kind == "process" and chance.random() < 0.3:
             time.sleep(chance.uniform(0, 2))  # before it trains
+            early = True  # ranks that still wait for each other would go on to, and a launcher ends them
         else:
             until(lambda run=run: len(data_workers(run)) >= workers * ranks, run)
             time.sleep(chance.uniform(0, 2 * share))
         assert running(run), f"ended before it was killed; give it more than steps={steps}: {log_of(parts)}"
         counts[kind] += 1
-        victim = chance.choice(data_workers(run) if kind == "worker" else run)
-        victim.kill()
+        for victim in run if early else [chance.choice(data_workers(run) if kind == "worker" else run)]:
+            victim.kill()
         codes = ended(*run, within=PATIENCE)
         assert not {0, None} & set(codes), f"exit codes {codes}: {log_of(parts)}"
         if kind == "worker":
