@@ -16,8 +16,8 @@ from typing import Any
 from uuid import uuid4
 from zlib import crc32
 
-import hydra
 import torch
+from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
@@ -28,6 +28,7 @@ from webdataset.writer import TarWriter
 
 import acetate.commands  # noqa: F401  (registers the resolvers that conf/ uses)
 from acetate.alpha import PALETTE_NAMES, harden, over, palette_colors
+from acetate.commands.program import program
 from acetate.data.latents import EMPTY_PROMPT, Piece, cut
 from acetate.data.shards import (
     MANIFEST,
@@ -52,7 +53,6 @@ from data_prep.ingest import check_budget, print_bad
 from data_prep.journal import only_writer
 from data_prep.latent_plan import Settings, background, placement, plan_of
 
-CONF = str(Path(__file__).parents[1] / "conf")
 POLL = 0.5  # seconds between looks for the tars of other ranks
 IDENTITY = ("vae_sha256", "base_sha256", "text_encoder_sha256", "prompt_length")  # what a trainer compares
 log = logging.getLogger(__name__)
@@ -401,9 +401,9 @@ def counts(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {"samples": len(samples), "clips": len(split), "splits": splits}
 
 
-@hydra.main(version_base=None, config_path=CONF, config_name="prep/cache_latents")
+@program("prep/cache_latents")
 def main(cfg: DictConfig) -> None:
-    own, remote = OmegaConf.to_container(cfg, resolve=True), hydra.utils.instantiate(cfg.remote)
+    own, remote = OmegaConf.to_container(cfg, resolve=True), instantiate(cfg.remote)
     names = ("seed", "variants", "area", "max_aspect", "space_multiple", "dtype", "ellipse", "per_tar", "smallest")
     manifest = cache_latents(
         shards=[open_folder(place, remote) for place in listed(cfg.shards)],

@@ -14,13 +14,13 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal
 
-import hydra
 import torch
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
+from acetate.commands.program import program
 from acetate.data.shards import (
     MANIFEST,
     BadClip,
@@ -42,7 +42,6 @@ from data_prep.executor import check, parallel
 from data_prep.ingest import check_budget, print_bad
 from data_prep.journal import Line, only_writer, open_journal, read_journal, write_lines
 
-CONF = str(Path(__file__).parents[1] / "conf")
 CAPTIONS_FILE = "captions.jsonl"
 PREVIEW_CLIPS = 8
 PIECE = re.compile(r"-p\d{3,}$")  # what data_prep.shard adds to the key of a clip that it cuts
@@ -273,7 +272,7 @@ def preview(
     return [line for line in lines if not isinstance(line, BadClip)], bad, len(refs)
 
 
-@hydra.main(version_base=None, config_path=CONF, config_name="prep/caption")
+@program("prep/caption")
 def main(cfg: DictConfig) -> None:
     console = Console(markup=False, highlight=False)
     shards = [Path(folder) for folder in listed(cfg.shards)]

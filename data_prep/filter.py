@@ -11,13 +11,13 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal
 
-import hydra
 import numpy as np
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
+from acetate.commands.program import program
 from acetate.data.shards import (
     MANIFEST,
     BadClip,
@@ -39,7 +39,6 @@ from data_prep.ingest import check_budget, print_bad
 from data_prep.journal import Line, only_writer, open_journal, read_journal, write_lines
 from data_prep.scores import SCORES, repeats
 
-CONF = str(Path(__file__).parents[1] / "conf")
 SCORES_FILE, REJECTED_FILE = "scores.jsonl", "rejected.jsonl"
 FIELDS = {"key", "look", "crc32", "code"}  # and, of lines of this code, all scores
 PREVIEW_CLIPS = 32
@@ -263,7 +262,7 @@ def print_summary(console: Console, lines: Sequence[Line], rejected: Sequence[Li
     console.print(table)
 
 
-@hydra.main(version_base=None, config_path=CONF, config_name="prep/filter")
+@program("prep/filter")
 def main(cfg: DictConfig) -> None:
     console = Console(markup=False, highlight=False)
     out = Path(cfg.out)

@@ -12,20 +12,19 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 
-import hydra
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from tqdm import tqdm
 
+from acetate.commands.program import program
 from acetate.video_io import IMAGES, OPAQUE_IMAGES
 from data_prep.candidates import Folder, clip_key, sidecar, survey
 from data_prep.examine import SETTINGS, Found, Outcome, Settings, Task, as_json, examine, guard, lost, of_json
 from data_prep.executor import check, parallel
 from data_prep.journal import encode, lock_of, only_writer, open_journal, read_journal
 
-CONF = str(Path(__file__).parents[1] / "conf")
 SHOWN_BAD = 20
 
 
@@ -239,7 +238,7 @@ def print_preview(console: Console, clips: list[Found]) -> None:
         )
 
 
-@hydra.main(version_base=None, config_path=CONF, config_name="prep/ingest")
+@program("prep/ingest")
 def main(cfg: DictConfig) -> None:
     out = Path(cfg.out)
     result = ingest(

@@ -9,7 +9,6 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-import hydra
 import numpy as np
 from numpy.typing import NDArray
 from omegaconf import DictConfig, OmegaConf
@@ -18,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
+from acetate.commands.program import program
 from acetate.data.latents import bucket_sizes, plan
 from acetate.data.shards import BadClip, ClipRef, index_shards, read_clip, read_manifest, read_meta
 from acetate.data.store import listed
@@ -28,7 +28,6 @@ from data_prep.executor import parallel
 from data_prep.ingest import print_bad
 from data_prep.report import Entry, Picture, Report, render
 
-CONF = str(Path(__file__).parents[1] / "conf")
 WEBP_SIDE = 16383  # pixels, the format's limit
 
 
@@ -162,7 +161,7 @@ def print_summary(console: Console, report: Report) -> None:
     print_bad(console, report.skipped, None)
 
 
-@hydra.main(version_base=None, config_path=CONF, config_name="prep/inspect")
+@program("prep/inspect")
 def main(cfg: DictConfig) -> None:
     report = inspect(
         shards=[Path(folder) for folder in listed(cfg.shards)],

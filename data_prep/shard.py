@@ -11,13 +11,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import hydra
 import torch
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
+from acetate.commands.program import program
 from acetate.data.shards import (
     MANIFEST,
     EncodedClip,
@@ -38,7 +38,6 @@ from data_prep.executor import check, parallel
 from data_prep.ingest import Found, check_budget, pictures, print_bad, stamps
 from data_prep.journal import only_writer, open_journal, read_journal, write_lines
 
-CONF = str(Path(__file__).parents[1] / "conf")
 DECISIONS = "decisions.jsonl"  # beside the manifest: what was made of every clip, and why
 UNSURE = 0.5  # colour below this confidence is listed after the run
 STEPS = {
@@ -270,7 +269,7 @@ def read(line: Found) -> RGBAClip:
     return read_rgba(files[0], limits)
 
 
-@hydra.main(version_base=None, config_path=CONF, config_name="prep/shard")
+@program("prep/shard")
 def main(cfg: DictConfig) -> None:
     manifest, out = Path(cfg.manifest), Path(cfg.out)
     settings = Settings(

@@ -12,7 +12,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import hydra
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -21,14 +20,13 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
+from acetate.commands.program import program
 from acetate.data import drawing, synthetic
 from acetate.data.shards import MANIFEST, EncodedClip, ShardError, ShardWriter, encode_clip, read_head, remove_parts
 from acetate.data.splits import split_rule
 from acetate.draws import stable_hash
 from data_prep.executor import check, parallel
 from data_prep.journal import only_writer
-
-CONF = str(Path(__file__).parents[1] / "conf")
 
 
 def sha256_of_code(*modules: ModuleType) -> str:
@@ -169,7 +167,7 @@ def to_uint8(clip: synthetic.SyntheticClip) -> NDArray[np.uint8]:
     return (frames * 255).round().to(torch.uint8).numpy()
 
 
-@hydra.main(version_base=None, config_path=CONF, config_name="prep/synthesize")
+@program("prep/synthesize")
 def main(cfg: DictConfig) -> None:
     sizes = [cfg.size] if isinstance(cfg.size, int) else OmegaConf.to_container(cfg.size)
     if cfg.preview:

@@ -8,7 +8,6 @@ from netrc import NetrcParseError, netrc
 from pathlib import Path
 from urllib.parse import urlsplit
 
-import torch
 from omegaconf import DictConfig, OmegaConf
 
 from acetate.commands import runs
@@ -26,6 +25,8 @@ for message in (
 
 
 def _on_gpu(gpu: str, cpu: str) -> str:
+    import torch  # seconds, which a wrong setting need not wait for
+
     return gpu if torch.cuda.is_available() else cpu
 
 
@@ -34,13 +35,24 @@ OmegaConf.register_new_resolver("on_gpu", _on_gpu, replace=True)
 
 
 @contextmanager
-def as_on_gpu() -> Iterator[None]:
-    """Configs resolve as on a machine with a GPU, for a question about GPUs wherever it is asked."""
-    OmegaConf.register_new_resolver("on_gpu", lambda gpu, cpu: gpu, replace=True)
+def as_on_gpu(there: bool = True) -> Iterator[None]:
+    """Configs resolve as on a machine with a GPU, or without one, wherever they are asked about."""
+    OmegaConf.register_new_resolver("on_gpu", lambda gpu, cpu: gpu if there else cpu, replace=True)
     try:
         yield
     finally:
         OmegaConf.register_new_resolver("on_gpu", _on_gpu, replace=True)
+
+
+def _root() -> str:
+    """Where outputs and data lie: ACETATE_ROOT, else the clone, whatever folder a command is started in; for an
+    installed package, which has none, that folder."""
+    home = Path(__file__).parents[3]
+    return os.environ.get("ACETATE_ROOT") or str(home if (home / "train.py").exists() else Path.cwd())
+
+
+# ${root:}
+OmegaConf.register_new_resolver("root", _root, replace=True, use_cache=True)
 
 
 def _no_wandb_key() -> bool:
@@ -62,6 +74,7 @@ OmegaConf.register_new_resolver("equal", lambda one, other: one == other, replac
 
 # Of a run: its folder, where in it Hydra notes how it was started, and its name for a logger
 OmegaConf.register_new_resolver("run_folder", runs.run_folder, replace=True, use_cache=True)
+OmegaConf.register_new_resolver("sweep_folder", runs.sweep_folder, replace=True, use_cache=True)
 OmegaConf.register_new_resolver("record_folder", runs.record_folder, replace=True, use_cache=True)
 OmegaConf.register_new_resolver("run_id", runs.run_id, replace=True)
 

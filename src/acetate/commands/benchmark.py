@@ -19,7 +19,6 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import hydra
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKLWan
@@ -33,12 +32,12 @@ from tqdm import tqdm
 
 from acetate.alpha import harden, over, palette_colors
 from acetate.commands.benchmark_reader import ReaderLoad, benchmark_reader, rows_of
+from acetate.commands.program import program
 from acetate.data.shards import write_json
 from acetate.models.adapters import MergedLoRA, trainable_state
 from acetate.models.rgba_vae import RGBAVAE
 from acetate.regions import check_clip_shape
 
-CONF = str(Path(__file__).parents[3] / "conf")
 PARTS = ("step", "reader")
 WAYS = ("ours", "released")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -272,7 +271,7 @@ def summarise(results: dict[str, Any]) -> dict[str, list[float]]:
     return rows
 
 
-@hydra.main(version_base=None, config_path=CONF, config_name="command/benchmark")
+@program("command/benchmark")
 def main(config: DictConfig) -> None:
     parts = config.parts
     if not OmegaConf.is_list(parts) or not parts or not set(parts) <= set(PARTS):

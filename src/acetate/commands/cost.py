@@ -6,7 +6,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
-import hydra
 import torch
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
@@ -15,12 +14,12 @@ from rich.table import Table
 from acetate import memory
 from acetate.commands import as_on_gpu
 from acetate.commands.estimate import blank_task, footprint
+from acetate.commands.program import program
 from acetate.cost import Assumptions, Cost, Gpu, Strategy, cost, latent_sample_bytes, payload, trained_groups
 from acetate.data.shards import write_json
 from acetate.models.wan import Geometry
 
 DOUBLINGS = [2**n for n in range(21)]  # to a million GPUs, more than anyone has
-CONF = str(Path(__file__).parents[3] / "conf")
 
 
 def card(config: DictConfig) -> Gpu:
@@ -112,7 +111,7 @@ def check(config: DictConfig) -> None:
         raise ValueError(f"cost.least_scaling={settings.least_scaling}; a share in [0, 1]")
 
 
-@hydra.main(version_base=None, config_path=CONF, config_name="command/cost")
+@program("command/cost")
 @as_on_gpu()
 def main(config: DictConfig) -> None:
     settings = config.cost

@@ -4,7 +4,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import hydra
 from hydra.utils import instantiate
 from lightning import LightningModule
 from omegaconf import DictConfig, OmegaConf
@@ -13,10 +12,10 @@ from rich.table import Table
 
 from acetate import memory
 from acetate.commands import as_on_gpu
+from acetate.commands.program import program
 from acetate.data.shards import write_json
 from acetate.models.wan import Geometry
 
-CONF = str(Path(__file__).parents[3] / "conf")
 GPUS = (1, 2, 4, 8)
 SHARDED = "trainer=fsdp; with trainer=ddp every GPU needs column 1"
 CARDS = (24, 40, 48, 80, 139)  # GiB; 139 are what a card sold as 141 GB has
@@ -106,7 +105,7 @@ def remedies(config: DictConfig, load: memory.Load) -> list[str]:
     return found
 
 
-@hydra.main(version_base=None, config_path=CONF, config_name="command/estimate")
+@program("command/estimate")
 @as_on_gpu()
 def main(config: DictConfig) -> None:
     load, found = footprint(config)

@@ -7,13 +7,13 @@ composites as plain RGB (the ceiling), the untrained RGBA-VAE (step 0), and the 
 import logging
 from pathlib import Path
 
-import hydra
 import lightning
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
+from acetate.commands.program import program
 from acetate.commands.runs import checkpoint_to_resume
 from acetate.data.shards import write_json
 from acetate.models.loading import load_vae
@@ -44,7 +44,7 @@ def table(rows: dict[str, dict[str, float]]) -> Table:
     return view
 
 
-@hydra.main(version_base=None, config_path="../../../conf", config_name="config")
+@program("config")
 def main(config: DictConfig) -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     checkpoint = checkpoint_to_resume(config.resume, Path(config.paths.run))

@@ -7,7 +7,6 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple, cast
 
-import hydra
 import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from omegaconf import DictConfig
@@ -16,7 +15,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from acetate.commands import device_of
-from acetate.commands.sample import CONF, check_models
+from acetate.commands.program import program
+from acetate.commands.sample import check_models
 from acetate.formats.checkpoints import Trained, read_trained
 from acetate.formats.comfyui import native_dora, svd_lora
 from acetate.formats.exported import check_replaceable, write_export
@@ -237,7 +237,7 @@ EXPORTS: dict[tuple[str, str], Callable[[Trained, DictConfig], Export]] = {
 }
 
 
-@hydra.main(version_base=None, config_path=CONF, config_name="command/export")
+@program("command/export")
 def main(config: DictConfig) -> None:
     for name, known in CHOICES.items():
         if config[name] not in known:

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from itertools import count
 from pathlib import Path
 
-import hydra
 import torch
 import torch.nn.functional as F
 from omegaconf import DictConfig
@@ -14,7 +13,8 @@ from torch import Tensor
 
 from acetate import regions
 from acetate.commands import device_of
-from acetate.commands.sample import CONF, check_models, embed, load_dit
+from acetate.commands.program import program
+from acetate.commands.sample import check_models, embed, load_dit
 from acetate.data import synthetic
 from acetate.data.shards import write_json
 from acetate.draws import generator_for
@@ -75,7 +75,7 @@ def figures(alpha: Tensor, centres: Tensor, space_stride: int) -> dict[str, floa
     }
 
 
-@hydra.main(version_base=None, config_path=CONF, config_name="command/follow")
+@program("command/follow")
 def main(config: DictConfig) -> None:
     if config.count < 3:
         raise ValueError(f"count={config.count}; a correlation needs at least 3 clips.")

@@ -1,19 +1,21 @@
 """Which folder a run writes to, and which checkpoint it goes on from."""
 
 import fcntl
+import functools
+import itertools
 import logging
 import os
 import socket
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-import torch.distributed as dist
 from omegaconf import OmegaConf
 
-from acetate.formats.sharded import is_sharded
+from acetate.commands.rules import RULES
 from acetate.replacing import standing
 
 log = logging.getLogger(__name__)
@@ -29,19 +31,110 @@ def run_folder(outputs: str, name: str, resume: str | None, overrides: Sequence[
     """outputs/NAME/TIME, or the run that resume chooses: `last` the newest that has a checkpoint, `auto` the newest
     such that is not finished and was started with the same overrides. All ranks of torchrun and srun get the same.
 
-    srun's ranks name a new folder after the job, torchrun's hear of rank 0's choice.
+    A new folder is made here, so that runs that start in the same second have one each. srun's ranks name it after
+    the job, torchrun's hear of rank 0's choice. Raises SettingError for a name that leads out of `outputs`.
     """
-    if "SLURM_STEP_ID" in os.environ and not _torchrun():
-        now = f"slurm_{os.environ['SLURM_JOB_ID']}_{os.environ['SLURM_STEP_ID']}"
-        again = os.environ.get("SLURM_RESTART_COUNT", "0")  # requeued without resume: a new run
-        now += f"_{again}" if again != "0" else ""
+    RULES["name"].check("name", name)
     runs = Path(outputs) / name
     going_on = None
     if resume == "last":
         going_on = _newest(runs, lambda run: True)
     elif resume == "auto":
         going_on = _newest(runs, lambda run: not (run / FINISHED).exists() and _started_with(run, overrides))
+    if going_on is None and "SLURM_STEP_ID" in os.environ and not _torchrun():
+        now = f"slurm_{os.environ['SLURM_JOB_ID']}_{os.environ['SLURM_STEP_ID']}"
+        again = os.environ.get("SLURM_RESTART_COUNT", "0")  # requeued without resume: a new run
+        return str(runs / (now + (f"_{again}" if again != "0" else "")))
+    if rank() == 0 and going_on is None and resume != "last":
+        going_on = _new_folder(runs / now)
     return _of_rank_zero(str(going_on or runs / now))
+
+
+def sweep_folder(outputs: str, name: str, resume: str | None, overrides: Sequence[str], now: str) -> str:
+    """outputs/NAME/sweep_TIME, a new folder; with resume the newest sweep of the same command, if there is one."""
+    RULES["name"].check("name", name)
+    runs = Path(outputs) / name
+    if resume in ("last", "auto"):
+        same = [
+            sweep for sweep in runs.glob("sweep_*") if _settings(overrides) == _settings(_overrides_of_sweep(sweep))
+        ]
+        if same:
+            return str(max(same, key=lambda sweep: sweep.stat().st_ctime))
+    return str(_new_folder(runs / f"sweep_{now}"))
+
+
+def _new_folder(wanted: Path) -> Path:
+    """That or, where it exists, the next free one of it_2, it_3, ..."""
+    for number in itertools.count(1):
+        folder = wanted if number == 1 else wanted.with_name(f"{wanted.name}_{number}")
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:
+            continue
+    raise AssertionError
+
+
+def _overrides_of_sweep(sweep: Path) -> list[str]:
+    record = sweep / "multirun.yaml"
+    return list(OmegaConf.load(record).hydra.overrides.task) if record.exists() else []
+
+
+def run_of(source: str) -> Path | None:
+    """The run that a path belongs to: its folder, a file in it, or the newest run in the folder of a name."""
+    path = Path(source).expanduser()
+    for folder in (path, *list(path.parents)[:2]):
+        if (folder / RECORD).is_dir():
+            return folder
+    return _newest(path, lambda run: (run / RECORD).is_dir())
+
+
+def run_to_continue(outputs: str, name: str | None, resume: str | None) -> Path | None:
+    """The run whose settings a command with `resume` starts from: not for `auto`, which repeats its own command."""
+    if resume in (None, "auto"):
+        return None
+    return _newest(Path(outputs) / str(name), lambda run: True) if resume == "last" else run_of(resume)
+
+
+def recorded_overrides(run: Path) -> list[str]:
+    """What a run was last started with, without `resume` and `init`. A relative path that only leads somewhere from
+    where the run was started is made absolute."""
+    records = sorted(path for path in run.glob(f"{RECORD}/**/overrides.yaml"))
+    if not records:
+        return []
+    newest = max(records, key=lambda path: (path.parent.name != RECORD, path.parent.name))
+    hydra = newest.with_name("hydra.yaml")
+    started = Path(OmegaConf.load(hydra).hydra.runtime.cwd) if hydra.exists() else Path()
+    found = []
+    for override in map(str, OmegaConf.load(newest)):
+        key, _, value = override.partition("=")
+        if key in ("resume", "init"):
+            continue
+        moved = value and not Path(value).exists() and (started / value).exists()
+        found.append(f"{key}={started / value}" if moved else override)
+    return found
+
+
+def with_recorded(run: Path, arguments: Sequence[str]) -> list[str]:
+    """The arguments of a command after those that a run recorded, each setting once; what changes is said."""
+    own = {_key(argument) for argument in arguments if not argument.startswith("-")}
+    recorded = recorded_overrides(run)
+    before = {_key(override): override.partition("=")[2] for override in recorded}
+    kept = [override for override in recorded if _key(override) not in own]
+    if rank() == 0:
+        say = functools.partial(print, file=sys.stderr)
+        if kept:
+            say(f"settings of {run}: {' '.join(kept)}")
+        for argument in arguments:
+            key, _, value = argument.partition("=")
+            if key.lstrip("+").startswith(("data", "wan", "experiment")) and before.get(_key(key)) != value:
+                was = before.get(_key(key), "the default")
+                say(f"ATTENTION: {key} is now {value}, the run so far has {was}")
+    return [*kept, *arguments]
+
+
+def _key(override: str) -> str:
+    return override.partition("=")[0].lstrip("+~")
 
 
 def record_folder(run: str, now: str) -> str | None:
@@ -71,11 +164,15 @@ def checkpoint_to_resume(resume: str | None, run: Path) -> str | None:
         if not own.exists():
             raise FileNotFoundError(f"resume=last: no last.ckpt below {run.parent}. Leave out resume to start anew.")
         return str(own)
-    given = next((path for path in map(standing, (Path(resume) / LAST, Path(resume))) if path.exists()), None)
+    source = Path(resume).expanduser()
+    below = _newest(source, lambda run: True) or source  # of the folder of a name
+    given = next((path for path in map(standing, (source / LAST, below / LAST, source)) if path.exists()), None)
     if given is None:
         raise FileNotFoundError(
             f"resume={resume} does not exist. Give a .ckpt file, `last` for the newest run, or `auto`."
         )
+    from acetate.formats.sharded import is_sharded  # torch, which takes seconds
+
     if given.suffix != ".ckpt" or not (given.is_file() or is_sharded(given)):
         raise ValueError(
             f"resume={resume} is no checkpoint of training. Such is a .ckpt, file or folder of shards; a run's folder "
@@ -156,7 +253,9 @@ def _of_rank_zero(value: str) -> str:
     """Under torchrun rank 0's value on every rank, by the store that its agent serves; else the value."""
     if not _torchrun() or os.environ["WORLD_SIZE"] == "1" or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return value
-    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+    from torch.distributed import TCPStore
+
+    store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
     key = f"acetate/run/{os.environ['TORCHELASTIC_RESTART_COUNT']}"  # the store outlives a restart of the ranks
     if rank() == 0:
         store.set(key, value)

@@ -8,7 +8,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import hydra
 import torch
 from diffusers import WanTransformer3DModel
 from omegaconf import DictConfig, OmegaConf
@@ -18,6 +17,7 @@ from tqdm import tqdm
 from acetate import regions
 from acetate.callbacks.samples import contact_sheet, save_picture
 from acetate.commands import device_of
+from acetate.commands.program import program
 from acetate.data.latents import covering_box
 from acetate.data.shards import write_json
 from acetate.data.transforms import crop, resize, to_float, window
@@ -36,7 +36,6 @@ from acetate.sampling import EllipsePath, Solver, check_size, decode, initial_no
 from acetate.video_io import read_rgba
 from acetate.video_out import check_formats, write_clip
 
-CONF = str(Path(__file__).parents[3] / "conf")
 ON_SHEET = 8  # clips
 # What the released t2v.safetensors was trained with; the file itself does not say
 RELEASED = {"mean_shift": 0.05, "ellipse": {"threshold": 0.1, "raster": "opencv", "enlargements": 10}}
@@ -172,7 +171,7 @@ def batches(jobs: Sequence[tuple[int, str, int]], size: int) -> list[Sequence[tu
     return [jobs[start : start + size] for start in range(0, len(jobs), size)]
 
 
-@hydra.main(version_base=None, config_path=CONF, config_name="command/sample")
+@program("command/sample")
 def main(config: DictConfig) -> None:
     check_formats(config.formats)
     prompts, solver = read_prompts(config), solver_of(config)

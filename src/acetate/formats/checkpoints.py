@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from acetate.formats.sharded import is_sharded, read_sharded
+from acetate.formats.sharded import REST, is_sharded, read_sharded
 from acetate.formats.trained import check_facts, check_trained
 from acetate.models.adapters import ADAPTER_SCHEMA, listed, read_adapter_file
 from acetate.models.weights import load_data
@@ -55,6 +55,11 @@ def read_trained(source: str, ema: bool | None = None) -> Trained:
     state = {name.removeprefix(prefix): value for name, value in state.items()}
     check_trained(path, kind, state, facts)
     return Trained(path, kind, state, {**facts, "averaged": averaged})
+
+
+def step_of(path: Path) -> int:
+    """The optimizer step at which a checkpoint, whole or sharded, was written."""
+    return int(read_whole(path / REST if is_sharded(path) else path).get("global_step", 0))
 
 
 def _newest(path: Path) -> Path:

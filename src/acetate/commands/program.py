@@ -1,0 +1,230 @@
+"""How a program starts and how it fails: its command line, its settings, its errors in words."""
+
+import difflib
+import functools
+import os
+import re
+import shutil
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException, InstantiationException
+from hydra.types import RunMode
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+import acetate
+from acetate.commands import as_on_gpu, runs
+from acetate.commands.rules import LITERAL, check_settings, rule_of, settings_of
+from acetate.settings import SettingError, shown
+
+HOME = Path(__file__).parents[3]  # the clone
+CONF = str(HOME / "conf")
+TRACEBACK = "ACETATE_TRACEBACK"  # environment: 1 shows where an error was raised, too
+IN_WORDS = (ValueError, OSError, RuntimeError, ArithmeticError, ImportError, NotImplementedError)
+
+
+def program(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[], None]]:
+    """Makes main(config) a program with the settings of conf/CONFIG_NAME.yaml, as hydra.main does, and beyond it:
+
+    Prompts and other texts are taken to the letter. A command that goes on with a run starts from
+    the settings that the run recorded. Every setting is checked before anything else is done. An
+    error is one message without a traceback, unless HYDRA_FULL_ERROR=1 or ACETATE_TRACEBACK=1 asks
+    for it or it is a fault of the program; a run that failed before it had trained leaves no folder.
+    """
+    name = "train" if config_name == "config" else config_name.rpartition("/")[2]
+
+    def decorate(main: Callable[[DictConfig], Any]) -> Callable[[], None]:
+        @functools.wraps(main)
+        def job(config: DictConfig) -> Any:
+            sys.argv = given  # what Lightning starts further processes with, and what loggers note
+            try:
+                if "experiment" not in HydraConfig.get().runtime.choices or name == "train":
+                    with as_on_gpu(False):  # either value keeps the rule, and to ask torch takes seconds
+                        check_settings(name, config)  # estimate and cost ask about runs without data
+                return main(config)
+            except Exception as error:
+                tell(error, config_name, given)
+                if HydraConfig.get().mode != RunMode.MULTIRUN:
+                    _clear_up()
+                    raise SystemExit(1) from None
+                error.told = True  # type: ignore[attr-defined]
+                raise
+
+        given = list(sys.argv)
+        start = hydra.main(version_base=None, config_path=CONF, config_name=config_name)(job)
+
+        @functools.wraps(main)
+        def run() -> None:
+            nonlocal given
+            given = list(sys.argv)
+            os.environ.setdefault(TRACEBACK, os.environ.get("HYDRA_FULL_ERROR", "0"))
+            os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come here, not to Hydra's own printer
+            try:
+                sys.argv = [given[0], *command_line(name, config_name, given[1:])]
+                start()
+            except Exception as error:
+                if not getattr(error, "told", False):
+                    tell(error, config_name, given)
+                raise SystemExit(1) from None
+            except KeyboardInterrupt:
+                raise SystemExit(130) from None
+            finally:
+                sys.argv = given
+
+        return run
+
+    return decorate
+
+
+# The command line
+
+
+def command_line(name: str, config_name: str, arguments: Sequence[str]) -> list[str]:
+    """What Hydra is given for the arguments of a user."""
+    many = "-m" in arguments or "--multirun" in arguments
+    read = [to_the_letter(name, argument, many) for argument in arguments]
+    if many or not any(argument.startswith("resume=") for argument in read):
+        return read
+    config = composed(config_name, [argument for argument in read if not argument.startswith("-")])
+    run = runs.run_to_continue(config.paths.outputs, config.get("name"), config.resume)
+    return read if run is None else runs.with_recorded(run, read)
+
+
+def composed(config_name: str, overrides: Sequence[str]) -> DictConfig:
+    """Also while Hydra runs a program."""
+    running = GlobalHydra.instance().hydra
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(CONF, version_base=None):
+            return compose(config_name, [*overrides])
+    finally:
+        GlobalHydra.instance().hydra = running
+
+
+def to_the_letter(name: str, argument: str, many: bool = False) -> str:
+    """The same argument, its value in quotes where the setting takes text that Hydra would read as something else.
+
+    many: jobs of a sweep, where a comma stands between values.
+    """
+    key, equals, value = argument.partition("=")
+    if not equals or argument.startswith("-") or value == "null":
+        return argument
+    path = key.lstrip("+").partition("@")[0]
+    if path.rpartition(".")[2] in LITERAL:
+        return f"{key}={quoted(value)}"
+    try:
+        override = OverridesParser.create().parse_override(argument)
+        read = override.value()
+        sweeps = override.is_sweep_override()
+    except HydraException:
+        return argument if value.startswith(("[", "{", "'", '"')) else f"{key}={quoted(value)}"
+    rule = rule_of(name, path)
+    if rule is None or (sweeps and many) or rule.holds(read) or not rule.holds(value):
+        return argument
+    return f"{key}={quoted(value)}"
+
+
+def quoted(text: str) -> str:
+    """As a string of Hydra's grammar, which OmegaConf then reads no reference in."""
+    for sign, escaped in ((r"\$\{", r"\${"), ("'", r"\'"), (r"\Z", "")):
+        text = re.sub(rf"(\\*){sign}", lambda m, escaped=escaped: 2 * m[1] + escaped, text, count=0)
+    return f"'{text}'"
+
+
+# Errors
+
+
+def tell(error: BaseException, config_name: str, argv: Sequence[str]) -> None:
+    """Prints what went wrong; with the traceback where it was asked for, or where no text was meant for users."""
+    if os.environ.get(TRACEBACK) == "1" or not _meant_for_users(error):
+        traceback.print_exception(error)
+    print(f"{Path(argv[0]).stem}: {in_words(error, config_name, argv[1:])}", file=sys.stderr, flush=True)
+
+
+def in_words(error: BaseException, config_name: str = "config", arguments: Sequence[str] = ()) -> str:
+    """The message for users."""
+    if isinstance(error, InstantiationException):
+        cause, place = error.__cause__, re.search(r"full_key: (\S+)", str(error))
+        if cause is None:
+            return _one_line(error)
+        return f"{place[1]}: {cause}" if place else str(cause)
+    inner: BaseException | None = error
+    while inner is not None and not isinstance(inner, SettingError):  # it is wrapped where a reference led to it
+        inner = inner.__cause__ or inner.__context__
+    if inner is not None:
+        error = inner
+        default = _defaults(config_name, arguments).get(inner.name)
+        return f"{error}" if default is None or default == inner.value else f"{error} The default is {shown(default)}."
+    text = _one_line(error)
+    if found := re.search(r"Could not override '([^']+)'\. To append", text):
+        return (
+            f"{found[1]} is no setting here{_nearest(found[1], _defaults(config_name, arguments))}. --help lists them."
+        )
+    if found := re.search(r"Could not find '([^']+)/([^'/]+)' Available options in '[^']+': (.*)", text):
+        options = found[3].partition(" Config search path")[0].split()
+        return f"{found[1]}={found[2]} is unknown{_nearest(found[2], options)}; there are {', '.join(options)}."
+    return text or type(error).__name__
+
+
+def _one_line(error: BaseException) -> str:
+    lines = (line.strip() for line in str(error).splitlines())
+    return " ".join(line for line in lines if line and not line.startswith(("full_key:", "object_type=")))
+
+
+def _nearest(name: str, known: Sequence[str] | dict[str, Any]) -> str:
+    ends = {path.rpartition(".")[2]: path for path in known}
+    near = difflib.get_close_matches(name, known, 1) or [
+        ends[end] for end in difflib.get_close_matches(name.rpartition(".")[2], ends, 1)
+    ]
+    return f", the nearest is {near[0]}" if near else ""
+
+
+def _defaults(config_name: str, arguments: Sequence[str]) -> dict[str, Any]:
+    """What settings are where only groups of them, such as experiment=, are chosen."""
+    chosen = [text for text in arguments if (Path(CONF) / text.lstrip("+").partition("=")[0]).is_dir()]
+    try:
+        config = composed(config_name, [text for text in chosen if "=" in text])
+    except (HydraException, OmegaConfBaseException):
+        return {}
+    return {path: value for path, value, _ in settings_of("", config) if value != "???"}
+
+
+def _meant_for_users(error: BaseException) -> bool:
+    """Whether somebody wrote its text for them: Hydra, the system, or the code of this project."""
+    if isinstance(error, InstantiationException) and error.__cause__ is not None:
+        cause = error.__cause__
+        return _meant_for_users(cause) or "unexpected keyword argument" in str(cause)
+    if isinstance(error, HydraException | OmegaConfBaseException | OSError):
+        return True
+    if not isinstance(error, IN_WORDS) or isinstance(error, LookupError | UnicodeError):
+        return False
+    last = error.__traceback__
+    while last is not None and last.tb_next is not None:
+        last = last.tb_next
+    if last is None:  # of another process
+        return True
+    file = Path(last.tb_frame.f_code.co_filename)
+    ours = (Path(acetate.__file__).parent, HOME / "data_prep", HOME / "train.py")
+    return any(file == place or place in file.parents for place in ours)
+
+
+def _clear_up() -> None:
+    """Takes away the folder of a run that is new and holds nothing but the notes of its start."""
+    config = HydraConfig.get()
+    if config.output_subdir != runs.RECORD:  # a run that goes on, another rank, or no run
+        return
+    folder = Path(config.runtime.output_dir)
+    notes = {runs.RECORD, runs.LOCK, runs.FINISHED, f"{config.job.name}.log"}
+    if all(item.name in notes for item in folder.iterdir()):
+        shutil.rmtree(folder)
+        if not any(folder.parent.iterdir()):
+            folder.parent.rmdir()

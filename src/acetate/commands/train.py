@@ -1,0 +1,68 @@
+"""A run, from its config to its last step."""
+
+from contextlib import nullcontext
+from pathlib import Path
+
+import lightning
+import torch.distributed
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+
+from acetate.callbacks.preemption import Preempted
+from acetate.callbacks.start import StartFrom
+from acetate.commands.runs import FINISHED, checkpoint_to_resume, only_writer
+from acetate.formats.checkpoints import step_of
+from acetate.formats.starting import read_start
+
+
+def train(config: DictConfig) -> float | None:
+    """Trains, and returns the value of the metric `objective` at the last validation, None where there was none."""
+    lightning.seed_everything(config.seed, workers=True, verbose=False)
+    run = Path(config.paths.run)
+    checkpoint = checkpoint_to_resume(_in_a_sweep(config.resume), run)
+    if checkpoint is not None and _is_over(config, run, checkpoint):
+        return None
+    task = instantiate(config.task)
+    data = instantiate(config.data)
+    callbacks = [callback for callback in instantiate(config.callbacks).values() if callback is not None]
+    if config.init is not None and checkpoint is None:
+        callbacks.append(StartFrom(config.init, read_start))
+    trainer = instantiate(config.trainer, callbacks=callbacks, logger=instantiate(config.logger))
+    trainer.ckpt_path = checkpoint  # callbacks, which compare the ranks' in setup, do not know an argument of fit
+    with only_writer(run) if trainer.is_global_zero else nullcontext():
+        try:
+            trainer.fit(task, data, weights_only=True)
+        except Preempted:
+            _close_process_group()
+            raise
+        _close_process_group()
+    objective = trainer.callback_metrics.get(config.objective)  # a run that had ended before has measured nothing
+    return None if objective is None else float(objective)
+
+
+def _in_a_sweep(resume: str | None) -> str | None:
+    """A job of a sweep that goes on may not have begun."""
+    return "auto" if resume == "last" and HydraConfig.get().mode == RunMode.MULTIRUN else resume
+
+
+def _is_over(config: DictConfig, run: Path, checkpoint: str) -> bool:
+    """Whether there is nothing left to train: so in a sweep, which goes on with its next job; else SystemExit."""
+    own = Path(checkpoint).parents[1] == run
+    step = step_of(Path(checkpoint))
+    if step < config.trainer.max_steps or (own and not (run / FINISHED).exists()):
+        return False
+    said = f"{checkpoint} stands at step {step}, trainer.max_steps={config.trainer.max_steps}: nothing to train"
+    if HydraConfig.get().mode == RunMode.MULTIRUN:
+        print(said)
+        return True
+    raise ValueError(
+        f"{said}. Give a larger trainer.max_steps, or init={Path(checkpoint).parents[1]} to start a new run from it."
+    )
+
+
+def _close_process_group() -> None:
+    """Its threads abort a rank that ends with them running."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
