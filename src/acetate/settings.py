@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+ENDLESS = 2**31 - 1  # a bound of counts that is not worth saying
+
 
 class SettingError(ValueError):
     """A setting, by its name, whose value breaks its rule."""
@@ -50,7 +52,7 @@ def _span(low: float | None, high: float | None, above: float | None, below: flo
         for word, bound in (
             ("above", above), ("at least", low), ("below", below), ("at most", high),
         )
-        if bound is not None
+        if bound is not None and bound < ENDLESS
     ]  # fmt: skip
     return (" " + ", ".join(parts)) if parts else ""
 

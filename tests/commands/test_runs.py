@@ -1,13 +1,28 @@
+import functools
 import os
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from omegaconf import OmegaConf
 from torch.distributed import TCPStore
 
-from acetate.commands.runs import FINISHED, LOCK, checkpoint_to_resume, only_writer, record_folder, run_folder, run_id
+from acetate.commands.runs import (
+    FINISHED,
+    LOCK,
+    checkpoint_to_resume,
+    only_writer,
+    record_folder,
+    recorded_overrides,
+    run_folder,
+    run_id,
+    run_of,
+    run_to_continue,
+    sweep_folder,
+    with_recorded,
+)
 
 WRITER = """
 import sys
@@ -42,23 +57,76 @@ def choose(outputs, resume, overrides=THESE):
 
 
 def test_last_is_the_newest_that_has_a_checkpoint(tmp_path):
-    new = str(tmp_path / "demo/NOW")
-    assert choose(tmp_path, "last") == new
+    assert choose(tmp_path, "last") == str(tmp_path / "demo/NOW")
+    assert not (tmp_path / "demo").exists()
     make(tmp_path / "demo/b", age=9)
     newest = make(tmp_path / "demo/a", overrides=["other=1"])
     (tmp_path / "demo/c").mkdir()
     make(tmp_path / "other/d")
     assert choose(tmp_path, "last") == str(newest)
-    assert choose(tmp_path, None) == choose(tmp_path, "some/file.ckpt") == new
+    assert choose(tmp_path, None) == str(tmp_path / "demo/NOW")
+
+
+def test_runs_of_one_second_have_a_folder_each(tmp_path):
+    with ThreadPoolExecutor(8) as threads:
+        chosen = list(threads.map(lambda _: choose(tmp_path, None), range(8)))
+    assert sorted(chosen) == sorted(str(path) for path in (tmp_path / "demo").iterdir())
+    assert len(set(chosen)) == 8
+
+
+def test_a_sweep_goes_on_in_its_folder(tmp_path):
+    sweep = functools.partial(sweep_folder, str(tmp_path), "demo", overrides=[*THESE, "resume=auto"], now="NOW")
+    first = sweep(None)
+    assert first == str(tmp_path / "demo/sweep_NOW")
+    assert sweep(None) == f"{first}_2"
+    OmegaConf.save({"hydra": {"overrides": {"task": THESE}}}, tmp_path / "demo/sweep_NOW/multirun.yaml")
+    assert sweep("auto") == sweep("last") == first
+    other = sweep_folder(str(tmp_path), "demo", "auto", ["task.lr=2"], "NOW")
+    assert other == f"{first}_3"
+
+
+def test_a_run_knows_its_settings(tmp_path, monkeypatch):
+    """Those of its last start, from whatever folder it goes on, the command's own on top."""
+    run = make(tmp_path / "demo/a", overrides=["experiment=vae_rgba", "data.shards=told", "init=x", "task.lr=1"])
+    (tmp_path / "told").mkdir()
+    OmegaConf.save({"hydra": {"runtime": {"cwd": str(tmp_path)}}}, run / ".hydra/hydra.yaml")
+    told = f"data.shards={tmp_path / 'told'}"
+    assert recorded_overrides(run) == ["experiment=vae_rgba", told, "task.lr=1"]
+    own = ["resume=last", "++task.lr=2"]
+    assert with_recorded(run, own) == ["experiment=vae_rgba", told, *own]
+    monkeypatch.chdir(tmp_path)
+    assert "data.shards=told" in recorded_overrides(run)
+    later = run / ".hydra/2026-01-31_10-00-00"
+    later.mkdir()
+    OmegaConf.save(["experiment=vae_rgba", "trainer.max_steps=9", "resume=last"], later / "overrides.yaml")
+    assert recorded_overrides(run) == ["experiment=vae_rgba", "trainer.max_steps=9"]
+
+
+def test_another_kind_of_data_is_said_loudly(tmp_path, capsys):
+    run = make(tmp_path / "demo/a", overrides=["data.shards=told"])
+    with_recorded(run, ["data.shards=other", "resume=last"])
+    assert "ATTENTION: data.shards is now other, the run so far has told" in capsys.readouterr().err
+    with_recorded(run, ["data.shards=told", "trainer.max_steps=9", "resume=last"])
+    assert "ATTENTION" not in capsys.readouterr().err
+
+
+def test_the_run_that_a_path_belongs_to(tmp_path):
+    run, older = make(tmp_path / "demo/b"), make(tmp_path / "demo/a", age=9)
+    for path in (run, run / "checkpoints/last.ckpt", run / "checkpoints", tmp_path / "demo"):
+        assert run_of(str(path)) == run
+    assert run_of(str(older)) == run_to_continue(str(tmp_path), "demo", str(older)) == older
+    assert run_to_continue(str(tmp_path), "demo", "last") == run
+    assert run_to_continue(str(tmp_path), "demo", "auto") is run_to_continue(str(tmp_path), "demo", None) is None
+    assert run_of(str(tmp_path / "gone")) is None
 
 
 def test_auto_goes_on_with_an_unfinished_run_of_the_same_command(tmp_path):
-    new, same = str(tmp_path / "demo/NOW"), make(tmp_path / "demo/a", age=9)
+    same = make(tmp_path / "demo/a", age=9)
     make(tmp_path / "demo/b", overrides=["experiment=vae_rgba", "task.lr=2"])
     assert choose(tmp_path, "auto", ["task.lr=1", "resume=auto", "experiment=vae_rgba"]) == str(same)
-    assert choose(tmp_path, "auto", ["task.lr=3"]) == new
+    assert choose(tmp_path, "auto", ["task.lr=3"]) == str(tmp_path / "demo/NOW")
     (same / FINISHED).touch()
-    assert choose(tmp_path, "auto") == new
+    assert choose(tmp_path, "auto") == str(tmp_path / "demo/NOW_2")
 
 
 def test_checkpoint_to_resume(tmp_path):
@@ -75,6 +143,7 @@ def test_checkpoint_to_resume(tmp_path):
     shards.mkdir()
     adapters = run / "checkpoints/last.safetensors"
     adapters.touch()
+    assert checkpoint_to_resume(str(tmp_path / "demo"), tmp_path) == last
     for wrong in ("", shards, run / "checkpoints", adapters):
         with pytest.raises(ValueError, match=f"resume={wrong} is no checkpoint of training"):
             checkpoint_to_resume(str(wrong), run)

@@ -44,15 +44,18 @@ def as_on_gpu(there: bool = True) -> Iterator[None]:
         OmegaConf.register_new_resolver("on_gpu", _on_gpu, replace=True)
 
 
+HOME = Path(__file__).parents[3]  # the clone
+
+
 def _root() -> str:
     """Where outputs and data lie: ACETATE_ROOT, else the clone, whatever folder a command is started in; for an
     installed package, which has none, that folder."""
-    home = Path(__file__).parents[3]
-    return os.environ.get("ACETATE_ROOT") or str(home if (home / "train.py").exists() else Path.cwd())
+    return os.environ.get("ACETATE_ROOT") or str(HOME if (HOME / "train.py").exists() else Path.cwd())
 
 
-# ${root:}
+# ${root:}, ${assets:}
 OmegaConf.register_new_resolver("root", _root, replace=True, use_cache=True)
+OmegaConf.register_new_resolver("assets", lambda: str(HOME / "assets"), replace=True)
 
 
 def _no_wandb_key() -> bool:
@@ -72,9 +75,7 @@ OmegaConf.register_new_resolver("no_wandb_key", _no_wandb_key, replace=True)
 # ${equal:A,B}
 OmegaConf.register_new_resolver("equal", lambda one, other: one == other, replace=True)
 
-# Of a run: its folder, where in it Hydra notes how it was started, and its name for a logger
-OmegaConf.register_new_resolver("run_folder", runs.run_folder, replace=True, use_cache=True)
-OmegaConf.register_new_resolver("sweep_folder", runs.sweep_folder, replace=True, use_cache=True)
+# Of a run: where in its folder Hydra notes how it was started, and its name for a logger
 OmegaConf.register_new_resolver("record_folder", runs.record_folder, replace=True, use_cache=True)
 OmegaConf.register_new_resolver("run_id", runs.run_id, replace=True)
 

@@ -8,6 +8,7 @@ import shutil
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,10 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 import acetate
-from acetate.commands import as_on_gpu, runs
-from acetate.commands.rules import LITERAL, check_settings, rule_of, settings_of
+from acetate.commands import HOME, as_on_gpu, runs
+from acetate.commands.rules import LITERAL, RULES, check_settings, rule_of, settings_of
 from acetate.settings import SettingError, shown
 
-HOME = Path(__file__).parents[3]  # the clone
 CONF = str(HOME / "conf")
 TRACEBACK = "ACETATE_TRACEBACK"  # environment: 1 shows where an error was raised, too
 IN_WORDS = (ValueError, OSError, RuntimeError, ArithmeticError, ImportError, NotImplementedError)
@@ -89,14 +89,27 @@ def program(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callabl
 
 
 def command_line(name: str, config_name: str, arguments: Sequence[str]) -> list[str]:
-    """What Hydra is given for the arguments of a user."""
+    """What Hydra is given for the arguments of a user: for training also its folder, which is made here."""
     many = "-m" in arguments or "--multirun" in arguments
     read = [to_the_letter(name, argument, many) for argument in arguments]
-    if many or not any(argument.startswith("resume=") for argument in read):
+    own = [argument for argument in read if not argument.startswith("-")]
+    if len(read) - len(own) > many or (name != "train" and not any(text.startswith("resume=") for text in own)):
+        return read  # --help, --cfg, ..., or a program that has nothing to do with runs
+    config = composed(config_name, [text for text in own if not many or not _sweeps(text)])
+    if not many and (run := runs.run_to_continue(config.paths.outputs, config.get("name"), config.resume)):
+        read = runs.with_recorded(run, read)
+    place = "hydra.sweep.dir" if many else "hydra.run.dir"
+    if name != "train" or any(text.startswith(f"{place}=") for text in own):
         return read
-    config = composed(config_name, [argument for argument in read if not argument.startswith("-")])
-    run = runs.run_to_continue(config.paths.outputs, config.get("name"), config.resume)
-    return read if run is None else runs.with_recorded(run, read)
+    RULES["name"].check("name", config.name)
+    folder = runs.sweep_folder if many else runs.run_folder
+    now = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    overrides = [text for text in read if not text.startswith(("-", "hydra."))]
+    return [*read, f"{place}={quoted(folder(config.paths.outputs, config.name, config.resume, overrides, now))}"]
+
+
+def _sweeps(argument: str) -> bool:
+    return OverridesParser.create().parse_override(argument).is_sweep_override()
 
 
 def composed(config_name: str, overrides: Sequence[str]) -> DictConfig:

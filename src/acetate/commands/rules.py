@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from acetate.settings import (
+    ENDLESS,
     Rule,
     SettingError,
     anything,
@@ -35,7 +36,7 @@ CORES = os.cpu_count() or 1
 PROCESSES = max(64, 4 * CORES)  # more would only take memory
 SIDE = 16384  # pixels
 FRAMES = 10_000
-MOST = 2**31 - 1
+MOST = ENDLESS
 
 auto = one_of("auto")
 count = whole(1, MOST)
@@ -44,7 +45,10 @@ weight = number(0)
 positive = number(above=0)
 seed = whole(0, 2**32 - 1)
 dtype = one_of("float32", "bfloat16", "float16")
-places = either(place, several(place), mapping(place, weight))
+places = Rule(
+    "a folder or URL, a list of them, or a mapping {FOLDER: WEIGHT, ...}",
+    either(place, several(place), mapping(place, weight)).holds,
+)
 run_name = Rule(
     "a name of letters, digits and . _ - that leads to no other folder, as in name=mine",
     lambda value: (
@@ -108,6 +112,11 @@ RULES: dict[str, Rule] = {
     "transformer": place,
     "text_encoder": place,
     "source": place,
+    "save_to": place,
+    "init_from": optional(place),
+    "text_width": whole(4, 65536),
+    "text_layers": whole(1, 1000),
+    "vocabulary": whole(260, 10**7),
     "dtype": dtype,
     "frozen_dtype": dtype,
     # What trains
@@ -374,7 +383,7 @@ def settings_of(program: str, config: DictConfig, path: str = "") -> Iterator[tu
         if isinstance(value, DictConfig) and (rule is None or "_target_" in value):
             yield from settings_of(program, value, at)
         else:
-            yield at, OmegaConf.to_container(value) if OmegaConf.is_config(value) else value, rule
+            yield at, OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value, rule
 
 
 def check_settings(program: str, config: DictConfig) -> None:

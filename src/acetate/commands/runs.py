@@ -15,7 +15,6 @@ from typing import IO
 
 from omegaconf import OmegaConf
 
-from acetate.commands.rules import RULES
 from acetate.replacing import standing
 
 log = logging.getLogger(__name__)
@@ -32,9 +31,8 @@ def run_folder(outputs: str, name: str, resume: str | None, overrides: Sequence[
     such that is not finished and was started with the same overrides. All ranks of torchrun and srun get the same.
 
     A new folder is made here, so that runs that start in the same second have one each. srun's ranks name it after
-    the job, torchrun's hear of rank 0's choice. Raises SettingError for a name that leads out of `outputs`.
+    the job, torchrun's hear of rank 0's choice.
     """
-    RULES["name"].check("name", name)
     runs = Path(outputs) / name
     going_on = None
     if resume == "last":
@@ -52,7 +50,6 @@ def run_folder(outputs: str, name: str, resume: str | None, overrides: Sequence[
 
 def sweep_folder(outputs: str, name: str, resume: str | None, overrides: Sequence[str], now: str) -> str:
     """outputs/NAME/sweep_TIME, a new folder; with resume the newest sweep of the same command, if there is one."""
-    RULES["name"].check("name", name)
     runs = Path(outputs) / name
     if resume in ("last", "auto"):
         same = [

@@ -1,0 +1,118 @@
+"""Every command of README.md and docs/, as written, in a fresh copy of the clone after a short `make demo`.
+
+A block that is marked `sh` runs on a CPU, line by line, shortened only by settings that are appended.
+Other marks say what a block needs: `sh gpu`, `sh cluster`, `sh cloud`, `sh model`.
+"""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.paths import ROOT
+
+PAGES = ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
+NEEDS = {"gpu", "cluster", "cloud", "model"}
+# What makes each program short, by its name
+SHORTER = {
+    "train.py": ["data.num_workers=0", "data.val_clips=2"],
+    "acetate.commands.evaluate": ["data.num_workers=0", "data.val_clips=2"],
+    "acetate.commands.sample": ["steps=2"],
+    "acetate.commands.follow": ["count=3", "steps=2"],
+    "data_prep.synthesize": ["clips=12", "frames=9", "size=48", "workers=0"],
+    "data_prep.cache_latents": ["variants=1"],
+}
+
+
+def blocks(page: str) -> Iterator[tuple[str, list[str]]]:
+    """The mark of each block of commands, and its lines without comments, continued ones joined."""
+    for mark, body in re.findall(r"^```(.*?)\n(.*?)^```", (ROOT / page).read_text(), re.M | re.S):
+        lines = [re.sub(r"(^|\s+)#(?!SBATCH).*", "", line) for line in body.replace("\\\n", " ").splitlines()]
+        yield mark, [line.strip() for line in lines if line.strip()]
+
+
+def program_of(line: str) -> str:
+    words = shlex.split(line)
+    return next((word for word in words if word.endswith(".py") or ("." in word and word[0] != "-")), words[0])
+
+
+def shortened(line: str, step: int) -> str:
+    """With settings appended. Training ends at `step`, a later one with every line, so that a run can go on."""
+    more = list(SHORTER.get(program_of(line), []))
+    if program_of(line) == "train.py":
+        more += [f"trainer.max_steps={step}", f"trainer.val_check_interval={step}"]
+        more += ["callbacks.samples.solver.steps=2"] if "dit_dora" in line else []
+    return " ".join([line, *more])
+
+
+class Clone:
+    """A copy of what the repository holds, with an environment to enter as the README says."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        listed = subprocess.run(
+            ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        for name in listed.stdout.splitlines():
+            if (ROOT / name).is_file() and not name.startswith("tests/"):
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(ROOT / name, folder / name)
+        (folder / ".venv").symlink_to(sys.prefix)
+
+    def run(self, line: str) -> None:
+        """AssertionError with what it printed where the line fails."""
+        env = {name: value for name, value in os.environ.items() if name not in ("ACETATE_ROOT", "PYTHONPATH")}
+        env |= {"PYTHONPATH": f"{self.folder}/src:{self.folder}", "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"}
+        done = subprocess.run(
+            ["bash", "-c", f". .venv/bin/activate && {line}"], cwd=self.folder, env=env, capture_output=True, text=True
+        )
+        assert done.returncode == 0, f"$ {line}\n{done.stdout[-2000:]}{done.stderr[-3000:]}"
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory) -> Clone:
+    """After the lines of `make demo`, shortened, and with clips of a user's own in FOLDER."""
+    clone = Clone(tmp_path_factory.mktemp("fresh") / "acetate")
+    recipe = subprocess.run(["make", "-n", "demo"], cwd=clone.folder, capture_output=True, text=True, check=True)
+    lines = [
+        line for line in recipe.stdout.replace("\\\n", " ").splitlines() if line.startswith((".venv/bin/python", "rm"))
+    ]
+    assert len(lines) >= 6
+    for step, line in enumerate(lines, 1):
+        clone.run(shortened(line, step))
+    return clone
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_block_says_what_it_needs(page):
+    for mark, lines in blocks(page):
+        language, *needs = mark.split()
+        assert language in ("sh", "text"), f"{page}: ```{mark}\n{lines[:1]}"
+        assert len(needs) < 2
+        assert NEEDS.issuperset(needs), f"{page}: ```{mark}"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(2400)
+@pytest.mark.xdist_group("documentation")
+@pytest.mark.parametrize("page", PAGES)
+def test_commands_run_as_written(page, clone):
+    step = 20
+    for mark, lines in blocks(page):
+        if mark != "sh":
+            continue
+        for line in lines:
+            if line.startswith("make "):  # the demo's own lines have run; the others are these tests, and hours
+                continue
+            step += 1
+            clone.run(shortened(line, step))
