@@ -15,6 +15,7 @@ from acetate import memory
 from acetate.commands import as_on_gpu
 from acetate.data.shards import write_json
 from acetate.models.wan import Geometry
+from acetate.replacing import check_out
 
 CONF = str(Path(__file__).parents[3] / "conf")
 GPUS = (1, 2, 4, 8)
@@ -109,6 +110,8 @@ def remedies(config: DictConfig, load: memory.Load) -> list[str]:
 @hydra.main(version_base=None, config_path=CONF, config_name="command/estimate")
 @as_on_gpu()
 def main(config: DictConfig) -> None:
+    if config.out is not None:
+        check_out(Path(config.out))
     load, found = footprint(config)
     verdicts = {card: verdict(found, card) for card in CARDS}
     console = Console(width=120, highlight=False)
