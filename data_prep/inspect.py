@@ -205,6 +205,7 @@ def print_summary(console: Console, report: Report) -> None:
 def main(cfg: DictConfig) -> None:
     if cfg.out and not cfg.preview:
         check_out(Path(cfg.out))
+    lengths: Any = OmegaConf.to_container(cfg.lengths, resolve=True) if OmegaConf.is_list(cfg.lengths) else cfg.lengths
     report = inspect(
         shards=[Path(folder) for folder in listed(cfg.shards)],
         sample=cfg.sample,
@@ -212,7 +213,7 @@ def main(cfg: DictConfig) -> None:
         frames=cfg.frames,
         side=cfg.side,
         vae=cfg.wan.vae,
-        lengths=OmegaConf.to_container(cfg, resolve=True)["lengths"],  # type: ignore[index]  a dictionary
+        lengths=lengths,
         area=cfg.area,
         max_aspect=cfg.max_aspect,
         executor=cfg.executor,

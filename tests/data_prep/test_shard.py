@@ -338,8 +338,9 @@ def test_preview_writes_nothing(source, tmp_path, capsys):
 def test_impossible_decisions_name_the_clip(source, tmp_path):
     make(source, tmp_path / "out")
     line = read_lines(source.parent / "found.jsonl")[0]
-    settings = replace(SETTINGS, choices={"alpha_low": "255"})
-    with pytest.raises(ValueError, match=r"film0: alpha_low=255, alpha_high=255"):
+    line = replace(line, decisions={**(line.decisions or {}), "alpha_high": 252})
+    settings = replace(SETTINGS, choices={"alpha_low": "253"})
+    with pytest.raises(ValueError, match=r"film0: alpha_low=253, alpha_high=252"):
         decide([line], settings, tmp_path / "journal", executor="local", workers=0)
 
 
