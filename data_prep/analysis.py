@@ -42,7 +42,7 @@ def analyse(clip: RGBAClip, *, premultiplied: bool | None = None, matte: bool = 
         shots, reasons["cuts"] = cuts(thumbs)
         if state == "normal" and (share := flicker(thumbs, shots)) > 0.1:
             state, reasons["matte"] = "flickers", f"coverage jumps to and fro in {share:.0%} of the frames"
-    colour, sure, reasons["colour"] = _colour(clip, low, high, premultiplied, matte)
+    colour, sure, reasons["colour"], figures = _colour(clip, low, high, premultiplied, matte)
     return Decisions(
         colour=colour,
         confidence=round(sure, 3),
@@ -54,33 +54,43 @@ def analyse(clip: RGBAClip, *, premultiplied: bool | None = None, matte: bool = 
         still=still,
         cuts=shots,
         reasons={name: reason for name, reason in reasons.items() if reason},
+        figures=figures,
     )
 
 
-def _colour(clip: RGBAClip, low: int, high: int, premultiplied: bool | None, matte: bool) -> tuple[Colour, float, str]:
+def _colour(
+    clip: RGBAClip, low: int, high: int, premultiplied: bool | None, matte: bool
+) -> tuple[Colour, float, str, dict[str, float]]:
+    """What colour is, how sure that is, in words, and the figures behind it."""
     if matte:
-        return "matte", 1.0, "a picture with a matte: its foreground is estimated"
+        return "matte", 1.0, "a picture with a matte: its foreground is estimated", {}
     if premultiplied is not None:
-        return ("black" if premultiplied else "straight"), 1.0, "declared"
+        return ("black" if premultiplied else "straight"), 1.0, "declared", {}
     found = mixtures(clip.frames, low, high, clip.lossy, clip.premultiplied is False)
     if found is None:
-        return "straight", 0.0, "no soft pixel, so that it does not matter"
+        return "straight", 0.0, "no soft pixel, so that it does not matter", {}
     backdrop = max(found, key=lambda name: found[name].log_odds)
     evidence = found[backdrop]
-    parts = [
-        f"a mixture with {backdrop} fits soft blocks {math.exp(evidence.fit):.2g} times as well as straight colour",
-        f"{evidence.broken:.1%} of them are beyond what it can be",
-    ]
-    if not math.isnan(evidence.uncovered):
-        parts.append(f"{evidence.uncovered:.1%} of hidden colour is not {backdrop}")
-    if clip.premultiplied is False:
-        parts.append("the format says straight")
-    text = f"measured: {', '.join(parts)}; log-odds {evidence.log_odds:.1f}"
+    figures = {
+        f"log_odds_of_{backdrop}": round(evidence.log_odds, 3),
+        "fits_times_as_well": round(math.exp(evidence.fit), 4),
+        "beyond_a_mixture": round(evidence.broken, 4),
+        **({} if math.isnan(evidence.uncovered) else {"hidden_shows_another": round(evidence.uncovered, 4)}),
+    }
     if evidence.log_odds > 0:
-        return ("white" if backdrop == "white" else "black"), confidence(evidence.log_odds), text
+        sure = confidence(evidence.log_odds)
+        name = "premultiplied" if backdrop == "black" else "mixed with white"
+        although = ", although the format says straight" if clip.premultiplied is False else ""
+        return ("white" if backdrop == "white" else "black"), sure, f"{name}: {how_sure(sure)}{although}", figures
     # With no block that tells, straight and mixed look alike: dark things, or hardly a soft pixel.
     told = evidence.informative / (evidence.informative + 8) if evidence.log_odds > -3 else 1.0
-    return "straight", told * confidence(evidence.log_odds), text
+    sure = told * confidence(evidence.log_odds)
+    return "straight", sure, f"straight: {how_sure(sure)}", figures
+
+
+def how_sure(confidence: float) -> str:
+    """In a word; data_prep.shard lists what is below fairly sure."""
+    return "sure" if confidence >= 0.9 else "fairly sure" if confidence >= 0.5 else "unsure"
 
 
 @dataclass(frozen=True)

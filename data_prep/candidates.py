@@ -4,13 +4,15 @@ import csv
 import hashlib
 import json
 import logging
+import os
 import re
+import unicodedata
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from acetate.data.shards import KEY
+from acetate.data.shards import LONGEST_KEY, plain_key, short_key
 from acetate.media.images import image_size
 from acetate.video_io import IMAGES, OPAQUE_IMAGES, VIDEOS, MediaError, sequence_files
 
@@ -85,14 +87,14 @@ def column(row: Row, *names: str) -> str:
 
 
 def clip_key(source: Path, path: Path, taken: set[str]) -> str:
-    """The path with dashes; with a hash where that is too long, not plain ASCII or taken."""
+    """The path with dashes; with a hash where that is too long, no key as it stands, or taken."""
     inside = path.relative_to(source) if source in path.parents else Path(path.name)
     folders = [part for part in inside.parent.parts if part.lower() not in PAIR_COLOUR + WHOLE_COLOUR]
-    name = "-".join((*folders, inside.stem.removesuffix("_fgr")))
-    plain = re.sub(r"[^A-Za-z0-9_\-]+", "_", name)
-    if plain == name and KEY.fullmatch(name) and name not in taken:
+    name = unicodedata.normalize("NFC", "-".join((*folders, inside.stem.removesuffix("_fgr"))))
+    plain = plain_key(name)
+    if plain == name and len(name.encode()) <= LONGEST_KEY and name not in taken:
         return name
-    return f"{plain[:70]}-{hashlib.sha256(str(inside).encode()).hexdigest()[:8]}"
+    return f"{short_key(plain, LONGEST_KEY - 10)}-{hashlib.sha256(os.fsencode(inside)).hexdigest()[:8]}"
 
 
 def sidecar(path: Path) -> Path | None:

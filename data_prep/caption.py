@@ -5,6 +5,7 @@ import hashlib
 import json
 import logging
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
@@ -12,7 +13,8 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from operator import attrgetter
 from pathlib import Path
-from typing import Any, Literal
+from string import Formatter
+from typing import Literal
 
 import torch
 from omegaconf import DictConfig
@@ -25,7 +27,6 @@ from acetate.data.shards import (
     MANIFEST,
     BadClip,
     ClipRef,
-    ShardError,
     ShardWriter,
     index_shards,
     read_clip,
@@ -37,12 +38,12 @@ from acetate.data.shards import (
 )
 from acetate.data.store import listed
 from acetate.draws import stable_hash
-from data_prep.captioner import Captioner, Look
+from data_prep.captioner import Captioner, Look, locate_captioner
 from data_prep.executor import check, parallel
+from data_prep.folders import CAPTIONS_FILE, check_folder, place, settle
 from data_prep.ingest import check_budget, print_bad
 from data_prep.journal import Line, only_writer, open_journal, read_journal, write_lines
 
-CAPTIONS_FILE = "captions.jsonl"
 PREVIEW_CLIPS = 8
 PIECE = re.compile(r"-p\d{3,}$")  # what data_prep.shard adds to the key of a clip that it cuts
 Row = dict[str, str]
@@ -67,7 +68,19 @@ class Settings:
             raise ValueError(f"overwrite={self.overwrite}; choose missing or all")
         if "{caption}" not in self.template:
             raise ValueError(f"template={self.template!r} has no {{caption}}; that is where the caption goes")
-        re.compile(self.missing)
+        try:
+            re.compile(self.missing)
+        except re.error as error:
+            raise ValueError(
+                f"missing={self.missing!r} is no regular expression ({error}); in one, ( ) [ ] . * + ? and \\ stand "
+                "for themselves after a \\"
+            ) from error
+        try:
+            list(Formatter().parse(self.template))
+        except ValueError as error:
+            raise ValueError(f"template={self.template!r}: {error}; write {{{{ and }}}} for braces") from error
+        if not isinstance(getattr(torch, self.dtype, None), torch.dtype):
+            raise ValueError(f"dtype={self.dtype}; choose float32, bfloat16 or float16")
 
     def is_missing(self, prompt: str) -> bool:
         return self.overwrite == "all" or re.fullmatch(self.missing, prompt, re.DOTALL) is not None
@@ -79,7 +92,10 @@ def read_prompts(source: Path) -> dict[str, Row]:
     Columns: key; caption (or prompt, text); more of them for the template. ValueError names the row that lacks one.
     """
     if source.is_dir():
-        texts = {path.stem: path.read_text(encoding="utf-8").strip() for path in sorted(source.glob("*.txt"))}
+        texts = {
+            unicodedata.normalize("NFC", path.stem): path.read_text(encoding="utf-8").strip()
+            for path in sorted(source.glob("*.txt"))
+        }
         for key, text in texts.items():
             if not text:
                 raise ValueError(f"{source / key}.txt is empty; write the caption of {key} into it or remove it")
@@ -97,12 +113,14 @@ def read_prompts(source: Path) -> dict[str, Row]:
         texts["caption"] = next((texts[name] for name in ("caption", "prompt", "text") if name in texts), "")
         if "key" not in texts or not texts["caption"]:
             raise ValueError(f"{source}: row {number} lacks a key or a caption; columns: key, caption")
-        rows[texts["key"]] = texts
+        rows[unicodedata.normalize("NFC", texts["key"])] = texts
     return rows
 
 
 def prompts_for(refs: Sequence[ClipRef], source: Path) -> dict[str, Row]:
     """`read_prompts`, with a warning about rows that no clip takes; ValueError if no clip takes any."""
+    if not source.exists():
+        raise FileNotFoundError(f"prompts={source} does not exist; give a .csv, a .jsonl or a folder of KEY.txt")
     rows = read_prompts(source)
     keys = {key for ref in refs for key in (ref.key, PIECE.sub("", ref.key))}
     idle = [key for key in rows if key not in keys]
@@ -152,13 +170,13 @@ def see(captioner: Captioner, ref: ClipRef, template: str) -> Line | BadClip:
     return {"key": ref.key, "from": "captioner", "prompt": sentence(template, {"caption": caption})}
 
 
-def load_captioner(settings: Settings, device: str, number: int) -> Captioner:
+def load_captioner(folder: Path, settings: Settings, device: str, number: int) -> Captioner:
     """Of worker `number`; device auto: spread over the GPUs, the CPU where there is none."""
     if device == "auto":
         count = torch.cuda.device_count()
         device = f"cuda:{number % count}" if count else "cpu"
     return Captioner(
-        str(settings.captioner), instruction=settings.instruction, look=settings.look,
+        folder, instruction=settings.instruction, look=settings.look,
         max_tokens=settings.max_tokens, dtype=settings.dtype, device=device,
     )  # fmt: skip
 
@@ -175,9 +193,10 @@ def caption_clips(
         else:
             yield line
     if unseen:
+        captioner = locate_captioner(str(settings.captioner))
         results = parallel(
             partial(see, template=settings.template), unseen, executor=executor, workers=workers,
-            setup=partial(load_captioner, settings, device), name=attrgetter("name"),
+            setup=partial(load_captioner, captioner, settings, device), name=attrgetter("name"),
         )  # fmt: skip
         with closing(results):
             yield from tqdm(results, total=len(unseen), unit="clip", desc="captions")
@@ -195,13 +214,15 @@ def caption(
     device: str,
     executor: str,
     workers: int,
+    replace: bool = False,
 ) -> tuple[list[Line], dict[str, str]]:
     """Writes captions.jsonl and shards of the same clips with the new prompts; returns the lines, and key -> reason.
 
     A run that was interrupted keeps the captions that it has. A folder that already holds these very prompts is left
-    as it is; ShardError if it holds others. TooManyBad past the budget.
+    as it is; one that holds others is made anew with `replace`, else ShardError. TooManyBad past the budget.
     """
     check(executor, workers)
+    check_folder(out, shards)
     refs = index_shards(shards)
     given = prompts_for(refs, prompts) if prompts else {}
     content = {
@@ -210,13 +231,16 @@ def caption(
         "shards_sha256": [hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest() for folder in shards],
     }  # fmt: skip
     made_by = json.loads(json.dumps({"command": "data_prep.caption", "settings": content}))
-    journal = out / CAPTIONS_FILE
-    if (out / MANIFEST).exists():
-        known = check_folder(out, made_by)
-        remove_parts(out)
-        return list(known.values()), read_head(out)["skipped"]
+    folder = place(out, made_by, replace)
+    journal = folder / CAPTIONS_FILE
+    if (folder / MANIFEST).exists():
+        remove_parts(folder)
+        settle(folder, out)
+        return read_journal(out / CAPTIONS_FILE)[1:], read_head(out)["skipped"]
+    if settings.captioner:
+        locate_captioner(settings.captioner)  # before anything is written
     with only_writer(out):
-        known = check_folder(out, made_by)
+        known = {line["key"]: line for line in read_journal(journal)[1:]}
         bad: dict[str, str] = {}
         with open_journal(journal) as append:
             if not known and not read_journal(journal):
@@ -231,7 +255,7 @@ def caption(
                     known[line["key"]] = line
         good = [ref for ref in refs if ref.key not in bad]
         write_lines(journal, [{"made_by": made_by}, *(known[ref.key] for ref in good)])
-        with ShardWriter(out, max_clips=max_clips, max_bytes=max_bytes, made_by=made_by) as writer:
+        with ShardWriter(folder, max_clips=max_clips, max_bytes=max_bytes, made_by=made_by) as writer:
             for ref in tqdm(good, unit="clip", desc="copies"):
                 if ref.key in writer:
                     continue
@@ -241,16 +265,8 @@ def caption(
                     bad[error.key] = error.reason
                     check_budget(bad, bad_clip_budget)
             writer.skipped = dict(sorted(bad.items()))
+    settle(folder, out)
     return [known[ref.key] for ref in good], writer.skipped
-
-
-def check_folder(out: Path, made_by: Mapping[str, Any]) -> dict[str, Line]:
-    """Key -> line of an earlier run with these settings; ShardError if it had others."""
-    lines = read_journal(out / CAPTIONS_FILE)
-    found = [line["made_by"] for line in lines[:1]] + ([read_head(out)["made_by"]] if (out / MANIFEST).exists() else [])
-    if any(other != made_by for other in found):
-        raise ShardError(f"{out} holds captions that were made otherwise. Name another folder or remove it first.")
-    return {line["key"]: line for line in lines[1:]}
 
 
 def with_prompt(meta: bytes, prompt: str) -> bytes:
@@ -306,6 +322,7 @@ def main(cfg: DictConfig) -> None:
             device=cfg.device,
             executor=cfg.executor,
             workers=cfg.workers,
+            replace=cfg.replace,
         )
         counts = ", ".join(
             f"{count} {origin}" for origin, count in Counter(line["from"] for line in lines).most_common()

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -12,8 +13,10 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from acetate.alpha import checkerboard, over
 from acetate.data.transforms import to_float
+from acetate.models.hub import from_hub, is_hub_name
 
 GREY = 0.0  # in [-1, 1]
+NOT_READ = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.onnx", "*.gguf", "*.py")  # of a repository
 
 
 @dataclass(frozen=True)
@@ -57,16 +60,32 @@ def sheet(tiles: Sequence[Image.Image]) -> Image.Image:
     return whole
 
 
+def locate_captioner(name: str) -> Path:
+    """The folder of a captioner; FileNotFoundError within seconds for one that is not there."""
+    folder = Path(name).expanduser()
+    if (folder / "config.json").is_file():
+        return folder
+    if folder.exists() or not is_hub_name(name):
+        lost = "holds no config.json" if folder.exists() else "does not exist"
+        raise FileNotFoundError(
+            f"captioner={name} {lost}; give the folder of an image-text-to-text model of transformers, or a hub name "
+            "such as HuggingFaceTB/SmolVLM2-500M-Video-Instruct."
+        )
+    return from_hub(name, "captioner", ignore=NOT_READ)
+
+
 class Captioner:
-    """name: a folder or a hub name of transformers' image-text-to-text kind. Weights are read from safetensors only.
+    """folder: of transformers' image-text-to-text kind. Weights are read from safetensors only, code is not run.
 
     The answer is the most likely one, so that it depends on the pictures alone. A processor without a chat template
     (BLIP and its like) takes one sheet, and the instruction is not said.
     """
 
-    def __init__(self, name: str, *, instruction: str, look: Look, max_tokens: int, dtype: str, device: str):
-        self.processor = AutoProcessor.from_pretrained(name)
-        model = AutoModelForImageTextToText.from_pretrained(name, dtype=getattr(torch, dtype), use_safetensors=True)
+    def __init__(self, folder: Path, *, instruction: str, look: Look, max_tokens: int, dtype: str, device: str):
+        self.processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
+        model = AutoModelForImageTextToText.from_pretrained(
+            folder, dtype=getattr(torch, dtype), use_safetensors=True, trust_remote_code=False
+        )
         self.model = model.to(device).eval()
         self.chats = getattr(self.processor, "chat_template", None) is not None
         self.instruction, self.max_tokens = instruction, max_tokens

@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from acetate.data.transforms import resize, to_float
+from acetate.media.clip import LIMITS
 from acetate.video_io import Rect
-from data_prep.decisions import AUTO, OVERRIDES, Decisions
+from data_prep.decisions import AUTO, Decisions, check_choices
 
 Frames = NDArray[np.uint8]
 Indices = NDArray[np.int64]
@@ -48,9 +49,7 @@ class Settings:
         for name in ("empty", "full", "flickers"):
             if getattr(self, name) not in ("refuse", "keep"):
                 raise ValueError(f"{name}={getattr(self, name)}; choose refuse or keep")
-        unknown = sorted(set(self.choices) - set(OVERRIDES))
-        if unknown:
-            raise ValueError(f"choices: {', '.join(unknown)} unknown; known: {', '.join(OVERRIDES)}")
+        check_choices(self.choices)
 
     def apply(self, decisions: Decisions) -> Decisions:
         """With what the command line decides for every clip."""
@@ -83,7 +82,7 @@ def done(decisions: Decisions, settings: Settings) -> dict[str, str]:
     if decisions.colour == "matte":
         steps["colour"] = f"foreground estimated: {why.get('colour', '')}"
     elif decisions.colour != "straight":
-        steps["colour"] = f"{decisions.colour} taken out: {why.get('colour', '')}"
+        steps["colour"] = f"{decisions.colour} taken out ({why.get('colour', '')})"
     if decisions.matte != "normal":
         steps["matte"] = f"kept although alpha is {decisions.matte}: {why.get('matte', '')}"
     if settings.trim and decisions.visible:
@@ -102,6 +101,18 @@ def shots(frames: int, fps: float, decisions: Decisions, settings: Settings) -> 
         count = -(-len(shot) // settings.max_frames)
         taken += [shot[i * len(shot) // count : (i + 1) * len(shot) // count] for i in range(count)]
     return taken
+
+
+def too_many(frames: int, fps: float, settings: Settings) -> str | None:
+    """Why a clip is refused that the wanted rate would repeat without end."""
+    most = max(LIMITS.max_frames, frames)
+    count = frames * (settings.fps or fps) / fps
+    if count <= most:
+        return None
+    return (
+        f"fps={settings.fps:g} would make {count:,.0f} frames of its {frames} at {fps:g} frames a second; at most "
+        f"{most:,}. Give a lower fps, or fps=null"
+    )
 
 
 def resample(frames: int, fps: float, target: float | None) -> Indices:
@@ -224,9 +235,13 @@ def _bleed(frame: Frames, radius: int | None, trusted: int) -> Frames:
 
 def _within(mask: torch.Tensor, radius: int) -> torch.Tensor:
     """(1, 1, H, W): whether a True lies in the square of 2 radius + 1 pixels around."""
-    side = 2 * radius + 1
-    rows = F.max_pool2d(mask.float(), (side, 1), 1, (radius, 0))
-    return F.max_pool2d(rows, (1, side), 1, (0, radius)) > 0
+    for axis in (2, 3):
+        lines = mask.movedim(axis, -1)
+        places = torch.arange(side := lines.shape[-1])
+        sums = F.pad(lines.cumsum(-1), (1, 0))  # so that the cost does not grow with the radius
+        last, first = (places + min(radius, side) + 1).clamp_max(side), (places - min(radius, side)).clamp_min(0)
+        mask = (sums[..., last] > sums[..., first]).movedim(-1, axis)
+    return mask
 
 
 def _push_pull(colour: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

@@ -29,6 +29,7 @@ class Decisions:
     still: bool  # every frame shows the same
     cuts: tuple[int, ...]  # first frames of the second and later shots
     reasons: dict[str, str] = field(default_factory=dict)  # field -> why
+    figures: dict[str, float] = field(default_factory=dict)  # that colour was decided by
 
     def __post_init__(self) -> None:
         for name, choices in (("colour", get_args(Colour)), ("matte", get_args(Matte)), ("still", (True, False))):
@@ -52,7 +53,7 @@ class Decisions:
     def of_json(cls, value: Mapping[str, Any]) -> "Decisions":
         """Inverse of `as_json`; ValueError names an unknown, missing or impossible entry."""
         known = {entry.name for entry in fields(cls)}
-        wrong = sorted(value.keys() ^ known)
+        wrong = sorted(value.keys() ^ known - ({"figures"} - value.keys()))  # which older manifests lack
         if wrong:
             raise ValueError(f"decisions: {', '.join(wrong)} unknown or missing; they are {', '.join(sorted(known))}")
         sequences = {name: None if value[name] is None else tuple(value[name]) for name in ("crop", "visible", "cuts")}
@@ -82,6 +83,26 @@ class Decisions:
         return json.loads(json.dumps(asdict(self)))
 
 
+def check_choices(choices: Mapping[str, str], prefix: str = "") -> None:
+    """ValueError for a choice that no clip can take, before any is read. prefix: of the setting's name."""
+    plain = Decisions(
+        colour="straight", confidence=1, alpha_low=0, alpha_high=255, matte="normal", crop=None, visible=None,
+        still=False, cuts=(),
+    )  # fmt: skip
+    unknown = sorted(choices.keys() - set(OVERRIDES))
+    if unknown:
+        raise ValueError(f"{prefix}{unknown[0]} cannot be chosen; known: {', '.join(OVERRIDES)}")
+    try:
+        plain.overridden("the command line", choices)
+    except ValueError as error:
+        raise ValueError(f"{prefix}{error}") from error
+
+
+TAKES = {
+    "colour": "straight, black, white or matte", "alpha_low": "0 to 255", "alpha_high": "0 to 255",
+    "matte": "normal, empty, full or flickers", "crop": 'false or "x y width height"', "still": "true or false",
+    "cuts": 'false or first frames of the later shots, "12 40"',
+}  # fmt: skip
 OVERRIDES = ("colour", "alpha_low", "alpha_high", "matte", "crop", "still", "cuts")
 
 
@@ -101,5 +122,5 @@ def _parse(name: str, text: str) -> Any:
             case "cuts":
                 return () if text == "false" else tuple(map(int, text.split()))
     except (KeyError, ValueError) as error:
-        raise ValueError(f"{name}={text!r} cannot be read; see Decisions.overridden for what {name} takes") from error
+        raise ValueError(f"{name}={text}; {TAKES[name]}, or auto for what is measured") from error
     raise ValueError(f"{name} cannot be chosen; known: {', '.join(OVERRIDES)}")

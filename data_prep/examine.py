@@ -6,7 +6,7 @@ import re
 import resource
 import signal
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -30,10 +30,11 @@ from acetate.video_io import (
 )
 from data_prep.analysis import analyse
 from data_prep.candidates import Candidate, column, sidecar
-from data_prep.decisions import OVERRIDES
+from data_prep.decisions import OVERRIDES, check_choices
 
 Kind = Literal["still", "sequence", "video", "pair", "matte", "packed"]
 M_MMAP_THRESHOLD = -3  # of glibc's mallopt
+FROM_NAME = "Transparent background: "  # begins prompts that are made of file names
 SLEEPING = 10  # times as long by the clock as by the processor
 BYTES_PER_DECODED = 2.5  # memory that reading and measuring take, for each byte of the decoded clip
 PREMULTIPLIED = {"": None, "1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
@@ -86,9 +87,7 @@ class Settings:
         for name in ("max_pixels", "max_frames", "memory_gb", "seconds", "megapixels_per_second"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name}={getattr(self, name)}; must be above 0")
-        for name in self.choices:
-            if name not in OVERRIDES:
-                raise ValueError(f"override.{name} cannot be chosen; known: {', '.join(OVERRIDES)}")
+        check_choices(self.choices, "override.")
 
 
 SETTINGS = Settings()
@@ -153,11 +152,24 @@ def lost(task: Task, reason: str) -> Outcome:
     return Outcome(None, said, 0.0)
 
 
+def said_of_names(prompts: Sequence[str]) -> str | None:
+    """How many prompts are mere file names, and what to do; None if none is."""
+    found = [prompt for prompt in prompts if prompt.startswith(FROM_NAME)]
+    if not found:
+        return None
+    examples = ", ".join(f'"{text.removeprefix(FROM_NAME)}"' for text in dict.fromkeys(found[:3]))
+    return (
+        f"{len(found)} of {len(prompts)} prompts are made of file names ({examples}), which a DiT learns nothing from: "
+        "write NAME.txt beside the files or a column prompt into a table, or caption the shards "
+        "(python -m data_prep.caption, with captioner= or prompts=)"
+    )
+
+
 def prompt_from_name(name: str) -> str:
     """Words of a file name, without numbers and hashes where something else is left."""
     words = re.split(r"[\W_]+", name)
     telling = [word for word in words if word.isalpha() and len(word) > 1]
-    return f"Transparent background: {' '.join(telling or words)}"
+    return f"{FROM_NAME}{' '.join(telling or words)}"
 
 
 def _allow(task: Task, seconds: float) -> None:

@@ -20,6 +20,7 @@ from typing import Any, Protocol, TypeVar
 EXECUTORS = ("local", "ray")
 OVERRAN = "took more than {:g} s, so that its worker process was stopped"
 OVERRUN_SIGNALS = ("SIGPROF", "SIGALRM")  # of a process that set itself a time limit
+MOST_PER_CORE = 32  # processes; more wait for each other and fill the memory
 AHEAD = 4  # items per worker that are begun before their results are asked for
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -91,7 +92,9 @@ def parallel(
         try:
             from data_prep.on_ray import start_team
         except ImportError as error:
-            raise ImportError(f"executor=ray: {error}. Install acetate[ray] or use executor=local.") from error
+            raise ImportError(
+                f"executor=ray: {error}. In the clone: pip install -e '.[ray]'; or use executor=local."
+            ) from error
         team = start_team(function, setup, workers, gpus)
     else:
         team = [LocalWorker(function, setup, number) for number in range(workers)]
@@ -100,6 +103,12 @@ def parallel(
 
 def check(executor: str, workers: int) -> None:
     """ValueError for settings that `parallel` refuses: for commands, before they load or write anything."""
+    most = MOST_PER_CORE * (os.cpu_count() or 1)
+    if executor == "local" and workers > most:
+        raise ValueError(
+            f"workers={workers}; this machine has {os.cpu_count()} cores, at most {MOST_PER_CORE} processes for each: "
+            f"{most}"
+        )
     if executor not in EXECUTORS:
         raise ValueError(f"executor={executor}; choose {' or '.join(EXECUTORS)}")
     if workers < 0:

@@ -1,7 +1,6 @@
 """Copies the clips that pass the rules, byte for byte, into shards of their own and says why the others fall."""
 
 import hashlib
-import json
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
+from yaml import YAMLError
 
 from acetate.commands.program import program
 from acetate.data.shards import (
@@ -35,12 +35,13 @@ from acetate.data.store import listed
 from acetate.draws import stable_hash
 from data_prep import scores as scoring
 from data_prep.executor import check, parallel
+from data_prep.folders import check_folder, place, settle
 from data_prep.ingest import check_budget, print_bad
 from data_prep.journal import Line, only_writer, open_journal, read_journal, write_lines
 from data_prep.scores import SCORES, repeats
 
 SCORES_FILE, REJECTED_FILE = "scores.jsonl", "rejected.jsonl"
-FIELDS = {"key", "look", "crc32", "code"}  # and, of lines of this code, all scores
+FIELDS = {"key", "look", "colours", "crc32", "code"}  # and, of lines of this code, all scores
 PREVIEW_CLIPS = 32
 CODE = hashlib.sha256(Path(scoring.__file__).read_bytes()).hexdigest()[:12]
 
@@ -60,14 +61,18 @@ class Rule:
 
 @dataclass(frozen=True)
 class Duplicates:
-    """distance: bits of 128 that two looks may differ in. keep: the best (most pixels, then sharpest) or the first."""
+    """distance: bits of 128 that two looks may differ in; colour: steps of 255 that their mean colours may. keep: the
+    best (most pixels, then sharpest) or the first."""
 
     distance: int
+    colour: int
     keep: Literal["best", "first"]
 
     def __post_init__(self) -> None:
         if not 0 <= self.distance <= 32:
             raise ValueError(f"duplicates.distance={self.distance}; 0 to 32 of 128 bits, 6 is a good start")
+        if not 0 <= self.colour <= 255:
+            raise ValueError(f"duplicates.colour={self.colour}; 0 to 255 steps of a mean colour, 32 is a good start")
         if self.keep not in ("best", "first"):
             raise ValueError(f"duplicates.keep={self.keep}; choose best or first")
 
@@ -90,6 +95,32 @@ def parse_rules(rules: Mapping[str, Any]) -> dict[str, Rule]:
     return parsed
 
 
+def load_rules(rules: DictConfig | str | None) -> dict[str, Rule]:
+    """Of the setting, or of the YAML file that it names."""
+    if isinstance(rules, str):
+        if not Path(rules).is_file():
+            raise FileNotFoundError(f"rules={rules} does not exist; name a YAML file of {{score: {{min, max}}}}")
+        try:
+            loaded = OmegaConf.load(rules)
+        except YAMLError as error:
+            raise ValueError(f"rules={rules} is not YAML: {' '.join(str(error).split())}") from error
+    else:
+        loaded = rules
+    found = OmegaConf.to_container(loaded, resolve=True) if loaded is not None else {}
+    if not isinstance(found, dict):
+        raise ValueError(f"rules={found}; give {{score: {{min: NUMBER, max: NUMBER}}}} or a YAML file of that")
+    return parse_rules({str(name): ends for name, ends in found.items()})
+
+
+def duplicates_of(setting: DictConfig | None) -> Duplicates | None:
+    """null keeps them all."""
+    if setting is None:
+        return None
+    if not isinstance(setting, Mapping) or setting.keys() != {"distance", "colour", "keep"}:
+        raise ValueError(f"duplicates={setting}; null, or {{distance: BITS, colour: STEPS, keep: best or first}}")
+    return Duplicates(**setting)
+
+
 def score_clips(
     refs: Sequence[ClipRef], known: Mapping[str, Line], executor: str, workers: int
 ) -> Iterator[Line | BadClip]:
@@ -101,10 +132,10 @@ def score_clips(
 
 def score_clip(ref: ClipRef) -> Line | BadClip:
     try:
-        values, look = scoring.score(read_clip(ref))
+        values, look, colours = scoring.score(read_clip(ref))
     except BadClip as bad:
         return bad
-    return {"key": ref.key, **values, "look": look, "crc32": ref.crc32, "code": CODE}
+    return {"key": ref.key, **values, "look": look, "colours": colours, "crc32": ref.crc32, "code": CODE}
 
 
 def current(line: Line | None, ref: ClipRef) -> bool:
@@ -126,7 +157,8 @@ def judge(lines: Sequence[Line], rules: Mapping[str, Rule], duplicates: Duplicat
         rest = [line for line in lines if line["key"] not in fallen]
         if duplicates.keep == "best":
             rest.sort(key=lambda line: (-pixels(line), -line["sharpness"], line["key"]))
-        found = repeats([line["look"] for line in rest], duplicates.distance)
+        looks, shades = ([line[name] for line in rest] for name in ("look", "colours"))
+        found = repeats(looks, shades, duplicates.distance, duplicates.colour)
         for line, match in zip(rest, found, strict=True):
             if match is not None:
                 other, bits = match
@@ -152,14 +184,16 @@ def filter_clips(
     bad_clip_budget: int,
     executor: str,
     workers: int,
+    replace: bool = False,
 ) -> tuple[list[Line], list[Line], dict[str, str]]:
     """Writes shards, scores.jsonl and rejected.jsonl; returns the lines of both and key -> reason of unreadable clips.
 
     Scores in `out`, from a run that was interrupted, and in the file `scores` are not measured again. A folder that
-    already holds this very choice is left as it is; ShardError if it holds another, and if no clip is kept. TooManyBad
-    past the budget.
+    already holds this very choice is left as it is; one that holds another is made anew with `replace`, else
+    ShardError, as if no clip is kept. TooManyBad past the budget.
     """
     check(executor, workers)
+    check_folder(out, shards)
     refs = index_shards(shards)
     made_by = {
         "command": "data_prep.filter",
@@ -170,19 +204,15 @@ def filter_clips(
             "shards_sha256": [hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest() for folder in shards],
         },
     }  # fmt: skip
-    if (out / MANIFEST).exists():
-        head = read_head(out)
-        if head["made_by"] != json.loads(json.dumps(made_by)):
-            raise ShardError(
-                f"{out} holds shards that were made otherwise. Name another folder or remove it first; "
-                f"scores={out / SCORES_FILE} saves measuring again."
-            )
-        remove_parts(out)
-        return read_journal(out / SCORES_FILE), read_journal(out / REJECTED_FILE), head["skipped"]
+    folder = place(out, made_by, replace)
+    if (folder / MANIFEST).exists():
+        remove_parts(folder)
+        settle(folder, out)
+        return read_journal(out / SCORES_FILE), read_journal(out / REJECTED_FILE), read_head(out)["skipped"]
     with only_writer(out):
-        known = read_scores(scores, out / SCORES_FILE)
+        known = read_scores(scores, out / SCORES_FILE, folder / SCORES_FILE)
         bad: dict[str, str] = {}
-        with open_journal(out / SCORES_FILE) as append:
+        with open_journal(folder / SCORES_FILE) as append:
             for line in score_clips(refs, known, executor, workers):
                 if isinstance(line, BadClip):
                     bad[line.key] = line.reason
@@ -194,11 +224,13 @@ def filter_clips(
         lines = [known[ref.key] for ref in good]
         rejected = judge(lines, rules, duplicates)
         fallen = {line["key"] for line in rejected}
+        if not good:
+            raise ShardError(f"none of the {len(refs)} clips can be read: {next(iter(bad.values()))}")
         if len(fallen) == len(good):
             raise ShardError(f"the rules reject all {len(good)} clips ({tally(rejected)}); loosen them.")
-        write_lines(out / SCORES_FILE, lines)
-        write_lines(out / REJECTED_FILE, rejected)
-        with ShardWriter(out, max_clips=max_clips, max_bytes=max_bytes, made_by=made_by) as writer:
+        write_lines(folder / SCORES_FILE, lines)
+        write_lines(folder / REJECTED_FILE, rejected)
+        with ShardWriter(folder, max_clips=max_clips, max_bytes=max_bytes, made_by=made_by) as writer:
             for ref in tqdm([ref for ref in good if ref.key not in fallen], unit="clip", desc="copies"):
                 if ref.key in writer:
                     continue
@@ -208,12 +240,13 @@ def filter_clips(
                     bad[error.key] = error.reason
                     check_budget(bad, bad_clip_budget)
             writer.skipped = dict(sorted(bad.items()))
+    settle(folder, out)
     return lines, rejected, writer.skipped
 
 
 def read_scores(*files: Path | None) -> dict[str, Line]:
     """Key -> line; later files win. ValueError for a line that holds no scores."""
-    for file in files[:-1]:
+    for file in files[:1]:
         if file is not None and not file.is_file():
             raise FileNotFoundError(f"scores={file} does not exist; data_prep.filter writes {SCORES_FILE} into `out`.")
     known = {}
@@ -267,9 +300,7 @@ def main(cfg: DictConfig) -> None:
     console = Console(markup=False, highlight=False)
     out = Path(cfg.out)
     shards = [Path(folder) for folder in listed(cfg.shards)]
-    loaded = OmegaConf.load(cfg.rules) if isinstance(cfg.rules, str) else cfg.rules
-    rules = parse_rules(OmegaConf.to_container(loaded, resolve=True))  # type: ignore[arg-type]  names are strings
-    duplicates = Duplicates(**cfg.duplicates) if cfg.duplicates else None
+    rules, duplicates = load_rules(cfg.rules), duplicates_of(cfg.duplicates)
     scores = Path(cfg.scores) if cfg.scores else None
     if cfg.preview:
         total, lines, bad = preview(shards, [scores, out / SCORES_FILE], cfg.executor, cfg.workers)
@@ -292,6 +323,7 @@ def main(cfg: DictConfig) -> None:
             bad_clip_budget=cfg.bad_clip_budget,
             executor=cfg.executor,
             workers=cfg.workers,
+            replace=cfg.replace,
         )
         text = f"{out}: reasons in {REJECTED_FILE}, all scores in {SCORES_FILE}"
     fallen = len({line["key"] for line in rejected})

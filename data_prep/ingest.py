@@ -1,11 +1,10 @@
 """Finds RGBA material in a folder, decodes each clip once, and writes one JSON line for it: what it is and shows."""
 
 import hashlib
-import json
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -19,11 +18,25 @@ from rich.text import Text
 from tqdm import tqdm
 
 from acetate.commands.program import program
-from acetate.video_io import IMAGES, OPAQUE_IMAGES
+from acetate.data.shards import write_json
+from acetate.replacing import check_out
+from acetate.video_io import IMAGES, OPAQUE_IMAGES, VIDEOS
 from data_prep.candidates import Folder, clip_key, sidecar, survey
-from data_prep.examine import SETTINGS, Found, Outcome, Settings, Task, as_json, examine, guard, lost, of_json
+from data_prep.examine import (
+    SETTINGS,
+    Found,
+    Outcome,
+    Settings,
+    Task,
+    as_json,
+    examine,
+    guard,
+    lost,
+    of_json,
+    said_of_names,
+)
 from data_prep.executor import check, parallel
-from data_prep.journal import encode, lock_of, only_writer, open_journal, read_journal
+from data_prep.journal import lock_of, only_writer, open_journal, read_journal, write_lines
 
 SHOWN_BAD = 20
 
@@ -59,9 +72,12 @@ def ingest(
 
     What is finished is kept in NAME.journal.jsonl until all is, so that a run that was interrupted goes on. Each file
     is decoded in a process that may be killed, except with workers=0. Raises FileNotFoundError without a source,
-    ValueError for a table that cannot be used, and TooManyBad past the budget, which writes the report alone.
+    ValueError for a table that cannot be used, and TooManyBad past the budget or ValueError where no clip is found,
+    which write the report alone.
     """
     check(executor, workers)
+    if not preview:
+        check_out(out)
     source, journal = source.resolve(), out.with_name(out.stem + ".journal.jsonl")
     written = {path.resolve() for path in (out, report_of(out), journal, lock_of(out))}
     with nullcontext() if preview else only_writer(out):
@@ -79,9 +95,13 @@ def ingest(
         files = _account(source, written, folder, tasks, outcomes)
         if not preview:
             report = {"clips": len(clips), "bad": bad, "files": files}
-            _write(report_of(out), json.dumps(report, ensure_ascii=False, indent=1) + "\n")
+            if files:
+                write_json(report_of(out), report)
             check_budget(bad, bad_clip_budget)
-            _write(out, "".join(encode(asdict(clip)) for clip in clips))
+            if not clips:
+                journal.unlink(missing_ok=True)
+                raise ValueError(nothing_found(source, files, bad, report_of(out)))
+            write_lines(out, map(asdict, clips))
             journal.unlink(missing_ok=True)
     return Ingested(clips, bad, files, sum(outcome.seconds for outcome in fresh.values()))
 
@@ -178,11 +198,20 @@ def _account(
     return [accounts[name] for name in sorted(accounts)]
 
 
-def _write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+def nothing_found(source: Path, files: Sequence[dict[str, str]], bad: Mapping[str, str], report: Path) -> str:
+    """What to say where no clip came of a folder: what was looked for, and what there was."""
+    looked = (
+        f"{', '.join(IMAGES + VIDEOS)} with alpha, pairs of colour and alpha (NAME_fgr + NAME_pha, NAME + NAME_matte), "
+        "and videos with both in one picture, in it and the folders below"
+    )
+    if not files:
+        return f"source={source} holds no files; looked for {looked}"
+    why = [f"{key}: {reason}" for key, reason in bad.items()]
+    why += [f"{file['file']}: {file['ignored']}" for file in files if "ignored" in file]
+    return (
+        f"source={source}: none of its {len(files)} files became a clip ({'; '.join(why[:3])}; {report} has all). "
+        f"Looked for {looked}"
+    )
 
 
 def print_bad(console: Console, bad: Mapping[str, str], file: Path | None) -> None:
@@ -211,6 +240,8 @@ def print_summary(console: Console, out: Path, report: Path | None, result: Inge
         soft_wrap=True,
     )
     console.print(table)
+    if said := said_of_names([clip.prompt for clip in result.clips]):
+        console.print(said, soft_wrap=True)
     for reason, count in Counter(map(kind_of_reason, result.bad.values())).most_common():
         console.print(f"{count} refused: {reason}", soft_wrap=True)
     print_bad(console, result.bad, report)
@@ -232,8 +263,8 @@ def print_preview(console: Console, clips: list[Found]) -> None:
         rate = f" at {clip.fps:.4g} fps" if clip.fps else ""
         said = "; ".join(["", *clip.notes, *found])
         console.print(
-            f"{clip.key}: {clip.kind}, {clip.frames} of {clip.width}x{clip.height}{rate}, colour {decisions['colour']} "
-            f"({decisions['confidence']:.2f}){said}",
+            f"{clip.key}: {clip.kind}, {clip.frames} of {clip.width}x{clip.height}{rate}, colour "
+            f"{decisions.get('reasons', {}).get('colour', decisions['colour'])}{said}",
             soft_wrap=True,
         )
 

@@ -18,15 +18,19 @@ from rich.table import Table
 from tqdm import tqdm
 
 from acetate.commands.program import program
-from acetate.data.latents import bucket_sizes, plan
+from acetate.data.latents import Piece, bucket_sizes, plan
 from acetate.data.shards import BadClip, ClipRef, index_shards, read_clip, read_manifest, read_meta
 from acetate.data.store import listed
+from acetate.data.transforms import check_frames
 from acetate.draws import stable_hash
 from acetate.memory import blank_vae
 from acetate.models.wan import Geometry
+from acetate.replacing import check_out, written
+from data_prep.examine import said_of_names
 from data_prep.executor import parallel
 from data_prep.ingest import print_bad
-from data_prep.report import Entry, Picture, Report, render
+from data_prep.latent_plan import check_area, check_list
+from data_prep.report import Bucket, Entry, Picture, Report, render
 
 WEBP_SIDE = 16383  # pixels, the format's limit
 
@@ -51,12 +55,18 @@ def inspect(
     data_prep.cache_latents would sort the clips by. Clips that cannot be read are listed beside those that the shards'
     own manifests name.
     """
+    check_list("lengths", lengths, "[17,49,81]")
     for name, value in (("sample", sample), ("frames", frames), ("side", side)):
         if value < 1:
             raise ValueError(f"{name}={value}; must be at least 1")
     if frames * side > WEBP_SIDE:
         raise ValueError(f"frames={frames}, side={side}; side by side they must not pass {WEBP_SIDE} pixels")
+    geometry = Geometry.of(blank_vae(vae))
+    multiple = 2 * geometry.space_stride
+    for length in lengths:
+        check_frames("lengths", length, geometry.time_stride)
     refs = index_shards(shards)
+    check_area(refs, area)
     manifests = [read_manifest(folder) for folder in shards]
     skipped = {key: reason for manifest in manifests for key, reason in manifest.get("skipped", {}).items()}
     chosen = sorted(refs, key=lambda ref: (stable_hash("inspect", seed, ref.key), ref.key))[:sample]
@@ -76,17 +86,38 @@ def inspect(
             entries.append(describe(ref, read_meta(ref), pictures.get(ref.key)))
         except BadClip as bad:
             skipped[ref.key] = bad.reason
-    multiple = 2 * Geometry.of(blank_vae(vae)).space_stride
     pieces = plan(refs, lengths, bucket_sizes(area, max_aspect, multiple), variants=1)
     return Report(
         title=", ".join(map(str, shards)),
         made_by="made by " + " and ".join(dict.fromkeys(map(command_of, manifests))),
         stored=sum(shard["bytes"] for manifest in manifests for shard in manifest["shards"]),
         entries=entries,
-        buckets=Counter((piece.frames, piece.height, piece.width) for piece in pieces if piece.ref.key not in skipped),
+        buckets=buckets_of([piece for piece in pieces if piece.ref.key not in skipped]),
         pixels_at_most=area,
         seed=seed,
         skipped=dict(sorted(skipped.items())),
+    )
+
+
+def buckets_of(pieces: Sequence[Piece]) -> dict[tuple[int, int, int], Bucket]:
+    found: dict[tuple[int, int, int], list[Piece]] = {}
+    for piece in pieces:
+        found.setdefault((piece.frames, piece.height, piece.width), []).append(piece)
+    return {size: bucket_of(mine) for size, mine in found.items()}
+
+
+def bucket_of(pieces: Sequence[Piece]) -> Bucket:
+    """pieces: all windows of one bucket."""
+    clips = {piece.ref.key: piece for piece in pieces}.values()
+    larger = [piece.enlarged for piece in clips if piece.enlarged > 1]
+    short = [piece.ref.frames for piece in clips if piece.ref.frames < piece.frames]
+    return Bucket(
+        windows=len(pieces),
+        clips=len(clips),
+        enlarged=len(larger),
+        most_enlarged=max(larger, default=1.0),
+        looped=sum(frames > 1 for frames in short),
+        held=short.count(1),
     )
 
 
@@ -147,22 +178,33 @@ def print_summary(console: Console, report: Report) -> None:
     shown = len(report.pictured)
     if shown < len(entries):
         console.print(f"Alpha is of a sample of {shown} clips, seed {report.seed}.")
+    table = Table("frames x height x width", "windows", "clips", "of these")
+    order = sorted(report.buckets.items(), key=lambda item: -item[1].windows)
+    for size, bucket in order[:8]:
+        table.add_row("x".join(map(str, size)), str(bucket.windows), str(bucket.clips), bucket.said)
+    if len(order) > 8:
+        table.add_row(f"{len(order) - 8} more", str(sum(bucket.windows for _, bucket in order[8:])), "", "")
+    console.print(table)
     for title, counts in (
         ("size (width x height)", Counter(f"{entry.width}x{entry.height}" for entry in entries)),
-        ("bucket (frames x height x width)", Counter({"x".join(map(str, b)): n for b, n in report.buckets.items()})),
         ("licence", Counter(entry.licence for entry in entries)),
     ):
-        table = Table(title, "windows" if title.startswith("bucket") else "clips")
+        table = Table(title, "clips")
         for name, count in counts.most_common(8):
             table.add_row(name, str(count))
         if len(counts) > 8:
             table.add_row(f"{len(counts) - 8} more", str(sum(n for _, n in counts.most_common()[8:])))
         console.print(table)
+    if said := said_of_names([entry.prompt for entry in entries]):
+        console.print(said, soft_wrap=True)
     print_bad(console, report.skipped, None)
 
 
 @program("prep/inspect")
 def main(cfg: DictConfig) -> None:
+    if cfg.out and not cfg.preview:
+        check_out(Path(cfg.out))
+    lengths: Any = OmegaConf.to_container(cfg.lengths, resolve=True) if OmegaConf.is_list(cfg.lengths) else cfg.lengths
     report = inspect(
         shards=[Path(folder) for folder in listed(cfg.shards)],
         sample=cfg.sample,
@@ -170,7 +212,7 @@ def main(cfg: DictConfig) -> None:
         frames=cfg.frames,
         side=cfg.side,
         vae=cfg.wan.vae,
-        lengths=OmegaConf.to_container(cfg.lengths, resolve=True),  # type: ignore[arg-type]  a list of integers
+        lengths=lengths,
         area=cfg.area,
         max_aspect=cfg.max_aspect,
         executor=cfg.executor,
@@ -181,10 +223,8 @@ def main(cfg: DictConfig) -> None:
     if cfg.preview or not cfg.out:
         return
     out = Path(cfg.out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(out.name + ".tmp")
-    temporary.write_text(render(report), encoding="utf-8")
-    temporary.replace(out)
+    with written(out) as file:
+        file.write(render(report))
     console.print(f"{out}: {out.stat().st_size / 2**20:.1f} MiB, {len(report.pictured)} clips with pictures")
 
 

@@ -8,6 +8,8 @@ from typing import Any, Protocol
 
 from filelock import FileLock, Timeout
 
+from acetate.replacing import writing, written
+
 Line = dict[str, Any]
 
 
@@ -35,14 +37,17 @@ def read_journal(path: Path) -> list[Line]:
 @contextmanager
 def open_journal(path: Path) -> Iterator[Append]:
     """Appends lines, each on the disk before the next; a last one that was cut off goes first."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "ab+") as file:
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(path, "ab+")  # noqa: SIM115  closed below
+    with file:
         file.seek(0)
         file.truncate(file.read().rfind(b"\n") + 1)
 
         def append(line: Mapping[str, Any]) -> None:
-            file.write(encode(line).encode())
-            file.flush()
+            with writing(path):
+                file.write(encode(line).encode())
+                file.flush()
 
         yield append
 
@@ -56,7 +61,8 @@ def lock_of(out: Path, rank: int = 0) -> Path:
 @contextmanager
 def only_writer(out: Path, rank: int = 0) -> Iterator[None]:
     """Of a file or folder; RuntimeError at once if another process writes it. Who is killed loses the lock."""
-    out.parent.mkdir(parents=True, exist_ok=True)
+    with writing(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(lock_of(out, rank))
     try:
         lock.acquire(timeout=0)
@@ -73,7 +79,5 @@ def only_writer(out: Path, rank: int = 0) -> Iterator[None]:
 
 def write_lines(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
     """Whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
+    with written(path) as file:
         file.writelines(map(encode, lines))
-    temporary.replace(path)

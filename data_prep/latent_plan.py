@@ -1,5 +1,6 @@
 """What data_prep.cache_latents makes of each clip: buckets, windows, and the background and place of each variant."""
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,9 @@ from acetate.data.transforms import check_frames, check_side
 from acetate.draws import generator_for
 from acetate.models.wan import Geometry
 
+MOST_ENLARGED = 32  # times a side
+MOST_PIXELS = 2**29  # of all frames of a piece: 8 GiB of colour and alpha as floats
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -21,10 +25,10 @@ class Settings:
 
     seed: int
     variants: int  # backgrounds per clip
-    frames: tuple[int, ...]  # lengths of buckets
+    frames: Sequence[int]  # lengths of buckets
     area: int  # pixels of a bucket, at most
     max_aspect: float
-    sizes: tuple[tuple[int, int], ...] | None  # (height, width) in place of area and max_aspect
+    sizes: Sequence[tuple[int, int]] | None  # (height, width) in place of area and max_aspect
     space_multiple: int | None  # pixels; None: twice the VAE's stride
     dtype: str  # of what is stored
     ellipse: Mapping[str, Any]  # keywords of fit_ellipses
@@ -38,16 +42,36 @@ class Settings:
             raise ValueError(f"dtype={self.dtype}; choose float16 or bfloat16")
         if self.per_tar < 1:
             raise ValueError(f"per_tar={self.per_tar}; must be at least 1")
-        if not self.frames or self.sizes == ():
-            raise ValueError("frames=[] or sizes=[]; name at least one")
+        check_list("frames", self.frames, "[17,49,81]")
+        if self.sizes is not None:
+            check_list("sizes", self.sizes, "[[48,64],[64,48]] (height, width)", pairs=True)
         if not 0 < self.smallest <= 1:
             raise ValueError(f"smallest={self.smallest}; a scale in (0, 1]. 1 leaves clips as they are")
         if self.max_aspect < 1:
             raise ValueError(f"max_aspect={self.max_aspect}; longer side over shorter, at least 1")
 
+    def background(self, piece: Piece) -> str:
+        return PALETTE_NAMES[background(self.seed, piece.ref.key, piece.variant)]
+
     @property
     def torch_dtype(self) -> torch.dtype:
         return getattr(torch, self.dtype)
+
+
+def check_list(name: str, value: Any, example: str, pairs: bool = False) -> None:
+    """ValueError unless it lists whole numbers of at least 1, or pairs of such."""
+
+    def good(entry: Any) -> bool:
+        return isinstance(entry, int) and not isinstance(entry, bool) and entry >= 1
+
+    def good_pair(entry: Any) -> bool:
+        return isinstance(entry, Sequence) and not isinstance(entry, str) and len(entry) == 2 and all(map(good, entry))
+
+    listed = isinstance(value, Sequence) and not isinstance(value, str) and len(value) > 0
+    if not (listed and all(map(good_pair if pairs else good, value))):
+        shown = list(value) if isinstance(value, tuple) else value
+        what = "pairs of whole numbers" if pairs else "whole numbers"
+        raise ValueError(f"{name}={shown}; a list of at least one of {what} from 1 on, as in {name}={example}")
 
 
 def plan_of(
@@ -61,11 +85,14 @@ def plan_of(
     check_side("space_multiple", multiple, geometry.space_stride)
     for length in settings.frames:
         check_frames("frames", length, geometry.time_stride)
+    if not settings.sizes:
+        check_area(refs, settings.area)
     sizes = settings.sizes or bucket_sizes(settings.area, settings.max_aspect, multiple)
     for size in sizes:
         for name, side in zip(("height", "width"), size, strict=True):
             check_side(f"sizes: {name}", side, multiple)
     pieces = plan(refs, settings.frames, sizes, settings.variants)
+    check_pieces(pieces)
     wanted = {f"{n}x{height}x{width}" for n in settings.frames for height, width in settings.sizes or ()}
     empty = sorted(wanted - {piece.bucket for piece in pieces})
     if empty and not allow_empty:
@@ -77,12 +104,42 @@ def plan_of(
     for piece in pieces:
         shown[piece.ref.key] += piece.frames if piece.variant == 0 else 0
     spare = [ref.frames - shown[ref.key] for ref in refs]
+    larger = {piece.ref.key: factor for piece in pieces if (factor := piece.enlarged) > 1}
     return pieces, {
         "unused_frames": sum(n for n in spare if n > 0),
         "short_clips": sum(n < 0 for n in spare),
+        **({"enlarged_clips": len(larger), "most_enlarged": round(max(larger.values()), 3)} if larger else {}),
         "geometry": {name: getattr(geometry, name) for name in ("channels", "time_stride", "space_stride")},
         "empty_buckets": empty,
     }
+
+
+def check_area(refs: Sequence[ClipRef], area: float) -> None:
+    """ValueError for buckets beyond the largest clip enlarged MOST_ENLARGED times a side."""
+    largest = max(refs, key=lambda ref: ref.height * ref.width)
+    most = MOST_ENLARGED**2 * largest.height * largest.width
+    if area > most:
+        raise ValueError(
+            f"area={area:g} is {math.sqrt(area / largest.height / largest.width):,.0f} times a side of the largest "
+            f"clip, {largest.key} ({largest.width}x{largest.height}); at most {MOST_ENLARGED} times, area={most}"
+        )
+
+
+def check_pieces(pieces: Sequence[Piece]) -> None:
+    """ValueError for one that is enlarged too much, or too large for any memory."""
+    for piece in pieces:
+        if piece.enlarged > MOST_ENLARGED:
+            raise ValueError(
+                f"bucket {piece.bucket} (frames x height x width) enlarges {piece.ref.key} "
+                f"({piece.ref.width}x{piece.ref.height}) {piece.enlarged:,.0f} times a side; at most {MOST_ENLARGED}. "
+                "Give smaller sizes or a smaller area."
+            )
+        if (pixels := piece.frames * piece.height * piece.width) > MOST_PIXELS:
+            raise ValueError(
+                f"bucket {piece.bucket} (frames x height x width), which {piece.ref.key} falls into, holds "
+                f"{pixels / 1e6:,.0f} megapixels over its frames; at most {MOST_PIXELS / 1e6:,.0f}. Give smaller "
+                "frames, sizes or area."
+            )
 
 
 def background(seed: int, clip: str, variant: int) -> int:

@@ -1,4 +1,4 @@
-"""Workers of data_prep.executor on a Ray cluster; needs the extra acetate[ray]."""
+"""Workers of data_prep.executor on a Ray cluster; needs the extra ray."""
 
 import logging
 import os

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from acetate.alpha import PALETTE, PALETTE_NAMES
+from data_prep.examine import said_of_names
 
 TEMPLATE = Path(__file__).with_name("report.html")
 SLOT = re.compile(r"<!-- slot:(\w+) -->")
@@ -60,14 +61,33 @@ class Entry:
 
 
 @dataclass(frozen=True)
+class Bucket:
+    """Windows and clips of a training bucket, and what it does to them: enlarged, played forth and back, held."""
+
+    windows: int
+    clips: int
+    enlarged: int
+    most_enlarged: float  # times a side
+    looped: int
+    held: int  # stills
+
+    @property
+    def said(self) -> str:
+        parts = [f"{self.enlarged} enlarged, up to {self.most_enlarged:.3g} times a side"] if self.enlarged else []
+        parts += [f"{self.looped} too short, played forth and back"] if self.looped else []
+        parts += [f"{self.held} stills, held"] if self.held else []
+        return "; ".join(parts)
+
+
+@dataclass(frozen=True)
 class Report:
-    """pixels_at_most and lengths: of the training buckets, (frames, height, width) -> windows."""
+    """pixels_at_most: of the training buckets, (frames, height, width) -> Bucket."""
 
     title: str
     made_by: str
     stored: int  # bytes
     entries: Sequence[Entry]
-    buckets: Mapping[tuple[int, int, int], int]
+    buckets: Mapping[tuple[int, int, int], Bucket]
     pixels_at_most: int
     seed: int
     skipped: Mapping[str, str]
@@ -137,7 +157,9 @@ def panels(report: Report) -> str:
     entries = report.entries
     shapes = Counter(sides(entry.width, entry.height) for entry in entries)
     lengths = Counter("still" if entry.frames == 1 else f"{entry.frames} frames" for entry in entries)
-    buckets = {sides(*bucket): count for bucket, count in report.buckets.items()}
+    buckets = {sides(*size): bucket.windows for size, bucket in report.buckets.items()}
+    notes = {sides(*size): bucket.said for size, bucket in report.buckets.items()}
+    named = said_of_names([entry.prompt for entry in entries])
     distinct = len({entry.prompt for entry in entries})
     parts = [
         panel("Sizes", "width and height in pixels", bars(shapes)),
@@ -145,11 +167,15 @@ def panels(report: Report) -> str:
         panel(
             "Training buckets",
             f"windows of frames, height and width; {report.pixels_at_most:,} pixels at most",
-            bars(buckets),
+            bars(buckets, notes),
         ),
         panel("Licences", "", bars(Counter(entry.licence for entry in entries))),
         panel("Sources", "", bars(Counter(entry.source for entry in entries))),
-        panel("Prompts", f"{distinct:,} different ones; words that tell them apart", bars(words(entries))),
+        panel(
+            "Prompts",
+            f"{distinct:,} different ones; words that tell them apart" + (f". {named}" if named else ""),
+            bars(words(entries)),
+        ),
     ]
     return "".join(parts)
 
@@ -170,18 +196,22 @@ def panel(title: str, note: str, body: str) -> str:
     return f'<section class="panel"><header><h3>{escape(title)}</h3>{note}</header>{body}</section>'
 
 
-def bars(counts: Mapping[str, int]) -> str:
-    """The most frequent ones; what remains in one line."""
+def bars(counts: Mapping[str, int], notes: Mapping[str, str] | None = None) -> str:
+    """The most frequent ones, each with its note, if it has one; what remains in one line."""
     order = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
     most = order[0][1] if order else 1
     rows = [
         f'<li><span title="{escape(name)}">{escape(name)}</span><b>{count:,}</b>'
-        f'<i style="--share:{100 * count / most:.4g}%"></i></li>'
+        f'<i style="--share:{100 * count / most:.4g}%"></i>{small_note((notes or {}).get(name, ""))}</li>'
         for name, count in order[:ROWS]
     ]
     if rest := order[ROWS:]:
         rows.append(f'<li class="rest"><span>{len(rest):,} more</span><b>{sum(n for _, n in rest):,}</b></li>')
     return f'<ul class="bars">{"".join(rows)}</ul>'
+
+
+def small_note(text: str) -> str:
+    return f'<small class="note">{escape(text)}</small>' if text else ""
 
 
 def alpha_panel(pictures: Sequence[Picture]) -> str:

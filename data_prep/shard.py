@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from acetate.commands.program import program
 from acetate.data.shards import (
+    LONGEST_KEY,
     MANIFEST,
     EncodedClip,
     ShardError,
@@ -26,15 +27,18 @@ from acetate.data.shards import (
     encode_clip,
     read_manifest,
     remove_parts,
+    short_key,
 )
 from acetate.data.splits import assign_splits
 from acetate.media.clip import LIMITS, Limits
 from acetate.video_io import MediaError, RGBAClip, read_packed, read_pair, read_rgba
 from data_prep.analysis import analyse
-from data_prep.cleaning import Indices, Settings, clean, overrides, shots
+from data_prep.cleaning import Indices, Settings, clean, overrides, shots, too_many
 from data_prep.cleaning import done as done_to
 from data_prep.decisions import Decisions
+from data_prep.examine import said_of_names
 from data_prep.executor import check, parallel
+from data_prep.folders import check_folder, place, settle
 from data_prep.ingest import Found, check_budget, pictures, print_bad, stamps
 from data_prep.journal import only_writer, open_journal, read_journal, write_lines
 
@@ -45,7 +49,6 @@ STEPS = {
     "alpha": "alpha noise snapped", "colour": "made straight", "trim": "empty margins cut off",
     "matte": "kept with unusual alpha",
 }  # fmt: skip
-LONGEST_KEY = 80  # characters, as acetate.data.shards.KEY says
 MEASURED = "measured.jsonl"  # while a run lasts: decisions about clips whose lines carry none
 
 
@@ -66,8 +69,12 @@ class Plan:
             decisions = settings.apply(measured)
         except ValueError as error:
             raise ValueError(f"{line.key}: {error}") from error
-        frames = shots(line.frames, line.fps or settings.default_fps, decisions, settings)
-        return cls(line, decisions, settings.refusal(decisions), frames, piece_keys(line.key, len(frames)))
+        fps = line.fps or settings.default_fps
+        refusal = settings.refusal(decisions) or too_many(line.frames, fps, settings)
+        if refusal:
+            return cls(line, decisions, refusal, [], [])
+        frames = shots(line.frames, fps, decisions, settings)
+        return cls(line, decisions, None, frames, piece_keys(line.key, len(frames)))
 
     def as_json(self, settings: Settings) -> dict[str, Any]:
         """A line of DECISIONS."""
@@ -82,8 +89,8 @@ def piece_keys(key: str, count: int) -> list[str]:
         return [key]
     numbers = [f"-p{i:03d}" for i in range(count)]
     room = LONGEST_KEY - len(numbers[-1])
-    if len(key) > room:
-        key = f"{key[: room - 9]}-{hashlib.sha256(key.encode()).hexdigest()[:8]}"
+    if len(key.encode()) > room:
+        key = f"{short_key(key, room - 9)}-{hashlib.sha256(key.encode()).hexdigest()[:8]}"
     return [key + number for number in numbers]
 
 
@@ -98,14 +105,15 @@ def shard(
     bad_clip_budget: int,
     executor: str,
     workers: int,
+    replace: bool = False,
 ) -> dict[str, Any]:
     """Writes the shards and returns their manifest; a run that was interrupted goes on where its last tar ended.
 
-    A folder that already holds these very clips is left as it is; ShardError if it holds others,
-    and if no clip is left to write. TooManyBad past
-    the budget.
+    A folder that already holds these very clips is left as it is; one that holds others is made anew with `replace`,
+    else ShardError, as if no clip is left to write. TooManyBad past the budget.
     """
     check(executor, workers)
+    check_folder(out)
     found = read_lines(manifest)
     made_by = {
         "command": "data_prep.shard",
@@ -114,19 +122,18 @@ def shard(
             "manifest_sha256": hashlib.sha256(manifest.read_bytes()).hexdigest(),
         },
     }  # fmt: skip
-    if (out / MANIFEST).exists():
-        done = read_manifest(out)
-        if done["made_by"] == made_by:
-            remove_parts(out)
-            (out / MEASURED).unlink(missing_ok=True)
-            return done
-        raise ShardError(f"{out} holds shards that were made otherwise. Name another folder or remove it first.")
+    folder = place(out, made_by, replace)
+    if (folder / MANIFEST).exists():
+        remove_parts(folder)
+        (folder / MEASURED).unlink(missing_ok=True)
+        settle(folder, out)
+        return read_manifest(out)
     splits = assign_splits({line.key: line.group for line in found}, val_fraction)
     with (
         only_writer(out),
-        ShardWriter(out, max_clips=max_clips, max_bytes=max_bytes, made_by=made_by) as writer,
+        ShardWriter(folder, max_clips=max_clips, max_bytes=max_bytes, made_by=made_by) as writer,
     ):
-        plans, bad = decide(found, settings, out / MEASURED, executor=executor, workers=workers)
+        plans, bad = decide(found, settings, folder / MEASURED, executor=executor, workers=workers)
         check_budget(bad, bad_clip_budget)
         writer.skipped |= bad | {plan.line.key: plan.refusal for plan in plans if plan.refusal}
         todo = [plan for plan in plans if not plan.refusal and not all(key in writer for key in plan.pieces)]
@@ -158,8 +165,9 @@ def shard(
                 f"none of the {len(found)} clips of {manifest} became a shard ({first or 'it is empty'}). Ingest other "
                 "media, or change the settings that refuse these."
             )
-        write_lines(out / DECISIONS, (plan.as_json(settings) for plan in plans))
-    (out / MEASURED).unlink(missing_ok=True)
+        write_lines(folder / DECISIONS, (plan.as_json(settings) for plan in plans))
+    (folder / MEASURED).unlink(missing_ok=True)
+    settle(folder, out)
     return read_manifest(out)
 
 
@@ -294,8 +302,11 @@ def main(cfg: DictConfig) -> None:
         bad_clip_budget=cfg.bad_clip_budget,
         executor=cfg.executor,
         workers=cfg.workers,
+        replace=cfg.replace,
     )
     print_summary(out, result)
+    if said := said_of_names([line.prompt for line in read_lines(manifest)]):
+        Console(markup=False, highlight=False).print(said, soft_wrap=True)
 
 
 def preview(manifest: Path, settings: Settings, *, executor: str, workers: int) -> None:
@@ -307,8 +318,7 @@ def preview(manifest: Path, settings: Settings, *, executor: str, workers: int) 
         decisions = plan.decisions
         size = f"{plan.line.frames} x {plan.line.width} x {plan.line.height}"
         console.print(
-            f"{plan.line.key}  {size}, colour {decisions.colour} (confidence {decisions.confidence:.2f}: "
-            f"{decisions.reasons.get('colour', 'as chosen')})",
+            f"{plan.line.key}  {size}, colour {decisions.reasons.get('colour', 'as chosen')}",
             soft_wrap=True,
         )  # fmt: skip
         if plan.refusal:
@@ -349,7 +359,7 @@ def print_decided(console: Console, lines: Sequence[dict[str, Any]]) -> None:
         sure = line["decisions"]["confidence"]
         if 0 < sure < UNSURE:
             console.print(
-                f"unsure {line['key']}: colour {line['decisions']['colour']}, confidence {sure:.2f}",
+                f"unsure {line['key']}: colour {line['decisions']['colour']}",
                 soft_wrap=True,
             )  # fmt: skip
 

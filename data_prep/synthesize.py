@@ -1,7 +1,6 @@
 """Procedural RGBA clips as clip shards: exact straight colour and alpha, no download, the same bytes for a seed."""
 
 import hashlib
-import json
 import math
 import time
 from collections.abc import Sequence
@@ -22,10 +21,11 @@ from tqdm import tqdm
 
 from acetate.commands.program import program
 from acetate.data import drawing, synthetic
-from acetate.data.shards import MANIFEST, EncodedClip, ShardError, ShardWriter, encode_clip, read_head, remove_parts
+from acetate.data.shards import MANIFEST, EncodedClip, ShardWriter, encode_clip, read_head, remove_parts
 from acetate.data.splits import split_rule
 from acetate.draws import stable_hash
 from data_prep.executor import check, parallel
+from data_prep.folders import check_folder, place, settle
 from data_prep.journal import only_writer
 
 
@@ -45,8 +45,8 @@ class Plan:
     def __post_init__(self) -> None:
         numbers = [("clips", self.clips), ("frames", self.frames)]
         for name, value in [*numbers, *(("size", side) for size in self.sizes for side in size)]:
-            if value < 1:
-                raise ValueError(f"{name}={value}; must be at least 1")
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}={value}; a whole number of at least 1")
 
     def kind(self, index: int) -> str:
         return synthetic.KINDS[index % len(synthetic.KINDS)]
@@ -85,13 +85,16 @@ def synthesize(
     max_bytes: int,
     executor: str = "local",
     workers: int = 0,
+    replace: bool = False,
 ) -> dict[str, Any]:
     """Writes the shards and returns their manifest without its list of clips. sizes: sides, or (height, width).
 
     The clips of finished tars are kept when a run was interrupted. A folder that already holds these very clips is
-    left as it is; ShardError if it holds others. The memory that this takes does not depend on the number of clips.
+    left as it is; one that holds others is made anew with `replace`, else ShardError. The memory that this takes does
+    not depend on the number of clips.
     """
     check(executor, workers)
+    check_folder(out)
     plan = Plan(clips, frames, squares(sizes), seed)
     made_by = {
         "command": "data_prep.synthesize",
@@ -103,16 +106,15 @@ def synthesize(
             "synthetic_sha256": sha256_of_code(synthetic, drawing),
         },
     }  # fmt: skip
-    if (out / MANIFEST).exists():
-        head = read_head(out)
-        if head["made_by"] == json.loads(json.dumps(made_by)):
-            remove_parts(out)
-            return head
-        raise ShardError(f"{out} holds shards that were made otherwise. Name another folder or remove it first.")
+    folder = place(out, made_by, replace)
+    if (folder / MANIFEST).exists():
+        remove_parts(folder)
+        settle(folder, out)
+        return read_head(out)
     split_of = split_rule(map(plan.key, range(clips)), val_fraction)
     with ExitStack() as stack:
         stack.enter_context(only_writer(out))
-        writer = stack.enter_context(ShardWriter(out, max_clips=max_clips, max_bytes=max_bytes, made_by=made_by))
+        writer = stack.enter_context(ShardWriter(folder, max_clips=max_clips, max_bytes=max_bytes, made_by=made_by))
         bar = stack.enter_context(tqdm(total=clips, initial=writer.clips, unit="clip"))
         results = parallel(partial(draw, plan), range(writer.clips, clips), executor=executor, workers=workers)
         for drawn in stack.enter_context(closing(results)):
@@ -127,13 +129,14 @@ def synthesize(
                 premultiplied_source=False,
             )
             bar.update()
+    settle(folder, out)
     return read_head(out)
 
 
 def squares(sizes: Sequence[int | Sequence[int]]) -> tuple[tuple[int, int], ...]:
     """(height, width) of each."""
-    pairs = [(size, size) if isinstance(size, int) else tuple(size) for size in sizes]
-    if not pairs or any(len(pair) != 2 for pair in pairs):
+    pairs = [(size, size) if isinstance(size, int) else size for size in sizes]
+    if not pairs or not all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in pairs):
         raise ValueError(f"size={list(sizes)}; give a side, or [[height, width], ...]")
     return tuple((height, width) for height, width in pairs)
 
@@ -169,7 +172,7 @@ def to_uint8(clip: synthetic.SyntheticClip) -> NDArray[np.uint8]:
 
 @program("prep/synthesize")
 def main(cfg: DictConfig) -> None:
-    sizes = [cfg.size] if isinstance(cfg.size, int) else OmegaConf.to_container(cfg.size)
+    sizes = OmegaConf.to_container(cfg.size) if OmegaConf.is_list(cfg.size) else [cfg.size]
     if cfg.preview:
         print_preview(Plan(cfg.clips, cfg.frames, squares(sizes), cfg.seed), cfg.workers)
         return
@@ -184,6 +187,7 @@ def main(cfg: DictConfig) -> None:
         max_bytes=int(cfg.max_mb * 2**20),
         executor=cfg.executor,
         workers=cfg.workers,
+        replace=cfg.replace,
     )
     train, val = head["splits"]["train"], head["splits"]["val"]
     print(f"{cfg.out}: {train} clips to train and {val} to validate on, {head['frames']} frames")

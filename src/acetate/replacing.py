@@ -2,8 +2,56 @@
 
 import os
 import shutil
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TextIO
+
+
+def check_out(path: Path, *, folder: bool = False, name: str = "out") -> None:
+    """Whether a file, or a folder, can be made there: OSError before any work, which names the setting.
+
+    Parents that are missing are no fault; whoever writes makes them.
+    """
+    if not folder and path.is_dir():
+        raise IsADirectoryError(f"{name}={path} is a folder; name a file, such as {name}={path / 'NAME'}")
+    if folder and path.exists() and not path.is_dir():
+        raise NotADirectoryError(f"{name}={path} is a file; name a folder, which may be new")
+    inside = path if folder else path.parent
+    there = next(place for place in (inside, *inside.absolute().parents) if place.exists())
+    if not there.is_dir():
+        raise NotADirectoryError(f"{name}={path}: {there} is a file, so that nothing can be made in it")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise PermissionError(f"{name}={path}: {there} cannot be written to; name another place")
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """OSError with the path, the room there and the way out for one that the block raises; it only writes."""
+    try:
+        yield
+    except OSError as error:
+        there = next(place for place in path.absolute().parents if place.exists())
+        free = shutil.disk_usage(there).free / 2**20
+        raise OSError(
+            f"{path} could not be written ({error.strerror or error}); {free:,.0f} MiB are free there. Make room "
+            "or name another place and run the same command again, which keeps what is finished."
+        ) from error
+
+
+@contextmanager
+def written(path: Path) -> Iterator[TextIO]:
+    """A text that takes the path's place when the block ends, whole or not at all; OSError as in `writing`."""
+    temporary = path.with_name(path.name + ".tmp")
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(temporary, "w", encoding="utf-8") as file:
+                yield file
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
 
 
 def rename_over(temporary: Path, path: Path) -> None:

@@ -17,6 +17,7 @@ from acetate.data.shards import (
     ShardWriter,
     encode_clip,
     index_shards,
+    plain_key,
     read_clip,
     read_head,
     read_manifest,
@@ -105,7 +106,7 @@ def test_same_clips_make_the_same_bytes(tmp_path):
         assert {member.mtime for member in tar} == {0}
 
 
-@pytest.mark.parametrize("count", [0, 1, 4])
+@pytest.mark.parametrize("count", [1, 4])
 def test_manifest_is_written_tar_by_tar_as_if_whole(tmp_path, count):
     with ShardWriter(tmp_path, max_clips=1, max_bytes=10**9, made_by=MADE_BY) as writer:
         writer.skipped["x"] = "a reason"
@@ -167,7 +168,7 @@ def test_writer_errors(tmp_path):
         add(writer, "a")
         with pytest.raises(ValueError, match=r"'a' was already written"):
             add(writer, "a")
-        for key in ("", "a.b", "a/b", "x" * 81, "ä"):
+        for key in ("", "a.b", "a/b", "x" * 81, "ß" * 41, "a\u0301", "a\nb"):
             with pytest.raises(ValueError, match="keys are 1 to 80"):
                 add(writer, key, encode_clip(CLIPS["b"], 0))
 
@@ -183,10 +184,49 @@ def test_folder_errors(tmp_path):
     (tmp_path / MANIFEST).write_text('{"schema": 99}')
     with pytest.raises(ShardError, match=r"schema 99; this version reads schema 1"):
         index_shards([tmp_path])
-    with ShardWriter(tmp_path / "empty", max_clips=1, max_bytes=1, made_by=MADE_BY):
-        pass
+    (tmp_path / MANIFEST).write_text('{"schema": 1, "clips": 0, "shards": []}')
     with pytest.raises(ShardError, match="holds 0 clips"):
-        index_shards([tmp_path / "empty"])
+        index_shards([tmp_path])
+
+
+def test_no_clip_leaves_no_folder(tmp_path):
+    with (
+        pytest.raises(ShardError, match=r"no clip is left to write into .*empty \(x: a reason\)"),
+        ShardWriter(tmp_path / "empty", max_clips=1, max_bytes=1, made_by=MADE_BY) as writer,
+    ):
+        writer.skipped["x"] = "a reason"
+    with pytest.raises(KeyError), ShardWriter(tmp_path / "raised", max_clips=1, max_bytes=1, made_by=MADE_BY):
+        raise KeyError
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_is_named_and_leaves_no_half(tmp_path, small_disk):
+    noise = np.random.default_rng(0).integers(0, 256, (1, 160, 160, 4), dtype=np.uint8)
+    with (
+        pytest.raises(OSError, match=r"clips-000000\.tar could not be written \(.*\); [\d,]+ MiB are free there"),
+        ShardWriter(tmp_path / "s", max_clips=9, max_bytes=10**9, made_by=MADE_BY) as writer,
+    ):
+        add(writer, "a", encode_clip(noise, 0))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("key", ["Élan", "火の輪", "кот-3", "हिन्दी", "ß" * 40])
+def test_keys_of_all_scripts(tmp_path, key):
+    """As this program, tarfile and webdataset read them."""
+    assert plain_key(key) == key
+    with ShardWriter(tmp_path / "s", max_clips=9, max_bytes=10**9, made_by=MADE_BY) as writer:
+        for name in (key, "plain"):
+            add(writer, name, encode_clip(CLIPS["a"], 8))
+    (ref,) = (ref for ref in index_shards([tmp_path / "s"]) if ref.key == key)
+    assert ref.problem is None and read_clip(ref).frames.shape[0] == ref.frames
+    tars = str(tmp_path / "s" / "clips-000000.tar")
+    samples = list(webdataset.WebDataset(tars, shardshuffle=False))
+    assert [sample["__key__"] for sample in samples] == [key, "plain"]
+    assert all("json" in sample for sample in samples)
+
+
+def test_what_no_key_may_hold_becomes_a_line():
+    assert plain_key("a.b c/\nd\0e\u202e") == "a_b_c_d_e_" and plain_key("E\u0301") == "É"
 
 
 def test_one_key_in_two_folders(tmp_path):

@@ -11,7 +11,17 @@ from safetensors.torch import load_file, save_file
 
 from acetate.alpha import PALETTE_NAMES, harden, over, palette_colors
 from acetate.data.latents import EMPTY_PROMPT, LatentDataModule, Piece, cut, index_latents, read_latents
-from acetate.data.shards import MANIFEST, ShardError, ShardWriter, encode_clip, index_shards, read_clip, read_meta
+from acetate.data.shards import (
+    MANIFEST,
+    ShardError,
+    ShardWriter,
+    encode_clip,
+    index_shards,
+    read_clip,
+    read_media,
+    read_meta,
+    read_meta_text,
+)
 from acetate.data.store import Remote, open_folder
 from acetate.formats.rgba_vae import load_rgba_vae
 from acetate.models.adapters import ADAPTER_SCHEMA, trainable_state
@@ -23,7 +33,7 @@ from data_prep import cache_latents as program
 from data_prep.cache_latents import Sources, cache_latents, made_by
 from data_prep.ingest import TooManyBad
 from data_prep.journal import only_writer
-from data_prep.latent_plan import Settings
+from data_prep.latent_plan import Settings, background
 from tests.conftest import fill_
 from tests.original import wan_alpha_state
 from tests.paths import ROOT
@@ -97,7 +107,7 @@ def sources(wan_folder, adapters):
 @pytest.fixture(scope="module")
 def make(clips, sources):
     def make(out, shards=clips, sources=sources, allow_empty_buckets=False, bad_clip_budget=0, executor="local",
-             workers=0, **settings):  # fmt: skip
+             workers=0, replace_old=False, **settings):  # fmt: skip
         return cache_latents(
             shards=[shards],
             out=out,
@@ -109,6 +119,7 @@ def make(clips, sources):
             executor=executor,
             workers=workers,
             gpus=0,
+            replace=replace_old,
         )
 
     return make
@@ -191,8 +202,8 @@ def test_eps_of_the_adapters_counts(cached, clips, sources):
 
 def test_variants_differ_and_the_seed_decides():
     for key in CLIPS:
-        assert sorted(program.background(0, key, variant) for variant in range(8)) == list(range(8))
-    draws = [[program.background(seed, key, 0) for key in CLIPS] for seed in range(4)]
+        assert sorted(background(0, key, variant) for variant in range(8)) == list(range(8))
+    draws = [[background(seed, key, 0) for key in CLIPS] for seed in range(4)]
     assert len(set(map(tuple, draws))) > 1
     with pytest.raises(ValueError, match="variants=9; 1 to 8"):
         replace(SETTINGS, variants=9)
@@ -346,11 +357,13 @@ def test_first_rank_waits_for_the_others(make, cached, tmp_path, monkeypatch):
 
 
 def test_other_settings_are_refused(make, cached, tmp_path):
-    with pytest.raises(ShardError, match=r"made otherwise \(seed\)\. Name another folder"):
+    with pytest.raises(
+        ShardError, match=r"made with other settings: seed: 0 there, 1 now\. Name another folder .*replace=true"
+    ):
         make(cached, seed=1)
     make(tmp_path / "l")
     (tmp_path / "l" / MANIFEST).unlink()  # unfinished
-    with pytest.raises(ShardError, match=r"made otherwise \(dtype, variants\)"):
+    with pytest.raises(ShardError, match='dtype: "float16" there, "bfloat16" now; variants: 2 there, 3 now'):
         make(tmp_path / "l", variants=3, dtype="bfloat16")
 
 
@@ -395,18 +408,120 @@ def test_values_that_are_not_finite_are_bad(make, tmp_path, monkeypatch):
     assert manifest["samples"] == 9 and manifest["clips"] == 4
 
 
-def test_prompt_too_long_names_the_clip(make, tmp_path):
-    shards = write(tmp_path / "s", {"short": "a red disc " * 20})
-    with pytest.raises(ValueError, match=r"short: A prompt of \d+ tokens; this model reads 16"):
+def test_all_prompts_that_are_too_long_are_named_at_once(make, sources, tmp_path, caplog):
+    shards = write(tmp_path / "s", {"short": "a red disc " * 20, "still": "a red disc " * 20, "tall": "a disc " * 20})
+    with pytest.raises(ValueError, match=r"3 clips .* than the 16 .*: short \(\d+\), still \(\d+\), tall \(\d+\)\."):
         make(tmp_path / "l", shards=shards)
     assert not list((tmp_path / "l").glob("*.tar"))
+    make(tmp_path / "l2", shards=shards, sources=replace(sources, long_prompts="truncate"))
+    assert "3 clips have prompts of more tokens than the 16" in caplog.text
+    refs = {ref.key: ref for ref in index_latents(tmp_path / "l2", manifest_of(tmp_path / "l2"))}
+    sample = read_latents(refs["short-w000-v0"])
+    assert refs["short-w000-v0"].tokens == len(sample["prompt_embeds"]) == 16
+    assert sample["prompt"] == "a red disc " * 20  # whole: only what the DiT reads is cut
+    with pytest.raises(ValueError, match="long_prompts=cut; choose error or truncate"):
+        replace(sources, long_prompts="cut")
+
+
+def test_a_changed_prompt_alone_is_made_anew(make, clips, cached, tmp_path, monkeypatch):
+    """On the same `out`: the folder that a fresh run would make, without a latent encoded or another text embedded."""
+    out, others = tmp_path / "l", write(tmp_path / "s", {"tall": "a green hill"})
+    make(out)
+    inode = (out / "latents-000000.tar").stat().st_ino  # long and the first of short: none of it changes
+    make(tmp_path / "fresh", shards=others)
+    encoded, texts = [], []
+    with monkeypatch.context() as patch:
+        patch.setattr(program.Encoder, "latents", lambda self, *rest: encoded.append(rest))
+        real = TextEncoder.__call__
+        patch.setattr(TextEncoder, "__call__", lambda self, text, *rest: texts.append(text) or real(self, text, *rest))
+        make(out, shards=others)
+    assert encoded == [] and set(texts) == {"", "a green hill"}
+    assert files(out) == files(tmp_path / "fresh")
+    assert (out / "latents-000000.tar").stat().st_ino == inode
+    before, after = ({ref.key: ref for ref in index_latents(f, manifest_of(f))} for f in (cached, out))
+    for key in before:
+        one, other = read_latents(before[key]), read_latents(after[key])
+        assert torch.equal(one["latents"], other["latents"]) and torch.equal(one["ellipse"], other["ellipse"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["fresh", "l", "s"]
+
+
+def test_a_kill_while_prompts_change_leaves_the_old_folder(make, tmp_path, monkeypatch):
+    out, others = tmp_path / "l", write(tmp_path / "s", {"short": "a green hill"})
+    make(out)
+    whole = files(out)
+    with monkeypatch.context() as patch:
+        patch.setattr(program, "finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            make(out, shards=others)
+    assert files(out) == whole
+    make(out, shards=others)  # goes on
+    make(tmp_path / "fresh", shards=others)
+    assert files(out) == files(tmp_path / "fresh")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["fresh", "l", "s"]
+
+
+def test_replace_keeps_the_latents_that_stay_the_same(make, clips, cached, tmp_path, monkeypatch):
+    out, encoded, real = tmp_path / "l", [], program.Encoder.latents
+    make(out, variants=1)
+    with pytest.raises(ShardError, match=r"variants: 1 there, 2 now\. .*out=.*replace=true"):
+        make(out)
+    monkeypatch.setattr(program.Encoder, "latents", lambda self, *rest: encoded.append(1) or real(self, *rest))
+    make(out, replace_old=True)
+    assert files(out) == files(cached) and len(encoded) == 5  # of ten
+    make(out, seed=3, replace_old=True)
+    assert manifest_of(out)["made_by"]["settings"]["seed"] == 3 and len(encoded) == 15  # other backgrounds: all
+
+
+def test_other_clips_are_not_put_in_the_place_of_these(make, tmp_path):
+    """Fewer clips, or other frames under the same keys, may be a mistake: the latents that are there stay."""
+    out, others = tmp_path / "l", write(tmp_path / "s")
+    make(out, shards=others)
+    with ShardWriter(tmp_path / "one", max_clips=9, max_bytes=10**9, made_by={}) as writer:
+        ref = index_shards([others])[0]
+        writer.copy(ref, read_media(ref), read_meta_text(ref))
+    with pytest.raises(ShardError, match=r"clips of shards: .* there, .* now"):
+        make(out, shards=tmp_path / "one")
+    (out / "mine.txt").write_text("notes")
+    with pytest.raises(ShardError, match=r"mine\.txt in it was not made by data_prep\.cache_latents"):
+        make(out, shards=tmp_path / "one", replace_old=True)
+    with pytest.raises(ShardError, match="is also what shards names"):
+        make(others, shards=others, replace_old=True)
+    with pytest.raises(ShardError, match=r"one holds what .* made\. Name another folder"):
+        make(tmp_path / "one", shards=others, replace_old=True)
+
+
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_no_readable_clip_leaves_no_folder(make, tmp_path, workers):
+    broken = write(tmp_path / "s")
+    for name in CLIPS:
+        break_clip(broken, name)
+    with pytest.raises(ShardError, match=r"no latents could be made of the clips \(long: .*CRC"):
+        make(tmp_path / "l", shards=broken, bad_clip_budget=9, workers=workers)
+    assert [path.name for path in tmp_path.iterdir()] == ["s"]
+
+
+def test_a_full_disk_is_named(make, tmp_path, small_disk):
+    noise = np.random.default_rng(0).integers(0, 256, (5, 160, 160, 4), dtype=np.uint8)
+    with ShardWriter(tmp_path / "s", max_clips=100, max_bytes=10**9, made_by={}) as writer:
+        for i in range(2):
+            writer.add(f"clip{i}", encode_clip(noise[:1, :64, :64], 8), split="train", prompt="noise", source="",
+                       licence="", lossy=False, premultiplied_source=False)  # fmt: skip
+    with pytest.raises(OSError, match=r"latents-000000\.tar could not be written \(.*\); [\d,]+ MiB are"):
+        make(tmp_path / "l", shards=tmp_path / "s", variants=8, area=320 * 320, per_tar=64)
+    assert not list((tmp_path / "l").glob("latents-*"))
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"frames": (6,)}, r"frames: 6 frames; Wan needs 4k\+1 .*Use frames=5"),
-        ({"frames": ()}, r"frames=\[\]"),
+        ({"frames": ()}, r"frames=\[\]; a list of at least one of whole numbers"),
+        ({"frames": 9}, r"frames=9; a list .* as in frames=\[17,49,81\]"),
+        ({"frames": [9, "x"]}, r"frames=\[9, 'x'\]; a list"),
+        ({"sizes": [48, 48]}, r"sizes=\[48, 48\]; a list of at least one of pairs .* sizes=\[\[48,64\],"),
+        ({"area": 1e12}, r"area=1e\+12 is [\d,]+ times a side of the largest clip, long \(40x40\); at most 32 times"),
+        ({"sizes": ((1280, 1280),), "allow_empty_buckets": True}, r"5x1280x1280 .*enlarges short \(60x20\) 64 times"),
+        ({"frames": (2**21 + 1,)}, r"bucket 2097153x32x32 .* megapixels over its frames; at most 537"),
         ({"sizes": ((24, 32),)}, r"sizes: height=24; sides are multiples of 16"),
         ({"space_multiple": 12}, r"space_multiple=12; sides are multiples of 8"),
         ({"area": 100}, r"area=100, .*no bucket in multiples of 16\. Raise area to 256"),
@@ -437,8 +552,9 @@ def test_explicit_sizes(make, tmp_path):
 def test_unusable_shards(make, tmp_path):
     with pytest.raises(ShardError, match=r"holds no finished shards"):
         make(tmp_path / "l", shards=tmp_path)
-    with ShardWriter(tmp_path / "empty", max_clips=1, max_bytes=1, made_by={}):
-        pass
+    write(tmp_path / "empty")
+    text = (tmp_path / "empty" / MANIFEST).read_text()
+    (tmp_path / "empty" / MANIFEST).write_text(json.dumps({**json.loads(text), "clips": 0, "shards": []}))
     with pytest.raises(ShardError, match="holds 0 clips"):
         make(tmp_path / "l", shards=tmp_path / "empty")
 

@@ -1,5 +1,7 @@
 import json
+import socket
 import sys
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -16,6 +18,7 @@ from acetate.data.shards import (
     read_meta,
     read_meta_text,
 )
+from acetate.models import hub
 from data_prep import caption as program
 from data_prep.caption import CAPTIONS_FILE, Settings, caption, read_prompts, sentence
 from data_prep.captioner import Captioner, Look
@@ -131,6 +134,9 @@ def test_sentences():
     [
         ({"overwrite": "none"}, "overwrite=none; choose missing or all"),
         ({"template": "Transparent"}, r"has no \{caption\}"),
+        ({"template": "{caption} {"}, r"template='\{caption\} \{': .*write \{\{ and \}\}"),
+        ({"missing": "("}, r"missing='\(' is no regular expression \(missing \), unterminated"),
+        ({"dtype": "float7"}, "dtype=float7; choose float32"),
     ],
 )
 def test_settings_are_checked(change, message):
@@ -162,7 +168,7 @@ def test_the_captioner_sees_what_is_missing_and_a_restart_goes_on(source, model,
     seen = counted(monkeypatch, stop_at=2)
     with pytest.raises(KeyboardInterrupt):
         run(source, tmp_path / "cut", settings)
-    with pytest.raises(ShardError, match="made otherwise"):
+    with pytest.raises(ShardError, match="made with other settings"):
         run(source, tmp_path / "cut", replace(settings, max_tokens=3))
     run(source, tmp_path / "cut", settings)
     assert seen == [0, 1, 1, 2]
@@ -185,7 +191,7 @@ def test_finished_work_is_left_alone(source, tmp_path):
     assert run(source, tmp_path / "out") == (lines, {})
     assert (tmp_path / "out" / "clips-000000.tar").stat().st_mtime_ns == before
     assert read_journal(tmp_path / "out" / CAPTIONS_FILE)[1:] == lines
-    with pytest.raises(ShardError, match="made otherwise"):
+    with pytest.raises(ShardError, match="made with other settings"):
         run(source, tmp_path / "out", replace(SETTINGS, overwrite="all"))
 
 
@@ -225,3 +231,24 @@ def test_command(source, tmp_path, monkeypatch, capsys):
 def test_one_run_at_a_time(source, tmp_path):
     with only_writer(tmp_path / "out"), pytest.raises(RuntimeError, match="out is being written by another process"):
         run(source, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("./nowhere", r"captioner=\./nowhere does not exist; give the folder"),
+        ("{folder}", r"holds no config\.json"),
+        ("nobody/nothing", r"captioner=nobody/nothing is no folder here, .*hf download nobody/nothing\) and give"),
+    ],
+)
+def test_a_captioner_that_is_not_there_ends_at_once(source, tmp_path, monkeypatch, name, message):
+    """Offline, and where a server takes every question and answers none."""
+    name = name.format(folder=source)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        monkeypatch.setattr(hub, "SECONDS", 0.5)
+        start = time.monotonic()
+        with pytest.raises(FileNotFoundError, match=message):
+            run(source, tmp_path / "out", replace(SETTINGS, overwrite="all", captioner=name))
+        assert time.monotonic() - start < 30
+    assert not (tmp_path / "out").exists()

@@ -20,6 +20,7 @@ from data_prep.cleaning import (
     resample,
     shots,
     snap,
+    too_many,
     unmix,
 )
 from data_prep.decisions import Decisions
@@ -52,7 +53,7 @@ def mixed(frames, backdrop=0):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"choices": {"color": "black"}}, "choices: color unknown; known: colour"),
+        ({"choices": {"color": "black"}}, "color cannot be chosen; known: colour"),
         ({"min_alpha": 0}, "min_alpha=0; must be at least 1"),
         ({"max_frames": 0}, "max_frames=0; must be at least 1"),
         ({"max_side": 0}, "max_side=0; must be at least 1"),
@@ -64,6 +65,12 @@ def mixed(frames, backdrop=0):
 def test_settings_are_checked(change, message):
     with pytest.raises(ValueError, match=message):
         replace(SETTINGS, **change)
+
+
+def test_a_rate_that_repeats_without_end_is_refused():
+    wanted = "fps=1e+07 would make 12,500,000 frames of its 30 at 24 frames a second; at most 100,000"
+    assert str(too_many(30, 24, replace(SETTINGS, fps=1e7))).startswith(wanted)
+    assert too_many(30, 24, replace(SETTINGS, fps=60)) is None and too_many(10**6, 24, SETTINGS) is None
 
 
 def test_the_command_line_decides_for_every_clip():
@@ -140,6 +147,7 @@ def test_bleed_leaves_what_is_visible_and_hides_nothing():
         assert np.array_equal(grown[seen], frames[seen]) and np.array_equal(grown[..., 3], frames[..., 3])
     assert not bleed(frames, 0)[~seen].any()
     assert np.array_equal(bleed(frames, 100), bleed(frames, None))
+    assert np.array_equal(bleed(frames, 10**12), bleed(frames, None))
     assert bleed(frames, None)[~seen][:, :3].max(axis=-1).min() > 0
     nothing = np.full((1, 8, 8, 4), (9, 9, 9, 0), np.uint8)
     assert not bleed(nothing, 4).any() and not bleed(nothing, None).any()

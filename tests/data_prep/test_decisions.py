@@ -30,7 +30,7 @@ def test_a_person_decides():
     ("choices", "message"),
     [
         ({"colour": "maybe"}, "colour='maybe'; choose straight, black, white, matte"),
-        ({"still": "perhaps"}, "still='perhaps' cannot be read"),
+        ({"still": "perhaps"}, "still=perhaps; true or false, or auto"),
         ({"crop": "1 2 3"}, "a rectangle is x, y >= 0 and width, height >= 1"),
         ({"cuts": "4 2"}, r"cuts=\[4, 2\]; first frames of the later shots, rising from 1"),
         ({"alpha_low": "253"}, "0 <= alpha_low < alpha_high <= 255"),

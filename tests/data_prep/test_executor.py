@@ -210,4 +210,4 @@ def test_without_ray_the_error_says_what_to_do():
         "parallel(str, [1], executor='ray', workers=1)"
     )
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert "ImportError: executor=ray:" in run.stderr and "Install acetate[ray] or use executor=local" in run.stderr
+    assert "ImportError: executor=ray:" in run.stderr and "pip install -e '.[ray]'; or use executor=local" in run.stderr

@@ -13,11 +13,12 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
+from acetate.data.shards import plain_key
 from acetate.video_io import IMAGES
 from data_prep import ingest as program
 from data_prep.decisions import OVERRIDES, Decisions
 from data_prep.examine import NO_ALPHA, Found, Settings, prompt_from_name
-from data_prep.ingest import TooManyBad, ingest, print_bad
+from data_prep.ingest import TooManyBad, ingest, print_bad, print_summary
 from data_prep.journal import only_writer
 from tests.media.films import drawn, write
 from tests.media.test_images import encode
@@ -185,11 +186,12 @@ def test_bad_files_are_named(source):
     film(source / "opaque.mp4")
     (source / "broken.webm").write_bytes(b"no film")
     film(source / "packed.mp4")
+    still(source / "sound.png")
     (source / "r.json").write_text(
         json.dumps({"packed": {"rgb_rect": [0, 0, 8, 8], "alpha_rect": [8, 0, 8, 8], "packed_size": [64, 64]}})
     )
     clips, bad = run(source, budget=4)
-    assert not clips and len(bad) == 4
+    assert list(clips) == ["sound"] and len(bad) == 4
     text = "\n".join(bad.values())
     for reason in ("opaque.png has no alpha", "opaque.mp4 has no alpha", "broken.webm: cannot be decoded",
                    "packed.mp4 is 32x16, its rectangles are for 64x64"):  # fmt: skip
@@ -365,7 +367,7 @@ def test_keys_are_plain_and_unique(source):
     clips, _ = run(source)
     assert len(clips) == 5
     for key in clips:
-        assert key.isascii() and len(key) <= 80 and "." not in key and " " not in key
+        assert plain_key(key) == key and len(key.encode()) <= 80
     assert "same" in clips
     assert list(run(source)[0]) == list(clips)
 
@@ -439,6 +441,46 @@ def test_what_ingest_wrote_is_no_material(source):
 def test_names_with_brackets_are_printed(capsys):
     print_bad(Console(width=200), {"logo [final]": "in [/b]"}, None)
     assert "logo [final]: in [/b]" in capsys.readouterr().out
+
+
+def test_keys_keep_letters_of_all_scripts(source):
+    for name in ("É.png", "火の輪.png", "e\u0301lan.png", "кот/кот.png"):  # the third as macOS writes it
+        still(source / name)
+    assert sorted(run(source)[0]) == ["É", "élan", "кот-кот", "火の輪"]
+
+
+def test_nothing_found_is_an_error_and_leaves_nothing(source):
+    source.mkdir()
+    with pytest.raises(ValueError, match=r"media holds no files; looked for \.png.*NAME_fgr \+ NAME_pha"):
+        run(source)
+    assert [path.name for path in source.parent.iterdir()] == ["media"]
+    still(source / "opaque.png", channels=3)
+    (source / "notes.xyz").write_text("")
+    with pytest.raises(
+        ValueError, match=r"none of its 2 files became a clip \(opaque: .*no alpha.*report\.json has all"
+    ):
+        run(source, budget=5)
+    assert not (source.parent / "found.jsonl").exists()
+
+
+def test_out_is_checked_before_anything_is_decoded(source, monkeypatch):
+    still(source / "a.png")
+    monkeypatch.setattr("data_prep.ingest.survey", None)
+    with pytest.raises(IsADirectoryError, match=r"out=.*media is a folder; name a file"):
+        ingest(source=source, out=source, bad_clip_budget=0)
+    with pytest.raises(NotADirectoryError, match=r"a\.png is a file, so that nothing can be made in it"):
+        ingest(source=source, out=source / "a.png" / "x.jsonl", bad_clip_budget=0)
+    assert [path.name for path in source.parent.rglob("*")] == ["media", "a.png"]
+
+
+def test_prompts_that_are_file_names_are_said(source, capsys):
+    for name in ("ae premult.png", "frame.png", "told.png"):
+        still(source / name)
+    (source / "told.txt").write_text("a red disc")
+    result = ingest(source=source, out=source.parent / "found.jsonl", bad_clip_budget=0)
+    print_summary(Console(width=200), source, None, result)
+    said = capsys.readouterr().out
+    assert '2 of 3 prompts are made of file names ("ae premult", "frame")' in said and "data_prep.caption" in said
 
 
 def test_source_must_be_a_folder(tmp_path):

@@ -12,7 +12,7 @@ from acetate.alpha import PALETTE_NAMES
 from acetate.data.shards import ShardWriter, encode_clip, index_shards
 from data_prep import inspect as program
 from data_prep.inspect import inspect, picture
-from data_prep.report import COLOURS, Entry, Picture, Report, bars, render, size_text
+from data_prep.report import COLOURS, Bucket, Entry, Picture, Report, bars, render, size_text
 from tests.paths import ROOT
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -58,7 +58,12 @@ def page(source, tmp_path_factory):
 def test_report(source):
     report = inspect(shards=[source], **SETTINGS)
     assert {entry.key: entry.kind for entry in report.entries} == {"wide": "video", "tall": "video", "still": "still"}
-    assert report.buckets == {(5, 32, 32): 1, (5, 40, 24): 1, (5, 24, 40): 1}
+    assert report.buckets == {
+        (5, 32, 32): Bucket(windows=1, clips=1, enlarged=1, most_enlarged=1.6, looped=0, held=1),
+        (5, 40, 24): Bucket(windows=1, clips=1, enlarged=1, most_enlarged=1.5, looped=0, held=0),
+        (5, 24, 40): Bucket(windows=1, clips=1, enlarged=1, most_enlarged=1.5, looped=0, held=0),
+    }
+    assert report.buckets[5, 32, 32].said == "1 enlarged, up to 1.6 times a side; 1 stills, held"
     assert report.skipped.keys() == {"lost", "broken"} and "CRC" in report.skipped["broken"]
     wide = next(entry for entry in report.entries if entry.key == "wide")
     assert (wide.fps, wide.licence, wide.split, wide.prompt) == (12, "CC0-1.0", "train", HOSTILE)
@@ -78,7 +83,15 @@ def test_the_sample_depends_on_the_seed_alone(source):
 
     assert keys(sample=2) == keys(sample=2) and len(keys(sample=2)) <= 2
     assert len({tuple(keys(sample=1, seed=seed)) for seed in range(8)}) > 1
-    for change, message in (({"sample": 0}, "sample=0; must be at least 1"), ({"side": 9999}, "must not pass 16383")):
+    wrong = [
+        ({"sample": 0}, "sample=0; must be at least 1"),
+        ({"side": 9999}, "must not pass 16383"),
+        ({"lengths": []}, r"lengths=\[\]; a list of at least one"),
+        ({"lengths": 5}, r"lengths=5; a list of .* as in lengths=\[17,49,81\]"),
+        ({"lengths": [6]}, r"lengths: 6 frames; Wan needs 4k\+1"),
+        ({"area": 1e12}, r"area=1e\+12 is .* times a side of the largest clip"),
+    ]
+    for change, message in wrong:
         with pytest.raises(ValueError, match=message):
             keys(**change)
 
@@ -118,7 +131,7 @@ def test_many_clips_are_a_stated_sample():
         Entry(f"k{i}", "train", 1, 8, 8, 0, "p", "MIT", "s", Picture(b"x", 1, alpha) if i < 3 else None)
         for i in range(1200)
     ]
-    report = Report("t", "m", 10, entries, {(1, 8, 8): 1200}, 64, 7, {})
+    report = Report("t", "m", 10, entries, {(1, 8, 8): Bucket(1200, 1200, 0, 1.0, 0, 0)}, 64, 7, {})
     assert "A sample of 3 of 1,200, drawn with seed 7" in render(report) and "Skipped" not in render(report)
 
 
@@ -176,8 +189,11 @@ def command(monkeypatch, capsys, *arguments):
 def test_command(source, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     seen = command(monkeypatch, capsys, f"shards={source}", "out=report.html", "preview=true")
-    assert "skipped broken" in seen and "bucket (frames x height x width)" in seen and "CC0-1.0" in seen
+    assert "skipped broken" in seen and "frames x height x width" in seen and "CC0-1.0" in seen
     assert not list(tmp_path.iterdir())
+    with pytest.raises(SystemExit):
+        command(monkeypatch, capsys, f"shards={source}", "out=.")
+    assert "out=. is a folder; name a file" in capsys.readouterr().err and not list(tmp_path.iterdir())
     seen = command(monkeypatch, capsys, f"shards={source}", "out=report.html", "sample=2")
     assert "Alpha is of a sample of" in seen and [path.name for path in tmp_path.iterdir()] == ["report.html"]
     with pytest.raises(SystemExit):

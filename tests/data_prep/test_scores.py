@@ -1,10 +1,12 @@
+import io
+
 import numpy as np
 import pytest
 from PIL import Image
 
 from acetate.data import synthetic
 from acetate.data.shards import Clip
-from data_prep.scores import SCORES, look, over_time, repeats, score, semi, sharpness
+from data_prep.scores import SCORES, colours, colours_apart, look, over_time, repeats, score, semi, sharpness
 from data_prep.synthesize import to_uint8
 
 
@@ -15,7 +17,7 @@ def solid(frames=5, height=16, width=16, rgba=(255, 0, 0, 255)):
 def test_every_score_of_a_still_subject():
     frames = solid(5, 16, 24)
     frames[:, :, 12:, 3] = 0
-    values, _ = score(Clip(frames, "", 16))
+    values, _, _ = score(Clip(frames, "", 16))
     assert values.keys() == SCORES.keys()
     assert (values["frames"], values["short_side"], values["long_side"], values["coverage"]) == (5, 16, 24, 0.5)
     assert values["semi"] == pytest.approx(1 / 3, abs=1e-6)  # columns of cells: opaque, cut through the middle, empty
@@ -60,9 +62,9 @@ def clip_of(kind, seed, side):
 
 
 def test_looks_of_one_subject_are_near_and_of_others_far():
-    large, small = look(clip_of("shape", 1, 128)), look(clip_of("shape", 1, 96))
-    others = [look(clip_of(kind, seed, 96)) for kind in ("hair", "flame", "shape") for seed in (2, 3)]
-    found = repeats([large, *others, small], distance=8)
+    others = [clip_of(kind, seed, 96) for kind in ("hair", "flame", "shape") for seed in (2, 3)]
+    frames = [clip_of("shape", 1, 128), *others, clip_of("shape", 1, 96)]
+    found = repeats([*map(look, frames)], [*map(colours, frames)], distance=8, colour=32)
     assert found[:-1] == [None] * 7 and found[-1] is not None and found[-1][0] == 0
 
 
@@ -80,5 +82,38 @@ def test_repeats_agrees_with_comparing_all():
         if near[0] > 6:
             kept.append(i)
     looks = [np.packbits(row).tobytes().hex() for row in bits.astype(np.uint8)]
-    assert (repeats(looks, 6) == wanted and 6 < sum(map(bool, wanted)) <= 12) or repeats(looks, 6) == wanted
-    assert repeats([], 6) == []
+    alike = [colours(solid(1)[0])] * len(looks)
+    assert repeats(looks, alike, 6, 0) == wanted and 6 <= sum(map(bool, wanted)) <= 12
+    assert repeats([], [], 6, 0) == []
+
+
+def ball(rgb, side=48):
+    y, x = np.mgrid[:side, :side] / side - 0.5
+    light = np.clip(1 - 2 * np.hypot(x + 0.1, y + 0.1), 0, 1)[..., None]
+    alpha = 255 * np.clip((0.3 - np.hypot(x, y)) * side / 3 + 0.5, 0, 1)[..., None]
+    return np.concatenate((light * rgb, alpha), axis=-1).astype(np.uint8)
+
+
+def test_another_colour_is_no_repeat_and_another_encoding_is():
+    orange, blue = ball((250, 140, 30)), ball((60, 150, 250))
+    small = np.asarray(Image.fromarray(orange).resize((36, 36), Image.Resampling.LANCZOS))
+    file = io.BytesIO()
+    Image.fromarray(orange).save(file, "WEBP", quality=40, alpha_quality=70)
+    lossy = np.asarray(Image.open(file).convert("RGBA"))
+    frames = [orange, blue, small, lossy]
+    looks, shades = [*map(look, frames)], [*map(colours, frames)]
+    assert repeats(looks, shades, 8, 255)[1] is not None  # brightness alone takes them for one
+    found = repeats(looks, shades, 8, 32)
+    assert found[:2] == [None, None] and [match and match[0] for match in found[2:]] == [0, 0]
+
+
+def test_colours_of_what_is_seen_whatever_its_size():
+    frame = np.zeros((8, 8, 4), np.uint8)
+    frame[0, 0] = (200, 0, 0, 255)
+    frame[7, 7] = (0, 0, 100, 255)
+    assert colours(frame) == [
+        [100, 0, 50, 255], [200, 0, 0, 128], [0, 0, 0, 0], [0, 0, 0, 0], [0, 0, 100, 128],
+    ]  # fmt: skip
+    assert colours(np.zeros((1, 1, 4), np.uint8)) == [[0, 0, 0, 0]] * 5
+    turned = np.array([colours(frame[::-1, ::-1])])
+    assert colours_apart(np.array(colours(frame)), turned).tolist() == [200]  # the whole is the same, the places not

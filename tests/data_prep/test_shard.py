@@ -141,7 +141,7 @@ def test_restart_goes_on(source, tmp_path, monkeypatch):
 def test_finished_work_is_left_alone(source, tmp_path):
     manifest = make(source, tmp_path / "out")
     assert make(source, tmp_path / "out") == manifest
-    with pytest.raises(ShardError, match="made otherwise"):
+    with pytest.raises(ShardError, match="made with other settings"):
         make(source, tmp_path / "out", val_fraction=0.5)
 
 
@@ -253,7 +253,7 @@ def test_decisions_are_reported(source, tmp_path):
     assert list(manifest["skipped"]) == ["opaque"] and "full=keep takes it in" in manifest["skipped"]["opaque"]
     told = lines_of(tmp_path / "out")
     assert list(told) == [line.key for line in read_lines(source.parent / "found.jsonl")]
-    assert "black taken out: measured" in told["glow"]["done"]["colour"]
+    assert "black taken out (premultiplied: sure" in told["glow"]["done"]["colour"]
     assert told["glow"]["decisions"]["confidence"] > 0.9 and told["glow"]["pieces"] == ["glow"]
     assert "refused" in told["opaque"] and "pieces" not in told["opaque"]
     assert told["still0"]["done"] == {}
@@ -330,7 +330,7 @@ def test_preview_writes_nothing(source, tmp_path, capsys):
     ingest(source=source, out=source.parent / "found.jsonl", bad_clip_budget=0)
     preview(source.parent / "found.jsonl", replace(SETTINGS, max_frames=4), executor="local", workers=0)
     text = capsys.readouterr().out
-    assert "glow  8 x 32 x 32, colour black (confidence" in text and "colour: black taken out" in text
+    assert "glow  8 x 32 x 32, colour premultiplied: sure" in text and "colour: black taken out" in text
     assert "pieces: 2, of 4, 4 frames" in text and "made straight" in text
     assert sorted(path for path in tmp_path.rglob("*") if path.name != "glow.mkv") == before
 
@@ -338,8 +338,9 @@ def test_preview_writes_nothing(source, tmp_path, capsys):
 def test_impossible_decisions_name_the_clip(source, tmp_path):
     make(source, tmp_path / "out")
     line = read_lines(source.parent / "found.jsonl")[0]
-    settings = replace(SETTINGS, choices={"alpha_low": "255"})
-    with pytest.raises(ValueError, match=r"film0: alpha_low=255, alpha_high=255"):
+    line = replace(line, decisions={**(line.decisions or {}), "alpha_high": 252})
+    settings = replace(SETTINGS, choices={"alpha_low": "253"})
+    with pytest.raises(ValueError, match=r"film0: alpha_low=253, alpha_high=252"):
         decide([line], settings, tmp_path / "journal", executor="local", workers=0)
 
 

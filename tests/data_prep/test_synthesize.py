@@ -118,9 +118,9 @@ def test_finished_work_is_left_alone(tmp_path):
     before = (tmp_path / "clips-000000.tar").stat().st_mtime_ns
     assert make(tmp_path) == manifest
     assert (tmp_path / "clips-000000.tar").stat().st_mtime_ns == before
-    with pytest.raises(ShardError, match="made otherwise"):
+    with pytest.raises(ShardError, match="made with other settings"):
         make(tmp_path, seed=1)
-    with pytest.raises(ValueError, match="clips=0; must be at least 1"):
+    with pytest.raises(ValueError, match="clips=0; a whole number of at least 1"):
         make(tmp_path / "none", clips=0)
 
 

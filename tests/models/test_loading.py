@@ -11,7 +11,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
-from acetate.models import loading
+from acetate.models import hub
 from acetate.models.loading import load_transformer, load_vae, transformer_sha256, weights_sha256
 from acetate.models.text import TextEncoder
 from tests.original import original_transformer_state, original_umt5_state, original_vae_state
@@ -171,27 +171,32 @@ def test_hub_name_without_network(tmp_path, monkeypatch, error):
         raise error
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(loading, "snapshot_download", offline)
-    with pytest.raises(FileNotFoundError, match=r"^Wan-AI/Wan2\.1 is neither a local path nor.*give its folder"):
+    monkeypatch.setattr(hub.HfApi, "model_info", offline)
+    with pytest.raises(
+        FileNotFoundError, match=r"^wan\.vae=Wan-AI/Wan2\.1 is no folder here.*cannot be reached.*hf downl"
+    ):
         load_vae("Wan-AI/Wan2.1")
 
 
 def test_hub_name(wan_folder, tmp_path, monkeypatch, make_vae):
     asked = {}
 
-    def download(name, allow_patterns):
+    def download(name, *, allow_patterns, ignore_patterns, local_files_only):
+        assert not local_files_only
         asked[name] = allow_patterns
         return str(wan_folder)
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(loading, "snapshot_download", download)
+    monkeypatch.setattr(hub.HfApi, "model_info", lambda *args, **kwargs: None)
+    monkeypatch.setattr(hub, "snapshot_download", download)
     assert_same_weights(load_vae("Wan-AI/Small"), make_vae("wan21"))
     assert asked == {"Wan-AI/Small": ["vae/*"]}
 
 
 def test_hub_name_of_an_original_release(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(loading, "snapshot_download", lambda *args, **kwargs: str(tmp_path))
+    monkeypatch.setattr(hub.HfApi, "model_info", lambda *args, **kwargs: None)
+    monkeypatch.setattr(hub, "snapshot_download", lambda *args, **kwargs: str(tmp_path))
     with pytest.raises(FileNotFoundError, match="no folder vae/; its diffusers version"):
         load_vae("Wan-AI/Wan2.1-T2V-1.3B")
 

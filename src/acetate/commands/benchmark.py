@@ -37,6 +37,7 @@ from acetate.data.shards import write_json
 from acetate.models.adapters import MergedLoRA, trainable_state
 from acetate.models.rgba_vae import RGBAVAE
 from acetate.regions import check_clip_shape
+from acetate.replacing import check_out
 
 PARTS = ("step", "reader")
 WAYS = ("ours", "released")
@@ -273,6 +274,8 @@ def summarise(results: dict[str, Any]) -> dict[str, list[float]]:
 
 @program("command/benchmark")
 def main(config: DictConfig) -> None:
+    if config.out is not None:
+        check_out(Path(config.out))
     parts = config.parts
     if not OmegaConf.is_list(parts) or not parts or not set(parts) <= set(PARTS):
         raise ValueError(f"parts={parts}; a list of {', '.join(PARTS)}, one at least, as in parts=[step]")

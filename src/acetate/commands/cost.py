@@ -18,6 +18,7 @@ from acetate.commands.program import program
 from acetate.cost import Assumptions, Cost, Gpu, Strategy, cost, latent_sample_bytes, payload, trained_groups
 from acetate.data.shards import write_json
 from acetate.models.wan import Geometry
+from acetate.replacing import check_out
 
 DOUBLINGS = [2**n for n in range(21)]  # to a million GPUs, more than anyone has
 
@@ -114,6 +115,8 @@ def check(config: DictConfig) -> None:
 @program("command/cost")
 @as_on_gpu()
 def main(config: DictConfig) -> None:
+    if config.out is not None:
+        check_out(Path(config.out))
     settings = config.cost
     check(config)
     gpu = card(config)

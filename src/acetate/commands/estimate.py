@@ -15,6 +15,7 @@ from acetate.commands import as_on_gpu
 from acetate.commands.program import program
 from acetate.data.shards import write_json
 from acetate.models.wan import Geometry
+from acetate.replacing import check_out
 
 GPUS = (1, 2, 4, 8)
 SHARDED = "trainer=fsdp; with trainer=ddp every GPU needs column 1"
@@ -108,6 +109,8 @@ def remedies(config: DictConfig, load: memory.Load) -> list[str]:
 @program("command/estimate")
 @as_on_gpu()
 def main(config: DictConfig) -> None:
+    if config.out is not None:
+        check_out(Path(config.out))
     load, found = footprint(config)
     verdicts = {card: verdict(found, card) for card in CARDS}
     console = Console(width=120, highlight=False)

@@ -20,6 +20,7 @@ from acetate.data.shards import write_json
 from acetate.draws import generator_for
 from acetate.formats.rgba_vae import load_rgba_vae
 from acetate.metrics.alpha import border_mean, centre_of_mass, highest_cell
+from acetate.replacing import check_out
 from acetate.sampling import EllipsePath, Solver, check_size, decode, initial_noise, sample_latents
 
 BORDER, SUBJECT = 0.1, 0.8  # alpha: at most on the border, at least in some cell
@@ -77,6 +78,8 @@ def figures(alpha: Tensor, centres: Tensor, space_stride: int) -> dict[str, floa
 
 @program("command/follow")
 def main(config: DictConfig) -> None:
+    if config.out is not None:
+        check_out(Path(config.out))
     if config.count < 3:
         raise ValueError(f"count={config.count}; a correlation needs at least 3 clips.")
     device = device_of(config)

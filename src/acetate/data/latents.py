@@ -22,6 +22,7 @@ from acetate.data.datamodule import ShardDataModule
 from acetate.data.order import Order
 from acetate.data.shards import (
     HOW_TO_MAKE,
+    LONGEST_KEY,
     BadClip,
     ClipRef,
     ShardError,
@@ -33,12 +34,12 @@ from acetate.data.shards import (
     read_manifest,
     read_media,
     read_meta,
+    short_key,
 )
 from acetate.data.store import Folder, ReadAhead, Remote, RemoteTar, read_file
 from acetate.data.transforms import crop, resize, to_float, window
 from acetate.draws import stable_hash
 
-KEY_LENGTH = 80  # of shards.KEY
 EMPTY_PROMPT = "empty_prompt.safetensors"
 # What latents were made with: folders are mixed, and a run goes on, only where all of it is equal
 MADE_WITH = ("vae_sha256", "base_sha256", "text_encoder_sha256", "prompt_length", "ellipse", "geometry")
@@ -63,12 +64,17 @@ class Piece:
 
     @property
     def key(self) -> str:
-        """At most KEY_LENGTH characters; a clip's long key is cut and told apart by its hash."""
+        """At most LONGEST_KEY bytes; a clip's long key is cut and told apart by its hash."""
         clip, suffix = self.ref.key, f"-w{self.window:03d}-v{self.variant}"
-        if len(clip + suffix) > KEY_LENGTH:
+        if len((clip + suffix).encode()) > LONGEST_KEY:
             mark = f"-{stable_hash(clip):016x}"
-            clip = clip[: KEY_LENGTH - len(mark + suffix)] + mark
+            clip = short_key(clip, LONGEST_KEY - len(mark + suffix)) + mark
         return clip + suffix
+
+    @property
+    def enlarged(self) -> float:
+        """How many times a side of what is shown of the clip; below 1 it is scaled down."""
+        return max(self.height / self.ref.height, self.width / self.ref.width)  # 1 over the ratio of covering_box
 
     @property
     def bucket(self) -> str:
@@ -78,7 +84,8 @@ class Piece:
 def bucket_sizes(area: int, max_aspect: float, multiple: int) -> list[tuple[int, int]]:
     """All (height, width) in multiples, within max_aspect, of which neither side can grow without passing `area`."""
     sizes = []
-    for height in range(multiple, area // multiple + 1, multiple):
+    tallest = min(area // multiple, int(math.sqrt(area * max_aspect)) + multiple)
+    for height in range(multiple, tallest + 1, multiple):
         width = area // height // multiple * multiple
         fills = width > 0 and (height + multiple) * width > area
         if fills and max(height / width, width / height) <= max_aspect:

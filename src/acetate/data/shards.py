@@ -9,9 +9,10 @@ import json
 import os
 import re
 import tarfile
+import unicodedata
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
@@ -26,14 +27,14 @@ from webdataset.writer import TarWriter
 from acetate.data.splits import Split
 from acetate.data.store import Folder, RemoteTar, Span, find_members, read_at, read_file
 from acetate.draws import stable_hash
+from acetate.replacing import writing, written
 from acetate.video_io import MediaError, decode_ffv1, encode_ffv1
 
 SCHEMA = 1  # of clip and of latent shards
 MANIFEST = "manifest.json"
 SHARDS = ',\n "shards": '  # the last thing in the manifest of a folder of clips
-# webdataset cuts a member's name at its first dot, and ustar holds 100 characters of it.
+LONGEST_KEY = 80  # bytes of UTF-8: a tar's plain header holds 100 of a member's name
 SHA256 = re.compile(r"[0-9a-f]{64}")
-KEY = re.compile(r"[A-Za-z0-9_\-]{1,80}")
 HOW_TO_MAKE = {
     "clips": "`python -m data_prep.synthesize` and `python -m data_prep.shard` make clip shards.",
     "latents": "`python -m data_prep.cache_latents` makes latent shards.",
@@ -121,7 +122,7 @@ class ShardWriter:
 
     made_by: {"command", "settings"}, what decides the content. A run that was interrupted and comes back with
     the same made_by keeps its finished tars (`key in writer`); with another, they are removed. As a context
-    manager it closes only if nothing was raised.
+    manager it closes only if nothing was raised. Raises OSError as acetate.replacing.writing does.
     """
 
     def __init__(self, out: Path, *, max_clips: int, max_bytes: int, made_by: Mapping[str, Any]):
@@ -136,7 +137,8 @@ class ShardWriter:
         self.splits = {"train": 0, "val": 0}
         self.hashes = np.empty(0, np.int64)  # of the finished tars' keys, sorted: 8 bytes a clip
         self.skipped: dict[str, str] = {}  # key -> reason, for the manifest; whoever fills the shards keeps it
-        out.mkdir(parents=True, exist_ok=True)
+        with writing(out):
+            out.mkdir(parents=True, exist_ok=True)
         self._find_finished()
 
     def __enter__(self) -> "ShardWriter":
@@ -146,8 +148,13 @@ class ShardWriter:
         if kind is None:
             self.close()
         elif self.tar is not None:
-            self.tar.close()
-            self.stream.close()
+            for half in (self.tar, self.stream):
+                with suppress(OSError):  # the disk may be full
+                    half.close()
+            self._path("tar.tmp", self.tars).unlink(missing_ok=True)
+        if kind is not None:
+            with suppress(OSError):  # only a folder that is empty goes
+                self.out.rmdir()
 
     def __contains__(self, key: str) -> bool:
         number = stable_hash(key)
@@ -186,25 +193,34 @@ class ShardWriter:
     def write(self, entry: dict[str, Any], media: bytes, meta: bytes) -> None:
         """entry: what the manifest says of the clip."""
         key = entry["key"]
-        if not KEY.fullmatch(key):
-            raise ValueError(f"key {key!r}; keys are 1 to 80 of A-Z a-z 0-9 _ -")
+        if not key or plain_key(key) != key or len(key.encode()) > LONGEST_KEY:
+            raise ValueError(
+                f"key {key!r}; keys are 1 to {LONGEST_KEY} bytes of letters and digits of any script in Unicode's NFC, "
+                "_ and -"
+            )
         if key in self:
             raise ValueError(f"key {key!r} was already written; keys are unique in a folder of shards")
         if self.pending and self.pending_bytes + len(media) > self.max_bytes:
             self._finish_tar()
-        if self.tar is None:
-            self.stream = open(self._path("tar.tmp", self.tars), "wb")  # noqa: SIM115  open across calls
-            self.tar = TarWriter(self.stream, encoder=False, mtime=0)
-        self.tar.write({"__key__": key, entry["kind"]: media, "json": meta})
+        with writing(self._path("tar", self.tars)):
+            if self.tar is None:
+                self.stream = open(self._path("tar.tmp", self.tars), "wb")  # noqa: SIM115  open across calls
+                self.tar = TarWriter(self.stream, encoder=False, mtime=0)
+            self.tar.write({"__key__": key, entry["kind"]: media, "json": meta})
         self.pending.append(entry)
         self.pending_bytes += len(media) + len(meta)
         if len(self.pending) == self.max_clips:
             self._finish_tar()
 
     def close(self) -> None:
-        """Finishes the last tar and writes the manifest."""
+        """Finishes the last tar and writes the manifest; ShardError if there is nothing to put into it."""
         if self.pending:
             self._finish_tar()
+        if not self.tars:
+            first = "; ".join(f"{key}: {reason}" for key, reason in list(self.skipped.items())[:3])
+            with suppress(OSError):  # what else was made there stays
+                self.out.rmdir()
+            raise ShardError(f"no clip is left to write into {self.out} ({first or 'none was given'})")
         head = {
             "schema": SCHEMA,
             "made_by": self.made_by,
@@ -213,15 +229,13 @@ class ShardWriter:
             "splits": self.splits,
             "skipped": self.skipped,
         }
-        temporary = self.out / f"{MANIFEST}.tmp"
-        with open(temporary, "w") as file:
+        with written(self.out / MANIFEST) as file:
             file.write(json.dumps(head, ensure_ascii=False, indent=1).removesuffix("\n}") + SHARDS + "[")
             for number in range(self.tars):  # one at a time: a million clips are a gigabyte of them
                 shard = json.loads(self._path("part.json", number).read_text())["shard"]
                 text = json.dumps(shard, ensure_ascii=False, indent=1)
                 file.write(("," if number else "") + indent("\n" + text, "  "))
             file.write("\n ]\n}\n" if self.tars else "]\n}\n")
-        os.replace(temporary, self.out / MANIFEST)
         remove_parts(self.out)
 
     def _path(self, suffix: str, number: int) -> Path:
@@ -229,8 +243,9 @@ class ShardWriter:
 
     def _finish_tar(self) -> None:
         assert self.tar is not None
-        self.tar.close()
-        self.stream.close()
+        with writing(self._path("tar", self.tars)):
+            self.tar.close()
+            self.stream.close()
         shard = {**finish_tar(self._path("tar.tmp", self.tars)), "clips": self.pending}
         part = {"schema": SCHEMA, "made_by": self.made_by, "shard": shard}
         write_json(self._path("part.json", self.tars), part)
@@ -261,6 +276,18 @@ class ShardWriter:
                 path.unlink()
 
 
+def plain_key(name: str) -> str:
+    """The name in Unicode's NFC; _ for all that is no letter, mark or digit of any script: webdataset cuts at a dot."""
+    name = unicodedata.normalize("NFC", name)
+    kept = (char if char in "_-" or unicodedata.category(char)[0] in "LMN" else "." for char in name)
+    return re.sub(r"\.+", "_", "".join(kept))
+
+
+def short_key(key: str, most: int) -> str:
+    """Its beginning, of at most so many bytes."""
+    return key.encode()[:most].decode(errors="ignore")
+
+
 def remove_parts(out: Path) -> None:
     """Of a folder whose manifest is in place; a run that is killed in its last moments leaves some."""
     for part in out.glob("clips-*.part.json"):
@@ -278,10 +305,8 @@ def finish_tar(temporary: Path) -> dict[str, Any]:
 
 def write_json(path: Path, value: object) -> None:
     """Whole or not at all; makes the folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value, ensure_ascii=False, indent=1) + "\n")
-    os.replace(temporary, path)
+    with written(path) as file:
+        file.write(json.dumps(value, ensure_ascii=False, indent=1) + "\n")
 
 
 def read_manifest(folder: Folder, kind: Literal["clips", "latents"] = "clips") -> dict[str, Any]:

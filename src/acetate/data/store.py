@@ -398,7 +398,9 @@ def open_folder(place: str | Path, remote: Remote | None) -> Folder:
     try:
         fsspec.get_filesystem_class(str(place).split("://")[0])
     except (ImportError, ValueError) as error:
-        raise ValueError(f"{place} cannot be read: {error}. Extras: acetate[s3], acetate[gcs].") from error
+        raise ValueError(
+            f"{place} cannot be read: {error}. In the clone: pip install -e '.[s3]' or '.[gcs]'."
+        ) from error
     if not str(place).split("://")[1].strip("/"):
         raise ValueError(f"{place} names no bucket or host; as in s3://bucket/clips")
     return RemoteFolder(str(place).rstrip("/"), remote)

@@ -15,11 +15,10 @@ import torch
 from accelerate import init_empty_weights
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers, convert_wan_vae_to_diffusers
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError
 from torch import Tensor, nn
 
 from acetate.models.adapters import listed
+from acetate.models.hub import from_hub, is_hub_name
 from acetate.models.weights import Weights, assign, open_weights, read_json, read_weights
 
 FINGERPRINT = 256  # values of each tensor that tell one DiT from another
@@ -107,18 +106,12 @@ def locate(source: str, part: str) -> Path:
         return original[0] if part == "vae" and original else path
     if path.is_file():
         return path
-    if path.is_absolute() or source.startswith(".") or source.count("/") != 1:
+    if not is_hub_name(source):
         raise FileNotFoundError(
             f"{source} does not exist. wan= sources are a diffusers folder, an original Wan file "
             "(Wan2.1_VAE.pth, *.safetensors), or a hub name such as Wan-AI/Wan2.1-T2V-1.3B-Diffusers."
         )
-    try:
-        folder = Path(snapshot_download(source, allow_patterns=[f"{part}/*"]))
-    except (OSError, HFValidationError) as error:
-        raise FileNotFoundError(
-            f"{source} is neither a local path nor could it be fetched from the hub ({type(error).__name__}). "
-            "Download it where there is a network and give its folder instead."
-        ) from error
+    folder = from_hub(source, "wan.text_encoder" if part == "tokenizer" else f"wan.{part}", allow=[f"{part}/*"])
     if not (folder / part).is_dir():
         raise FileNotFoundError(f"{source} has no folder {part}/; its diffusers version has (…-Diffusers).")
     return folder / part

@@ -54,7 +54,7 @@ class TextEncoder:
 
         self.source, self.length, self.device = source, length, device
         tokenizer, weights = locate_text_encoder(source)
-        self.tokenizer = AutoTokenizer.from_pretrained(tokenizer)
+        self.tokenizer = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False)
         self.model = load_umt5(weights, None if dtype == "auto" else getattr(torch, dtype)).to(device)
 
     def sha256(self) -> str:
@@ -62,22 +62,31 @@ class TextEncoder:
         vocabulary = json.dumps(sorted(self.tokenizer.get_vocab().items()))
         return hashlib.sha256(f"{weights_sha256(self.model)}{vocabulary}".encode()).hexdigest()
 
-    @torch.no_grad()
-    def __call__(self, prompt: str) -> Tensor:
-        """(n, text_dim) fp32 on the CPU, n <= length tokens. Raises ValueError for a longer prompt.
+    def tokens(self, prompt: str) -> int:
+        """How many the prompt has, its end included."""
+        return len(self.tokenizer(mended(prompt)).input_ids)
 
-        Broken Unicode, HTML entities and runs of white space are mended first, as Wan's own tokenizer does.
+    @torch.no_grad()
+    def __call__(self, prompt: str, truncate: bool = False) -> Tensor:
+        """(n, text_dim) fp32 on the CPU, n <= length tokens.
+
+        A longer prompt is a ValueError; with `truncate` its first tokens and its end count, as in Wan's own code.
         """
-        prompt = " ".join(html.unescape(html.unescape(fix_text(prompt))).split())
-        tokens = self.tokenizer(prompt, return_tensors="pt").to(self.device)
-        count = tokens.input_ids.shape[1]
-        if count > self.length:
+        count = self.tokens(prompt)
+        if count > self.length and not truncate:
             raise ValueError(f"A prompt of {count} tokens; this model reads {self.length}. Shorten: {prompt[:80]!r}...")
+        tokens = self.tokenizer(mended(prompt), return_tensors="pt", truncation=True, max_length=self.length)
+        tokens = tokens.to(self.device)
         return self.model(tokens.input_ids, tokens.attention_mask).last_hidden_state[0].float().cpu()
 
     def context(self, prompts: Sequence[str]) -> Tensor:
         """(B, length, text_dim) fp32 on the CPU, zeros after each prompt's last token, as Wan's DiT was trained."""
         return pad_context([self(prompt) for prompt in prompts], self.length)
+
+
+def mended(prompt: str) -> str:
+    """Broken Unicode, HTML entities and runs of white space put right, as Wan's own tokenizer does."""
+    return " ".join(html.unescape(html.unescape(fix_text(prompt))).split())
 
 
 def locate_text_encoder(source: str) -> tuple[Path, Path]:
