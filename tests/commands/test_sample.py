@@ -250,7 +250,7 @@ def test_prompts(tmp_path):
         (["formats=[gif]"], "gif"),
         (["height=50"], "height 50; this VAE needs multiples of 8"),
         (["frames=6"], "6 frames"),
-        (["wan.prompt_length=3"], "tokens; this model reads 3"),
+        (["wan.prompt_length=3"], "tokens is cut to the 3"),
     ],
 )
 @pytest.mark.slow

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from acetate import regions
 from acetate.commands import device_of
-from acetate.commands.sample import CONF, check_models, embed, load_dit
+from acetate.commands.recorded import as_trained, compose_first, value_of
+from acetate.commands.sample import CONF, SIZE, check_models, embed, load_dit, outputs_of
 from acetate.data import synthetic
 from acetate.data.shards import write_json
 from acetate.draws import generator_for
@@ -75,10 +76,19 @@ def figures(alpha: Tensor, centres: Tensor, space_stride: int) -> dict[str, floa
     }
 
 
+def settings_first(given: Sequence[str]) -> list[str]:
+    """What the run of `dora=` recorded."""
+    dora = value_of(given, "dora") or f"{outputs_of(given)}/demo_dit"
+    size = {name: places for name, places in SIZE.items() if name != "fps"}
+    return [] if dora == "null" else as_trained(dora, "dora", given, {"rgba_vae": ("rgba_vae",), **size})
+
+
 @hydra.main(version_base=None, config_path=CONF, config_name="command/follow")
 def main(config: DictConfig) -> None:
     if config.count < 3:
         raise ValueError(f"count={config.count}; a correlation needs at least 3 clips.")
+    if config.out is not None and Path(config.out).is_dir():
+        raise ValueError(f"out={config.out} is a folder. Give a JSON file.")
     device = device_of(config)
     vae = load_rgba_vae(vae=config.wan.vae, adapters=config.rgba_vae, frozen_dtype=config.wan.dtype).to(device)
     paths = random_paths(config.count, config.seed)
@@ -117,4 +127,5 @@ def main(config: DictConfig) -> None:
 
 
 if __name__ == "__main__":
+    compose_first(settings_first)
     main()

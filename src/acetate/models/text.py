@@ -5,6 +5,7 @@ import html
 import json
 import os
 import re
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -63,21 +64,32 @@ class TextEncoder:
         return hashlib.sha256(f"{weights_sha256(self.model)}{vocabulary}".encode()).hexdigest()
 
     @torch.no_grad()
-    def __call__(self, prompt: str) -> Tensor:
-        """(n, text_dim) fp32 on the CPU, n <= length tokens. Raises ValueError for a longer prompt.
+    def __call__(self, prompt: str, shorten: bool = False) -> Tensor:
+        """(n, text_dim) fp32 on the CPU, n <= length tokens. A longer prompt raises ValueError; shorten: it warns, and
+        the tokens that do not fit are left out, as Wan does.
 
         Broken Unicode, HTML entities and runs of white space are mended first, as Wan's own tokenizer does.
         """
         prompt = " ".join(html.unescape(html.unescape(fix_text(prompt))).split())
         tokens = self.tokenizer(prompt, return_tensors="pt").to(self.device)
-        count = tokens.input_ids.shape[1]
+        ids, mask = tokens.input_ids, tokens.attention_mask
+        count = ids.shape[1]
         if count > self.length:
-            raise ValueError(f"A prompt of {count} tokens; this model reads {self.length}. Shorten: {prompt[:80]!r}...")
-        return self.model(tokens.input_ids, tokens.attention_mask).last_hidden_state[0].float().cpu()
+            if not shorten:
+                raise ValueError(
+                    f"A prompt of {count} tokens; this model reads {self.length}. Shorten: {prompt[:80]!r}..."
+                )
+            ids, mask = (torch.cat([x[:, : self.length - 1], x[:, -1:]], 1) for x in (ids, mask))  # and its end
+            read = self.tokenizer.decode(ids[0, :-1])[-60:]
+            warnings.warn(
+                f"A prompt of {count} tokens is cut to the {self.length} that this model reads, after {read!r}.",
+                stacklevel=3,
+            )
+        return self.model(ids, mask).last_hidden_state[0].float().cpu()
 
-    def context(self, prompts: Sequence[str]) -> Tensor:
+    def context(self, prompts: Sequence[str], shorten: bool = False) -> Tensor:
         """(B, length, text_dim) fp32 on the CPU, zeros after each prompt's last token, as Wan's DiT was trained."""
-        return pad_context([self(prompt) for prompt in prompts], self.length)
+        return pad_context([self(prompt, shorten) for prompt in prompts], self.length)
 
 
 def locate_text_encoder(source: str) -> tuple[Path, Path]:

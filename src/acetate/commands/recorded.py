@@ -1,0 +1,171 @@
+"""What a run recorded of its settings, for programs that are given what it trained."""
+
+import json
+import os
+import re
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from safetensors import SafetensorError, safe_open
+
+from acetate.commands.runs import RECORD
+from acetate.formats.sharded import is_sharded
+
+CONF = Path(__file__).parents[3] / "conf"
+CHOSEN = re.compile(r"@(best|last)$")  # which checkpoint of a run, behind its path
+
+
+def run_of(source: str) -> Path | None:
+    """The run's folder that weights are of: its own, that of a checkpoint in it, or the newest run below a folder.
+
+    None where there is none that recorded its settings.
+    """
+    path = Path(CHOSEN.sub("", source)).expanduser()
+    if path.is_dir() and not is_sharded(path) and not (path / RECORD).is_dir():
+        found = sorted(path.glob("**/checkpoints/last.*"), key=lambda file: file.stat().st_mtime)
+        path = found[-1] if found else path
+    run = path if (path / RECORD).is_dir() else path.parent.parent
+    return run if (run / RECORD / "config.yaml").is_file() else None
+
+
+def recorded_config(run: Path) -> DictConfig:
+    """The config that a run was started with; its paths are those of the present root."""
+    config = OmegaConf.load(run / RECORD / "config.yaml")
+    assert isinstance(config, DictConfig)
+    config.paths.root, config.paths.run = os.environ.get("ACETATE_ROOT", os.getcwd()), str(run)
+    return config
+
+
+def recorded_overrides(run: Path) -> list[str]:
+    """The command line that a run was started with, without what chose its folder and its checkpoint."""
+    record = run / RECORD / "overrides.yaml"
+    if not record.is_file():
+        raise FileNotFoundError(f"{record} does not exist: what {run} was started with is not known.")
+    overrides: Any = OmegaConf.to_object(OmegaConf.load(record))
+    return [text for text in overrides if name_of(text) not in ("resume", "init") and not text.startswith("hydra")]
+
+
+def name_of(override: str) -> str:
+    """`+data.shards=x` -> data.shards"""
+    return override.partition("=")[0].lstrip("+~").partition("@")[0]
+
+
+def value_of(overrides: Iterable[str], name: str) -> str | None:
+    """The last one's text, without the quotes of a shell within a shell."""
+    found = [text.partition("=")[2] for text in overrides if name_of(text) == name]
+    return found[-1].strip("'\"") if found else None
+
+
+def without(overrides: Iterable[str], given: Sequence[str]) -> list[str]:
+    """Those whose settings are not given."""
+    names = {name_of(text) for text in given}
+    return [text for text in overrides if name_of(text) not in names]
+
+
+def quoted(value: Any) -> str:
+    """A value in the grammar of overrides, whatever it holds."""
+    if isinstance(value, str):
+        for sign, escaped in ((r"\$\{", r"\${"), ("'", r"\'"), (r"\Z", "")):
+            value = re.sub(rf"(\\*){sign}", lambda match, end=escaped: 2 * match[1] + end, value, count=0)
+        return f"'{value}'"
+    if isinstance(value, Mapping):
+        return "{" + ",".join(f"{name}:{quoted(item)}" for name, item in value.items()) + "}"
+    if isinstance(value, Sequence):
+        return "[" + ",".join(map(quoted, value)) + "]"
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def as_trained(source: str, setting: str, given: Sequence[str], also: Mapping[str, Sequence[str]]) -> list[str]:
+    """Overrides of `wan`, and of the settings `also`, by what the run of `source` recorded of them; none of those
+    that are given. Prints what is taken from where.
+
+    setting: what `source` was given as. also: name -> places in the run's config, of which the first that has a value
+    counts. Of a file without its run, the base that its metadata names.
+    """
+    run = run_of(source)
+    wan_given = any(name_of(text) == "wan" for text in given)
+    if run is None:
+        return [] if wan_given else _base_of(source, setting, given)
+    config = recorded_config(run)
+    taken: dict[str, Any] = {}
+    if not wan_given and config.get("wan"):
+        taken = {f"wan.{name}": OmegaConf.select(config, f"wan.{name}") for name in config.wan}
+    for name, places in also.items():
+        values = (OmegaConf.select(config, place) for place in places)
+        value = next((value for value in values if value is not None), None)
+        if value is not None:
+            taken[name] = _in_place(value, run) if name == "rgba_vae" else _plain(value)
+    overrides = without([f"{name}={quoted(value)}" for name, value in taken.items()], given)
+    shown = [text for text in overrides if not text.startswith("wan.")]
+    if any(text.startswith("wan.") for text in overrides):
+        shown.insert(0, f"wan={_choice(run)}")
+    if shown:
+        print(f"{setting}={source}: {', '.join(shown).replace(chr(39), '')}, as recorded in {run / RECORD}")
+    return overrides
+
+
+def _plain(value: Any) -> Any:
+    return OmegaConf.to_object(value) if OmegaConf.is_config(value) else value
+
+
+def _in_place(value: Any, run: Path) -> Any:
+    """A path as it was given to the run, which may have been started in another folder."""
+    value, record = _plain(value), run / RECORD / "hydra.yaml"
+    if not isinstance(value, str) or Path(CHOSEN.sub("", value)).expanduser().exists() or not record.is_file():
+        return value
+    there = Path(str(OmegaConf.select(OmegaConf.load(record), "hydra.runtime.cwd", default="."))) / value
+    return str(there) if Path(CHOSEN.sub("", str(there))).exists() else value
+
+
+def _choice(run: Path) -> str:
+    """What `wan=` a run was started with."""
+    record = run / RECORD / "hydra.yaml"
+    chosen = OmegaConf.select(OmegaConf.load(record), "hydra.runtime.choices.wan") if record.is_file() else None
+    return str(chosen or "that of the run")
+
+
+def preset_of(base: str) -> str | None:
+    """The `wan=` whose weights have the name of a base: a hub name, or the last part of a path."""
+    for file in sorted((CONF / "wan").glob("*.yaml")):
+        sources = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
+        if isinstance(sources, dict) and Path(base).name in (
+            Path(str(sources[name])).name for name in ("vae", "transformer")
+        ):
+            return file.stem
+    return None
+
+
+def metadata(path: Path) -> dict[str, Any]:
+    """What an adapter file says of itself; nothing of another file."""
+    if path.suffix != ".safetensors" or not path.is_file():
+        return {}
+    try:
+        with safe_open(path, "pt") as file:
+            return {name: json.loads(value) for name, value in (file.metadata() or {}).items()}
+    except (SafetensorError, OSError, ValueError, RecursionError):  # its reader says what is wrong
+        return {}
+
+
+def _base_of(source: str, setting: str, given: Sequence[str]) -> list[str]:
+    path = Path(CHOSEN.sub("", source)).expanduser()
+    base = metadata(path).get("base")
+    if not isinstance(base, str) or any(text.startswith("wan.") for text in given):
+        return []
+    preset = preset_of(base)
+    if preset is not None:
+        print(f"{setting}={source}: wan={preset}, the base that its metadata name")
+        return [f"wan={preset}"]
+    if not Path(base).is_dir():
+        return []
+    print(f"{setting}={source}: wan.vae, transformer and text_encoder {base}, the base that its metadata name")
+    return [f"wan.{part}={quoted(base)}" for part in ("vae", "transformer", "text_encoder")]
+
+
+def compose_first(first: Callable[[Sequence[str]], list[str]]) -> None:
+    """Puts what `first` makes of the overrides of the command line before them, where theirs win."""
+    given = [text for text in sys.argv[1:] if not text.startswith("-")]
+    if len(given) == len(sys.argv) - 1:  # --help and the like say what the program would do by default
+        sys.argv[1:1] = first(given)
