@@ -8,6 +8,7 @@ import torch
 
 from acetate import replacing, video_out
 from acetate.alpha import checkerboard, over
+from acetate.regions import outlines
 from acetate.video_io import describe, read_pair, read_rgba
 from acetate.video_out import FORMATS, SUFFIXES, check_formats, write_clip
 
@@ -156,7 +157,8 @@ def test_length_and_rate(tmp_path, name, fps):
     for frames in (1, 5):
         for path in write_clip(tmp_path / f"{frames}", *film(frames), fps, [name]):
             header = describe(path)
-            assert (header.frames, header.width, header.height) == (frames, 48, 32)
+            enlarged = 12 if name == "preview" else 1
+            assert (header.frames, header.width, header.height) == (frames, 48 * enlarged, 32 * enlarged)
             still = name == "png" or (frames == 1 and name in ("webp", "apng"))
             # WebP counts milliseconds: half of one in the length of the clip.
             tolerance = 0.51 / (1000 * frames / fps) if name == "webp" else 1e-6
@@ -172,10 +174,8 @@ def test_equal_frames_stay_apart(tmp_path):
 @pytest.mark.parametrize("name", FORMATS)
 def test_odd_sides(tmp_path, name):
     paths = write_clip(tmp_path / "a", *film(2, 31, 45), 24, [name])
-    padded = name in ("webm", "pair", "preview")
-    assert [(describe(path).width, describe(path).height) for path in paths] == [
-        (46, 32) if padded else (45, 31)
-    ] * len(paths)
+    size = {"webm": (46, 32), "pair": (46, 32), "preview": (585 + 1, 403 + 1)}.get(name, (45, 31))
+    assert [(describe(path).width, describe(path).height) for path in paths] == [size] * len(paths)
     if name in ("webm", "pair"):
         frames = read(paths).frames.astype(int)
         assert (
@@ -187,12 +187,39 @@ def test_odd_sides(tmp_path, name):
 def test_preview_is_the_clip_over_a_checkerboard(tmp_path):
     rgb, alpha = film()
     (path,) = write_clip(tmp_path / "a", rgb, alpha, 24, ["preview"])
-    shown = over(rgb.clamp(-1, 1), alpha.clamp(0, 1), checkerboard(32, 48))
+    shown = over(rgb.clamp(-1, 1), alpha.clamp(0, 1), checkerboard(32, 48, cell=1))
     expected = ((shown + 1) * 127.5).permute(1, 2, 3, 0).numpy()
-    assert mean_error(opaque_frames(path), expected) <= 3
+    large = expected.repeat(12, 1).repeat(12, 2)  # 32x48 to 384 pixels on the short side
+    assert mean_error(opaque_frames(path), large) <= 3
     assert not describe(path).alpha
     data = path.read_bytes()
     assert data.index(b"moov") < data.index(b"mdat")  # plays while it loads
+
+
+@pytest.mark.parametrize(
+    ("size", "shown"),
+    [((48, 48), (384, 384)), ((400, 200), (800, 400)), ((480, 832), (480, 832)), ((8, 512), (32, 2048))],
+)
+def test_preview_is_enlarged_by_whole_factors(tmp_path, size, shown):
+    (path,) = write_clip(tmp_path / "a", *film(1, *size), 24, ["preview"])
+    assert (describe(path).height, describe(path).width) == shown
+
+
+def test_preview_shows_the_guide_and_its_way(tmp_path):
+    """A circle of a third of the width that moves from the left to the right, along the middle row."""
+    rgb, alpha = torch.full((3, 9, 48, 48), -1.0), torch.ones(1, 9, 48, 48)
+    ellipses = torch.tensor([[2.5 + 3 * cell, 5.5, 4.0, 4.0, 0.0] for cell in range(3)])
+    guide = outlines(ellipses, 12, 12, 9)
+    (path,) = write_clip(tmp_path / "a", rgb, alpha, 24, ["preview"], guide)
+    frames = [frame.astype(int)[..., 0] > 90 for frame in opaque_frames(path)]  # its red on black
+    for shown, centre in ((frames[0], 96), (frames[4], 192), (frames[8], 288)):
+        for x, y in ((centre - 64, 192), (centre + 64, 192), (centre, 128), (centre, 256)):
+            assert shown[y - 4 : y + 4, x - 4 : x + 4].any()
+        assert not shown[:120].any() and not shown[264:].any()
+        assert shown[188:196, 100:284].any(0).mean() > 0.9  # the way of its centre
+        assert shown[190:194, 286:290].all()  # and its end
+    write_clip(tmp_path / "a", rgb, alpha, 24, ["preview"])
+    assert max(frame.max() for frame in opaque_frames(path)) < 40
 
 
 def test_paths_follow_the_formats(tmp_path):

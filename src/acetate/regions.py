@@ -146,6 +146,23 @@ def gaussian(ellipses: Tensor, height: int, width: int) -> Tensor:
     return g.float().unflatten(0, ellipses.shape[:2])[:, None]
 
 
+def outlines(ellipses: Tensor, height: int, width: int, frames: int) -> Tensor:
+    """Points around the ellipses, to draw them over a clip of so many frames: (frames, 64, 2), each x and y as shares
+    of the picture's width and height; NaN where the lengths are 0.
+
+    ellipses (F, 5) as of `fit_ellipses`, in cells of a grid of `height` x `width`.
+    """
+    turns = torch.arange(64, dtype=torch.float64) * (torch.pi / 32)
+    x, y, major, minor, angle = (value[:, None] for value in ellipses.double().unbind(1))
+    u, v, turn = major / 2 * turns.cos(), minor / 2 * turns.sin(), torch.deg2rad(angle)
+    x, y = x + u * turn.cos() - v * turn.sin(), y + u * turn.sin() + v * turn.cos()
+    points = torch.stack([(x + 0.5) / width, (y + 0.5) / height], 2)
+    points[ellipses[:, 2] <= 0] = torch.nan
+    stride = max(1, (frames - 1) // max(1, len(ellipses) - 1))
+    cells = (torch.arange(frames) + stride - 1) // stride  # cell 0 sees frame 0 only
+    return points[cells.clamp_max(len(ellipses) - 1)]
+
+
 def _mean_pool(x: Tensor, time_stride: int, space_stride: int) -> Tensor:
     s = space_stride
     first = F.avg_pool3d(x[:, :, :1], (1, s, s))

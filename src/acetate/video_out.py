@@ -17,7 +17,7 @@ from av.bitstream import BitStreamFilterContext
 from av.error import FFmpegError
 from av.video.reformatter import ColorRange, Colorspace
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageDraw
 from torch import Tensor
 
 from acetate.alpha import checkerboard, over
@@ -35,6 +35,9 @@ SUFFIXES = {
     "preview": ("_preview.mp4",),
 }
 
+PREVIEW_SIDE, PREVIEW_MOST = 384, 2048  # pixels: the short side at least, the long side at most
+GUIDE = (255, 0, 160)  # seen on a checkerboard, on black and on white
+
 Picture = NDArray[np.float32]  # (4, H, W) in [0, 1], straight colour
 Planes = Sequence[NDArray[np.integer]]  # Y, Cb, Cr and perhaps A; chroma may be half the size
 
@@ -51,6 +54,7 @@ class _Clip:
     rgb: Tensor
     alpha: Tensor
     fps: float
+    guide: Tensor | None = None
 
     def floats(self) -> Iterator[Tensor]:
         """Per frame (4, H, W), clamped: rgb in [-1, 1], alpha in [0, 1]."""
@@ -75,10 +79,13 @@ def check_formats(formats: Sequence[str]) -> None:
             raise ValueError(f"formats: {name!r} is unknown; choose from {', '.join(FORMATS)}")
 
 
-def write_clip(stem: Path, rgb: Tensor, alpha: Tensor, fps: float, formats: Sequence[str]) -> list[Path]:
+def write_clip(
+    stem: Path, rgb: Tensor, alpha: Tensor, fps: float, formats: Sequence[str], guide: Tensor | None = None
+) -> list[Path]:
     """Write the clip once per format and return the paths, in the order of `formats`.
 
-    rgb (3, T, H, W): straight colour, about [-1, 1]. alpha (1, T, H, W): about [0, 1]. Both are clamped and rounded.
+    rgb (3, T, H, W): straight colour, about [-1, 1]. alpha (1, T, H, W): about [0, 1]. Both are
+    clamped and rounded. guide (T, N, 2), as of `regions.outlines`: drawn in the preview alone.
 
     | format  | path                             | what it keeps                                                  |
     |---------|----------------------------------|----------------------------------------------------------------|
@@ -88,7 +95,7 @@ def write_clip(stem: Path, rgb: Tensor, alpha: Tensor, fps: float, formats: Sequ
     | webp    | STEM.webp                        | 8 bit, exact where alpha > 0; times in whole milliseconds      |
     | apng    | STEM.apng                        | 8 bit, every bit                                               |
     | pair    | STEM_fgr.mp4 + STEM_pha.mp4      | H.264, straight colour and grey matte, 8 bit 4:2:0             |
-    | preview | STEM_preview.mp4                 | H.264 over a checkerboard, opaque                              |
+    | preview | STEM_preview.mp4                 | H.264 over a checkerboard, opaque, enlarged if below 384 pixels |
 
     webm, pair and preview have even sides: an odd one repeats its last row or column. WebP stores a frame that equals
     the one before it as a longer duration, and a clip that is opaque all over without alpha. One frame is enough for
@@ -100,7 +107,7 @@ def write_clip(stem: Path, rgb: Tensor, alpha: Tensor, fps: float, formats: Sequ
     """
     check_formats(formats)
     _check_clip(rgb, alpha, fps)
-    clip = _Clip(rgb, alpha, fps)
+    clip = _Clip(rgb, alpha, fps, guide)
     written = []
     for name in dict.fromkeys(formats):
         paths = [stem.with_name(stem.name + suffix) for suffix in SUFFIXES[name]]
@@ -174,9 +181,38 @@ def _write_pair(paths: Sequence[Path], clip: _Clip) -> None:
 
 
 def _write_preview(paths: Sequence[Path], clip: _Clip) -> None:
-    board = checkerboard(*clip.rgb.shape[2:])[:, 0]
-    shown = [over(frame[:3], frame[3:], board) for frame in clip.floats()]
-    write_video(paths[0], np.stack([_to_uint8(((rgb + 1) / 2).numpy()) for rgb in shown]), clip.fps)
+    """Small clips are enlarged by a whole factor: a player's own scaling would blur them."""
+    height, width = clip.rgb.shape[2:]
+    factor = max(1, min(-(-PREVIEW_SIDE // min(height, width)), PREVIEW_MOST // max(height, width)))
+    board = checkerboard(height, width, cell=-(-8 // factor))[:, 0]
+    pictures = []
+    for t, frame in enumerate(clip.floats()):
+        picture = _to_uint8(((over(frame[:3], frame[3:], board) + 1) / 2).numpy())
+        for axis in (0, 1):
+            picture = picture.repeat(factor, axis)
+        image = Image.fromarray(picture)
+        if clip.guide is not None:
+            draw_guide(image, clip.guide, t)
+        pictures.append(np.asarray(image))
+    write_video(paths[0], np.stack(pictures), clip.fps)
+
+
+def draw_guide(image: Image.Image, guide: Tensor, t: int) -> None:
+    """The guide's outline at frame t, and its centre's way with a dot at the end where it moves.
+
+    guide (T, N, 2): x and y as shares of the picture's width and height, as of `regions.outlines`.
+    """
+    draw, thick = ImageDraw.Draw(image), max(1, min(image.size) // 192)
+    points = guide * torch.tensor(image.size) - 0.5
+    centres = points.mean(1)
+    centres = centres[~centres.isnan().any(1)]
+    lines = [] if points[t].isnan().any() else [points[t][[*range(len(points[t])), 0]]]
+    moves = len(centres) > 0 and float((centres - centres[0]).norm(dim=1).max()) >= 1
+    lines += [centres] if moves else []
+    for line in lines:
+        draw.line([(x, y) for x, y in line.tolist()], GUIDE, thick)
+    if moves:
+        draw.circle(tuple(centres[-1].tolist()), 2 * thick, GUIDE)
 
 
 WRITERS: dict[str, Callable[[Sequence[Path], _Clip], None]] = {

@@ -29,3 +29,43 @@ def test_train_then_evaluate(tmp_path, shards):
     assert rows["RGBA-VAE, last.ckpt, average"]["loss"] == pytest.approx(logged, rel=1e-6)
     assert str(path.parent / "panels") in printed
     assert list(path.parent.glob("panels/*/*.png"))
+    record = sorted(path.parent.rglob(".hydra/**/*"))
+    before = path.read_bytes()
+    for changed, name in ((["data.val_clips=1"], "evaluation_val_clips-1.json"), ([], "evaluation.json")):
+        code, printed = program(tmp_path / f"{name}.log", "acetate.commands.evaluate", f"run={tmp_path}/vae_rgba",
+                                f"paths.outputs={tmp_path}/elsewhere", *changed)  # fmt: skip
+        assert code == 0, printed[-2000:]
+        assert ("WARNING: not the data of" in printed) == bool(changed)
+        assert (path.parent / name).is_file()
+    assert path.read_bytes() == before  # the run's own settings give the run's own figures
+    assert sorted(path.parent.rglob(".hydra/**/*")) == record and not (tmp_path / "elsewhere").exists()
+
+
+@pytest.mark.slow
+def test_a_dora_beside_the_base(tmp_path, cached):
+    latents, adapters = cached
+    arguments = [
+        "experiment=dit_dora", f"paths.outputs={tmp_path}", f"data.latents={latents}", f"rgba_vae={adapters}",
+        "task.rank=2", "data.batch_size=1", "data.num_workers=0", "callbacks.samples=null", "trainer.max_steps=2",
+    ]  # fmt: skip
+    code, printed = program(tmp_path / "a", "train.py", *arguments, "trainer.val_check_interval=2")
+    assert code == 0, printed[-2000:]
+    code, printed = program(tmp_path / "b", "acetate.commands.evaluate", f"run={tmp_path}/dit_dora")
+    assert code == 0, printed[-2000:]
+    (path,) = tmp_path.glob("dit_dora/*/evaluation.json")
+    rows = json.loads(path.read_text())
+    assert list(rows) == ["base DiT, without DoRA", "DoRA, last.ckpt"]
+    with (path.parent / "metrics.csv").open() as file:
+        (logged,) = [float(row["val/loss"]) for row in csv.DictReader(file) if row.get("val/loss")]
+    assert rows["DoRA, last.ckpt"]["loss"] == pytest.approx(logged, rel=1e-6)
+    assert rows["base DiT, without DoRA"]["loss"] != rows["DoRA, last.ckpt"]["loss"]
+
+
+def test_help_and_errors(tmp_path):
+    code, printed = program(tmp_path / "a", "acetate.commands.evaluate", "--help")
+    assert code == 0
+    assert "python -m acetate.commands.evaluate run=outputs/mine" in printed
+    for given, message in ((["run=none"], "run=none: no run there"), (["run=x", "resume=last"], "are both given")):
+        code, printed = program(tmp_path / given[-1].replace("/", ""), "acetate.commands.evaluate", *given)
+        assert code != 0
+        assert message in printed

@@ -9,7 +9,8 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
-from acetate.commands.program import composed, in_words, quoted, tell, to_the_letter
+from acetate.commands.program import composed, in_words, tell, to_the_letter
+from acetate.commands.recorded import quoted
 from acetate.models.merge import FeatureMerge
 from acetate.settings import SettingError
 from tests.paths import ROOT

@@ -9,19 +9,16 @@ import pytest
 from omegaconf import OmegaConf
 from torch.distributed import TCPStore
 
+from acetate.commands.recorded import recorded_overrides, run_of, run_to_continue, with_recorded
 from acetate.commands.runs import (
     FINISHED,
     LOCK,
     checkpoint_to_resume,
     only_writer,
     record_folder,
-    recorded_overrides,
     run_folder,
     run_id,
-    run_of,
-    run_to_continue,
     sweep_folder,
-    with_recorded,
 )
 
 WRITER = """
@@ -40,6 +37,7 @@ def make(folder, age=0, overrides=THESE):
     (folder / "checkpoints").mkdir(parents=True)
     (folder / ".hydra").mkdir()
     OmegaConf.save(OmegaConf.create(overrides), folder / ".hydra/overrides.yaml")
+    (folder / ".hydra/config.yaml").touch()
     last = folder / "checkpoints/last.ckpt"
     last.touch()
     os.utime(last, (10**9 - age, 10**9 - age))
@@ -112,7 +110,7 @@ def test_another_kind_of_data_is_said_loudly(tmp_path, capsys):
 
 def test_the_run_that_a_path_belongs_to(tmp_path):
     run, older = make(tmp_path / "demo/b"), make(tmp_path / "demo/a", age=9)
-    for path in (run, run / "checkpoints/last.ckpt", run / "checkpoints", tmp_path / "demo"):
+    for path in (run, run / "checkpoints/last.ckpt", tmp_path / "demo"):
         assert run_of(str(path)) == run
     assert run_of(str(older)) == run_to_continue(str(tmp_path), "demo", str(older)) == older
     assert run_to_continue(str(tmp_path), "demo", "last") == run

@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +10,18 @@ from hydra import compose, initialize_config_dir
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
-from acetate.commands.sample import check_models, file_name, guide_ellipses, guide_mask, load_dit, read_prompts
+from acetate.commands.sample import (
+    check_models,
+    check_settings,
+    file_name,
+    guide_ellipses,
+    guide_mask,
+    load_dit,
+    mended,
+    new_folder,
+    read_prompts,
+    sheet_name,
+)
 from acetate.formats.rgba_vae import load_rgba_vae
 from acetate.models.adapters import ADAPTER_SCHEMA, trainable_state
 from acetate.models.dit import add_dora, merge_dora
@@ -71,6 +83,55 @@ def test_writes_clips_that_editors_open_and_seeds_reproduce(tmp_path, cached, do
     assert code == 0, printed[-2000:]
     alone = read_rgba(tmp_path / "b/000-blue-smoke-seed3_png").frames
     assert abs(clip.frames.astype(int) - alone.astype(int)).max() <= 1
+
+
+@pytest.mark.slow
+def test_a_run_of_a_users_own_is_enough(tmp_path, cached):
+    """Base, RGBA-VAE and size are the run's; the JSON makes the clip again; no clip is overwritten unasked."""
+    latents, adapters = cached
+    code, printed = program(
+        tmp_path / "log", "train.py", "experiment=dit_dora", "name=mine_dit", f"paths.outputs={tmp_path}",
+        f"paths.cache={tmp_path}", f"data.latents={latents}", f"rgba_vae={adapters}", "trainer.max_steps=1",
+        "trainer.val_check_interval=1", "task.rank=2", "data.batch_size=1", "data.num_workers=0",
+        "callbacks.samples.frames=5", "callbacks.samples.height=24", "callbacks.samples.width=32",
+        "callbacks.samples.fps=7", "callbacks.samples.solver.steps=1",
+    )  # fmt: skip
+    assert code == 0, printed[-2000:]
+    mine, asked = f"dora={tmp_path}/mine_dit", 'prompt="a, red: disc {x}"'
+    code, printed = run(tmp_path / "a", mine, asked, "steps=1", "seed=4", "guide.centre=[0.4,0.5]", "formats=[png]")
+    assert code == 0, printed[-2000:]
+    assert f"rgba_vae={adapters}, frames=5, height=24, width=32, fps=7, as recorded in" in printed
+    (file,) = (tmp_path / "a").glob("*.json")
+    clip = json.loads(file.read_text())
+    assert [clip[name] for name in ("frames", "height", "width", "fps", "rgba_vae", "seed")] == [
+        5, 24, 32, 7, str(adapters), 4
+    ]  # fmt: skip
+    assert clip["made_with"]["dora"]["step"] == 1
+    assert "/mine_dit/" in clip["made_with"]["dora"]["run"]
+    assert len(clip["made_with"]["ellipses"]) == 2
+    code, printed = run(tmp_path / "b", f"settings={file}")
+    assert code == 0, printed[-2000:]
+    (again,) = (tmp_path / "b").glob("*.json")
+    assert again.read_text() == file.read_text()
+    (one,), (two,) = ((tmp_path / name).glob("*_png") for name in "ab")
+    assert (read_rgba(one).frames == read_rgba(two).frames).all()
+    code, printed = run(tmp_path / "b", f"settings={file}", "guidance=2")
+    assert code != 0
+    assert "exists, made with guidance 5.0, now 2" in printed
+    assert again.read_text() == file.read_text()
+    code, printed = run(tmp_path / "b", f"settings={file}", "guidance=2", "overwrite=true")
+    assert code == 0, printed[-2000:]
+    assert json.loads(again.read_text())["guidance"] == 2
+
+
+def test_each_call_has_a_folder_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("time.strftime", lambda text: "now")
+    assert [str(new_folder(config_for())) for _ in range(2)] == ["samples/now", "samples/now_2"]
+    assert new_folder(config_for("out=there")) == Path("there")
+    for name in ("sheet.png", "sheet_2.png"):
+        (tmp_path / name).touch()
+    assert sheet_name(tmp_path, overwrite=False).name == "sheet_3.png"
 
 
 def test_dora_is_merged(dora):
@@ -242,6 +303,29 @@ def test_prompts(tmp_path):
     with pytest.raises(ValueError, match="is empty"):
         read_prompts(config_for(f"prompts={tmp_path}/empty.txt"))
     assert file_name(3, "A ring / of FIRE!", 7) == "003-a-ring-of-fire-seed7"
+    assert file_name(0, "猫 😀\n", 1) == "000-empty-seed1"
+    assert len(file_name(0, "-x" * 10_000, 1)) < 70
+    assert mended("caf\udce9 é") == "caf? é"
+    (tmp_path / "latin.txt").write_bytes("é".encode("latin-1"))
+    with pytest.raises(ValueError, match="is not UTF-8"):
+        read_prompts(config_for(f"prompts={tmp_path}/latin.txt"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["formats=[]"], r"formats=\[\]: no file would be written"),
+        (["guide.centre=[0.5]"], r"guide.centre=\[0.5\]; needed: two numbers, shares of width and height"),
+        (["guide.end_axes=0.5"], "guide.end_axes=0.5; needed: two numbers, lengths"),
+        (["guide.clip=none.png"], "guide.clip=none.png does not exist"),
+        (["out={file}"], "is a file. Give a folder"),
+        (["out={file}/below"], "is a file. Give a folder"),
+    ],
+)
+def test_settings_are_checked_before_anything_is_loaded(tmp_path, arguments, message):
+    (tmp_path / "file").touch()
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        check_settings(config_for(*(text.format(file=tmp_path / "file") for text in arguments)))
 
 
 @pytest.mark.parametrize(
@@ -250,7 +334,6 @@ def test_prompts(tmp_path):
         (["formats=[gif]"], "gif"),
         (["height=50"], "height 50; this VAE needs multiples of 8"),
         (["frames=6"], "6 frames"),
-        (["wan.prompt_length=3"], "tokens; this model reads 3"),
     ],
 )
 @pytest.mark.slow

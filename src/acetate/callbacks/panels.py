@@ -3,7 +3,9 @@
 import math
 import os
 import re
+import unicodedata
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from torch import Tensor
 
 from acetate.alpha import PALETTE, PALETTE_NAMES, checkerboard, over
 from acetate.video_io import write_video
+from acetate.video_out import draw_guide
 
 COLUMNS = ("source", "reconstruction", "alpha", "alpha_hat", "|alpha_hat - alpha|")
 BACKGROUNDS = (*PALETTE_NAMES, "checker")
@@ -26,18 +29,38 @@ VIDEO_BACKGROUNDS = ("key", "white")
 VIDEO_SECONDS = 2.0  # shorter clips are repeated up to this
 
 GAP = 4  # pixels between tiles
+LONGEST_KEY = 40  # characters of a title, which has figures after the key
 GROUND, INK = (34, 34, 38), (235, 235, 235)
 
 
 @dataclass(frozen=True)
 class Clip:
-    """One validation clip on the CPU, uint8: rgb (3, T, H, W), alpha (1, T, H, W)."""
+    """One validation clip on the CPU, uint8: rgb (3, T, H, W), alpha (1, T, H, W); and its own figures."""
 
     key: str
     rgb: Tensor
     alpha: Tensor
     rgb_hat: Tensor
     alpha_hat: Tensor
+    psnr: float = math.nan  # dB, over the eight colours
+    mae: float = math.nan  # of alpha
+
+    def title(self, step: int) -> str:
+        figures = f"PSNR over 8 colours {self.psnr:.2f} dB, alpha MAE {self.mae:.4f}"
+        key = self.key if len(self.key) <= LONGEST_KEY else f"{self.key[: LONGEST_KEY - 1]}…"
+        return f"{key}, step {step}: {figures}"
+
+
+def quality(rgb_hat: Tensor, alpha_hat: Tensor, rgb: Tensor, alpha: Tensor) -> tuple[float, float]:
+    """A clip's share of the validation's rgb/psnr and alpha/mae; (C, T, H, W) each, predictions unclamped."""
+    rgb_hat, alpha_hat = rgb_hat.float().clamp(-1, 1), alpha_hat.float().clamp(0, 1)
+    rgb, alpha = rgb.float(), alpha.float()
+    errors = [
+        (over(rgb_hat, alpha_hat, ground) - over(rgb, alpha, ground)).square().mean((0, 2, 3)) / 4
+        for ground in PALETTE.to(rgb.device)[:, :, None, None, None]
+    ]
+    psnr = -10 * torch.stack(errors).clamp_min(1e-10).log10().mean()
+    return float(psnr), float((alpha_hat - alpha).abs().mean())
 
 
 def to_bytes(x: Tensor, low: float) -> Tensor:
@@ -92,6 +115,51 @@ class Frame:
         return (*self.composites("checker"), alpha, alpha_hat, heat((self.alpha_hat - self.alpha).abs()))
 
 
+@lru_cache
+def _has_glyph(character: str) -> bool:
+    """Of the one font that Pillow brings, which draws a box for what it lacks."""
+    font = ImageFont.load_default(20)
+    return bytes(font.getmask(character)) != bytes(font.getmask("\uffff"))
+
+
+def drawable(text: str) -> str:
+    """On one line, in characters that the font has: accents go, all others that it lacks become boxes."""
+    drawn = []
+    for character in " ".join(text.split()):
+        if unicodedata.category(character) in ("Mn", "Cc", "Cf"):  # marks, control codes, joiners
+            continue
+        if not character.isspace() and not _has_glyph(character):
+            character = unicodedata.normalize("NFKD", character)[0]
+            character = character if _has_glyph(character) else "\uffff"
+        drawn.append(character)
+    return "".join(drawn)
+
+
+def wrapped(text: str, font: Any, width: float, lines: int) -> list[str]:
+    """At most so many lines of at most so many pixels; what does not fit ends in an ellipsis."""
+    rest, found = drawable(text), []
+    while rest and len(found) < lines:
+        count = _fitting(rest, font, width)
+        if count < len(rest) and len(found) == lines - 1:
+            count = _fitting(rest, font, width - font.getlength("…"))
+            found.append(rest[:count].rstrip() + "…")
+            break
+        if count < len(rest):
+            count = rest.rfind(" ", 0, count + 1) + 1 or count  # between words, where there is a space
+        found.append(rest[:count].rstrip())
+        rest = rest[count:].lstrip()
+    return found or [""]
+
+
+def _fitting(text: str, font: Any, width: float) -> int:
+    """Characters from the front that are as wide at most; at least one."""
+    low, high = 1, min(len(text), 4000)
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if font.getlength(text[:middle]) <= width else (low, middle - 1)
+    return low
+
+
 class Sheet:
     """A dark sheet with lines for title and labels above the tiles; text grows with the tile."""
 
@@ -100,18 +168,30 @@ class Sheet:
         self.top = 4 * self.text  # where the tiles begin
         self.image = Image.new("RGB", (width, self.top + height), GROUND)
         self.draw = ImageDraw.Draw(self.image)
+        (title,) = self.lines(title, width - 4 * GAP, 1)
         self.write(2 * GAP, self.text, title, "lm")
 
+    def font(self, size: float = 1) -> Any:
+        return ImageFont.load_default(round(size * self.text))
+
+    def lines(self, text: str, width: float, most: int, size: float = 1) -> list[str]:
+        return wrapped(text, self.font(size), width, most)
+
     def write(self, x: float, y: float, text: str, anchor: str = "mm", size: float = 1) -> None:
-        font = ImageFont.load_default(round(size * self.text))
-        self.draw.text((x, y), text, fill=INK, font=font, anchor=anchor)
+        """One line, of characters that the font has."""
+        self.draw.text((x, y), text, fill=INK, font=self.font(size), anchor=anchor)
 
     def label(self, x: float, text: str) -> None:
         self.write(x, 3.2 * self.text, text)
 
-    def paste(self, tile: Tensor, x: int, y: int, height: int, width: int) -> None:
-        """A tile (3, H, W) in [-1, 1], y counted from where the tiles begin."""
-        self.image.paste(picture(tile, height, width), (x, self.top + y))
+    def paste(
+        self, tile: Tensor, x: int, y: int, height: int, width: int, guide: Tensor | None = None, t: int = 0
+    ) -> None:
+        """A tile (3, H, W) in [-1, 1], y counted from where the tiles begin; guide at t as of `draw_guide`."""
+        shown = picture(tile, height, width)
+        if guide is not None:
+            draw_guide(shown, guide, t)
+        self.image.paste(shown, (x, self.top + y))
 
     def heat_bar(self, x: int, width: int) -> None:
         """The scale of the error column, with its values at their places."""
@@ -135,7 +215,7 @@ def strip(clip: Clip, rows: int, step: int) -> Image.Image:
     middle = left + len(COLUMNS) * (width + GAP) + 3 * GAP
     row_height = 2 * half[0] + 4 * GAP
     size = middle + len(BACKGROUNDS) * (half[1] + GAP), len(times) * row_height
-    sheet = Sheet(width, *size, f"{clip.key}   step {step}")
+    sheet = Sheet(width, *size, clip.title(step))
     sheet.heat_bar(left + 4 * (width + GAP), width)
     sheet.write(middle, sheet.text, "top: reconstruction over, bottom: source over", "lm")
     for i, name in enumerate(COLUMNS):
@@ -160,7 +240,7 @@ def movie(clip: Clip, fps: float, step: int) -> NDArray[np.uint8]:
     labels = (*COLUMNS, *(f"over {name}" for name in VIDEO_BACKGROUNDS))
     frames = []
     for t in range(clip.rgb.shape[1]):
-        sheet = Sheet(width, len(labels) * (width + GAP), height, f"{clip.key}   step {step}   t={t}")
+        sheet = Sheet(width, len(labels) * (width + GAP), height, f"{clip.title(step)}, t={t}")
         sheet.heat_bar(4 * (width + GAP), width)
         frame = Frame(clip, t)
         composites = (frame.composites(name)[1] for name in VIDEO_BACKGROUNDS)
@@ -227,12 +307,17 @@ def _clip(outputs: Any, batch: Any, index: int) -> Clip:
             f"validation_step returned no {' and no '.join(missing)}; Panels draws reconstructions. "
             "Return them from the task, or take Panels out of the callbacks."
         )
+    rgb, alpha = batch["rgb"][index], batch["alpha"][index]
+    rgb_hat, alpha_hat = outputs["rgb_hat"][index], outputs["alpha_hat"][index]
+    psnr, mae = quality(rgb_hat, alpha_hat, rgb, alpha)
     return Clip(
         key=batch["key"][index],
-        rgb=to_bytes(batch["rgb"][index], -1),
-        alpha=to_bytes(batch["alpha"][index], 0),
-        rgb_hat=to_bytes(outputs["rgb_hat"][index], -1),
-        alpha_hat=to_bytes(outputs["alpha_hat"][index], 0),
+        rgb=to_bytes(rgb, -1),
+        alpha=to_bytes(alpha, 0),
+        rgb_hat=to_bytes(rgb_hat, -1),
+        alpha_hat=to_bytes(alpha_hat, 0),
+        psnr=psnr,
+        mae=mae,
     )
 
 

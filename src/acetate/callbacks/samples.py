@@ -19,28 +19,39 @@ from acetate.sampling import EllipsePath, Solver, decode, initial_noise, sample_
 from acetate.video_out import write_clip
 
 FRAMES_SHOWN = 4
+CAPTIONS = 4  # of validation clips, where no prompts are given
+LABEL_LINES, LABEL_SIZE = 4, 0.85  # at most; of the size of titles
 
 
-def contact_sheet(clips: Sequence[tuple[str, Tensor, Tensor]], title: str) -> Image.Image:
-    """One row per clip (label, rgb (3, T, H, W), alpha (1, T, H, W)): frames over a checkerboard, then their alpha."""
+def contact_sheet(clips: Sequence[tuple[str, Tensor, Tensor]], title: str, guide: Tensor | None = None) -> Image.Image:
+    """One row per clip (label, rgb (3, T, H, W), alpha (1, T, H, W)): frames over a checkerboard, then
+    their alpha, then the label on as many lines as it takes, LABEL_LINES at most.
+
+    guide (T, N, 2): the outline that all of them were sampled with, drawn on every tile.
+    """
     _, rgb, _ = clips[0]
     height, width = tile_size(*rgb.shape[-2:])
     height, width = height // 2, width // 2
     times = sorted({round(float(t)) for t in np.linspace(0, rgb.shape[1] - 1, FRAMES_SHOWN)})
-    row = height + max(14, height // 10) + 2 * GAP
-    sheet = Sheet(2 * height, 2 * len(times) * (width + GAP) + GAP, len(clips) * row, title)
+    across, line = 2 * len(times) * (width + GAP) + GAP, max(14, height // 8)
+    text = Sheet(2 * height, across, line, "")  # which knows how wide letters are
+    labels = [text.lines(label, across - 4 * GAP, LABEL_LINES, LABEL_SIZE) for label, _, _ in clips]
+    tops = np.cumsum([0, *(height + 3 * GAP + line * len(lines) for lines in labels)]).tolist()
+    sheet = Sheet(2 * height, across, tops[-1], title)
     for column, t in enumerate(times):
         sheet.label(GAP + column * (width + GAP) + width / 2, f"t={t}")
         sheet.label(GAP + (column + len(times)) * (width + GAP) + width / 2, f"alpha t={t}")
-    for index, (label, rgb, alpha) in enumerate(clips):
+    for (_, rgb, alpha), y, lines in zip(clips, tops, labels, strict=False):
         rgb, alpha = rgb.clamp(-1, 1), alpha.clamp(0, 1)
         ground = checkerboard(*rgb.shape[-2:], cell=max(4, min(rgb.shape[-2:]) // 12))
-        composite, y = over(rgb, alpha, ground), index * row
+        composite = over(rgb, alpha, ground)
         for column, t in enumerate(times):
-            sheet.paste(composite[:, t], GAP + column * (width + GAP), y, height, width)
+            sheet.paste(composite[:, t], GAP + column * (width + GAP), y, height, width, guide, t)
             x = GAP + (column + len(times)) * (width + GAP)
-            sheet.paste(alpha[:, t].expand(3, -1, -1) * 2 - 1, x, y, height, width)
-        sheet.write(2 * GAP, sheet.top + y + height + GAP + sheet.text / 2, label, "lm", 0.75)
+            sheet.paste(alpha[:, t].expand(3, -1, -1) * 2 - 1, x, y, height, width, guide, t)
+        for number, text_line in enumerate(lines):
+            below = sheet.top + y + height + GAP + (number + 0.5) * line
+            sheet.write(2 * GAP, below, text_line, "lm", LABEL_SIZE)
     return sheet.image
 
 
@@ -54,6 +65,8 @@ def save_picture(image: Image.Image, path: Path) -> None:
 class Samples(Callback):
     """Samples `prompts` at every `every_n_validations`-th validation, by the same seeds and guide each time.
 
+    prompts None: captions of the first validation clips, which are of different kinds; the data module's `captions`.
+
     Memory: the text encoder is loaded once, before training, on rank 0, and dropped; the VAE waits on the CPU, and
     decodes one clip at a time. Files: `<directory, or default_root_dir>/samples/step_00001000/<number>.webm` and a
     contact sheet; wandb gets both, TensorBoard the sheet. The task has `transformer`, `mean_shift` and `cache`. Raises
@@ -65,7 +78,7 @@ class Samples(Callback):
         *,
         build_vae: Callable[[], Any],
         build_text: Callable[[], Any],
-        prompts: Sequence[str],
+        prompts: Sequence[str] | None,
         negative_prompt: str,
         seed: int,
         every_n_validations: int,
@@ -77,17 +90,20 @@ class Samples(Callback):
         guide: EllipsePath | None,
         directory: str | None = None,
     ) -> None:
-        if not prompts:
-            raise ValueError("samples.prompts=[]; name at least one, or leave the callback out.")
+        if prompts is not None and not prompts:
+            raise ValueError(
+                "samples.prompts=[]; name at least one, null for captions of validation clips, or leave the callback "
+                "out."
+            )
         self.build_vae, self.build_text = build_vae, build_text
-        self.prompts, self.negative_prompt, self.seed = list(prompts), negative_prompt, seed
+        self.prompts, self.negative_prompt, self.seed = prompts, negative_prompt, seed
         self.every_n_validations, self.fps, self.directory = every_n_validations, fps, directory
         self.size = (frames, height, width)
         self.solver, self.guide = solver, guide
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        embedded: Any = self._embed() if trainer.is_global_zero else None
-        self.context, self.negative, text_sha256 = trainer.strategy.broadcast(embedded)
+        embedded: Any = self._embed(trainer) if trainer.is_global_zero else None
+        self.shown, self.context, self.negative, text_sha256 = trainer.strategy.broadcast(embedded)
         self.vae = self.build_vae()
         cache: dict[str, Any] = pl_module.cache  # type: ignore[assignment]
         for name, found in (("vae_sha256", self.vae.latents_sha256()), ("text_encoder_sha256", text_sha256)):
@@ -97,10 +113,13 @@ class Samples(Callback):
                     "rgba_vae= and wan= that they were cached with, or leave callbacks.samples out."
                 )
 
-    def _embed(self) -> tuple[Tensor, Tensor, str]:
-        """On one rank alone: UMT5 takes 11 GB, and the next model comes after it."""
+    def _embed(self, trainer: Trainer) -> tuple[list[str], Tensor, Tensor, str]:
+        """Prompts, their context, the negative one's, and the encoder's hash. On one rank alone: UMT5 takes
+        11 GB, and the next model comes after it."""
+        datamodule: Any = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
+        prompts = datamodule.captions(CAPTIONS) if self.prompts is None else list(self.prompts)
         text = self.build_text()
-        return text.context(self.prompts), text.context([self.negative_prompt]), text.sha256()
+        return prompts, text.context(prompts), text.context([self.negative_prompt]), text.sha256()
 
     @torch.no_grad()
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -115,10 +134,11 @@ class Samples(Callback):
     def _sample(self, pl_module: LightningModule) -> list[tuple[str, Tensor, Tensor]]:
         shape, device = self.vae.geometry.latent_shape(*self.size), pl_module.device
         shift = pl_module.mean_shift
-        guided = self.guide is not None and shift
-        guide = regions.gaussian(self.guide.ellipses(*shape[1:]), *shape[2:]) if guided else None  # type: ignore
+        ellipses = None if self.guide is None or not shift else self.guide.ellipses(*shape[1:])
+        guide = None if ellipses is None else regions.gaussian(ellipses, *shape[2:])
+        self.outline = None if ellipses is None else regions.outlines(ellipses[0], *shape[2:], self.size[0])
         clips = []
-        for index, prompt in enumerate(self.prompts):  # one at a time: training holds most of the memory
+        for index, prompt in enumerate(self.shown):  # one at a time: training holds most of the memory
             noise = initial_noise([self.seed + index], shape, guide, shift, device)  # type: ignore[arg-type]
             context = self.context[index : index + 1].to(device)
             latents = sample_latents(
@@ -138,10 +158,10 @@ class Samples(Callback):
     def _write(self, trainer: Trainer, clips: list[tuple[str, Tensor, Tensor]]) -> None:
         step = trainer.global_step
         folder = Path(self.directory or trainer.default_root_dir) / "samples" / f"step_{step:08d}"
-        sheet = contact_sheet(clips, f"step {step}")
+        sheet = contact_sheet(clips, f"step {step}", self.outline)
         save_picture(sheet, folder / "sheet.png")
         for index, (prompt, rgb, alpha) in enumerate(clips):
-            files = write_clip(folder / f"{index:02d}", rgb, alpha, self.fps, ("webm", "preview"))
+            files = write_clip(folder / f"{index:02d}", rgb, alpha, self.fps, ("webm", "preview"), self.outline)
             for logger in trainer.loggers:
                 _log_video(logger, index, prompt, files[1], step)
         for logger in trainer.loggers:

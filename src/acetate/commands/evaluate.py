@@ -1,23 +1,39 @@
-"""python -m acetate.commands.evaluate experiment=vae_rgba resume=last: a checkpoint beside step 0 and the ceiling.
+"""python -m acetate.commands.evaluate run=outputs/mine: a checkpoint beside what it started from, and the ceiling.
 
-Takes the same arguments as train.py. Three rows on the same validation clips: the frozen base VAE on the same
-composites as plain RGB (the ceiling), the untrained RGBA-VAE (step 0), and the checkpoint.
+Of an RGBA-VAE three rows on the same validation clips: the frozen base VAE on the same composites as plain RGB (the
+ceiling), the untrained RGBA-VAE (step 0), and the checkpoint. Of a DoRA two: the base DiT, and the checkpoint.
 """
 
 import logging
+import re
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import lightning
 from hydra.utils import instantiate
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
 
 from acetate.commands.program import program
-from acetate.commands.runs import checkpoint_to_resume
+from acetate.commands.recorded import (
+    OF_THE_MACHINE,
+    name_of,
+    quoted,
+    recorded_config,
+    recorded_overrides,
+    run_of,
+    value_of,
+    without,
+)
+from acetate.commands.runs import LAST, RECORD, checkpoint_to_resume
 from acetate.data.shards import write_json
+from acetate.formats.checkpoints import read_trained
 from acetate.models.loading import load_vae
-from acetate.tasks.vae import PlainVAETask
+from acetate.replacing import standing
+from acetate.tasks.dit import DoRATask
+from acetate.tasks.vae import PlainVAETask, RGBAVAETask
 
 COLUMNS = {
     "rgb/psnr": "PSNR over 8 colours, dB",
@@ -33,41 +49,130 @@ COLUMNS = {
 
 
 def table(rows: dict[str, dict[str, float]]) -> Table:
-    columns = [name for name in COLUMNS if any(name in row for row in rows.values())]
-    view = Table("", *(COLUMNS[name] for name in columns))
+    """The figures in COLUMNS; where there are none, the loss and its parts."""
+    names = [name for name in COLUMNS if any(name in row for row in rows.values())]
+    names = names or [*dict.fromkeys(name for row in rows.values() for name in row)]
+    view = Table("", *(COLUMNS.get(name, name) for name in names))
     for row, values in rows.items():
         cells = [
             f"{values[name]:.2f}" if name.endswith("psnr") else f"{values[name]:.4f}" if name in values else ""
-            for name in columns
+            for name in names
         ]
         view.add_row(row, *cells)
     return view
 
 
-@program("config")
-def main(config: DictConfig) -> None:
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    checkpoint = checkpoint_to_resume(config.resume, Path(config.paths.run))
-    data, task = instantiate(config.data), instantiate(config.task)
-    base = PlainVAETask(vae=load_vae(config.wan.vae), lpips=config.task.lpips)
-    average = instantiate(config.callbacks.get("ema"))  # validations of the run see it, too
+def settings_first(given: Sequence[str]) -> list[str]:
+    """What `run=` was started with, and its folder."""
+    source = value_of(given, "run")
+    if source in (None, "null"):
+        return []
+    clashing = [text for text in given if name_of(text) in ("experiment", "name", "resume")]
+    if clashing:
+        raise ValueError(f"run={source} and {clashing[0]} are both given. run= knows the others; leave them out.")
+    run = run_of(str(source))
+    if run is None:
+        raise FileNotFoundError(
+            f"run={source}: no run there that recorded its settings ({RECORD}/config.yaml). Give a run's folder or a "
+            "name's, such as outputs/demo, or experiment=... name=... resume=last."
+        )
+    print(f"run={source}: settings as recorded in {run / RECORD}")
+    # The folder in the place of a name's: what `last` and `best` mean must not change while this runs
+    return [*without(recorded_overrides(run), [*given, "run="]), f"paths.run={quoted(str(run))}"]
+
+
+def checkpoint_of(config: DictConfig) -> str | None:
+    """Path of the checkpoint that is asked for; None for step 0 alone. Raises FileNotFoundError and ValueError."""
+    run = Path(config.paths.run)
+    if config.run is None:
+        return checkpoint_to_resume(config.resume, run)
+    if config.checkpoint == "last":
+        path = standing(run / LAST)
+        if not path.exists():
+            raise FileNotFoundError(f"checkpoint=last: no {LAST} in {run}. Train it, or give checkpoint=PATH.")
+        return str(path)
+    if config.checkpoint == "best":
+        return str(read_trained(f"{run}@best").path)
+    return checkpoint_to_resume(str(config.checkpoint), run)
+
+
+def changed_data(config: DictConfig, run: Path) -> list[str]:
+    """`data` settings that decide which clips are measured, where they are not those of the run."""
+    if not (run / RECORD / "config.yaml").is_file():
+        return []
+    before, now = (OmegaConf.to_container(part, resolve=True) for part in (recorded_config(run).data, config.data))
+    assert isinstance(before, dict) and isinstance(now, dict)
+    names = [name for name in now if name not in OF_THE_MACHINE and not str(name).startswith("_")]
+    return [f"data.{name}={now[name]} ({before.get(name)} of the run)" for name in names
+            if _places(now[name]) != _places(before.get(name))]  # fmt: skip
+
+
+def _places(value: Any) -> Any:
+    """Local folders whatever way they are written."""
+    if isinstance(value, str) and "://" not in value:
+        return str(Path(value).expanduser().resolve())
+    if isinstance(value, list):
+        return [_places(item) for item in value]
+    return {_places(key): item for key, item in value.items()} if isinstance(value, dict) else value
+
+
+def file_for(folder: Path, checkpoint: str | None, config: DictConfig, changed: Sequence[str]) -> Path:
+    """evaluation.json of the last checkpoint on the run's own data; of others, a name that says what they are."""
+    parts = []
+    if checkpoint is not None and Path(checkpoint).stem.removeprefix(".old-") != "last":
+        parts.append(Path(checkpoint).stem)
+    data = config.data.get("shards", config.data.get("latents"))
+    for text in changed:
+        name = text.partition("=")[0].removeprefix("data.")
+        value = data if name in ("shards", "latents") else f"{name}-{config.data[name]}"
+        text = Path(value).name if isinstance(value, str) else "_".join(Path(str(item)).name for item in value)
+        parts.append(re.sub(r"[^\w.-]+", "_", text)[:60])
+    return folder / "_".join(["evaluation", *parts, ""]).rstrip("_")
+
+
+def measure(config: DictConfig, checkpoint: str | None) -> dict[str, dict[str, float]]:
+    """Rows of figures by name. Raises ValueError for a task that has no such evaluation."""
     quiet = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
-    plain = instantiate(config.trainer, strategy="auto", **quiet)  # nothing of the base is sharded
+    data, task = instantiate(config.data), instantiate(config.task)
+    average = instantiate(config.callbacks.get("ema"))  # validations of the run see it, too
     trainer = instantiate(config.trainer, callbacks=[] if average is None else [average], **quiet)
-    rows = {"base VAE, plain RGB": plain.validate(base, data, verbose=False)[0]}
-    rows["RGBA-VAE, step 0"] = trainer.validate(task, data, verbose=False)[0]
+    rows = {}
+    if isinstance(task, RGBAVAETask):
+        base = PlainVAETask(vae=load_vae(config.wan.vae), lpips=config.task.lpips)
+        plain = instantiate(config.trainer, strategy="auto", **quiet)  # nothing of the base is sharded
+        rows["base VAE, plain RGB"] = plain.validate(base, data, verbose=False)[0]
+        untrained, trained = "RGBA-VAE, step 0", "RGBA-VAE"
+    elif isinstance(task, DoRATask):
+        untrained, trained = "base DiT, without DoRA", "DoRA"
+    else:
+        raise ValueError(
+            f"experiment={config.name} trains a base, which evaluate does not measure: its figures are in the run's "
+            "metrics.csv. Give a run of experiment=vae_rgba or dit_dora."
+        )
+    rows[untrained] = trainer.validate(task, data, verbose=False)[0]
     if checkpoint is not None:
         found = trainer.validate(task, data, ckpt_path=checkpoint, verbose=False, weights_only=True)[0]
-        rows[f"RGBA-VAE, {Path(checkpoint).name}{', average' if average and average.average else ''}"] = found
-    rows = {row: {name.removeprefix("val/"): value for name, value in values.items()} for row, values in rows.items()}
+        rows[f"{trained}, {Path(checkpoint).name}{', average' if average and average.average else ''}"] = found
+    return {row: {name.removeprefix("val/"): value for name, value in values.items()} for row, values in rows.items()}
+
+
+@program("command/evaluate", settings_first)
+def main(config: DictConfig) -> None:
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    checkpoint = checkpoint_of(config)
     folder = Path(config.paths.run) if checkpoint is None else Path(checkpoint).parents[1]
-    path = folder / "evaluation.json"
+    changed = changed_data(config, folder)
+    path = file_for(folder, checkpoint, config, changed).with_suffix(".json")
+    if changed:
+        print(f"WARNING: not the data of {folder}: {'; '.join(changed)}. The figures go to {path.name}.")
+    lightning.seed_everything(0, verbose=False)
+    rows = measure(config, checkpoint)
     write_json(path, rows)
     console = Console(width=180)
     console.print(table(rows))
-    console.print(f"panels      {folder / 'panels'}\nmetrics     {path}\ncheckpoint  {checkpoint}", soft_wrap=True)
+    pictures = next((part for part in ("panels", "samples") if (folder / part).is_dir()), "panels")
+    console.print(f"{pictures:11s} {folder / pictures}\nmetrics     {path}\ncheckpoint  {checkpoint}", soft_wrap=True)
 
 
 if __name__ == "__main__":
-    lightning.seed_everything(0)
     main()

@@ -1,7 +1,8 @@
 """python -m acetate.commands.export checkpoint=... to=... [name=value ...]: trained weights in others' formats."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -16,10 +17,11 @@ from tqdm import tqdm
 
 from acetate.commands import device_of
 from acetate.commands.program import program
-from acetate.commands.sample import check_models
+from acetate.commands.recorded import as_trained, run_of, value_of
+from acetate.commands.sample import check_models, wan_for
 from acetate.formats.checkpoints import Trained, read_trained
 from acetate.formats.comfyui import native_dora, svd_lora
-from acetate.formats.exported import check_replaceable, write_export
+from acetate.formats.exported import MARK, check_replaceable, write_export
 from acetate.formats.names import original_dit_name, original_layer, original_vae_name
 from acetate.formats.pipeline import PEFTAdapter, wan_pipeline
 from acetate.formats.wan_alpha import decoder_of, dora_to_wan_alpha, trainable_to_wan_alpha
@@ -35,6 +37,16 @@ CHOICES = {
     "to": ("acetate", "wan-alpha", "comfyui", "diffusers"),
     "dit": ("merged", "svd-lora", "dora"),
     "dtype": ("float32", "bfloat16", "float16"),
+}
+OF_A_KIND: dict[tuple[str, str], tuple[str, ...]] = {  # settings that change what is written
+    ("acetate", "rgba_vae"): (),
+    ("acetate", "dit_dora"): (),
+    ("wan-alpha", "rgba_vae"): ("decoder_only",),
+    ("wan-alpha", "dit_dora"): (),
+    ("comfyui", "rgba_vae"): (),
+    ("comfyui", "dit_dora"): ("dit", "rank", "dtype"),
+    ("diffusers", "rgba_vae"): (),
+    ("diffusers", "dit_dora"): ("dtype", "rgba_vae", "shift"),
 }
 WORST = 5  # layers of an SVD LoRA that are printed
 HEADS = 128  # ComfyUI takes every Wan DiT's heads to be so wide
@@ -83,7 +95,7 @@ def check_base(trained: Trained, name: str, found: str) -> None:
     if trained.facts[name] != found:
         raise ValueError(
             f"{trained.path} was trained on another base ({trained.facts['base']}, {name} {trained.facts[name][:12]}) "
-            f"than this one ({found[:12]}). Choose the wan= it was trained with."
+            f"than this one ({found[:12]}). {wan_for(trained.facts)}, or its files as wan.vae= and wan.transformer=."
         )
 
 
@@ -237,19 +249,54 @@ EXPORTS: dict[tuple[str, str], Callable[[Trained, DictConfig], Export]] = {
 }
 
 
-@program("command/export")
+def default_folder(trained: Trained, config: DictConfig) -> Path:
+    """outputs/exports/NAME-TIME-step-00000500_FORMAT: NAME-TIME of the run, else the file's name."""
+    run = run_of(str(trained.path))
+    name = trained.path.stem if run is None else f"{run.parent.name}-{run.name}"
+    if isinstance(trained.facts.get("step"), int):
+        name += f"-step-{trained.facts['step']:08d}"
+    name += "_average" if trained.facts["averaged"] else ""
+    variant = f"-{config.dit}" if (config.to, trained.kind) == ("comfyui", "dit_dora") else ""
+    return Path(config.paths.outputs) / "exports" / f"{name}_{config.to}{variant}"
+
+
+def free_folder(folder: Path, facts: Mapping[str, Any]) -> Path:
+    """The folder, or FOLDER_2, ...: the first that is not there, or holds an export of the same with the same
+    settings, which is replaced."""
+    for number in range(1, 10**6):
+        path = folder if number == 1 else folder.with_name(f"{folder.name}_{number}")
+        try:
+            before = json.loads((path / MARK).read_text())
+        except (OSError, ValueError):
+            before = None
+        if not path.exists() or (isinstance(before, dict) and facts.items() <= before.items()):
+            return path
+    raise FileExistsError(f"{folder}: no name is free for a new folder. Give out=.")
+
+
+def settings_first(given: Sequence[str]) -> list[str]:
+    """The base that the run of `checkpoint=` recorded."""
+    checkpoint = value_of(given, "checkpoint")
+    return [] if checkpoint is None else as_trained(checkpoint, "checkpoint", given, {})
+
+
+@program("command/export", settings_first)
 def main(config: DictConfig) -> None:
     for name, known in CHOICES.items():
         if config[name] not in known:
             raise ValueError(f"{name}={config[name]}; known: {', '.join(known)}.")
+    if not (math.isfinite(config.shift) and config.shift > 0):
+        raise ValueError(f"shift={config.shift}; a finite number above 0. Wan2.1 is sampled with 3 to 8, mostly 5.")
     trained = read_trained(config.checkpoint, config.ema)
-    variant = f"_{config.dit}" if (config.to, trained.kind) == ("comfyui", "dit_dora") else ""
-    out = (
-        Path(config.out or f"{config.paths.outputs}/export_{config.to}_{trained.kind}{variant}").expanduser().resolve()
-    )
+    settings = {name: config[name] for name in ("to", *OF_A_KIND[config.to, trained.kind])}
+    facts = {"checkpoint": str(trained.path), **trained.facts, "settings": settings, "to": config.to}
+    if config.out is None:
+        out = free_folder(default_folder(trained, config).resolve(), json.loads(json.dumps(facts)))
+    else:
+        out = Path(config.out).expanduser().resolve()
     check_replaceable(out)  # before the work, too
     export = EXPORTS[config.to, trained.kind](trained, config)
-    facts = {"to": config.to, "checkpoint": str(trained.path), **trained.facts, **export.facts}
+    facts = {**facts, **export.facts}
     sizes = write_export(out, export.writers, facts)
     weights = "the average" if trained.facts["averaged"] else "raw weights"
     print(f"{trained.kind} of {trained.path} ({weights}, step {trained.facts.get('step')}) -> {out}")

@@ -14,7 +14,8 @@ from torch import Tensor
 from acetate import regions
 from acetate.commands import device_of
 from acetate.commands.program import program
-from acetate.commands.sample import check_models, embed, load_dit
+from acetate.commands.recorded import as_trained, value_of
+from acetate.commands.sample import SIZE, check_models, embed, load_dit, outputs_of
 from acetate.data import synthetic
 from acetate.data.shards import write_json
 from acetate.draws import generator_for
@@ -76,7 +77,14 @@ def figures(alpha: Tensor, centres: Tensor, space_stride: int) -> dict[str, floa
     }
 
 
-@program("command/follow")
+def settings_first(given: Sequence[str]) -> list[str]:
+    """What the run of `dora=` recorded."""
+    dora = value_of(given, "dora") or f"{outputs_of(given)}/demo_dit"
+    size = {name: places for name, places in SIZE.items() if name != "fps"}
+    return [] if dora == "null" else as_trained(dora, "dora", given, {"rgba_vae": ("rgba_vae",), **size})
+
+
+@program("command/follow", settings_first)
 def main(config: DictConfig) -> None:
     if config.out is not None:
         check_out(Path(config.out))

@@ -24,6 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 import acetate
 from acetate.commands import HOME, as_on_gpu, runs
+from acetate.commands.recorded import quoted, run_to_continue, value_of, with_recorded
 from acetate.commands.rules import LITERAL, RULES, check_settings, rule_of, settings_of
 from acetate.settings import SettingError, shown
 
@@ -32,13 +33,19 @@ TRACEBACK = "ACETATE_TRACEBACK"  # environment: 1 shows where an error was raise
 IN_WORDS = (ValueError, OSError, RuntimeError, ArithmeticError, ImportError, NotImplementedError)
 
 
-def program(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[], None]]:
+Overrides = Sequence[str]
+
+
+def program(
+    config_name: str, first: Callable[[Overrides], list[str]] = lambda given: []
+) -> Callable[[Callable[[DictConfig], Any]], Callable[[], None]]:
     """Makes main(config) a program with the settings of conf/CONFIG_NAME.yaml, as hydra.main does, and beyond it:
 
-    Prompts and other texts are taken to the letter. A command that goes on with a run starts from
-    the settings that the run recorded. Every setting is checked before anything else is done. An
-    error is one message without a traceback, unless HYDRA_FULL_ERROR=1 or ACETATE_TRACEBACK=1 asks
-    for it or it is a fault of the program; a run that failed before it had trained leaves no folder.
+    What `first` makes of the command line's overrides comes before them, and theirs win. Prompts
+    and other texts are taken to the letter. A command that goes on with a run starts from the
+    settings that the run recorded. Every setting is checked before anything else is done. An error
+    is one message without a traceback, unless HYDRA_FULL_ERROR=1 or ACETATE_TRACEBACK=1 asks for it
+    or it is a fault of the program; a run that failed before it had trained leaves no folder.
     """
     name = "train" if config_name == "config" else config_name.rpartition("/")[2]
 
@@ -69,7 +76,7 @@ def program(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callabl
             os.environ.setdefault(TRACEBACK, os.environ.get("HYDRA_FULL_ERROR", "0"))
             os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come here, not to Hydra's own printer
             try:
-                sys.argv = [given[0], *command_line(name, config_name, given[1:])]
+                sys.argv = [given[0], *command_line(name, config_name, given[1:], first)]
                 start()
             except Exception as error:
                 if not getattr(error, "told", False):
@@ -88,16 +95,22 @@ def program(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callabl
 # The command line
 
 
-def command_line(name: str, config_name: str, arguments: Sequence[str]) -> list[str]:
+def command_line(
+    name: str, config_name: str, arguments: Overrides, first: Callable[[Overrides], list[str]] = lambda given: []
+) -> list[str]:
     """What Hydra is given for the arguments of a user: for training also its folder, which is made here."""
     many = "-m" in arguments or "--multirun" in arguments
     read = [to_the_letter(name, argument, many) for argument in arguments]
     own = [argument for argument in read if not argument.startswith("-")]
-    if len(read) - len(own) > many or (name != "train" and not any(text.startswith("resume=") for text in own)):
-        return read  # --help, --cfg, ..., or a program that has nothing to do with runs
+    if len(read) - len(own) > many:
+        return read  # --help, --cfg, ...
+    read = [*first(own), *read]
+    if name != "train" and value_of(own, "resume") in (None, "null"):
+        return read
     config = composed(config_name, [text for text in own if not many or not _sweeps(text)])
-    if not many and (run := runs.run_to_continue(config.paths.outputs, config.get("name"), config.resume)):
-        read = runs.with_recorded(run, read)
+    if not many and (run := run_to_continue(config.paths.outputs, config.get("name"), config.resume)):
+        read = with_recorded(run, read)
+        read += [] if name == "train" else [f"paths.run={quoted(str(run))}"]
     place = "hydra.sweep.dir" if many else "hydra.run.dir"
     if name != "train" or any(text.startswith(f"{place}=") for text in own):
         return read
@@ -144,13 +157,6 @@ def to_the_letter(name: str, argument: str, many: bool = False) -> str:
     if rule is None or (sweeps and many) or rule.holds(read) or not rule.holds(value):
         return argument
     return f"{key}={quoted(value)}"
-
-
-def quoted(text: str) -> str:
-    """As a string of Hydra's grammar, which OmegaConf then reads no reference in."""
-    for sign, escaped in ((r"\$\{", r"\${"), ("'", r"\'"), (r"\Z", "")):
-        text = re.sub(rf"(\\*){sign}", lambda m, escaped=escaped: 2 * m[1] + escaped, text, count=0)
-    return f"'{text}'"
 
 
 # Errors

@@ -1,12 +1,10 @@
 """Which folder a run writes to, and which checkpoint it goes on from."""
 
 import fcntl
-import functools
 import itertools
 import logging
 import os
 import socket
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -36,9 +34,9 @@ def run_folder(outputs: str, name: str, resume: str | None, overrides: Sequence[
     runs = Path(outputs) / name
     going_on = None
     if resume == "last":
-        going_on = _newest(runs, lambda run: True)
+        going_on = newest(runs)
     elif resume == "auto":
-        going_on = _newest(runs, lambda run: not (run / FINISHED).exists() and _started_with(run, overrides))
+        going_on = newest(runs, lambda run: not (run / FINISHED).exists() and _started_with(run, overrides))
     if going_on is None and "SLURM_STEP_ID" in os.environ and not _torchrun():
         now = f"slurm_{os.environ['SLURM_JOB_ID']}_{os.environ['SLURM_STEP_ID']}"
         again = os.environ.get("SLURM_RESTART_COUNT", "0")  # requeued without resume: a new run
@@ -77,63 +75,6 @@ def _overrides_of_sweep(sweep: Path) -> list[str]:
     return list(OmegaConf.load(record).hydra.overrides.task) if record.exists() else []
 
 
-def run_of(source: str) -> Path | None:
-    """The run that a path belongs to: its folder, a file in it, or the newest run in the folder of a name."""
-    path = Path(source).expanduser()
-    for folder in (path, *list(path.parents)[:2]):
-        if (folder / RECORD).is_dir():
-            return folder
-    return _newest(path, lambda run: (run / RECORD).is_dir())
-
-
-def run_to_continue(outputs: str, name: str | None, resume: str | None) -> Path | None:
-    """The run whose settings a command with `resume` starts from: not for `auto`, which repeats its own command."""
-    if resume in (None, "auto"):
-        return None
-    return _newest(Path(outputs) / str(name), lambda run: True) if resume == "last" else run_of(resume)
-
-
-def recorded_overrides(run: Path) -> list[str]:
-    """What a run was last started with, without `resume` and `init`. A relative path that only leads somewhere from
-    where the run was started is made absolute."""
-    records = sorted(path for path in run.glob(f"{RECORD}/**/overrides.yaml"))
-    if not records:
-        return []
-    newest = max(records, key=lambda path: (path.parent.name != RECORD, path.parent.name))
-    hydra = newest.with_name("hydra.yaml")
-    started = Path(OmegaConf.load(hydra).hydra.runtime.cwd) if hydra.exists() else Path()
-    found = []
-    for override in map(str, OmegaConf.load(newest)):
-        key, _, value = override.partition("=")
-        if key in ("resume", "init"):
-            continue
-        moved = value and not Path(value).exists() and (started / value).exists()
-        found.append(f"{key}={started / value}" if moved else override)
-    return found
-
-
-def with_recorded(run: Path, arguments: Sequence[str]) -> list[str]:
-    """The arguments of a command after those that a run recorded, each setting once; what changes is said."""
-    own = {_key(argument) for argument in arguments if not argument.startswith("-")}
-    recorded = recorded_overrides(run)
-    before = {_key(override): override.partition("=")[2] for override in recorded}
-    kept = [override for override in recorded if _key(override) not in own]
-    if rank() == 0:
-        say = functools.partial(print, file=sys.stderr)
-        if kept:
-            say(f"settings of {run}: {' '.join(kept)}")
-        for argument in arguments:
-            key, _, value = argument.partition("=")
-            if key.lstrip("+").startswith(("data", "wan", "experiment")) and before.get(_key(key)) != value:
-                was = before.get(_key(key), "the default")
-                say(f"ATTENTION: {key} is now {value}, the run so far has {was}")
-    return [*kept, *arguments]
-
-
-def _key(override: str) -> str:
-    return override.partition("=")[0].lstrip("+~")
-
-
 def record_folder(run: str, now: str) -> str | None:
     """Below a run's folder, where Hydra notes how it was started; a run that goes on keeps its first notes.
 
@@ -162,7 +103,7 @@ def checkpoint_to_resume(resume: str | None, run: Path) -> str | None:
             raise FileNotFoundError(f"resume=last: no last.ckpt below {run.parent}. Leave out resume to start anew.")
         return str(own)
     source = Path(resume).expanduser()
-    below = _newest(source, lambda run: True) or source  # of the folder of a name
+    below = newest(source) or source  # of the folder of a name
     given = next((path for path in map(standing, (source / LAST, below / LAST, source)) if path.exists()), None)
     if given is None:
         raise FileNotFoundError(
@@ -229,7 +170,7 @@ def _torchrun() -> bool:
     return "TORCHELASTIC_RUN_ID" in os.environ
 
 
-def _newest(runs: Path, chosen: Callable[[Path], bool]) -> Path | None:
+def newest(runs: Path, chosen: Callable[[Path], bool] = lambda run: True) -> Path | None:
     """Of the runs with a checkpoint; a sweep's jobs are runs, too, but not of their own accord."""
     found = [last for run in runs.glob("*") if (last := standing(run / LAST)).exists() and chosen(run)]
     return max(found, key=lambda path: path.stat().st_mtime, default=Path()).parents[1] if found else None

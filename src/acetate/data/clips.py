@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from acetate.data.datamodule import ShardDataModule
 from acetate.data.order import Order
 from acetate.data.shards import BadClip, Clip, ClipRef, ShardError, index_shards, read_clip
+from acetate.data.splits import in_turns
 from acetate.data.store import ReadAhead, Remote, RemoteTar
 from acetate.data.transforms import ClipTransform
 from acetate.draws import generator_for, stable_hash
@@ -44,7 +45,9 @@ class ValBatches(Sampler[list[int]]):
     """This rank's part of `count` clips, each exactly once over all ranks."""
 
     def __init__(self, count: int, batch_size: int, rank: int, world: int):
-        self.batches = list(torch.arange(rank, count, world).split(batch_size)) if rank < count else []
+        # One piece each, so that the first clips, of which rank 0 draws pictures, are of as many kinds as there are
+        own = torch.arange(count).tensor_split(world)[rank]
+        self.batches = list(own.split(batch_size)) if len(own) else []
 
     def __iter__(self) -> Iterator[list[int]]:
         return (batch.tolist() for batch in self.batches)
@@ -200,7 +203,8 @@ class ClipDataModule(ShardDataModule):
         self.train_refs = [ref for ref in refs if ref.split == "train"]
         val = [ref for ref in refs if ref.split == "val"]
         # A fixed draw over all keys: the first ones in the alphabet are often all of one kind.
-        self.val_refs = sorted(val, key=lambda ref: stable_hash("val", ref.key))[: self.val_clips]
+        val = sorted(val, key=lambda ref: stable_hash("val", ref.key))[: self.val_clips]
+        self.val_refs = in_turns(val, key=lambda ref: ref.key)
         for split, found in (("train", self.train_refs), ("val", self.val_refs)):
             if not found:
                 raise ShardError(

@@ -36,6 +36,7 @@ from acetate.data.shards import (
     read_meta,
     short_key,
 )
+from acetate.data.splits import in_turns
 from acetate.data.store import Folder, ReadAhead, Remote, RemoteTar, read_file
 from acetate.data.transforms import crop, resize, to_float, window
 from acetate.draws import stable_hash
@@ -367,6 +368,7 @@ class LatentDataModule(ShardDataModule):
                 )
         # A fixed draw over all keys: the first ones in the alphabet are often all of one kind.
         val = sorted(val, key=lambda window: stable_hash("val", window[0].window))[: self.val_clips]
+        val = in_turns(val, key=lambda window: window[0].clip)
         self.null_context = self._empty_prompt()
         self.train_windows, self.val_windows = train, [window[:1] for window in val]
         self.manifest = manifests[0]
@@ -389,6 +391,23 @@ class LatentDataModule(ShardDataModule):
                 f"{self.folders[0]}/{EMPTY_PROMPT} cannot be read ({error}). {HOW_TO_MAKE['latents']}"
             ) from error
         return pad(embeds.float(), self.prompt_length)[None]
+
+    def captions(self, count: int) -> list[str]:
+        """Prompts of validation clips, at most so many and all different, of as many kinds as there are; after setup.
+
+        Unreadable clips are passed over. One empty prompt where the clips have none.
+        """
+        found: list[str] = []
+        for variants in self.val_windows:
+            if len(found) == count:
+                break
+            try:
+                prompt = read_latents(variants[0])["prompt"]
+            except BadClip:  # validation counts it
+                continue
+            if prompt and prompt not in found:
+                found.append(prompt)
+        return found or [""]
 
     def state_dict(self) -> dict[str, Any]:
         runs = groupby([*self._past, self._present()], itemgetter(0))

@@ -1,11 +1,14 @@
 """Which clips train and which validate."""
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import Literal
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import chain, zip_longest
+from typing import Literal, TypeVar
 
 from acetate.draws import stable_hash
 
 Split = Literal["train", "val"]
+Item = TypeVar("Item")
 
 
 def assign_splits(groups: Mapping[str, str], val_fraction: float) -> dict[str, Split]:
@@ -35,3 +38,14 @@ def split_rule(groups: Iterable[str], val_fraction: float) -> Callable[[str], Sp
         return "val" if (place[0] < end and place != last) or place == forced else "train"
 
     return side
+
+
+def in_turns(items: Sequence[Item], key: Callable[[Item], str]) -> list[Item]:
+    """The same items, those of different kinds before the second one of any, else in their order: pictures of the
+    first few then show what there is. A kind is the word that keys begin with, as in `smoke-000012`."""
+    kinds: dict[str, list[Item]] = {}
+    for item in items:
+        word = re.match("[A-Za-z]*", key(item))
+        kinds.setdefault(word[0].lower() if word else "", []).append(item)
+    rounds = zip_longest(*([(item,) for item in kind] for kind in kinds.values()), fillvalue=())
+    return [item for one in chain.from_iterable(rounds) for item in one]

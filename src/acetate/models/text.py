@@ -5,6 +5,7 @@ import html
 import json
 import os
 import re
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -70,18 +71,25 @@ class TextEncoder:
     def __call__(self, prompt: str, truncate: bool = False) -> Tensor:
         """(n, text_dim) fp32 on the CPU, n <= length tokens.
 
-        A longer prompt is a ValueError; with `truncate` its first tokens and its end count, as in Wan's own code.
+        A longer prompt is a ValueError; with `truncate` its first tokens and its end count, as in Wan's own code, and
+        it warns.
         """
         count = self.tokens(prompt)
         if count > self.length and not truncate:
             raise ValueError(f"A prompt of {count} tokens; this model reads {self.length}. Shorten: {prompt[:80]!r}...")
         tokens = self.tokenizer(mended(prompt), return_tensors="pt", truncation=True, max_length=self.length)
+        if count > self.length:
+            read = self.tokenizer.decode(tokens.input_ids[0, :-1])[-60:]
+            warnings.warn(
+                f"A prompt of {count} tokens is cut to the {self.length} that this model reads, after {read!r}.",
+                stacklevel=3,
+            )
         tokens = tokens.to(self.device)
         return self.model(tokens.input_ids, tokens.attention_mask).last_hidden_state[0].float().cpu()
 
-    def context(self, prompts: Sequence[str]) -> Tensor:
+    def context(self, prompts: Sequence[str], truncate: bool = False) -> Tensor:
         """(B, length, text_dim) fp32 on the CPU, zeros after each prompt's last token, as Wan's DiT was trained."""
-        return pad_context([self(prompt) for prompt in prompts], self.length)
+        return pad_context([self(prompt, truncate) for prompt in prompts], self.length)
 
 
 def mended(prompt: str) -> str:
