@@ -10,6 +10,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from acetate.callbacks.preemption import Preempted
+from acetate.commands.loggers import build_loggers, build_story, finish_loggers
 from acetate.commands.runs import checkpoint_to_resume, only_writer
 
 
@@ -27,14 +28,19 @@ def main(config: DictConfig) -> float | None:
     task = instantiate(config.task)
     data = instantiate(config.data)
     callbacks = [callback for callback in instantiate(config.callbacks).values() if callback is not None]
-    trainer = instantiate(config.trainer, callbacks=callbacks, logger=instantiate(config.logger))
+    loggers = build_loggers(config)
+    trainer = instantiate(config.trainer, callbacks=[build_story(config), *callbacks], logger=loggers)
     trainer.ckpt_path = checkpoint  # callbacks, which compare the ranks' in setup, do not know an argument of fit
     with only_writer(run) if trainer.is_global_zero else nullcontext():
+        failed = True
         try:
             trainer.fit(task, data, weights_only=True)
+            failed = False
         except Preempted:
             close_process_group()
             raise
+        finally:
+            finish_loggers(loggers, failed)
         close_process_group()
     objective = trainer.callback_metrics.get(config.objective)  # a run that had ended before has measured nothing
     return None if objective is None else float(objective)
