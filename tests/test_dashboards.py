@@ -1,4 +1,4 @@
-"""What a run and a sweep leave for dashboards, read back from the files that wandb, TensorBoard and we write."""
+"""What runs and sweeps leave for dashboards, read back from the files of wandb, TensorBoard, ours."""
 
 import csv
 import socket
@@ -19,8 +19,9 @@ from tests.wandb_files import read, runs_below
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("runs")]
 
 TINY = [
-    "data.val_clips=2", "data.num_workers=0", "data.batch_size=1", "data.height=16", "data.width=16",
-    "callbacks.panels.clips=1", "trainer.max_steps=2", "trainer.val_check_interval=2", "trainer.log_every_n_steps=1",
+    "data.val_clips=2", "data.num_workers=0", "data.batch_size=1", "data.height=16",
+    "data.width=16", "callbacks.panels.clips=1", "trainer.max_steps=2",
+    "trainer.val_check_interval=2", "trainer.log_every_n_steps=1",
 ]  # fmt: skip
 
 
@@ -40,8 +41,8 @@ def run(tmp_path, *arguments, code=0, **environment):
 
 
 def test_the_jobs_of_a_sweep_are_runs_of_their_own(tmp_path, many_shards):
-    """As the README says, in a fresh clone: four folders, four runs of wandb in one group, told apart by what they
-    were given; another sweep whose first job fails."""
+    """As the README says, in a fresh clone: four folders, four runs of wandb in one group, told apart
+    by what they were given; another sweep whose first job fails."""
     here = clone(tmp_path / "clone")
     base = ["train.py", "-m", "experiment=vae_rgba", f"data.shards={many_shards}", "logger=wandb", *TINY]
     done = run_in(here, *base, "sweep=diffusion_mode")
@@ -67,7 +68,7 @@ def test_the_jobs_of_a_sweep_are_runs_of_their_own(tmp_path, many_shards):
     assert failing.returncode != 0
     first, second = runs_below(tmp_path / "failing")
     assert (first.exit_code, second.exit_code) == (1, 0)
-    assert "task.lr=1e30" in first.name and "task.lr=1e-3" in second.name and first.id != second.id
+    assert "task.lr=1e+30" in first.name and "task.lr=0.001" in second.name and first.id != second.id
     assert not any("val/loss" in row for row in first.history)
 
 
@@ -110,7 +111,7 @@ def test_several_loggers_at_once(tmp_path, tiny, logger, there):
 
 
 def test_a_run_that_goes_on_keeps_its_best_in_the_summary(tmp_path, tiny):
-    """Of wandb, offline: the second process, which makes the model worse, knows what the first has measured."""
+    """Of wandb, offline: a second process, which ruins the model, knows what the first measured."""
     folder, _ = run(tmp_path, *tiny, "logger=wandb", "trainer.max_steps=4")
     more = ["trainer.max_steps=8", "resume=last", "task.lr=0.5", "task.decay_steps=null"]
     run(tmp_path, *tiny, "logger=wandb", *more)
@@ -141,12 +142,13 @@ class Answers(BaseHTTPRequestHandler):
 @pytest.mark.parametrize(
     ("server", "said_of_it"),
     [
-        ("refuses", "Connection refused"), ("hangs", "has not answered in 8 s"), ("401", "does not take the key"),
-        ("500", "answers with status 500"), ("unknown", "cannot be reached"), ("half", "stays on disk"),
+        ("refuses", "Connection refused"), ("hangs", "has not answered in 8 s"),
+        ("401", "does not take the key"), ("500", "answers with status 500"),
+        ("unknown", "cannot be reached"), ("half", "stays on disk"),
     ],
 )  # fmt: skip
 def test_without_its_server_wandb_stays_on_disk(tmp_path, tiny, server, said_of_it):
-    """Said within seconds; the run trains and ends as ever. `half`: the server answers, and knows nothing of runs."""
+    """Said within seconds; the run trains and ends as ever. `half`: a server that knows no runs."""
     web = ThreadingHTTPServer(("127.0.0.1", 0), Answers)
     web.daemon_threads = True
     web.status, web.wait = int(server) if server.isdigit() else 200, 600 if server == "hangs" else 0

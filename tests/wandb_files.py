@@ -1,4 +1,4 @@
-"""What a run left in wandb's offline files: LevelDB's log format around wandb's own protobuf records."""
+"""wandb's offline files, read: LevelDB's log format around wandb's own protobuf records."""
 
 import json
 import struct
@@ -29,7 +29,7 @@ class WandbFile:
 
 
 def records(path: Path) -> Iterator[Record]:
-    """In the order in which they were written; a record that lies over several chunks is put together."""
+    """In the order in which they were written, put together from their chunks."""
     data = path.read_bytes()
     assert data[:4] == b":W&B", f"{path} is no wandb file"
     at, parts = HEADER, []

@@ -1,4 +1,4 @@
-"""Settings without their secrets, for whatever is written down of a run: files, dashboards, logs."""
+"""Settings without their secrets, for whatever is written down: files, dashboards, logs."""
 
 import re
 from collections.abc import Mapping
@@ -13,10 +13,11 @@ OVERRIDE = re.compile(r"(?s)([+~-]{0,2}[\w.@/-]+)=(.*)")  # name=value, as on a 
 
 
 def redacted(value: Any, name: str = "") -> Any:
-    """A copy of settings, or of a command line's arguments, that says *** in the place of what is secret.
+    """A copy of settings, or of a command line's arguments, with *** in the place of secrets.
 
-    Secret are logins in URLs, everything below `storage_options`, and values whose name contains key, token, secret,
-    password or credential; of those, numbers stay only below a name with `token`, switches and null everywhere.
+    Secret are logins in URLs, everything below `storage_options`, and values whose name contains
+    key, token, secret, passw, credential or signature. Switches and null stay, and so do numbers of
+    tokens.
     """
     if isinstance(value, Mapping):
         return {key: redacted(item, f"{name}.{key}") for key, item in value.items()}

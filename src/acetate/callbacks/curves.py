@@ -1,4 +1,4 @@
-"""curves.png in a run's folder: losses, what validations measured and the learning rate, from metrics.csv."""
+"""curves.png of a run, from its metrics.csv: losses, what validations measured, learning rate."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -26,7 +26,7 @@ ROOM = 0.072  # of a panel's height, for the name of a line
 
 
 class Panel(NamedTuple):
-    """Lines that share an axis: the names of their columns, and what stands before each in all of them."""
+    """Lines that share an axis: names of their columns, and what all of those begin with."""
 
     title: str
     names: Sequence[str]
@@ -35,8 +35,10 @@ class Panel(NamedTuple):
 
 
 class Curves(Callback):
-    """Redrawn after each validation and at the end of training, by rank 0. directory: where metrics.csv lies, and
-    curves.png. What goes wrong in drawing is said and stops nothing."""
+    """Redrawn after each validation and at the end of training, by rank 0.
+
+    directory: that of metrics.csv, and of curves.png. A fault in drawing is said and stops nothing.
+    """
 
     def __init__(self, directory: str):
         self.directory = Path(directory)
@@ -155,7 +157,7 @@ def _draw_panel(axis: "Axes", panel: Panel, metrics: Mapping[str, Points], last:
 
 
 def _style(name: str, label: str, place: int, count: int) -> dict[str, Any]:
-    """Colour by view and dashes by term where a name is VIEW/TERM; shades where lines have an order."""
+    """Colour by view and dashes by term of a VIEW/TERM; shades where lines have an order."""
     view, _, term = label.rpartition("/")
     colour = VIEWS.get(view, COLOURS[(place + 3 * (count > 6)) % len(COLOURS)])
     if name in ("train/loss", "val/loss"):

@@ -1,4 +1,4 @@
-"""Where curves are looked at while a run trains: wandb and TensorBoard, with what the run was told and is."""
+"""wandb and TensorBoard, with the settings of a run and what it is made of."""
 
 import logging
 import os
@@ -33,9 +33,10 @@ GRACE = 30.0  # seconds beyond `finish_timeout` until wandb's own process is kil
 class WandbRun(WandbLogger):
     """One wandb run for each run of ours, started by its first value and ended by `finish`.
 
-    Where the server does not answer within seconds, or not the key, it is said and the run stays on disk. The summary
-    has the best and the last of what validations measure, over the whole life of a run that goes on in its folder.
-    finish_timeout: seconds that the upload may take at the end; what is left stays on disk, for `wandb sync`.
+    Where the server does not answer within seconds, or does not take the key, that is said and the
+    run stays on disk. The summary has the best and the last of what validations measure, over the
+    whole life of a run that goes on in its folder. finish_timeout: seconds that the upload may take
+    at the end; what is left stays on disk, for `wandb sync`.
     """
 
     def __init__(
@@ -129,7 +130,7 @@ class WandbRun(WandbLogger):
 
     @rank_zero_only
     def finish(self, failed: bool) -> None:
-        """Ends the run, as failed or as finished, and wandb's own process, within a bounded time."""
+        """Ends the run, as failed or as finished, and wandb's process, in a bounded time."""
         run, self._experiment = self._experiment, None
         if run is None:
             return
@@ -172,7 +173,7 @@ class TensorBoardRun(TensorBoardLogger):
 
 
 def unreachable() -> str | None:
-    """Why wandb's server does not take a run of the present key; None where it does, or lets nobody know."""
+    """Why wandb's server would not take a run with the present key; None where nothing says so."""
     url = str(wandb_setup.singleton().settings.base_url or os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai"))
     key = os.environ.get("WANDB_API_KEY")
     try:

@@ -37,7 +37,7 @@ def better(name: str, one: float, other: float) -> bool:
 
 
 def read_metrics(path: Path) -> dict[str, list[tuple[int, float]]]:
-    """Of each column of a metrics.csv its (step, value), in the order of the file; what is not finite is left out."""
+    """Column -> its (step, value) in the order of the file, without what is not finite."""
     found: dict[str, list[tuple[int, float]]] = {}
     if not path.exists():
         return found

@@ -16,8 +16,10 @@ FIRST_LINE, LATER_LINES = 10.0, 60.0  # seconds; the later ones at most one in a
 
 
 class Progress(TQDMProgressBar):
-    """Optimizer steps of the whole run, at this process's rate. Without a terminal: a line after ten seconds, then one
-    a minute, and fewer the longer it takes."""
+    """Optimizer steps of the whole run, at this process's rate.
+
+    Without a terminal: a line after ten seconds, then one a minute, and fewer the longer it takes.
+    """
 
     BAR_FORMAT = "{desc} {bar:30} {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
 
@@ -33,8 +35,9 @@ class Progress(TQDMProgressBar):
         self._started = monotonic()
         self._next = self._started + FIRST_LINE
         self.train_progress_bar = Tqdm(
-            desc="training", initial=self._first, total=self._total, disable=self.is_disabled, leave=True,
-            dynamic_ncols=True, file=sys.stdout, smoothing=0, bar_format=self.BAR_FORMAT, unit="step",
+            desc="training", initial=self._first, total=self._total, disable=self.is_disabled,
+            leave=True, dynamic_ncols=True, file=sys.stdout, smoothing=0, unit="step",
+            bar_format=self.BAR_FORMAT,
         )  # fmt: skip
 
     def on_train_epoch_start(self, trainer: Trainer, *_: Any) -> None:

@@ -1,4 +1,4 @@
-"""What a run says of itself, on the console and in train.log: where it is, how it goes, what comes next."""
+"""What a run says on the console and in train.log: where it is, how it goes, what comes next."""
 
 import logging
 import warnings
@@ -19,9 +19,11 @@ FIGURES = ("val/loss", "val/rgb/psnr", "val/rgb/ssim", "val/alpha/mae", "val/alp
 
 
 class Story(Callback):
-    """Of rank 0. name, folder, data, device: as a reader knows them. settings: what loggers are told, to which it adds
-    the numbers of parameters. commands: what can be done next, {what: command line}. objective: the metric whose best
-    value is told at the end.
+    """Of rank 0. name, folder, data, device: as a reader knows them.
+
+    settings: what loggers are told, to which it adds the numbers of parameters. commands: what can
+    be done next, {what: command line}; `go on` gets the number of steps. objective: the metric
+    whose best value is told at the end.
     """
 
     def __init__(
@@ -138,7 +140,8 @@ class Story(Callback):
         for kind in ("refs", "windows"):
             if train := getattr(data, f"train_{kind}", None):
                 unit = "clips" if kind == "refs" else "windows of clips"
-                return f"{self.data}: {len(train):,} {unit}, {len(getattr(data, f'val_{kind}')):,} to validate on"
+                val = len(getattr(data, f"val_{kind}"))
+                return f"{self.data}: {len(train):,} {unit}, {val:,} to validate on"
         return self.data
 
     def _parameters(self) -> str:
@@ -171,7 +174,8 @@ def _lines_of(path: Path) -> str:
 
 def _best(name: str, best: Best) -> str:
     which = "highest" if direction(name) == "max" else "lowest"
-    return f"{name} {_digits(name, best.value)} at step {best.step:,}, the {which}; last {_digits(name, best.last)}"
+    value, last = _digits(name, best.value), _digits(name, best.last)
+    return f"{name} {value} at step {best.step:,}, the {which}; last {last}"
 
 
 def _digits(name: str, value: float) -> str:

@@ -28,7 +28,7 @@ SOURCE = Path(__file__).parents[3]
 
 
 def build_loggers(config: DictConfig) -> list[Logger]:
-    """metrics.csv, which every run has, and the ones of `logger`: a mapping from names to what Hydra builds.
+    """metrics.csv, which every run has, and those of `logger`, a mapping from names to targets.
 
     Raises ValueError for an entry that is none, as `+logger.offline=true` adds.
     """
@@ -36,8 +36,8 @@ def build_loggers(config: DictConfig) -> list[Logger]:
     for name, value in settings.items():
         if not (OmegaConf.is_dict(value) and "_target_" in value) and value is not None:
             raise ValueError(
-                f"logger.{name}={value}; below logger are loggers by name. Their own settings are below those, as in "
-                "logger=wandb logger.wandb.offline=true."
+                f"logger.{name}={value}; below logger are loggers by name. Their own settings are "
+                "below those, as in logger=wandb logger.wandb.offline=true."
             )
     found: list[Logger] = [] if settings.get("csv") else [MetricsFile(config.paths.run)]
     for name, value in settings.items():
@@ -60,7 +60,7 @@ def build_story(config: DictConfig) -> Story:
 
 
 def finish_loggers(loggers: list[Logger], failed: bool) -> None:
-    """Closes what they write to; a wandb run ends here, so that the next job of a sweep begins another."""
+    """Closes what they write to. A wandb run ends here: a sweep's next job begins another."""
     for logger in loggers:
         if isinstance(logger, WandbRun):
             logger.finish(failed)
@@ -127,7 +127,7 @@ def _sweep_folder() -> Path | None:
 
 
 def _sweep_overrides(sweep: Path) -> list[str]:
-    """What Hydra notes that the sweep was started with; nothing where another sweeper notes nothing."""
+    """What the sweep was started with, as Hydra notes it; nothing where a sweeper does not."""
     note = sweep / "multirun.yaml"
     return list(OmegaConf.load(note).hydra.overrides.task) if note.exists() else []
 
@@ -144,7 +144,7 @@ def _swept() -> list[str]:
 
 
 def _commands(config: DictConfig) -> dict[str, str]:
-    """What can be done with the run next; lines for a shell, `go on` without the number of steps."""
+    """What can be done next; lines for a shell, `go on` without the number of steps."""
     sweep, stage = _sweep_folder(), _stage(config)
     given, run = _line(_overrides()), shlex.quote(_short(config.paths.run))
     if sweep is None:
@@ -191,7 +191,7 @@ def _device(config: DictConfig) -> str:
 
 
 def _git() -> tuple[str | None, bool | None]:
-    """The commit of this source, and whether files that git knows differ from it; of rank 0 alone."""
+    """The commit of this source and whether tracked files differ from it; of rank 0 alone."""
     if rank() > 0 or not (SOURCE / ".git").exists():
         return None, None
     said = []
