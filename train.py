@@ -29,7 +29,7 @@ def main(config: DictConfig) -> float | None:
     data = instantiate(config.data)
     callbacks = [callback for callback in instantiate(config.callbacks).values() if callback is not None]
     loggers = build_loggers(config)
-    trainer = instantiate(config.trainer, callbacks=[build_story(config), *callbacks], logger=loggers)
+    trainer = instantiate(config.trainer, callbacks=[*callbacks, build_story(config)], logger=loggers)
     trainer.ckpt_path = checkpoint  # callbacks, which compare the ranks' in setup, do not know an argument of fit
     with only_writer(run) if trainer.is_global_zero else nullcontext():
         failed = True

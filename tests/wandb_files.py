@@ -39,6 +39,8 @@ def records(path: Path) -> Iterator[Record]:
             at += left
             continue
         _, length, kind = struct.unpack("<IHB", data[at : at + CHUNK])
+        if at + CHUNK + length > len(data):  # cut, as by a kill
+            return
         parts.append(data[at + CHUNK : at + CHUNK + length])
         at += CHUNK + length
         if kind in (1, 4):  # whole, or the last of its parts

@@ -71,6 +71,10 @@ class Progress(TQDMProgressBar):
             self.train_progress_bar.n = trainer.global_step
             self.train_progress_bar.refresh()
 
+    def on_validation_batch_start(self, trainer: Trainer, *arguments: Any, **more: Any) -> None:
+        super().on_validation_batch_start(trainer, *arguments, **more)
+        self.val_progress_bar.set_description(self.validation_description, refresh=False)
+
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.val_progress_bar.close()
         self.reset_dataloader_idx_tracker()

@@ -153,7 +153,8 @@ class Story(Callback):
         batch = getattr(trainer.datamodule, "batch_size", None)  # type: ignore[attr-defined]
         text = f"{first:,} to {last:,}" if last > 0 else f"from {first:,} on"
         if batch:
-            text += f", {batch * trainer.world_size * trainer.accumulate_grad_batches} clips each"
+            clips = batch * trainer.world_size * trainer.accumulate_grad_batches
+            text += f", {clips} clip{'s' * (clips > 1)} each"
         every = trainer.val_check_interval
         return text + (f", validation every {every:,}" if isinstance(every, int) else "")
 
