@@ -5,6 +5,9 @@ from hydra.errors import ConfigCompositionException, MissingConfigException
 from hydra.utils import instantiate
 from lightning import LightningDataModule, LightningModule, Trainer
 
+from acetate.callbacks.dashboards import TensorBoardRun, WandbRun
+from acetate.callbacks.metrics_file import MetricsFile
+from acetate.commands.loggers import build_loggers
 from tests.compose import composed
 from tests.paths import ROOT
 from tests.processes import program
@@ -58,11 +61,20 @@ def test_loggers(logger, tmp_path, monkeypatch):
     monkeypatch.delenv("WANDB_BASE_URL", raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     config = composed(tmp_path, "experiment=vae_rgba", f"logger={logger}")
-    assert instantiate(config.logger) is not None
+    built = build_loggers(config)
+    assert sum(isinstance(one, MetricsFile) for one in built) == 1
+    assert len(built) == (1 if logger == "csv" else 2)
     if logger == "wandb":
-        assert config.logger.offline
+        assert config.logger.wandb.offline
         (tmp_path / "netrc").write_text("machine api.wandb.ai login user password key")  # as of `wandb login`
-        assert not composed(tmp_path, "experiment=vae_rgba", "logger=wandb").logger.offline
+        assert not composed(tmp_path, "experiment=vae_rgba", "logger=wandb").logger.wandb.offline
+
+
+def test_all_loggers_at_once(tmp_path):
+    built = build_loggers(composed(tmp_path, "experiment=vae_rgba", "logger=[wandb,tensorboard,csv]"))
+    assert {type(one) for one in built} == {MetricsFile, WandbRun, TensorBoardRun} and len(built) == 3
+    with pytest.raises(ValueError, match=r"logger\.offline=True; below logger are loggers by name"):
+        build_loggers(composed(tmp_path, "experiment=vae_rgba", "logger=wandb", "+logger.offline=true"))
 
 
 def test_unknown_names_are_named(tmp_path):

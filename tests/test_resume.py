@@ -232,8 +232,8 @@ def test_one_process_at_a_time_writes_a_run(tmp_path, many_shards):
 def test_wandb_goes_on_under_one_id(tmp_path, many_shards):
     """Read from wandb's own offline files: two processes, one run in one folder."""
     arguments = [
-        *small("vae_rgba", tmp_path, many_shards, (many_shards, many_shards)), "logger=wandb", "logger.offline=true",
-        "data.num_workers=0", "trainer.val_check_interval=2", "task.decay_steps=4",
+        *small("vae_rgba", tmp_path, many_shards, (many_shards, many_shards)), "logger=wandb",
+        "logger.wandb.offline=true", "data.num_workers=0", "trainer.val_check_interval=2", "task.decay_steps=4",
     ]  # fmt: skip
     for more in (["trainer.max_steps=2"], ["trainer.max_steps=4", "resume=last"]):
         codes = ended(train(tmp_path / "log", *arguments, *more, environment={"WANDB_SILENT": "true"}))

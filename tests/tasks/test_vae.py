@@ -59,7 +59,7 @@ def test_training_logs_every_part_and_validation_is_deterministic(tmp_path, shar
     views = {f"{stage}/{view}/{term}" for stage in ("train", "val") for view in ("alpha", "soft", "hard")
              for term in ("l1", "perceptual", "edge")}  # fmt: skip
     assert views <= names
-    assert {"train/diffusion", "val/diffusion", "latents/mean", "latents/std_00"} <= names
+    assert {"train/diffusion", "val/diffusion", "latents/mean", "z/std_00"} <= names
     assert {"val/rgb/psnr", "val/rgb/ssim", "val/alpha/mae", "val/alpha/mae_of_mean"} <= names
     data = instantiate(config_for(tmp_path, shards, "trainer.max_steps=2").data)
     first, second = (trainer.validate(task, data, verbose=False)[0] for _ in range(2))

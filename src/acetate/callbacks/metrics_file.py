@@ -1,17 +1,75 @@
-"""metrics.csv, which a resumed run goes on with."""
+"""metrics.csv, which a resumed run goes on with, and config.yaml beside it."""
 
 import csv
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import yaml
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.loggers.logger import rank_zero_experiment
 
+HIGHER_IS_BETTER = ("psnr", "ssim")
+
+
+class Best(NamedTuple):
+    """The best of a metric's values, the step that it was measured at, and the last value."""
+
+    value: float
+    step: int
+    last: float
+
+
+def direction(name: str) -> str:
+    """`max` of what measures likeness, `min` of errors and losses."""
+    return "max" if name.rsplit("/")[-1].startswith(HIGHER_IS_BETTER) else "min"
+
+
+def measured(name: str) -> bool:
+    """Whether a validation measures it, so that its best value says something."""
+    return name.startswith(("val/", "val_"))
+
+
+def better(name: str, one: float, other: float) -> bool:
+    return one > other if direction(name) == "max" else one < other
+
+
+def read_metrics(path: Path) -> dict[str, list[tuple[int, float]]]:
+    """Column -> its (step, value) in the order of the file, without what is not finite."""
+    found: dict[str, list[tuple[int, float]]] = {}
+    if not path.exists():
+        return found
+    with path.open(newline="") as file:
+        for row in csv.DictReader(file):
+            step = row.pop("step", "")
+            for name, value in row.items():
+                if value and step and math.isfinite(number := float(value)):
+                    found.setdefault(name, []).append((int(float(step)), number))
+    return found
+
+
+def best_of(metrics: Mapping[str, Sequence[tuple[int, float]]]) -> dict[str, Best]:
+    """Of what `read_metrics` found; only what validations measure."""
+    found = {}
+    for name, points in metrics.items():
+        if measured(name):
+            sign = -1 if direction(name) == "max" else 1
+            step, value = min(points, key=lambda point: sign * point[1])
+            found[name] = Best(value, step, points[-1][1])
+    return found
+
 
 class MetricsWriter(ExperimentWriter):
     """Rows of what is logged, a column for each name; whole at any moment but for its last row."""
+
+    def log_hparams(self, params: dict[str, Any]) -> None:
+        """Written at once, where Lightning writes them whenever rows are saved."""
+        path = Path(self.log_dir) / "config.yaml"
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(yaml.safe_dump(params, sort_keys=False, allow_unicode=True))
+        temporary.replace(path)
 
     def _check_log_dir_exists(self) -> None:
         """Takes up the file that is there, where Lightning would delete it."""

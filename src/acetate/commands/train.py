@@ -12,6 +12,7 @@ from omegaconf import DictConfig
 
 from acetate.callbacks.preemption import Preempted
 from acetate.callbacks.start import StartFrom
+from acetate.commands.loggers import build_loggers, build_story, finish_loggers
 from acetate.commands.runs import FINISHED, checkpoint_to_resume, only_writer
 from acetate.formats.checkpoints import step_of
 from acetate.formats.starting import read_start
@@ -29,14 +30,19 @@ def train(config: DictConfig) -> float | None:
     callbacks = [callback for callback in instantiate(config.callbacks).values() if callback is not None]
     if config.init is not None and checkpoint is None:
         callbacks.append(StartFrom(config.init, read_start))
-    trainer = instantiate(config.trainer, callbacks=callbacks, logger=instantiate(config.logger))
+    loggers = build_loggers(config)
+    trainer = instantiate(config.trainer, callbacks=[*callbacks, build_story(config)], logger=loggers)
     trainer.ckpt_path = checkpoint  # callbacks, which compare the ranks' in setup, do not know an argument of fit
     with only_writer(run) if trainer.is_global_zero else nullcontext():
+        failed = True
         try:
             trainer.fit(task, data, weights_only=True)
+            failed = False
         except Preempted:
             _close_process_group()
             raise
+        finally:
+            finish_loggers(loggers, failed)
         _close_process_group()
     objective = trainer.callback_metrics.get(config.objective)  # a run that had ended before has measured nothing
     return None if objective is None else float(objective)

@@ -146,14 +146,15 @@ class RGBAVAETask(AdapterTask):
         return {"loss": share_of(self, loss, size, whole), "parts": parts}
 
     def log_latents(self, latents: Tensor, size: int) -> None:
-        """Mean and standard deviation in the base's normalised space, where the DiT expects 0 and 1."""
+        """Mean and standard deviation in the base's normalised space, where the DiT expects 0 and 1; those of channels
+        as z/, which dashboards show after all else."""
         if not logs_now(self):
             return
         (mean,), (variance,) = moments(latents.flatten()[None])
         self.log_dict({"latents/mean": mean, "latents/std": variance.sqrt()}, batch_size=size)
         means, variances = moments(latents.transpose(0, 1).flatten(1))
         for channel, (mean, std) in enumerate(zip(means, variances.sqrt(), strict=True)):
-            self.log_dict({f"latents/mean_{channel:02}": mean, f"latents/std_{channel:02}": std}, batch_size=size)
+            self.log_dict({f"z/mean_{channel:02}": mean, f"z/std_{channel:02}": std}, batch_size=size)
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
         """Fixed colours, noise and timesteps, a function of the clip's key, unless random_validation is set."""

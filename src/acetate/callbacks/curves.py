@@ -1,0 +1,205 @@
+"""curves.png of a run, from its metrics.csv: losses, what validations measured, learning rate."""
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
+
+from acetate.callbacks.metrics_file import MetricsFile, direction, measured, read_metrics
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+Points = Sequence[tuple[int, float]]
+
+INK, GREY, GRID = "#22262b", "#8a9099", "#e6e8eb"
+COLOURS = ("#3266c9", "#d9622b", "#2f9e62", "#a03fb0", "#c7a008", "#1aa3b8", "#c93a53", "#7a5c45")
+VIEWS = {"alpha": COLOURS[0], "soft": COLOURS[1], "hard": COLOURS[2], "rgb": COLOURS[1]}
+DASHES = {"edge": (0, (1, 1.2)), "perceptual": (0, (4, 1.5))}  # terms of a view's loss beside l1
+WIDE = 400  # points of a line; more are averaged
+LOG_FROM = 4.0  # largest over smallest from which on a logarithmic axis shows more
+ROOM = 0.072  # of a panel's height, for the name of a line
+
+
+class Panel(NamedTuple):
+    """Lines that share an axis: names of their columns, and what all of those begin with."""
+
+    title: str
+    names: Sequence[str]
+    prefix: str = ""
+    log: bool = True
+
+
+class Curves(Callback):
+    """Redrawn after each validation and at the end of training, by rank 0.
+
+    directory: that of metrics.csv, and of curves.png. A fault in drawing is said and stops nothing.
+    """
+
+    def __init__(self, directory: str):
+        self.directory = Path(directory)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self._draw(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._draw(trainer)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._draw(trainer)
+
+    def _draw(self, trainer: Trainer) -> None:
+        if not trainer.is_global_zero:
+            return
+        for logger in trainer.loggers:
+            if isinstance(logger, MetricsFile):
+                logger.save()
+        try:
+            draw(read_metrics(self.directory / "metrics.csv"), self.directory / "curves.png", _title(self.directory))
+        except Exception as error:  # a picture is worth less than the run
+            rank_zero_warn(f"curves.png is not drawn: {error}")
+
+
+def _title(run: Path) -> str:
+    return "/".join(run.absolute().parts[-2:])
+
+
+def draw(metrics: Mapping[str, Points], path: Path, title: str) -> None:
+    """metrics as `read_metrics` finds them; nothing is written where there are none."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    panels = [panel for panel in plan(metrics) if panel.names]
+    if not panels:
+        return
+    columns = 2 if len(panels) == 4 else min(3, len(panels))
+    rows = -(-len(panels) // columns)
+    figure = Figure(figsize=(5.5 * columns, 3.2 * rows + 0.6), dpi=100, layout="constrained")
+    figure.get_layout_engine().set(h_pad=0.12, w_pad=0.1, hspace=0.06)  # type: ignore[union-attr]
+    last = max(points[-1][0] for points in metrics.values())
+    heading = f"{title}   step {last:,}   ★ best, with its value"
+    figure.suptitle(heading, x=0.012, ha="left", fontsize=12, color=INK)
+    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for axis, panel in zip(axes, panels, strict=False):
+        _draw_panel(axis, panel, metrics, last)
+    for axis in axes[len(panels) :]:
+        axis.set_visible(False)
+    temporary = path.with_name(f".{path.name}")
+    FigureCanvasAgg(figure).print_png(str(temporary))
+    os.replace(temporary, path)
+
+
+def plan(metrics: Mapping[str, Points]) -> list[Panel]:
+    """What is drawn, in this order; panels without lines included."""
+
+    def of(prefix: str, *ends: str) -> list[str]:
+        names = sorted(name for name in metrics if name.startswith(prefix))
+        return [name for name in names if not ends or name.rsplit("/")[-1].startswith(ends)]
+
+    parts = [name for name in of("train/") if name != "train/loss"]
+    return [
+        Panel("loss", [name for name in ("train/loss", "val/loss") if name in metrics]),
+        Panel("parts of the training loss", parts if len(parts) > 1 else [], "train/"),
+        Panel("validation: PSNR, dB", of("val/", "psnr"), "val/", log=False),
+        Panel("validation: SSIM", of("val/", "ssim"), "val/", log=False),
+        Panel("validation: absolute error of alpha", of("val/alpha/", "mae"), "val/alpha/"),
+        Panel("validation: LPIPS", of("val/", "lpips"), "val/", log=False),
+        Panel("validation loss by timestep", of("val_t/"), "val_t/"),
+        Panel("training loss by timestep", of("train_t/"), "train_t/"),
+        Panel("learning rate", of("lr-"), "lr-", log=False),
+    ]
+
+
+def _draw_panel(axis: "Axes", panel: Panel, metrics: Mapping[str, Points], last: int) -> None:
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
+
+    ends = []
+    for place, name in enumerate(panel.names):
+        points, label = metrics[name], name.removeprefix(panel.prefix)
+        x, y = _thinned(points)
+        style = _style(name, label, place, len(panel.names))
+        colour = style["color"]
+        if name.endswith("mae_of_mean"):
+            label = "of the mean alpha"
+        elif measured(name):
+            best = (max if direction(name) == "max" else min)(points, key=lambda point: point[1])
+            axis.plot(*best, "*", markersize=12, color=colour, markeredgecolor="white", zorder=5, clip_on=False)
+            label = f"{label}  {best[1]:.4g}"
+            if len(x) <= 60:
+                style |= {"marker": "o", "markersize": 3.2}
+        elif not name.startswith("lr-") and len(y) > 30:
+            axis.plot(x, y, color=colour, linewidth=0.8, alpha=0.25)
+            y = _smooth(y)
+        axis.plot(x, y, **style)
+        ends.append((float(y[-1]), label, colour))
+    values = np.array([value for name in panel.names for _, value in metrics[name]])
+    if panel.log and values.min() > 0 and values.max() > LOG_FROM * values.min():
+        axis.set_yscale("log")
+        decades = np.log10(values.max() / values.min())
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if decades < 2.5 else (1,)))
+        axis.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axis.yaxis.set_minor_formatter(NullFormatter())
+    axis.set_title(panel.title, loc="left", fontsize=10.5, color=INK)
+    axis.set_xlim(0, max(last, 1))
+    axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    axis.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    axis.grid(color=GRID, linewidth=0.8)
+    axis.set_axisbelow(True)
+    axis.tick_params(colors=GREY, labelsize=8.5, which="both", length=0)
+    axis.spines[:].set_visible(False)
+    if ends and panel.title != "learning rate":
+        _label(axis, ends)
+
+
+def _style(name: str, label: str, place: int, count: int) -> dict[str, Any]:
+    """Colour by view and dashes by term of a VIEW/TERM; shades where lines have an order."""
+    view, _, term = label.rpartition("/")
+    colour = VIEWS.get(view, COLOURS[(place + 3 * (count > 6)) % len(COLOURS)])
+    if name in ("train/loss", "val/loss"):
+        colour = GREY if name == "train/loss" else COLOURS[0]
+    elif name.endswith("mae_of_mean"):
+        return {"color": GREY, "linewidth": 1.0, "linestyle": (0, (2, 2))}
+    elif name.startswith(("val_t/", "train_t/")):
+        from matplotlib import colormaps
+
+        colour = colormaps["viridis"](0.85 * place / max(count - 1, 1))
+    return {"color": colour, "linewidth": 1.6, "linestyle": DASHES.get(term, "-")}
+
+
+def _label(axis: "Axes", ends: list[tuple[float, str, Any]]) -> None:
+    """Names at the right ends of their lines, moved apart where they would overlap."""
+    to_axes = axis.transData + axis.transAxes.inverted()
+    heights = [float(to_axes.transform((0, value))[1]) for value, _, _ in ends]
+    order = sorted(range(len(ends)), key=heights.__getitem__)
+    places: list[float] = []
+    for index in order:
+        places.append(max(heights[index], places[-1] + ROOM if places else 0.0))
+    top = 1.0
+    for i in reversed(range(len(places))):
+        places[i] = min(places[i], top)
+        top = places[i] - ROOM
+    for place, index in zip(places, order, strict=True):
+        _, label, colour = ends[index]
+        axis.annotate(
+            label, (1.03, place), xycoords="axes fraction", fontsize=8.5, color=colour, va="center",
+            annotation_clip=False,
+        )  # fmt: skip
+
+
+def _thinned(points: Points) -> tuple[np.ndarray, np.ndarray]:
+    """Steps and values; means over neighbours where there are more than fit."""
+    array = np.array(points, dtype=float).T
+    size = -(-array.shape[1] // WIDE)
+    whole = array[:, : array.shape[1] // size * size].reshape(2, -1, size).mean(2)
+    return whole[0], whole[1]
+
+
+def _smooth(values: np.ndarray) -> np.ndarray:
+    """The mean over a twentieth of the line around each point."""
+    window = np.ones(2 * (len(values) // 40) + 1)
+    return np.convolve(values, window, "same") / np.convolve(np.ones_like(values), window, "same")

@@ -1,0 +1,214 @@
+"""The loggers of a run, what they are told about it, and its end for all of them."""
+
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.types import RunMode
+from hydra.utils import instantiate
+from lightning.pytorch.loggers import Logger
+from omegaconf import DictConfig, OmegaConf
+
+from acetate.callbacks.dashboards import WandbRun
+from acetate.callbacks.metrics_file import MetricsFile
+from acetate.callbacks.story import Story
+from acetate.commands.runs import rank
+from acetate.redaction import redacted
+
+PACKAGES = ("torch", "lightning", "diffusers", "transformers", "peft", "hydra-core", "wandb")
+SOURCE = Path(__file__).parents[3]
+
+
+def build_loggers(config: DictConfig) -> list[Logger]:
+    """metrics.csv, which every run has, and those of `logger`, a mapping from names to targets.
+
+    Raises ValueError for an entry that is none, as `+logger.offline=true` adds.
+    """
+    settings: dict[str, Any] = dict(config.get("logger") or {})
+    for name, value in settings.items():
+        if not (OmegaConf.is_dict(value) and "_target_" in value) and value is not None:
+            raise ValueError(
+                f"logger.{name}={value}; below logger are loggers by name. Their own settings are "
+                "below those, as in logger=wandb logger.wandb.offline=true."
+            )
+    found: list[Logger] = [] if settings.get("csv") else [MetricsFile(config.paths.run)]
+    for name, value in settings.items():
+        if value is not None:
+            found.append(instantiate(value, **(_of_job(config, value) if name == "wandb" else {})))
+    return found
+
+
+def build_story(config: DictConfig) -> Story:
+    """Of the run that the config composes."""
+    return Story(
+        name=job_name(config),
+        folder=_short(config.paths.run),
+        objective=config.get("objective"),
+        data=_data(config),
+        device=_device(config),
+        settings=about(config),
+        commands=_commands(config),
+    )
+
+
+def finish_loggers(loggers: list[Logger], failed: bool) -> None:
+    """Closes what they write to. A wandb run ends here: a sweep's next job begins another."""
+    for logger in loggers:
+        if isinstance(logger, WandbRun):
+            logger.finish(failed)
+        else:
+            logger.finalize("failed" if failed else "success")
+
+
+def about(config: DictConfig) -> dict[str, Any]:
+    """The settings of a run, resolved and without secrets, and under `run` what it is made of."""
+    settings: Any = OmegaConf.to_container(config, resolve=True)
+    commit, dirty = _git()
+    sweep = _sweep_folder()
+    run = {
+        "command": shlex.join(redacted(["python", *sys.argv])),
+        "overrides": redacted(_overrides()),
+        "sweep": sweep and sweep.name,
+        "folder": str(Path(config.paths.run).absolute()),
+        "commit": commit,
+        "uncommitted_changes": dirty,
+        "device": _device(config),
+        "processes": int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", "1"))),
+        "host": platform.node(),
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+    }
+    return {**redacted(settings), "run": run}
+
+
+def job_name(config: DictConfig) -> str:
+    """NAME, and of a sweep's job the overrides that tell it from the others."""
+    return " ".join([config.name, *redacted(_swept())])
+
+
+def _of_job(config: DictConfig, settings: DictConfig) -> dict[str, Any]:
+    """What wandb is told where the settings leave it to us."""
+    sweep = _sweep_folder()
+    found = {"name": job_name(config), "group": sweep and sweep.name, "tags": _tags(config)}
+    return {name: value for name, value in found.items() if settings.get(name) is None}
+
+
+def _tags(config: DictConfig) -> list[str]:
+    choices = [_choice("experiment"), _choice("sweep"), _stage(config)]
+    return [tag for tag in choices if tag]
+
+
+def _stage(config: DictConfig) -> str:
+    """`vae`, `dit`, `wan_base`: the module of the task."""
+    return config.task._target_.split(".")[-2]
+
+
+def _choice(group: str) -> str | None:
+    return HydraConfig.get().runtime.choices.get(group) if HydraConfig.initialized() else None
+
+
+def _overrides() -> list[str]:
+    return list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
+
+
+def _sweep_folder() -> Path | None:
+    """That the run lies in as a job of a sweep; None where it is none."""
+    if not HydraConfig.initialized() or HydraConfig.get().mode != RunMode.MULTIRUN:
+        return None
+    hydra = HydraConfig.get()
+    return Path(hydra.runtime.output_dir).parents[len(Path(str(hydra.sweep.subdir)).parts) - 1]
+
+
+def _sweep_overrides(sweep: Path) -> list[str]:
+    """What the sweep was started with, as Hydra notes it; nothing where a sweeper does not."""
+    note = sweep / "multirun.yaml"
+    return list(OmegaConf.load(note).hydra.overrides.task) if note.exists() else []
+
+
+def _swept() -> list[str]:
+    """Of the job's overrides those that may be others in other jobs of its sweep."""
+    sweep = _sweep_folder()
+    if sweep is None:
+        return []
+    parser = OverridesParser.create()
+    given = parser.parse_overrides(_sweep_overrides(sweep))
+    same = {one.key_or_group for one in given if not one.is_sweep_override()}
+    return [text for text in _overrides() if parser.parse_override(text).key_or_group not in same]
+
+
+def _commands(config: DictConfig) -> dict[str, str]:
+    """What can be done next; lines for a shell, `go on` without the number of steps."""
+    sweep, stage = _sweep_folder(), _stage(config)
+    given, run = _line(_overrides()), shlex.quote(_short(config.paths.run))
+    if sweep is None:
+        lines = {"go on": f"python train.py {_line(_overrides(), 'trainer.max_steps=')} resume=last"}
+    else:
+        folder = shlex.quote(_short(str(sweep)))
+        jobs = _line(_sweep_overrides(sweep), "trainer.max_steps=", "hydra.sweep.dir=")
+        lines = {"go on": f"python train.py -m {jobs} hydra.sweep.dir={folder} resume=auto"}
+    if stage == "vae":
+        last = "last" if sweep is None else f"{run}/checkpoints/last.ckpt"
+        lines["evaluate"] = f"python -m acetate.commands.evaluate {given} resume={last}"
+    if stage == "dit":
+        vae, wan = shlex.quote(_short(str(config.rgba_vae))), _choice("wan") or "tiny"
+        sizes = config.callbacks.get("samples")
+        more = [] if wan == "tiny" else [f"wan={wan}"]
+        more += [f"{name}={sizes[name]}" for name in ("frames", "height", "width")] if sizes else []
+        lines["sample"] = " ".join(
+            ["python -m acetate.commands.sample", f"dora={run} rgba_vae={vae}", *more, "prompt='a ring of fire'"]
+        )
+    if stage in ("vae", "dit"):
+        lines["export"] = f"python -m acetate.commands.export checkpoint={run} to=acetate"
+    return lines
+
+
+def _line(overrides: list[str], *without: str) -> str:
+    return shlex.join(redacted([text for text in overrides if not text.startswith(("resume=", "init=", *without))]))
+
+
+def _data(config: DictConfig) -> str:
+    """What is trained on."""
+    for name in ("latents", "shards"):
+        if name in config.data:
+            value = OmegaConf.to_container(config.data, resolve=True)[name]  # type: ignore[index,call-overload]
+            places = [value] if isinstance(value, str) else list(value)
+            return ", ".join(_short(redacted(place)) for place in places)
+    return "clips that are drawn on the fly"
+
+
+def _device(config: DictConfig) -> str:
+    """Of this process."""
+    if config.trainer.accelerator in ("auto", "cuda", "gpu") and torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return "CPU" if config.trainer.accelerator in ("auto", "cpu") else str(config.trainer.accelerator)
+
+
+def _git() -> tuple[str | None, bool | None]:
+    """The commit of this source and whether tracked files differ from it; of rank 0 alone."""
+    if rank() > 0 or not (SOURCE / ".git").exists():
+        return None, None
+    said = []
+    for command in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"]):
+        try:
+            done = subprocess.run(
+                ["git", "-C", str(SOURCE), *command], capture_output=True, text=True, timeout=10, check=True
+            )
+        except (OSError, subprocess.SubprocessError):
+            return None, None
+        said.append(done.stdout.strip())
+    return said[0], bool(said[1])
+
+
+def _short(path: str) -> str:
+    """Below the working directory, where it is."""
+    if "://" in path:
+        return path
+    place = Path(path).absolute()
+    return str(place.relative_to(Path.cwd())) if place.is_relative_to(Path.cwd()) else str(place)

@@ -1,0 +1,218 @@
+"""What runs and sweeps leave for dashboards, read back from the files of wandb, TensorBoard, ours."""
+
+import csv
+import socket
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from tests.clones import clone, run_in
+from tests.processes import ended, train
+from tests.test_resume import small
+from tests.wandb_files import read, runs_below
+
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("runs")]
+
+TINY = [
+    "data.val_clips=2", "data.num_workers=0", "data.batch_size=1", "data.height=16",
+    "data.width=16", "callbacks.panels.clips=1", "trainer.max_steps=2",
+    "trainer.val_check_interval=2", "trainer.log_every_n_steps=1",
+]  # fmt: skip
+
+
+@pytest.fixture
+def tiny(tmp_path, many_shards):
+    more = ["data.num_workers=0", "loss.diffusion.mode=off", "trainer.val_check_interval=2", "task.decay_steps=8"]
+    return [*small("vae_rgba", tmp_path / "runs", many_shards, (many_shards, many_shards)), *more]
+
+
+def run(tmp_path, *arguments, code=0, **environment):
+    """The run's folder, once it has ended."""
+    (found,) = ended(train(tmp_path / "log", *arguments, environment=environment), within=300)
+    said = (tmp_path / "log").read_text()
+    assert found == code, said[-3000:]
+    (folder,) = (tmp_path / "runs").glob("*/*/")
+    return folder, said
+
+
+def test_the_jobs_of_a_sweep_are_runs_of_their_own(tmp_path, many_shards):
+    """As the README says, in a fresh clone: four folders, four runs of wandb in one group, told apart
+    by what they were given; another sweep whose first job fails."""
+    here = clone(tmp_path / "clone")
+    base = ["train.py", "-m", "experiment=vae_rgba", f"data.shards={many_shards}", "logger=wandb", *TINY]
+    done = run_in(here, *base, "sweep=diffusion_mode")
+    assert done.returncode == 0, done.stderr[-3000:]
+    (sweep,) = here.glob("outputs/vae_rgba/sweep_*")
+    folders = sorted(sweep.glob("[0-9]"))
+    modes = ["off", "opaque", "bidirectional", "upstream"]
+    runs = runs_below(sweep)
+    assert len(folders) == len(runs) == 4
+    assert [one.id for one in runs] == [f"vae_rgba-{sweep.name}-{job}" for job in range(4)]
+    assert {one.group for one in runs} == {sweep.name}
+    assert {one.job_type for one in runs} == {"train"}
+    assert all(one.tags == ["vae_rgba", "diffusion_mode", "vae"] for one in runs)
+    assert [one.exit_code for one in runs] == [0] * 4
+    for folder, one, mode in zip(folders, runs, modes, strict=True):
+        assert f"loss.diffusion.mode={mode}" in one.name.replace("'", "")
+        assert one.config["loss"]["diffusion"]["mode"] == mode
+        assert one.config["run"]["folder"] == str(folder)
+        assert one.config["run"]["commit"]
+        assert {row["trainer/global_step"] for row in one.history if "val/loss" in row} <= {1, 2}
+        assert (folder / "metrics.csv").exists() and (folder / "curves.png").exists()
+    failing = run_in(here, *base, "task.lr=1e30,1e-3", "task.warmup_steps=0", f"hydra.sweep.dir={tmp_path / 'failing'}")
+    assert failing.returncode != 0
+    first, second = runs_below(tmp_path / "failing")
+    assert (first.exit_code, second.exit_code) == (1, 0)
+    assert "task.lr=1e+30" in first.name and "task.lr=0.001" in second.name and first.id != second.id
+    assert not any("val/loss" in row for row in first.history)
+
+
+@pytest.mark.parametrize(
+    ("logger", "there"),
+    [
+        ("logger=wandb", {"wandb"}), ("logger=tensorboard", {"tensorboard"}), ("logger=csv", set()),
+        ("logger=[wandb,tensorboard]", {"wandb", "tensorboard"}), ("logger=[csv,wandb]", {"wandb"}),
+        ("logger=[]", set()),
+    ],
+)  # fmt: skip
+def test_several_loggers_at_once(tmp_path, tiny, logger, there):
+    """metrics.csv with any of them; each has the settings, without the secrets among them."""
+    secrets = [
+        "+data.remote.storage_options.s3.secret=HUSH1",
+        "+data.remote.storage_options.http.headers.auth=HUSH2",
+    ]  # fmt: skip
+    folder, said = run(tmp_path, *tiny, logger, "trainer.max_steps=2", *secrets)
+    assert {place.name for place in folder.iterdir()} & {"wandb", "tensorboard"} == there
+    with (folder / "metrics.csv").open() as file:
+        assert any(row["train/loss"] for row in csv.DictReader(file))
+    found = yaml.safe_load((folder / "config.yaml").read_text())
+    assert found["parameters"]["total"] > found["parameters"]["trainable"] > 0
+    assert found["task"]["decay_steps"] == 8 and found["run"]["folder"] == str(folder)
+    assert found["data"]["remote"]["storage_options"]["s3"]["secret"] == "***"
+    written = [path for path in folder.rglob("*") if path.is_file() and ".hydra" not in path.parts]
+    assert not [path for path in written if b"HUSH" in path.read_bytes()]
+    if "wandb" in there:
+        (one,) = runs_below(folder)
+        assert one.config["parameters"] == found["parameters"] and one.config["run"]["versions"]["torch"]
+        assert one.exit_code == 0
+    if "tensorboard" in there:
+        events = EventAccumulator(str(folder / "tensorboard"))
+        events.Reload()
+        assert "train/loss" in events.Tags()["scalars"] and "hp_metric" not in events.Tags()["scalars"]
+        assert "config/text_summary" in events.Tags()["tensors"]
+        assert "_hparams_/experiment" in events.summary_metadata
+    for name in ("litlogger", "Tip:", "GPU available", "gcsfs", "FLOPs", "Seed set"):
+        assert name not in said
+
+
+def test_a_run_that_goes_on_keeps_its_best_in_the_summary(tmp_path, tiny):
+    """Of wandb, offline: a second process, which ruins the model, knows what the first measured."""
+    folder, _ = run(tmp_path, *tiny, "logger=wandb", "trainer.max_steps=4")
+    more = ["trainer.max_steps=8", "resume=last", "task.lr=0.5", "task.decay_steps=null"]
+    run(tmp_path, *tiny, "logger=wandb", *more)
+    first, second = runs_below(folder)
+    assert first.id == second.id and (first.exit_code, second.exit_code) == (0, 0)
+    both = [row for one in (first, second) for row in one.history]
+    for name, kind in (("val/loss", min), ("val/alpha/mae", min), ("val/rgb/psnr", max)):
+        values = [row[name] for row in both if name in row]
+        assert second.summary[name][kind.__name__] == pytest.approx(kind(values))
+        assert second.summary[name]["last"] == pytest.approx(values[-1])
+        assert getattr(second.metrics[name].summary, kind.__name__)
+    stepped = [name for name in second.metrics if name != "trainer/global_step"]
+    assert stepped and all(second.metrics[name].step_metric == "trainer/global_step" for name in stepped)
+
+
+class Answers(BaseHTTPRequestHandler):
+    def do_POST(self):
+        time.sleep(self.server.wait)
+        self.send_response(self.server.status)
+        self.end_headers()
+
+    do_GET = do_POST
+
+    def log_message(self, *_):
+        """Not on the console of the test."""
+
+
+@pytest.mark.parametrize(
+    ("server", "said_of_it"),
+    [
+        ("refuses", "Connection refused"), ("hangs", "has not answered in 8 s"),
+        ("401", "does not take the key"), ("500", "answers with status 500"),
+        ("unknown", "cannot be reached"), ("half", "stays on disk"),
+    ],
+)  # fmt: skip
+def test_without_its_server_wandb_stays_on_disk(tmp_path, tiny, server, said_of_it):
+    """Said within seconds; the run trains and ends as ever. `half`: a server that knows no runs."""
+    web = ThreadingHTTPServer(("127.0.0.1", 0), Answers)
+    web.daemon_threads = True
+    web.status, web.wait = int(server) if server.isdigit() else 200, 600 if server == "hangs" else 0
+    threading.Thread(target=web.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{web.server_port}"
+    if server == "refuses":
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            url = f"http://127.0.0.1:{free.getsockname()[1]}"
+    if server == "unknown":
+        url = "http://nowhere.invalid"
+    folder, said = run(
+        tmp_path, *tiny, "logger=wandb", "trainer.max_steps=2", WANDB_BASE_URL=url, WANDB_API_KEY="k" * 40
+    )
+    web.shutdown()
+    assert said_of_it in said and "stays on disk" in said and "wandb sync" in said
+    (one,) = runs_below(folder)
+    assert one.exit_code == 0 and any("val/loss" in row for row in one.history)
+
+
+def test_without_a_home_that_can_be_written(tmp_path, tiny):
+    """Neither ~/.config nor ~/.cache: a file is in the way."""
+    home = tmp_path / "home"
+    home.mkdir()
+    for name in (".config", ".cache", ".local"):
+        (home / name).write_text("")
+    folder, _ = run(tmp_path, *tiny, "logger=wandb", "trainer.max_steps=2", HOME=str(home))
+    (one,) = runs_below(folder)
+    assert one.exit_code == 0 and (folder / "curves.png").exists()
+
+
+def test_what_a_run_says(tmp_path, tiny):
+    """Where it is, how it goes, what comes next; train.log has it once, also after it went on."""
+    folder, said = run(tmp_path, *tiny, "trainer.max_steps=2")
+    told = (folder / "train.log").read_text()
+    for text in (said, told):
+        assert str(folder) in text and "train\n" in text.replace(" parameters", "")
+        assert "0 to 2" in text and "finished at step 2" in text
+        assert "python train.py experiment=vae_rgba" in text and "resume=last" in text
+        assert "acetate.commands.evaluate" in text and "acetate.commands.export" in text
+        assert text.count("step 2   validation") == 1
+    assert len(said.splitlines()) < 60, said
+    run(tmp_path, *tiny, "trainer.max_steps=4", "resume=last")
+    told = (folder / "train.log").read_text()
+    assert told.count("step 2   validation") == 1 and told.count("step 4   validation") == 1
+    assert "2 to 4" in told and "val/alpha/mae" in told
+    failing = ["trainer.max_steps=8", "resume=last", "task.lr=1e30", "task.decay_steps=null"]
+    run(tmp_path, *tiny, *failing, code=1)
+    told = (folder / "train.log").read_text()
+    assert "FloatingPointError" in told and "Traceback" in told and told.count("Traceback") == 1
+
+
+def test_a_reader_knows_what_wandb_writes(tmp_path):
+    """A record over several blocks, and one that was cut."""
+    import wandb
+
+    run = wandb.init(mode="offline", dir=tmp_path, project="test", settings=wandb.Settings(silent=True))
+    run.config.update({"long": "x" * 100_000})
+    run.log({"a": 1})
+    run.finish(exit_code=3)
+    wandb.teardown()
+    (path,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    found = read(path)
+    assert found.config["long"] == "x" * 100_000 and found.history[0]["a"] == 1 and found.exit_code == 3
+    cut = Path(tmp_path / "cut.wandb")
+    cut.write_bytes(path.read_bytes()[:-10])
+    assert read(cut).exit_code is None
