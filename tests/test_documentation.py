@@ -14,7 +14,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+from PIL import Image
 
+from acetate.data.synthetic import KINDS, render
 from tests.paths import ROOT
 
 PAGES = ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
@@ -90,6 +93,11 @@ def clone(tmp_path_factory) -> Clone:
     assert len(lines) >= 6
     for step, line in enumerate(lines, 1):
         clone.run(shortened(line, step))
+    (clone.folder / "FOLDER").mkdir()
+    for number in range(8):
+        clip = render(KINDS[number % len(KINDS)], number, 1, 64, 64)
+        rgba = torch.cat([(clip.rgb[:, 0] + 1) / 2, clip.alpha[:, 0]]).mul(255).round().byte()
+        Image.fromarray(rgba.permute(1, 2, 0).numpy()).save(clone.folder / f"FOLDER/clip{number}.png")
     return clone
 
 
