@@ -54,9 +54,8 @@ def program(
         def job(config: DictConfig) -> Any:
             sys.argv = given  # what Lightning starts further processes with, and what loggers note
             try:
-                if "experiment" not in HydraConfig.get().runtime.choices or name == "train":
-                    with as_on_gpu(False):  # either value keeps the rule, and to ask torch takes seconds
-                        check_settings(name, config)  # estimate and cost ask about runs without data
+                with as_on_gpu(False):  # either value keeps the rule, and to ask torch takes seconds
+                    check_settings(name, config)
                 return main(config)
             except Exception as error:
                 tell(error, config_name, given)

@@ -196,6 +196,7 @@ RULES: dict[str, Rule] = {
     "save_last": flag,
     "filename": words,
     "dirpath": place,
+    "directory": optional(place),
     "auto_insert_metric_name": flag,
     "enable_version_counter": flag,
     "decay": number(0, below=1),
@@ -230,6 +231,9 @@ RULES: dict[str, Rule] = {
     "count": whole(1, 100_000),
     "guided": flag,
     "formats": several(one_of("png", "webm", "prores", "webp", "apng", "pair", "preview")),
+    "sample.settings": optional(place),
+    "sample.out": optional(place),
+    "overwrite": flag,
     "sample.prompt": optional(text),
     "sample.prompts": optional(place),
     "sample.rgba_vae": either(place, several(place)),
@@ -241,6 +245,7 @@ RULES: dict[str, Rule] = {
     "follow.out": optional(place),
     # Export
     "checkpoint": place,
+    "run": optional(place),
     "to": one_of("acetate", "wan-alpha", "comfyui", "diffusers"),
     "ema": optional(flag),
     "export.rgba_vae": optional(place),
@@ -282,8 +287,11 @@ RULES: dict[str, Rule] = {
     "executor": one_of("local", "ray"),
     "workers": whole(0, PROCESSES),
     "preview": flag,
+    "replace": flag,
+    "long_prompts": one_of("error", "truncate"),
+    "duplicates.colour": whole(0, 255),
     "max_clips": count,
-    "max_mb": number(above=0, high=1e6),
+    "max_mb": number(1, 1e6),
     "val_fraction": number(0, below=1),
     "ingest.workers": optional(whole(0, PROCESSES)),
     "detect_packed": flag,
@@ -292,9 +300,9 @@ RULES: dict[str, Rule] = {
     "memory_gb": number(above=0, high=1e5),
     "seconds": number(above=0, high=1e6),
     "megapixels_per_second": number(above=0, high=1e6),
-    "colour": one_of("auto", "straight", "black", "white", "matte"),
-    "alpha_low": either(auto, whole(0, 254)),
-    "alpha_high": either(auto, whole(1, 255)),
+    "colour": either(one_of("auto", "straight", "black", "white", "matte"), flag),
+    "alpha_low": either(auto, whole(0, 255)),
+    "alpha_high": either(auto, whole(0, 255)),
     "matte": one_of("auto", "normal", "empty", "full", "flickers"),
     "crop": either(auto, flag, words),
     "still": either(auto, flag),
@@ -311,19 +319,19 @@ RULES: dict[str, Rule] = {
     "default_fps": number(0.01, 1000),
     "clips": count,
     "synthesize.size": either(whole(8, SIDE), several(either(whole(8, SIDE), several(whole(8, SIDE), 2, 2)))),
-    "rules": either(anything),
+    "rules": anything,
     "distance": whole(0, 128),
     "duplicates.keep": one_of("best", "first"),
     "scores": optional(place),
     "caption.prompts": optional(place),
     "captioner": optional(place),
-    "overwrite": one_of("missing", "all"),
+    "caption.overwrite": one_of("missing", "all"),
     "missing": text,
     "template": words,
     "instruction": words,
     "pictures": whole(1, 1000),
     "images": one_of("several", "sheet"),
-    "background": one_of("grey", "checkerboard", "black", "white"),
+    "background": one_of("grey", "checkerboard"),
     "max_tokens": whole(1, 100_000),
     "inspect.out": optional(place),
     "sample": whole(1, 100_000),
@@ -336,9 +344,9 @@ RULES: dict[str, Rule] = {
     "cache_latents.space_multiple": optional(whole(1, 1024)),
     "sizes": optional(several(several(whole(8, SIDE), 2, 2))),
     "allow_empty_buckets": flag,
-    "smallest": number(above=0, high=1),
+    "smallest": number(0.05, 1),
     "cache_latents.dtype": one_of("float16", "bfloat16"),
-    "threshold": number(0, below=1),
+    "threshold": number(above=0, below=1),
     "aligned": flag,
     "raster": one_of("exact", "opencv"),
     "enlargements": whole(0, 1000),
@@ -347,6 +355,7 @@ RULES: dict[str, Rule] = {
 }  # fmt: skip
 
 MISSING = "???"
+ABOUT_RUNS = ("estimate", "cost")  # which need no data, and ask about other machines than this one
 UNCHECKED = {"paths", "logger", "hydra"}
 # Settings whose value is taken to the letter, whatever signs it holds
 LITERAL = {"prompt", "negative_prompt", "template", "instruction", "missing"}
@@ -387,14 +396,19 @@ def settings_of(program: str, config: DictConfig, path: str = "") -> Iterator[tu
 
 
 def check_settings(program: str, config: DictConfig) -> None:
-    """Raises SettingError for the first setting that breaks its rule or has no value."""
+    """Raises SettingError for the first setting that breaks its rule or, where a program needs them
+    all, has no value."""
+    asks = program in ABOUT_RUNS
     for path, value, rule in settings_of(program, config):
         if rule is None:
             continue
         if value == MISSING:
+            if asks:
+                continue
             raise SettingError(path, value, f"{path} has no value: must be {rule.says}. Give {path}=...")
         rule.check(path, value)
-    _check_batch(config)
+    if not asks:
+        _check_batch(config)
 
 
 def _check_batch(config: DictConfig) -> None:
