@@ -25,10 +25,10 @@ setup: .venv/.complete ## virtual environment with the locked packages
 demo: setup ## all the way on procedural clips: RGBA-VAE, cached latents, DoRA, four sampled clips (minutes on 2 cores)
 	$(RUN) -m data_prep.synthesize out=data/demo clips=280 frames=9 size=48 replace=true
 	$(RUN) train.py experiment=vae_rgba name=demo trainer.max_steps=800 trainer.val_check_interval=400
-	$(RUN) -m acetate.commands.evaluate experiment=vae_rgba name=demo resume=last trainer.max_steps=800
+	$(RUN) -m acetate.commands.evaluate run=outputs/demo
 	$(RUN) -m data_prep.cache_latents shards=data/demo out=data/demo_latents rgba_vae=outputs/demo smallest=0.45 replace=true
 	$(RUN) train.py experiment=dit_dora name=demo_dit trainer.max_steps=500 trainer.val_check_interval=500
-	$(RUN) -m acetate.commands.sample prompts=data_prep/demo_prompts.txt out=outputs/demo_samples guide.centre=[0.5,0.5] \
+	$(RUN) -m acetate.commands.sample prompts=data_prep/demo_prompts.txt out=outputs/demo_samples overwrite=true guide.centre=[0.5,0.5] \
 		guide.axes=[0.6,0.6] steps=30 guidance=3
 
 train-vae: setup ## the RGBA-VAE on your shards: make train-vae ARGS="data.shards=data/mine trainer.max_steps=5000"

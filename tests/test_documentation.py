@@ -29,7 +29,6 @@ SHORTER = {
     "acetate.commands.sample": ["steps=2"],
     "acetate.commands.follow": ["count=3", "steps=2"],
     "data_prep.synthesize": ["clips=12", "frames=9", "size=48", "workers=0"],
-    "data_prep.cache_latents": ["variants=1"],
 }
 
 
@@ -41,8 +40,11 @@ def blocks(page: str) -> Iterator[tuple[str, list[str]]]:
 
 
 def program_of(line: str) -> str:
+    """`train.py`, `data_prep.shard`, ..., or the first word of a line that is no program of ours."""
     words = shlex.split(line)
-    return next((word for word in words if word.endswith(".py") or ("." in word and word[0] != "-")), words[0])
+    return next(
+        (word for word in words if re.fullmatch(r"train\.py|(acetate\.commands|data_prep)\.\w+", word)), words[0]
+    )
 
 
 def shortened(line: str, step: int) -> str:

@@ -10,6 +10,7 @@ from acetate.regions import (
     check_clip_shape,
     fit_ellipses,
     gaussian,
+    outlines,
     upstream_mask,
 )
 
@@ -179,3 +180,13 @@ def test_batched_fits_are_single_ones():
 def test_unknown_raster():
     with pytest.raises(ValueError, match="raster 'cv'; known: exact, opencv"):
         fit_ellipses(torch.zeros(1, 1, 1, 8, 8), 4, 4, raster="cv")
+
+
+def test_outlines_are_the_ellipses_in_shares_of_the_picture():
+    ellipses = torch.tensor([[3.5, 1.5, 4.0, 2.0, 90.0], [1.5, 1.5, 2.0, 2.0, 0.0], [0.0, 0.0, 0.0, 0.0, 0.0]])
+    points = outlines(ellipses, 4, 8, 9)
+    assert points.shape == (9, 64, 2)
+    assert_close(points[0].mean(0), torch.tensor([0.5, 0.5], dtype=torch.float64))
+    assert_close(points[0].amax(0) - points[0].amin(0), torch.tensor([2 / 8, 4 / 4], dtype=torch.float64))
+    assert (points[1:5] == points[1]).all() and not (points[0] == points[1]).all()  # cell 0 sees frame 0 only
+    assert points[5:].isnan().all()  # nothing is covered

@@ -146,6 +146,24 @@ def test_killed_run_goes_on_exactly(tmp_path, many_shards, cached, experiment, t
     assert_same_run(run_of(whole), run_of(parts))
 
 
+def test_panels_of_step_0_change_nothing_else(tmp_path, many_shards):
+    """Neither a bit of what is trained nor a row of what is logged; a run that goes on draws none."""
+    runs = []
+    for sanity in (0, 1):
+        outputs = tmp_path / str(sanity)
+        arguments = [
+            *small("vae_rgba", outputs, many_shards, (many_shards, many_shards)), "data.num_workers=0",
+            "trainer.max_steps=2", "trainer.val_check_interval=2", "loss.diffusion.mode=off", "callbacks=ema",
+            f"trainer.num_sanity_val_steps={sanity}",
+        ]  # fmt: skip
+        drawn = [text for text in arguments if text != "callbacks.panels=null"] + ["callbacks.panels.clips=1"]
+        assert ended(train(tmp_path / f"{sanity}.log", *drawn)) == [0]
+        runs.append(run_of(outputs))
+        steps = sorted(folder.name for folder in (runs[-1] / "panels").iterdir())
+        assert steps == ["step_00000000", "step_00000002"][1 - sanity :]
+    assert_same_run(*runs)
+
+
 class KilledInLastValidation(Callback):
     def on_validation_start(self, trainer, pl_module):
         if trainer.global_step == trainer.max_steps:

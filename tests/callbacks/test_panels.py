@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
-from PIL import Image
+from PIL import Image, ImageFont
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 from torch.testing import assert_close
@@ -20,12 +21,16 @@ from acetate.callbacks.panels import (
     Clip,
     Frame,
     Panels,
+    drawable,
     heat,
     movie,
+    quality,
     strip,
     tile_size,
     to_bytes,
+    wrapped,
 )
+from acetate.metrics.rgb import CompositeQuality
 
 KEYS = ["demo/cat", "dog", "fox"]
 
@@ -191,6 +196,31 @@ def as_bytes(item: dict[str, Any], rgb_hat: Tensor, alpha_hat: Tensor) -> Clip:
         to_bytes(rgb_hat, -1),
         to_bytes(alpha_hat, 0),
     )
+
+
+def test_title_has_the_clips_own_figures():
+    """The same as the validation's, whose means they are shares of."""
+    item = clip("dog")
+    rgb_hat, alpha_hat = item["rgb"] * 0.9 + 0.3, item["alpha"] * 0.8 - 0.1  # some of it beyond the range
+    psnr, mae = quality(rgb_hat, alpha_hat, item["rgb"], item["alpha"])
+    colours = CompositeQuality(lpips=False)
+    colours.update(*(x[None] for x in (rgb_hat, alpha_hat, item["rgb"], item["alpha"])))
+    assert psnr == pytest.approx(float(colours.compute()["psnr"]), rel=1e-5)
+    assert mae == pytest.approx(float((alpha_hat.clamp(0, 1) - item["alpha"]).abs().mean()))
+    shown = replace(as_bytes(item, rgb_hat, alpha_hat), key="k" * 80, psnr=psnr, mae=mae)
+    assert shown.title(60) == f"{'k' * 39}…, step 60: PSNR over 8 colours {psnr:.2f} dB, alpha MAE {mae:.4f}"
+
+
+def test_text_of_any_script_is_drawn_on_one_line():
+    missing = "\uffff"  # drawn as a box
+    assert drawable("a\tb\n c") == "a b c"
+    assert drawable("Café 猫 \ud800 😀\ufe0f!\x1b") == f"Cafe {missing} {missing} {missing}!"
+    font = ImageFont.load_default(14)
+    assert wrapped("", font, 100, 3) == [""]
+    lines = wrapped("one two three " * 20, font, 100, 3)
+    assert len(lines) == 3 and lines[0].startswith("one two") and lines[2].endswith("…")
+    assert all(font.getlength(line) <= 100 for line in lines)
+    assert "".join(wrapped("x" * 30, font, 100, 9)) == "x" * 30  # one word without spaces
 
 
 def test_columns_show_what_they_say():

@@ -2,7 +2,10 @@ import pytest
 import torch
 from PIL import Image
 
-from acetate.callbacks.samples import contact_sheet
+from acetate.callbacks.samples import Samples, contact_sheet
+from acetate.data.latents import read_latents
+from acetate.regions import outlines
+from acetate.video_out import GUIDE
 from tests.tasks.test_dit import config_for, fit
 
 SAMPLES = [
@@ -20,6 +23,15 @@ def test_samples_at_validation(tmp_path, cached):
     assert Image.open(folder / "sheet.png").size[0] > 100
     assert {path.name for path in folder.glob("*.webm")} == {"00.webm", "01.webm"}
     assert not list(folder.glob(".*"))
+
+
+def test_prompts_are_captions_of_validation_clips_by_default(tmp_path, cached):
+    config = config_for(tmp_path, cached, "trainer.max_steps=2", *SAMPLES[1:], "callbacks.samples.prompts=null")
+    trainer, *_ = fit(config)
+    (samples,) = [callback for callback in trainer.callbacks if isinstance(callback, Samples)]
+    held = [read_latents(window[0])["prompt"] for window in trainer.datamodule.val_windows]
+    assert samples.shown == held[:4] and all(held)
+    assert len(list((tmp_path / "samples/step_00000002").glob("*.webm"))) == len(samples.shown)
 
 
 def test_sampling_leaves_training_as_it_was(tmp_path, cached):
@@ -60,3 +72,13 @@ def test_contact_sheet_shows_clip_and_alpha():
     assert two.size[1] > one.size[1]
     colors = {color for _, color in one.getcolors(10**6)}
     assert {(255, 255, 255), (0, 0, 0)} <= colors
+    assert GUIDE not in colors
+    guide = outlines(torch.tensor([[1.5, 1.5, 2.0, 2.0, 0.0]] * 2), 4, 4, 5)
+    marked = contact_sheet([("a", rgb, alpha)], "title", guide)
+    assert GUIDE in {color for _, color in marked.getcolors(10**6)}
+
+
+def test_long_prompts_are_legible_on_a_contact_sheet():
+    rgb, alpha = torch.ones(3, 5, 16, 16), torch.zeros(1, 5, 16, 16)
+    heights = [contact_sheet([(prompt, rgb, alpha)], "").height for prompt in ("a", "word " * 60, "word " * 2000)]
+    assert heights[0] < heights[1] < heights[2] < heights[0] + 100

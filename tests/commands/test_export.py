@@ -351,3 +351,18 @@ def test_files_of_others_are_kept(tmp_path, dit_run):
     with pytest.raises(FileExistsError, match=r"holds what no export wrote \(thesis\.txt\)"):
         export(tmp_path, f"checkpoint={dit_run}", "to=acetate")
     assert (tmp_path / "thesis.txt").read_text() == "mine"
+
+
+def test_default_folders_tell_runs_and_settings_apart(dit_run, tmp_path):
+    def exported(*overrides):
+        with initialize_config_dir(str(ROOT / "conf"), version_base=None):
+            places = [f"paths.root={ROOT}", f"paths.outputs={tmp_path}", f"checkpoint={dit_run}", "to=comfyui"]
+            main(compose("command/export", [*places, *overrides]))
+        return sorted(path.name for path in (tmp_path / "exports").iterdir())
+
+    name = "last-step-00000002_comfyui"  # of a run that recorded nothing: its file's
+    assert exported() == exported() == [f"{name}-merged"]
+    assert exported("dtype=float32") == [f"{name}-merged", f"{name}-merged_2"]
+    assert exported("dit=dora") == [f"{name}-dora", f"{name}-merged", f"{name}-merged_2"]
+    with pytest.raises(ValueError, match="shift=nan; a finite number above 0"):
+        exported("shift=nan")

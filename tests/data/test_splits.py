@@ -1,6 +1,6 @@
 import pytest
 
-from acetate.data.splits import assign_splits
+from acetate.data.splits import assign_splits, in_turns
 
 
 def test_splits_hold_groups_together_and_stay():
@@ -21,3 +21,10 @@ def test_splits_of_few_clips():
     assert set(assign_splits({str(i): str(i) for i in range(5)}, 0.999).values()) == {"train", "val"}
     with pytest.raises(ValueError, match=r"val_fraction=1\.0; must be in \[0, 1\)"):
         assign_splits({}, 1.0)
+
+
+def test_kinds_take_turns():
+    keys = ["smoke-003", "smoke-001", "fur_a", "Smoke-2", "glass-7", "fur_b", "12"]
+    assert in_turns(keys, str) == ["smoke-003", "fur_a", "glass-7", "12", "smoke-001", "fur_b", "Smoke-2"]
+    assert in_turns(["clip03", "clip01"], str) == ["clip03", "clip01"]
+    assert in_turns([], str) == []
