@@ -20,6 +20,7 @@ INK, GREY, GRID = "#22262b", "#8a9099", "#e6e8eb"
 COLOURS = ("#3266c9", "#d9622b", "#2f9e62", "#a03fb0", "#c7a008", "#1aa3b8", "#c93a53", "#7a5c45")
 VIEWS = {"alpha": COLOURS[0], "soft": COLOURS[1], "hard": COLOURS[2], "rgb": COLOURS[1]}
 DASHES = {"edge": (0, (1, 1.2)), "perceptual": (0, (4, 1.5))}  # terms of a view's loss beside l1
+CELL, AXES = (5.6, 3.2), (3.4, 2.45)  # inches, of a panel and within it; names stand on the right
 WIDE = 400  # points of a line; more are averaged
 LOG_FROM = 4.0  # largest over smallest from which on a logarithmic axis shows more
 ROOM = 0.072  # of a panel's height, for the name of a line
@@ -79,16 +80,16 @@ def draw(metrics: Mapping[str, Points], path: Path, title: str) -> None:
         return
     columns = 2 if len(panels) == 4 else min(3, len(panels))
     rows = -(-len(panels) // columns)
-    figure = Figure(figsize=(5.5 * columns, 3.2 * rows + 0.6), dpi=100, layout="constrained")
-    figure.get_layout_engine().set(h_pad=0.12, w_pad=0.1, hspace=0.06)  # type: ignore[union-attr]
+    width, height = CELL[0] * columns, CELL[1] * rows + 0.5
+    figure = Figure(figsize=(width, height), dpi=100)
     last = max(points[-1][0] for points in metrics.values())
     heading = f"{title}   step {last:,}   ★ best, with its value"
-    figure.suptitle(heading, x=0.012, ha="left", fontsize=12, color=INK)
-    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
-    for axis, panel in zip(axes, panels, strict=False):
-        _draw_panel(axis, panel, metrics, last)
-    for axis in axes[len(panels) :]:
-        axis.set_visible(False)
+    figure.text(0.2 / width, 1 - 0.3 / height, heading, fontsize=12, color=INK, va="center")
+    for place, panel in enumerate(panels):
+        row, column = divmod(place, columns)
+        left, bottom = CELL[0] * column + 0.65, CELL[1] * (rows - 1 - row) + 0.4
+        box = (left / width, bottom / height, AXES[0] / width, AXES[1] / height)
+        _draw_panel(figure.add_axes(box), panel, metrics, last)
     temporary = path.with_name(f".{path.name}")
     FigureCanvasAgg(figure).print_png(str(temporary))
     os.replace(temporary, path)
@@ -129,7 +130,7 @@ def _draw_panel(axis: "Axes", panel: Panel, metrics: Mapping[str, Points], last:
         elif measured(name):
             best = (max if direction(name) == "max" else min)(points, key=lambda point: point[1])
             axis.plot(*best, "*", markersize=12, color=colour, markeredgecolor="white", zorder=5, clip_on=False)
-            label = f"{label}  {best[1]:.4g}"
+            label = f"{label}  {best[1]:.{4 if abs(best[1]) >= 1 else 3}g}"
             if len(x) <= 60:
                 style |= {"marker": "o", "markersize": 3.2}
         elif not name.startswith("lr-") and len(y) > 30:
