@@ -206,7 +206,7 @@ def test_first_notes_are_kept_and_one_rank_writes_them(tmp_path, monkeypatch):
 def test_a_run_keeps_its_id(tmp_path):
     assert run_id(str(tmp_path), str(tmp_path / "demo/2026-01-31_10-00-00")) == "demo-2026-01-31_10-00-00"
     assert run_id(str(tmp_path), str(tmp_path / "demo/sweep_1/3")) == "demo-sweep_1-3"
-    assert run_id(str(tmp_path), "/elsewhere/run") == "run"
+    assert run_id(str(tmp_path), "/elsewhere/sweep/0") == "sweep-0"
 
 
 def test_ranks_of_srun_name_the_folder_after_the_job(tmp_path, monkeypatch):

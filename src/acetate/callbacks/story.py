@@ -22,7 +22,7 @@ class Story(Callback):
     """Of rank 0. name, folder, data, device: as a reader knows them.
 
     settings: what loggers are told, to which it adds the numbers of parameters. commands: what can
-    be done next, {what: command line}; `go on` gets the number of steps. objective: the metric
+    be done next, {what: command line}; `go on` of a finished run gets a number of steps. objective: the metric
     whose best value is told at the end.
     """
 
@@ -115,9 +115,8 @@ class Story(Callback):
             rows["best"] = _best(str(self.objective), best)
         rows |= self._places(trainer)
         rows |= self.commands
-        if "go on" in rows and trainer.max_steps > 0:
-            steps = trainer.max_steps * (2 if trainer.global_step >= trainer.max_steps else 1)
-            rows["go on"] += f" trainer.max_steps={steps}"
+        if "go on" in rows and 0 < trainer.max_steps <= trainer.global_step:
+            rows["go on"] += f" trainer.max_steps={2 * trainer.max_steps}"
         _say(f"{self.name} {how} at step {trainer.global_step:,} after {took}", rows)
 
     def _places(self, trainer: Trainer) -> dict[str, str]:

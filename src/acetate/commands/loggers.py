@@ -144,26 +144,18 @@ def _swept() -> list[str]:
 
 
 def _commands(config: DictConfig) -> dict[str, str]:
-    """What can be done next; lines for a shell, `go on` without the number of steps."""
-    sweep, stage = _sweep_folder(), _stage(config)
-    given, run = _line(_overrides()), shlex.quote(_short(config.paths.run))
+    """What can be done next, as lines for a shell; a run knows its other settings itself."""
+    sweep, stage, run = _sweep_folder(), _stage(config), shlex.quote(_short(config.paths.run))
     if sweep is None:
-        lines = {"go on": f"python train.py {_line(_overrides(), 'trainer.max_steps=')} resume=last"}
+        lines = {"go on": f"python train.py name={shlex.quote(config.name)} resume=last"}
     else:
         folder = shlex.quote(_short(str(sweep)))
         jobs = _line(_sweep_overrides(sweep), "trainer.max_steps=", "hydra.sweep.dir=")
         lines = {"go on": f"python train.py -m {jobs} hydra.sweep.dir={folder} resume=auto"}
-    if stage == "vae":
-        last = "last" if sweep is None else f"{run}/checkpoints/last.ckpt"
-        lines["evaluate"] = f"python -m acetate.commands.evaluate {given} resume={last}"
+    if stage in ("vae", "dit"):
+        lines["evaluate"] = f"python -m acetate.commands.evaluate run={run}"
     if stage == "dit":
-        vae, wan = shlex.quote(_short(str(config.rgba_vae))), _choice("wan") or "tiny"
-        sizes = config.callbacks.get("samples")
-        more = [] if wan == "tiny" else [f"wan={wan}"]
-        more += [f"{name}={sizes[name]}" for name in ("frames", "height", "width")] if sizes else []
-        lines["sample"] = " ".join(
-            ["python -m acetate.commands.sample", f"dora={run} rgba_vae={vae}", *more, "prompt='a ring of fire'"]
-        )
+        lines["sample"] = f"python -m acetate.commands.sample dora={run} prompt='a ring of fire'"
     if stage in ("vae", "dit"):
         lines["export"] = f"python -m acetate.commands.export checkpoint={run} to=acetate"
     return lines

@@ -141,6 +141,8 @@ def to_the_letter(name: str, argument: str, many: bool = False) -> str:
     many: jobs of a sweep, where a comma stands between values.
     """
     key, equals, value = argument.partition("=")
+    if argument == "logger=null":
+        return "~logger"  # Hydra knows no null for a group
     if not equals or argument.startswith("-") or value == "null":
         return argument
     path = key.lstrip("+").partition("@")[0]

@@ -88,8 +88,8 @@ def record_folder(run: str, now: str) -> str | None:
 def run_id(outputs: str, run: str) -> str:
     """NAME-TIME: the same for a run that goes on in its folder."""
     folder = Path(run)
-    below = folder.relative_to(outputs) if folder.is_relative_to(outputs) else Path(folder.name)
-    return "-".join(below.parts or [folder.name])
+    parts = folder.relative_to(outputs).parts if folder.is_relative_to(outputs) else folder.parts[-2:]
+    return "-".join(parts or [folder.name]).replace("/", "")
 
 
 def checkpoint_to_resume(resume: str | None, run: Path) -> str | None:
