@@ -159,7 +159,7 @@ class RGBAVAETask(AdapterTask):
         """Fixed colours, noise and timesteps, a function of the clip's key, unless random_validation is set."""
         draw = self.draw(batch, "val", self.global_step if self.random_validation else 0)
         loss, parts, rgb_hat, alpha_hat, _ = self.step(batch, draw)
-        size = clips_in(batch)
+        alpha_hat, size = compositing.one_channel(alpha_hat), clips_in(batch)
         self.means.add({"val/loss": loss, **{f"val/{name}": value for name, value in parts.items()}}, size)
         if size:
             self.composite_quality.update(rgb_hat, alpha_hat, batch["rgb"], batch["alpha"])
