@@ -9,7 +9,7 @@ import pytest
 from tests.paths import ROOT
 
 LAYERS = (
-    {"alpha", "regions", "opencv_ellipse", "flow", "draws", "media", "video_io", "video_out", "replacing"},
+    {"alpha", "regions", "opencv_ellipse", "flow", "draws", "media", "video_io", "video_out", "replacing", "steps"},
     {"models", "losses", "metrics", "data"},
     {"tasks", "sampling", "formats", "memory", "cost"},
     {"callbacks"},
