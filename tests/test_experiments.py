@@ -1,5 +1,7 @@
 """Every shipped recipe composes, instantiates, and runs where a CPU can run it."""
 
+import json
+
 import pytest
 from hydra.errors import ConfigCompositionException, MissingConfigException
 from hydra.utils import instantiate
@@ -123,6 +125,32 @@ def test_base_recipes_run(experiment, tmp_path):
     code, printed = run_train(tmp_path, f"experiment={experiment}", *SMALL, *steps, *extra)
     assert code == 0, printed[-2000:]
     assert list(tmp_path.glob("base/**/*.safetensors"))
+
+
+@pytest.mark.slow
+def test_the_released_vae_recipe_trains_validates_and_is_evaluated(tmp_path, shards):
+    """Its decoder keeps three channels of alpha, of which panels and metrics see the mean."""
+    recipe = ["experiment=vae_rgba", "reproduce=upstream", "loss/perceptual=encoder_features", *SMALL]
+    recipe += [f"data.shards={shards}", "data.val_clips=2", "trainer.max_steps=2", "trainer.val_check_interval=2"]
+    code, printed = run_train(tmp_path, *recipe)
+    assert code == 0, printed[-2000:]
+    (run,) = tmp_path.glob("vae_rgba/*")
+    assert list(run.glob("panels/step_00000002/*.png"))
+    places = [f"paths.outputs={tmp_path}", "resume=last"]
+    code, printed = program(tmp_path / "printed", "acetate.commands.evaluate", *recipe, *places)
+    assert code == 0, printed[-2000:]
+    assert "alpha/mae" in next(iter(json.loads((run / "evaluation.json").read_text()).values()))
+
+
+@pytest.mark.slow
+def test_the_released_dit_recipe_trains_validates_and_samples(tmp_path, cached):
+    latents, adapters = cached
+    recipe = ["experiment=dit_dora", "reproduce=upstream_dit", f"data.latents={latents}", f"rgba_vae={adapters}"]
+    recipe += ["data.num_workers=0", "data.batch_size=2", "trainer.max_steps=2", "trainer.val_check_interval=2"]
+    frames = ["callbacks.samples.frames=5", "callbacks.samples.solver.steps=2", "callbacks.samples.prompts=[smoke]"]
+    code, printed = run_train(tmp_path, *recipe, *frames)
+    assert code == 0, printed[-2000:]
+    assert list(tmp_path.glob("dit_dora/*/samples/step_00000002/sheet.png"))
 
 
 def test_train_names_a_missing_checkpoint(tmp_path):

@@ -9,7 +9,19 @@ import pytest
 from tests.paths import ROOT
 
 LAYERS = (
-    {"alpha", "regions", "opencv_ellipse", "flow", "draws", "media", "video_io", "video_out", "replacing", "redaction"},
+    {
+        "alpha",
+        "regions",
+        "opencv_ellipse",
+        "flow",
+        "draws",
+        "media",
+        "video_io",
+        "video_out",
+        "replacing",
+        "steps",
+        "redaction",
+    },
     {"models", "losses", "metrics", "data"},
     {"tasks", "sampling", "formats", "memory", "cost"},
     {"callbacks"},

@@ -93,6 +93,12 @@ def test_decoding_in_chunks_is_decoding_whole(make_vae):
         assert_close(alpha, alpha_whole, rtol=0, atol=1e-4)
 
 
+def test_samples_of_released_adapters_have_one_alpha(make_vae):
+    vae = RGBAVAE(vae=make_vae("tiny"), merge_init="scratch", lora_rank=2, lora_alpha=2.0, average_alpha=False)
+    (clip,) = decode(vae, torch.zeros(1, *vae.geometry.latent_shape(5, 16, 16)))
+    assert [x.shape[0] for x in clip] == [3, 1]
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [

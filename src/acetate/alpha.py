@@ -41,3 +41,8 @@ def checkerboard(height: int, width: int, cell: int = 8) -> Tensor:
     """The editors' transparency pattern, (3, 1, H, W): light grey 0.6 and mid grey 0.2 in [-1, 1]."""
     y, x = torch.arange(height)[:, None] // cell, torch.arange(width) // cell
     return (0.2 + 0.4 * ((x + y) % 2)).expand(3, 1, height, width)
+
+
+def one_channel(alpha: Tensor) -> Tensor:
+    """(B, C, T, H, W) -> (B, 1, T, H, W), the mean: what the released inference takes of its decoder's three."""
+    return alpha.mean(1, keepdim=True)

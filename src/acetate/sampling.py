@@ -11,6 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from acetate import flow
+from acetate.alpha import one_channel
 from acetate.draws import generator_for
 from acetate.models.dit import velocity
 from acetate.models.rgba_vae import RGBADecoders
@@ -142,4 +143,4 @@ def decode(vae: RGBADecoders, latents: Tensor, clips_at_once: int = 1) -> Iterat
     """rgb (3, T, H, W) and alpha (1, T, H, W) of every clip, on the CPU; `vae.chunk` bounds the memory."""
     for part in latents.split(clips_at_once):
         rgb, alpha = vae.decode(vae.denormalise(part.float()))
-        yield from zip(rgb.float().cpu(), alpha.float().cpu(), strict=True)
+        yield from zip(rgb.float().cpu(), one_channel(alpha.float()).cpu(), strict=True)

@@ -4,11 +4,12 @@ import signal
 import pytest
 import torch
 from hydra.utils import instantiate
-from lightning import Callback, Trainer
+from lightning import Callback
 from torch.utils.data import DataLoader
 
 from acetate.callbacks.checkpoints import StepCheckpoint
-from acetate.callbacks.preemption import EXIT_CODE, Preempted, Preemption
+from acetate.callbacks.preemption import EXIT_CODE, Preempted, Preemption, command_to_go_on
+from acetate.steps import StepTrainer
 from tests.callbacks.test_ema import Counter
 from tests.compose import composed
 
@@ -48,7 +49,7 @@ def fit(root, *callbacks, checkpoint=StepCheckpoint, steps=4, resume=None, every
     module = Counter()
     saves = checkpoint(dirpath=root, filename="{step}", save_last=True, every_n_train_steps=every, save_top_k=0)
     stops = Preemption(signals=["SIGTERM"], requeue=["SIGUSR1"])
-    trainer = Trainer(
+    trainer = StepTrainer(
         max_steps=steps, max_epochs=-1, callbacks=[stops, *callbacks, saves], logger=False, default_root_dir=root,
         enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0, limit_val_batches=0, **settings,
     )  # fmt: skip
@@ -135,11 +136,12 @@ class SignalInValidation(Callback):
 def test_a_signal_in_the_validation_that_a_run_goes_on_with(tmp_path, monkeypatch):
     """With the callbacks in their order in conf/."""
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
-    conf = composed(tmp_path, "callbacks=base", "callbacks.checkpoint.every_n_train_steps=2").callbacks
+    settings = ["callbacks.checkpoint.every_n_train_steps=2", "callbacks.checkpoint.best=null"]
+    conf = composed(tmp_path, "callbacks=base", *settings).callbacks
 
     def fit(steps, *callbacks, resume=None):
         ours = [instantiate(conf[name]) for name in conf if name in ("preemption", "checkpoint")]
-        trainer = Trainer(
+        trainer = StepTrainer(
             max_steps=steps, max_epochs=-1, callbacks=[*callbacks, *ours], logger=False, default_root_dir=tmp_path,
             enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0, val_check_interval=2,
             check_val_every_n_epoch=None,
@@ -163,3 +165,28 @@ def test_a_signal_in_the_validation_that_a_run_goes_on_with(tmp_path, monkeypatc
 def test_unknown_signals_are_named():
     with pytest.raises(ValueError, match="'SIGUSER1' is no signal"):
         Preemption(signals=["SIGTERM"], requeue=["SIGUSER1"])
+
+
+def ctrl_c(root, monkeypatch, *batches):
+    monkeypatch.setattr("sys.argv", ["train.py", "experiment=vae_rgba", "resume=auto", "name=a b"])
+    with pytest.raises(Preempted) as stop:
+        fit(root, SignalAt(*batches, number=signal.SIGINT))
+    return stop.value.code
+
+
+def test_ctrl_c_finishes_the_step_and_says_how_to_go_on(tmp_path, monkeypatch, caplog, capfd):
+    before = signal.getsignal(signal.SIGINT)
+    assert ctrl_c(tmp_path, monkeypatch, 1) == 130
+    assert saved_step(tmp_path) == 2
+    assert signal.getsignal(signal.SIGINT) == before
+    assert "python train.py experiment=vae_rgba 'name=a b' resume=last" in caplog.text
+    assert "once more ends at once" in capfd.readouterr().err
+
+
+def test_what_goes_on_with_torchrun_and_with_a_sweep(monkeypatch):
+    sweep = ["train.py", "-m", "task.lr=1,2", "resume=auto"]
+    expected = "python train.py -m task.lr=1,2 resume=auto hydra.sweep.dir=/outputs/sweep"
+    assert command_to_go_on(sweep, "/outputs/sweep/0") == expected
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert command_to_go_on(["train.py"], "/run") == "torchrun --nproc-per-node 2 train.py resume=last"

@@ -3,13 +3,14 @@ from typing import Any
 
 import pytest
 import torch
-from lightning import LightningModule, Trainer
+from lightning import LightningModule
 from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from acetate.callbacks import throughput
 from acetate.callbacks.throughput import Throughput
+from acetate.steps import StepTrainer
 
 STEP, VALIDATION = 3.0, 100.0  # seconds on the test's clock
 
@@ -71,13 +72,14 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return clock
 
 
-def fit(folder: Path, clock: Clock, train: Clips, validate: bool = False) -> list[dict[str, Any]]:
+def fit(folder: Path, clock: Clock, train: Clips, validate: bool = False, accumulate: int = 1) -> list[dict[str, Any]]:
     """The rows of 8 steps of 2 clips in windows of 4."""
     logger = Recorder(folder)
-    Trainer(
+    StepTrainer(
         accelerator="cpu",
         default_root_dir=folder,
         max_steps=8,
+        accumulate_grad_batches=accumulate,
         val_check_interval=2,
         limit_val_batches=1 if validate else 0,
         logger=logger,
@@ -99,6 +101,13 @@ def test_rates_of_a_known_step(tmp_path: Path, clock: Clock):
         assert row["perf/frames_per_s"] == 10 / STEP
         assert row["perf/data_wait_share"] == 0
         assert 0.05 < row["perf/peak_rss_gib"] < 100
+
+
+def test_a_window_counts_optimizer_steps(tmp_path: Path, clock: Clock):
+    rows = fit(tmp_path, clock, Clips(clock, seconds=0.0), accumulate=2)
+    assert [row["step"] for row in rows] == [4, 8]
+    assert [row["perf/step_s"] for row in rows] == [2 * STEP] * 2
+    assert [row["perf/clips_per_s"] for row in rows] == [2 / STEP] * 2
 
 
 def test_a_slow_loader_shows_as_wait(tmp_path: Path, clock: Clock):

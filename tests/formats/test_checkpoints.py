@@ -7,7 +7,6 @@ import pickle
 import pytest
 import torch
 from diffusers import WanTransformer3DModel
-from lightning import Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from safetensors.torch import save_file
 from torch.distributed import checkpoint as dcp
@@ -21,6 +20,7 @@ from acetate.callbacks.ema import EMA
 from acetate.formats.checkpoints import read_trained
 from acetate.models.adapters import ADAPTER_SCHEMA, trainable_state
 from acetate.models.dit import add_dora, velocity
+from acetate.steps import StepTrainer
 from acetate.tasks.adapter import AdapterTask
 from acetate.tasks.optim import adamw_with_warmup
 from tests.processes import launch
@@ -64,7 +64,7 @@ class DoRA(AdapterTask):
 
 def fit(folder, *callbacks, **settings):
     task = DoRA()
-    trainer = Trainer(
+    trainer = StepTrainer(
         accelerator="cpu", max_steps=3, logger=False, enable_progress_bar=False, enable_model_summary=False,
         enable_checkpointing=any(isinstance(callback, AdapterCheckpoint) for callback in callbacks),
         default_root_dir=folder, callbacks=list(callbacks), **settings,

@@ -80,7 +80,32 @@ def test_loss_by_timestep_counts_every_clip_once(tmp_path, cached):
     fit(config_for(tmp_path, cached, "trainer.max_steps=5", "trainer.log_every_n_steps=2"), logger=logger)
     bins = [(step, row) for step, row in logger.rows if any(name.startswith("train_t/") for name in row)]
     assert [step for step, _ in bins] == [2, 4]
-    assert all(1 <= len(row) <= 6 for _, row in bins)
+    found = [len([name for name in row if name.startswith("train_t/")]) for _, row in bins]
+    assert all(1 <= count <= 4 for count in found)  # of two steps with two clips each
+
+
+def test_what_is_logged_is_of_the_whole_step(tmp_path, cached):
+    """Beside the same batches as steps of their own, at weights that stay as they are."""
+    still = ["task.lr=0", "trainer.log_every_n_steps=1", "callbacks.throughput=null"]
+    logged = {}
+    for name, more in (
+        ("apart", ["trainer.max_steps=4"]),
+        ("together", ["trainer.max_steps=2", "trainer.accumulate_grad_batches=2"]),
+    ):
+        logger = Logged(tmp_path)
+        fit(config_for(tmp_path / name, cached, *still, *more), logger=logger)
+        logged[name] = [(step, row) for step, row in logger.rows if "train/loss" in row]
+    assert [step for step, _ in logged["apart"]] == [1, 2, 3, 4]
+    assert [step for step, _ in logged["together"]] == [1, 2]
+    for (_, row), (_, first), (_, second) in zip(
+        logged["together"], logged["apart"][::2], logged["apart"][1::2], strict=True
+    ):
+        for name in ("train/loss", "train/mse"):
+            assert row[name] == pytest.approx((first[name] + second[name]) / 2, rel=1e-6)
+        assert row["epoch"] == second["epoch"]
+        ranges = {name for part in (first, second) for name in part if name.startswith("train_t/")}
+        assert {name for name in row if name.startswith("train_t/")} == ranges
+        assert "lr-AdamW" in row
 
 
 def test_resume_is_exact(tmp_path, cached):

@@ -9,50 +9,62 @@ from typing import Any
 import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.loops import _FitLoop
-from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from acetate.callbacks.ema import EMA
 from acetate.callbacks.metrics_file import MetricsFile
-from acetate.replacing import unwritten
+from acetate.replacing import remove, rename_over, unwritten, write_tensors
+from acetate.steps import StepTrainer
 
-
-class Resumed(_FitLoop):
-    """Lightning's, which also starts and ends a training that goes on from its last step."""
-
-    @property
-    def skip(self) -> bool:
-        return self.trainer.limit_train_batches == 0 if self.restarting else super().skip
+HIGHER_IS_BETTER = ("psnr", "ssim")  # at the end of a metric's name
 
 
 class StepCheckpoint(ModelCheckpoint):
-    """Checkpoints that a run goes on from exactly, at the end of an optimizer step, the last one included.
+    """Checkpoints that a run goes on from exactly, every `every_n_train_steps` optimizer steps, before
+    every validation, and at the end.
 
-    They are written before a validation that is due after the same step: a run that goes on from there begins with
-    that validation, also when there is no step left. What was logged is noted, so that metrics.csv has every row once.
+    A run that goes on from one begins with the validation that was due there, also when there is no
+    step left. What was logged is noted, so that metrics.csv has every row once. With `monitor`, the
+    `save_top_k` best are chosen after the validation that measured them.
+
+    best: a validation's metric; best.ckpt is the checkpoint of the step at which it was best so far, and
+    best.json its name, value and step. best_mode: min or max; None: max of PSNR and SSIM, else min.
     """
+
+    def __init__(self, *, best: str | None = None, best_mode: str | None = None, **settings: Any) -> None:
+        super().__init__(**settings)
+        if best_mode not in (None, "min", "max"):
+            raise ValueError(
+                f"callbacks.checkpoint.best_mode={best_mode}; known: min, max, or null to go by the metric."
+            )
+        higher = best is not None and best.rpartition("/")[2] in HIGHER_IS_BETTER
+        self.best, self.best_mode = best, best_mode or ("max" if higher else "min")
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit":  # before they load it, for which ranks of a sharded model wait for each other
             _check_same(trainer, f"checkpoint {trainer.ckpt_path}")
         super().setup(trainer, pl_module, stage)
-        self._logged: dict[str, Any] = {}
-        if stage == "fit":
-            trainer.fit_loop.__class__ = Resumed
+        self._rows: list[int] = []
         if trainer.is_global_zero and stage == "fit":
             for left in Path(str(self.dirpath)).glob(".*.tmp"):  # by a process that was killed while it wrote
                 left.unlink() if left.is_file() else shutil.rmtree(left)
 
     def save(self, trainer: Trainer) -> None:
         """Now, unless this step is saved."""
+        _steps(trainer).log_step()  # a checkpoint knows the rows of all steps that it has seen
         if self._should_skip_saving_checkpoint(trainer):
             return
         candidates = self._monitor_candidates(trainer)
-        self._save_topk_checkpoint(trainer, candidates)
+        if not self._measured_later:
+            self._save_topk_checkpoint(trainer, candidates)
         self._save_last_checkpoint(trainer, candidates)
+
+    @property
+    def _measured_later(self) -> bool:
+        """Whether a validation decides what is kept."""
+        return self.monitor is not None and not self.monitor.startswith("train")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
@@ -63,33 +75,81 @@ class StepCheckpoint(ModelCheckpoint):
                 logger.keep(0)
             return
         self._last_global_step_saved = trainer.global_step
-        for logger, rows in zip(loggers, self._logged["rows"], strict=False):
+        self._last_checkpoint_saved = str(trainer.ckpt_path)
+        for logger, rows in zip(loggers, self._rows, strict=False):
             logger.keep(rows)
-        if self._logged["late"]:
-            for logger in trainer.loggers:
-                logger.log_metrics(self._logged["late"], step=loop._batches_that_stepped)
-        if loop._should_check_val_epoch() and (loop.total_batch_idx + 1) % _every(trainer) == 0:
+        if _steps(trainer).validation_due:
             trainer.validating, loop.val_loop.restarting = True, False
             loop.val_loop.run()
             trainer.training = True
+
+    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+        every = self._every_n_train_steps
+        if _steps(trainer).validation_due or (every and trainer.global_step % every == 0):
+            self.save(trainer)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn != "fit" or trainer.sanity_checking:
+            return
+        if self.best is not None:
+            self._keep_best(trainer, self.best)
+        if self._measured_later:
+            self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
+
+    def _keep_best(self, trainer: Trainer, metric: str) -> None:
+        measured = trainer.callback_metrics
+        if metric not in measured:
+            known = ", ".join(sorted(name for name in measured if name.startswith("val")))
+            raise ValueError(f"objective={metric} is not what a validation measures: {known}. Name one, or null.")
+        value, folder = float(measured[metric]), Path(str(self.dirpath))
+        if not trainer.is_global_zero or value != value or self._last_global_step_saved != trainer.global_step:
+            return
+        record = folder / "best.json"
+        before = json.loads(record.read_text()) if record.exists() else {}
+        if before.get("metric") == metric:
+            old = before["value"]
+            if value >= old if self.best_mode == "min" else value <= old:
+                return
+        facts = {"metric": metric, "mode": self.best_mode, "value": value, "step": trainer.global_step}
+        self._copy(Path(self._last_checkpoint_saved), folder / "best.ckpt", facts)
+        temporary = folder / ".best.json.tmp"
+        temporary.write_text(json.dumps(facts))
+        temporary.replace(record)
+
+    def _copy(self, saved: Path, best: Path, facts: dict[str, Any]) -> None:
+        """Hard links where there are such: checkpoints are replaced, never changed."""
+        temporary = best.with_name(f".{best.name}.tmp")
+        remove(temporary)
+        if saved.is_dir():
+            shutil.copytree(saved, temporary, copy_function=_link)
+        else:
+            temporary.parent.mkdir(parents=True, exist_ok=True)
+            _link(saved, temporary)
+        rename_over(temporary, best)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.save(trainer)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        connector = trainer._logger_connector
-        late = {}
-        if connector._first_loop_iter is not None and connector.should_update_logs:
-            # Of this step, which Lightning logs only after its callbacks
-            late = {name: float(value) for name, value in connector.metrics["log"].items()}
-            late["epoch"] = trainer.current_epoch
-        checkpoint["metrics"] = {"rows": [logger.rows() for logger in _metrics_files(trainer)], "late": late}
+        checkpoint["metrics"] = {"rows": [logger.rows() for logger in _metrics_files(trainer)]}
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        self._logged = checkpoint.get("metrics", {"rows": [], "late": {}})  # older ones know nothing of it
+        self._rows = checkpoint.get("metrics", {"rows": []})["rows"]  # older ones know nothing of it
 
     def _should_skip_saving_checkpoint(self, trainer: Trainer) -> bool:
         return super()._should_skip_saving_checkpoint(trainer) or trainer.fit_loop._should_accumulate()
+
+
+def _link(source: str | Path, target: str | Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def _steps(trainer: Trainer) -> StepTrainer:
+    assert isinstance(trainer, StepTrainer), "conf/trainer builds acetate.steps.StepTrainer"
+    return trainer
 
 
 def _check_same(trainer: Trainer, own: str) -> None:
@@ -109,11 +169,6 @@ def _check_same(trainer: Trainer, own: str) -> None:
 def _metrics_files(trainer: Trainer) -> list[MetricsFile]:
     """On rank 0, which writes them."""
     return [logger for logger in trainer.loggers if isinstance(logger, MetricsFile) and trainer.is_global_zero]
-
-
-def _every(trainer: Trainer) -> float:
-    """Batches between validations."""
-    return trainer.val_check_batch or float("inf")
 
 
 class AdapterCheckpoint(StepCheckpoint):
@@ -136,13 +191,25 @@ class AdapterCheckpoint(StepCheckpoint):
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.tmp")
         try:
-            save_file(state, temporary, metadata)
+            write_tensors(state, temporary, metadata)
             with temporary.open("rb") as file:
                 os.fsync(file.fileno())
             temporary.replace(path)
         except (OSError, SafetensorError) as error:
             temporary.unlink(missing_ok=True)
             raise unwritten(path, error) from error
+
+    def _copy(self, saved: Path, best: Path, facts: dict[str, Any]) -> None:
+        adapters = saved.with_suffix(".safetensors")
+        if adapters.exists():  # not beside a checkpoint that was brought from elsewhere alone
+            target = best.with_suffix(".safetensors")
+            temporary = target.with_name(f".{target.name}.tmp")
+            with safe_open(adapters, "pt") as file:
+                state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                metadata = {**file.metadata(), "best": json.dumps(facts)}
+            write_tensors(state, temporary, metadata)
+            temporary.replace(target)
+        super()._copy(saved, best, facts)
 
     def _remove_checkpoint(self, trainer: Trainer, filepath: str) -> None:
         super()._remove_checkpoint(trainer, filepath)

@@ -2,9 +2,13 @@
 
 import logging
 import os
+import shlex
 import signal
 import subprocess
+import sys
+import time
 from collections.abc import Sequence
+from pathlib import Path
 from types import FrameType
 
 import torch
@@ -16,7 +20,9 @@ from acetate.callbacks.checkpoints import StepCheckpoint
 log = logging.getLogger(__name__)
 
 EXIT_CODE = 75  # of rank 0; sysexits.h calls it EX_TEMPFAIL: try again later
-STOP, REQUEUE = 1, 2
+STOP, REQUEUE, INTERRUPT = 1, 2, 3  # what a signal asks for; of several, the last in this order
+INTERRUPTED = 130  # exit code of rank 0 after Ctrl-C, as shells have it
+ONE_PRESS = 1.0  # seconds in which a terminal and torchrun hand on the same Ctrl-C
 
 
 class Preempted(SystemExit):
@@ -32,8 +38,12 @@ class Preemption(Checkpoint):
     and ends with 1. SIGUSR1 and SIGUSR2 kill it, unless `--signals-to-handle=SIGTERM,SIGUSR1,SIGUSR2` has it hand them
     on. Ranks of srun without torchrun get every signal themselves.
 
-    A signal while the model is loaded, during a validation or a checkpoint waits for the end of the step after it. A
-    Checkpoint to Lightning, so that it comes after all callbacks that a step changes.
+    The first SIGINT (Ctrl-C) does the same, with exit code 130 and the command that goes on; where no
+    step has begun, it ends the process, and so does a second one at any time.
+
+    Another signal while the model is loaded, during a validation or a checkpoint waits for the end of
+    the step after it. A Checkpoint to Lightning, so that it comes after all callbacks that a step
+    changes.
     """
 
     def __init__(self, signals: Sequence[str], requeue: Sequence[str]):
@@ -42,18 +52,34 @@ class Preemption(Checkpoint):
         if unknown:
             raise ValueError(f"preemption: {unknown[0]!r} is no signal; such are SIGTERM, SIGUSR1, SIGUSR2.")
         self.asks = {names[name]: STOP for name in signals} | {names[name]: REQUEUE for name in requeue}
-        self.asked = 0
+        self.asked, self.begun, self.pressed = 0, False, 0.0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Listens from here on, in the place of Lightning, whose handlers save amid a step and broadcast amid other
         collectives."""
         if stage != "fit":
             return
-        connector, self.asked = trainer._signal_connector, 0
+        connector = trainer._signal_connector
+        self.asked, self.begun, self.pressed = 0, False, 0.0
         connector._original_handlers = connector._get_current_signal_handlers()  # it puts them back when training ends
         connector.register_signal_handlers = lambda: None
         for number in self.asks:
             signal.signal(number, self._note)
+        if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as nohup and a shell's & have it
+            signal.signal(signal.SIGINT, self._interrupt)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.begun = True
+
+    def _interrupt(self, number: int, frame: FrameType | None) -> None:
+        if not self.begun:
+            raise Preempted(INTERRUPTED)
+        if self.asked < INTERRUPT:
+            self.asked, self.pressed = INTERRUPT, time.monotonic()
+            os.write(2, b"\nCtrl-C: finishes this step and saves; once more ends at once.\n")
+        elif time.monotonic() - self.pressed > ONE_PRESS:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            os.kill(os.getpid(), signal.SIGINT)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.asked = max(self.asked, self.asks[signal.Signals(number)])
@@ -70,11 +96,29 @@ class Preemption(Checkpoint):
         for callback in trainer.checkpoint_callbacks:
             if isinstance(callback, StepCheckpoint):
                 callback.save(trainer)
-        if trainer.is_global_zero:
-            log.warning("asked to stop: saved after step %d, resume=last goes on from there", trainer.global_step)
-            if asked == REQUEUE and "SLURM_JOB_ID" in os.environ:
-                requeue()
-        raise Preempted(EXIT_CODE if trainer.is_global_zero else 0)
+        if not trainer.is_global_zero:
+            raise Preempted(0)
+        log.warning("saved after step %d; go on with\n    %s", trainer.global_step,
+                    command_to_go_on(sys.argv, trainer.default_root_dir))  # fmt: skip
+        if asked == REQUEUE and "SLURM_JOB_ID" in os.environ:
+            requeue()
+        raise Preempted(INTERRUPTED if asked == INTERRUPT else EXIT_CODE)
+
+
+def command_to_go_on(argv: Sequence[str], run: str) -> str:
+    """What this process was started with, and resume; of a sweep with its folder, where its jobs go on.
+
+    run: the folder of the run, which a sweep's holds.
+    """
+    program, *arguments = argv
+    start = ["python", program]
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        start = ["torchrun", "--nproc-per-node", os.environ["LOCAL_WORLD_SIZE"], program]
+    more = ["resume=last"]
+    if {"-m", "--multirun"} & {*arguments}:
+        more = ["resume=auto", f"hydra.sweep.dir={Path(run).parent}"]
+    kept = [x for x in arguments if not x.startswith(("resume=", "hydra.sweep.dir="))]
+    return shlex.join([*start, *kept, *more])
 
 
 def requeue() -> None:

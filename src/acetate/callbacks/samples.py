@@ -123,9 +123,9 @@ class Samples(Callback):
 
     @torch.no_grad()
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        batches = trainer.fit_loop.epoch_loop.total_batch_idx + 1  # not a count of its own, which a resume would lose
-        every = self.every_n_validations * cast(int, trainer.val_check_batch)
-        if trainer.sanity_checking or batches % every:
+        # By the step, not by a count of its own, which a resume would lose
+        every = self.every_n_validations * cast(int, trainer.val_check_interval)
+        if trainer.sanity_checking or trainer.global_step % every:
             return
         clips = list(self._sample(pl_module))
         if trainer.is_global_zero:

@@ -8,20 +8,23 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from acetate.steps import log_row
+
 
 class Throughput(Callback):
-    """Logs means over each window of `every_n_steps` training batches; time around validation is left out.
+    """Logs means over each window of `every_n_steps` optimizer steps; time around validation is left out.
 
     perf/clips_per_s, perf/frames_per_s (all ranks together; frames only where the batch holds video),
-    perf/step_s (batch in hand to batch done), perf/data_wait_share (between batches: loading, transfer,
-    checkpoints; in [0, 1] of the window), perf/peak_gpu_gib (allocated since the start) or, without a GPU,
-    perf/peak_rss_gib (this process). The device is synchronised once per window only, so where batches are
-    queued ahead of the GPU the share reads too high, never too low.
+    perf/step_s (its batches, each from batch in hand to batch done), perf/data_wait_share (between
+    batches: loading, transfer, checkpoints; in [0, 1] of the window), perf/peak_gpu_gib (allocated
+    since the start) or, without a GPU, perf/peak_rss_gib (this process). The device is synchronised
+    once per window only, so where batches are queued ahead of the GPU the share reads too high,
+    never too low.
     """
 
     def __init__(self, every_n_steps: int):
         if every_n_steps < 1:
-            raise ValueError(f"every_n_steps={every_n_steps}; a window holds at least 1 batch. Use 50.")
+            raise ValueError(f"every_n_steps={every_n_steps}; a window holds at least 1 step. Use 50.")
         self.every_n_steps = every_n_steps
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -41,21 +44,20 @@ class Throughput(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self._steps += 1
+        stepped = not trainer.fit_loop._should_accumulate()
+        self._steps += stepped
         clips = sum(map(bool, batch["key"]))  # one without a key stands in for bad ones
         self._clips += clips
         for name in ("rgb", "video"):
             if name in batch:  # (B, 3, T, H, W)
                 self._frames += clips * batch[name].shape[2]
-        last = self._steps == self.every_n_steps
+        last = stepped and trainer.global_step % self.every_n_steps == 0
         if last and pl_module.device.type == "cuda":
             torch.cuda.synchronize(pl_module.device)
         self._ended = perf_counter()
         self._busy += self._ended - self._started
         if last:
-            metrics = self._metrics(trainer.world_size, pl_module.device)
-            for logger in trainer.loggers:
-                logger.log_metrics(metrics, step=trainer.global_step)
+            log_row(trainer, self._metrics(trainer.world_size, pl_module.device))
             self._open_window()
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple, cast
 import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from omegaconf import DictConfig
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
@@ -31,6 +30,7 @@ from acetate.models.loading import load_transformer, load_vae, transformer_sha25
 from acetate.models.rgba_vae import RGBAVAE
 from acetate.models.text import TextEncoder
 from acetate.models.wan import merged_vae
+from acetate.replacing import write_tensors
 from acetate.sampling import Solver
 
 CHOICES = {
@@ -64,7 +64,7 @@ class Export(NamedTuple):
 def tensor_file(state: dict[str, Tensor], facts: dict[str, Any]) -> Callable[[Path], None]:
     """Writes a .safetensors whose metadata are the facts, each as JSON."""
     whole = {name: value.detach().cpu().contiguous() for name, value in state.items()}
-    return partial(save_file, whole, metadata={name: json.dumps(value) for name, value in facts.items()})
+    return partial(write_tensors, whole, metadata={name: json.dumps(value) for name, value in facts.items()})
 
 
 def trained_vae(trained: Trained, config: DictConfig) -> tuple[RGBAVAE, AutoencoderKLWan]:

@@ -232,6 +232,9 @@ class ClipDataModule(ShardDataModule):
     def _training_refs(self) -> list[ClipRef]:
         return self.train_refs
 
+    def _epoch_clips(self) -> int:
+        return len(self.train_refs)
+
     def _blank(self) -> dict[str, Any]:
         transform = self.train_transform
         shape = (transform.frames, transform.height, transform.width)

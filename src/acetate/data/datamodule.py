@@ -110,6 +110,10 @@ class ShardDataModule(LightningDataModule):
         """Of all that is trained on."""
         raise NotImplementedError
 
+    def _epoch_clips(self) -> int:
+        """How many clips make one pass over all of them."""
+        raise NotImplementedError
+
     def _blank(self) -> dict[str, Any]:
         """A batch of one clip that is none."""
         raise NotImplementedError
@@ -154,6 +158,11 @@ class ShardDataModule(LightningDataModule):
             return self._consumed
         _, world = self._rank_and_world()
         return self._consumed + (self._finished_batches() - self._batches) * self.batch_size * world
+
+    @property
+    def passes(self) -> float:
+        """Over the training clips, by all ranks together."""
+        return self.consumed / self._epoch_clips()
 
     def state_dict(self) -> dict[str, Any]:
         return {"consumed": self.consumed, "order": self._fingerprint()}

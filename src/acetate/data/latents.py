@@ -470,6 +470,9 @@ class LatentDataModule(ShardDataModule):
     def _training_refs(self) -> Iterator[LatentRef]:
         return chain.from_iterable(self.train_windows)
 
+    def _epoch_clips(self) -> int:
+        return len(self.train_windows)
+
     def _blank(self) -> dict[str, Any]:
         frames, height, width = min(window[0].shape for window in self.train_windows)
         return {

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from acetate.formats.sharded import REST, is_sharded, read_sharded
 from acetate.formats.trained import check_facts, check_trained
-from acetate.models.adapters import ADAPTER_SCHEMA, listed, read_adapter_file
+from acetate.models.adapters import ADAPTER_SCHEMA, best_of, listed, place_and_which, read_adapter_file
 from acetate.models.weights import load_data
 from acetate.replacing import standing
 
@@ -27,12 +27,16 @@ class Trained:
 
 
 def read_trained(source: str, ema: bool | None = None) -> Trained:
-    """What `source` trained: a .ckpt file or sharded folder, an adapter .safetensors, or a folder of runs (newest).
+    """What `source` trained: a .ckpt file or sharded folder, an adapter .safetensors, or a folder of runs: the
+    newest, its last checkpoint or, with @best after the folder's name, its best.
 
     ema: True the average, False the raw weights, None the average where there is one. Raises FileNotFoundError
     (nothing there) and ValueError (not readable, damaged, no average, another kind of file), naming the file.
     """
-    path = _newest(standing(Path(source).expanduser()))
+    place, which = place_and_which(source)
+    path = _newest(standing(place))
+    if which == "best" and path != place:
+        path = best_of(path.parents[1])
     if path.suffix == ".safetensors":
         state, facts = read_adapter_file(path)
         averaged = bool(facts.get("averaged", False))

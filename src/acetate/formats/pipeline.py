@@ -5,10 +5,10 @@ from typing import cast
 
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
 from peft import LoraConfig, get_peft_model_state_dict
-from safetensors.torch import save_file
 from torch import Tensor
 
 from acetate.models.text import TextEncoder
+from acetate.replacing import write_tensors
 
 
 def wan_pipeline(
@@ -32,4 +32,4 @@ class PEFTAdapter:
         """adapter_config.json and adapter_model.safetensors, for `PeftModel.from_pretrained(transformer, folder)`."""
         self.config.inference_mode = True
         self.config.save_pretrained(str(folder))
-        save_file(self.state, folder / "adapter_model.safetensors", {"format": "pt"})
+        write_tensors(self.state, folder / "adapter_model.safetensors", {"format": "pt"})

@@ -11,6 +11,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from acetate.replacing import standing
+
 ADAPTER_SCHEMA = 1  # of adapter files' metadata
 
 
@@ -104,15 +106,35 @@ def load_trainable(module: nn.Module, state: dict[str, Tensor], source: str) -> 
             tensor.copy_(state[name])
 
 
+def place_and_which(source: str) -> tuple[Path, str]:
+    """A file or folder, and which checkpoint of a folder: RUN@best, RUN@last, or RUN, which is RUN@last."""
+    for which in ("best", "last"):
+        if source.endswith(f"@{which}"):
+            return Path(source.removesuffix(f"@{which}")).expanduser(), which
+    return Path(source).expanduser(), "last"
+
+
+def best_of(run: Path) -> Path:
+    """The best checkpoint of a run's folder. Raises FileNotFoundError."""
+    checkpoints = run / "checkpoints"
+    for name in ("best.ckpt", "best.safetensors"):
+        if (path := standing(checkpoints / name)).exists():
+            return path
+    raise FileNotFoundError(
+        f"{checkpoints} has no best.ckpt: no validation has measured the run's objective yet. Use {run}@last."
+    )
+
+
 def read_adapters(source: str, kind: str) -> tuple[Path, dict[str, Tensor], dict[str, Any]]:
-    """Path, tensors and metadata of an adapter file; of a folder, those of the newest last.safetensors below it.
+    """Path, tensors and metadata of an adapter file; of a folder, those of the newest last.safetensors below it,
+    or, with @best after its name, those of that run's best.
 
     Raises FileNotFoundError without one, and ValueError for a file of another kind or schema.
     """
-    path = Path(source).expanduser()
+    path, which = place_and_which(source)
     if path.is_dir():
         found = sorted(path.glob("**/checkpoints/last.safetensors"), key=lambda file: file.stat().st_mtime)
-        path = found[-1] if found else path
+        path = found[-1].with_name(f"{which}.safetensors") if found else path
     if not path.is_file():
         raise FileNotFoundError(
             f"{source}: no adapter file there (.safetensors beside a checkpoint). Train one, or name its file."

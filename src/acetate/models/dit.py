@@ -109,7 +109,7 @@ def start_dora(transformer: WanTransformer3DModel, seed: int) -> None:
         if base.is_meta:  # shapes without numbers
             continue
         down, up = (part.weight for part in parts[:2])
-        values = torch.empty(down.shape)
+        values = torch.empty(down.shape, device="cpu")  # on every device the same; Lightning's default here is the GPU
         nn.init.kaiming_uniform_(values, a=math.sqrt(5), generator=generator_for("dora", seed, name))
         # PEFT took the norm in the base's precision
         norm = torch.linalg.vector_norm(base.float(), dim=1)

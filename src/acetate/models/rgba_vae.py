@@ -8,6 +8,7 @@ from diffusers import AutoencoderKLWan
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from acetate.alpha import one_channel
 from acetate.models.adapters import add_lora
 from acetate.models.loading import weights_sha256
 from acetate.models.merge import FeatureMerge
@@ -24,9 +25,10 @@ DECODERS_ONLY = (
 class RGBADecoders(nn.Module):
     """What latents become: two of Wan's decoders, one for colour, one for alpha. It decodes only.
 
-    rgb, alpha: two VAEs that share no weights. average_alpha: alpha is the mean of its decoder's three channels; False
-    keeps all three (released code). checkpointing: recompute decoder stages in the backward pass. chunk: latent frames
-    at a time for clips too long to run whole; None runs them whole.
+    rgb, alpha: two VAEs that share no weights. average_alpha: alpha is the mean of its decoder's
+    three channels; False keeps all three (released training). checkpointing: recompute decoder
+    stages in the backward pass. chunk: latent frames at a time for clips too long to run whole;
+    None runs them whole.
     """
 
     mean: Tensor
@@ -77,12 +79,13 @@ class RGBADecoders(nn.Module):
         raise ValueError(f"No latents without an encoder: {DECODERS_ONLY}")
 
     def decode(self, raw: Tensor) -> tuple[Tensor, Tensor]:
-        """rgb_hat (B, 3, T, H, W) about [-1, 1] and alpha_hat (B, 1, T, H, W) about [0, 1]; neither is clamped."""
+        """rgb_hat (B, 3, T, H, W) about [-1, 1] and alpha_hat (B, 1 or 3, T, H, W) about [0, 1];
+        neither is clamped."""
         raw = raw.to(self.decoder_rgb.post_quant_conv.weight.dtype)
         rgb_hat = self.decoder_rgb(raw, self.chunk).to(self.mean.dtype)
         matte = self.decoder_alpha(raw, self.chunk).to(self.mean.dtype)
         if self.average_alpha:
-            matte = matte.mean(1, keepdim=True)
+            matte = one_channel(matte)
         return rgb_hat, (matte + 1) / 2
 
     def normalise(self, raw: Tensor) -> Tensor:

@@ -14,12 +14,13 @@ import torch
 from accelerate import init_empty_weights
 from filelock import FileLock
 from ftfy import fix_text
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from acetate.models.adapters import listed
 from acetate.models.loading import locate, renamed, weights_sha256
 from acetate.models.weights import Weights, assign, open_weights
+from acetate.replacing import new_mode, write_tensors
 
 if TYPE_CHECKING:
     from transformers import UMT5Config, UMT5EncoderModel
@@ -188,12 +189,14 @@ def embed_prompt(prompt: str, source: str, length: int, cache: str) -> Tensor:
     ranks of a machine one computes it, since each would need UMT5's 11 GB, and the others wait."""
     path = prompt_cache(prompt, source, length, cache)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(path.with_suffix(".lock")):
+    if path.is_file():
+        return load_file(path)["embeds"]
+    with FileLock(path.with_suffix(".lock"), mode=new_mode()):
         if path.is_file():
             return load_file(path)["embeds"]
         embeds = TextEncoder(source, length).context([prompt])
         temporary = path.with_suffix(f".{os.getpid()}.tmp")
-        save_file({"embeds": embeds}, temporary, {"prompt": prompt, "text_encoder": source})
+        write_tensors({"embeds": embeds}, temporary, {"prompt": prompt, "text_encoder": source})
         temporary.rename(path)
     return embeds
 

@@ -22,7 +22,7 @@ from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
 from acetate.models.ops import LAYOUT, norm_silu, upsample_conv
-from acetate.replacing import rename_over
+from acetate.replacing import as_umask_says, rename_over
 
 State = dict[nn.Module, Tensor] | None
 
@@ -280,9 +280,7 @@ def replace_folder(folder: Path, write: Callable[[str], object]) -> None:
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         write(str(temporary))
-        temporary.chmod(0o755)  # mkdtemp and safetensors make private files
-        for path in temporary.rglob("*"):
-            path.chmod(0o755 if path.is_dir() else 0o644)
+        as_umask_says(temporary)  # mkdtemp and safetensors make private files
         rename_over(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -15,8 +15,9 @@ from acetate.losses.diffusion import flow_loss
 from acetate.models.adapters import ADAPTER_SCHEMA
 from acetate.models.dit import attach_dora, shard_transformer, start_dora, velocity
 from acetate.models.loading import load_transformer, transformer_sha256
+from acetate.steps import ends_step, logs_step
 from acetate.tasks.adapter import AdapterTask
-from acetate.tasks.logs import ValidationMeans, clips_in, log_means, share_of
+from acetate.tasks.logs import Means, clips_in, log_means, share_of
 from acetate.tasks.optim import adamw_with_warmup
 
 
@@ -76,8 +77,7 @@ class DoRATask(AdapterTask):
         # Of this rank since the last log; float64, so that a sum does not depend on the order that ranks and resumed
         # runs add in
         self.bin_sums, self.bin_counts = torch.zeros(2, bins, dtype=torch.float64)
-        self.logged_step = 0
-        self.means = ValidationMeans()
+        self.means, self.step_means = Means(), Means()
         self.transformer: WanTransformer3DModel | None = None
         self.cache: dict[str, Any] = {}
 
@@ -145,7 +145,7 @@ class DoRATask(AdapterTask):
         errors = self.errors(batch, noise, ids, context)
         weights = self.levels.weights[ids].to(errors.device) if self.timestep_weight else 1.0
         loss, size = (weights * errors).mean(), clips_in(batch)
-        log_means(self, {"train/loss": loss, "train/mse": errors.mean()}, size)
+        log_means(self, self.step_means, {"train/loss": loss, "train/mse": errors.mean()}, size)
         self.log_bins(errors[:size].detach().double().cpu(), ids[:size])
         return {"loss": share_of(self, loss, size), "parts": {"mse": errors.mean()}}
 
@@ -155,16 +155,14 @@ class DoRATask(AdapterTask):
         places = (self.levels.timesteps[ids] / len(self.levels.sigmas) * count).long().clamp_max(count - 1)
         self.bin_sums.index_add_(0, places, errors)
         self.bin_counts.index_add_(0, places, torch.ones_like(errors))
-        if self.trainer.global_step == self.logged_step or self.trainer.global_step % self.trainer.log_every_n_steps:
+        if not (logs_step(self) and ends_step(self)):
             return
-        self.logged_step = self.trainer.global_step
         width, (sums, counts) = len(self.levels.sigmas) // count, self.bins()
-        means = {  # given to the loggers at once: Lightning would repeat the last value of a range that is left out
+        means = {
             f"train_t/{place * width:04}-{(place + 1) * width:04}": float(sums[place] / counts[place])
             for place in counts.nonzero().flatten().tolist()
         }
-        for logger in self.trainer.loggers:
-            logger.log_metrics(means, step=self.trainer.global_step)
+        self.log_dict(means, batch_size=1)
         self.bin_sums.zero_()
         self.bin_counts.zero_()
 
@@ -214,11 +212,11 @@ class DoRATask(AdapterTask):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
-        checkpoint["bins"] = (*self.bins(), self.logged_step)
+        checkpoint["bins"] = tuple(self.bins())
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
         if "bins" in checkpoint:  # older ones have none
-            sums, counts, self.logged_step = checkpoint["bins"]
+            sums, counts = checkpoint["bins"][:2]
             if self.trainer.is_global_zero:  # for all ranks, on any number of them
                 self.bin_sums, self.bin_counts = sums.double(), counts.double()

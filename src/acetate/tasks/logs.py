@@ -8,11 +8,7 @@ from lightning import LightningModule
 from torch import Tensor
 
 from acetate.losses.ranks import sum_over_ranks
-
-
-def logs_now(task: LightningModule) -> bool:
-    """Whether loggers write what this training step logs."""
-    return task.trainer._logger_connector.should_update_logs
+from acetate.steps import ends_step, logs_step
 
 
 def clips_in(batch: Mapping[str, Any]) -> int:
@@ -43,22 +39,11 @@ def means_of(task: LightningModule, sums: Mapping[str, Tensor], size: int) -> di
     return {name: (total / count).float() for name, total in zip(sums, totals, strict=True)} if count else {}
 
 
-def log_means(task: LightningModule, values: Mapping[str, Tensor], size: int) -> None:
-    """Logs scalars, means over this rank's `size` clips, as means over those of all ranks, which must call this
-    together.
+class Means:
+    """Of scalars over all clips that were added, on all ranks, however these share them out.
 
-    Only at the steps that loggers write: one collective there, and none at the others.
-    """
-    if not logs_now(task):
-        return
-    for name, mean in means_of(task, {name: size * value.double() for name, value in values.items()}, size).items():
-        task.log(name, mean, prog_bar=name == "train/loss", batch_size=size)
-
-
-class ValidationMeans:
-    """Of scalars over all clips of a validation, however they are shared out between ranks.
-
-    Lightning's own, sync_dist=True, divides by a rounded number of clips where ranks have unequal ones.
+    Lightning's own, sync_dist=True, divides by a rounded number of clips where ranks have unequal
+    ones, and of the batches that are accumulated for a step it keeps the last.
     """
 
     def __init__(self) -> None:
@@ -66,13 +51,35 @@ class ValidationMeans:
         self.size = 0
 
     def add(self, values: Mapping[str, Tensor], size: int) -> None:
-        """Means over a batch of `size` clips."""
+        """Means over a batch of `size` clips of this rank."""
         for name, value in values.items():
-            self.sums[name] = self.sums.get(name, 0.0) + size * value.detach().double()
+            value = value.detach().double()
+            share = size * value if size else torch.zeros_like(value)  # a blank clip's may be NaN
+            self.sums[name] = self.sums.get(name, 0.0) + share
         self.size += size
 
-    def log(self, task: LightningModule) -> None:
-        """All ranks call it at the end of the validation, each with the same names."""
-        for name, mean in means_of(task, self.sums, self.size).items():
-            task.log(name, mean, prog_bar=name == "val/loss")
+    def take(self, task: LightningModule) -> dict[str, Tensor]:
+        """All ranks call it, each with the same names; it begins anew."""
+        means = means_of(task, self.sums, self.size)
         self.sums, self.size = {}, 0
+        return means
+
+    def log(self, task: LightningModule) -> None:
+        """Of a validation, at its end."""
+        for name, mean in self.take(task).items():
+            task.log(name, mean, prog_bar=name == "val/loss")
+
+
+def step_means(task: LightningModule, means: Means, values: Mapping[str, Tensor], size: int) -> dict[str, Tensor]:
+    """Adds a training batch's values; at the end of an optimizer step that is logged, their means over
+    all its batches and ranks, in one collective. Else nothing."""
+    if not logs_step(task):
+        return {}
+    means.add(values, size)
+    return means.take(task) if ends_step(task) else {}
+
+
+def log_means(task: LightningModule, means: Means, values: Mapping[str, Tensor], size: int) -> None:
+    """Logs what `step_means` gives."""
+    for name, mean in step_means(task, means, values, size).items():
+        task.log(name, mean, prog_bar=name == "train/loss", batch_size=max(1, size))

@@ -22,7 +22,7 @@ from acetate.models.rgba_vae import RGBAVAE
 from acetate.models.wan import Geometry, WanDecoder, WanEncoder, WanHead
 from acetate.regions import check_clip_shape
 from acetate.tasks.adapter import AdapterTask
-from acetate.tasks.logs import ValidationMeans, clips_in, log_means, logs_now, share_of
+from acetate.tasks.logs import Means, clips_in, log_means, share_of, step_means
 from acetate.tasks.optim import adamw_with_warmup
 
 OF_ALL_RANKS = ("diffusion", "moments")  # parts of the loss; the others are means over a rank's own clips
@@ -77,7 +77,7 @@ class RGBAVAETask(AdapterTask):
         self.background_per = background_per
         self.trainable_dtype = getattr(torch, trainable_dtype)
         self.lpips, self.seed, self.random_validation = lpips, seed, random_validation
-        self.means = ValidationMeans()
+        self.means, self.step_means, self.latent_means = Means(), Means(), Means()
         self.vae: RGBAVAE | None = None
         self.judge: VelocityField | None = None
 
@@ -140,27 +140,34 @@ class RGBAVAETask(AdapterTask):
         draw = self.draw(batch, "train", self.global_step)
         loss, parts, _, _, latents = self.step(batch, draw)
         size = clips_in(batch)
-        log_means(self, {"train/loss": loss, **{f"train/{name}": value for name, value in parts.items()}}, size)
+        values = {"train/loss": loss, **{f"train/{name}": value for name, value in parts.items()}}
+        log_means(self, self.step_means, values, size)
         self.log_latents(latents[:size].detach(), size)
         whole = sum(parts[name] for name in OF_ALL_RANKS if name in parts)
         return {"loss": share_of(self, loss, size, whole), "parts": parts}
 
     def log_latents(self, latents: Tensor, size: int) -> None:
-        """Mean and standard deviation in the base's normalised space, where the DiT expects 0 and 1; those of channels
-        as z/, which dashboards show after all else."""
-        if not logs_now(self):
+        """Mean and standard deviation in the base's normalised space, where the DiT expects 0 and 1: of
+        each channel, as z/, which dashboards show after all else, and of all, over the step's clips."""
+        rows = latents.double().transpose(0, 1).flatten(1) if size else latents.new_zeros(latents.shape[1], 1)
+        sums = {"mean": rows.mean(1), "square": rows.square().mean(1)}
+        values = {f"{name}_{c:02}": x for name, of_all in sums.items() for c, x in enumerate(of_all)}
+        means = step_means(self, self.latent_means, values, size)
+        if not means:
             return
-        (mean,), (variance,) = moments(latents.flatten()[None])
-        self.log_dict({"latents/mean": mean, "latents/std": variance.sqrt()}, batch_size=size)
-        means, variances = moments(latents.transpose(0, 1).flatten(1))
-        for channel, (mean, std) in enumerate(zip(means, variances.sqrt(), strict=True)):
-            self.log_dict({f"z/mean_{channel:02}": mean, f"z/std_{channel:02}": std}, batch_size=size)
+        mean, square = (torch.stack([means[f"{n}_{c:02}"] for c in range(len(rows))]).double() for n in sums)
+        deviation = (square - mean**2).clamp_min(0).sqrt()
+        of_all = (square.mean() - mean.mean() ** 2).clamp_min(0).sqrt()
+        self.log_dict({"latents/mean": mean.mean(), "latents/std": of_all}, batch_size=max(1, size))
+        for c, pair in enumerate(zip(mean, deviation, strict=True)):
+            names = (f"z/mean_{c:02}", f"z/std_{c:02}")
+            self.log_dict(dict(zip(names, pair, strict=True)), batch_size=max(1, size))
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
         """Fixed colours, noise and timesteps, a function of the clip's key, unless random_validation is set."""
         draw = self.draw(batch, "val", self.global_step if self.random_validation else 0)
         loss, parts, rgb_hat, alpha_hat, _ = self.step(batch, draw)
-        size = clips_in(batch)
+        alpha_hat, size = compositing.one_channel(alpha_hat), clips_in(batch)
         self.means.add({"val/loss": loss, **{f"val/{name}": value for name, value in parts.items()}}, size)
         if size:
             self.composite_quality.update(rgb_hat, alpha_hat, batch["rgb"], batch["alpha"])

@@ -17,6 +17,7 @@ from acetate.draws import ClipDraws
 from acetate.losses.terms import sobel_l1
 from acetate.metrics.rgb import RGBQuality
 from acetate.models.wan import Geometry, WanDecoder, WanEncoder, WanHead, replace_folder, save_vae
+from acetate.tasks.logs import Means, log_means
 from acetate.tasks.optim import adamw_with_warmup
 
 
@@ -83,7 +84,7 @@ class WanVAETask(LightningModule):
         self.lr, self.warmup_steps, self.seed = lr, warmup_steps, seed
         self.edge_weight, self.kl_weight = edge_weight, kl_weight
         self.save_to = Path(save_to)
-        self.quality = RGBQuality()
+        self.quality, self.step_means = RGBQuality(), Means()
         self.latents: list[Tensor] = []
 
     def training_step(self, batch: dict, batch_idx: int) -> dict:
@@ -99,8 +100,8 @@ class WanVAETask(LightningModule):
             "kl": self.kl_weight * 0.5 * (mean**2 + log_variance.exp() - 1 - log_variance).mean(),
         }
         loss = sum(parts.values())
-        self.log_dict({f"train/{name}": value.detach() for name, value in parts.items()}, sync_dist=True)
-        self.log("train/loss", loss.detach(), prog_bar=True, sync_dist=True)
+        values = {"train/loss": loss, **{f"train/{name}": value for name, value in parts.items()}}
+        log_means(self, self.step_means, values, len(batch["key"]))
         return {"loss": loss, "parts": parts}
 
     def on_validation_epoch_start(self) -> None:
@@ -191,7 +192,7 @@ class WanDiTTask(LightningModule):
         )
         self.prompt_length, self.prompt_dropout = prompt_length, prompt_dropout
         self.lr, self.warmup_steps, self.seed = lr, warmup_steps, seed
-        self.save_to = Path(save_to)
+        self.save_to, self.step_means = Path(save_to), Means()
         levels = flow.schedule()
         for name in ("sigmas", "timesteps"):
             self.register_buffer(name, getattr(levels, name), persistent=False)
@@ -224,7 +225,7 @@ class WanDiTTask(LightningModule):
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
         loss = self.step(batch, ClipDraws(batch["key"], self.seed, "train", self.global_step, device=self.device))
-        self.log("train/loss", loss.detach(), prog_bar=True, sync_dist=True)
+        log_means(self, self.step_means, {"train/loss": loss}, len(batch["key"]))
         return {"loss": loss}
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
