@@ -47,11 +47,11 @@ def program_of(line: str) -> str:
     )
 
 
-def shortened(line: str, step: int) -> str:
-    """With settings appended. Training ends at `step`, a later one with every line, so that a run can go on."""
+def shortened(line: str, resumed: int = 0) -> str:
+    """With settings appended. resumed: how many lines have gone on with a run; each ends a step later."""
     more = list(SHORTER.get(program_of(line), []))
     if program_of(line) == "train.py":
-        more += [f"trainer.max_steps={step}", f"trainer.val_check_interval={step}"]
+        more += [f"trainer.max_steps={2 + resumed}", f"trainer.val_check_interval={2 + resumed}"]
         more += ["callbacks.samples.solver.steps=2"] if "dit_dora" in line else []
     return " ".join([line, *more])
 
@@ -93,8 +93,8 @@ def clone(tmp_path_factory) -> Clone:
         line for line in recipe.stdout.replace("\\\n", " ").splitlines() if line.startswith((".venv/bin/python", "rm"))
     ]
     assert len(lines) >= 6
-    for step, line in enumerate(lines, 1):
-        clone.run(shortened(line, step))
+    for line in lines:
+        clone.run(shortened(line))
     (clone.folder / "FOLDER").mkdir()
     for number in range(8):
         clip = render(KINDS[number % len(KINDS)], number, 1, 64, 64)
@@ -117,12 +117,9 @@ def test_every_block_says_what_it_needs(page):
 @pytest.mark.xdist_group("documentation")
 @pytest.mark.parametrize("page", PAGES)
 def test_commands_run_as_written(page, clone):
-    step = 20
-    for mark, lines in blocks(page):
-        if mark != "sh":
+    resumed = 0
+    for line in [line for mark, lines in blocks(page) if mark == "sh" for line in lines]:
+        if line.startswith("make "):  # the demo's own lines have run; the others are these tests, and hours
             continue
-        for line in lines:
-            if line.startswith("make "):  # the demo's own lines have run; the others are these tests, and hours
-                continue
-            step += 1
-            clone.run(shortened(line, step))
+        resumed += re.search(r" resume=(?!auto)", line) is not None
+        clone.run(shortened(line, resumed if " resume=" in line else 0))
