@@ -79,6 +79,14 @@ def test_all_loggers_at_once(tmp_path):
         build_loggers(composed(tmp_path, "experiment=vae_rgba", "logger=wandb", "+logger.offline=true"))
 
 
+@pytest.mark.parametrize(("experiment", "own"), [("vae_rgba", "panels"), ("dit_dora", "samples")])
+def test_the_average_is_beside_what_a_stage_has(experiment, own, tmp_path):
+    plain = composed(tmp_path, f"experiment={experiment}").callbacks
+    averaged = composed(tmp_path, f"experiment={experiment}", "callbacks=ema").callbacks
+    assert averaged[own] == plain[own] is not None
+    assert {name for name in averaged if averaged[name] != plain[name]} == {"ema"}
+
+
 def test_unknown_names_are_named(tmp_path):
     with pytest.raises(MissingConfigException, match="vae_rgbx"):
         composed(tmp_path, "experiment=vae_rgbx")
@@ -165,3 +173,6 @@ def test_ddp_knows_stills(experiment, frames, tmp_path):
     strategy = composed(tmp_path, f"experiment={experiment}", "trainer=ddp", *more).trainer.strategy
     assert strategy.find_unused_parameters == (frames == 1)
     assert "forward_sync_buffers" not in strategy  # new in torch 2.13
+    several = ["trainer.accelerator=cpu", "trainer.devices=2", "trainer.enable_progress_bar=false"]
+    default = instantiate(composed(tmp_path, f"experiment={experiment}", *several, *more).trainer).strategy
+    assert default._ddp_kwargs == {"find_unused_parameters": frames == 1, "broadcast_buffers": False}

@@ -9,6 +9,7 @@ from typing import Any
 from lightning import LightningModule
 from lightning.pytorch import Trainer
 from lightning.pytorch.loops import _FitLoop, _TrainingEpochLoop
+from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.connectors.logger_connector import _LoggerConnector
 
 
@@ -16,11 +17,17 @@ class StepTrainer(Trainer):
     """Lightning's, with val_check_interval and log_every_n_steps in optimizer steps.
 
     All that is logged stands at N, the number of finished steps, with `epoch`, the passes over the
-    training data, where the data module counts them (`passes`).
+    training data, where the data module counts them (`passes`). Several devices or processes use DDP
+    unless a strategy is given. find_unused_parameters: DDP's own.
     """
 
-    def __init__(self, **settings: Any) -> None:
+    def __init__(self, *, find_unused_parameters: bool = False, **settings: Any) -> None:
         super().__init__(**settings)
+        if isinstance(self.strategy, DDPStrategy) and settings.get("strategy", "auto") == "auto":
+            self.strategy._ddp_kwargs |= {
+                "find_unused_parameters": find_unused_parameters,
+                "broadcast_buffers": False,  # they never change
+            }
         self.fit_loop.__class__ = _Fit
         self.fit_loop.epoch_loop.__class__ = _Steps
         self._logger_connector.__class__ = _StepLogs

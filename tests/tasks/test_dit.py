@@ -138,6 +138,11 @@ def test_a_run_from_a_checkpoint_takes_its_own_settings(tmp_path, cached):
     steps = torch.tensor([2, 3])
     expected = 5e-5 * (steps + 1) / (config.task.warmup_steps + 1) * 0.5 * (1 + torch.cos(math.pi * steps / 4))
     assert_close(torch.tensor(rates.rates), expected)
+    longer = config_for(tmp_path / "c", cached, "trainer.max_steps=3", "task.decay_steps=9", "task.warmup_steps=3")
+    with pytest.warns() as said:
+        fit(longer, resume=tmp_path / "a/checkpoints/last.ckpt")
+    for change in ("task.decay_steps 2", "task.warmup_steps 50", "trainer.max_steps 2"):
+        assert any(f"{change} of the checkpoint is now" in str(one.message) for one in said), change
     assert trainer.optimizers[0].param_groups[0]["weight_decay"] == 0.1
 
 

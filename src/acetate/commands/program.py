@@ -45,7 +45,7 @@ def program(
     and other texts are taken to the letter. A command that goes on with a run starts from the
     settings that the run recorded. Every setting is checked before anything else is done. An error
     is one message without a traceback, unless HYDRA_FULL_ERROR=1 or ACETATE_TRACEBACK=1 asks for it
-    or it is a fault of the program; a run that failed before it had trained leaves no folder.
+    or it is a fault of the program. A run that failed before it had trained leaves no folder.
     """
     name = "train" if config_name == "config" else config_name.rpartition("/")[2]
 
@@ -58,6 +58,9 @@ def program(
                     check_settings(name, config)
                 return main(config)
             except Exception as error:
+                if _traceback_asked():
+                    _clear_up()
+                    raise
                 tell(error, config_name, given)
                 if HydraConfig.get().mode != RunMode.MULTIRUN:
                     _clear_up()
@@ -72,12 +75,15 @@ def program(
         def run() -> None:
             nonlocal given
             given = list(sys.argv)
-            os.environ.setdefault(TRACEBACK, os.environ.get("HYDRA_FULL_ERROR", "0"))
+            before = os.environ.get("HYDRA_FULL_ERROR", "0")
+            os.environ.setdefault(TRACEBACK, before)  # processes that this one starts are told
             os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come here, not to Hydra's own printer
             try:
                 sys.argv = [given[0], *command_line(name, config_name, given[1:], first)]
                 start()
             except Exception as error:
+                if _traceback_asked():
+                    raise
                 if not getattr(error, "told", False):
                     tell(error, config_name, given)
                 raise SystemExit(1) from None
@@ -85,6 +91,8 @@ def program(
                 raise SystemExit(130) from None
             finally:
                 sys.argv = given
+                os.environ["HYDRA_FULL_ERROR"] = before
+                os.environ.pop(TRACEBACK)
 
         return run
 
@@ -164,8 +172,8 @@ def to_the_letter(name: str, argument: str, many: bool = False) -> str:
 
 
 def tell(error: BaseException, config_name: str, argv: Sequence[str]) -> None:
-    """Prints what went wrong; with the traceback where it was asked for, or where no text was meant for users."""
-    if os.environ.get(TRACEBACK) == "1" or not _meant_for_users(error):
+    """Prints what went wrong, with the traceback where no text was meant for users."""
+    if not _meant_for_users(error):
         traceback.print_exception(error)
     print(f"{Path(argv[0]).stem}: {in_words(error, config_name, argv[1:])}", file=sys.stderr, flush=True)
 
@@ -193,6 +201,10 @@ def in_words(error: BaseException, config_name: str = "config", arguments: Seque
         options = found[3].partition(" Config search path")[0].split()
         return f"{found[1]}={found[2]} is unknown{_nearest(found[2], options)}; there are {', '.join(options)}."
     return text or type(error).__name__
+
+
+def _traceback_asked() -> bool:
+    return os.environ.get(TRACEBACK) == "1"
 
 
 def _one_line(error: BaseException) -> str:

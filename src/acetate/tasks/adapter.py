@@ -16,6 +16,7 @@ class AdapterTask(LightningModule):
     def __init__(self) -> None:
         super().__init__()
         self.strict_loading = False  # on_load_checkpoint is strict about what trains
+        self._schedule_before: dict[str, Any] = {}  # of the checkpoint that the run goes on from
 
     @property
     def shards(self) -> DeviceMesh | None:
@@ -31,7 +32,11 @@ class AdapterTask(LightningModule):
         raise NotImplementedError
 
     def on_train_start(self) -> None:
-        """A checkpoint brings its own learning rate, betas and weight decay: this run's settings are put back."""
+        """A checkpoint brings its own learning rate, betas and weight decay: this run's settings are put
+        back, and what changes, in the schedule too, is said."""
+        for name, before in self._schedule_before.items():
+            if (now := self.schedule().get(name, before)) != before:
+                rank_zero_warn(f"{name} {before} of the checkpoint is now {now}, as the settings say.")
         restored, (config,) = self.trainer.optimizers[0].param_groups, self.trainer.lr_scheduler_configs
         scheduler: Any = config.scheduler  # LambdaLR
         scheduler.base_lrs = []
@@ -45,7 +50,25 @@ class AdapterTask(LightningModule):
             scheduler.base_lrs.append(own["initial_lr"])
             group["lr"] = own["initial_lr"] * factor(scheduler.last_epoch)  # where the schedule, too, may be another
 
+    def schedule(self) -> dict[str, Any]:
+        """What steps are made of beside the optimizer's own settings."""
+        own = ("warmup", "warmup_steps", "decay_steps")
+        trainer = self.trainer
+        return {
+            **{f"task.{name}": getattr(self, name) for name in own if hasattr(self, name)},
+            "trainer.max_steps": trainer.max_steps,
+            "trainer.accumulate_grad_batches": trainer.accumulate_grad_batches,
+            "trainer.gradient_clip_val": trainer.gradient_clip_val,
+            "clips of a step": self._clips_of_a_step(),
+        }
+
+    def _clips_of_a_step(self) -> int | None:
+        """On all ranks; None where the data module does not say."""
+        size = getattr(self.trainer.datamodule, "batch_size", None)  # pyright: ignore
+        return size and size * self.trainer.world_size * self.trainer.accumulate_grad_batches
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["schedule"] = self.schedule()
         trained = trainable_state(self)
         checkpoint["state_dict"] = {name: value for name, value in checkpoint["state_dict"].items() if name in trained}
         checkpoint["adapter_metadata"] = self.adapter_metadata()
@@ -62,4 +85,5 @@ class AdapterTask(LightningModule):
                 f"This checkpoint was trained with {'; '.join(changed)}. Give the settings that it was trained with, "
                 "or start anew without resume."
             )
+        self._schedule_before = checkpoint.get("schedule", {})  # older ones have none
         load_trainable(self, checkpoint["state_dict"], "This checkpoint")
