@@ -58,12 +58,11 @@ def program(
                     check_settings(name, config)
                 return main(config)
             except Exception as error:
+                _clear_up()
                 if _traceback_asked():
-                    _clear_up()
                     raise
                 tell(error, config_name, given)
-                if HydraConfig.get().mode != RunMode.MULTIRUN:
-                    _clear_up()
+                if HydraConfig.get().mode == RunMode.RUN:
                     raise SystemExit(1) from None
                 error.told = True  # type: ignore[attr-defined]
                 raise
@@ -92,7 +91,7 @@ def program(
             finally:
                 sys.argv = given
                 os.environ["HYDRA_FULL_ERROR"] = before
-                os.environ.pop(TRACEBACK)
+                os.environ.pop(TRACEBACK, None)
 
         return run
 
@@ -252,7 +251,7 @@ def _meant_for_users(error: BaseException) -> bool:
 def _clear_up() -> None:
     """Takes away the folder of a run that is new and holds nothing but the notes of its start."""
     config = HydraConfig.get()
-    if config.output_subdir != runs.RECORD:  # a run that goes on, another rank, or no run
+    if config.mode == RunMode.MULTIRUN or config.output_subdir != runs.RECORD:  # or it goes on, or is another rank's
         return
     folder = Path(config.runtime.output_dir)
     notes = {runs.RECORD, runs.LOCK, runs.FINISHED, f"{config.job.name}.log"}
