@@ -47,14 +47,14 @@ def as_on_gpu(there: bool = True) -> Iterator[None]:
 HOME = Path(__file__).parents[3]  # the clone
 
 
-def _root() -> str:
+def root() -> str:
     """Where outputs and data lie: ACETATE_ROOT, else the clone, whatever folder a command is started in; for an
     installed package, which has none, that folder."""
     return os.environ.get("ACETATE_ROOT") or str(HOME if (HOME / "train.py").exists() else Path.cwd())
 
 
 # ${root:}, ${assets:}
-OmegaConf.register_new_resolver("root", _root, replace=True, use_cache=True)
+OmegaConf.register_new_resolver("root", root, replace=True, use_cache=True)
 OmegaConf.register_new_resolver("assets", lambda: str(HOME / "assets"), replace=True)
 
 

@@ -38,7 +38,7 @@ Overrides = Sequence[str]
 
 def program(
     config_name: str, first: Callable[[Overrides], list[str]] = lambda given: []
-) -> Callable[[Callable[[DictConfig], Any]], Callable[[], None]]:
+) -> Callable[[Callable[[DictConfig], Any]], Callable[..., Any]]:
     """Makes main(config) a program with the settings of conf/CONFIG_NAME.yaml, as hydra.main does, and beyond it:
 
     What `first` makes of the command line's overrides comes before them, and theirs win. Prompts
@@ -49,7 +49,7 @@ def program(
     """
     name = "train" if config_name == "config" else config_name.rpartition("/")[2]
 
-    def decorate(main: Callable[[DictConfig], Any]) -> Callable[[], None]:
+    def decorate(main: Callable[[DictConfig], Any]) -> Callable[..., Any]:
         @functools.wraps(main)
         def job(config: DictConfig) -> Any:
             sys.argv = given  # what Lightning starts further processes with, and what loggers note
@@ -71,8 +71,11 @@ def program(
         start = hydra.main(version_base=None, config_path=CONF, config_name=config_name)(job)
 
         @functools.wraps(main)
-        def run() -> None:
+        def run(config: DictConfig | None = None) -> Any:
+            """The program with this process's command line; with a config that is composed already, main alone."""
             nonlocal given
+            if config is not None:
+                return main(config)
             given = list(sys.argv)
             before = os.environ.get("HYDRA_FULL_ERROR", "0")
             os.environ.setdefault(TRACEBACK, before)  # processes that this one starts are told

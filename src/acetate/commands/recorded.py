@@ -10,6 +10,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from safetensors import SafetensorError, safe_open
 
+from acetate.commands import root
 from acetate.commands.runs import RECORD, newest, rank
 from acetate.formats.sharded import is_sharded
 
@@ -38,7 +39,7 @@ def recorded_config(run: Path) -> DictConfig:
     """The config that a run was started with, in its present place."""
     config = OmegaConf.load(run / RECORD / "config.yaml")
     assert isinstance(config, DictConfig)
-    config.paths.run = str(run)
+    config.paths.root, config.paths.run = root(), str(run)
     return config
 
 
