@@ -7,6 +7,7 @@ import atexit
 import multiprocessing
 import os
 import runpy
+import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import wait
@@ -107,6 +108,7 @@ def _run(log: Path, name: str, arguments: Sequence[str], environment: Mapping[st
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     multiprocessing.set_start_method("fork", force=True)  # of data workers, as in a program of its own
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's & takes from all that it starts
     os.environ.pop("WANDB_SERVICE", None)  # a test's that ran before: this one starts its own
     os.environ.update(environment)
     os.chdir(ROOT)

@@ -167,6 +167,14 @@ def test_unknown_signals_are_named():
         Preemption(signals=["SIGTERM"], requeue=["SIGUSER1"])
 
 
+@pytest.fixture
+def heard():
+    """SIGINT is, also where a shell has started the tests with &."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def ctrl_c(root, monkeypatch, *batches):
     monkeypatch.setattr("sys.argv", ["train.py", "experiment=vae_rgba", "resume=auto", "name=a b"])
     with pytest.raises(Preempted) as stop:
@@ -174,7 +182,7 @@ def ctrl_c(root, monkeypatch, *batches):
     return stop.value.code
 
 
-def test_ctrl_c_finishes_the_step_and_says_how_to_go_on(tmp_path, monkeypatch, caplog, capfd):
+def test_ctrl_c_finishes_the_step_and_says_how_to_go_on(tmp_path, monkeypatch, caplog, capfd, heard):
     before = signal.getsignal(signal.SIGINT)
     assert ctrl_c(tmp_path, monkeypatch, 1) == 130
     assert saved_step(tmp_path) == 2
