@@ -38,7 +38,7 @@ def fit(run, *overrides):
     """A run of two large steps, so that everything that trains has moved."""
     config = composed(run, *QUIET, *overrides)
     task, data = instantiate(config.task), instantiate(config.data)
-    callbacks = [instantiate(config.callbacks[name]) for name in ("checkpoint", "ema") if config.callbacks[name]]
+    callbacks = [instantiate(config.callbacks[name]) for name in ("checkpoint", "ema") if config.callbacks.get(name)]
     instantiate(config.trainer, callbacks=callbacks, logger=False).fit(task, data)
     return task
 

@@ -110,6 +110,7 @@ class StepCheckpoint(ModelCheckpoint):
             old = before["value"]
             if value >= old if self.best_mode == "min" else value <= old:
                 return
+        folder.mkdir(parents=True, exist_ok=True)
         facts = {"metric": metric, "mode": self.best_mode, "value": value, "step": trainer.global_step}
         self._copy(Path(self._last_checkpoint_saved), folder / "best.ckpt", facts)
         temporary = folder / ".best.json.tmp"
@@ -123,7 +124,6 @@ class StepCheckpoint(ModelCheckpoint):
         if saved.is_dir():
             shutil.copytree(saved, temporary, copy_function=_link)
         else:
-            temporary.parent.mkdir(parents=True, exist_ok=True)
             _link(saved, temporary)
         rename_over(temporary, best)
 
