@@ -61,7 +61,9 @@ def ends_step(task: LightningModule) -> bool:
 
 
 def logs_step(task: LightningModule) -> bool:
-    """In training_step: whether loggers write what this step logs."""
+    """In training_step: whether loggers write what this step logs; never of a task without a trainer."""
+    if task._trainer is None:
+        return False
     every = task.trainer.log_every_n_steps
     return every > 0 and (task.trainer.global_step + 1) % every == 0
 

@@ -229,7 +229,8 @@ def test_ranks_of_torchrun_hear_of_rank_zeros_choice(tmp_path):
             "RANK": str(number), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port),
             "TORCHELASTIC_RUN_ID": "none", "TORCHELASTIC_RESTART_COUNT": "0", "TORCHELASTIC_USE_AGENT_STORE": "True",
         }  # fmt: skip
-        code = f"from acetate.commands.runs import run_folder; print(run_folder('x', 'demo', None, [], 'at_{number}'))"
+        call = f"run_folder('{tmp_path}', 'demo', None, [], 'at_{number}')"
+        code = f"from acetate.commands.runs import run_folder; print({call})"
         done = subprocess.run([sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True)
         said[number] = done.stdout.decode().strip() or done.stderr.decode()
 
@@ -238,4 +239,4 @@ def test_ranks_of_torchrun_hear_of_rank_zeros_choice(tmp_path):
         thread.start()
     for thread in ranks:
         thread.join()
-    assert said == {0: "x/demo/at_0", 1: "x/demo/at_0"}
+    assert said == dict.fromkeys((0, 1), str(tmp_path / "demo/at_0"))

@@ -15,6 +15,7 @@ from acetate.commands.runs import RECORD, newest, rank
 from acetate.formats.sharded import is_sharded
 
 CONF = Path(__file__).parents[3] / "conf"
+PLACES = {"shards", "latents", "rgba_vae", "vae", "transformer", "text_encoder", "save_to", "init_from", "weights"}
 # Of `data`: what changes no clip
 OF_THE_MACHINE = (
     "remote", "batch_size", "val_batch_size", "num_workers", "cache_mb", "bad_clip_budget", "shuffle_tars",
@@ -58,7 +59,8 @@ def recorded_overrides(run: Path) -> list[str]:
         key, _, value = override.partition("=")
         if name_of(override) in ("resume", "init"):
             continue
-        moved = value and not Path(value).exists() and (started / value).exists()
+        moves = name_of(override).rpartition(".")[2] in PLACES or key.startswith("paths.")
+        moved = moves and value and not Path(value).exists() and (started / value).exists()
         found.append(f"{key}={started / value}" if moved else override)
     return found
 
