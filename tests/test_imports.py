@@ -21,6 +21,7 @@ LAYERS = (
         "replacing",
         "steps",
         "redaction",
+        "settings",
     },
     {"models", "losses", "metrics", "data"},
     {"tasks", "sampling", "formats", "memory", "cost"},

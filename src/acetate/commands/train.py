@@ -11,9 +11,9 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from acetate.callbacks.preemption import Preempted
-from acetate.callbacks.start import StartFrom
 from acetate.commands.loggers import build_loggers, build_story, finish_loggers
 from acetate.commands.runs import FINISHED, checkpoint_to_resume, only_writer
+from acetate.commands.start import StartFrom
 from acetate.formats.checkpoints import step_of
 from acetate.formats.starting import read_start
 
