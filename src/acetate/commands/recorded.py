@@ -47,7 +47,8 @@ def recorded_config(run: Path) -> DictConfig:
 def recorded_overrides(run: Path) -> list[str]:
     """What a run was last started with, without what chose its folder and its checkpoint.
 
-    A relative path that only leads somewhere from where the run was started is made absolute.
+    Callbacks that were added to it stay with the command that added them, as a profiler does. A
+    relative path that only leads somewhere from where the run was started is made absolute.
     """
     records = list(run.glob(f"{RECORD}/**/overrides.yaml"))
     if not records:
@@ -57,7 +58,7 @@ def recorded_overrides(run: Path) -> list[str]:
     found = []
     for override in map(str, OmegaConf.load(newest)):
         key, _, value = override.partition("=")
-        if name_of(override) in ("resume", "init"):
+        if name_of(override) in ("resume", "init") or override.startswith("+callbacks."):
             continue
         moves = name_of(override).rpartition(".")[2] in PLACES or key.startswith("paths.")
         moved = moves and value and not Path(value).exists() and (started / value).exists()
