@@ -357,6 +357,7 @@ RULES: dict[str, Rule] = {
 }  # fmt: skip
 
 MISSING = "???"
+OURS = ("acetate", "lightning")  # whose settings the table knows
 ABOUT_RUNS = ("estimate", "cost")  # which need no data, and ask about other machines than this one
 UNCHECKED = {"paths", "logger", "hydra"}
 # Settings whose value is taken to the letter, whatever signs it holds
@@ -392,7 +393,8 @@ def settings_of(program: str, config: DictConfig, path: str = "") -> Iterator[tu
         except OmegaConfBaseException:
             continue
         if isinstance(value, DictConfig) and (rule is None or "_target_" in value):
-            yield from settings_of(program, value, at)
+            if str(value.get("_target_", "acetate")).split(".")[0] in OURS:  # others check their own
+                yield from settings_of(program, value, at)
         else:
             yield at, OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value, rule
 
