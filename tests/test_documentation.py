@@ -118,7 +118,9 @@ def test_every_block_says_what_it_needs(page):
 @pytest.mark.slow
 @pytest.mark.timeout(2400)
 @pytest.mark.xdist_group("documentation")
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize(
+    "page", [page if page == "README.md" else pytest.param(page, marks=pytest.mark.pages) for page in PAGES]
+)
 def test_commands_run_as_written(page, clone):
     resumed = 0
     for line in [line for mark, lines in blocks(page) if mark == "sh" for line in lines]:
