@@ -48,12 +48,12 @@ ALSO = {
 
 
 def test_settings_of_a_run_count_unless_they_are_given(run, monkeypatch, capsys):
-    monkeypatch.setenv("ACETATE_ROOT", "/root")
+    monkeypatch.setenv("ACETATE_ROOT", "/srv")
     taken = as_trained(str(run), "dora", ["wan.dtype=float32", "frames=5"], ALSO)
     assert taken == ["wan.vae='Wan-AI/Wan2.1'", "wan.frames=81", "wan.height=480", "wan.width=832",
-                     "rgba_vae='/root/outputs/mine'", "width=832"]  # fmt: skip
+                     "rgba_vae='/srv/outputs/mine'", "width=832"]  # fmt: skip
     said = capsys.readouterr().out
-    assert f"dora={run}: wan=wan21_1b, rgba_vae=/root/outputs/mine, width=832, as recorded in {run}/.hydra" in said
+    assert f"dora={run}: wan=wan21_1b, rgba_vae=/srv/outputs/mine, width=832, as recorded in {run}/.hydra" in said
     assert as_trained(str(run), "dora", ["wan=tiny"], {}) == []
 
 

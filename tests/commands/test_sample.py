@@ -14,11 +14,11 @@ from acetate.commands.sample import (
     check_models,
     check_settings,
     file_name,
+    folder_for,
     guide_ellipses,
     guide_mask,
     load_dit,
     mended,
-    new_folder,
     read_prompts,
     sheet_name,
 )
@@ -127,8 +127,8 @@ def test_a_run_of_a_users_own_is_enough(tmp_path, cached):
 def test_each_call_has_a_folder_of_its_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("time.strftime", lambda text: "now")
-    assert [str(new_folder(config_for())) for _ in range(2)] == ["samples/now", "samples/now_2"]
-    assert new_folder(config_for("out=there")) == Path("there")
+    assert [str(folder_for(config_for())) for _ in range(2)] == ["samples/now", "samples/now_2"]
+    assert folder_for(config_for("out=there")) == Path("there")
     for name in ("sheet.png", "sheet_2.png"):
         (tmp_path / name).touch()
     assert sheet_name(tmp_path, overwrite=False).name == "sheet_3.png"

@@ -42,7 +42,7 @@ def run_folder(outputs: str, name: str, resume: str | None, overrides: Sequence[
         again = os.environ.get("SLURM_RESTART_COUNT", "0")  # requeued without resume: a new run
         return str(runs / (now + (f"_{again}" if again != "0" else "")))
     if rank() == 0 and going_on is None and resume != "last":
-        going_on = _new_folder(runs / now)
+        going_on = new_folder(runs / now)
     return _of_rank_zero(str(going_on or runs / now))
 
 
@@ -55,10 +55,10 @@ def sweep_folder(outputs: str, name: str, resume: str | None, overrides: Sequenc
         ]
         if same:
             return str(max(same, key=lambda sweep: sweep.stat().st_ctime))
-    return str(_new_folder(runs / f"sweep_{now}"))
+    return str(new_folder(runs / f"sweep_{now}"))
 
 
-def _new_folder(wanted: Path) -> Path:
+def new_folder(wanted: Path) -> Path:
     """That or, where it exists, the next free one of it_2, it_3, ..."""
     for number in itertools.count(1):
         folder = wanted if number == 1 else wanted.with_name(f"{wanted.name}_{number}")

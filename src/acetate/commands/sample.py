@@ -30,6 +30,7 @@ from acetate.commands.recorded import (
     value_of,
     without,
 )
+from acetate.commands.runs import new_folder
 from acetate.data.latents import covering_box
 from acetate.data.shards import write_json
 from acetate.data.transforms import crop, resize, to_float, window
@@ -254,19 +255,11 @@ def check_new(out: Path, names: Sequence[str], settings: Mapping[str, Any]) -> N
     )
 
 
-def new_folder(config: DictConfig) -> Path:
+def folder_for(config: DictConfig) -> Path:
     """out=, or a folder of this call alone."""
     if config.out is not None:
         return Path(config.out).expanduser()
-    base = Path("samples") / time.strftime("%Y-%m-%d_%H-%M-%S")
-    for number in range(1, 10**6):
-        folder = base if number == 1 else base.with_name(f"{base.name}_{number}")
-        try:
-            folder.mkdir(parents=True)
-            return folder
-        except FileExistsError:  # a call of the same second
-            continue
-    raise FileExistsError(f"{base}: no name for a new folder. Give out=.")
+    return new_folder(Path("samples") / time.strftime("%Y-%m-%d_%H-%M-%S"))
 
 
 def origin(source: Any, kind: str) -> dict[str, Any]:
@@ -372,7 +365,7 @@ def main(config: DictConfig) -> None:
             transformer.cpu()
         clips = decode(vae.to(device), latents)
         for (number, prompt, seed), (rgb, alpha) in zip(part, clips, strict=True):
-            out = new_folder(config) if out is None else out
+            out = folder_for(config) if out is None else out
             stem = out / file_name(number, prompt, seed)
             files = write_clip(stem, rgb, alpha, config.fps, config.formats, outline)
             clip = {"prompt": prompt, "seed": seed, "mean_shift": mean_shift}
