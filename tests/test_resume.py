@@ -267,16 +267,16 @@ def test_ctrl_c(tmp_path, many_shards):
     ends at once."""
     arguments = [
         *small("vae_rgba", tmp_path, many_shards, (many_shards, many_shards)), "data.num_workers=1",
-        "logger=wandb", "logger.offline=true", "trainer.max_steps=4", "trainer.val_check_interval=4",
+        "logger=wandb", "logger.wandb.offline=true", "trainer.max_steps=4", "trainer.val_check_interval=4",
     ]  # fmt: skip
     log = tmp_path / "log"
     assert ended(train(log, *arguments, *added(CtrlCAt, step=2))) == [130], log.read_text()[-2000:]
     run = run_of(tmp_path)
     assert not (run / "finished").exists()
     assert read_adapter_file(run / "checkpoints/last.safetensors")[1]["step"] == 2
-    (said,) = [line.split() for line in log.read_text().splitlines() if line.endswith(" resume=last")]
-    assert said[:3] == ["python", "train.py", "experiment=vae_rgba"]
-    assert ended(train(log, *arguments, "resume=last", *added(CtrlCAt, step=4, times=2))) == [-signal.SIGINT]
+    (said,) = [line.split()[2:] for line in log.read_text().splitlines() if line.startswith("  go on ")]
+    assert said == ["python", "train.py", f"resume={run}"]
+    assert ended(train(log, *said[2:], *added(CtrlCAt, step=4, times=2))) == [-signal.SIGINT]
     assert read_adapter_file(run / "checkpoints/last.safetensors")[1]["step"] == 2
 
 
@@ -290,15 +290,18 @@ def test_ctrl_c_ends_all_ranks(tmp_path, many_shards):
     assert read_adapter_file(run_of(tmp_path) / "checkpoints/last.safetensors")[1]["step"] == 2
 
 
-def test_ctrl_c_ends_a_sweep(tmp_path, many_shards):
+@pytest.mark.parametrize("step", [2, 4])
+def test_ctrl_c_ends_a_sweep(tmp_path, many_shards, step):
+    """Also where it comes in a job's last step, of which nothing is left to do."""
     arguments = [
         *small("vae_rgba", tmp_path, many_shards, (many_shards, many_shards)), "data.num_workers=0",
         "trainer.max_steps=4", "trainer.val_check_interval=4", "hydra.sweep.dir=" + str(tmp_path / "sweep"),
     ]  # fmt: skip
     log = tmp_path / "log"
-    assert ended(train(log, "-m", *arguments, "task.lr=1e-3,2e-3", *added(CtrlCAt, step=2))) == [130]
+    assert ended(train(log, "-m", *arguments, "task.lr=1e-3,2e-3", *added(CtrlCAt, step=step))) == [130]
     assert (tmp_path / "sweep/0/checkpoints/last.ckpt").exists() and not (tmp_path / "sweep/1").exists()
-    assert f"resume=auto hydra.sweep.dir={tmp_path / 'sweep'}" in log.read_text()
+    assert (tmp_path / "sweep/0/finished").exists() == (step == 4)
+    assert f"hydra.sweep.dir={tmp_path / 'sweep'} resume=auto" in log.read_text()
 
 
 def test_wandb_goes_on_under_one_id(tmp_path, many_shards):

@@ -333,7 +333,7 @@ def test_settings_are_checked_before_anything_is_loaded(tmp_path, arguments, mes
     [
         (["formats=[gif]"], "gif"),
         (["height=50"], "height 50; this VAE needs multiples of 8"),
-        (["frames=6"], "6 frames"),
+        (["frames=6"], "frames=6: must be one of 1, 5, 9"),
     ],
 )
 @pytest.mark.slow

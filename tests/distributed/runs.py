@@ -45,7 +45,7 @@ def fit(folder: Path, trainer: str, overrides: Sequence[str], resume: Path | Non
     """A run that writes below the folder, always on the same global batches."""
     config = composed(
         folder, f"trainer={trainer}", "trainer.accelerator=cpu", "trainer.enable_progress_bar=false",
-        "trainer.enable_model_summary=false", "callbacks.throughput=null", "callbacks.learning_rate=null",
+        "trainer.enable_model_summary=false", "callbacks.throughput=null",
         "callbacks.progress=null", "data.num_workers=0", f"data.batch_size={GLOBAL_BATCH // dist.get_world_size()}",
         *overrides,
     )  # fmt: skip

@@ -2,13 +2,10 @@
 
 import logging
 import os
-import shlex
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from types import FrameType
 
 import torch
@@ -38,8 +35,8 @@ class Preemption(Checkpoint):
     and ends with 1. SIGUSR1 and SIGUSR2 kill it, unless `--signals-to-handle=SIGTERM,SIGUSR1,SIGUSR2` has it hand them
     on. Ranks of srun without torchrun get every signal themselves.
 
-    The first SIGINT (Ctrl-C) does the same, with exit code 130 and the command that goes on; where no
-    step has begun, it ends the process, and so does a second one at any time.
+    The first SIGINT (Ctrl-C) does the same, with exit code 130; where no step has begun, it ends the process, and so
+    does a second one at any time. Of the last step it leaves `interrupted`, as nothing of this run is left to save.
 
     Another signal while the model is loaded, during a validation or a checkpoint waits for the end of
     the step after it. A Checkpoint to Lightning, so that it comes after all callbacks that a step
@@ -71,6 +68,11 @@ class Preemption(Checkpoint):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.begun = True
 
+    @property
+    def interrupted(self) -> bool:
+        """Whether Ctrl-C was pressed since training began."""
+        return self.asked == INTERRUPT
+
     def _interrupt(self, number: int, frame: FrameType | None) -> None:
         if not self.begun:
             raise Preempted(INTERRUPTED)
@@ -98,27 +100,10 @@ class Preemption(Checkpoint):
                 callback.save(trainer)
         if not trainer.is_global_zero:
             raise Preempted(0)
-        log.warning("saved after step %d; go on with\n    %s", trainer.global_step,
-                    command_to_go_on(sys.argv, trainer.default_root_dir))  # fmt: skip
+        log.warning("asked to stop: saved after step %d", trainer.global_step)
         if asked == REQUEUE and "SLURM_JOB_ID" in os.environ:
             requeue()
         raise Preempted(INTERRUPTED if asked == INTERRUPT else EXIT_CODE)
-
-
-def command_to_go_on(argv: Sequence[str], run: str) -> str:
-    """What this process was started with, and resume; of a sweep with its folder, where its jobs go on.
-
-    run: the folder of the run, which a sweep's holds.
-    """
-    program, *arguments = argv
-    start = ["python", program]
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        start = ["torchrun", "--nproc-per-node", os.environ["LOCAL_WORLD_SIZE"], program]
-    more = ["resume=last"]
-    if {"-m", "--multirun"} & {*arguments}:
-        more = ["resume=auto", f"hydra.sweep.dir={Path(run).parent}"]
-    kept = [x for x in arguments if not x.startswith(("resume=", "hydra.sweep.dir="))]
-    return shlex.join([*start, *kept, *more])
 
 
 def requeue() -> None:

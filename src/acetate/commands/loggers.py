@@ -147,7 +147,9 @@ def _commands(config: DictConfig) -> dict[str, str]:
     """What can be done next, as lines for a shell; a run knows its other settings itself."""
     sweep, stage, run = _sweep_folder(), _stage(config), shlex.quote(_short(config.paths.run))
     if sweep is None:
-        lines = {"go on": f"python train.py name={shlex.quote(config.name)} resume=last"}
+        ranks = os.environ.get("LOCAL_WORLD_SIZE")  # torchrun's
+        start = f"torchrun --nproc-per-node {ranks}" if ranks else "python"
+        lines = {"go on": f"{start} train.py resume={run}"}
     else:
         folder = shlex.quote(_short(str(sweep)))
         jobs = _line(_sweep_overrides(sweep), "trainer.max_steps=", "hydra.sweep.dir=")

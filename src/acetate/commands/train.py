@@ -10,7 +10,7 @@ from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from acetate.callbacks.preemption import Preempted
+from acetate.callbacks.preemption import INTERRUPTED, Preempted, Preemption
 from acetate.commands.loggers import build_loggers, build_story, finish_loggers
 from acetate.commands.runs import FINISHED, checkpoint_to_resume, only_writer
 from acetate.commands.start import StartFrom
@@ -44,6 +44,8 @@ def train(config: DictConfig) -> float | None:
         finally:
             finish_loggers(loggers, failed)
         _close_process_group()
+    if any(isinstance(callback, Preemption) and callback.interrupted for callback in callbacks):
+        raise Preempted(INTERRUPTED)  # in its last step: the run is whole, and a sweep begins no other
     objective = trainer.callback_metrics.get(config.objective)  # a run that had ended before has measured nothing
     return None if objective is None else float(objective)
 
