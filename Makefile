@@ -18,7 +18,7 @@ setup: .venv/.complete ## virtual environment with the locked packages
 .venv/.complete: requirements.lock pyproject.toml
 	$(PYTHON) -m venv --clear .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check uv
-	$(BIN)/uv pip install --quiet --python $(RUN) -r requirements.lock
+	$(BIN)/uv pip install --quiet --compile-bytecode --python $(RUN) -r requirements.lock
 	$(BIN)/uv pip install --quiet --python $(RUN) --no-deps -e .
 	@touch $@
 

@@ -23,10 +23,10 @@ from tests.paths import ROOT
 TIMEOUT = 500.0  # seconds
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(
-    ["acetate.tasks.vae", "acetate.tasks.dit", "acetate.formats.rgba_vae", "acetate.formats.training",
-     "acetate.callbacks.samples", "acetate.callbacks.throughput", "acetate.callbacks.guard",
-     "acetate.callbacks.preemption", "acetate.commands", "lightning.pytorch.loggers", "diffusers", "hydra",
-     "torch.distributed.fsdp", "tests.processes"]
+    ["acetate.commands.train", "acetate.tasks.vae", "acetate.tasks.dit", "acetate.formats.rgba_vae",
+     "acetate.callbacks.samples", "acetate.callbacks.panels", "acetate.callbacks.curves", "acetate.data.clips",
+     "acetate.data.latents", "diffusers", "hydra", "gcsfs", "lpips", "matplotlib.pyplot", "s3fs", "tensorboard",
+     "torch.distributed.fsdp", "torch.utils.tensorboard", "wandb", "tests.processes"]
 )  # fmt: skip
 STORES: list[dist.TCPStore] = []  # of every launch, as long as this process: its ranks may ask at any time
 
