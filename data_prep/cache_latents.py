@@ -28,7 +28,7 @@ from webdataset.writer import TarWriter
 
 import acetate.commands  # noqa: F401  (registers the resolvers that conf/ uses)
 from acetate.alpha import PALETTE_NAMES, harden, over, palette_colors
-from acetate.commands.program import program
+from acetate.cli import run
 from acetate.data.latents import EMPTY_PROMPT, Piece, cut, index_latents, read_latents
 from acetate.data.shards import (
     MANIFEST,
@@ -566,7 +566,6 @@ def counts(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {"samples": len(samples), "clips": len(split), "splits": splits}
 
 
-@program("prep/cache_latents")
 def main(cfg: DictConfig) -> None:
     own, remote = OmegaConf.to_container(cfg, resolve=True), instantiate(cfg.remote)
     names = ("seed", "variants", "area", "max_aspect", "space_multiple", "dtype", "ellipse", "per_tar", "smallest")
@@ -614,4 +613,4 @@ def print_summary(out: Path, manifest: Mapping[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run("prep cache_latents")

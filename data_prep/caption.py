@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from acetate.commands.program import program
+from acetate.cli import run
 from acetate.data.shards import (
     MANIFEST,
     BadClip,
@@ -288,7 +288,6 @@ def preview(
     return [line for line in lines if not isinstance(line, BadClip)], bad, len(refs)
 
 
-@program("prep/caption")
 def main(cfg: DictConfig) -> None:
     console = Console(markup=False, highlight=False)
     shards = [Path(folder) for folder in listed(cfg.shards)]
@@ -332,4 +331,4 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run("prep caption")

@@ -17,7 +17,7 @@ from rich.table import Table
 from tqdm import tqdm
 from yaml import YAMLError
 
-from acetate.commands.program import program
+from acetate.cli import run
 from acetate.data.shards import (
     MANIFEST,
     BadClip,
@@ -295,7 +295,6 @@ def print_summary(console: Console, lines: Sequence[Line], rejected: Sequence[Li
     console.print(table)
 
 
-@program("prep/filter")
 def main(cfg: DictConfig) -> None:
     console = Console(markup=False, highlight=False)
     out = Path(cfg.out)
@@ -333,4 +332,4 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run("prep filter")

@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 from tqdm import tqdm
 
-from acetate.commands.program import program
+from acetate.cli import run
 from acetate.data.shards import write_json
 from acetate.replacing import check_out
 from acetate.video_io import IMAGES, OPAQUE_IMAGES, VIDEOS
@@ -269,7 +269,6 @@ def print_preview(console: Console, clips: list[Found]) -> None:
         )
 
 
-@program("prep/ingest")
 def main(cfg: DictConfig) -> None:
     out = Path(cfg.out)
     result = ingest(
@@ -296,4 +295,4 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run("prep ingest")

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from acetate.commands.program import program
+from acetate.cli import run
 from acetate.data.latents import Piece, bucket_sizes, plan
 from acetate.data.shards import BadClip, ClipRef, index_shards, read_clip, read_manifest, read_meta
 from acetate.data.store import listed
@@ -200,7 +200,6 @@ def print_summary(console: Console, report: Report) -> None:
     print_bad(console, report.skipped, None)
 
 
-@program("prep/inspect")
 def main(cfg: DictConfig) -> None:
     if cfg.out and not cfg.preview:
         check_out(Path(cfg.out))
@@ -229,4 +228,4 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run("prep inspect")

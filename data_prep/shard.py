@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from acetate.commands.program import program
+from acetate.cli import run
 from acetate.data.shards import (
     LONGEST_KEY,
     MANIFEST,
@@ -277,7 +277,6 @@ def read(line: Found) -> RGBAClip:
     return read_rgba(files[0], limits)
 
 
-@program("prep/shard")
 def main(cfg: DictConfig) -> None:
     manifest, out = Path(cfg.manifest), Path(cfg.out)
     settings = Settings(
@@ -365,4 +364,4 @@ def print_decided(console: Console, lines: Sequence[dict[str, Any]]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run("prep shard")

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from acetate.commands.program import program
+from acetate.cli import run
 from acetate.data import drawing, synthetic
 from acetate.data.shards import MANIFEST, EncodedClip, ShardWriter, encode_clip, read_head, remove_parts
 from acetate.data.splits import split_rule
@@ -170,7 +170,6 @@ def to_uint8(clip: synthetic.SyntheticClip) -> NDArray[np.uint8]:
     return (frames * 255).round().to(torch.uint8).numpy()
 
 
-@program("prep/synthesize")
 def main(cfg: DictConfig) -> None:
     sizes = OmegaConf.to_container(cfg.size) if OmegaConf.is_list(cfg.size) else [cfg.size]
     if cfg.preview:
@@ -194,4 +193,4 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run("prep synthesize")

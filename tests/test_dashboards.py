@@ -187,8 +187,8 @@ def test_what_a_run_says(tmp_path, tiny):
     for text in (said, told):
         assert str(folder) in text and "train\n" in text.replace(" parameters", "")
         assert "0 to 2" in text and "finished at step 2" in text
-        assert f"python train.py resume={folder} trainer.max_steps=4" in text
-        assert "acetate.commands.evaluate" in text and "acetate.commands.export" in text
+        assert f"acetate train resume={folder} trainer.max_steps=4" in text
+        assert "acetate evaluate run=" in text and "acetate export checkpoint=" in text
         assert text.count("step 2   validation") == 1
     assert len(said.splitlines()) < 60, said
     run(tmp_path, *tiny, "trainer.max_steps=4", "resume=last")

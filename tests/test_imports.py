@@ -21,12 +21,13 @@ LAYERS = (
         "replacing",
         "steps",
         "redaction",
+        "console",
         "settings",
     },
     {"models", "losses", "metrics", "data"},
     {"tasks", "sampling", "formats", "memory", "cost"},
     {"callbacks"},
-    {"commands", "data_prep", "train"},
+    {"cli", "commands", "data_prep", "train", "__main__"},
 )
 RANK = {room: rank for rank, rooms in enumerate(LAYERS) for room in rooms}
 SIBLINGS_APART = LAYERS[1]  # may import the first layer and themselves, never each other

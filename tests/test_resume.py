@@ -275,7 +275,7 @@ def test_ctrl_c(tmp_path, many_shards):
     assert not (run / "finished").exists()
     assert read_adapter_file(run / "checkpoints/last.safetensors")[1]["step"] == 2
     (said,) = [line.split()[2:] for line in log.read_text().splitlines() if line.startswith("  go on ")]
-    assert said == ["python", "train.py", f"resume={run}"]
+    assert said == ["acetate", "train", f"resume={run}"]
     assert ended(train(log, *said[2:], *added(CtrlCAt, step=4, times=2))) == [-signal.SIGINT]
     assert read_adapter_file(run / "checkpoints/last.safetensors")[1]["step"] == 2
 

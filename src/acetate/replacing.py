@@ -6,10 +6,10 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
-from safetensors.torch import save_file
-from torch import Tensor
+if TYPE_CHECKING:  # importing torch takes seconds
+    from torch import Tensor
 
 
 def check_out(path: Path, *, folder: bool = False, name: str = "out") -> None:
@@ -99,9 +99,11 @@ def unwritten(path: Path, error: object) -> OSError:
     return OSError(f"{path} could not be written ({error}); {free:.0f} MiB are free there. {advice}")
 
 
-def write_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
+def write_tensors(tensors: "Mapping[str, Tensor]", path: Path, metadata: Mapping[str, str]) -> None:
     """safetensors' save_file, which makes private files and writes metadata in any order: here the umask
     decides, and equal contents are equal bytes."""
+    from safetensors.torch import save_file
+
     save_file(dict(tensors), path, dict(metadata))
     with path.open("r+b") as file:
         size = int.from_bytes(file.read(8), "little")

@@ -6,12 +6,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from hydra.core.global_hydra import GlobalHydra
 from torch.testing import assert_close
 
 from acetate.commands import benchmark
 from acetate.commands.benchmark import WAYS, DisagreementError, FactoredLoRA, Workload
 from acetate.models.adapters import MergedLoRA, trainable_state
+from tests.compose import called
 
 TINY = {"base_dim": 4, "lora_rank": 2, "frames": 9, "height": 16, "width": 16, "threads": 1, "device": "cpu"}
 SETTINGS = TINY | {"lora_alpha": 1.0, "batch_size": 1, "precision": "float32", "seed": 0}
@@ -25,14 +25,11 @@ def build_both(workload):
     return [benchmark.build(way, workload) for way in WAYS]
 
 
-def run(monkeypatch, *arguments, **settings):
-    GlobalHydra.instance().clear()
+def run(*arguments, **settings):
     overrides = [
         f"{name}={value}" for name, value in (TINY | {"warmup": 0, "repeats": 2, "parts": "[step]"} | settings).items()
     ]
-    monkeypatch.setattr(sys, "argv", ["benchmark", *overrides, *arguments])
-    benchmark.main()
-    GlobalHydra.instance().clear()
+    called("benchmark", *overrides, *arguments)
 
 
 @pytest.mark.parametrize("settings", [{}, {"batch_size": 2, "lora_alpha": 8.0}, {"frames": 1}, {"frames": 17}])
@@ -107,7 +104,7 @@ def test_command_prints_a_table_and_writes_json(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     # A process takes seconds to import torch; the slow test below starts real ones.
     monkeypatch.setattr(benchmark, "ProcessPoolExecutor", lambda workers, _: ThreadPoolExecutor(workers))
-    run(monkeypatch, out="new/speed.json")
+    run(out="new/speed.json")
     check_output(tmp_path, capsys.readouterr(), repeats=2)
 
 
@@ -124,7 +121,7 @@ def test_no_speed_without_agreement(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(benchmark, "LOSS_TOLERANCE", -1.0)
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
     with pytest.raises(DisagreementError):
-        run(monkeypatch, out="speed.json")
+        run(out="speed.json")
     assert "step" not in capsys.readouterr().out and not list(tmp_path.iterdir())
 
 
@@ -159,17 +156,4 @@ def test_bfloat16_runs():
 def test_values_that_cannot_run(settings, message, monkeypatch):
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
     with pytest.raises(ValueError, match=rf"{message}|{next(iter(settings))}=.*must be"):
-        run(monkeypatch, **settings)
-
-
-def test_help_and_unknown_keys(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as done:
-        run(monkeypatch, "--help")
-    assert done.value.code == 0
-    text = capsys.readouterr().out
-    assert all(f" {name}=" in text for name in (*SETTINGS, "warmup", "repeats", "out"))
-    with pytest.raises(SystemExit):
-        run(monkeypatch, "colour=red")
-    assert "colour is no setting here" in capsys.readouterr().err
-    assert not list(tmp_path.iterdir())
+        run(**settings)

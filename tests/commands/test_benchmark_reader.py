@@ -1,11 +1,8 @@
 import json
-import sys
 
 import numpy as np
 import pytest
-from hydra.core.global_hydra import GlobalHydra
 
-from acetate.commands import benchmark
 from acetate.commands.benchmark_reader import (
     STORED,
     ReaderLoad,
@@ -18,6 +15,7 @@ from acetate.commands.benchmark_reader import (
 )
 from acetate.data.shards import index_shards, read_clip, read_media
 from acetate.data.store import Remote, open_folder, read_file
+from tests.compose import called
 
 LOAD = ReaderLoad(clips=3, frames=5, size=32, batch_size=2, repeats=1, seed=0)
 
@@ -69,12 +67,9 @@ def test_rates_by_hand():
 
 def test_command(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    GlobalHydra.instance().clear()
     small = ("clips=2", "frames=5", "size=16", "batch_size=2", "repeats=1")
     arguments = ["parts=[reader]", "out=speed.json", *(f"reader.{setting}" for setting in small)]
-    monkeypatch.setattr(sys, "argv", ["benchmark", *arguments])
-    benchmark.main()
-    GlobalHydra.instance().clear()
+    called("benchmark", *arguments)
     results = json.loads((tmp_path / "speed.json").read_text())
     assert results.keys() == {"reader"} and results["reader"].keys() == {"workload", *STORED.values()}
     for kind, plain in zip(STORED.values(), (["plain"], ["plain", "PyAV"]), strict=True):

@@ -1,23 +1,20 @@
 import json
-import sys
 from dataclasses import replace
 
 import pytest
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
-from acetate.commands import cost as command
 from acetate.commands.cost import limit, shares, table, verdicts
 from acetate.cost import Cost
+from tests.compose import called
 from tests.paths import ROOT
 
 
 @pytest.fixture
 def run(monkeypatch):
     def run(*arguments):
-        GlobalHydra.instance().clear()
-        monkeypatch.setattr(sys, "argv", ["cost", *arguments])
-        command.main()
+        called("cost", *arguments)
 
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")

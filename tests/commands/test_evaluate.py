@@ -64,7 +64,7 @@ def test_a_dora_beside_the_base(tmp_path, cached):
 def test_help_and_errors(tmp_path):
     code, printed = program(tmp_path / "a", "acetate.commands.evaluate", "--help")
     assert code == 0
-    assert "python -m acetate.commands.evaluate run=outputs/mine" in printed
+    assert "acetate evaluate run=outputs/mine" in printed
     for given, message in ((["run=none"], "run=none: no run there"), (["run=x", "resume=last"], "are both given")):
         code, printed = program(tmp_path / given[-1].replace("/", ""), "acetate.commands.evaluate", *given)
         assert code != 0

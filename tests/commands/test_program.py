@@ -9,6 +9,7 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
+from acetate.cli import PROGRAMS
 from acetate.commands.program import composed, in_words, tell, to_the_letter
 from acetate.commands.recorded import quoted
 from acetate.models.merge import FeatureMerge
@@ -97,7 +98,7 @@ def test_a_fault_of_the_program_shows_where(capsys):
     def printed(call):
         with pytest.raises(Exception) as caught:
             call()
-        tell(caught.value, "config", ["train.py"])
+        tell(caught.value, PROGRAMS["train"], [])
         return capsys.readouterr().err
 
     ours = printed(lambda: FeatureMerge(4, 4, init="nothing"))

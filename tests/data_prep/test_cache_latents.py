@@ -1,12 +1,10 @@
 import json
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from hydra.core.global_hydra import GlobalHydra
 from safetensors.torch import load_file, save_file
 
 from acetate.alpha import PALETTE_NAMES, harden, over, palette_colors
@@ -34,6 +32,7 @@ from data_prep.cache_latents import Sources, cache_latents, made_by
 from data_prep.ingest import TooManyBad
 from data_prep.journal import only_writer
 from data_prep.latent_plan import Settings, background
+from tests.compose import called
 from tests.conftest import fill_
 from tests.original import wan_alpha_state
 from tests.paths import ROOT
@@ -560,7 +559,6 @@ def test_unusable_shards(make, tmp_path):
 
 
 def test_command_line(clips, adapters, wan_folder, tmp_path, monkeypatch, capsys):
-    GlobalHydra.instance().clear()
     monkeypatch.chdir(ROOT)
     sources = [f"wan.{part}={wan_folder}" for part in ("vae", "text_encoder")]
     out = f"{tmp_path}/l"
@@ -573,8 +571,7 @@ def test_command_line(clips, adapters, wan_folder, tmp_path, monkeypatch, capsys
         "wan.prompt_length=9",
     ]
     settings = ["variants=1", "frames=[5,9]", "sizes=[[32,32]]", "ellipse.threshold=0.75", "allow_empty_buckets=true"]
-    monkeypatch.setattr(sys, "argv", ["cache_latents", *arguments, *settings, "device=cpu"])
-    program.main()
+    called("prep cache_latents", *arguments, *settings, "device=cpu")
     manifest = manifest_of(tmp_path / "l")
     assert manifest["prompt_length"] == 9 and manifest["ellipse"]["threshold"] == 0.75
     shown = capsys.readouterr().out

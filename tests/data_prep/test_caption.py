@@ -1,12 +1,10 @@
 import json
 import socket
-import sys
 import time
 from dataclasses import replace
 
 import numpy as np
 import pytest
-from hydra.core.global_hydra import GlobalHydra
 
 from acetate.data.shards import (
     ShardError,
@@ -19,11 +17,11 @@ from acetate.data.shards import (
     read_meta_text,
 )
 from acetate.models import hub
-from data_prep import caption as program
 from data_prep.caption import CAPTIONS_FILE, Settings, caption, read_prompts, sentence
 from data_prep.captioner import Captioner, Look
 from data_prep.ingest import TooManyBad
 from data_prep.journal import only_writer, read_journal
+from tests.compose import called
 from tests.data_prep.tiny_captioners import save_llava
 
 PROMPTS = {
@@ -207,11 +205,8 @@ def test_unreadable_clips_are_counted(source, tmp_path):
     assert prompts_of(tmp_path / "out").keys() == PROMPTS.keys() - bad.keys()
 
 
-def command(monkeypatch, capsys, *arguments):
-    GlobalHydra.instance().clear()
-    monkeypatch.setattr(sys, "argv", ["caption", *arguments])
-    program.main()
-    GlobalHydra.instance().clear()
+def command(capsys, *arguments):
+    called("prep caption", *arguments)
     return capsys.readouterr().out
 
 
@@ -219,12 +214,12 @@ def test_command(source, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "prompts.jsonl").write_text(json.dumps({"key": "none", "prompt": "A lamp"}) + "\n")
     arguments = ("shards=in", "out=out", "prompts=prompts.jsonl")
-    seen = command(monkeypatch, capsys, *arguments, "preview=true")
+    seen = command(capsys, *arguments, "preview=true")
     assert "Transparent background, a lamp" in seen and "4 of 4 clips were looked at. Nothing was written." in seen
     assert not (tmp_path / "out").exists()
-    assert "out: 4 prompts, 3 kept, 1 given" in command(monkeypatch, capsys, *arguments)
+    assert "out: 4 prompts, 3 kept, 1 given" in command(capsys, *arguments)
     with pytest.raises(SystemExit):
-        command(monkeypatch, capsys, "--help")
+        command(capsys, "--help")
     assert "python -m data_prep.caption" in capsys.readouterr().out
 
 

@@ -1,9 +1,7 @@
 import json
-import sys
 
 import numpy as np
 import pytest
-from hydra.core.global_hydra import GlobalHydra
 
 from acetate.data.shards import (
     ShardError,
@@ -18,6 +16,7 @@ from data_prep import filter as program
 from data_prep.filter import REJECTED_FILE, SCORES_FILE, Duplicates, Rule, filter_clips, parse_rules
 from data_prep.ingest import TooManyBad
 from data_prep.journal import only_writer, read_journal
+from tests.compose import called
 
 RULES = {"coverage": Rule(0.1, 0.9)}
 BEST = Duplicates(distance=6, colour=32, keep="best")
@@ -211,26 +210,23 @@ def test_rules_that_keep_nothing(source, tmp_path):
     assert not (tmp_path / "out" / "manifest.json").exists()
 
 
-def command(monkeypatch, capsys, *arguments):
-    GlobalHydra.instance().clear()
-    monkeypatch.setattr(sys, "argv", ["filter", *arguments])
-    program.main()
-    GlobalHydra.instance().clear()
+def command(capsys, *arguments):
+    called("prep filter", *arguments)
     return capsys.readouterr().out
 
 
 def test_command(source, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    seen = command(monkeypatch, capsys, "shards=in", "out=out", "rules.coverage.min=0.1", "preview=true")
+    seen = command(capsys, "shards=in", "out=out", "rules.coverage.min=0.1", "preview=true")
     assert "small: duplicate" in seen and "5 of 5 clips were measured. Nothing was written." in seen
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
-    seen = command(monkeypatch, capsys, "shards=in", "out=out", "rules.coverage.min=0.1")
+    seen = command(capsys, "shards=in", "out=out", "rules.coverage.min=0.1")
     assert "2 clips kept, 3 rejected" in seen and "0.1 to 0.98" in seen
     (tmp_path / "mine.yaml").write_text("short_side: {min: 40}\n")
-    seen = command(monkeypatch, capsys, "shards=in", "out=b", "rules=mine.yaml", "duplicates=null")
+    seen = command(capsys, "shards=in", "out=b", "rules=mine.yaml", "duplicates=null")
     assert "1 clips kept, 4 rejected" in seen
     with pytest.raises(SystemExit):
-        command(monkeypatch, capsys, "--help")
+        command(capsys, "--help")
     assert "python -m data_prep.filter" in capsys.readouterr().out
 
 

@@ -1,18 +1,16 @@
 import re
 import shutil
 import subprocess
-import sys
 from html.parser import HTMLParser
 
 import numpy as np
 import pytest
-from hydra.core.global_hydra import GlobalHydra
 
 from acetate.alpha import PALETTE_NAMES
 from acetate.data.shards import ShardWriter, encode_clip, index_shards
-from data_prep import inspect as program
 from data_prep.inspect import inspect, picture
 from data_prep.report import COLOURS, Bucket, Entry, Picture, Report, bars, render, size_text
+from tests.compose import called
 from tests.paths import ROOT
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -178,26 +176,23 @@ def test_a_broken_script_is_seen(page, tmp_path):
     assert "nowhere is not defined" in "".join(chromium(broken, tmp_path / "profile")[1])
 
 
-def command(monkeypatch, capsys, *arguments):
-    GlobalHydra.instance().clear()
-    monkeypatch.setattr(sys, "argv", ["inspect", *arguments])
-    program.main()
-    GlobalHydra.instance().clear()
+def command(capsys, *arguments):
+    called("prep inspect", *arguments)
     return capsys.readouterr().out
 
 
 def test_command(source, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    seen = command(monkeypatch, capsys, f"shards={source}", "out=report.html", "preview=true")
+    seen = command(capsys, f"shards={source}", "out=report.html", "preview=true")
     assert "skipped broken" in seen and "frames x height x width" in seen and "CC0-1.0" in seen
     assert not list(tmp_path.iterdir())
     with pytest.raises(SystemExit):
-        command(monkeypatch, capsys, f"shards={source}", "out=.")
+        command(capsys, f"shards={source}", "out=.")
     assert "out=. is a folder; name a file" in capsys.readouterr().err and not list(tmp_path.iterdir())
-    seen = command(monkeypatch, capsys, f"shards={source}", "out=report.html", "sample=2")
+    seen = command(capsys, f"shards={source}", "out=report.html", "sample=2")
     assert "Alpha is of a sample of" in seen and [path.name for path in tmp_path.iterdir()] == ["report.html"]
     with pytest.raises(SystemExit):
-        command(monkeypatch, capsys, "--help")
+        command(capsys, "--help")
     assert "python -m data_prep.inspect" in capsys.readouterr().out
 
 

@@ -1,30 +1,22 @@
-import sys
 import tracemalloc
 from dataclasses import replace
 
 import numpy as np
 import pytest
-from hydra.core.global_hydra import GlobalHydra
 
 from acetate.data.drawing import FPS
 from acetate.data.shards import MANIFEST, ShardError, index_shards, read_clip, read_manifest
 from acetate.data.synthetic import KINDS, render
-from data_prep import cache_latents, ingest, shard, synthesize
+from data_prep import synthesize
 from data_prep.journal import only_writer
 from data_prep.synthesize import draw
+from tests.compose import called
 
 SETTINGS = {"clips": 16, "frames": 5, "sizes": [16], "seed": 0, "val_fraction": 0.2, "max_clips": 6, "max_bytes": 10**9}
 
 
 def make(out, **settings):
     return synthesize.synthesize(out=out, **(SETTINGS | settings))
-
-
-def run(module, monkeypatch, *arguments):
-    GlobalHydra.instance().clear()
-    monkeypatch.setattr(sys, "argv", [module.__name__, *arguments])
-    module.main()
-    GlobalHydra.instance().clear()
 
 
 def test_kinds_are_balanced_and_both_splits_filled(tmp_path):
@@ -142,7 +134,7 @@ def test_one_run_at_a_time(tmp_path):
 
 def test_command(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    run(synthesize, monkeypatch, "out=shards", "clips=7", "frames=5", "size=[16,24]", "val_fraction=0.3")
+    called("prep synthesize", "out=shards", "clips=7", "frames=5", "size=[16,24]", "val_fraction=0.3")
     assert read_manifest(tmp_path / "shards")["clips"] == 7
     assert "clips to train and" in capsys.readouterr().out
     assert [path.name for path in tmp_path.iterdir()] == ["shards"]  # no log, no .hydra folder
@@ -150,29 +142,7 @@ def test_command(tmp_path, monkeypatch, capsys):
 
 def test_preview_writes_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    run(synthesize, monkeypatch, "out=shards", "clips=1000000", "frames=5", "size=[[16,24]]", "preview=true")
+    called("prep synthesize", "out=shards", "clips=1000000", "frames=5", "size=[[16,24]]", "preview=true")
     text = capsys.readouterr().out
     assert "shape-000006" in text and "1000000 clips: about" in text and "Nothing was written" in text
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize(
-    ("module", "keys"),
-    [
-        (cache_latents, ("variants", "rgba_vae")),
-        (synthesize, ("clips", "seed")),
-        (ingest, ("source", "bad_clip_budget")),
-        (shard, ("manifest", "alpha_low")),
-    ],
-)
-def test_help_and_unknown_keys(module, keys, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as done:
-        run(module, monkeypatch, "--help")
-    assert done.value.code == 0
-    text = capsys.readouterr().out
-    assert f"python -m {module.__name__}" in text and all(key in text for key in keys)
-    with pytest.raises(SystemExit):
-        run(module, monkeypatch, "paint=red")
-    assert "paint is no setting here" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())

@@ -44,7 +44,10 @@ def as_on_gpu(there: bool = True) -> Iterator[None]:
         OmegaConf.register_new_resolver("on_gpu", _on_gpu, replace=True)
 
 
-HOME = Path(__file__).parents[3]  # the clone
+HOME = Path(__file__).parents[3]  # the clone, where there is one
+SHIPPED = (
+    PACKAGE if (PACKAGE := Path(__file__).parents[1]).joinpath("assets").is_dir() else HOME
+)  # configs and the tiny base
 
 
 def root() -> str:
@@ -55,7 +58,7 @@ def root() -> str:
 
 # ${root:}, ${assets:}
 OmegaConf.register_new_resolver("root", root, replace=True, use_cache=True)
-OmegaConf.register_new_resolver("assets", lambda: str(HOME / "assets"), replace=True)
+OmegaConf.register_new_resolver("assets", lambda: str(SHIPPED / "assets"), replace=True)
 
 
 def _no_wandb_key() -> bool:

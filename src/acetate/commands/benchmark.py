@@ -1,4 +1,4 @@
-"""python -m acetate.commands.benchmark [name=value ...]: the speed of a VAE-stage step and of reading clips.
+"""acetate benchmark [name=value ...]: the speed of a VAE-stage step and of reading clips.
 
 `reader` is in benchmark_reader. `step`, a VAE-stage step timed as we run it and as released, is the hard-rendered rgb
 and alpha through the frozen encoder, the merge block, two decoders, L1, and the backward pass to what trains. `ours` is
@@ -31,8 +31,8 @@ from torch.nn.utils import parametrize
 from tqdm import tqdm
 
 from acetate.alpha import harden, over, palette_colors
+from acetate.cli import run
 from acetate.commands.benchmark_reader import ReaderLoad, benchmark_reader, rows_of
-from acetate.commands.program import program
 from acetate.data.shards import write_json
 from acetate.models.adapters import MergedLoRA, trainable_state
 from acetate.models.rgba_vae import RGBAVAE
@@ -272,7 +272,6 @@ def summarise(results: dict[str, Any]) -> dict[str, list[float]]:
     return rows
 
 
-@program("command/benchmark")
 def main(config: DictConfig) -> None:
     if config.out is not None:
         check_out(Path(config.out))
@@ -318,4 +317,4 @@ def print_reader(results: dict[str, Any], load: ReaderLoad) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run("benchmark")

@@ -1,4 +1,4 @@
-"""python -m acetate.commands.cost experiment=NAME [...]: time, communication and data of a run on 1 to 512 GPUs."""
+"""acetate cost experiment=NAME [...]: time, communication and data of a run on 1 to 512 GPUs."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
@@ -12,9 +12,9 @@ from rich.console import Console
 from rich.table import Table
 
 from acetate import memory
+from acetate.cli import run
 from acetate.commands import as_on_gpu
 from acetate.commands.estimate import blank_task, footprint
-from acetate.commands.program import program
 from acetate.cost import Assumptions, Cost, Gpu, Strategy, cost, latent_sample_bytes, payload, trained_groups
 from acetate.data.shards import write_json
 from acetate.models.wan import Geometry
@@ -112,7 +112,6 @@ def check(config: DictConfig) -> None:
         raise ValueError(f"cost.least_scaling={settings.least_scaling}; a share in [0, 1]")
 
 
-@program("command/cost")
 @as_on_gpu()
 def main(config: DictConfig) -> None:
     if config.out is not None:
@@ -169,4 +168,4 @@ def main(config: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run("cost")

@@ -1,4 +1,4 @@
-"""python -m acetate.commands.estimate experiment=NAME [...]: parameters and memory per GPU, before a run is started."""
+"""acetate estimate experiment=NAME [...]: parameters and memory per GPU, before a run is started."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.table import Table
 
 from acetate import memory
+from acetate.cli import run
 from acetate.commands import as_on_gpu
-from acetate.commands.program import program
 from acetate.data.shards import write_json
 from acetate.models.wan import Geometry
 from acetate.replacing import check_out
@@ -106,7 +106,6 @@ def remedies(config: DictConfig, load: memory.Load) -> list[str]:
     return found
 
 
-@program("command/estimate")
 @as_on_gpu()
 def main(config: DictConfig) -> None:
     if config.out is not None:
@@ -136,4 +135,4 @@ def main(config: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run("estimate")

@@ -1,4 +1,4 @@
-"""python -m acetate.commands.evaluate run=outputs/mine: a checkpoint beside what it started from, and the ceiling.
+"""acetate evaluate run=outputs/mine: a checkpoint beside what it started from, and the ceiling.
 
 Of an RGBA-VAE three rows on the same validation clips: the frozen base VAE on the same composites as plain RGB (the
 ceiling), the untrained RGBA-VAE (step 0), and the checkpoint. Of a DoRA two: the base DiT, and the checkpoint.
@@ -16,16 +16,10 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
 
-from acetate.commands.program import program
+from acetate.cli import run
 from acetate.commands.recorded import (
     OF_THE_MACHINE,
-    name_of,
-    quoted,
     recorded_config,
-    recorded_overrides,
-    run_of,
-    value_of,
-    without,
 )
 from acetate.commands.runs import LAST, RECORD, checkpoint_to_resume
 from acetate.data.shards import write_json
@@ -60,25 +54,6 @@ def table(rows: dict[str, dict[str, float]]) -> Table:
         ]
         view.add_row(row, *cells)
     return view
-
-
-def settings_first(given: Sequence[str]) -> list[str]:
-    """What `run=` was started with, and its folder."""
-    source = value_of(given, "run")
-    if source in (None, "null"):
-        return []
-    clashing = [text for text in given if name_of(text) in ("experiment", "name", "resume")]
-    if clashing:
-        raise ValueError(f"run={source} and {clashing[0]} are both given. run= knows the others; leave them out.")
-    run = run_of(str(source))
-    if run is None:
-        raise FileNotFoundError(
-            f"run={source}: no run there that recorded its settings ({RECORD}/config.yaml). Give a run's folder or a "
-            "name's, such as outputs/demo, or experiment=... name=... resume=last."
-        )
-    print(f"run={source}: settings as recorded in {run / RECORD}")
-    # The folder in the place of a name's: what `last` and `best` mean must not change while this runs
-    return [*without(recorded_overrides(run), [*given, "run="]), f"paths.run={quoted(str(run))}"]
 
 
 def checkpoint_of(config: DictConfig) -> str | None:
@@ -156,7 +131,6 @@ def measure(config: DictConfig, checkpoint: str | None) -> dict[str, dict[str, f
     return {row: {name.removeprefix("val/"): value for name, value in values.items()} for row, values in rows.items()}
 
 
-@program("command/evaluate", settings_first)
 def main(config: DictConfig) -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     checkpoint = checkpoint_of(config)
@@ -175,4 +149,4 @@ def main(config: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run("evaluate")

@@ -1,8 +1,8 @@
-"""python -m acetate.commands.export checkpoint=... to=... [name=value ...]: trained weights in others' formats."""
+"""acetate export checkpoint=... to=... [name=value ...]: trained weights in others' formats."""
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -14,9 +14,9 @@ from omegaconf import DictConfig
 from torch import Tensor
 from tqdm import tqdm
 
+from acetate.cli import run
 from acetate.commands import device_of
-from acetate.commands.program import program
-from acetate.commands.recorded import as_trained, run_of, value_of
+from acetate.commands.recorded import run_of
 from acetate.commands.sample import check_models, wan_for
 from acetate.formats.checkpoints import Trained, read_trained
 from acetate.formats.comfyui import native_dora, svd_lora
@@ -274,13 +274,6 @@ def free_folder(folder: Path, facts: Mapping[str, Any]) -> Path:
     raise FileExistsError(f"{folder}: no name is free for a new folder. Give out=.")
 
 
-def settings_first(given: Sequence[str]) -> list[str]:
-    """The base that the run of `checkpoint=` recorded."""
-    checkpoint = value_of(given, "checkpoint")
-    return [] if checkpoint is None else as_trained(checkpoint, "checkpoint", given, {})
-
-
-@program("command/export", settings_first)
 def main(config: DictConfig) -> None:
     for name, known in CHOICES.items():
         if config[name] not in known:
@@ -306,4 +299,4 @@ def main(config: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run("export")

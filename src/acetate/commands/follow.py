@@ -1,4 +1,4 @@
-"""python -m acetate.commands.follow [name=value ...]: does the DiT leave the border empty and follow its guide?"""
+"""acetate follow [name=value ...]: does the DiT leave the border empty and follow its guide?"""
 
 from collections.abc import Sequence
 from itertools import count
@@ -12,10 +12,9 @@ from rich.table import Table
 from torch import Tensor
 
 from acetate import regions
+from acetate.cli import run
 from acetate.commands import device_of
-from acetate.commands.program import program
-from acetate.commands.recorded import as_trained, value_of
-from acetate.commands.sample import SIZE, check_models, embed, load_dit, outputs_of
+from acetate.commands.sample import check_models, embed, load_dit
 from acetate.data import synthetic
 from acetate.data.shards import write_json
 from acetate.draws import generator_for
@@ -77,14 +76,6 @@ def figures(alpha: Tensor, centres: Tensor, space_stride: int) -> dict[str, floa
     }
 
 
-def settings_first(given: Sequence[str]) -> list[str]:
-    """What the run of `dora=` recorded."""
-    dora = value_of(given, "dora") or f"{outputs_of(given)}/demo_dit"
-    size = {name: places for name, places in SIZE.items() if name != "fps"}
-    return [] if dora == "null" else as_trained(dora, "dora", given, {"rgba_vae": ("rgba_vae",), **size})
-
-
-@program("command/follow", settings_first)
 def main(config: DictConfig) -> None:
     if config.out is not None:
         check_out(Path(config.out))
@@ -128,4 +119,4 @@ def main(config: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run("follow")

@@ -148,18 +148,18 @@ def _commands(config: DictConfig) -> dict[str, str]:
     sweep, stage, run = _sweep_folder(), _stage(config), shlex.quote(_short(config.paths.run))
     if sweep is None:
         ranks = os.environ.get("LOCAL_WORLD_SIZE")  # torchrun's
-        start = f"torchrun --nproc-per-node {ranks}" if ranks else "python"
-        lines = {"go on": f"{start} train.py resume={run}"}
+        start = f"torchrun --nproc-per-node {ranks} train.py" if ranks else "acetate train"
+        lines = {"go on": f"{start} resume={run}"}
     else:
         folder = shlex.quote(_short(str(sweep)))
         jobs = _line(_sweep_overrides(sweep), "trainer.max_steps=", "hydra.sweep.dir=")
-        lines = {"go on": f"python train.py -m {jobs} hydra.sweep.dir={folder} resume=auto"}
+        lines = {"go on": f"acetate train -m {jobs} hydra.sweep.dir={folder} resume=auto"}
     if stage in ("vae", "dit"):
-        lines["evaluate"] = f"python -m acetate.commands.evaluate run={run}"
+        lines["evaluate"] = f"acetate evaluate run={run}"
     if stage == "dit":
-        lines["sample"] = f"python -m acetate.commands.sample dora={run} prompt='a ring of fire'"
+        lines["sample"] = f"acetate sample dora={run} prompt='a ring of fire'"
     if stage in ("vae", "dit"):
-        lines["export"] = f"python -m acetate.commands.export checkpoint={run} to=acetate"
+        lines["export"] = f"acetate export checkpoint={run} to=acetate"
     return lines
 
 

@@ -1,34 +1,38 @@
 """How a program starts and how it fails: its command line, its settings, its errors in words."""
 
 import difflib
-import functools
+import importlib
 import os
 import re
 import shutil
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import hydra
 from hydra import compose, initialize_config_dir
+from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.plugins import Plugins
 from hydra.errors import HydraException, InstantiationException
+from hydra.plugins.search_path_plugin import SearchPathPlugin
 from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 import acetate
-from acetate.commands import HOME, as_on_gpu, runs
+from acetate.cli import HELP, Program, conf
+from acetate.commands import HOME, as_on_gpu, inherited, runs
 from acetate.commands.recorded import quoted, run_to_continue, value_of, with_recorded
 from acetate.commands.rules import LITERAL, RULES, check_settings, rule_of, settings_of
 from acetate.settings import SettingError, shown
 
-CONF = str(HOME / "conf")
+CONF = str(conf())
 TRACEBACK = "ACETATE_TRACEBACK"  # environment: 1 shows where an error was raised, too
 IN_WORDS = (ValueError, OSError, RuntimeError, ArithmeticError, ImportError, NotImplementedError)
 
@@ -36,90 +40,97 @@ IN_WORDS = (ValueError, OSError, RuntimeError, ArithmeticError, ImportError, Not
 Overrides = Sequence[str]
 
 
-def program(
-    config_name: str, first: Callable[[Overrides], list[str]] = lambda given: []
-) -> Callable[[Callable[[DictConfig], Any]], Callable[..., Any]]:
-    """Makes main(config) a program with the settings of conf/CONFIG_NAME.yaml, as hydra.main does, and beyond it:
+def start(program: Program, arguments: Overrides) -> Any:
+    """Runs main(config) of a program's module with the settings of its config, as hydra.main does, and beyond it:
 
-    What `first` makes of the command line's overrides comes before them, and theirs win. Prompts
-    and other texts are taken to the letter. A command that goes on with a run starts from the
-    settings that the run recorded. Every setting is checked before anything else is done. An error
-    is one message without a traceback, unless HYDRA_FULL_ERROR=1 or ACETATE_TRACEBACK=1 asks for it
-    or it is a fault of the program. A run that failed before it had trained leaves no folder.
+    A command that is given a run starts from the settings that the run recorded, and its own win. Prompts and other
+    texts are taken to the letter. Every setting is checked before the module is imported. An error is one message
+    without a traceback, unless HYDRA_FULL_ERROR=1 or ACETATE_TRACEBACK=1 asks for it or it is a fault of the
+    program. A run that failed before it had trained leaves no folder. A folder conf/ where the command is started
+    may hold configs of one's own beside those of acetate.
     """
-    name = "train" if config_name == "config" else config_name.rpartition("/")[2]
+    given = list(sys.argv)
+    if set(HELP) & set(arguments):
+        from acetate.commands.help import help_of
 
-    def decorate(main: Callable[[DictConfig], Any]) -> Callable[..., Any]:
-        @functools.wraps(main)
-        def job(config: DictConfig) -> Any:
-            sys.argv = given  # what Lightning starts further processes with, and what loggers note
-            try:
-                with as_on_gpu(False):  # either value keeps the rule, and to ask torch takes seconds
-                    check_settings(name, config)
-                return main(config)
-            except Exception as error:
-                _clear_up()
-                if _traceback_asked():
-                    raise
-                tell(error, config_name, given)
-                if HydraConfig.get().mode == RunMode.RUN:
-                    raise SystemExit(1) from None
-                error.told = True  # type: ignore[attr-defined]
+        return print(help_of(program, [text for text in arguments if not text.startswith("-")]))
+
+    def job(config: DictConfig) -> Any:
+        sys.argv = given  # what Lightning starts further processes with, and what loggers note
+        try:
+            with as_on_gpu(False):  # either value keeps the rule, and to ask torch takes seconds
+                check_settings(program.short, config)
+            return importlib.import_module(program.module).main(config)
+        except Exception as error:
+            _clear_up()
+            if _traceback_asked():
                 raise
-
-        given = list(sys.argv)
-        start = hydra.main(version_base=None, config_path=CONF, config_name=config_name)(job)
-
-        @functools.wraps(main)
-        def run(config: DictConfig | None = None) -> Any:
-            """The program with this process's command line; with a config that is composed already, main alone."""
-            nonlocal given
-            if config is not None:
-                return main(config)
-            given = list(sys.argv)
-            before = os.environ.get("HYDRA_FULL_ERROR", "0")
-            os.environ.setdefault(TRACEBACK, before)  # processes that this one starts are told
-            os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come here, not to Hydra's own printer
-            try:
-                sys.argv = [given[0], *command_line(name, config_name, given[1:], first)]
-                start()
-            except Exception as error:
-                if _traceback_asked():
-                    raise
-                if not getattr(error, "told", False):
-                    tell(error, config_name, given)
+            tell(error, program, arguments)
+            if HydraConfig.get().mode == RunMode.RUN:
                 raise SystemExit(1) from None
-            except KeyboardInterrupt:
-                raise SystemExit(130) from None
-            finally:
-                sys.argv = given
-                os.environ["HYDRA_FULL_ERROR"] = before
-                os.environ.pop(TRACEBACK, None)
+            error.told = True  # type: ignore[attr-defined]
+            raise
 
-        return run
+    before = os.environ.get("HYDRA_FULL_ERROR", "0")
+    os.environ.setdefault(TRACEBACK, before)  # processes that this one starts are told
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come here, not to Hydra's own printer
+    own_configs()
+    try:
+        sys.argv = [given[0], *command_line(program, arguments)]
+        hydra.main(version_base=None, config_path=CONF, config_name=program.config)(job)()
+    except Exception as error:
+        if _traceback_asked():
+            raise
+        if not getattr(error, "told", False):
+            tell(error, program, arguments)
+        raise SystemExit(1) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+    finally:
+        sys.argv = given
+        os.environ["HYDRA_FULL_ERROR"] = before
+        os.environ.pop(TRACEBACK, None)
 
-    return decorate
+
+class OwnConfigs(SearchPathPlugin):
+    """A folder conf/ in the working directory, searched after acetate's own."""
+
+    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+        mine = Path("conf").absolute()
+        if mine.is_dir() and mine != Path(CONF):
+            search_path.append("yours", f"file://{mine}")
+
+
+def own_configs() -> None:
+    """Lets Hydra find a user's configs, and Python the modules beside them that they name."""
+    if OwnConfigs not in Plugins.instance().discover(SearchPathPlugin):
+        Plugins.instance().register(OwnConfigs)
+    if Path("conf").is_dir() and str(Path.cwd()) not in sys.path:
+        sys.path.append(str(Path.cwd()))
 
 
 # The command line
 
 
-def command_line(
-    name: str, config_name: str, arguments: Overrides, first: Callable[[Overrides], list[str]] = lambda given: []
-) -> list[str]:
+def command_line(program: Program, arguments: Overrides) -> list[str]:
     """What Hydra is given for the arguments of a user: for training also its folder, which is made here."""
+    name = program.short
     many = "-m" in arguments or "--multirun" in arguments
     read = [to_the_letter(name, argument, many) for argument in arguments]
     own = [argument for argument in read if not argument.startswith("-")]
     if len(read) - len(own) > many:
         return read  # --help, --cfg, ...
-    read = [*first(own), *read]
+    if program.inherits:
+        read = [*getattr(inherited, program.inherits)(own), *read]
     if name != "train" and value_of(own, "resume") in (None, "null"):
         return read
-    config = composed(config_name, [text for text in own if not many or not _sweeps(text)])
+    config = composed(program.config, [text for text in own if not many or not _sweeps(text)])
     if not many and (run := run_to_continue(config.paths.outputs, config.get("name"), config.resume)):
         read = with_recorded(run, read)
-        read += [] if name == "train" else [f"paths.run={quoted(str(run))}"]
+        if name != "train":
+            read.append(f"paths.run={quoted(str(run))}")
+        elif config.resume != "last" and not str(config.resume).endswith(".ckpt") and value_of(own, "name") is None:
+            return [*read, f"hydra.run.dir={quoted(str(run.absolute()))}"]  # a run's folder: it goes on there
     place = "hydra.sweep.dir" if many else "hydra.run.dir"
     if name != "train" or any(text.startswith(f"{place}=") for text in own):
         return read
@@ -134,13 +145,13 @@ def _sweeps(argument: str) -> bool:
     return OverridesParser.create().parse_override(argument).is_sweep_override()
 
 
-def composed(config_name: str, overrides: Sequence[str]) -> DictConfig:
-    """Also while Hydra runs a program."""
+def composed(config_name: str, overrides: Sequence[str], hydra: bool = False) -> DictConfig:
+    """Also while Hydra runs a program. hydra: with its own settings, too."""
     running = GlobalHydra.instance().hydra
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(CONF, version_base=None):
-            return compose(config_name, [*overrides])
+            return compose(config_name, [*overrides], return_hydra_config=hydra)
     finally:
         GlobalHydra.instance().hydra = running
 
@@ -173,11 +184,11 @@ def to_the_letter(name: str, argument: str, many: bool = False) -> str:
 # Errors
 
 
-def tell(error: BaseException, config_name: str, argv: Sequence[str]) -> None:
+def tell(error: BaseException, program: Program, arguments: Overrides) -> None:
     """Prints what went wrong, with the traceback where no text was meant for users."""
     if not _meant_for_users(error):
         traceback.print_exception(error)
-    print(f"{Path(argv[0]).stem}: {in_words(error, config_name, argv[1:])}", file=sys.stderr, flush=True)
+    print(f"{program.name}: {in_words(error, program.config, arguments)}", file=sys.stderr, flush=True)
 
 
 def in_words(error: BaseException, config_name: str = "config", arguments: Sequence[str] = ()) -> str:

@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
-from safetensors import SafetensorError, safe_open
 
+from acetate.cli import conf
 from acetate.commands import root
 from acetate.commands.runs import RECORD, newest, rank
-from acetate.formats.sharded import is_sharded
+from acetate.formats.layout import is_sharded
 
-CONF = Path(__file__).parents[3] / "conf"
 PLACES = {"shards", "latents", "rgba_vae", "vae", "transformer", "text_encoder", "save_to", "init_from", "weights"}
 # Of `data`: what changes no clip
 OF_THE_MACHINE = (
@@ -177,7 +176,7 @@ def _choice(run: Path) -> str:
 
 def preset_of(base: str) -> str | None:
     """The `wan=` whose weights have the name of a base: a hub name, or the last part of a path."""
-    for file in sorted((CONF / "wan").glob("*.yaml")):
+    for file in sorted((conf() / "wan").glob("*.yaml")):
         sources = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
         if isinstance(sources, dict) and Path(base).name in (
             Path(str(sources[name])).name for name in ("vae", "transformer")
@@ -190,6 +189,8 @@ def metadata(path: Path) -> dict[str, Any]:
     """What an adapter file says of itself; nothing of another file."""
     if path.suffix != ".safetensors" or not path.is_file():
         return {}
+    from safetensors import SafetensorError, safe_open
+
     try:
         with safe_open(path, "pt") as file:
             return {name: json.loads(value) for name, value in (file.metadata() or {}).items()}

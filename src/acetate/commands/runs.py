@@ -13,6 +13,7 @@ from typing import IO
 
 from omegaconf import OmegaConf
 
+from acetate.formats.layout import is_sharded
 from acetate.replacing import standing
 
 log = logging.getLogger(__name__)
@@ -109,8 +110,6 @@ def checkpoint_to_resume(resume: str | None, run: Path) -> str | None:
         raise FileNotFoundError(
             f"resume={resume} does not exist. Give a .ckpt file, `last` for the newest run, or `auto`."
         )
-    from acetate.formats.sharded import is_sharded  # torch, which takes seconds
-
     if given.suffix != ".ckpt" or not (given.is_file() or is_sharded(given)):
         raise ValueError(
             f"resume={resume} is no checkpoint of training. Such is a .ckpt, file or folder of shards; a run's folder "

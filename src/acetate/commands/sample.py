@@ -1,7 +1,6 @@
-"""python -m acetate.commands.sample prompt="..." [name=value ...]: text to RGBA clips in the formats editors open."""
+"""acetate sample prompt="..." [name=value ...]: text to RGBA clips in the formats editors open."""
 
 import json
-import os
 import platform
 import re
 import time
@@ -19,16 +18,12 @@ from tqdm import tqdm
 
 from acetate import regions
 from acetate.callbacks.samples import contact_sheet, save_picture
+from acetate.cli import run
 from acetate.commands import device_of
-from acetate.commands.program import program
 from acetate.commands.recorded import (
-    as_trained,
     metadata,
     preset_of,
-    quoted,
     run_of,
-    value_of,
-    without,
 )
 from acetate.commands.runs import new_folder
 from acetate.data.latents import covering_box
@@ -51,9 +46,6 @@ from acetate.video_out import SUFFIXES, check_formats, write_clip
 
 ON_SHEET = 8  # clips
 OF_THE_CALL = ("prompts", "count", "batch_size", "offload", "device", "out", "overwrite", "settings", "paths")
-SIZE = {
-    name: (f"callbacks.samples.{name}", f"wan.{name}") for name in ("frames", "height", "width", "fps")
-}  # of a run's clips, in its config
 HALF_AXIS = 0.61  # of a Gaussian, at the ends of its half axes
 # What the released t2v.safetensors was trained with; the file itself does not say
 RELEASED = {"mean_shift": 0.05, "ellipse": {"threshold": 0.1, "raster": "opencv", "enlargements": 10}}
@@ -279,44 +271,6 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version()} | {name: version(name) for name in ("acetate", "torch", "diffusers")}
 
 
-def settings_first(given: Sequence[str]) -> list[str]:
-    """What `settings=CLIP.json` holds, then what the run of `dora=`, or of `rgba_vae=`, recorded."""
-    first: list[str] = []
-    file = value_of(given, "settings")
-    if file not in (None, "null"):
-        first = [f"{name}={quoted(value)}" for name, value in read_settings(Path(str(file)).expanduser()).items()]
-        first = without(first, given)
-        given = [*first, *given]
-    dora, vae = value_of(given, "dora"), value_of(given, "rgba_vae")
-    if dora is None:
-        dora = f"{outputs_of(given)}/demo_dit"
-    if dora != "null":
-        return [*as_trained(dora, "dora", given, {"rgba_vae": ("rgba_vae",), **SIZE}), *first]
-    if vae is not None and not vae.startswith("["):
-        return [*as_trained(vae, "rgba_vae", given, {}), *first]
-    return first
-
-
-def outputs_of(given: Sequence[str]) -> str:
-    """`paths.outputs`, before it is composed."""
-    return value_of(given, "paths.outputs") or f"{os.environ.get('ACETATE_ROOT', '.')}/outputs"
-
-
-def read_settings(path: Path) -> dict[str, Any]:
-    """Of the clip that this JSON stands beside. Raises FileNotFoundError and ValueError."""
-    if not path.is_file():
-        raise FileNotFoundError(f"settings={path} does not exist; it is the .json beside a sampled clip.")
-    try:
-        held = json.loads(path.read_text())
-        settings = {name: value for name, value in held.items() if name != "made_with"}
-    except (ValueError, AttributeError, RecursionError) as error:
-        raise ValueError(f"settings={path} is no JSON of a sampled clip ({error}). Give another one.") from error
-    if not {"prompt", "seed", "frames", "height", "width", "steps"} <= settings.keys():
-        raise ValueError(f"settings={path} has no prompt, seed, frames, ...: it is not the JSON of a sampled clip.")
-    return settings
-
-
-@program("command/sample", settings_first)
 def main(config: DictConfig) -> None:
     check_settings(config)
     prompts, solver = read_prompts(config), solver_of(config)
@@ -397,4 +351,4 @@ def title_of(config: DictConfig, solver: Solver) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    run("sample")

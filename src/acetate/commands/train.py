@@ -18,7 +18,7 @@ from acetate.formats.checkpoints import step_of
 from acetate.formats.starting import read_start
 
 
-def train(config: DictConfig) -> float | None:
+def main(config: DictConfig) -> float | None:
     """Trains, and returns the value of the metric `objective` at the last validation, None where there was none."""
     lightning.seed_everything(config.seed, workers=True, verbose=False)
     run = Path(config.paths.run)
@@ -57,7 +57,7 @@ def _in_a_sweep(resume: str | None) -> str | None:
 
 def _is_over(config: DictConfig, run: Path, checkpoint: str) -> bool:
     """Whether there is nothing left to train: so in a sweep, which goes on with its next job; else SystemExit."""
-    own = Path(checkpoint).parents[1] == run
+    own = Path(checkpoint).resolve().parents[1] == run.resolve()
     step = step_of(Path(checkpoint))
     if step < config.trainer.max_steps or (own and not (run / FINISHED).exists()):
         return False

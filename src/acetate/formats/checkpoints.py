@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from acetate.formats.sharded import REST, is_sharded, read_sharded
+from acetate.formats.layout import is_sharded
+from acetate.formats.sharded import REST, read_sharded
 from acetate.formats.trained import check_facts, check_trained
 from acetate.models.adapters import ADAPTER_SCHEMA, best_of, listed, place_and_which, read_adapter_file
 from acetate.models.weights import load_data

@@ -23,6 +23,7 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from torch.distributed.tensor import DTensor
 from torch.serialization import _get_layout
 
+from acetate.formats.layout import INDEX, REST
 from acetate.models.adapters import listed
 from acetate.models.sharding import shard_like
 from acetate.models.weights import load_data, reason
@@ -30,12 +31,7 @@ from acetate.replacing import rename_over, unwritten
 
 UNREADABLE = (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, AttributeError, KeyError, IndexError,
               TypeError)  # fmt: skip
-INDEX, REST = ".metadata", "meta.pt"  # where tensors lie; all that is no tensor of the model or an optimizer
 Like = Callable[[str], Tensor | None]  # name in the index -> the tensor in whose manner it is sharded
-
-
-def is_sharded(path: Path) -> bool:
-    return (path / INDEX).is_file()
 
 
 def write_sharded(checkpoint: dict[str, Any], folder: Path) -> None:

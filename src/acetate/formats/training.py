@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from acetate.formats.checkpoints import read_whole
-from acetate.formats.sharded import Like, is_sharded, read_sharded, shard_whole, write_sharded
+from acetate.formats.layout import is_sharded
+from acetate.formats.sharded import Like, read_sharded, shard_whole, write_sharded
 from acetate.replacing import rename_over, unwritten
 
 

@@ -1,0 +1,5 @@
+"""`python -m acetate` is `acetate`."""
+
+from acetate.cli import main
+
+main()

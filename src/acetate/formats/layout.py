@@ -1,0 +1,10 @@
+"""Where things lie in a checkpoint that is a folder of shards."""
+
+from pathlib import Path
+
+INDEX, REST = ".metadata", "meta.pt"  # which tensor lies where; all that is no tensor
+
+
+def is_sharded(path: Path) -> bool:
+    """Whether the folder holds a whole checkpoint of shards."""
+    return (path / INDEX).is_file()

@@ -1,0 +1,140 @@
+"""The command `acetate` as a user meets it: its help, its errors, a shell's completion, one's own configs."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from acetate.cli import PROGRAMS, completions, conf, main
+from acetate.commands.help import read
+from tests.paths import ROOT
+
+ACETATE = Path(sys.executable).with_name("acetate")
+HEAVY = ("torch", "lightning", "diffusers", "transformers", "numpy", "hydra")
+
+
+def printed(capsys, *arguments):
+    main(arguments)
+    return capsys.readouterr().out
+
+
+def test_help_lists_the_commands_and_imports_nothing_heavy():
+    code = (
+        "import sys; from acetate.cli import main; main(['--help']); "
+        f"print('heavy', [name for name in {HEAVY} if name in sys.modules])"
+    )
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert said.endswith("heavy []\n")
+    for name, program in PROGRAMS.items():
+        assert f"  {name:20} {program.line}\n" in said
+    assert max(map(len, said.splitlines())) <= 100
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_help_of_a_command_has_its_settings_with_comments(name, capsys):
+    text = printed(capsys, *name.split(), "--help")
+    assert text.startswith(f"acetate {name} ")
+    assert max(map(len, text.splitlines())) <= 100
+    for path, value, comment in read(conf() / f"{PROGRAMS[name].config}.yaml").settings:
+        if value and path and name != "train":
+            assert f"  {path}={value}" in text
+            assert comment, f"{path} has no comment"
+
+
+def test_help_needs_no_torch():
+    code = "import sys; from acetate.cli import main; main(['sample', '--help']); print('torch' in sys.modules)"
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert said.endswith("False\n")
+
+
+def test_a_wrong_setting_is_told_before_torch_is_imported(tmp_path):
+    code = (
+        "import sys\n"
+        "from acetate.cli import main\n"
+        "try:\n    main(['sample', 'prompt=x', 'frames=6', 'dora=null'])\n"
+        "finally:\n    print('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.startswith("sample: frames=6: must be one of 1, 5, 9")
+    assert done.stdout.endswith("False\n")
+
+
+def test_help_of_training_shows_the_chosen_experiment(capsys):
+    text = printed(capsys, "train", "--help", "experiment=dit_dora")
+    assert "task.mean_shift=1.0" in text and "Settings of experiment=dit_dora" in text
+    assert "experiment=vae_rgba_wan21" in text and "  wan " in text
+    assert "task.rank=7" in printed(capsys, "train", "--help", "experiment=dit_dora", "task.rank=7")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["smaple"],
+            "acetate: there is no command 'smaple'; the nearest is acetate sample. acetate --help lists them.",
+        ),
+        (["prep", "sharb"], "the nearest is acetate prep shard"),
+        (["shard"], "the nearest is acetate prep shard"),
+        (["experiment=vae_rgba"], "as in acetate train experiment=vae_rgba"),
+    ],
+)
+def test_an_unknown_command_names_the_nearest(arguments, message):
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert message in str(stop.value)
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_an_unknown_setting_is_one_line_and_nothing_is_written(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        main([*name.split(), "sede=1"])
+    assert stop.value.code == 1
+    said = capsys.readouterr().err
+    assert said.startswith(f"{name}: sede is no setting here") and said.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_shell_completes_commands_settings_and_options():
+    assert completions("acetate pre") == ["prep"]
+    assert completions("acetate prep s") == ["shard", "synthesize"]
+    assert completions("acetate sample gui") == ["guidance=", "guide="]
+    assert "vae_rgba" in completions("acetate train experiment=vae")
+    assert completions("acetate train exp") == ["experiment="]
+
+
+MINE = """\
+# @package _global_
+# A try.
+defaults: [vae_rgba]
+name: mine
+task: {lr: 0.125}
+callbacks: {mine: {_target_: mine.Count}}
+"""
+COUNT = "from lightning import Callback\n\n\nclass Count(Callback):\n    on_fit_start = print\n"
+
+
+@pytest.mark.slow
+def test_the_installed_command_takes_configs_of_ones_own(tmp_path):
+    """Those in conf/ where it is started, beside acetate's, and the modules there."""
+
+    def said(*arguments):
+        done = subprocess.run([ACETATE, "train", *arguments], cwd=tmp_path, capture_output=True, text=True)
+        return done.returncode, done.stdout, done.stderr
+
+    (tmp_path / "conf/experiment").mkdir(parents=True)
+    (tmp_path / "conf/experiment/mine.yaml").write_text(MINE)
+    (tmp_path / "mine.py").write_text(COUNT)
+    code, out, err = said("experiment=mine", "--cfg", "job")
+    assert code == 0, err
+    assert "lr: 0.125" in out and "mine.Count" in out
+    assert "experiment=mine" in said("--help")[1] and "A try." in said("--help")[1]
+    code, _, err = said("experiment=mine", "data.shards=none")
+    assert code == 1 and "none does not exist" in err
+
+
+def test_train_py_is_the_same_command():
+    said = subprocess.run([sys.executable, "train.py", "--help"], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert said.stdout.startswith("acetate train experiment=NAME")
