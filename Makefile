@@ -23,19 +23,19 @@ setup: .venv/.complete ## virtual environment with the locked packages
 	@touch $@
 
 demo: setup ## all the way on procedural clips: RGBA-VAE, cached latents, DoRA, four sampled clips (minutes on 2 cores)
-	$(RUN) -m data_prep.synthesize out=data/demo clips=280 frames=9 size=48 replace=true
-	$(RUN) train.py experiment=vae_rgba name=demo trainer.max_steps=800 trainer.val_check_interval=400
-	$(RUN) -m acetate.commands.evaluate run=outputs/demo
-	$(RUN) -m data_prep.cache_latents shards=data/demo out=data/demo_latents rgba_vae=outputs/demo smallest=0.45 replace=true
-	$(RUN) train.py experiment=dit_dora name=demo_dit trainer.max_steps=500 trainer.val_check_interval=500
-	$(RUN) -m acetate.commands.sample prompts=data_prep/demo_prompts.txt out=outputs/demo_samples overwrite=true guide.centre=[0.5,0.5] \
+	$(BIN)/acetate prep synthesize out=data/demo clips=280 frames=9 size=48 replace=true
+	$(BIN)/acetate train experiment=vae_rgba name=demo trainer.max_steps=800 trainer.val_check_interval=400
+	$(BIN)/acetate evaluate run=outputs/demo
+	$(BIN)/acetate prep cache_latents shards=data/demo out=data/demo_latents rgba_vae=outputs/demo smallest=0.45 replace=true
+	$(BIN)/acetate train experiment=dit_dora name=demo_dit trainer.max_steps=500 trainer.val_check_interval=500
+	$(BIN)/acetate sample prompts=data_prep/demo_prompts.txt out=outputs/demo_samples overwrite=true guide.centre=[0.5,0.5] \
 		guide.axes=[0.6,0.6] steps=30 guidance=3
 
 train-vae: setup ## the RGBA-VAE on your shards: make train-vae ARGS="data.shards=data/mine trainer.max_steps=5000"
-	$(RUN) train.py experiment=vae_rgba $(ARGS)
+	$(BIN)/acetate train experiment=vae_rgba $(ARGS)
 
 train-dit: setup ## DoRA on cached latents: make train-dit ARGS="data.latents=data/mine_latents rgba_vae=outputs/mine"
-	$(RUN) train.py experiment=dit_dora $(ARGS)
+	$(BIN)/acetate train experiment=dit_dora $(ARGS)
 
 lint: setup ## format, lint, types
 	$(BIN)/ruff format --check .
@@ -52,7 +52,7 @@ pages: setup ## the commands of README.md and docs/, as written, in a fresh copy
 	$(RUN) -m pytest tests/test_documentation.py
 
 bench: setup ## one VAE-stage step at full width against the released way, and reading clips against plain decoding
-	$(RUN) -m acetate.commands.benchmark $(ARGS)
+	$(BIN)/acetate benchmark $(ARGS)
 
 clean: ## remove what runs wrote: outputs, multirun, demo shards
 	rm -rf outputs multirun data/demo data/demo_latents

@@ -161,7 +161,7 @@ def said_of_names(prompts: Sequence[str]) -> str | None:
     return (
         f"{len(found)} of {len(prompts)} prompts are made of file names ({examples}), which a DiT learns nothing from: "
         "write NAME.txt beside the files or a column prompt into a table, or caption the shards "
-        "(python -m data_prep.caption, with captioner= or prompts=)"
+        "(acetate prep caption, with captioner= or prompts=)"
     )
 
 

@@ -228,7 +228,7 @@ def measure(line: Found) -> dict[str, Any]:
 def read_lines(manifest: Path) -> list[Found]:
     """Lines of data_prep.ingest; ValueError names the line that is none."""
     if not manifest.is_file():
-        raise FileNotFoundError(f"manifest={manifest} does not exist; `python -m data_prep.ingest` writes one.")
+        raise FileNotFoundError(f"manifest={manifest} does not exist; `acetate prep ingest` writes one.")
     lines = []
     with open(manifest, "rb") as file:  # bytes end at \n only; prompts may hold Unicode's other line ends
         for number, text in enumerate(file, start=1):

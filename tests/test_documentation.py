@@ -27,11 +27,11 @@ PAGES = sorted(
 NEEDS = {"gpu", "cluster", "cloud", "model"}
 # What makes each program short, by its name
 SHORTER = {
-    "train.py": ["data.num_workers=0", "data.val_clips=2"],
-    "acetate.commands.evaluate": ["data.num_workers=0", "data.val_clips=2"],
-    "acetate.commands.sample": ["steps=2"],
-    "acetate.commands.follow": ["count=3", "steps=2"],
-    "data_prep.synthesize": ["clips=12", "frames=9", "size=48", "workers=0"],
+    "train": ["data.num_workers=0", "data.val_clips=2"],
+    "evaluate": ["data.num_workers=0", "data.val_clips=2"],
+    "sample": ["steps=2"],
+    "follow": ["count=3", "steps=2"],
+    "synthesize": ["clips=12", "frames=9", "size=48", "workers=0"],
 }
 
 
@@ -43,17 +43,20 @@ def blocks(page: str) -> Iterator[tuple[str, list[str]]]:
 
 
 def program_of(line: str) -> str:
-    """`train.py`, `data_prep.shard`, ..., or the first word of a line that is no program of ours."""
+    """`train`, `shard`, ..., or the first word of a line that is no command of ours."""
     words = shlex.split(line)
-    return next(
-        (word for word in words if re.fullmatch(r"train\.py|(acetate\.commands|data_prep)\.\w+", word)), words[0]
-    )
+    for place, word in enumerate(words):
+        if word == "train.py":
+            return "train"
+        if word.endswith("acetate") and place + 1 < len(words):
+            return words[place + 2] if words[place + 1] == "prep" else words[place + 1]
+    return words[0]
 
 
 def shortened(line: str, resumed: int = 0) -> str:
     """With settings appended. resumed: how many lines have gone on with a run; each ends a step later."""
     more = list(SHORTER.get(program_of(line), []))
-    if program_of(line) == "train.py":
+    if program_of(line) == "train":
         more += [f"trainer.max_steps={2 + resumed}", f"trainer.val_check_interval={2 + resumed}"]
         more += ["callbacks.samples.solver.steps=2"] if "dit_dora" in line else []
     return " ".join([line, *more])
@@ -93,7 +96,7 @@ def clone(tmp_path_factory) -> Clone:
     clone = Clone(tmp_path_factory.mktemp("fresh") / "acetate")
     recipe = subprocess.run(["make", "-n", "demo"], cwd=clone.folder, capture_output=True, text=True, check=True)
     lines = [
-        line for line in recipe.stdout.replace("\\\n", " ").splitlines() if line.startswith((".venv/bin/python", "rm"))
+        line for line in recipe.stdout.replace("\\\n", " ").splitlines() if line.startswith(".venv/bin/acetate")
     ]
     assert len(lines) >= 6
     for line in lines:

@@ -36,8 +36,8 @@ SHARDS = ',\n "shards": '  # the last thing in the manifest of a folder of clips
 LONGEST_KEY = 80  # bytes of UTF-8: a tar's plain header holds 100 of a member's name
 SHA256 = re.compile(r"[0-9a-f]{64}")
 HOW_TO_MAKE = {
-    "clips": "`python -m data_prep.synthesize` and `python -m data_prep.shard` make clip shards.",
-    "latents": "`python -m data_prep.cache_latents` makes latent shards.",
+    "clips": "`acetate prep synthesize` and `acetate prep shard` make clip shards.",
+    "latents": "`acetate prep cache_latents` makes latent shards.",
 }
 
 Kind = Literal["rgba.mkv", "rgba.png"]
