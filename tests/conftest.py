@@ -15,6 +15,8 @@ from torch import nn
 from data_prep.synthesize import synthesize
 from tests.paths import ROOT
 
+TINY = str(ROOT / "assets/wan-tiny")
+
 torch.set_num_threads(1)
 os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"  # gRPC, which no emulator speaks; read when gcsfs is imported
 
@@ -192,3 +194,26 @@ def small_disk():
     yield
     resource.setrlimit(resource.RLIMIT_FSIZE, before)
     signal.signal(signal.SIGXFSZ, handler)
+
+
+@pytest.fixture(scope="session")
+def dora(cached, tmp_path_factory):
+    """An adapter file as experiment=dit_dora writes it, with random adapters."""
+    from acetate.formats.rgba_vae import load_rgba_vae
+    from acetate.models.adapters import ADAPTER_SCHEMA, trainable_state
+    from acetate.models.dit import add_dora
+    from acetate.models.loading import load_transformer, transformer_sha256
+    from acetate.models.text import TextEncoder
+
+    transformer = load_transformer(TINY)
+    facts = {"schema": ADAPTER_SCHEMA, "kind": "dit_dora", "base": TINY, "rank": 2, "alpha": 2, "mean_shift": 0.5,
+             "transformer_sha256": transformer_sha256(transformer),
+             "vae_sha256": load_rgba_vae(vae=TINY, adapters=str(cached[1])).latents_sha256(),
+             "text_encoder_sha256": TextEncoder(TINY, 64).sha256(), "ellipse": {"threshold": 0.1}}  # fmt: skip
+    add_dora(transformer, 2, 2)
+    for parameter in trainable_state(transformer).values():
+        torch.nn.init.normal_(parameter, std=0.1)
+    state = {f"transformer.{name}": value.detach().contiguous() for name, value in trainable_state(transformer).items()}
+    path = tmp_path_factory.mktemp("dora") / "last.safetensors"
+    save_file(state, path, {name: json.dumps(value) for name, value in facts.items()})
+    return path

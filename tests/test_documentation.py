@@ -95,9 +95,7 @@ def clone(tmp_path_factory) -> Clone:
     """After the lines of `make demo`, shortened, and with clips of a user's own in FOLDER."""
     clone = Clone(tmp_path_factory.mktemp("fresh") / "acetate")
     recipe = subprocess.run(["make", "-n", "demo"], cwd=clone.folder, capture_output=True, text=True, check=True)
-    lines = [
-        line for line in recipe.stdout.replace("\\\n", " ").splitlines() if line.startswith(".venv/bin/acetate")
-    ]
+    lines = [line for line in recipe.stdout.replace("\\\n", " ").splitlines() if line.startswith(".venv/bin/acetate")]
     assert len(lines) >= 6
     for line in lines:
         clone.run(shortened(line))

@@ -22,12 +22,13 @@ LAYERS = (
         "steps",
         "redaction",
         "console",
+        "clips",
         "settings",
     },
     {"models", "losses", "metrics", "data"},
-    {"tasks", "sampling", "formats", "memory", "cost"},
+    {"tasks", "sampling", "formats", "guides", "memory", "cost"},
     {"callbacks"},
-    {"cli", "commands", "data_prep", "train", "__main__"},
+    {"acetate", "cli", "commands", "pipeline", "data_prep", "train", "__main__"},
 )
 RANK = {room: rank for rank, rooms in enumerate(LAYERS) for room in rooms}
 SIBLINGS_APART = LAYERS[1]  # may import the first layer and themselves, never each other

@@ -1,4 +1,4 @@
-"""Prompt -> latents -> RGBA clip: flow solvers, guidance, mean shift, and decoding in pieces."""
+"""Noise -> latents -> RGBA clip: flow solvers, guidance, mean shift, and decoding in pieces."""
 
 import warnings
 from collections.abc import Iterator, Sequence
@@ -144,3 +144,35 @@ def decode(vae: RGBADecoders, latents: Tensor, clips_at_once: int = 1) -> Iterat
     for part in latents.split(clips_at_once):
         rgb, alpha = vae.decode(vae.denormalise(part.float()))
         yield from zip(rgb.float().cpu(), one_channel(alpha.float()).cpu(), strict=True)
+
+
+def sample_clips(
+    transformer: WanTransformer3DModel,
+    vae: RGBADecoders,
+    context: Tensor,
+    negative: Tensor,
+    *,
+    seeds: Sequence[int],
+    size: tuple[int, int, int],
+    guide: Tensor | None,
+    mean_shift: float,
+    solver: Solver,
+    device: torch.device | str,
+    offload: bool = False,
+    progress: bool = True,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """rgb (3, T, H, W) and alpha (1, T, H, W) of every seed, on the CPU.
+
+    context (B, L, D), negative (1, L, D): of the prompts. size: frames, height, width in pixels. guide: G in [0, 1],
+    (1 or B, 1, F, h, w). offload: only the model at work is on the device, both wait on the CPU.
+    """
+    noise = initial_noise(seeds, vae.geometry.latent_shape(*size), guide, mean_shift, device)
+    if offload:
+        vae.cpu()
+        transformer.to(device)
+    latents = sample_latents(transformer, noise, context.to(device), negative.to(device), solver, progress)
+    if offload:
+        transformer.cpu()
+    yield from decode(vae.to(device), latents)
+    if offload:
+        vae.cpu()

@@ -14,7 +14,6 @@ from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
 from acetate.commands.export import main
-from acetate.commands.sample import put_dora
 from acetate.formats.few_step import merge_few_step
 from acetate.formats.names import dit_name, original_dit_name, original_vae_name, vae_name
 from acetate.formats.rgba_vae import load_rgba_vae
@@ -24,6 +23,7 @@ from acetate.models.dit import add_dora, velocity
 from acetate.models.loading import load_transformer, load_vae, transformer_sha256
 from acetate.models.rgba_vae import RGBAVAE
 from acetate.models.text import TextEncoder
+from acetate.pipeline import put_dora
 from acetate.sampling import Solver, sample_latents
 from tests.compose import composed
 from tests.paths import ROOT

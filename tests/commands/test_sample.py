@@ -11,47 +11,26 @@ from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
 from acetate.commands.sample import (
-    check_models,
     check_settings,
     file_name,
     folder_for,
-    guide_ellipses,
-    guide_mask,
-    load_dit,
+    guide_from,
     mended,
     read_prompts,
     sheet_name,
 )
-from acetate.formats.rgba_vae import load_rgba_vae
-from acetate.models.adapters import ADAPTER_SCHEMA, trainable_state
+from acetate.guides import ClipGuide
 from acetate.models.dit import add_dora, merge_dora
-from acetate.models.loading import load_transformer, load_vae, transformer_sha256
-from acetate.models.rgba_vae import RGBAVAE, RGBADecoders
-from acetate.models.text import TextEncoder
-from acetate.models.wan import Geometry
+from acetate.models.loading import load_transformer, load_vae
+from acetate.models.rgba_vae import RGBAVAE
+from acetate.pipeline import load_dit
+from acetate.sampling import EllipsePath
 from acetate.video_io import read_rgba
 from tests.original import original_transformer_state, wan_alpha_state
 from tests.paths import ROOT
 from tests.processes import program
 
 BASE = str(ROOT / "assets/wan-tiny")
-
-
-@pytest.fixture(scope="module")
-def dora(cached, tmp_path_factory):
-    """An adapter file as experiment=dit_dora writes it, with random adapters."""
-    transformer = load_transformer(BASE)
-    facts = {"schema": ADAPTER_SCHEMA, "kind": "dit_dora", "base": BASE, "rank": 2, "alpha": 2, "mean_shift": 0.5,
-             "transformer_sha256": transformer_sha256(transformer),
-             "vae_sha256": load_rgba_vae(vae=BASE, adapters=str(cached[1])).latents_sha256(),
-             "text_encoder_sha256": TextEncoder(BASE, 64).sha256(), "ellipse": {"threshold": 0.1}}  # fmt: skip
-    add_dora(transformer, 2, 2)
-    for parameter in trainable_state(transformer).values():
-        torch.nn.init.normal_(parameter, std=0.1)
-    state = {f"transformer.{name}": value.detach().contiguous() for name, value in trainable_state(transformer).items()}
-    path = tmp_path_factory.mktemp("dora") / "last.safetensors"
-    save_file(state, path, {name: json.dumps(value) for name, value in facts.items()})
-    return path
 
 
 def config_for(*overrides):
@@ -228,34 +207,6 @@ def test_few_step_files(tmp_path):
     assert_close(change, torch.full((128, 128), 2.0), rtol=0, atol=1e-5)
 
 
-def test_mask_as_guide(tmp_path, make_vae):
-    geometry = Geometry.of(make_vae("wan21"))
-    size = ["frames=5", "height=32", "width=48"]
-    drawn = guide_mask(config_for(*size, "guide.centre=[0.5,0.25]"), geometry, {})
-    assert drawn.shape == (1, 1, 2, 4, 6)
-    torch.save(drawn[0, 0], tmp_path / "gauss_mask")
-    read = guide_mask(config_for(*size, f"guide.mask={tmp_path}/gauss_mask"), geometry, {})
-    assert_close(read, drawn, rtol=0, atol=0)
-    assert guide_mask(config_for(*size), geometry, {}) is None
-    with pytest.raises(ValueError, match=r"guide\.mask and guide\.centre are both given"):
-        guide_mask(config_for(*size, f"guide.mask={tmp_path}/gauss_mask", "guide.centre=[0.5,0.25]"), geometry, {})
-    with pytest.raises(ValueError, match=r"has 2 frames, this clip 3 latent frames"):
-        guide_mask(config_for("frames=9", *size[1:], f"guide.mask={tmp_path}/gauss_mask"), geometry, {})
-
-
-def test_models_that_the_dora_was_trained_with(make_vae):
-    vae = RGBAVAE(vae=make_vae("tiny"), merge_init="scratch", lora_rank=1, lora_alpha=1.0)
-    facts = {"vae_sha256": vae.latents_sha256(), "text_encoder_sha256": "t"}
-    check_models(facts, vae, "t")
-    with pytest.raises(ValueError, match="The DoRA's vae_sha256 is 1234"):
-        check_models(facts | {"vae_sha256": "1234"}, vae, "t")
-    decoders = RGBADecoders(rgb=make_vae("tiny"), alpha=make_vae("tiny"))
-    with pytest.warns(UserWarning, match="holds decoders only, which do not say"):
-        check_models(facts, decoders, "t")
-    with pytest.raises(ValueError, match="The DoRA's text_encoder_sha256"):
-        check_models({"text_encoder_sha256": "t"}, decoders, "u")
-
-
 @pytest.mark.slow
 def test_samples_with_released_files(tmp_path):
     """The VAE checkpoint, its decoder.bin, t2v.safetensors, a few-step LoRA and a Gaussian mask, all as released."""
@@ -277,21 +228,14 @@ def test_samples_with_released_files(tmp_path):
     assert (clips[0] == clips[1]).all()
 
 
-def test_guides(tmp_path, make_vae):
-    geometry = Geometry.of(make_vae("wan21"))
-    size = ["frames=5", "height=32", "width=32"]
-    assert guide_ellipses(config_for(*size), geometry, {}) is None
-    drawn = guide_ellipses(config_for(*size, "guide.centre=[0.5,0.25]"), geometry, {})
-    assert drawn.shape == (1, 2, 5)
-    assert_close(drawn[0, :, :2], torch.tensor([[1.5, 0.5]] * 2, dtype=torch.float64))
-    import numpy as np
-    from PIL import Image
-
-    picture = np.zeros((32, 32, 4), np.uint8)
-    picture[:16, 16:] = 255
-    Image.fromarray(picture).save(tmp_path / "alpha.png")
-    fitted = guide_ellipses(config_for(*size, f"guide.clip={tmp_path}/alpha.png"), geometry, {"threshold": 0.1})
-    assert_close(fitted[0, :, :2], torch.tensor([[2.5, 0.5]] * 2, dtype=torch.float64))
+def test_guides_of_settings(tmp_path):
+    assert guide_from(config_for().guide) is None
+    drawn = guide_from(config_for("guide.centre=[0.5,0.25]", "guide.end_angle=30").guide)
+    assert drawn == EllipsePath(centre=(0.5, 0.25), end_angle=30)
+    assert guide_from(config_for("guide.clip=a.webm").guide) == ClipGuide(Path("a.webm"))
+    for one in ("mask", "clip"):
+        with pytest.raises(ValueError, match=rf"guide\.{one} and guide\.centre are both given"):
+            guide_from(config_for(f"guide.{one}=x", "guide.centre=[0.5,0.25]").guide)
 
 
 def test_prompts(tmp_path):

@@ -15,7 +15,7 @@ from torch import Tensor
 from acetate import regions
 from acetate.alpha import checkerboard, over
 from acetate.callbacks.panels import GAP, Sheet, tile_size
-from acetate.sampling import EllipsePath, Solver, decode, initial_noise, sample_latents
+from acetate.sampling import EllipsePath, Solver, sample_clips
 from acetate.video_out import write_clip
 
 FRAMES_SHOWN = 4
@@ -132,24 +132,27 @@ class Samples(Callback):
             self._write(trainer, clips)
 
     def _sample(self, pl_module: LightningModule) -> list[tuple[str, Tensor, Tensor]]:
-        shape, device = self.vae.geometry.latent_shape(*self.size), pl_module.device
-        shift = pl_module.mean_shift
-        ellipses = None if self.guide is None or not shift else self.guide.ellipses(*shape[1:])
-        guide = None if ellipses is None else regions.gaussian(ellipses, *shape[2:])
-        self.outline = None if ellipses is None else regions.outlines(ellipses[0], *shape[2:], self.size[0])
+        grid, device = self.vae.geometry.latent_shape(*self.size)[1:], pl_module.device
+        shift: Any = pl_module.mean_shift
+        ellipses = None if self.guide is None or not shift else self.guide.ellipses(*grid)
+        guide = None if ellipses is None else regions.gaussian(ellipses, *grid[1:])
+        self.outline = None if ellipses is None else regions.outlines(ellipses[0], *grid[1:], self.size[0])
         clips = []
         for index, prompt in enumerate(self.shown):  # one at a time: training holds most of the memory
-            noise = initial_noise([self.seed + index], shape, guide, shift, device)  # type: ignore[arg-type]
-            context = self.context[index : index + 1].to(device)
-            latents = sample_latents(
+            made = sample_clips(
                 pl_module.transformer,  # type: ignore[arg-type]
-                noise,
-                context,
-                self.negative.to(device),
-                self.solver,
+                self.vae,
+                self.context[index : index + 1],
+                self.negative,
+                seeds=[self.seed + index],
+                size=self.size,
+                guide=guide,
+                mean_shift=shift,
+                solver=self.solver,
+                device=device,
                 progress=False,
             )
-            clips += [(prompt, *clip) for clip in decode(self.vae.to(device), latents)]
+            clips += [(prompt, *clip) for clip in made]
             self.vae.cpu()
         if device.type == "cuda":
             torch.cuda.empty_cache()

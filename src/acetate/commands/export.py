@@ -17,7 +17,6 @@ from tqdm import tqdm
 from acetate.cli import run
 from acetate.commands import device_of
 from acetate.commands.recorded import run_of
-from acetate.commands.sample import check_models, wan_for
 from acetate.formats.checkpoints import Trained, read_trained
 from acetate.formats.comfyui import native_dora, svd_lora
 from acetate.formats.exported import MARK, check_replaceable, write_export
@@ -30,6 +29,7 @@ from acetate.models.loading import load_transformer, load_vae, transformer_sha25
 from acetate.models.rgba_vae import RGBAVAE
 from acetate.models.text import TextEncoder
 from acetate.models.wan import merged_vae
+from acetate.pipeline import check_models, wan_for
 from acetate.replacing import write_tensors
 from acetate.sampling import Solver
 

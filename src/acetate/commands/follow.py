@@ -11,17 +11,14 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from acetate import regions
 from acetate.cli import run
-from acetate.commands import device_of
-from acetate.commands.sample import check_models, embed, load_dit
 from acetate.data import synthetic
 from acetate.data.shards import write_json
 from acetate.draws import generator_for
-from acetate.formats.rgba_vae import load_rgba_vae
 from acetate.metrics.alpha import border_mean, centre_of_mass, highest_cell
+from acetate.pipeline import RGBAPipeline
 from acetate.replacing import check_out
-from acetate.sampling import EllipsePath, Solver, check_size, decode, initial_noise, sample_latents
+from acetate.sampling import EllipsePath
 
 BORDER, SUBJECT = 0.1, 0.8  # alpha: at most on the border, at least in some cell
 
@@ -81,36 +78,14 @@ def main(config: DictConfig) -> None:
         check_out(Path(config.out))
     if config.count < 3:
         raise ValueError(f"count={config.count}; a correlation needs at least 3 clips.")
-    device = device_of(config)
-    vae = load_rgba_vae(vae=config.wan.vae, adapters=config.rgba_vae, frozen_dtype=config.wan.dtype).to(device)
+    pipeline = RGBAPipeline(config)
     paths = random_paths(config.count, config.seed)
-    clips = held_out(paths, config.frames, config.height, config.width, vae.geometry.space_stride)
-    context, negative, text_sha256 = embed(config, [*(clip.prompt for clip in clips), ""], device)
-    transformer, facts = load_dit(config, device)
-    check_size(config.frames, config.height, config.width, vae.geometry, transformer.config.patch_size)
-    check_models(facts, vae, text_sha256)
-    mean_shift = facts.get("mean_shift", 0.0) if config.mean_shift is None else config.mean_shift
-    shape = vae.geometry.latent_shape(config.frames, config.height, config.width)
-    guides = regions.gaussian(torch.cat([path.ellipses(*shape[1:]) for path in paths]), *shape[2:])
-    noise = torch.cat(
-        [
-            initial_noise(
-                [config.seed + i],
-                shape,
-                guides[i : i + 1] if config.guided and mean_shift else None,
-                mean_shift,
-                device,
-            )
-            for i in range(config.count)
-        ]
-    )
-    solver = Solver(name=config.solver, steps=config.steps, guidance=config.guidance, shift=config.shift)
-    alphas = []
-    for part, words in zip(noise.split(config.batch_size), context.split(config.batch_size), strict=True):
-        latents = sample_latents(transformer, part, words.to(device), negative, solver)
-        alphas += [alpha.clamp(0, 1) for _, alpha in decode(vae, latents)]
+    clips = held_out(paths, config.frames, config.height, config.width, pipeline.vae.geometry.space_stride)
+    guide = paths if config.guided and pipeline.mean_shift else None
+    sampled = pipeline([clip.prompt for clip in clips], guide=guide)
+    alphas = torch.stack([clip.alpha.clamp(0, 1) for clip in sampled])
     centres = torch.tensor([path.centre for path in paths])
-    results = figures(torch.stack(alphas), centres, vae.geometry.space_stride)
+    results = figures(alphas, centres, pipeline.vae.geometry.space_stride)
     table = Table(*results)
     table.add_row(*(f"{value:.3f}" for value in results.values()))
     Console(width=120).print(table)

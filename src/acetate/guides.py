@@ -1,0 +1,67 @@
+"""Where a sampled clip has its subject: an ellipse that is given, that of a clip's alpha, or a finished mask."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from acetate import regions
+from acetate.data.latents import covering_box
+from acetate.data.transforms import crop, resize, to_float, window
+from acetate.formats.gauss_mask import read_gauss_mask
+from acetate.models.wan import Geometry
+from acetate.sampling import EllipsePath
+from acetate.video_io import read_rgba
+
+HALF_AXIS = 0.61  # of a Gaussian, at the ends of its half axes
+
+
+@dataclass(frozen=True)
+class ClipGuide:
+    """The ellipses of a clip's alpha, frame by frame, as training fits them."""
+
+    path: Path
+
+
+@dataclass(frozen=True)
+class MaskGuide:
+    """A Gaussian mask (latent frames, h, w) in a file, as the released code saves it."""
+
+    path: Path
+
+
+Guide = EllipsePath | ClipGuide | MaskGuide
+
+
+def draw(guide: Guide, size: tuple[int, int, int], geometry: Geometry, fit: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    """G (1, 1, F, h, w) in [0, 1] and its ellipses (1, F, 5) in cells, of a mask those around its inner part.
+
+    size: frames, height, width of the clip in pixels. fit: arguments of `regions.fit_ellipses`, as the DoRA was
+    trained with them. Raises ValueError for a mask of another shape.
+    """
+    grid = geometry.latent_shape(*size)[1:]
+    if isinstance(guide, MaskGuide):
+        mask = read_gauss_mask(guide.path.expanduser(), grid)
+        return mask, regions.fit_ellipses((mask > HALF_AXIS).float(), 1, 1)
+    if isinstance(guide, ClipGuide):
+        ellipses = _fitted(guide.path.expanduser(), size, geometry, fit)
+    else:
+        ellipses = guide.ellipses(*grid)
+    return regions.gaussian(ellipses, *grid[1:]), ellipses
+
+
+def outline(ellipses: Tensor, grid: Sequence[int], frames: int) -> Tensor:
+    """(T, N, 2), as previews draw it. ellipses (1, F, 5) on a grid (F, h, w)."""
+    return regions.outlines(ellipses[0], *grid[1:], frames)
+
+
+def _fitted(path: Path, size: tuple[int, int, int], geometry: Geometry, fit: Mapping[str, Any]) -> Tensor:
+    frames, height, width = size
+    clip = torch.from_numpy(read_rgba(path).frames)
+    clip = clip[window(len(clip), frames, 0)]
+    box = covering_box(*clip.shape[1:3], height, width)
+    _, alpha = resize(*to_float(crop(clip, *box)), height, width)
+    return regions.fit_ellipses(alpha[None], geometry.time_stride, geometry.space_stride, **fit)

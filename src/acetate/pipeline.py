@@ -1,0 +1,289 @@
+"""What was trained, as one object each: prompts to transparent clips, clips to latents and back."""
+
+import re
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import WanTransformer3DModel
+from omegaconf import DictConfig
+from torch import Tensor
+from tqdm import tqdm
+
+from acetate.alpha import harden, over
+from acetate.clips import Clip, background_of
+from acetate.commands import device_of, inherited
+from acetate.commands.recorded import preset_of, quoted
+from acetate.commands.rules import check_settings
+from acetate.formats.few_step import merge_few_step
+from acetate.formats.rgba_vae import load_rgba_vae
+from acetate.formats.wan_alpha import dora_from_wan_alpha
+from acetate.guides import Guide, draw, outline
+from acetate.models.adapters import load_trainable, read_adapters
+from acetate.models.dit import add_dora, merge_dora
+from acetate.models.loading import load_transformer, transformer_sha256
+from acetate.models.rgba_vae import RGBADecoders
+from acetate.models.text import TextEncoder
+from acetate.models.weights import read_weights
+from acetate.sampling import Solver, check_size, decode, sample_clips
+
+# What the released t2v.safetensors was trained with; the file itself does not say
+RELEASED = {"mean_shift": 0.05, "ellipse": {"threshold": 0.1, "raster": "opencv", "enlargements": 10}}
+
+
+class RGBAPipeline:
+    """Prompts to transparent clips: text encoder, DiT with its DoRA, RGBA-VAE.
+
+        pipeline = RGBAPipeline.load("outputs/demo_dit")
+        for clip in pipeline("a ring of fire", guide=EllipsePath(centre=(0.3, 0.5))):
+            clip.save("ring.mov")
+
+    Every part is loaded when it is first needed, and the text encoder is gone before the DiT comes. `facts` is what
+    the DoRA says of itself.
+    """
+
+    def __init__(self, config: DictConfig) -> None:
+        """config: of `acetate sample`, composed; `load` makes it."""
+        self.config, self.device = config, device_of(config)
+
+    @classmethod
+    def load(cls, dora: str | None = "outputs/demo_dit", **settings: Any) -> "RGBAPipeline":
+        """A pipeline with the DoRA of a run, a checkpoint or a file; None: the base alone.
+
+        settings: of `acetate sample`, such as rgba_vae, wan, device, decode_chunk, offload, few_step={"lora": FILE}.
+        What is not given is what the run of the DoRA recorded. Raises SettingError for a value that breaks its rule,
+        FileNotFoundError and ValueError where a file is missing or is of another kind or base.
+        """
+        return cls(_config({"dora": dora, **settings}))
+
+    @cached_property
+    def vae(self) -> RGBADecoders:
+        """The RGBA-VAE, or what only decodes."""
+        source = self.config.rgba_vae
+        return load_rgba_vae(
+            vae=self.config.wan.vae,
+            adapters=source if isinstance(source, str) else list(source),
+            chunk=self.config.decode_chunk,
+            frozen_dtype=self.config.wan.dtype,
+        )
+
+    @cached_property
+    def _dit(self) -> tuple[WanTransformer3DModel, dict[str, Any]]:
+        return load_dit(self.config, "cpu" if self.config.offload else self.device)
+
+    @property
+    def transformer(self) -> WanTransformer3DModel:
+        """The DiT, with DoRA and few-step LoRA merged into its weights."""
+        return self._dit[0]
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What the DoRA's file says of itself; nothing without one."""
+        return self._dit[1]
+
+    @property
+    def mean_shift(self) -> float:
+        """Of the noise: as set, else as the DoRA was trained with."""
+        shift = self.config.mean_shift
+        return self.facts.get("mean_shift", 0.0) if shift is None else shift
+
+    def __call__(self, prompts: str | Sequence[str], **settings: Any) -> list[Clip]:
+        """The clips of the prompts, one each; settings as of `stream`."""
+        return list(self.stream(prompts, **settings))
+
+    def stream(
+        self,
+        prompts: str | Sequence[str],
+        *,
+        frames: int | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        guide: Guide | Sequence[Guide] | None = None,
+        seed: int | None = None,
+        solver: Solver | None = None,
+        steps: int | None = None,
+        guidance: float | None = None,
+        negative_prompt: str | None = None,
+        batch_size: int | None = None,
+    ) -> Iterator[Clip]:
+        """Clips as they are made; the one at place n has seed + n, and the same seed gives the same clip.
+
+        frames: 4k+1. height, width: multiples of the VAE's stride times the DiT's patch. guide: where the subject is,
+        one for all or one for each prompt. solver: or steps and guidance alone, by default those of `acetate sample`.
+        Raises ValueError for a size that the models cannot make, for another VAE or text encoder than the DoRA was
+        trained with, and for a guide without a mean shift.
+        """
+        config = self.config
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        size = (frames or config.frames, height or config.height, width or config.width)
+        solver = solver or solver_of(config, steps, guidance)
+        first, at_once = config.seed if seed is None else seed, batch_size or config.batch_size
+        vae = self.vae
+        negative = config.negative_prompt if negative_prompt is None else negative_prompt
+        words, text_sha256 = self.embed([*prompts, negative])
+        check_size(*size, vae.geometry, self.transformer.config.patch_size)
+        check_models(self.facts, vae, text_sha256)
+        guides, outlines = self._draw(guide, len(prompts), size)
+        starts = range(0, len(prompts), at_once)
+        for start in tqdm(starts, desc="clips", unit="batch", disable=len(starts) < 2):
+            part = slice(start, start + at_once)
+            seeds = [first + n for n in range(len(prompts))[part]]
+            made = sample_clips(
+                self.transformer,
+                vae,
+                torch.stack([words[prompt] for prompt in prompts[part]]),
+                words[negative][None],
+                seeds=seeds,
+                size=size,
+                guide=None if guides is None else guides[part],
+                mean_shift=self.mean_shift,
+                solver=solver,
+                device=self.device,
+                offload=config.offload,
+            )
+            for (rgb, alpha), prompt, number, line in zip(made, prompts[part], seeds, outlines[part], strict=True):
+                yield Clip(rgb, alpha, config.fps, prompt, number, line)
+
+    def embed(self, prompts: Sequence[str]) -> tuple[dict[str, Tensor], str]:
+        """Prompt -> its context (L, D), and the encoder's hash. The encoder is gone after it."""
+        text = TextEncoder(self.config.wan.text_encoder, self.config.wan.prompt_length, self.device)
+        each = list(dict.fromkeys(prompts))
+        return dict(zip(each, text.context(each, truncate=True), strict=True)), text.sha256()
+
+    def _draw(
+        self, guide: Guide | Sequence[Guide] | None, count: int, size: tuple[int, int, int]
+    ) -> tuple[Tensor | None, list[Tensor | None]]:
+        """G (B, 1, F, h, w) and the outlines of `count` clips."""
+        if guide is None:
+            return None, [None] * count
+        guides = list(guide) if isinstance(guide, Sequence) else [guide]
+        if len(guides) not in (1, count):
+            raise ValueError(f"{len(guides)} guides for {count} prompts; give one, or one for each.")
+        fit = self.facts.get("ellipse", {})
+        drawn = [draw(one, size, self.vae.geometry, fit) for one in guides]
+        grid = self.vae.geometry.latent_shape(*size)[1:]
+        lines = [outline(ellipses, grid, size[0]) for _, ellipses in drawn]
+        times = count // len(drawn)
+        return torch.cat([mask for mask, _ in drawn] * times), [*lines * times]
+
+
+class RGBAVAE:
+    """A trained RGBA-VAE: clips to latents, and latents to clips.
+
+    vae = RGBAVAE.load("outputs/demo")
+    latents = vae.encode(Clip.read("smoke.webm"))
+    """
+
+    def __init__(self, model: RGBADecoders, device: str) -> None:
+        """model: as `load_rgba_vae` gives it."""
+        self.model, self.device = model.to(device), device
+
+    @classmethod
+    def load(cls, rgba_vae: str | Sequence[str] = "outputs/demo", **settings: Any) -> "RGBAVAE":
+        """The RGBA-VAE of a run, a checkpoint or a file; settings: wan, decode_chunk, device.
+
+        Raises FileNotFoundError and ValueError where a file is missing or is of another kind or base.
+        """
+        source = rgba_vae if isinstance(rgba_vae, str) else list(rgba_vae)
+        pipeline = RGBAPipeline(_config({"dora": None, "rgba_vae": source, **settings}))
+        return cls(pipeline.vae, pipeline.device)
+
+    @torch.no_grad()
+    def encode(self, clip: Clip, background: str = "key") -> Tensor:
+        """Normalised latents (1, C, F, h, w), as the DiT sees them.
+
+        background: what the encoder finds behind the hard-rendered subject. Raises ValueError for a clip that is not
+        4k+1 frames of sides that the stride divides, and for files that only decode.
+        """
+        rgb, alpha = clip.rgb[None].to(self.device).clamp(-1, 1), clip.alpha[None].to(self.device).clamp(0, 1)
+        hard = over(rgb, harden(alpha), background_of(background)[None].to(rgb))
+        return self.model.normalise(self.model.encode(hard, alpha))
+
+    def decode(self, latents: Tensor, fps: float = 16.0) -> list[Clip]:
+        """The clips of normalised latents (B, C, F, h, w)."""
+        return [Clip(rgb, alpha, fps) for rgb, alpha in decode(self.model, latents.to(self.device))]
+
+
+def _config(settings: Mapping[str, Any]) -> DictConfig:
+    """The config of `acetate sample` with these settings, as its command line would make it."""
+    from acetate.commands.program import composed  # which imports Hydra's plugins
+
+    given = [f"{name}={quoted(value)}" for name, value in settings.items()]
+    config = composed("command/sample", [*inherited.sample(given), *given])
+    check_settings("sample", config)
+    return config
+
+
+def solver_of(config: DictConfig, steps: int | None = None, guidance: float | None = None) -> Solver:
+    """Of a config of `acetate sample`. A few-step LoRA means 4 steps without guidance, unless they are given."""
+    few = config.few_step.lora is not None
+    values = {"steps": 4 if few else 50, "guidance": 1.0 if few else 5.0}
+    for name, given in (("steps", steps), ("guidance", guidance)):
+        chosen = config[name] if given is None else given
+        values[name] = values[name] if chosen is None else chosen
+    return Solver(name=config.solver, shift=config.shift, **values)
+
+
+def load_dit(config: DictConfig, device: str) -> tuple[WanTransformer3DModel, dict[str, Any]]:
+    """The DiT with DoRA, then the few-step LoRA, merged into its weights; and what the DoRA file says of itself."""
+    transformer = load_transformer(config.wan.transformer, getattr(torch, config.wan.dtype))
+    facts: dict[str, Any] = {}
+    if config.dora is not None:
+        facts = put_dora(transformer, config.dora)
+    if config.few_step.lora is not None:
+        path = Path(config.few_step.lora).expanduser()
+        if not path.exists():
+            raise FileNotFoundError(f"few_step.lora={path} does not exist. Give a file, or a folder of its shards.")
+        merge_few_step(transformer, read_weights(path), config.few_step.strength, str(path))
+    return transformer.to(device), facts
+
+
+def put_dora(transformer: WanTransformer3DModel, source: str) -> dict[str, Any]:
+    """Merges adapters of experiment=dit_dora, or of the released t2v.safetensors (alpha = rank, no metadata)."""
+    path = Path(source).expanduser()
+    if path.is_file() and released(state := read_weights(path)):
+        adapters, facts = dora_from_wan_alpha(state, str(path)), dict(RELEASED)
+        rank = alpha = next(value.shape[0] for name, value in adapters.items() if ".lora_A." in name)
+    else:
+        path, state, facts = read_adapters(source, kind="dit_dora")
+        adapters = {name.removeprefix("transformer."): value for name, value in state.items()}
+        rank, alpha = facts["rank"], facts["alpha"]
+        found = transformer_sha256(transformer)
+        if found != facts["transformer_sha256"]:
+            raise ValueError(
+                f"{path} was trained on another DiT ({facts['base']}). {wan_for(facts)}, or the files as "
+                "wan.transformer=."
+            )
+    add_dora(transformer, rank, alpha)
+    load_trainable(transformer, adapters, str(path))
+    merge_dora(transformer)
+    return facts | {"file": str(path)}
+
+
+def wan_for(facts: Mapping[str, Any]) -> str:
+    """The way out where adapters meet another base than theirs."""
+    preset = preset_of(str(facts["base"]))
+    return "Choose the wan= it was trained with" + (f", by its name wan={preset}" if preset else "")
+
+
+def released(state: dict[str, Tensor]) -> bool:
+    return any(re.search(r"(self|cross)_attn\.[qkvo]\.lora_A", name) for name in state)
+
+
+def check_models(facts: dict[str, Any], vae: RGBADecoders, text_sha256: str) -> None:
+    """Raises ValueError for a VAE or a text encoder that the DoRA was not trained with; warns where no file tells."""
+    for name, found, way_out in (
+        ("vae_sha256", vae.latents_sha256(), "Give the rgba_vae= that its latents were cached with."),
+        ("text_encoder_sha256", text_sha256, "Choose the wan= that its latents were cached with."),
+    ):
+        if found is None and name in facts:
+            warnings.warn(
+                f"rgba_vae holds decoders only, which do not say whether they are of the VAE ({facts[name][:12]}) that "
+                "this DoRA was trained with.",
+                stacklevel=2,
+            )
+        elif facts.get(name, found) != found:
+            raise ValueError(f"The DoRA's {name} is {facts[name][:12]}, this one's {found[:12]}. {way_out}")
