@@ -26,8 +26,9 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 import acetate
+import data_prep
 from acetate.cli import HELP, Program, conf
-from acetate.commands import HOME, as_on_gpu, inherited, runs
+from acetate.commands import as_on_gpu, inherited, runs
 from acetate.commands.recorded import quoted, run_to_continue, value_of, with_recorded
 from acetate.commands.rules import LITERAL, RULES, check_settings, rule_of, settings_of
 from acetate.settings import SettingError, shown
@@ -258,7 +259,7 @@ def _meant_for_users(error: BaseException) -> bool:
     if last is None:  # of another process
         return True
     file = Path(last.tb_frame.f_code.co_filename)
-    ours = (Path(acetate.__file__).parent, HOME / "data_prep", HOME / "train.py")
+    ours = (Path(acetate.__file__).parent, Path(data_prep.__file__).parent)
     return any(file == place or place in file.parents for place in ours)
 
 
