@@ -39,7 +39,7 @@ def blocks(page: str) -> Iterator[tuple[str, list[str]]]:
     """The mark of each block of commands, and its lines without comments, continued ones joined."""
     for mark, body in re.findall(r"^```(.*?)\n(.*?)^```", (ROOT / page).read_text(), re.M | re.S):
         lines = [re.sub(r"(^|\s+)#(?!SBATCH).*", "", line) for line in body.replace("\\\n", " ").splitlines()]
-        yield mark, [line.strip() for line in lines if line.strip()]
+        yield mark, [body] if mark == "python" else [line.strip() for line in lines if line.strip()]
 
 
 def program_of(line: str) -> str:
@@ -111,7 +111,7 @@ def clone(tmp_path_factory) -> Clone:
 def test_every_block_says_what_it_needs(page):
     for mark, lines in blocks(page):
         language, *needs = mark.split()
-        assert language in ("sh", "text"), f"{page}: ```{mark}\n{lines[:1]}"
+        assert language in ("sh", "text", "python"), f"{page}: ```{mark}\n{lines[:1]}"
         assert len(needs) < 2
         assert NEEDS.issuperset(needs), f"{page}: ```{mark}"
 
@@ -129,3 +129,6 @@ def test_commands_run_as_written(page, clone):
             continue
         resumed += re.search(r" resume=(?!auto)", line) is not None
         clone.run(shortened(line, resumed if " resume=" in line else 0))
+    for program in [program for mark, programs in blocks(page) if mark == "python" for program in programs]:
+        (clone.folder / "page.py").write_text(program)
+        clone.run("python page.py")
