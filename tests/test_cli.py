@@ -1,5 +1,6 @@
 """The command `acetate` as a user meets it: its help, its errors, a shell's completion, one's own configs."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -105,34 +106,49 @@ def test_a_shell_completes_commands_settings_and_options():
     assert completions("acetate train exp") == ["experiment="]
 
 
+LOSS = """
+import torch
+from torch import nn
+
+
+class Charbonnier(nn.Module):
+    def forward(self, x_hat, x, feature_maps):
+        return ((x_hat - x).square() + 1e-6).sqrt().mean()
+"""
 MINE = """\
 # @package _global_
 # A try.
-defaults: [vae_rgba]
+defaults: [vae_rgba, override /loss/perceptual: charbonnier]
 name: mine
-task: {lr: 0.125}
-callbacks: {mine: {_target_: mine.Count}}
 """
-COUNT = "from lightning import Callback\n\n\nclass Count(Callback):\n    on_fit_start = print\n"
 
 
 @pytest.mark.slow
-def test_the_installed_command_takes_configs_of_ones_own(tmp_path):
-    """Those in conf/ where it is started, beside acetate's, and the modules there."""
+def test_the_installed_command_takes_configs_and_modules_of_ones_own(tmp_path, shards):
+    """Those where it is started, as the tour says; they are trained with."""
 
     def said(*arguments):
-        done = subprocess.run([ACETATE, "train", *arguments], cwd=tmp_path, capture_output=True, text=True)
-        return done.returncode, done.stdout, done.stderr
+        env = {**os.environ, "ACETATE_ROOT": str(tmp_path)}
+        command = [ACETATE, "train", *arguments]
+        return subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
 
-    (tmp_path / "conf/experiment").mkdir(parents=True)
-    (tmp_path / "conf/experiment/mine.yaml").write_text(MINE)
-    (tmp_path / "mine.py").write_text(COUNT)
-    code, out, err = said("experiment=mine", "--cfg", "job")
-    assert code == 0, err
-    assert "lr: 0.125" in out and "mine.Count" in out
-    assert "experiment=mine" in said("--help")[1] and "A try." in said("--help")[1]
-    code, _, err = said("experiment=mine", "data.shards=none")
-    assert code == 1 and "none does not exist" in err
+    (tmp_path / "my_losses.py").write_text(LOSS)
+    for place, text in (
+        ("loss/perceptual/charbonnier.yaml", "_target_: my_losses.Charbonnier\n"),
+        ("experiment/mine.yaml", MINE),
+    ):
+        (tmp_path / "conf" / place).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "conf" / place).write_text(text)
+    help_text = said("--help").stdout
+    assert "experiment=mine" in help_text and "A try." in help_text
+    small = ["data.val_clips=1", "data.num_workers=0", "callbacks.panels.clips=1", "data.height=16", "data.width=16"]
+    done = said(
+        "experiment=mine", f"data.shards={shards}", "trainer.max_steps=1", "trainer.val_check_interval=1", *small
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert next(tmp_path.glob("outputs/mine/*/metrics.csv")).exists()
+    done = said("experiment=mine", "data.shards=none")
+    assert done.returncode == 1 and "none does not exist" in done.stderr
 
 
 def test_train_py_is_the_same_command():
