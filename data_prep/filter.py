@@ -4,7 +4,6 @@ import hashlib
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing
 from dataclasses import asdict, dataclass
 from operator import attrgetter
 from pathlib import Path
@@ -14,30 +13,19 @@ import numpy as np
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
-from tqdm import tqdm
 from yaml import YAMLError
 
 from acetate.commands.program import program
-from acetate.data.shards import (
-    MANIFEST,
-    BadClip,
-    ClipRef,
-    ShardError,
-    ShardWriter,
-    index_shards,
-    read_clip,
-    read_head,
-    read_media,
-    read_meta_text,
-    remove_parts,
-)
+from acetate.data.shards import MANIFEST, BadClip, ClipRef, ShardError, index_shards, read_clip, read_head
 from acetate.data.store import listed
+from acetate.data.writer import ShardWriter
 from acetate.draws import stable_hash
 from data_prep import scores as scoring
-from data_prep.executor import check, parallel
-from data_prep.folders import check_folder, place, settle
-from data_prep.ingest import check_budget, print_bad
-from data_prep.journal import Line, only_writer, open_journal, read_journal, write_lines
+from data_prep.bad_clips import BadClips, print_bad
+from data_prep.copies import copy_clips, gather
+from data_prep.executor import check, progress
+from data_prep.folders import check_folder, making, manifests_sha256
+from data_prep.journal import Line, read_journal, write_lines
 from data_prep.scores import SCORES, repeats
 
 SCORES_FILE, REJECTED_FILE = "scores.jsonl", "rejected.jsonl"
@@ -126,8 +114,9 @@ def score_clips(
 ) -> Iterator[Line | BadClip]:
     """The line of every clip that `known` lacks, in the order of the clips."""
     todo = [ref for ref in refs if not current(known.get(ref.key), ref)]
-    with closing(parallel(score_clip, todo, executor=executor, workers=workers, name=attrgetter("name"))) as results:
-        yield from tqdm(results, total=len(todo), unit="clip", desc="scores")
+    settings = {"executor": executor, "workers": workers, "name": attrgetter("name")}
+    with progress(score_clip, todo, desc="scores", **settings) as results:
+        yield from (line for _, line in results)
 
 
 def score_clip(ref: ClipRef) -> Line | BadClip:
@@ -201,47 +190,26 @@ def filter_clips(
             "rules": {name: str(rule) for name, rule in rules.items()},
             "duplicates": asdict(duplicates) if duplicates else None,
             "code": CODE, "max_clips": max_clips, "max_bytes": max_bytes,
-            "shards_sha256": [hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest() for folder in shards],
+            "shards_sha256": manifests_sha256(shards),
         },
     }  # fmt: skip
-    folder = place(out, made_by, replace)
-    if (folder / MANIFEST).exists():
-        remove_parts(folder)
-        settle(folder, out)
-        return read_journal(out / SCORES_FILE), read_journal(out / REJECTED_FILE), read_head(out)["skipped"]
-    with only_writer(out):
-        known = read_scores(scores, out / SCORES_FILE, folder / SCORES_FILE)
-        bad: dict[str, str] = {}
-        with open_journal(folder / SCORES_FILE) as append:
-            for line in score_clips(refs, known, executor, workers):
-                if isinstance(line, BadClip):
-                    bad[line.key] = line.reason
-                    check_budget(bad, bad_clip_budget)
-                else:
-                    append(line)
-                    known[line["key"]] = line
-        good = [ref for ref in refs if ref.key not in bad]
-        lines = [known[ref.key] for ref in good]
-        rejected = judge(lines, rules, duplicates)
-        fallen = {line["key"] for line in rejected}
-        if not good:
-            raise ShardError(f"none of the {len(refs)} clips can be read: {next(iter(bad.values()))}")
-        if len(fallen) == len(good):
-            raise ShardError(f"the rules reject all {len(good)} clips ({tally(rejected)}); loosen them.")
-        write_lines(folder / SCORES_FILE, lines)
-        write_lines(folder / REJECTED_FILE, rejected)
-        with ShardWriter(folder, max_clips=max_clips, max_bytes=max_bytes, made_by=made_by) as writer:
-            for ref in tqdm([ref for ref in good if ref.key not in fallen], unit="clip", desc="copies"):
-                if ref.key in writer:
-                    continue
-                try:
-                    writer.copy(ref, read_media(ref), read_meta_text(ref))
-                except BadClip as error:  # its scores may be older than the damage
-                    bad[error.key] = error.reason
-                    check_budget(bad, bad_clip_budget)
-            writer.skipped = dict(sorted(bad.items()))
-    settle(folder, out)
-    return lines, rejected, writer.skipped
+    with making(out, made_by, replace) as folder:
+        if folder:
+            known, bad = read_scores(scores, out / SCORES_FILE, folder / SCORES_FILE), BadClips(bad_clip_budget)
+            gather(score_clips(refs, known, executor, workers), folder / SCORES_FILE, known, bad)
+            good = [ref for ref in refs if ref.key not in bad]
+            if not good:
+                raise ShardError(f"none of the {len(refs)} clips can be read: {next(iter(bad.values()))}")
+            lines = [known[ref.key] for ref in good]
+            rejected = judge(lines, rules, duplicates)
+            fallen = {line["key"] for line in rejected}
+            if len(fallen) == len(good):
+                raise ShardError(f"the rules reject all {len(good)} clips ({tally(rejected)}); loosen them.")
+            write_lines(folder / SCORES_FILE, lines)
+            write_lines(folder / REJECTED_FILE, rejected)
+            with ShardWriter(folder, max_clips=max_clips, max_bytes=max_bytes, made_by=made_by) as writer:
+                copy_clips([ref for ref in good if ref.key not in fallen], writer, bad)
+    return read_journal(out / SCORES_FILE), read_journal(out / REJECTED_FILE), read_head(out)["skipped"]
 
 
 def read_scores(*files: Path | None) -> dict[str, Line]:

@@ -3,7 +3,6 @@
 import io
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from contextlib import closing
 from functools import partial
 from operator import attrgetter
 from pathlib import Path
@@ -18,7 +17,6 @@ from rich.table import Table
 from tqdm import tqdm
 
 from acetate.commands.program import program
-from acetate.data.latents import Piece, bucket_sizes, plan
 from acetate.data.shards import BadClip, ClipRef, index_shards, read_clip, read_manifest, read_meta
 from acetate.data.store import listed
 from acetate.data.transforms import check_frames
@@ -26,10 +24,10 @@ from acetate.draws import stable_hash
 from acetate.memory import blank_vae
 from acetate.models.wan import Geometry
 from acetate.replacing import check_out, written
+from data_prep.bad_clips import print_bad
 from data_prep.examine import said_of_names
-from data_prep.executor import parallel
-from data_prep.ingest import print_bad
-from data_prep.latent_plan import check_area, check_list
+from data_prep.executor import progress
+from data_prep.latent_plan import Piece, bucket_sizes, check_area, check_list, plan
 from data_prep.report import Bucket, Entry, Picture, Report, render
 
 WEBP_SIDE = 16383  # pixels, the format's limit
@@ -72,8 +70,9 @@ def inspect(
     chosen = sorted(refs, key=lambda ref: (stable_hash("inspect", seed, ref.key), ref.key))[:sample]
     pictures: dict[str, Picture] = {}
     draw = partial(picture, frames=frames, side=side)
-    with closing(parallel(draw, chosen, executor=executor, workers=workers, name=attrgetter("name"))) as results:
-        for ref, made in zip(chosen, tqdm(results, total=len(chosen), unit="clip", desc="pictures"), strict=True):
+    settings = {"executor": executor, "workers": workers, "name": attrgetter("name")}
+    with progress(draw, chosen, desc="pictures", **settings) as results:
+        for ref, made in results:
             if isinstance(made, BadClip):
                 skipped[ref.key] = made.reason
             else:

@@ -3,10 +3,10 @@
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Sequence
-from contextlib import closing
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from operator import attrgetter
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -15,32 +15,24 @@ import torch
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
-from tqdm import tqdm
 
 from acetate.commands.program import program
-from acetate.data.shards import (
-    LONGEST_KEY,
-    MANIFEST,
-    EncodedClip,
-    ShardError,
-    ShardWriter,
-    encode_clip,
-    read_manifest,
-    remove_parts,
-    short_key,
-)
-from acetate.data.splits import assign_splits
+from acetate.data.keys import LONGEST_KEY, shortened
+from acetate.data.shards import MANIFEST, ShardError, first_reasons, read_manifest
+from acetate.data.splits import Split, assign_splits
+from acetate.data.writer import EncodedClip, ShardWriter, encode_clip
 from acetate.media.clip import LIMITS, Limits
 from acetate.video_io import MediaError, RGBAClip, read_packed, read_pair, read_rgba
 from data_prep.analysis import analyse
+from data_prep.bad_clips import BadClips, print_bad
+from data_prep.candidates import pictures, stamps
 from data_prep.cleaning import Indices, Settings, clean, overrides, shots, too_many
 from data_prep.cleaning import done as done_to
 from data_prep.decisions import Decisions
-from data_prep.examine import said_of_names
-from data_prep.executor import check, parallel
-from data_prep.folders import check_folder, place, settle
-from data_prep.ingest import Found, check_budget, pictures, print_bad, stamps
-from data_prep.journal import only_writer, open_journal, read_journal, write_lines
+from data_prep.examine import Found, said_of_names
+from data_prep.executor import check, progress
+from data_prep.folders import MEASURED, check_folder, making
+from data_prep.journal import open_journal, read_journal, write_lines
 
 DECISIONS = "decisions.jsonl"  # beside the manifest: what was made of every clip, and why
 UNSURE = 0.5  # colour below this confidence is listed after the run
@@ -49,7 +41,6 @@ STEPS = {
     "alpha": "alpha noise snapped", "colour": "made straight", "trim": "empty margins cut off",
     "matte": "kept with unusual alpha",
 }  # fmt: skip
-MEASURED = "measured.jsonl"  # while a run lasts: decisions about clips whose lines carry none
 
 
 @dataclass(frozen=True)
@@ -88,9 +79,8 @@ def piece_keys(key: str, count: int) -> list[str]:
     if count == 1:
         return [key]
     numbers = [f"-p{i:03d}" for i in range(count)]
-    room = LONGEST_KEY - len(numbers[-1])
-    if len(key.encode()) > room:
-        key = f"{short_key(key, room - 9)}-{hashlib.sha256(key.encode()).hexdigest()[:8]}"
+    digest = hashlib.sha256(key.encode()).hexdigest()[:8]
+    key = shortened(key, LONGEST_KEY - len(numbers[-1]), digest)
     return [key + number for number in numbers]
 
 
@@ -122,53 +112,57 @@ def shard(
             "manifest_sha256": hashlib.sha256(manifest.read_bytes()).hexdigest(),
         },
     }  # fmt: skip
-    folder = place(out, made_by, replace)
-    if (folder / MANIFEST).exists():
-        remove_parts(folder)
-        (folder / MEASURED).unlink(missing_ok=True)
-        settle(folder, out)
-        return read_manifest(out)
-    splits = assign_splits({line.key: line.group for line in found}, val_fraction)
-    with (
-        only_writer(out),
-        ShardWriter(folder, max_clips=max_clips, max_bytes=max_bytes, made_by=made_by) as writer,
-    ):
-        plans, bad = decide(found, settings, folder / MEASURED, executor=executor, workers=workers)
-        check_budget(bad, bad_clip_budget)
-        writer.skipped |= bad | {plan.line.key: plan.refusal for plan in plans if plan.refusal}
-        todo = [plan for plan in plans if not plan.refusal and not all(key in writer for key in plan.pieces)]
-        function = partial(prepare, settings=settings)
-        results = parallel(function, todo, executor=executor, workers=workers, name=lambda plan: plan.line.key)
-        with closing(results):
-            for plan, result in zip(todo, tqdm(results, total=len(todo), unit="clip"), strict=True):
-                line = plan.line
-                if isinstance(result, str):
-                    writer.skipped[line.key] = bad[line.key] = result
-                    check_budget(bad, bad_clip_budget)
-                    continue
-                for key, clip in zip(plan.pieces, result, strict=True):
-                    if key not in writer:
-                        writer.add(
-                            key,
-                            clip,
-                            split=splits[line.key],
-                            prompt=line.prompt,
-                            source=line.source,
-                            licence=line.licence,
-                            lossy=line.lossy,
-                            premultiplied_source=plan.decisions.colour == "black",
-                            done=done_to(plan.decisions, settings),
-                        )
-        if not writer.tars and not writer.pending:
-            first = "; ".join(f"{key}: {reason}" for key, reason in list(writer.skipped.items())[:3])
-            raise ShardError(
-                f"none of the {len(found)} clips of {manifest} became a shard ({first or 'it is empty'}). Ingest other "
-                "media, or change the settings that refuse these."
-            )
-        write_lines(folder / DECISIONS, (plan.as_json(settings) for plan in plans))
-    (folder / MEASURED).unlink(missing_ok=True)
-    settle(folder, out)
+    with making(out, made_by, replace) as folder:
+        if folder:
+            splits = assign_splits({line.key: line.group for line in found}, val_fraction)
+            with ShardWriter(folder, max_clips=max_clips, max_bytes=max_bytes, made_by=made_by) as writer:
+                bad = BadClips(bad_clip_budget)
+                plans, unreadable = decide(found, settings, folder / MEASURED, executor=executor, workers=workers)
+                bad.add(unreadable)
+                writer.skipped |= bad | {plan.line.key: plan.refusal for plan in plans if plan.refusal}
+                fill(writer, plans, settings, splits, bad, executor, workers)
+                if not writer.tars and not writer.pending:
+                    raise ShardError(
+                        f"none of the {len(found)} clips of {manifest} became a shard "
+                        f"({first_reasons(writer.skipped) or 'it is empty'}). Ingest other media, or change the "
+                        "settings that refuse these."
+                    )
+                write_lines(folder / DECISIONS, (plan.as_json(settings) for plan in plans))
     return read_manifest(out)
+
+
+def fill(
+    writer: ShardWriter,
+    plans: Sequence[Plan],
+    settings: Settings,
+    splits: Mapping[str, Split],
+    bad: BadClips,
+    executor: str,
+    workers: int,
+) -> None:
+    """Adds the pieces that the writer lacks."""
+    todo = [plan for plan in plans if not plan.refusal and not all(key in writer for key in plan.pieces)]
+    run = {"executor": executor, "workers": workers, "name": attrgetter("line.key")}
+    with progress(partial(prepare, settings=settings), todo, **run) as results:
+        for plan, result in results:
+            line = plan.line
+            if isinstance(result, str):
+                writer.skipped[line.key] = result
+                bad.add({line.key: result})
+                continue
+            for key, clip in zip(plan.pieces, result, strict=True):
+                if key not in writer:
+                    writer.add(
+                        key,
+                        clip,
+                        split=splits[line.key],
+                        prompt=line.prompt,
+                        source=line.source,
+                        licence=line.licence,
+                        lossy=line.lossy,
+                        premultiplied_source=plan.decisions.colour == "black",
+                        done=done_to(plan.decisions, settings),
+                    )
 
 
 def decide(
@@ -183,9 +177,9 @@ def decide(
     known = {entry["key"]: entry for entry in read_journal(journal) if entry.get("of", "") == seen.get(entry["key"])}
     todo = [line for line in found if line.decisions is None and line.key not in known]
     if todo:
-        results = parallel(measure, todo, executor=executor, workers=workers, name=lambda line: line.key)
-        with closing(results), open_journal(journal) as append:
-            for line, result in zip(todo, tqdm(results, total=len(todo), unit="clip", desc="decide"), strict=True):
+        run = {"executor": executor, "workers": workers, "name": attrgetter("key")}
+        with progress(measure, todo, desc="decide", **run) as results, open_journal(journal) as append:
+            for line, result in results:
                 known[line.key] = {"key": line.key, "of": seen[line.key], **result}
                 append(known[line.key])
     plans, bad = [], {}

@@ -15,8 +15,9 @@ from acetate.data.shards import MANIFEST, ShardError, index_shards, read_clip, r
 from acetate.media.clip import Limits
 from acetate.video_io import encode_ffv1
 from data_prep import shard as program
+from data_prep.bad_clips import TooManyBad
 from data_prep.cleaning import Settings
-from data_prep.ingest import TooManyBad, ingest
+from data_prep.ingest import ingest
 from data_prep.journal import only_writer
 from data_prep.shard import DECISIONS, MEASURED, decide, prepare, preview, read_lines, shard
 from tests.paths import ROOT

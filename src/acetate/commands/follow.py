@@ -17,11 +17,10 @@ from acetate.commands.program import program
 from acetate.commands.recorded import as_trained, value_of
 from acetate.commands.sample import SIZE, check_models, embed, load_dit, outputs_of
 from acetate.data import synthetic
-from acetate.data.shards import write_json
 from acetate.draws import generator_for
 from acetate.formats.rgba_vae import load_rgba_vae
 from acetate.metrics.alpha import border_mean, centre_of_mass, highest_cell
-from acetate.replacing import check_out
+from acetate.replacing import check_out, write_json
 from acetate.sampling import EllipsePath, Solver, check_size, decode, initial_noise, sample_latents
 
 BORDER, SUBJECT = 0.1, 0.8  # alpha: at most on the border, at least in some cell

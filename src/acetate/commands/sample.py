@@ -31,9 +31,7 @@ from acetate.commands.recorded import (
     without,
 )
 from acetate.commands.runs import new_folder
-from acetate.data.latents import covering_box
-from acetate.data.shards import write_json
-from acetate.data.transforms import crop, resize, to_float, window
+from acetate.data.transforms import covering_box, crop, resize, to_float, window
 from acetate.formats.few_step import merge_few_step
 from acetate.formats.gauss_mask import read_gauss_mask
 from acetate.formats.rgba_vae import load_rgba_vae
@@ -45,6 +43,7 @@ from acetate.models.rgba_vae import RGBADecoders
 from acetate.models.text import TextEncoder
 from acetate.models.wan import Geometry
 from acetate.models.weights import read_weights
+from acetate.replacing import write_json
 from acetate.sampling import EllipsePath, Solver, check_size, decode, initial_noise, sample_latents
 from acetate.video_io import read_rgba
 from acetate.video_out import SUFFIXES, check_formats, write_clip

@@ -13,9 +13,10 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from acetate.data.datamodule import ShardDataModule
 from acetate.data.order import Order
+from acetate.data.read_ahead import ReadAhead
 from acetate.data.shards import BadClip, Clip, ClipRef, ShardError, index_shards, read_clip
 from acetate.data.splits import in_turns
-from acetate.data.store import ReadAhead, Remote, RemoteTar
+from acetate.data.store import Remote, RemoteTar
 from acetate.data.transforms import ClipTransform
 from acetate.draws import generator_for, stable_hash
 

@@ -14,7 +14,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.utils.data import DataLoader, Dataset
 
 from acetate.data.order import ClipOrder, MixedOrder, Order
-from acetate.data.shards import ShardError, TarRef
+from acetate.data.shards import ShardError, TarRef, first_reasons
 from acetate.data.store import Remote, RemoteTar, listed, open_folder
 
 log = logging.getLogger(__name__)
@@ -204,9 +204,8 @@ class ShardDataModule(LightningDataModule):
                 self.bad[key] = reason
                 log.warning("skipped clip %s: %s", key, reason)
         if len(self.bad) > self.bad_clip_budget:
-            first = "; ".join(f"{key}: {reason}" for key, reason in list(self.bad.items())[:3])
             raise BadDataError(
-                f"{len(self.bad)} bad clips, bad_clip_budget={self.bad_clip_budget}: {first}. "
+                f"{len(self.bad)} bad clips, bad_clip_budget={self.bad_clip_budget}: {first_reasons(self.bad)}. "
                 f"Repair or re-make the shards in {self._where()}, or raise bad_clip_budget."
             )
 
