@@ -18,20 +18,17 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
-from safetensors.torch import save
 from tqdm import tqdm
 
 from acetate.commands.program import program
-from acetate.data.latents import EMPTY_PROMPT
+from acetate.data.latent_shards import EMPTY_PROMPT
 from acetate.data.shards import (
     MANIFEST,
     SCHEMA,
-    BadClip,
     ShardError,
     first_reasons,
     index_shards,
     read_manifest,
-    read_meta,
 )
 from acetate.data.store import Folder, listed, open_folder
 from acetate.formats.rgba_vae import read_rgba_vae
@@ -44,6 +41,7 @@ from data_prep.folders import check_folder, making, manifests_sha256, tidy
 from data_prep.kept_latents import find_kept
 from data_prep.latent_encoder import Encoder, Report, Run, Sources
 from data_prep.latent_plan import Piece, Settings, plan_of
+from data_prep.latent_prompts import embed_prompts
 
 POLL = 0.5  # seconds between looks for the tars of other ranks
 IDENTITY = ("vae_sha256", "base_sha256", "text_encoder_sha256", "prompt_length")  # what a trainer compares
@@ -78,18 +76,18 @@ def cache_latents(
     gpus: float,
     replace: bool = False,
 ) -> dict[str, Any] | None:
-    """Writes the latent shards and returns their manifest; a run that was interrupted makes what is missing.
+    """Writes the latent shards and returns their manifest; an interrupted run makes what is missing.
 
-    executor, workers, gpus as in data_prep.executor.parallel. Under torchrun each rank makes its part and rank 0 the
-    manifest; the others return None. A folder that already holds these very latents is left as it is. One whose clips
-    are the same but for their prompts gets the new ones, and keeps its latents. Any other is made anew with `replace`,
-    which keeps the latents that would come out the same; else ShardError, as if the clip shards cannot be used or none
-    of their clips can. ValueError for sizes, lengths and prompts that the models cannot take; TooManyBad past the
-    budget.
+    executor, workers, gpus: as in data_prep.executor.parallel. Under torchrun each rank makes its
+    part and rank 0 the manifest; the others return None. A folder that holds these very latents is
+    left as it is; one whose clips have other prompts alone gets those; any other is made anew with
+    `replace`, which keeps the latents that would come out the same, else ShardError. Also ShardError
+    where no clip can be used, ValueError for sizes, lengths and prompts that the models cannot take,
+    TooManyBad past the budget.
     """
     check(executor, workers)
     check_folder(out, shards)
-    rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     refs, vae = index_shards(shards), sources.load_vae()
     pieces, facts = plan_of(refs, settings, vae.geometry, allow_empty_buckets)
     devices = devices_for(device, spread=workers > 0 and executor == "local")
@@ -101,17 +99,18 @@ def cache_latents(
         if folder:
             run = Run(folder, wanted, sources, settings, kept if folder != out else None)
             if run.kept and rank == 0:
-                log.info("%d of %d latents are taken over from %s", run.kept.count(pieces), len(pieces), out)
-            jobs = dict(enumerate(pieces[i : i + settings.per_tar] for i in range(0, len(pieces), settings.per_tar)))
-            finished = {number: part for number in jobs if (part := run.done(number))}
-            todo = {number: jobs[number] for number in range(rank, len(jobs), world) if number not in finished}
+                run.kept.tell(pieces)
+            starts = range(0, len(pieces), settings.per_tar)
+            jobs = [pieces[start : start + settings.per_tar] for start in starts]
+            parts = [run.done(number) for number in range(len(jobs))]
+            todo = {n: jobs[n] for n in range(rank, len(jobs), world) if not parts[n]}
             if todo or rank == 0:  # a rank without work may come after the manifest
                 embed_prompts(run, encoder, chain.from_iterable(todo.values()))
             del encoder
             torch.cuda.empty_cache()  # the VAE, also that of other processes, needs the room
             encode = way_to_encode(run, vae, device, devices, executor, workers, gpus)
             del vae
-            make_tars(todo, encode, finished.values(), bad_clip_budget, quiet=rank > 0)
+            make_tars(todo, encode, filter(None, parts), bad_clip_budget, quiet=rank > 0)
             if rank == 0:
                 finish(run, len(jobs), facts, bad_clip_budget)
     return read_manifest(out, "latents") if rank == 0 else None
@@ -142,48 +141,6 @@ def devices_for(device: str, spread: bool) -> list[str]:
     if "LOCAL_RANK" in os.environ or not spread:
         return [f"cuda:{os.environ.get('LOCAL_RANK', 0)}"]
     return [f"cuda:{index}" for index in range(torch.cuda.device_count())]
-
-
-def embed_prompts(run: Run, encoder: TextEncoder, pieces: Iterable[Piece]) -> None:
-    """Every distinct prompt once, the empty one too, but those that kept samples hold. ValueError as check_lengths."""
-    with writing(run.out / "prompts"):
-        (run.out / "prompts").mkdir(parents=True, exist_ok=True)
-    prompts = {"": [""]}
-    for _, group in groupby(pieces, key=lambda piece: piece.ref.key):
-        mine = list(group)
-        with suppress(BadClip):  # counted where the clip is read
-            text = read_meta(mine[0].ref)["prompt"]
-            if not (run.kept and all(run.kept.has_text(piece, text) for piece in mine)):
-                prompts.setdefault(text, []).append(mine[0].ref.key)
-    missing = {text: keys[0] for text, keys in prompts.items() if not run.prompt(text).exists()}
-    truncate = run.sources.long_prompts == "truncate"
-    check_lengths(encoder, {text: prompts[text] for text in missing}, truncate)
-    for text, key in tqdm(missing.items(), unit="prompt", disable=not missing):
-        stored = encoder(text, truncate).to(run.settings.torch_dtype)
-        if not stored.isfinite().all():
-            raise ValueError(f"{key}: its prompt's embedding is not finite in {run.settings.dtype}; use dtype=bfloat16")
-        path = run.prompt(text)
-        temporary = path.with_suffix(f".{os.getpid()}.tmp")
-        with writing(path):
-            temporary.write_bytes(save({"embeds": stored}))
-            temporary.replace(path)
-
-
-def check_lengths(encoder: TextEncoder, prompts: Mapping[str, Sequence[str]], truncate: bool) -> None:
-    """prompts: text -> keys of its clips. ValueError, or with `truncate` a warning, names all that are too long."""
-    counts = {text: encoder.tokens(text) for text in prompts}
-    long = [(key, n) for text, n in counts.items() if n > encoder.length for key in prompts[text]]
-    if not long:
-        return
-    named = ", ".join(f"{key} ({count})" for key, count in sorted(long))
-    said = f"{len(long)} clips have prompts of more tokens than the {encoder.length} that the DiT reads: {named}"
-    if truncate:
-        log.warning("%s. Their first %d are read", said, encoder.length)
-        return
-    raise ValueError(
-        f"{said}. Shorten them (data_prep.caption prompts=FILE overwrite=all), or give long_prompts=truncate to read "
-        "the beginning alone."
-    )
 
 
 def make_tars(

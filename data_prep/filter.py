@@ -175,11 +175,12 @@ def filter_clips(
     workers: int,
     replace: bool = False,
 ) -> tuple[list[Line], list[Line], dict[str, str]]:
-    """Writes shards, scores.jsonl and rejected.jsonl; returns the lines of both and key -> reason of unreadable clips.
+    """Writes shards, scores.jsonl and rejected.jsonl; returns the lines of both, and key -> reason
+    of clips that cannot be read.
 
-    Scores in `out`, from a run that was interrupted, and in the file `scores` are not measured again. A folder that
-    already holds this very choice is left as it is; one that holds another is made anew with `replace`, else
-    ShardError, as if no clip is kept. TooManyBad past the budget.
+    Scores in `out`, from a run that was interrupted, and in the file `scores` are not measured
+    again. A folder that holds this very choice is left as it is; one that holds another is made
+    anew with `replace`, else ShardError, also where no clip is kept. TooManyBad past the budget.
     """
     check(executor, workers)
     check_folder(out, shards)
@@ -189,26 +190,25 @@ def filter_clips(
         "settings": {
             "rules": {name: str(rule) for name, rule in rules.items()},
             "duplicates": asdict(duplicates) if duplicates else None,
-            "code": CODE, "max_clips": max_clips, "max_bytes": max_bytes,
-            "shards_sha256": manifests_sha256(shards),
+            "code": CODE, "max_clips": max_clips, "max_bytes": max_bytes, "shards_sha256": manifests_sha256(shards),
         },
     }  # fmt: skip
     with making(out, made_by, replace) as folder:
         if folder:
-            known, bad = read_scores(scores, out / SCORES_FILE, folder / SCORES_FILE), BadClips(bad_clip_budget)
-            gather(score_clips(refs, known, executor, workers), folder / SCORES_FILE, known, bad)
-            good = [ref for ref in refs if ref.key not in bad]
-            if not good:
+            bad, journal = BadClips(bad_clip_budget), folder / SCORES_FILE
+            known = read_scores(scores, out / SCORES_FILE, journal)
+            gather(score_clips(refs, known, executor, workers), journal, known, bad)
+            if len(bad) == len(refs):
                 raise ShardError(f"none of the {len(refs)} clips can be read: {next(iter(bad.values()))}")
-            lines = [known[ref.key] for ref in good]
+            lines = [known[ref.key] for ref in refs if ref.key not in bad]
             rejected = judge(lines, rules, duplicates)
-            fallen = {line["key"] for line in rejected}
-            if len(fallen) == len(good):
-                raise ShardError(f"the rules reject all {len(good)} clips ({tally(rejected)}); loosen them.")
-            write_lines(folder / SCORES_FILE, lines)
+            kept = {line["key"] for line in lines} - {line["key"] for line in rejected}
+            if not kept:
+                raise ShardError(f"the rules reject all {len(lines)} clips ({tally(rejected)}); loosen them.")
+            write_lines(journal, lines)
             write_lines(folder / REJECTED_FILE, rejected)
             with ShardWriter(folder, max_clips=max_clips, max_bytes=max_bytes, made_by=made_by) as writer:
-                copy_clips([ref for ref in good if ref.key not in fallen], writer, bad)
+                copy_clips([ref for ref in refs if ref.key in kept], writer, bad)
     return read_journal(out / SCORES_FILE), read_journal(out / REJECTED_FILE), read_head(out)["skipped"]
 
 

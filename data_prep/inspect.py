@@ -53,30 +53,22 @@ def inspect(
     data_prep.cache_latents would sort the clips by. Clips that cannot be read are listed beside those that the shards'
     own manifests name.
     """
-    check_list("lengths", lengths, "[17,49,81]")
     for name, value in (("sample", sample), ("frames", frames), ("side", side)):
         if value < 1:
             raise ValueError(f"{name}={value}; must be at least 1")
     if frames * side > WEBP_SIDE:
         raise ValueError(f"frames={frames}, side={side}; side by side they must not pass {WEBP_SIDE} pixels")
-    geometry = Geometry.of(blank_vae(vae))
-    multiple = 2 * geometry.space_stride
-    for length in lengths:
-        check_frames("lengths", length, geometry.time_stride)
     refs = index_shards(shards)
-    check_area(refs, area)
+    pieces = pieces_of(refs, vae, lengths, area, max_aspect)
     manifests = [read_manifest(folder) for folder in shards]
     skipped = {key: reason for manifest in manifests for key, reason in manifest.get("skipped", {}).items()}
     chosen = sorted(refs, key=lambda ref: (stable_hash("inspect", seed, ref.key), ref.key))[:sample]
-    pictures: dict[str, Picture] = {}
     draw = partial(picture, frames=frames, side=side)
     settings = {"executor": executor, "workers": workers, "name": attrgetter("name")}
     with progress(draw, chosen, desc="pictures", **settings) as results:
-        for ref, made in results:
-            if isinstance(made, BadClip):
-                skipped[ref.key] = made.reason
-            else:
-                pictures[ref.key] = made
+        drawn = {ref.key: made for ref, made in results}
+    skipped |= {key: made.reason for key, made in drawn.items() if isinstance(made, BadClip)}
+    pictures = {key: made for key, made in drawn.items() if isinstance(made, Picture)}
     entries = []
     for ref in tqdm(refs, unit="clip", desc="descriptions"):
         if ref.key in skipped:
@@ -85,7 +77,6 @@ def inspect(
             entries.append(describe(ref, read_meta(ref), pictures.get(ref.key)))
         except BadClip as bad:
             skipped[ref.key] = bad.reason
-    pieces = plan(refs, lengths, bucket_sizes(area, max_aspect, multiple), variants=1)
     return Report(
         title=", ".join(map(str, shards)),
         made_by="made by " + " and ".join(dict.fromkeys(map(command_of, manifests))),
@@ -96,6 +87,16 @@ def inspect(
         seed=seed,
         skipped=dict(sorted(skipped.items())),
     )
+
+
+def pieces_of(refs: Sequence[ClipRef], vae: str, lengths: Sequence[int], area: int, max_aspect: float) -> list[Piece]:
+    """The windows that data_prep.cache_latents would cut; ValueError for settings that it would refuse."""
+    check_list("lengths", lengths, "[17,49,81]")
+    geometry = Geometry.of(blank_vae(vae))
+    for length in lengths:
+        check_frames("lengths", length, geometry.time_stride)
+    check_area(refs, area)
+    return plan(refs, lengths, bucket_sizes(area, max_aspect, 2 * geometry.space_stride), variants=1)
 
 
 def buckets_of(pieces: Sequence[Piece]) -> dict[tuple[int, int, int], Bucket]:

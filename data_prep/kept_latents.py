@@ -1,6 +1,7 @@
 """Latents of an older folder that would come out the same, and are taken over."""
 
 import json
+import logging
 import os
 import shutil
 from collections.abc import Mapping, Sequence
@@ -10,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from acetate.data.latents import index_latents, read_latents
+from acetate.data.latent_shards import index_latents, read_latents
 from acetate.data.shards import MANIFEST, BadClip, read_manifest, read_meta, read_meta_text
 from acetate.replacing import writing
 from data_prep.folders import makers
@@ -19,6 +20,7 @@ from data_prep.latent_plan import Piece, Settings
 # What decides a latent, beside its clip's frames and its place in them; and what decides an embedding, beside the text
 OF_A_LATENT = ("seed", "smallest", "dtype", "ellipse", "eps", "frozen_dtype", "vae_sha256", "base_sha256")
 OF_A_TEXT = ("dtype", "text_encoder_sha256", "prompt_length", "long_prompts")
+log = logging.getLogger(__name__)
 
 
 class Kept:
@@ -53,9 +55,10 @@ class Kept:
                 return meta
         return None
 
-    def count(self, pieces: Sequence[Piece]) -> int:
-        """How many of the pieces it has."""
-        return sum(self.meta(piece) is not None for piece in pieces)
+    def tell(self, pieces: Sequence[Piece]) -> None:
+        """Logs how many of the pieces it has."""
+        count = sum(self.meta(piece) is not None for piece in pieces)
+        log.info("%d of %d latents are taken over from %s", count, len(pieces), self.folder)
 
     def has_text(self, piece: Piece, prompt: str) -> bool:
         """Whether it has the piece with an embedding of this prompt that can be taken over."""

@@ -9,7 +9,8 @@ from safetensors.torch import save, save_file
 
 from acetate.data import latents
 from acetate.data.datamodule import BadDataError
-from acetate.data.latents import EMPTY_PROMPT, BucketBatches, LatentDataModule, index_latents, read_latents
+from acetate.data.latent_shards import EMPTY_PROMPT, index_latents, read_latents
+from acetate.data.latents import BucketBatches, LatentDataModule
 from acetate.data.order import BucketWalk, ClipOrder
 from acetate.data.shards import MANIFEST, SCHEMA, ClipRef, ShardError, read_manifest
 from acetate.data.transforms import covering_box, resize, to_float

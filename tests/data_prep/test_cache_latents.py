@@ -10,7 +10,8 @@ from hydra.core.global_hydra import GlobalHydra
 from safetensors.torch import load_file, save_file
 
 from acetate.alpha import PALETTE_NAMES, harden, over, palette_colors
-from acetate.data.latents import EMPTY_PROMPT, LatentDataModule, index_latents, read_latents
+from acetate.data.latent_shards import EMPTY_PROMPT, index_latents, read_latents
+from acetate.data.latents import LatentDataModule
 from acetate.data.shards import MANIFEST, ShardError, index_shards, read_clip, read_media, read_meta, read_meta_text
 from acetate.data.store import Remote, open_folder
 from acetate.data.writer import ShardWriter, encode_clip

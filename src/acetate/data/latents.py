@@ -1,91 +1,33 @@
-"""Latent shards: reading them, and the datamodule, whose batches are of one bucket each."""
+"""The latent datamodule, whose batches are of one bucket each, and where a resumed run goes on."""
 
 import logging
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from itertools import chain, groupby
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from acetate.data.datamodule import ShardDataModule
+from acetate.data.latent_shards import LatentRef, Sample, index_latents, read_empty_prompt, read_latents
 from acetate.data.order import BucketWalk, Order
 from acetate.data.read_ahead import ReadAhead
-from acetate.data.shards import (
-    HOW_TO_MAKE,
-    BadClip,
-    ShardError,
-    TarRef,
-    blame,
-    blame_manifest,
-    by_key,
-    find_samples,
-    read_manifest,
-    read_media,
-    read_meta,
-)
+from acetate.data.shards import HOW_TO_MAKE, BadClip, ShardError, by_key, read_manifest
 from acetate.data.splits import in_turns
-from acetate.data.store import Folder, Remote, RemoteTar, read_file
+from acetate.data.store import Remote, RemoteTar
 from acetate.draws import stable_hash
 
-EMPTY_PROMPT = "empty_prompt.safetensors"
 # What latents were made with: folders are mixed, and a run goes on, only where all of it is equal
 MADE_WITH = ("vae_sha256", "base_sha256", "text_encoder_sha256", "prompt_length", "ellipse", "geometry")
 log = logging.getLogger(__name__)
 
 Step = tuple[int, int, int]  # epoch, window, and how far the walk through the order has come
-Sample = dict[str, Any]  # latents (C, F, h, w), ellipse (F, 5), prompt_embeds (n, D), prompt_mask (n,), prompt, ref
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class LatentRef(TarRef):
-    """One window of a clip over one background; shape: latent (F, h, w); tokens: of its prompt."""
-
-    clip: str
-    variant: int
-    shape: tuple[int, int, int]
-    tokens: int
-
-    @property
-    def window(self) -> str:
-        return self.key.rpartition("-v")[0]
-
-
-def index_latents(folder: Folder, manifest: dict[str, Any]) -> list[LatentRef]:
-    """Every sample that the manifest promises; one that its local tar lacks has a `problem`."""
-    refs = []
-    with blame_manifest(folder, "latents"):
-        for shard in manifest["shards"]:
-            places = find_samples(folder, shard, [(entry["key"], "safetensors") for entry in shard["samples"]])
-            for entry, place in zip(shard["samples"], places, strict=True):
-                facts = {**entry, **place, "shape": tuple(entry["shape"])}
-                refs.append(LatentRef(**facts, kind="safetensors"))
-    return refs
-
-
-def read_latents(ref: LatentRef) -> Sample:
-    """A sample as it is stored; BadClip with the reason if anything is wrong with it."""
-    data, meta = read_media(ref), read_meta(ref)
-    with blame(ref):
-        try:
-            sample: Sample = safetensors.torch.load(data)
-        except SafetensorError as error:
-            raise ValueError(str(error)) from error
-        found, frames = tuple(sample["latents"].shape[1:]), ref.shape[0]
-        if found != ref.shape or sample["ellipse"].shape != (frames, 5):
-            raise ValueError(f"latents {found}, ellipse {tuple(sample['ellipse'].shape)}; promised {ref.shape}")
-        if not all(sample[name].isfinite().all() for name in ("latents", "ellipse", "prompt_embeds")):
-            raise ValueError("values that are not finite")
-    return sample | {"prompt": meta["prompt"], "ref": ref}
 
 
 class BucketBatches(Sampler[list[Step]]):
@@ -235,7 +177,7 @@ class LatentDataModule(ShardDataModule):
         # A fixed draw over all keys: the first ones in the alphabet are often all of one kind.
         val = sorted(val, key=lambda window: stable_hash("val", window[0].window))[: self.val_clips]
         val = in_turns(val, key=lambda window: window[0].clip)
-        self.null_context = self._empty_prompt()
+        self.null_context = pad(read_empty_prompt(self.folders[0]).float(), self.prompt_length)[None]
         self.train_windows, self.val_windows = train, [window[:1] for window in val]
         self.manifest = manifests[0]
 
@@ -248,15 +190,6 @@ class LatentDataModule(ShardDataModule):
                         f"{manifests[0].get(name)}; they cannot be mixed. Cache one of them anew, with the settings of "
                         "the other, or leave it out."
                     )
-
-    def _empty_prompt(self) -> Tensor:
-        try:
-            embeds = safetensors.torch.load(read_file(self.folders[0], EMPTY_PROMPT))["embeds"]
-        except (OSError, SafetensorError, KeyError) as error:
-            raise ShardError(
-                f"{self.folders[0]}/{EMPTY_PROMPT} cannot be read ({error}). {HOW_TO_MAKE['latents']}"
-            ) from error
-        return pad(embeds.float(), self.prompt_length)[None]
 
     def captions(self, count: int) -> list[str]:
         """Prompts of validation clips, at most so many and all different, of as many kinds as there are; after setup.
