@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from acetate.alpha import PALETTE, harden, over
 from acetate.data import synthetic
+from acetate.data.backgrounds import background
 from acetate.data.clips import TrainBatches
 from acetate.data.datamodule import apart_from_signals
 from acetate.draws import generator_for
@@ -43,7 +44,7 @@ class EndlessClips(Dataset):
         """What an RGB model is shown later: pictures (5 of 10), hard (2) and soft (1) renders, mattes (2)."""
         plain = PALETTE[color % 8].view(3, 1, 1, 1)
         if view < 5:
-            return over(clip.rgb, clip.alpha, synthetic.background(color, *size))
+            return over(clip.rgb, clip.alpha, background(color, *size))
         if view < 7:
             return over(clip.rgb, harden(clip.alpha), plain)
         if view < 8:

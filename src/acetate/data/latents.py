@@ -19,7 +19,7 @@ from acetate.data.latent_shards import LatentRef, Sample, index_latents, read_em
 from acetate.data.order import BucketWalk, Order
 from acetate.data.read_ahead import ReadAhead
 from acetate.data.shards import HOW_TO_MAKE, BadClip, ShardError, by_key, read_manifest
-from acetate.data.splits import in_turns
+from acetate.data.splits import validation_draw
 from acetate.data.store import Remote, RemoteTar
 from acetate.draws import stable_hash
 
@@ -174,9 +174,7 @@ class LatentDataModule(ShardDataModule):
                     f"{self._where()}: none of {len(refs)} samples is in split {split!r}. Add clips of that split to "
                     f"the clip shards and cache them anew. {HOW_TO_MAKE['latents']}"
                 )
-        # A fixed draw over all keys: the first ones in the alphabet are often all of one kind.
-        val = sorted(val, key=lambda window: stable_hash("val", window[0].window))[: self.val_clips]
-        val = in_turns(val, key=lambda window: window[0].clip)
+        val = validation_draw(val, self.val_clips, name=lambda w: w[0].window, key=lambda w: w[0].clip)
         self.null_context = pad(read_empty_prompt(self.folders[0]).float(), self.prompt_length)[None]
         self.train_windows, self.val_windows = train, [window[:1] for window in val]
         self.manifest = manifests[0]
@@ -241,10 +239,8 @@ class LatentDataModule(ShardDataModule):
     def val_dataloader(self) -> DataLoader:
         rank, world = self._rank_and_world()
         parts = [self._val_batches(r, world) for r in range(world)]
-        count = len(self.val_windows)
-        even = f"val_clips={count // world * world}" if count >= world else f"at most {count} GPUs, or more clips"
         self._check_even(
-            [len(part) for part in parts], f"{count} validation windows in buckets", f"val_batch_size=1 and {even}"
+            [len(part) for part in parts], len(self.val_windows), "windows in buckets", "val_batch_size=1 and "
         )
         return self._loader(LatentDataset(self.val_windows, seed=0, batches=None), parts[rank], self._collate())
 
