@@ -7,11 +7,11 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from functools import partial
 from itertools import chain, groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from hydra.utils import instantiate
@@ -39,9 +39,8 @@ from data_prep.bad_clips import BadClips, print_bad
 from data_prep.executor import check, parallel
 from data_prep.folders import check_folder, making, manifests_sha256, tidy
 from data_prep.kept_latents import find_kept
-from data_prep.latent_encoder import Encoder, Report, Run, Sources
+from data_prep.latent_encoder import Encoder, Report, Run, Sources, embed_prompts
 from data_prep.latent_plan import Piece, Settings, plan_of
-from data_prep.latent_prompts import embed_prompts
 
 POLL = 0.5  # seconds between looks for the tars of other ranks
 IDENTITY = ("vae_sha256", "base_sha256", "text_encoder_sha256", "prompt_length")  # what a trainer compares
@@ -259,32 +258,19 @@ def counts(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 @program("prep/cache_latents")
 def main(cfg: DictConfig) -> None:
-    own, remote = OmegaConf.to_container(cfg, resolve=True), instantiate(cfg.remote)
-    names = ("seed", "variants", "area", "max_aspect", "space_multiple", "dtype", "ellipse", "per_tar", "smallest")
+    own, remote = cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True)), instantiate(cfg.remote)
+    sources = Sources(
+        frozen_dtype=cfg.wan.dtype,
+        **{name: cfg.wan[name] for name in ("vae", "text_encoder", "prompt_length")},
+        **{name: cfg[name] for name in ("rgba_vae", "chunk", "long_prompts")},
+    )
+    same = ("allow_empty_buckets", "bad_clip_budget", "device", "executor", "workers", "gpus", "replace")
     manifest = cache_latents(
         shards=[open_folder(place, remote) for place in listed(cfg.shards)],
         out=Path(cfg.out),
-        sources=Sources(
-            vae=cfg.wan.vae,
-            rgba_vae=cfg.rgba_vae,
-            text_encoder=cfg.wan.text_encoder,
-            prompt_length=cfg.wan.prompt_length,
-            frozen_dtype=cfg.wan.dtype,
-            chunk=cfg.chunk,
-            long_prompts=cfg.long_prompts,
-        ),
-        settings=Settings(
-            **{name: own[name] for name in names},
-            frames=own["frames"],
-            sizes=own["sizes"],
-        ),
-        allow_empty_buckets=cfg.allow_empty_buckets,
-        bad_clip_budget=cfg.bad_clip_budget,
-        device=cfg.device,
-        executor=cfg.executor,
-        workers=cfg.workers,
-        gpus=cfg.gpus,
-        replace=cfg.replace,
+        sources=sources,
+        settings=Settings(**{field.name: own[field.name] for field in fields(Settings)}),
+        **{name: cfg[name] for name in same},
     )
     if manifest is not None:
         print_summary(Path(cfg.out), manifest)

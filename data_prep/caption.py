@@ -8,7 +8,7 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from operator import attrgetter
 from pathlib import Path
@@ -269,16 +269,9 @@ def main(cfg: DictConfig) -> None:
     console = Console(markup=False, highlight=False)
     shards = [Path(folder) for folder in listed(cfg.shards)]
     prompts = Path(cfg.prompts) if cfg.prompts else None
-    settings = Settings(
-        overwrite=cfg.overwrite,
-        missing=cfg.missing,
-        template=cfg.template,
-        captioner=cfg.captioner,
-        instruction=cfg.instruction,
-        look=Look(cfg.pictures, cfg.images, cfg.background),
-        max_tokens=cfg.max_tokens,
-        dtype=cfg.dtype,
-    )
+    look = Look(cfg.pictures, cfg.images, cfg.background)
+    asked = [field.name for field in fields(Settings) if field.name != "look"]
+    settings = Settings(look=look, **{name: cfg[name] for name in asked})
     if cfg.preview:
         lines, bad, total = preview(shards, prompts, settings, cfg.device)
         table = Table("key", "from", "prompt")
@@ -287,19 +280,9 @@ def main(cfg: DictConfig) -> None:
         console.print(table)
         console.print(f"{len(lines)} of {total} clips were looked at. Nothing was written.")
     else:
-        lines, bad = caption(
-            shards=shards,
-            out=Path(cfg.out),
-            prompts=prompts,
-            settings=settings,
-            max_clips=cfg.max_clips,
-            max_bytes=int(cfg.max_mb * 2**20),
-            bad_clip_budget=cfg.bad_clip_budget,
-            device=cfg.device,
-            executor=cfg.executor,
-            workers=cfg.workers,
-            replace=cfg.replace,
-        )
+        same = ("max_clips", "bad_clip_budget", "device", "executor", "workers", "replace")
+        own = {name: cfg[name] for name in same} | {"max_bytes": int(cfg.max_mb * 2**20)}
+        lines, bad = caption(shards=shards, out=Path(cfg.out), prompts=prompts, settings=settings, **own)
         counts = ", ".join(
             f"{count} {origin}" for origin, count in Counter(line["from"] for line in lines).most_common()
         )

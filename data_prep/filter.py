@@ -280,18 +280,10 @@ def main(cfg: DictConfig) -> None:
             )
         text = f"{len(lines)} of {total} clips were measured. Nothing was written."
     else:
+        same = ("max_clips", "bad_clip_budget", "executor", "workers", "replace")
+        own = {name: cfg[name] for name in same} | {"max_bytes": int(cfg.max_mb * 2**20)}
         lines, rejected, bad = filter_clips(
-            shards=shards,
-            out=out,
-            rules=rules,
-            duplicates=duplicates,
-            scores=scores,
-            max_clips=cfg.max_clips,
-            max_bytes=int(cfg.max_mb * 2**20),
-            bad_clip_budget=cfg.bad_clip_budget,
-            executor=cfg.executor,
-            workers=cfg.workers,
-            replace=cfg.replace,
+            shards=shards, out=out, rules=rules, duplicates=duplicates, scores=scores, **own
         )
         text = f"{out}: reasons in {REJECTED_FILE}, all scores in {SCORES_FILE}"
     fallen = len({line["key"] for line in rejected})

@@ -6,7 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from operator import attrgetter
 from pathlib import Path
@@ -234,23 +234,14 @@ def print_preview(console: Console, clips: list[Found]) -> None:
 
 @program("prep/ingest")
 def main(cfg: DictConfig) -> None:
-    out = Path(cfg.out)
+    out, choices = Path(cfg.out), {name: str(value) for name, value in cfg.override.items()}
+    limits = [field.name for field in fields(Settings) if field.name != "choices"]
     result = ingest(
         source=Path(cfg.source),
         out=out,
-        bad_clip_budget=cfg.bad_clip_budget,
-        settings=Settings(
-            max_pixels=cfg.max_pixels,
-            max_frames=cfg.max_frames,
-            memory_gb=cfg.memory_gb,
-            seconds=cfg.seconds,
-            megapixels_per_second=cfg.megapixels_per_second,
-            detect_packed=cfg.detect_packed,
-            choices={name: str(value) for name, value in cfg.override.items()},
-        ),
-        executor=cfg.executor,
+        settings=Settings(choices=choices, **{name: cfg[name] for name in limits}),
         workers=len(os.sched_getaffinity(0)) if cfg.workers is None else cfg.workers,
-        preview=cfg.preview,
+        **{name: cfg[name] for name in ("bad_clip_budget", "executor", "preview")},
     )
     console = Console(markup=False, highlight=False)  # names may hold brackets
     if cfg.preview:

@@ -204,20 +204,10 @@ def print_summary(console: Console, report: Report) -> None:
 def main(cfg: DictConfig) -> None:
     if cfg.out and not cfg.preview:
         check_out(Path(cfg.out))
-    lengths: Any = OmegaConf.to_container(cfg.lengths, resolve=True) if OmegaConf.is_list(cfg.lengths) else cfg.lengths
-    report = inspect(
-        shards=[Path(folder) for folder in listed(cfg.shards)],
-        sample=cfg.sample,
-        seed=cfg.seed,
-        frames=cfg.frames,
-        side=cfg.side,
-        vae=cfg.wan.vae,
-        lengths=lengths,
-        area=cfg.area,
-        max_aspect=cfg.max_aspect,
-        executor=cfg.executor,
-        workers=cfg.workers,
-    )
+    own: Any = OmegaConf.to_container(cfg, resolve=True)
+    same = ("sample", "seed", "frames", "side", "lengths", "area", "max_aspect", "executor", "workers")
+    shards = [Path(folder) for folder in listed(cfg.shards)]
+    report = inspect(shards=shards, vae=cfg.wan.vae, **{name: own[name] for name in same})
     console = Console(markup=False, highlight=False)
     print_summary(console, report)
     if cfg.preview or not cfg.out:

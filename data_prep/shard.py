@@ -3,6 +3,7 @@
 import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from functools import partial
 from operator import attrgetter
 from pathlib import Path
@@ -138,30 +139,16 @@ def prepare(plan: Plan, settings: Settings) -> list[EncodedClip] | str:
 @program("prep/shard")
 def main(cfg: DictConfig) -> None:
     manifest, out = Path(cfg.manifest), Path(cfg.out)
-    settings = Settings(
-        choices=overrides(
-            colour=cfg.colour, alpha_low=cfg.alpha_low, alpha_high=cfg.alpha_high, crop=cfg.crop,
-            still=cfg.still, cuts=cfg.cuts,
-        ),
-        min_alpha=cfg.min_alpha, trim=cfg.trim, max_side=cfg.max_side, bleed=cfg.bleed, fps=cfg.fps,
-        default_fps=cfg.default_fps, max_frames=cfg.max_frames, empty=cfg.empty, full=cfg.full,
-        flickers=cfg.flickers,
-    )  # fmt: skip
+    chosen = ("colour", "alpha_low", "alpha_high", "crop", "still", "cuts")
+    choices = overrides(**{name: cfg[name] for name in chosen})
+    done = [field.name for field in fields(Settings) if field.name != "choices"]
+    settings = Settings(choices=choices, **{name: cfg[name] for name in done})
     if cfg.preview:
         preview(manifest, settings, executor=cfg.executor, workers=cfg.workers)
         return
-    result = shard(
-        manifest=manifest,
-        out=out,
-        settings=settings,
-        val_fraction=cfg.val_fraction,
-        max_clips=cfg.max_clips,
-        max_bytes=int(cfg.max_mb * 2**20),
-        bad_clip_budget=cfg.bad_clip_budget,
-        executor=cfg.executor,
-        workers=cfg.workers,
-        replace=cfg.replace,
-    )
+    same = ("val_fraction", "max_clips", "bad_clip_budget", "executor", "workers", "replace")
+    own = {name: cfg[name] for name in same} | {"max_bytes": int(cfg.max_mb * 2**20)}
+    result = shard(manifest=manifest, out=out, settings=settings, **own)
     print_summary(out, result)
     if said := said_of_names([line.prompt for line in read_lines(manifest)]):
         Console(markup=False, highlight=False).print(said, soft_wrap=True)

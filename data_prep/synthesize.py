@@ -173,19 +173,9 @@ def main(cfg: DictConfig) -> None:
     if cfg.preview:
         print_preview(Plan(cfg.clips, cfg.frames, squares(sizes), cfg.seed), cfg.workers)
         return
-    head = synthesize(
-        out=Path(cfg.out),
-        clips=cfg.clips,
-        frames=cfg.frames,
-        sizes=sizes,
-        seed=cfg.seed,
-        val_fraction=cfg.val_fraction,
-        max_clips=cfg.max_clips,
-        max_bytes=int(cfg.max_mb * 2**20),
-        executor=cfg.executor,
-        workers=cfg.workers,
-        replace=cfg.replace,
-    )
+    same = ("clips", "frames", "seed", "val_fraction", "max_clips", "executor", "workers", "replace")
+    own = {name: cfg[name] for name in same}
+    head = synthesize(out=Path(cfg.out), sizes=sizes, max_bytes=int(cfg.max_mb * 2**20), **own)
     train, val = head["splits"]["train"], head["splits"]["val"]
     print(f"{cfg.out}: {train} clips to train and {val} to validate on, {head['frames']} frames")
 

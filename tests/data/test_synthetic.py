@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
 
-from acetate.data.backgrounds import background
+from acetate.data.endless import background
 from acetate.data.synthetic import KINDS, render
 
 SOLID = ("hair", "shadow", "shape")
