@@ -7,12 +7,12 @@ import logging
 import os
 import re
 import unicodedata
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from acetate.data.shards import LONGEST_KEY, plain_key, short_key
+from acetate.data.keys import LONGEST_KEY, beginning, plain_key
 from acetate.media.images import image_size
 from acetate.video_io import IMAGES, OPAQUE_IMAGES, VIDEOS, MediaError, sequence_files
 
@@ -94,7 +94,7 @@ def clip_key(source: Path, path: Path, taken: set[str]) -> str:
     plain = plain_key(name)
     if plain == name and len(name.encode()) <= LONGEST_KEY and name not in taken:
         return name
-    return f"{short_key(plain, LONGEST_KEY - 10)}-{hashlib.sha256(os.fsencode(inside)).hexdigest()[:8]}"
+    return f"{beginning(plain, LONGEST_KEY - 10)}-{hashlib.sha256(os.fsencode(inside)).hexdigest()[:8]}"
 
 
 def sidecar(path: Path) -> Path | None:
@@ -104,6 +104,19 @@ def sidecar(path: Path) -> Path | None:
         if text.is_file():
             return text
     return None
+
+
+def pictures(path: Path) -> list[Path]:
+    """The frames of a sequence, which is a folder; else the file alone."""
+    if not path.is_dir():
+        return [path]
+    return [file for file in sorted(path.iterdir()) if file.suffix.lower() in IMAGES + OPAQUE_IMAGES]
+
+
+def stamps(files: Iterable[Path]) -> list[tuple[int, int] | None]:
+    """Size and time of each file, by which one that was changed is told; None where there is no file."""
+    stats = [path.stat() if path.exists() else None for path in files]
+    return [(stat.st_size, stat.st_mtime_ns) if stat else None for stat in stats]
 
 
 def _read_tables(source: Path, tables: list[Path]) -> tuple[dict[str, Row], list[Candidate]]:

@@ -8,8 +8,7 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from operator import attrgetter
 from pathlib import Path
@@ -27,22 +26,21 @@ from acetate.data.shards import (
     MANIFEST,
     BadClip,
     ClipRef,
-    ShardWriter,
     index_shards,
     read_clip,
     read_head,
-    read_media,
     read_meta,
     read_meta_text,
-    remove_parts,
 )
 from acetate.data.store import listed
+from acetate.data.writer import ShardWriter
 from acetate.draws import stable_hash
+from data_prep.bad_clips import BadClips, print_bad
 from data_prep.captioner import Captioner, Look, locate_captioner
-from data_prep.executor import check, parallel
-from data_prep.folders import CAPTIONS_FILE, check_folder, place, settle
-from data_prep.ingest import check_budget, print_bad
-from data_prep.journal import Line, only_writer, open_journal, read_journal, write_lines
+from data_prep.copies import copy_clips, gather
+from data_prep.executor import check, progress
+from data_prep.folders import CAPTIONS_FILE, check_folder, making, manifests_sha256
+from data_prep.journal import Line, read_journal, write_lines
 
 PREVIEW_CLIPS = 8
 PIECE = re.compile(r"-p\d{3,}$")  # what data_prep.shard adds to the key of a clip that it cuts
@@ -194,12 +192,11 @@ def caption_clips(
             yield line
     if unseen:
         captioner = locate_captioner(str(settings.captioner))
-        results = parallel(
-            partial(see, template=settings.template), unseen, executor=executor, workers=workers,
+        with progress(
+            partial(see, template=settings.template), unseen, desc="captions", executor=executor, workers=workers,
             setup=partial(load_captioner, captioner, settings, device), name=attrgetter("name"),
-        )  # fmt: skip
-        with closing(results):
-            yield from tqdm(results, total=len(unseen), unit="clip", desc="captions")
+        ) as results:  # fmt: skip
+            yield from (line for _, line in results)
 
 
 def caption(
@@ -228,45 +225,24 @@ def caption(
     content = {
         **asdict(settings), "max_clips": max_clips, "max_bytes": max_bytes,
         "prompts_sha256": hashlib.sha256(json.dumps(given, sort_keys=True).encode()).hexdigest(),
-        "shards_sha256": [hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest() for folder in shards],
+        "shards_sha256": manifests_sha256(shards),
     }  # fmt: skip
     made_by = json.loads(json.dumps({"command": "data_prep.caption", "settings": content}))
-    folder = place(out, made_by, replace)
-    journal = folder / CAPTIONS_FILE
-    if (folder / MANIFEST).exists():
-        remove_parts(folder)
-        settle(folder, out)
-        return read_journal(out / CAPTIONS_FILE)[1:], read_head(out)["skipped"]
-    if settings.captioner:
-        locate_captioner(settings.captioner)  # before anything is written
-    with only_writer(out):
-        known = {line["key"]: line for line in read_journal(journal)[1:]}
-        bad: dict[str, str] = {}
-        with open_journal(journal) as append:
-            if not known and not read_journal(journal):
-                append({"made_by": made_by})
+    with making(out, made_by, replace) as folder:
+        if folder:
+            if settings.captioner:
+                locate_captioner(settings.captioner)  # before anything is written
+            journal, bad = folder / CAPTIONS_FILE, BadClips(bad_clip_budget)
+            if not read_journal(journal):
+                write_lines(journal, [{"made_by": made_by}])
+            known = {line["key"]: line for line in read_journal(journal)[1:]}
             todo = [ref for ref in refs if ref.key not in known]
-            for line in caption_clips(todo, settings, given, device, executor, workers):
-                if isinstance(line, BadClip):
-                    bad[line.key] = line.reason
-                    check_budget(bad, bad_clip_budget)
-                else:
-                    append(line)
-                    known[line["key"]] = line
-        good = [ref for ref in refs if ref.key not in bad]
-        write_lines(journal, [{"made_by": made_by}, *(known[ref.key] for ref in good)])
-        with ShardWriter(folder, max_clips=max_clips, max_bytes=max_bytes, made_by=made_by) as writer:
-            for ref in tqdm(good, unit="clip", desc="copies"):
-                if ref.key in writer:
-                    continue
-                try:
-                    writer.copy(ref, read_media(ref), with_prompt(read_meta_text(ref), known[ref.key]["prompt"]))
-                except BadClip as error:
-                    bad[error.key] = error.reason
-                    check_budget(bad, bad_clip_budget)
-            writer.skipped = dict(sorted(bad.items()))
-    settle(folder, out)
-    return [known[ref.key] for ref in good], writer.skipped
+            gather(caption_clips(todo, settings, given, device, executor, workers), journal, known, bad)
+            good = [ref for ref in refs if ref.key not in bad]
+            write_lines(journal, [{"made_by": made_by}, *(known[ref.key] for ref in good)])
+            with ShardWriter(folder, max_clips=max_clips, max_bytes=max_bytes, made_by=made_by) as writer:
+                copy_clips(good, writer, bad, lambda ref: with_prompt(read_meta_text(ref), known[ref.key]["prompt"]))
+    return read_journal(out / CAPTIONS_FILE)[1:], read_head(out)["skipped"]
 
 
 def with_prompt(meta: bytes, prompt: str) -> bytes:
@@ -292,16 +268,9 @@ def main(cfg: DictConfig) -> None:
     console = Console(markup=False, highlight=False)
     shards = [Path(folder) for folder in listed(cfg.shards)]
     prompts = Path(cfg.prompts) if cfg.prompts else None
-    settings = Settings(
-        overwrite=cfg.overwrite,
-        missing=cfg.missing,
-        template=cfg.template,
-        captioner=cfg.captioner,
-        instruction=cfg.instruction,
-        look=Look(cfg.pictures, cfg.images, cfg.background),
-        max_tokens=cfg.max_tokens,
-        dtype=cfg.dtype,
-    )
+    look = Look(cfg.pictures, cfg.images, cfg.background)
+    asked = [field.name for field in fields(Settings) if field.name != "look"]
+    settings = Settings(look=look, **{name: cfg[name] for name in asked})
     if cfg.preview:
         lines, bad, total = preview(shards, prompts, settings, cfg.device)
         table = Table("key", "from", "prompt")
@@ -310,19 +279,9 @@ def main(cfg: DictConfig) -> None:
         console.print(table)
         console.print(f"{len(lines)} of {total} clips were looked at. Nothing was written.")
     else:
-        lines, bad = caption(
-            shards=shards,
-            out=Path(cfg.out),
-            prompts=prompts,
-            settings=settings,
-            max_clips=cfg.max_clips,
-            max_bytes=int(cfg.max_mb * 2**20),
-            bad_clip_budget=cfg.bad_clip_budget,
-            device=cfg.device,
-            executor=cfg.executor,
-            workers=cfg.workers,
-            replace=cfg.replace,
-        )
+        same = ("max_clips", "bad_clip_budget", "device", "executor", "workers", "replace")
+        own = {name: cfg[name] for name in same} | {"max_bytes": int(cfg.max_mb * 2**20)}
+        lines, bad = caption(shards=shards, out=Path(cfg.out), prompts=prompts, settings=settings, **own)
         counts = ", ".join(
             f"{count} {origin}" for origin, count in Counter(line["from"] for line in lines).most_common()
         )

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
-from acetate.data.transforms import resize, to_float
+from acetate.data.transforms import resize, to_float, to_uint8
 from acetate.media.clip import LIMITS
 from acetate.video_io import Rect
 from data_prep.decisions import AUTO, Decisions, check_choices
@@ -204,8 +204,8 @@ def limit_side(frames: Frames, max_side: int) -> Frames:
     small = []
     for frame in frames:  # one at a time: floats of a whole clip can take gigabytes
         rgb, alpha = resize(*to_float(torch.from_numpy(frame[None].copy())), *size)
-        small.append(torch.cat(((rgb + 1) / 2, alpha)).mul(255).round().to(torch.uint8))
-    return torch.cat(small, dim=1).permute(1, 2, 3, 0).contiguous().numpy()
+        small.append(to_uint8(rgb, alpha))
+    return torch.cat(small).numpy()
 
 
 def bleed(frames: Frames, radius: int | None, trusted: int = 1) -> Frames:

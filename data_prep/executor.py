@@ -8,14 +8,16 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import closing, contextmanager, suppress
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from multiprocessing.process import parent_process
 from queue import SimpleQueue
-from typing import Any, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
+
+from tqdm import tqdm
 
 EXECUTORS = ("local", "ray")
 OVERRAN = "took more than {:g} s, so that its worker process was stopped"
@@ -98,7 +100,26 @@ def parallel(
         team = start_team(function, setup, workers, gpus)
     else:
         team = [LocalWorker(function, setup, number) for number in range(workers)]
-    return _spread(team, items, name, time_limit, lost)
+    return Team(team, name, time_limit, lost).results(items)
+
+
+@contextmanager
+def progress(
+    function: Callable[..., Result],
+    items: Sequence[Item],
+    *,
+    desc: str | None = None,
+    done: int = 0,
+    **settings: Any,
+) -> Iterator[Iterator[tuple[Item, Result]]]:
+    """Pairs of a clip and its result under a progress bar; leaving the block ends the processes.
+
+    settings: of `parallel`. done: clips of an earlier run, where the bar begins.
+    """
+    with closing(parallel(function, items, **settings)) as results:
+        total = done + len(items)
+        bar = tqdm(results, total=total, initial=done, unit="clip", desc=desc)
+        yield zip(items, bar, strict=True)
 
 
 def check(executor: str, workers: int) -> None:
@@ -125,71 +146,79 @@ def _here(
         yield call(item)
 
 
-def _spread(
-    team: Sequence[Worker],
-    items: Iterable[Item],
-    name: Callable[[Item], str],
-    time_limit: float | None,
-    lost: Callable[[Item, str], Result] | None,
-) -> Generator[Result, None, None]:
-    idle: SimpleQueue[Worker] = SimpleQueue()
-    for worker in team:
-        idle.put(worker)
-    closed = threading.Event()
+class Team(Generic[Item, Result]):
+    """Workers, and the items that they are asked about in threads, so that none waits for the caller.
 
-    def ask(item: Item) -> Answer:
-        """Once more, of a new process, if the first was lost."""
-        worker, again = idle.get(), False
+    name, time_limit, lost: as in `parallel`.
+    """
+
+    def __init__(
+        self,
+        workers: Sequence[Worker],
+        name: Callable[[Item], str],
+        time_limit: float | None,
+        lost: Callable[[Item, str], Result] | None,
+    ):
+        self.workers, self.name, self.time_limit, self.lost = workers, name, time_limit, lost
+        self.idle: SimpleQueue[Worker] = SimpleQueue()
+        for worker in workers:
+            self.idle.put(worker)
+        self.closed = threading.Event()
+
+    def results(self, items: Iterable[Item]) -> Generator[Result, None, None]:
+        """In the order of the items; closing it ends the processes."""
+        threads = ThreadPoolExecutor(len(self.workers), thread_name_prefix="parallel")
+        begun: deque[Future[Result]] = deque()
         try:
-            while not closed.is_set():
-                try:
-                    return worker.ask(item, time_limit)
-                except NoPlace as error:
-                    log.warning("%s; its work goes to the others", error)
-                    worker = idle.get()  # the one without a place does not come back
-                except WorkerLost as error:
-                    if again or closed.is_set() or isinstance(error, Overran):
-                        raise
-                    log.warning("%s: %s; tried once more", name(item), error)
-                    again = True
-            raise WorkerLost("the run was stopped")
+            for item in items:
+                begun.append(threads.submit(self.result, item))
+                if len(begun) == AHEAD * len(self.workers):
+                    begun[0].result()
+                    yield begun.popleft().result()
+            while begun:
+                begun[0].result()
+                yield begun.popleft().result()
         finally:
-            idle.put(worker)
+            self.closed.set()
+            threads.shutdown(wait=False, cancel_futures=True)
+            while True:  # a process that was just being started is met the second time
+                for worker in self.workers:
+                    worker.stop()
+                if all(future.done() for future in begun):
+                    break
+                time.sleep(0.05)
 
-    def serve_one(item: Item) -> Result:
-        """In a thread of its own for each worker, so that none waits for the caller."""
+    def result(self, item: Item) -> Result:
         try:
-            good, value = ask(item)
+            good, value = self.ask(item)
         except WorkerLost as error:
-            if lost is not None and not closed.is_set() and not isinstance(error, SetupLost):
-                return lost(item, str(error))
-            raise type(error)(f"{name(item)}: {error}") from None
+            if self.lost is None or self.closed.is_set() or isinstance(error, SetupLost):
+                raise type(error)(f"{self.name(item)}: {error}") from None
+            return self.lost(item, str(error))
         if good:
             return value
         error, trace = value
         error.add_note(f"In a worker process:\n{trace}")
         raise error
 
-    threads = ThreadPoolExecutor(len(team), thread_name_prefix="parallel")
-    begun: deque[Future[Result]] = deque()
-    try:
-        for item in items:
-            begun.append(threads.submit(serve_one, item))
-            if len(begun) == AHEAD * len(team):
-                begun[0].result()
-                yield begun.popleft().result()
-        while begun:
-            begun[0].result()
-            yield begun.popleft().result()
-    finally:
-        closed.set()
-        threads.shutdown(wait=False, cancel_futures=True)
-        while True:  # a process that was just being started is met the second time
-            for worker in team:
-                worker.stop()
-            if all(future.done() for future in begun):
-                break
-            time.sleep(0.05)
+    def ask(self, item: Item) -> Answer:
+        """Asks a worker, and once more a new process of it, if the first was lost."""
+        worker, again = self.idle.get(), False
+        try:
+            while not self.closed.is_set():
+                try:
+                    return worker.ask(item, self.time_limit)
+                except NoPlace as error:
+                    log.warning("%s; its work goes to the others", error)
+                    worker = self.idle.get()  # the one without a place does not come back
+                except WorkerLost as error:
+                    if again or self.closed.is_set() or isinstance(error, Overran):
+                        raise
+                    log.warning("%s: %s; tried once more", self.name(item), error)
+                    again = True
+            raise WorkerLost("the run was stopped")
+        finally:
+            self.idle.put(worker)
 
 
 def bind(function: Callable[..., Result], setup: Callable[[int], Any] | None, number: int) -> Callable[[Any], Result]:

@@ -4,7 +4,6 @@ import hashlib
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing
 from dataclasses import asdict, dataclass
 from operator import attrgetter
 from pathlib import Path
@@ -14,30 +13,19 @@ import numpy as np
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
-from tqdm import tqdm
 from yaml import YAMLError
 
 from acetate.cli import run
-from acetate.data.shards import (
-    MANIFEST,
-    BadClip,
-    ClipRef,
-    ShardError,
-    ShardWriter,
-    index_shards,
-    read_clip,
-    read_head,
-    read_media,
-    read_meta_text,
-    remove_parts,
-)
+from acetate.data.shards import MANIFEST, BadClip, ClipRef, ShardError, index_shards, read_clip, read_head
 from acetate.data.store import listed
+from acetate.data.writer import ShardWriter
 from acetate.draws import stable_hash
 from data_prep import scores as scoring
-from data_prep.executor import check, parallel
-from data_prep.folders import check_folder, place, settle
-from data_prep.ingest import check_budget, print_bad
-from data_prep.journal import Line, only_writer, open_journal, read_journal, write_lines
+from data_prep.bad_clips import BadClips, print_bad
+from data_prep.copies import copy_clips, gather
+from data_prep.executor import check, progress
+from data_prep.folders import check_folder, making, manifests_sha256
+from data_prep.journal import Line, read_journal, write_lines
 from data_prep.scores import SCORES, repeats
 
 SCORES_FILE, REJECTED_FILE = "scores.jsonl", "rejected.jsonl"
@@ -126,8 +114,9 @@ def score_clips(
 ) -> Iterator[Line | BadClip]:
     """The line of every clip that `known` lacks, in the order of the clips."""
     todo = [ref for ref in refs if not current(known.get(ref.key), ref)]
-    with closing(parallel(score_clip, todo, executor=executor, workers=workers, name=attrgetter("name"))) as results:
-        yield from tqdm(results, total=len(todo), unit="clip", desc="scores")
+    settings = {"executor": executor, "workers": workers, "name": attrgetter("name")}
+    with progress(score_clip, todo, desc="scores", **settings) as results:
+        yield from (line for _, line in results)
 
 
 def score_clip(ref: ClipRef) -> Line | BadClip:
@@ -186,11 +175,12 @@ def filter_clips(
     workers: int,
     replace: bool = False,
 ) -> tuple[list[Line], list[Line], dict[str, str]]:
-    """Writes shards, scores.jsonl and rejected.jsonl; returns the lines of both and key -> reason of unreadable clips.
+    """Writes shards, scores.jsonl and rejected.jsonl; returns the lines of both, and key -> reason
+    of clips that cannot be read.
 
-    Scores in `out`, from a run that was interrupted, and in the file `scores` are not measured again. A folder that
-    already holds this very choice is left as it is; one that holds another is made anew with `replace`, else
-    ShardError, as if no clip is kept. TooManyBad past the budget.
+    Scores in `out`, from a run that was interrupted, and in the file `scores` are not measured
+    again. A folder that holds this very choice is left as it is; one that holds another is made
+    anew with `replace`, else ShardError, also where no clip is kept. TooManyBad past the budget.
     """
     check(executor, workers)
     check_folder(out, shards)
@@ -200,48 +190,26 @@ def filter_clips(
         "settings": {
             "rules": {name: str(rule) for name, rule in rules.items()},
             "duplicates": asdict(duplicates) if duplicates else None,
-            "code": CODE, "max_clips": max_clips, "max_bytes": max_bytes,
-            "shards_sha256": [hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest() for folder in shards],
+            "code": CODE, "max_clips": max_clips, "max_bytes": max_bytes, "shards_sha256": manifests_sha256(shards),
         },
     }  # fmt: skip
-    folder = place(out, made_by, replace)
-    if (folder / MANIFEST).exists():
-        remove_parts(folder)
-        settle(folder, out)
-        return read_journal(out / SCORES_FILE), read_journal(out / REJECTED_FILE), read_head(out)["skipped"]
-    with only_writer(out):
-        known = read_scores(scores, out / SCORES_FILE, folder / SCORES_FILE)
-        bad: dict[str, str] = {}
-        with open_journal(folder / SCORES_FILE) as append:
-            for line in score_clips(refs, known, executor, workers):
-                if isinstance(line, BadClip):
-                    bad[line.key] = line.reason
-                    check_budget(bad, bad_clip_budget)
-                else:
-                    append(line)
-                    known[line["key"]] = line
-        good = [ref for ref in refs if ref.key not in bad]
-        lines = [known[ref.key] for ref in good]
-        rejected = judge(lines, rules, duplicates)
-        fallen = {line["key"] for line in rejected}
-        if not good:
-            raise ShardError(f"none of the {len(refs)} clips can be read: {next(iter(bad.values()))}")
-        if len(fallen) == len(good):
-            raise ShardError(f"the rules reject all {len(good)} clips ({tally(rejected)}); loosen them.")
-        write_lines(folder / SCORES_FILE, lines)
-        write_lines(folder / REJECTED_FILE, rejected)
-        with ShardWriter(folder, max_clips=max_clips, max_bytes=max_bytes, made_by=made_by) as writer:
-            for ref in tqdm([ref for ref in good if ref.key not in fallen], unit="clip", desc="copies"):
-                if ref.key in writer:
-                    continue
-                try:
-                    writer.copy(ref, read_media(ref), read_meta_text(ref))
-                except BadClip as error:  # its scores may be older than the damage
-                    bad[error.key] = error.reason
-                    check_budget(bad, bad_clip_budget)
-            writer.skipped = dict(sorted(bad.items()))
-    settle(folder, out)
-    return lines, rejected, writer.skipped
+    with making(out, made_by, replace) as folder:
+        if folder:
+            bad, journal = BadClips(bad_clip_budget), folder / SCORES_FILE
+            known = read_scores(scores, out / SCORES_FILE, journal)
+            gather(score_clips(refs, known, executor, workers), journal, known, bad)
+            if len(bad) == len(refs):
+                raise ShardError(f"none of the {len(refs)} clips can be read: {next(iter(bad.values()))}")
+            lines = [known[ref.key] for ref in refs if ref.key not in bad]
+            rejected = judge(lines, rules, duplicates)
+            kept = {line["key"] for line in lines} - {line["key"] for line in rejected}
+            if not kept:
+                raise ShardError(f"the rules reject all {len(lines)} clips ({tally(rejected)}); loosen them.")
+            write_lines(journal, lines)
+            write_lines(folder / REJECTED_FILE, rejected)
+            with ShardWriter(folder, max_clips=max_clips, max_bytes=max_bytes, made_by=made_by) as writer:
+                copy_clips([ref for ref in refs if ref.key in kept], writer, bad)
+    return read_journal(out / SCORES_FILE), read_journal(out / REJECTED_FILE), read_head(out)["skipped"]
 
 
 def read_scores(*files: Path | None) -> dict[str, Line]:
@@ -311,18 +279,10 @@ def main(cfg: DictConfig) -> None:
             )
         text = f"{len(lines)} of {total} clips were measured. Nothing was written."
     else:
+        same = ("max_clips", "bad_clip_budget", "executor", "workers", "replace")
+        own = {name: cfg[name] for name in same} | {"max_bytes": int(cfg.max_mb * 2**20)}
         lines, rejected, bad = filter_clips(
-            shards=shards,
-            out=out,
-            rules=rules,
-            duplicates=duplicates,
-            scores=scores,
-            max_clips=cfg.max_clips,
-            max_bytes=int(cfg.max_mb * 2**20),
-            bad_clip_budget=cfg.bad_clip_budget,
-            executor=cfg.executor,
-            workers=cfg.workers,
-            replace=cfg.replace,
+            shards=shards, out=out, rules=rules, duplicates=duplicates, scores=scores, **own
         )
         text = f"{out}: reasons in {REJECTED_FILE}, all scores in {SCORES_FILE}"
     fallen = len({line["key"] for line in rejected})

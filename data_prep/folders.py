@@ -4,17 +4,21 @@ import hashlib
 import json
 import os
 import re
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from glob import escape
 from pathlib import Path
 from typing import Any
 
 from acetate.data.shards import MANIFEST, ShardError, read_head
-from acetate.data.store import Folder
+from acetate.data.store import Folder, read_file
+from acetate.data.writer import remove_parts
 from acetate.replacing import check_out, remove, rename_over, standing
-from data_prep.journal import read_journal
+from data_prep.journal import only_writer, read_journal
 
 CAPTIONS_FILE = "captions.jsonl"
+MEASURED = "measured.jsonl"  # while shards are made: decisions about clips whose lines carry none
 # All that programs of data_prep write into a folder; another file in it is somebody else's.
 OURS = re.compile(
     r"(clips|latents)-\d{6}\..+|manifest\.json(\.tmp)?|empty_prompt\.safetensors(\.tmp)?|prompts"
@@ -40,6 +44,36 @@ def check_folder(out: Path, shards: Sequence[Folder] = ()) -> None:
     for folder in shards:
         if isinstance(folder, Path) and folder.resolve() == out.resolve():
             raise ShardError(f"out={out} is also what shards names; name another folder, the clips there stay.")
+
+
+@contextmanager
+def making(out: Path, made_by: Mapping[str, Any], replace: bool, rank: int = 0) -> Iterator[Path | None]:
+    """The folder to fill, which takes the place of `out` when the block ends; None where that is full already.
+
+    made_by: {"command", "settings"}, what decides the content: an interrupted run of the same is gone on with. With
+    `replace` a folder that was made otherwise makes way. rank: of the processes that fill it together, of which the
+    first one finishes it. RuntimeError if another process writes it; ShardError as `place`.
+    """
+    folder = place(out, made_by, replace)
+    finished = (folder / MANIFEST).exists()
+    with nullcontext() if finished else only_writer(out, rank):
+        yield None if finished else folder
+        if rank == 0:
+            tidy(folder)
+            settle(folder, out)
+
+
+def tidy(folder: Path) -> None:
+    """Removes what a finished folder has no use for, also where a run was killed before it came to that."""
+    remove_parts(folder)
+    (folder / MEASURED).unlink(missing_ok=True)
+    shutil.rmtree(folder / "prompts", ignore_errors=True)
+    for half in folder.glob("latents-*.tar.*"):
+        half.unlink(missing_ok=True)
+
+
+def manifests_sha256(shards: Sequence[Folder]) -> list[str]:
+    return [hashlib.sha256(read_file(folder, MANIFEST)).hexdigest() for folder in shards]
 
 
 def place(out: Path, made_by: Mapping[str, Any], replace: bool) -> Path:

@@ -4,24 +4,22 @@ import hashlib
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, nullcontext
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, fields
 from functools import partial
-from itertools import islice
+from operator import attrgetter
 from pathlib import Path
 
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
-from rich.text import Text
-from tqdm import tqdm
 
 from acetate.cli import run
-from acetate.data.shards import write_json
-from acetate.replacing import check_out
-from acetate.video_io import IMAGES, OPAQUE_IMAGES, VIDEOS
-from data_prep.candidates import Folder, clip_key, sidecar, survey
+from acetate.replacing import check_out, write_json
+from acetate.video_io import IMAGES, VIDEOS
+from data_prep.bad_clips import BadClips, print_bad
+from data_prep.candidates import Folder, clip_key, pictures, sidecar, stamps, survey
 from data_prep.examine import (
     SETTINGS,
     Found,
@@ -35,14 +33,8 @@ from data_prep.examine import (
     of_json,
     said_of_names,
 )
-from data_prep.executor import check, parallel
+from data_prep.executor import check, progress
 from data_prep.journal import lock_of, only_writer, open_journal, read_journal, write_lines
-
-SHOWN_BAD = 20
-
-
-class TooManyBad(RuntimeError):
-    """More bad clips than the budget allows."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +89,7 @@ def ingest(
             report = {"clips": len(clips), "bad": bad, "files": files}
             if files:
                 write_json(report_of(out), report)
-            check_budget(bad, bad_clip_budget)
+            BadClips(bad_clip_budget).add(bad)
             if not clips:
                 journal.unlink(missing_ok=True)
                 raise ValueError(nothing_found(source, files, bad, report_of(out)))
@@ -108,16 +100,6 @@ def ingest(
 
 def report_of(out: Path) -> Path:
     return out.with_name(out.stem + ".report.json")
-
-
-def check_budget(bad: dict[str, str], bad_clip_budget: int) -> None:
-    """TooManyBad with the first keys and reasons."""
-    if len(bad) > bad_clip_budget:
-        first = "; ".join(f"{key}: {reason}" for key, reason in list(bad.items())[:3])
-        raise TooManyBad(
-            f"{len(bad)} bad clips, bad_clip_budget={bad_clip_budget}: {first}. Repair them, move them away or "
-            "raise bad_clip_budget."
-        )
 
 
 def _tasks(source: Path, folder: Folder, settings: Settings, guarded: bool) -> Iterator[Task]:
@@ -144,21 +126,17 @@ def _outcomes(todo: list[tuple[Task, str]], journal: Path | None, executor: str,
     tasks = [task for task, _ in todo]
     guards = {"setup": partial(guard, tasks[0].settings), "lost": lost} if workers and tasks else {}
     function = examine if guards else partial(examine, None)
-    results = parallel(function, tasks, executor=executor, workers=workers, name=lambda task: task.key, **guards)
+    settings = {"executor": executor, "workers": workers, "name": attrgetter("key"), **guards}
     fresh = {}
-    with closing(results), open_journal(journal) if journal else nullcontext() as append:
-        for (_, seen), outcome in zip(todo, tqdm(results, total=len(todo), unit="clip"), strict=True):
+    with (
+        progress(function, tasks, **settings) as results,
+        open_journal(journal) if journal else nullcontext() as append,
+    ):
+        for (_, seen), (_, outcome) in zip(todo, results, strict=True):
             fresh[seen] = outcome
             if append:
                 append({"task": seen, "outcome": as_json(outcome)})
     return fresh
-
-
-def pictures(path: Path) -> list[Path]:
-    """Of a sequence; else the file."""
-    if not path.is_dir():
-        return [path]
-    return [file for file in sorted(path.iterdir()) if file.suffix.lower() in IMAGES + OPAQUE_IMAGES]
 
 
 def _fingerprint(task: Task) -> str:
@@ -166,12 +144,6 @@ def _fingerprint(task: Task) -> str:
     files = [path for file in task.candidate.files for path in pictures(file)]
     text = sidecar(task.candidate.files[0])
     return hashlib.sha256(repr((task, stamps([*files, *([text] if text else [])]))).encode()).hexdigest()
-
-
-def stamps(files: Iterable[Path]) -> list[tuple[int, int] | None]:
-    """Size and time of each, by which a file that was changed is told; None without a file."""
-    stats = [path.stat() if path.exists() else None for path in files]
-    return [(stat.st_size, stat.st_mtime_ns) if stat else None for stat in stats]
 
 
 def _account(
@@ -212,15 +184,6 @@ def nothing_found(source: Path, files: Sequence[dict[str, str]], bad: Mapping[st
         f"source={source}: none of its {len(files)} files became a clip ({'; '.join(why[:3])}; {report} has all). "
         f"Looked for {looked}"
     )
-
-
-def print_bad(console: Console, bad: Mapping[str, str], file: Path | None) -> None:
-    """All of them, or the first where a file has the rest."""
-    shown = len(bad) if file is None else SHOWN_BAD
-    for key, reason in islice(bad.items(), shown):
-        console.print(Text.assemble(("skipped", "red"), f" {key}: {reason}"), soft_wrap=True)
-    if len(bad) > shown:
-        console.print(f"{len(bad) - shown} more are in {file}", soft_wrap=True)
 
 
 def print_summary(console: Console, out: Path, report: Path | None, result: Ingested) -> None:
@@ -270,23 +233,14 @@ def print_preview(console: Console, clips: list[Found]) -> None:
 
 
 def main(cfg: DictConfig) -> None:
-    out = Path(cfg.out)
+    out, choices = Path(cfg.out), {name: str(value) for name, value in cfg.override.items()}
+    limits = [field.name for field in fields(Settings) if field.name != "choices"]
     result = ingest(
         source=Path(cfg.source),
         out=out,
-        bad_clip_budget=cfg.bad_clip_budget,
-        settings=Settings(
-            max_pixels=cfg.max_pixels,
-            max_frames=cfg.max_frames,
-            memory_gb=cfg.memory_gb,
-            seconds=cfg.seconds,
-            megapixels_per_second=cfg.megapixels_per_second,
-            detect_packed=cfg.detect_packed,
-            choices={name: str(value) for name, value in cfg.override.items()},
-        ),
-        executor=cfg.executor,
+        settings=Settings(choices=choices, **{name: cfg[name] for name in limits}),
         workers=len(os.sched_getaffinity(0)) if cfg.workers is None else cfg.workers,
-        preview=cfg.preview,
+        **{name: cfg[name] for name in ("bad_clip_budget", "executor", "preview")},
     )
     console = Console(markup=False, highlight=False)  # names may hold brackets
     if cfg.preview:

@@ -3,7 +3,6 @@
 import io
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from contextlib import closing
 from functools import partial
 from operator import attrgetter
 from pathlib import Path
@@ -18,7 +17,6 @@ from rich.table import Table
 from tqdm import tqdm
 
 from acetate.cli import run
-from acetate.data.latents import Piece, bucket_sizes, plan
 from acetate.data.shards import BadClip, ClipRef, index_shards, read_clip, read_manifest, read_meta
 from acetate.data.store import listed
 from acetate.data.transforms import check_frames
@@ -26,10 +24,10 @@ from acetate.draws import stable_hash
 from acetate.memory import blank_vae
 from acetate.models.wan import Geometry
 from acetate.replacing import check_out, written
+from data_prep.bad_clips import print_bad
 from data_prep.examine import said_of_names
-from data_prep.executor import parallel
-from data_prep.ingest import print_bad
-from data_prep.latent_plan import check_area, check_list
+from data_prep.executor import progress
+from data_prep.latent_plan import Piece, bucket_sizes, check_area, check_list, plan
 from data_prep.report import Bucket, Entry, Picture, Report, render
 
 WEBP_SIDE = 16383  # pixels, the format's limit
@@ -55,29 +53,22 @@ def inspect(
     data_prep.cache_latents would sort the clips by. Clips that cannot be read are listed beside those that the shards'
     own manifests name.
     """
-    check_list("lengths", lengths, "[17,49,81]")
     for name, value in (("sample", sample), ("frames", frames), ("side", side)):
         if value < 1:
             raise ValueError(f"{name}={value}; must be at least 1")
     if frames * side > WEBP_SIDE:
         raise ValueError(f"frames={frames}, side={side}; side by side they must not pass {WEBP_SIDE} pixels")
-    geometry = Geometry.of(blank_vae(vae))
-    multiple = 2 * geometry.space_stride
-    for length in lengths:
-        check_frames("lengths", length, geometry.time_stride)
     refs = index_shards(shards)
-    check_area(refs, area)
+    pieces = pieces_of(refs, vae, lengths, area, max_aspect)
     manifests = [read_manifest(folder) for folder in shards]
     skipped = {key: reason for manifest in manifests for key, reason in manifest.get("skipped", {}).items()}
     chosen = sorted(refs, key=lambda ref: (stable_hash("inspect", seed, ref.key), ref.key))[:sample]
-    pictures: dict[str, Picture] = {}
     draw = partial(picture, frames=frames, side=side)
-    with closing(parallel(draw, chosen, executor=executor, workers=workers, name=attrgetter("name"))) as results:
-        for ref, made in zip(chosen, tqdm(results, total=len(chosen), unit="clip", desc="pictures"), strict=True):
-            if isinstance(made, BadClip):
-                skipped[ref.key] = made.reason
-            else:
-                pictures[ref.key] = made
+    settings = {"executor": executor, "workers": workers, "name": attrgetter("name")}
+    with progress(draw, chosen, desc="pictures", **settings) as results:
+        drawn = {ref.key: made for ref, made in results}
+    skipped |= {key: made.reason for key, made in drawn.items() if isinstance(made, BadClip)}
+    pictures = {key: made for key, made in drawn.items() if isinstance(made, Picture)}
     entries = []
     for ref in tqdm(refs, unit="clip", desc="descriptions"):
         if ref.key in skipped:
@@ -86,7 +77,6 @@ def inspect(
             entries.append(describe(ref, read_meta(ref), pictures.get(ref.key)))
         except BadClip as bad:
             skipped[ref.key] = bad.reason
-    pieces = plan(refs, lengths, bucket_sizes(area, max_aspect, multiple), variants=1)
     return Report(
         title=", ".join(map(str, shards)),
         made_by="made by " + " and ".join(dict.fromkeys(map(command_of, manifests))),
@@ -97,6 +87,16 @@ def inspect(
         seed=seed,
         skipped=dict(sorted(skipped.items())),
     )
+
+
+def pieces_of(refs: Sequence[ClipRef], vae: str, lengths: Sequence[int], area: int, max_aspect: float) -> list[Piece]:
+    """The windows that data_prep.cache_latents would cut; ValueError for settings that it would refuse."""
+    check_list("lengths", lengths, "[17,49,81]")
+    geometry = Geometry.of(blank_vae(vae))
+    for length in lengths:
+        check_frames("lengths", length, geometry.time_stride)
+    check_area(refs, area)
+    return plan(refs, lengths, bucket_sizes(area, max_aspect, 2 * geometry.space_stride), variants=1)
 
 
 def buckets_of(pieces: Sequence[Piece]) -> dict[tuple[int, int, int], Bucket]:
@@ -203,20 +203,10 @@ def print_summary(console: Console, report: Report) -> None:
 def main(cfg: DictConfig) -> None:
     if cfg.out and not cfg.preview:
         check_out(Path(cfg.out))
-    lengths: Any = OmegaConf.to_container(cfg.lengths, resolve=True) if OmegaConf.is_list(cfg.lengths) else cfg.lengths
-    report = inspect(
-        shards=[Path(folder) for folder in listed(cfg.shards)],
-        sample=cfg.sample,
-        seed=cfg.seed,
-        frames=cfg.frames,
-        side=cfg.side,
-        vae=cfg.wan.vae,
-        lengths=lengths,
-        area=cfg.area,
-        max_aspect=cfg.max_aspect,
-        executor=cfg.executor,
-        workers=cfg.workers,
-    )
+    own: Any = OmegaConf.to_container(cfg, resolve=True)
+    same = ("sample", "seed", "frames", "side", "lengths", "area", "max_aspect", "executor", "workers")
+    shards = [Path(folder) for folder in listed(cfg.shards)]
+    report = inspect(shards=shards, vae=cfg.wan.vae, **{name: own[name] for name in same})
     console = Console(markup=False, highlight=False)
     print_summary(console, report)
     if cfg.preview or not cfg.out:

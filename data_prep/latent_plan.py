@@ -7,16 +7,107 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from acetate.alpha import PALETTE_NAMES
-from acetate.data.latents import Piece, Placement, bucket_sizes, plan
+from acetate.data.keys import LONGEST_KEY, shortened
 from acetate.data.shards import ClipRef
-from acetate.data.transforms import check_frames, check_side
-from acetate.draws import generator_for
+from acetate.data.transforms import check_frames, check_side, covering_box, crop, resize, to_float, window
+from acetate.draws import generator_for, stable_hash
 from acetate.models.wan import Geometry
 
+# Scale of the picture on its canvas; shares of the slack above it and left of it
+Placement = tuple[float, float, float]
 MOST_ENLARGED = 32  # times a side
 MOST_PIXELS = 2**29  # of all frames of a piece: 8 GiB of colour and alpha as floats
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A window of a clip over one background; frames, height and width in pixels."""
+
+    ref: ClipRef
+    window: int
+    start: int
+    frames: int
+    height: int
+    width: int
+    variant: int
+
+    @property
+    def key(self) -> str:
+        """At most LONGEST_KEY bytes; a clip's long key is cut and told apart by its hash."""
+        clip, suffix = self.ref.key, f"-w{self.window:03d}-v{self.variant}"
+        return shortened(clip, LONGEST_KEY - len(suffix), f"{stable_hash(clip):016x}") + suffix
+
+    @property
+    def enlarged(self) -> float:
+        """How many times a side of what is shown of the clip; below 1 it is scaled down."""
+        return max(self.height / self.ref.height, self.width / self.ref.width)  # 1 over the ratio of covering_box
+
+    @property
+    def bucket(self) -> str:
+        return f"{self.frames}x{self.height}x{self.width}"
+
+
+def bucket_sizes(area: int, max_aspect: float, multiple: int) -> list[tuple[int, int]]:
+    """All (height, width) in multiples, within max_aspect, of which neither side can grow without passing `area`."""
+    sizes = []
+    tallest = min(area // multiple, int(math.sqrt(area * max_aspect)) + multiple)
+    for height in range(multiple, tallest + 1, multiple):
+        width = area // height // multiple * multiple
+        fills = width > 0 and (height + multiple) * width > area
+        if fills and max(height / width, width / height) <= max_aspect:
+            sizes.append((height, width))
+    if not sizes:
+        raise ValueError(
+            f"area={area}, max_aspect={max_aspect}: no bucket in multiples of {multiple}. "
+            f"Raise area to {multiple**2} or more, or max_aspect."
+        )
+    return sizes
+
+
+def plan(
+    refs: Sequence[ClipRef], lengths: Sequence[int], sizes: Sequence[tuple[int, int]], variants: int
+) -> list[Piece]:
+    """Every clip in the size of nearest log aspect, cut into whole windows of the longest length that it fills."""
+    pieces = []
+    for ref in refs:
+        # Of two that are equally near, the larger one
+        height, width = min(sizes, key=lambda size: (round(_turn(ref, size), 9), -size[0] * size[1]))
+        length = max((n for n in lengths if n <= ref.frames), default=min(lengths))
+        for index, start in enumerate(window_starts(ref.frames, length)):
+            pieces += [Piece(ref, index, start, length, height, width, variant) for variant in range(variants)]
+    return pieces
+
+
+def _turn(ref: ClipRef, size: tuple[int, int]) -> float:
+    return abs(math.log(size[0] / size[1] * ref.width / ref.height))
+
+
+def window_starts(count: int, length: int) -> list[int]:
+    """First frames of the whole windows, with what is left over spread evenly around them; [0] for a short clip."""
+    windows = max(1, count // length)
+    spare = max(0, count - windows * length)
+    return [i * length + spare * (2 * i + 1) // (2 * windows) for i in range(windows)]
+
+
+def placed(box: tuple[int, int, int, int], placement: Placement) -> tuple[int, int, int, int]:
+    """A larger box around it, which shows the picture smaller, somewhere on a transparent canvas."""
+    top, left, height, width = box
+    scale, above, before = placement
+    tall, wide = round(height / scale), round(width / scale)
+    return top - round(above * (tall - height)), left - round(before * (wide - width)), tall, wide
+
+
+def cut(frames: Tensor, piece: Piece, placement: Placement = (1.0, 0.0, 0.0)) -> tuple[Tensor, Tensor]:
+    """uint8 (T, H, W, 4) -> rgb (1, 3, frames, height, width), alpha (1, 1, ...): one resample of a source box."""
+    box = placed(covering_box(*frames.shape[1:3], piece.height, piece.width), placement)
+    chosen = crop(frames, *box)[window(len(frames), piece.frames, piece.start)]
+    # One at a time: floats of a whole clip can take gigabytes.
+    clips = [resize(*to_float(frame[None]), piece.height, piece.width) for frame in chosen]
+    rgb, alpha = (torch.cat(parts, dim=1)[None] for parts in zip(*clips, strict=True))
+    return rgb, alpha
 
 
 @dataclass(frozen=True)

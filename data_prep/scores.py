@@ -25,7 +25,7 @@ SCORES = {
     "flicker": "mean alpha that goes from one frame to the next and back again, where anything is seen",
     "sharpness": "95th percentile of the Laplacian of the middle frame over grey, where anything is seen",
 }
-Plane = NDArray[np.float32]
+Plane = NDArray[np.floating]
 
 
 def score(clip: Clip) -> tuple[dict[str, float], str, list[list[int]]]:

@@ -4,7 +4,6 @@ import hashlib
 import math
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,12 +20,13 @@ from tqdm import tqdm
 
 from acetate.cli import run
 from acetate.data import drawing, synthetic
-from acetate.data.shards import MANIFEST, EncodedClip, ShardWriter, encode_clip, read_head, remove_parts
+from acetate.data.shards import read_head
 from acetate.data.splits import split_rule
+from acetate.data.transforms import to_uint8
+from acetate.data.writer import EncodedClip, ShardWriter, encode_clip
 from acetate.draws import stable_hash
-from data_prep.executor import check, parallel
-from data_prep.folders import check_folder, place, settle
-from data_prep.journal import only_writer
+from data_prep.executor import check, progress
+from data_prep.folders import check_folder, making
 
 
 def sha256_of_code(*modules: ModuleType) -> str:
@@ -70,7 +70,7 @@ def draw(plan: Plan, index: int) -> Drawn:
     torch.set_num_threads(1)
     seed = stable_hash("synthesize", plan.seed, index) % 2**31
     clip = synthetic.render(plan.kind(index), seed, plan.frames, *plan.size(index))
-    return Drawn(plan.key(index), encode_clip(to_uint8(clip), drawing.FPS), clip.prompt)
+    return Drawn(plan.key(index), encode_clip(stored(clip), drawing.FPS), clip.prompt)
 
 
 def synthesize(
@@ -106,18 +106,20 @@ def synthesize(
             "synthetic_sha256": sha256_of_code(synthetic, drawing),
         },
     }  # fmt: skip
-    folder = place(out, made_by, replace)
-    if (folder / MANIFEST).exists():
-        remove_parts(folder)
-        settle(folder, out)
-        return read_head(out)
-    split_of = split_rule(map(plan.key, range(clips)), val_fraction)
-    with ExitStack() as stack:
-        stack.enter_context(only_writer(out))
-        writer = stack.enter_context(ShardWriter(folder, max_clips=max_clips, max_bytes=max_bytes, made_by=made_by))
-        bar = stack.enter_context(tqdm(total=clips, initial=writer.clips, unit="clip"))
-        results = parallel(partial(draw, plan), range(writer.clips, clips), executor=executor, workers=workers)
-        for drawn in stack.enter_context(closing(results)):
+    with making(out, made_by, replace) as folder:
+        if folder:
+            with ShardWriter(folder, max_clips=max_clips, max_bytes=max_bytes, made_by=made_by) as writer:
+                fill(writer, plan, val_fraction, executor, workers)
+    return read_head(out)
+
+
+def fill(writer: ShardWriter, plan: Plan, val_fraction: float, executor: str, workers: int) -> None:
+    """Adds the clips that come after those that the writer has."""
+    split_of = split_rule(map(plan.key, range(plan.clips)), val_fraction)
+    todo = range(writer.clips, plan.clips)
+    run = {"executor": executor, "workers": workers, "done": writer.clips}
+    with progress(partial(draw, plan), todo, **run) as results:
+        for _, drawn in results:
             writer.add(
                 drawn.key,
                 drawn.clip,
@@ -128,9 +130,6 @@ def synthesize(
                 lossy=False,
                 premultiplied_source=False,
             )
-            bar.update()
-    settle(folder, out)
-    return read_head(out)
 
 
 def squares(sizes: Sequence[int | Sequence[int]]) -> tuple[tuple[int, int], ...]:
@@ -163,11 +162,9 @@ def print_preview(plan: Plan, workers: int) -> None:
     console.print(text, soft_wrap=True)
 
 
-def to_uint8(clip: synthetic.SyntheticClip) -> NDArray[np.uint8]:
+def stored(clip: synthetic.SyntheticClip) -> NDArray[np.uint8]:
     """(T, H, W, 4), straight colour; black where nothing is drawn, which FFV1 stores in next to no space."""
-    rgb = ((clip.rgb + 1) / 2).masked_fill(clip.alpha == 0, 0)
-    frames = torch.cat((rgb, clip.alpha)).permute(1, 2, 3, 0)
-    return (frames * 255).round().to(torch.uint8).numpy()
+    return to_uint8(clip.rgb.masked_fill(clip.alpha == 0, -1), clip.alpha).numpy()
 
 
 def main(cfg: DictConfig) -> None:
@@ -175,19 +172,9 @@ def main(cfg: DictConfig) -> None:
     if cfg.preview:
         print_preview(Plan(cfg.clips, cfg.frames, squares(sizes), cfg.seed), cfg.workers)
         return
-    head = synthesize(
-        out=Path(cfg.out),
-        clips=cfg.clips,
-        frames=cfg.frames,
-        sizes=sizes,
-        seed=cfg.seed,
-        val_fraction=cfg.val_fraction,
-        max_clips=cfg.max_clips,
-        max_bytes=int(cfg.max_mb * 2**20),
-        executor=cfg.executor,
-        workers=cfg.workers,
-        replace=cfg.replace,
-    )
+    same = ("clips", "frames", "seed", "val_fraction", "max_clips", "executor", "workers", "replace")
+    own = {name: cfg[name] for name in same}
+    head = synthesize(out=Path(cfg.out), sizes=sizes, max_bytes=int(cfg.max_mb * 2**20), **own)
     train, val = head["splits"]["train"], head["splits"]["val"]
     print(f"{cfg.out}: {train} clips to train and {val} to validate on, {head['frames']} frames")
 

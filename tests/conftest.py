@@ -155,7 +155,8 @@ def cache_demo(shards: Path, folder: Path) -> tuple[Path, Path]:
     from acetate.models.adapters import ADAPTER_SCHEMA, trainable_state
     from acetate.models.loading import load_vae
     from acetate.models.rgba_vae import RGBAVAE
-    from data_prep.cache_latents import Sources, cache_latents
+    from data_prep.cache_latents import cache_latents
+    from data_prep.latent_encoder import Sources
     from data_prep.latent_plan import Settings
 
     base = str(ROOT / "assets/wan-tiny")

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from acetate import regions
-from acetate.data.latents import covering_box
-from acetate.data.transforms import crop, resize, to_float, window
+from acetate.data.transforms import covering_box, crop, resize, to_float, window
 from acetate.formats.gauss_mask import read_gauss_mask
 from acetate.models.wan import Geometry
 from acetate.sampling import EllipsePath

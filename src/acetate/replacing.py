@@ -58,6 +58,12 @@ def written(path: Path) -> Iterator[TextIO]:
             raise
 
 
+def write_json(path: Path, value: object) -> None:
+    """A JSON file that takes the path's place, whole or not at all; makes its folder."""
+    with written(path) as file:
+        file.write(json.dumps(value, ensure_ascii=False, indent=1) + "\n")
+
+
 def rename_over(temporary: Path, path: Path) -> None:
     """Atomic for files. Folders cannot be renamed over, nor over files: what is there steps aside first, where
     `standing` finds it, and comes back if the second rename fails."""

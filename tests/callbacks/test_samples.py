@@ -3,7 +3,7 @@ import torch
 from PIL import Image
 
 from acetate.callbacks.samples import Samples, contact_sheet
-from acetate.data.latents import read_latents
+from acetate.data.latent_shards import read_latents
 from acetate.regions import outlines
 from acetate.video_out import GUIDE
 from tests.tasks.test_dit import config_for, fit

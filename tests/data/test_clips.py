@@ -9,7 +9,8 @@ from omegaconf import OmegaConf
 from acetate.data import clips
 from acetate.data.clips import ClipCache, ClipDataModule, TrainBatches, ValBatches
 from acetate.data.datamodule import BadDataError
-from acetate.data.shards import MANIFEST, ShardError, ShardWriter, encode_clip, index_shards, read_clip
+from acetate.data.shards import MANIFEST, ShardError, index_shards, read_clip
+from acetate.data.writer import ShardWriter, encode_clip
 
 SETTINGS = {
     "frames": 5, "height": 16, "width": 16, "batch_size": 4, "seed": 0, "num_workers": 0, "val_batch_size": 2,

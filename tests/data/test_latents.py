@@ -6,27 +6,17 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 from safetensors.torch import save, save_file
-from webdataset.writer import TarWriter
 
 from acetate.data import latents
 from acetate.data.datamodule import BadDataError
-from acetate.data.latents import (
-    EMPTY_PROMPT,
-    BucketBatches,
-    BucketWalk,
-    LatentDataModule,
-    Piece,
-    bucket_sizes,
-    covering_box,
-    cut,
-    index_latents,
-    plan,
-    read_latents,
-    window_starts,
-)
-from acetate.data.order import ClipOrder
-from acetate.data.shards import MANIFEST, SCHEMA, ClipRef, ShardError, finish_tar, read_manifest, write_json
-from acetate.data.transforms import resize, to_float
+from acetate.data.latent_shards import EMPTY_PROMPT, index_latents, read_latents
+from acetate.data.latents import BucketBatches, LatentDataModule
+from acetate.data.order import BucketWalk, ClipOrder
+from acetate.data.shards import MANIFEST, SCHEMA, ClipRef, ShardError, read_manifest
+from acetate.data.transforms import covering_box, resize, to_float
+from acetate.data.writer import ShardTar
+from acetate.replacing import write_json
+from data_prep.latent_plan import Piece, bucket_sizes, cut, plan, window_starts
 
 SETTINGS = {
     "batch_size": 2, "seed": 0, "num_workers": 0, "val_batch_size": 2, "val_clips": 100, "prompt_length": 6,
@@ -54,9 +44,8 @@ def write(out, clips=None, variants=VARIANTS, tokens=None, spoil=lambda clip, te
     for number in range(tars):
         mine = sorted(clips)[number::tars]
         samples = []
-        temporary = out / f"latents-{number:06d}.tar.tmp"
-        with open(temporary, "wb") as stream:
-            tar = TarWriter(stream, encoder=False, mtime=0)
+        path = out / f"latents-{number:06d}.tar"
+        with ShardTar(path, path.with_suffix(".tar.tmp")) as tar:
             for clip in mine:
                 split, shape = clips[clip]
                 count = (tokens or {}).get(clip, 3)
@@ -69,13 +58,11 @@ def write(out, clips=None, variants=VARIANTS, tokens=None, spoil=lambda clip, te
                     }
                     data = save(spoil(clip, tensors))
                     key = f"{clip}-w000-v{variant}"
-                    tar.write(
-                        {"__key__": key, "safetensors": data, "json": b'{"prompt": "prompt of %s"}' % clip.encode()}
-                    )
+                    meta = b'{"prompt": "prompt of %s"}' % clip.encode()
+                    tar.write({"__key__": key, "safetensors": data, "json": meta})
                     samples.append({"key": key, "clip": clip, "variant": variant, "split": split, "shape": list(shape),
                                     "tokens": count, "crc32": crc32(data)})  # fmt: skip
-            tar.close()
-        shards.append({**finish_tar(temporary), "samples": samples})
+            shards.append({**tar.finish(), "samples": samples})
     save_file({"embeds": torch.ones(1, 8, dtype=torch.float16)}, out / EMPTY_PROMPT)
     write_json(out / MANIFEST, {"schema": SCHEMA, "kind": "latents", "vae_sha256": "abc", "prompt_length": 6,
                                 "geometry": {"channels": 4}, "shards": shards})  # fmt: skip

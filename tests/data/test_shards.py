@@ -9,21 +9,19 @@ import numpy as np
 import pytest
 import webdataset
 
+from acetate.data.keys import plain_key
 from acetate.data.shards import (
     MANIFEST,
     BadClip,
-    EncodedClip,
     ShardError,
-    ShardWriter,
-    encode_clip,
     index_shards,
-    plain_key,
     read_clip,
     read_head,
     read_manifest,
     read_media,
     read_meta_text,
 )
+from acetate.data.writer import EncodedClip, ShardWriter, encode_clip
 from acetate.draws import stable_hash
 from acetate.video_io import decode_ffv1
 

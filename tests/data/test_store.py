@@ -1,5 +1,6 @@
 import json
 import multiprocessing
+import os
 import pickle
 import re
 import shutil
@@ -23,8 +24,9 @@ from acetate.data import store
 from acetate.data.clips import ClipDataModule
 from acetate.data.datamodule import BadDataError
 from acetate.data.latents import LatentDataModule
-from acetate.data.shards import BadClip, ShardError, ShardWriter, encode_clip, index_shards, read_clip, read_manifest
+from acetate.data.shards import BadClip, ShardError, index_shards, read_clip, read_manifest
 from acetate.data.store import FetchError, Remote, RemoteFolder, open_folder, read_file
+from acetate.data.writer import ShardWriter, encode_clip
 from tests.data.test_latents import SETTINGS as LATENTS
 from tests.data.test_latents import write as write_latents
 
@@ -186,6 +188,17 @@ def test_remote_clips_equal_local_ones_and_each_tar_comes_once(shards, server, t
 def test_index_fetches_no_tar(server, tmp_path):
     refs = index_shards([open_folder(server.url + "/", quick(tmp_path))])
     assert [ref.key for ref in refs] == KEYS and server.asked == ["manifest.json"]
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o002])
+def test_the_umask_decides_who_shares_the_cache(server, tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        assert not reported(read_all(open_folder(server.url, quick(tmp_path))))
+    finally:
+        os.umask(before)
+    made = {path.suffix: path.stat().st_mode & 0o777 for path in (tmp_path / "cache").iterdir()}
+    assert made == {".tar": 0o666 & ~umask, ".lock": 0o666 & ~umask}
 
 
 @pytest.mark.parametrize("fault", ["500", "cut", "stall"])

@@ -3,7 +3,8 @@ import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
 
-from acetate.data.synthetic import KINDS, background, render
+from acetate.data.endless import background
+from acetate.data.synthetic import KINDS, render
 
 SOLID = ("hair", "shadow", "shape")
 

@@ -8,19 +8,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from acetate.alpha import PALETTE_NAMES, harden, over, palette_colors
-from acetate.data.latents import EMPTY_PROMPT, LatentDataModule, Piece, cut, index_latents, read_latents
-from acetate.data.shards import (
-    MANIFEST,
-    ShardError,
-    ShardWriter,
-    encode_clip,
-    index_shards,
-    read_clip,
-    read_media,
-    read_meta,
-    read_meta_text,
-)
+from acetate.data.latent_shards import EMPTY_PROMPT, index_latents, read_latents
+from acetate.data.latents import LatentDataModule
+from acetate.data.shards import MANIFEST, ShardError, index_shards, read_clip, read_media, read_meta, read_meta_text
 from acetate.data.store import Remote, open_folder
+from acetate.data.writer import ShardWriter, encode_clip
 from acetate.formats.rgba_vae import load_rgba_vae
 from acetate.models.adapters import ADAPTER_SCHEMA, trainable_state
 from acetate.models.loading import load_vae
@@ -28,10 +20,11 @@ from acetate.models.rgba_vae import RGBAVAE
 from acetate.models.text import TextEncoder
 from acetate.regions import fit_ellipses
 from data_prep import cache_latents as program
-from data_prep.cache_latents import Sources, cache_latents, made_by
-from data_prep.ingest import TooManyBad
+from data_prep.bad_clips import TooManyBad
+from data_prep.cache_latents import cache_latents, made_by
 from data_prep.journal import only_writer
-from data_prep.latent_plan import Settings, background
+from data_prep.latent_encoder import Sources
+from data_prep.latent_plan import Piece, Settings, background, cut
 from tests.compose import called
 from tests.conftest import fill_
 from tests.original import wan_alpha_state

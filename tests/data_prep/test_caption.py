@@ -6,20 +6,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from acetate.data.shards import (
-    ShardError,
-    ShardWriter,
-    encode_clip,
-    index_shards,
-    read_manifest,
-    read_media,
-    read_meta,
-    read_meta_text,
-)
+from acetate.data.shards import ShardError, index_shards, read_manifest, read_media, read_meta, read_meta_text
+from acetate.data.writer import ShardWriter, encode_clip
 from acetate.models import hub
+from data_prep.bad_clips import TooManyBad
 from data_prep.caption import CAPTIONS_FILE, Settings, caption, read_prompts, sentence
 from data_prep.captioner import Captioner, Look
-from data_prep.ingest import TooManyBad
 from data_prep.journal import only_writer, read_journal
 from tests.compose import called
 from tests.data_prep.tiny_captioners import save_llava

@@ -3,18 +3,11 @@ import json
 import numpy as np
 import pytest
 
-from acetate.data.shards import (
-    ShardError,
-    ShardWriter,
-    encode_clip,
-    index_shards,
-    read_manifest,
-    read_media,
-    read_meta_text,
-)
+from acetate.data.shards import ShardError, index_shards, read_manifest, read_media, read_meta_text
+from acetate.data.writer import ShardWriter, encode_clip
 from data_prep import filter as program
+from data_prep.bad_clips import TooManyBad
 from data_prep.filter import REJECTED_FILE, SCORES_FILE, Duplicates, Rule, filter_clips, parse_rules
-from data_prep.ingest import TooManyBad
 from data_prep.journal import only_writer, read_journal
 from tests.compose import called
 

@@ -13,12 +13,13 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from acetate.data.shards import plain_key
+from acetate.data.keys import plain_key
 from acetate.video_io import IMAGES
 from data_prep import ingest as program
+from data_prep.bad_clips import TooManyBad, print_bad
 from data_prep.decisions import OVERRIDES, Decisions
 from data_prep.examine import NO_ALPHA, Found, Settings, prompt_from_name
-from data_prep.ingest import TooManyBad, ingest, print_bad, print_summary
+from data_prep.ingest import ingest, print_summary
 from data_prep.journal import only_writer
 from tests.media.films import drawn, write
 from tests.media.test_images import encode

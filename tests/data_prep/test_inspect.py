@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from acetate.alpha import PALETTE_NAMES
-from acetate.data.shards import ShardWriter, encode_clip, index_shards
+from acetate.data.shards import index_shards
+from acetate.data.writer import ShardWriter, encode_clip
 from data_prep.inspect import inspect, picture
 from data_prep.report import COLOURS, Bucket, Entry, Picture, Report, bars, render, size_text
 from tests.compose import called

@@ -1,10 +1,11 @@
+import os
 import signal
 import subprocess
 import sys
 
 import pytest
 
-from data_prep.journal import only_writer, open_journal, read_journal, write_lines
+from data_prep.journal import lock_of, only_writer, open_journal, read_journal, write_lines
 from tests.paths import ROOT
 
 
@@ -50,6 +51,16 @@ def test_one_writer_at_a_time(tmp_path):
     with only_writer(tmp_path / "out"):
         pass
     assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
+def test_the_umask_decides_the_mode_of_the_lock(tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        with only_writer(tmp_path / "out"):
+            assert lock_of(tmp_path / "out").stat().st_mode & 0o777 == 0o666 & ~umask
+    finally:
+        os.umask(before)
 
 
 def test_a_writer_that_was_killed_is_none(tmp_path):

@@ -12,8 +12,9 @@ from dataclasses import replace
 import pytest
 
 from acetate.data.shards import MANIFEST, read_manifest
+from data_prep.bad_clips import TooManyBad
 from data_prep.executor import AHEAD, WorkerLost, parallel
-from data_prep.ingest import TooManyBad, ingest
+from data_prep.ingest import ingest
 from data_prep.synthesize import synthesize
 from tests.data_prep.test_cache_latents import adapters, cached, clips, files, make, manifest_of, sources  # noqa: F401
 from tests.data_prep.test_executor import Unlucky, act, fail_to_load, number_and_process

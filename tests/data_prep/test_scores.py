@@ -7,7 +7,7 @@ from PIL import Image
 from acetate.data import synthetic
 from acetate.data.shards import Clip
 from data_prep.scores import SCORES, colours, colours_apart, look, over_time, repeats, score, semi, sharpness
-from data_prep.synthesize import to_uint8
+from data_prep.synthesize import stored
 
 
 def solid(frames=5, height=16, width=16, rgba=(255, 0, 0, 255)):
@@ -58,7 +58,7 @@ def test_sharpness_falls_with_blur():
 
 
 def clip_of(kind, seed, side):
-    return to_uint8(synthetic.render(kind, seed, 1, side, side))[0]
+    return stored(synthetic.render(kind, seed, 1, side, side))[0]
 
 
 def test_looks_of_one_subject_are_near_and_of_others_far():

@@ -15,10 +15,13 @@ from acetate.data.shards import MANIFEST, ShardError, index_shards, read_clip, r
 from acetate.media.clip import Limits
 from acetate.video_io import encode_ffv1
 from data_prep import shard as program
+from data_prep.bad_clips import TooManyBad
 from data_prep.cleaning import Settings
-from data_prep.ingest import TooManyBad, ingest
-from data_prep.journal import only_writer
-from data_prep.shard import DECISIONS, MEASURED, decide, prepare, preview, read_lines, shard
+from data_prep.folders import MEASURED
+from data_prep.ingest import ingest
+from data_prep.journal import only_writer, read_journal
+from data_prep.plans import decide, measure, piece_keys, read_lines
+from data_prep.shard import DECISIONS, prepare, preview, shard
 from tests.paths import ROOT
 
 MEDIA = Path(os.environ.get("ACETATE_MEDIA", Path(__file__).parents[3] / "shared" / "media"))
@@ -187,7 +190,7 @@ def test_pieces_of_long_names_are_all_kept(tmp_path):
     for i in (1, 2):
         (media / f"take_{'x' * 68}_{i:05d}.mkv").write_bytes(encode_ffv1(soft(frames=10), 12))
     assert make(media, tmp_path / "out", replace(SETTINGS, max_frames=5))["frames"] == 20
-    assert {len(key) for key in program.piece_keys("k" * 80, 1001)} == {79, 80}
+    assert {len(key) for key in piece_keys("k" * 80, 1001)} == {79, 80}
 
 
 def test_clips_that_would_share_a_key_are_an_error(source, tmp_path):
@@ -207,7 +210,7 @@ def test_prompts_may_hold_any_line_end(source, tmp_path):
 
 def test_what_ingest_took_beyond_the_default_limits_is_read(source, tmp_path, monkeypatch):
     make(source, tmp_path / "first")  # ingests
-    monkeypatch.setattr(program, "LIMITS", Limits(max_pixels=1, max_frames=1, max_bytes=1))
+    monkeypatch.setattr("data_prep.plans.LIMITS", Limits(max_pixels=1, max_frames=1, max_bytes=1))
     assert make(source, tmp_path / "out")["clips"] == 8
 
 
@@ -293,16 +296,15 @@ def test_what_was_measured_survives_an_interruption(source, tmp_path, monkeypatc
     make(source, tmp_path / "whole")  # ingests
     lines = [replace(line, decisions=None) for line in read_lines(source.parent / "found.jsonl")]
     journal = tmp_path / "measured.jsonl"
-    measured = program.measure
     calls = []
 
     def stumble(line):
         calls.append(line.key)
         if len(calls) == 4:
             raise KeyboardInterrupt
-        return measured(line)
+        return measure(line)
 
-    monkeypatch.setattr(program, "measure", stumble)
+    monkeypatch.setattr("data_prep.plans.measure", stumble)
     with pytest.raises(KeyboardInterrupt):
         decide(lines, SETTINGS, journal, executor="local", workers=0)
     plans, bad = decide(lines, SETTINGS, journal, executor="local", workers=0)
@@ -318,7 +320,7 @@ def test_what_was_measured_of_another_file_does_not_count(source, tmp_path):
     Image.fromarray(soft(1, alpha=255)[0]).save(source / "still0.png")
     lines[2] = replace(lines[2], files=lines[1].files, kind=lines[1].kind)  # another line under the old key
     plans, _ = decide(lines, SETTINGS, journal, executor="local", workers=0)
-    again = [entry["key"] for entry in program.read_journal(journal)[len(lines) :]]
+    again = [entry["key"] for entry in read_journal(journal)[len(lines) :]]
     assert again == [lines[2].key, "still0"]
     assert next(plan for plan in plans if plan.line.key == "still0").refusal
 

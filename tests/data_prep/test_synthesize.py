@@ -43,7 +43,7 @@ def test_two_runs_make_the_same_bytes(tmp_path):
 
 def test_pictures_are_the_synthetic_ones():
     clip = render("shape", 3, 2, 16, 16)
-    frames = synthesize.to_uint8(clip)
+    frames = synthesize.stored(clip)
     visible = clip.alpha[0].numpy() > 0
     assert np.abs(frames[..., 3] / 255 - clip.alpha[0].numpy()).max() <= 0.5 / 255 + 1e-6
     colour = ((clip.rgb + 1) / 2).permute(1, 2, 3, 0).numpy()

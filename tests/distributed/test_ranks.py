@@ -10,7 +10,7 @@ from diffusers import WanTransformer3DModel
 from safetensors.torch import save_file
 from torch.testing import assert_close
 
-from acetate.data.latents import index_latents
+from acetate.data.latent_shards import index_latents
 from acetate.data.shards import index_shards, read_manifest
 from acetate.formats.checkpoints import read_trained
 from data_prep.synthesize import synthesize

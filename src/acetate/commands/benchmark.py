@@ -33,11 +33,10 @@ from tqdm import tqdm
 from acetate.alpha import harden, over, palette_colors
 from acetate.cli import run
 from acetate.commands.benchmark_reader import ReaderLoad, benchmark_reader, rows_of
-from acetate.data.shards import write_json
 from acetate.models.adapters import MergedLoRA, trainable_state
 from acetate.models.rgba_vae import RGBAVAE
 from acetate.regions import check_clip_shape
-from acetate.replacing import check_out
+from acetate.replacing import check_out, write_json
 
 PARTS = ("step", "reader")
 WAYS = ("ours", "released")

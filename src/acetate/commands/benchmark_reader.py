@@ -26,10 +26,11 @@ from PIL import Image
 from tqdm import tqdm
 
 from acetate.data.clips import ClipDataModule
-from acetate.data.shards import ClipRef, ShardWriter, encode_clip, index_shards, read_clip, read_media
+from acetate.data.shards import ClipRef, index_shards, read_clip, read_media
 from acetate.data.store import Remote, open_folder
 from acetate.data.synthetic import KINDS, render
 from acetate.data.transforms import check_frames, check_side
+from acetate.data.writer import ShardWriter, encode_clip
 
 STORED = {"rgba.mkv": "FFV1 clips", "rgba.png": "PNG stills"}
 

@@ -16,9 +16,8 @@ from acetate.cli import run
 from acetate.commands import as_on_gpu
 from acetate.commands.estimate import blank_task, footprint
 from acetate.cost import Assumptions, Cost, Gpu, Strategy, cost, latent_sample_bytes, payload, trained_groups
-from acetate.data.shards import write_json
 from acetate.models.wan import Geometry
-from acetate.replacing import check_out
+from acetate.replacing import check_out, write_json
 
 DOUBLINGS = [2**n for n in range(21)]  # to a million GPUs, more than anyone has
 

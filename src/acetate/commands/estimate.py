@@ -13,9 +13,8 @@ from rich.table import Table
 from acetate import memory
 from acetate.cli import run
 from acetate.commands import as_on_gpu
-from acetate.data.shards import write_json
 from acetate.models.wan import Geometry
-from acetate.replacing import check_out
+from acetate.replacing import check_out, write_json
 
 GPUS = (1, 2, 4, 8)
 SHARDED = "trainer=fsdp; with trainer=ddp every GPU needs column 1"

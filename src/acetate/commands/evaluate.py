@@ -22,10 +22,9 @@ from acetate.commands.recorded import (
     recorded_config,
 )
 from acetate.commands.runs import LAST, RECORD, checkpoint_to_resume
-from acetate.data.shards import write_json
 from acetate.formats.checkpoints import read_trained
 from acetate.models.loading import load_vae
-from acetate.replacing import standing
+from acetate.replacing import standing, write_json
 from acetate.tasks.dit import DoRATask
 from acetate.tasks.vae import PlainVAETask, RGBAVAETask
 

@@ -13,11 +13,10 @@ from torch import Tensor
 
 from acetate.cli import run
 from acetate.data import synthetic
-from acetate.data.shards import write_json
 from acetate.draws import generator_for
 from acetate.metrics.alpha import border_mean, centre_of_mass, highest_cell
 from acetate.pipeline import RGBAPipeline
-from acetate.replacing import check_out
+from acetate.replacing import check_out, write_json
 from acetate.sampling import EllipsePath
 
 BORDER, SUBJECT = 0.1, 0.8  # alpha: at most on the border, at least in some cell

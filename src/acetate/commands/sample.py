@@ -18,10 +18,10 @@ from acetate.callbacks.samples import contact_sheet, save_picture
 from acetate.cli import run
 from acetate.commands.recorded import metadata, run_of
 from acetate.commands.runs import new_folder
-from acetate.data.shards import write_json
 from acetate.guides import ClipGuide, Guide, MaskGuide, draw
 from acetate.models.adapters import read_adapters
 from acetate.pipeline import RGBAPipeline, solver_of
+from acetate.replacing import write_json
 from acetate.sampling import EllipsePath, Solver
 from acetate.video_out import SUFFIXES, check_formats, write_clip
 

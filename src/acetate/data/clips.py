@@ -4,6 +4,7 @@ import logging
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import count
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,10 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from acetate.data.datamodule import ShardDataModule
 from acetate.data.order import Order
+from acetate.data.read_ahead import ReadAhead
 from acetate.data.shards import BadClip, Clip, ClipRef, ShardError, index_shards, read_clip
-from acetate.data.splits import in_turns
-from acetate.data.store import ReadAhead, Remote, RemoteTar
+from acetate.data.splits import validation_draw
+from acetate.data.store import Remote, RemoteTar
 from acetate.data.transforms import ClipTransform
 from acetate.draws import generator_for, stable_hash
 
@@ -202,9 +204,7 @@ class ClipDataModule(ShardDataModule):
         self._count_bad([f"{ref.key}: {ref.problem}" for ref in refs if ref.problem])
         self.train_refs = [ref for ref in refs if ref.split == "train"]
         val = [ref for ref in refs if ref.split == "val"]
-        # A fixed draw over all keys: the first ones in the alphabet are often all of one kind.
-        val = sorted(val, key=lambda ref: stable_hash("val", ref.key))[: self.val_clips]
-        self.val_refs = in_turns(val, key=lambda ref: ref.key)
+        self.val_refs = validation_draw(val, self.val_clips, name=attrgetter("key"), key=attrgetter("key"))
         for split, found in (("train", self.train_refs), ("val", self.val_refs)):
             if not found:
                 raise ShardError(
@@ -224,9 +224,7 @@ class ClipDataModule(ShardDataModule):
         seed = self._finished_batches() if self.random_validation else 0
         dataset = ClipDataset(self.val_refs, self.val_transform, seed, self.cache_bytes, order=None)
         parts = [ValBatches(len(self.val_refs), self.val_batch_size, r, world) for r in range(world)]
-        clips = len(self.val_refs)
-        even = f"val_clips={clips // world * world}" if clips >= world else f"at most {clips} GPUs, or more clips"
-        self._check_even([len(part) for part in parts], f"{clips} validation clips", even)
+        self._check_even([len(part) for part in parts], len(self.val_refs), "clips")
         return self._loader(dataset, parts[rank], collate)
 
     def _training_refs(self) -> list[ClipRef]:

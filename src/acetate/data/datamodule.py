@@ -14,7 +14,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.utils.data import DataLoader, Dataset
 
 from acetate.data.order import ClipOrder, MixedOrder, Order
-from acetate.data.shards import ShardError, TarRef
+from acetate.data.shards import ShardError, TarRef, first_reasons
 from acetate.data.store import Remote, RemoteTar, listed, open_folder
 
 log = logging.getLogger(__name__)
@@ -204,9 +204,8 @@ class ShardDataModule(LightningDataModule):
                 self.bad[key] = reason
                 log.warning("skipped clip %s: %s", key, reason)
         if len(self.bad) > self.bad_clip_budget:
-            first = "; ".join(f"{key}: {reason}" for key, reason in list(self.bad.items())[:3])
             raise BadDataError(
-                f"{len(self.bad)} bad clips, bad_clip_budget={self.bad_clip_budget}: {first}. "
+                f"{len(self.bad)} bad clips, bad_clip_budget={self.bad_clip_budget}: {first_reasons(self.bad)}. "
                 f"Repair or re-make the shards in {self._where()}, or raise bad_clip_budget."
             )
 
@@ -231,14 +230,20 @@ class ShardDataModule(LightningDataModule):
         place = self.trainer.distributed_sampler_kwargs or {"rank": 0, "num_replicas": 1}
         return place["rank"], place["num_replicas"]
 
-    def _check_even(self, batches: Sequence[int], what: str, remedy: str) -> None:
-        """Of validation, per rank. ValueError where one has none, which would leave out what the others do together,
-        and where they differ on a sharded model, which would wait for ever; others only pay for the slowest."""
+    def _check_even(self, batches: Sequence[int], count: int, kind: str, advice: str = "") -> None:
+        """Checks the numbers of validation batches that `count` clips or windows make on each rank.
+
+        ValueError where a rank has none, which would leave out what the others do together, and where they differ on
+        a sharded model, which would wait for ever; other models only pay for the slowest rank.
+        """
+        ranks, what = len(batches), f"{count} validation {kind}"
+        even = f"val_clips={count // ranks * ranks}" if count >= ranks else f"at most {count} GPUs, or more clips"
+        remedy = advice + even
         if not min(batches):
-            raise ValueError(f"{what} leave some of {len(batches)} ranks without one. Use {remedy}.")
+            raise ValueError(f"{what} leave some of {ranks} ranks without one. Use {remedy}.")
         if len(set(batches)) == 1:
             return
-        said = f"{what} make unequal numbers of batches on {len(batches)} ranks, {min(batches)} to {max(batches)}"
+        said = f"{what} make unequal numbers of batches on {ranks} ranks, {min(batches)} to {max(batches)}"
         if self.trainer is not None and isinstance(self.trainer.strategy, ModelParallelStrategy):
             raise ValueError(f"{said}; a sharded model needs equal ones. Use {remedy}.")
         log.warning("%s; a sharded model (trainer=fsdp) could not run it. Use %s.", said, remedy)

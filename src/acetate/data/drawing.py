@@ -6,7 +6,7 @@ Fields broadcast as (C, T, H, W), colour in [0, 1].
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -20,6 +20,7 @@ COLOURS = {  # in order of hue
     "magenta": "d63bb0", "pink": "f78fb3",
 }  # fmt: skip
 CORNERS = {"disc": 0, "ring": 0, "heart": 0, "flower": 0, "triangle": 3, "square": 4, "hexagon": 6, "star": 5}
+TEXTURES = ("plain", "plain", "striped", "dotted", "ringed")
 WHITE = torch.ones(())
 
 
@@ -165,3 +166,20 @@ def figure(shape: str, x: Tensor, y: Tensor) -> Tensor:
 def lit(rgb: Tensor, x: Tensor, y: Tensor) -> Tensor:
     """Light from the upper left on a figure of radius 1."""
     return (rgb * (1.15 - 0.28 * torch.hypot(x + 0.5, y + 0.6).clamp(max=2))).clamp(0, 1)
+
+
+def textured(dice: Dice) -> tuple[str, Callable[[Tensor, Tensor, float], Tensor]]:
+    """A name, and a paint of figure coordinates and the pixel's side in them: -> (3, T, H, W)."""
+    name, first, near, far = dice.colours()
+    style = dice.pick(TEXTURES)
+
+    def paint(x: Tensor, y: Tensor, px: float) -> Tensor:
+        if style == "plain":
+            return mix(first, near, (0.5 + 0.5 * y).clamp(0, 1))
+        if style == "dotted":
+            edge = torch.hypot((2 * x).remainder(1) - 0.5, (2 * y).remainder(1) - 0.5) - 0.27
+        else:
+            edge = ((2 * (x if style == "striped" else torch.hypot(x, y))).remainder(1) - 0.5).abs() - 0.25
+        return mix(first, far, inside(edge / 2, px))
+
+    return name if style == "plain" else f"{style} {name}", paint

@@ -1,225 +1,33 @@
-"""Latent shards: how clips are cut into buckets, and the datamodule, whose batches are of one bucket each."""
+"""The latent datamodule, whose batches are of one bucket each, and where a resumed run goes on."""
 
 import logging
-import math
-from collections import Counter, defaultdict, deque
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from itertools import chain, groupby
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from acetate.data.datamodule import ShardDataModule
-from acetate.data.order import Order
-from acetate.data.shards import (
-    HOW_TO_MAKE,
-    LONGEST_KEY,
-    BadClip,
-    ClipRef,
-    ShardError,
-    TarRef,
-    blame,
-    blame_manifest,
-    by_key,
-    find_samples,
-    read_manifest,
-    read_media,
-    read_meta,
-    short_key,
-)
-from acetate.data.splits import in_turns
-from acetate.data.store import Folder, ReadAhead, Remote, RemoteTar, read_file
-from acetate.data.transforms import crop, resize, to_float, window
+from acetate.data.latent_shards import LatentRef, Sample, index_latents, read_empty_prompt, read_latents
+from acetate.data.order import BucketWalk, Order
+from acetate.data.read_ahead import ReadAhead
+from acetate.data.shards import HOW_TO_MAKE, BadClip, ShardError, by_key, read_manifest
+from acetate.data.splits import validation_draw
+from acetate.data.store import Remote, RemoteTar
 from acetate.draws import stable_hash
 
-EMPTY_PROMPT = "empty_prompt.safetensors"
 # What latents were made with: folders are mixed, and a run goes on, only where all of it is equal
 MADE_WITH = ("vae_sha256", "base_sha256", "text_encoder_sha256", "prompt_length", "ellipse", "geometry")
 log = logging.getLogger(__name__)
 
-Place = tuple[int, int]  # epoch, window
 Step = tuple[int, int, int]  # epoch, window, and how far the walk through the order has come
-Sample = dict[str, Any]  # latents (C, F, h, w), ellipse (F, 5), prompt_embeds (n, D), prompt_mask (n,), prompt, ref
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A window of a clip over one background; frames, height and width in pixels."""
-
-    ref: ClipRef
-    window: int
-    start: int
-    frames: int
-    height: int
-    width: int
-    variant: int
-
-    @property
-    def key(self) -> str:
-        """At most LONGEST_KEY bytes; a clip's long key is cut and told apart by its hash."""
-        clip, suffix = self.ref.key, f"-w{self.window:03d}-v{self.variant}"
-        if len((clip + suffix).encode()) > LONGEST_KEY:
-            mark = f"-{stable_hash(clip):016x}"
-            clip = short_key(clip, LONGEST_KEY - len(mark + suffix)) + mark
-        return clip + suffix
-
-    @property
-    def enlarged(self) -> float:
-        """How many times a side of what is shown of the clip; below 1 it is scaled down."""
-        return max(self.height / self.ref.height, self.width / self.ref.width)  # 1 over the ratio of covering_box
-
-    @property
-    def bucket(self) -> str:
-        return f"{self.frames}x{self.height}x{self.width}"
-
-
-def bucket_sizes(area: int, max_aspect: float, multiple: int) -> list[tuple[int, int]]:
-    """All (height, width) in multiples, within max_aspect, of which neither side can grow without passing `area`."""
-    sizes = []
-    tallest = min(area // multiple, int(math.sqrt(area * max_aspect)) + multiple)
-    for height in range(multiple, tallest + 1, multiple):
-        width = area // height // multiple * multiple
-        fills = width > 0 and (height + multiple) * width > area
-        if fills and max(height / width, width / height) <= max_aspect:
-            sizes.append((height, width))
-    if not sizes:
-        raise ValueError(
-            f"area={area}, max_aspect={max_aspect}: no bucket in multiples of {multiple}. "
-            f"Raise area to {multiple**2} or more, or max_aspect."
-        )
-    return sizes
-
-
-def plan(
-    refs: Sequence[ClipRef], lengths: Sequence[int], sizes: Sequence[tuple[int, int]], variants: int
-) -> list[Piece]:
-    """Every clip in the size of nearest log aspect, cut into whole windows of the longest length that it fills."""
-    pieces = []
-    for ref in refs:
-        # Of two that are equally near, the larger one
-        height, width = min(sizes, key=lambda size: (round(_turn(ref, size), 9), -size[0] * size[1]))
-        length = max((n for n in lengths if n <= ref.frames), default=min(lengths))
-        for index, start in enumerate(window_starts(ref.frames, length)):
-            pieces += [Piece(ref, index, start, length, height, width, variant) for variant in range(variants)]
-    return pieces
-
-
-def _turn(ref: ClipRef, size: tuple[int, int]) -> float:
-    return abs(math.log(size[0] / size[1] * ref.width / ref.height))
-
-
-def window_starts(count: int, length: int) -> list[int]:
-    """First frames of the whole windows, with what is left over spread evenly around them; [0] for a short clip."""
-    windows = max(1, count // length)
-    spare = max(0, count - windows * length)
-    return [i * length + spare * (2 * i + 1) // (2 * windows) for i in range(windows)]
-
-
-def covering_box(rows: int, columns: int, height: int, width: int) -> tuple[int, int, int, int]:
-    """top, left, height and width of the largest centred box with the target's aspect, to half a source pixel."""
-    ratio = min(rows / height, columns / width)
-    box_height, box_width = (max(1, round(side * ratio)) for side in (height, width))
-    return (rows - box_height) // 2, (columns - box_width) // 2, box_height, box_width
-
-
-Placement = tuple[float, float, float]  # scale of the picture on its canvas; shares of the slack above and left of it
-
-
-def placed(box: tuple[int, int, int, int], placement: Placement) -> tuple[int, int, int, int]:
-    """A larger box around it, which shows the picture smaller, somewhere on a transparent canvas."""
-    top, left, height, width = box
-    scale, above, before = placement
-    tall, wide = round(height / scale), round(width / scale)
-    return top - round(above * (tall - height)), left - round(before * (wide - width)), tall, wide
-
-
-def cut(frames: Tensor, piece: Piece, placement: Placement = (1.0, 0.0, 0.0)) -> tuple[Tensor, Tensor]:
-    """uint8 (T, H, W, 4) -> rgb (1, 3, frames, height, width), alpha (1, 1, ...): one resample of a source box."""
-    box = placed(covering_box(*frames.shape[1:3], piece.height, piece.width), placement)
-    chosen = crop(frames, *box)[window(len(frames), piece.frames, piece.start)]
-    # One at a time: floats of a whole clip can take gigabytes.
-    clips = [resize(*to_float(frame[None]), piece.height, piece.width) for frame in chosen]
-    rgb, alpha = (torch.cat(parts, dim=1)[None] for parts in zip(*clips, strict=True))
-    return rgb, alpha
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class LatentRef(TarRef):
-    """One window of a clip over one background; shape: latent (F, h, w); tokens: of its prompt."""
-
-    clip: str
-    variant: int
-    shape: tuple[int, int, int]
-    tokens: int
-
-    @property
-    def window(self) -> str:
-        return self.key.rpartition("-v")[0]
-
-
-def index_latents(folder: Folder, manifest: dict[str, Any]) -> list[LatentRef]:
-    """Every sample that the manifest promises; one that its local tar lacks has a `problem`."""
-    refs = []
-    with blame_manifest(folder, "latents"):
-        for shard in manifest["shards"]:
-            places = find_samples(folder, shard, [(entry["key"], "safetensors") for entry in shard["samples"]])
-            for entry, place in zip(shard["samples"], places, strict=True):
-                facts = {**entry, **place, "shape": tuple(entry["shape"])}
-                refs.append(LatentRef(**facts, kind="safetensors"))
-    return refs
-
-
-def read_latents(ref: LatentRef) -> Sample:
-    """A sample as it is stored; BadClip with the reason if anything is wrong with it."""
-    data, meta = read_media(ref), read_meta(ref)
-    with blame(ref):
-        try:
-            sample: Sample = safetensors.torch.load(data)
-        except SafetensorError as error:
-            raise ValueError(str(error)) from error
-        found, frames = tuple(sample["latents"].shape[1:]), ref.shape[0]
-        if found != ref.shape or sample["ellipse"].shape != (frames, 5):
-            raise ValueError(f"latents {found}, ellipse {tuple(sample['ellipse'].shape)}; promised {ref.shape}")
-        if not all(sample[name].isfinite().all() for name in ("latents", "ellipse", "prompt_embeds")):
-            raise ValueError("values that are not finite")
-    return sample | {"prompt": meta["prompt"], "ref": ref}
-
-
-class BucketWalk:
-    """Global batches of one bucket each, without end.
-
-    Walks the infinite order of all windows and puts each into its bucket's queue; a queue that holds a batch
-    gives it away. What is left in the queues stays for the next epoch, so that nothing is dropped.
-    """
-
-    def __init__(self, buckets: Sequence[Hashable], order: Order):
-        self.buckets, self.order, self.position = buckets, order, 0
-        self.queues: dict[Hashable, deque[Place]] = defaultdict(deque)
-
-    def batch(self, size: int) -> list[Place]:
-        while True:
-            epoch, index = self.order[self.position]
-            self.position += 1
-            queue = self.queues[self.buckets[index]]
-            queue.append((epoch, index))
-            if len(queue) >= size:
-                return [queue.popleft() for _ in range(size)]
-
-    def copy(self) -> "BucketWalk":
-        """Goes its own way from here."""
-        other = BucketWalk(self.buckets, self.order)
-        other.position = self.position
-        other.queues.update((bucket, deque(queue)) for bucket, queue in self.queues.items())
-        return other
 
 
 class BucketBatches(Sampler[list[Step]]):
@@ -366,10 +174,8 @@ class LatentDataModule(ShardDataModule):
                     f"{self._where()}: none of {len(refs)} samples is in split {split!r}. Add clips of that split to "
                     f"the clip shards and cache them anew. {HOW_TO_MAKE['latents']}"
                 )
-        # A fixed draw over all keys: the first ones in the alphabet are often all of one kind.
-        val = sorted(val, key=lambda window: stable_hash("val", window[0].window))[: self.val_clips]
-        val = in_turns(val, key=lambda window: window[0].clip)
-        self.null_context = self._empty_prompt()
+        val = validation_draw(val, self.val_clips, name=lambda w: w[0].window, key=lambda w: w[0].clip)
+        self.null_context = pad(read_empty_prompt(self.folders[0]).float(), self.prompt_length)[None]
         self.train_windows, self.val_windows = train, [window[:1] for window in val]
         self.manifest = manifests[0]
 
@@ -382,15 +188,6 @@ class LatentDataModule(ShardDataModule):
                         f"{manifests[0].get(name)}; they cannot be mixed. Cache one of them anew, with the settings of "
                         "the other, or leave it out."
                     )
-
-    def _empty_prompt(self) -> Tensor:
-        try:
-            embeds = safetensors.torch.load(read_file(self.folders[0], EMPTY_PROMPT))["embeds"]
-        except (OSError, SafetensorError, KeyError) as error:
-            raise ShardError(
-                f"{self.folders[0]}/{EMPTY_PROMPT} cannot be read ({error}). {HOW_TO_MAKE['latents']}"
-            ) from error
-        return pad(embeds.float(), self.prompt_length)[None]
 
     def captions(self, count: int) -> list[str]:
         """Prompts of validation clips, at most so many and all different, of as many kinds as there are; after setup.
@@ -442,10 +239,8 @@ class LatentDataModule(ShardDataModule):
     def val_dataloader(self) -> DataLoader:
         rank, world = self._rank_and_world()
         parts = [self._val_batches(r, world) for r in range(world)]
-        count = len(self.val_windows)
-        even = f"val_clips={count // world * world}" if count >= world else f"at most {count} GPUs, or more clips"
         self._check_even(
-            [len(part) for part in parts], f"{count} validation windows in buckets", f"val_batch_size=1 and {even}"
+            [len(part) for part in parts], len(self.val_windows), "windows in buckets", "val_batch_size=1 and "
         )
         return self._loader(LatentDataset(self.val_windows, seed=0, batches=None), parts[rank], self._collate())
 

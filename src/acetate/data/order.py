@@ -1,6 +1,6 @@
 """Which clip comes when: infinite orders that are pure functions of (seed, position), so that any rank can ask."""
 
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Hashable, Sequence
 from typing import Generic, TypeVar
 
@@ -10,6 +10,7 @@ from torch import Generator, Tensor
 from acetate.draws import generator_for, stable_hash
 
 T = TypeVar("T")
+Place = tuple[int, int]  # epoch, item
 
 
 class LastTwo(Generic[T]):
@@ -136,3 +137,31 @@ def whole_shares(count: int, weights: Sequence[float]) -> list[int]:
     for i in by_remainder[: count - sum(shares)]:
         shares[i] += 1
     return shares
+
+
+class BucketWalk:
+    """Global batches of one bucket each, without end.
+
+    Walks the infinite order of all windows and puts each into its bucket's queue; a queue that holds a batch
+    gives it away. What is left in the queues stays for the next epoch, so that nothing is dropped.
+    """
+
+    def __init__(self, buckets: Sequence[Hashable], order: Order):
+        self.buckets, self.order, self.position = buckets, order, 0
+        self.queues: dict[Hashable, deque[Place]] = defaultdict(deque)
+
+    def batch(self, size: int) -> list[Place]:
+        while True:
+            epoch, index = self.order[self.position]
+            self.position += 1
+            queue = self.queues[self.buckets[index]]
+            queue.append((epoch, index))
+            if len(queue) >= size:
+                return [queue.popleft() for _ in range(size)]
+
+    def copy(self) -> "BucketWalk":
+        """Goes its own way from here."""
+        other = BucketWalk(self.buckets, self.order)
+        other.position = self.position
+        other.queues.update((bucket, deque(queue)) for bucket, queue in self.queues.items())
+        return other

@@ -1,46 +1,36 @@
-"""Clip shards: webdataset tars of `<key>.rgba.mkv` (FFV1) or `<key>.rgba.png` (a still) and `<key>.json`.
+"""Reads clip shards: webdataset tars of `<key>.rgba.mkv` (FFV1) or `<key>.rgba.png` (a still) and `<key>.json`.
 
 `manifest.json` beside them is written last, so a folder without one is unfinished and never read.
 """
 
-import hashlib
 import io
 import json
-import os
 import re
 import tarfile
-import unicodedata
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import takewhile
+from itertools import islice, takewhile
 from pathlib import Path
-from textwrap import indent
 from typing import Any, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from webdataset.writer import TarWriter
 
 from acetate.data.splits import Split
 from acetate.data.store import Folder, RemoteTar, Span, find_members, read_at, read_file
-from acetate.draws import stable_hash
-from acetate.replacing import writing, written
-from acetate.video_io import MediaError, decode_ffv1, encode_ffv1
+from acetate.video_io import MediaError, decode_ffv1
 
 SCHEMA = 1  # of clip and of latent shards
 MANIFEST = "manifest.json"
 SHARDS = ',\n "shards": '  # the last thing in the manifest of a folder of clips
-LONGEST_KEY = 80  # bytes of UTF-8: a tar's plain header holds 100 of a member's name
 SHA256 = re.compile(r"[0-9a-f]{64}")
 HOW_TO_MAKE = {
     "clips": "`acetate prep synthesize` and `acetate prep shard` make clip shards.",
     "latents": "`acetate prep cache_latents` makes latent shards.",
 }
-
-Kind = Literal["rgba.mkv", "rgba.png"]
 
 
 class ShardError(ValueError):
@@ -56,6 +46,11 @@ class BadClip(ValueError):
 
     def __reduce__(self):
         return type(self), (self.key, self.reason)
+
+
+def first_reasons(bad: Mapping[str, str]) -> str:
+    """The first three of key -> reason, in words."""
+    return "; ".join(f"{key}: {reason}" for key, reason in islice(bad.items(), 3))
 
 
 @dataclass(frozen=True)
@@ -95,220 +90,6 @@ class ClipRef(TarRef):
     height: int
 
 
-@dataclass(frozen=True)
-class EncodedClip:
-    """A clip as a shard stores it; fps is 0 for a still."""
-
-    media: bytes
-    kind: Kind
-    frames: int
-    width: int
-    height: int
-    fps: float
-
-
-def encode_clip(frames: NDArray[np.uint8], fps: float) -> EncodedClip:
-    """uint8 (T, H, W, 4), straight colour; one frame becomes a PNG still, which has no rate."""
-    count, height, width, _ = frames.shape
-    if count > 1:
-        return EncodedClip(encode_ffv1(frames, fps), "rgba.mkv", count, width, height, fps)
-    buffer = io.BytesIO()
-    Image.fromarray(frames[0]).save(buffer, "PNG")
-    return EncodedClip(buffer.getvalue(), "rgba.png", count, width, height, 0.0)
-
-
-class ShardWriter:
-    """Writes tars of at most `max_clips` clips and about `max_bytes` bytes, and the manifest at `close`.
-
-    made_by: {"command", "settings"}, what decides the content. A run that was interrupted and comes back with
-    the same made_by keeps its finished tars (`key in writer`); with another, they are removed. As a context
-    manager it closes only if nothing was raised. Raises OSError as acetate.replacing.writing does.
-    """
-
-    def __init__(self, out: Path, *, max_clips: int, max_bytes: int, made_by: Mapping[str, Any]):
-        if (out / MANIFEST).exists():
-            raise ShardError(f"{out} already holds finished shards; name another folder or remove it first.")
-        self.out, self.max_clips, self.max_bytes = out, max_clips, max_bytes
-        self.made_by = json.loads(json.dumps(made_by))
-        self.pending: list[dict[str, Any]] = []
-        self.pending_bytes = 0
-        self.tar: TarWriter | None = None
-        self.tars = self.clips = self.frames = 0
-        self.splits = {"train": 0, "val": 0}
-        self.hashes = np.empty(0, np.int64)  # of the finished tars' keys, sorted: 8 bytes a clip
-        self.skipped: dict[str, str] = {}  # key -> reason, for the manifest; whoever fills the shards keeps it
-        with writing(out):
-            out.mkdir(parents=True, exist_ok=True)
-        self._find_finished()
-
-    def __enter__(self) -> "ShardWriter":
-        return self
-
-    def __exit__(self, kind: object, *_: object) -> None:
-        if kind is None:
-            self.close()
-        elif self.tar is not None:
-            for half in (self.tar, self.stream):
-                with suppress(OSError):  # the disk may be full
-                    half.close()
-            self._path("tar.tmp", self.tars).unlink(missing_ok=True)
-        if kind is not None:
-            with suppress(OSError):  # only a folder that is empty goes
-                self.out.rmdir()
-
-    def __contains__(self, key: str) -> bool:
-        number = stable_hash(key)
-        place = int(np.searchsorted(self.hashes, number))
-        found = place < len(self.hashes) and self.hashes[place] == number
-        return bool(found) or any(clip["key"] == key for clip in self.pending)
-
-    def add(
-        self,
-        key: str,
-        clip: EncodedClip,
-        *,
-        split: Split,
-        prompt: str,
-        source: str,
-        licence: str,
-        lossy: bool,
-        premultiplied_source: bool,
-        done: Mapping[str, str] | None = None,
-    ) -> None:
-        """done: step -> what was done to the clip and why; it goes into the clip's own JSON."""
-        size = {"frames": clip.frames, "width": clip.width, "height": clip.height}
-        meta = {"prompt": prompt, "fps": clip.fps, **size, "source": source, "licence": licence, "split": split,
-                "lossy": lossy, "premultiplied_source": premultiplied_source}  # fmt: skip
-        if done:
-            meta["done"] = dict(done)
-        text = json.dumps(meta, ensure_ascii=False, sort_keys=True).encode()
-        entry = {"key": key, "split": split, **size, "kind": clip.kind, "crc32": zlib.crc32(clip.media)}
-        self.write(entry, clip.media, text)
-
-    def copy(self, ref: "ClipRef", media: bytes, meta: bytes) -> None:
-        """A clip of another folder, its members as they are given."""
-        names = ("key", "split", "frames", "width", "height", "kind", "crc32")
-        self.write({name: getattr(ref, name) for name in names}, media, meta)
-
-    def write(self, entry: dict[str, Any], media: bytes, meta: bytes) -> None:
-        """entry: what the manifest says of the clip."""
-        key = entry["key"]
-        if not key or plain_key(key) != key or len(key.encode()) > LONGEST_KEY:
-            raise ValueError(
-                f"key {key!r}; keys are 1 to {LONGEST_KEY} bytes of letters and digits of any script in Unicode's NFC, "
-                "_ and -"
-            )
-        if key in self:
-            raise ValueError(f"key {key!r} was already written; keys are unique in a folder of shards")
-        if self.pending and self.pending_bytes + len(media) > self.max_bytes:
-            self._finish_tar()
-        with writing(self._path("tar", self.tars)):
-            if self.tar is None:
-                self.stream = open(self._path("tar.tmp", self.tars), "wb")  # noqa: SIM115  open across calls
-                self.tar = TarWriter(self.stream, encoder=False, mtime=0)
-            self.tar.write({"__key__": key, entry["kind"]: media, "json": meta})
-        self.pending.append(entry)
-        self.pending_bytes += len(media) + len(meta)
-        if len(self.pending) == self.max_clips:
-            self._finish_tar()
-
-    def close(self) -> None:
-        """Finishes the last tar and writes the manifest; ShardError if there is nothing to put into it."""
-        if self.pending:
-            self._finish_tar()
-        if not self.tars:
-            first = "; ".join(f"{key}: {reason}" for key, reason in list(self.skipped.items())[:3])
-            with suppress(OSError):  # what else was made there stays
-                self.out.rmdir()
-            raise ShardError(f"no clip is left to write into {self.out} ({first or 'none was given'})")
-        head = {
-            "schema": SCHEMA,
-            "made_by": self.made_by,
-            "clips": self.clips,
-            "frames": self.frames,
-            "splits": self.splits,
-            "skipped": self.skipped,
-        }
-        with written(self.out / MANIFEST) as file:
-            file.write(json.dumps(head, ensure_ascii=False, indent=1).removesuffix("\n}") + SHARDS + "[")
-            for number in range(self.tars):  # one at a time: a million clips are a gigabyte of them
-                shard = json.loads(self._path("part.json", number).read_text())["shard"]
-                text = json.dumps(shard, ensure_ascii=False, indent=1)
-                file.write(("," if number else "") + indent("\n" + text, "  "))
-            file.write("\n ]\n}\n" if self.tars else "]\n}\n")
-        remove_parts(self.out)
-
-    def _path(self, suffix: str, number: int) -> Path:
-        return self.out / f"clips-{number:06d}.{suffix}"
-
-    def _finish_tar(self) -> None:
-        assert self.tar is not None
-        with writing(self._path("tar", self.tars)):
-            self.tar.close()
-            self.stream.close()
-        shard = {**finish_tar(self._path("tar.tmp", self.tars)), "clips": self.pending}
-        part = {"schema": SCHEMA, "made_by": self.made_by, "shard": shard}
-        write_json(self._path("part.json", self.tars), part)
-        self.tar, self.pending, self.pending_bytes = None, [], 0
-        self._count(shard["clips"])
-
-    def _count(self, clips: Sequence[Mapping[str, Any]]) -> None:
-        """A tar more."""
-        self.tars += 1
-        self.clips += len(clips)
-        self.frames += sum(clip["frames"] for clip in clips)
-        for clip in clips:
-            self.splits[clip["split"]] += 1
-        new = [stable_hash(clip["key"]) for clip in clips]
-        self.hashes = np.sort(np.concatenate((self.hashes, np.array(new, np.int64))), kind="stable")
-
-    def _find_finished(self) -> None:
-        """Counts the tars that an interrupted run of the same command finished, and removes everything else of it."""
-        while (path := self._path("part.json", self.tars)).exists():
-            part = json.loads(path.read_text())
-            same = part["schema"] == SCHEMA and part["made_by"] == self.made_by
-            if not same or not self._path("tar", self.tars).exists():
-                break
-            self._count(part["shard"]["clips"])
-        for path in self.out.glob("clips-*"):
-            number = path.name.removeprefix("clips-").split(".")[0]
-            if not number.isdecimal() or int(number) >= self.tars:
-                path.unlink()
-
-
-def plain_key(name: str) -> str:
-    """The name in Unicode's NFC; _ for all that is no letter, mark or digit of any script: webdataset cuts at a dot."""
-    name = unicodedata.normalize("NFC", name)
-    kept = (char if char in "_-" or unicodedata.category(char)[0] in "LMN" else "." for char in name)
-    return re.sub(r"\.+", "_", "".join(kept))
-
-
-def short_key(key: str, most: int) -> str:
-    """Its beginning, of at most so many bytes."""
-    return key.encode()[:most].decode(errors="ignore")
-
-
-def remove_parts(out: Path) -> None:
-    """Of a folder whose manifest is in place; a run that is killed in its last moments leaves some."""
-    for part in out.glob("clips-*.part.json"):
-        part.unlink(missing_ok=True)
-
-
-def finish_tar(temporary: Path) -> dict[str, Any]:
-    """`NAME.tar.tmp` becomes `NAME.tar`; what a manifest says of it."""
-    with open(temporary, "rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    tar = temporary.with_suffix("")
-    os.replace(temporary, tar)
-    return {"file": tar.name, "bytes": tar.stat().st_size, "sha256": sha256}
-
-
-def write_json(path: Path, value: object) -> None:
-    """Whole or not at all; makes the folder."""
-    with written(path) as file:
-        file.write(json.dumps(value, ensure_ascii=False, indent=1) + "\n")
-
-
 def read_manifest(folder: Folder, kind: Literal["clips", "latents"] = "clips") -> dict[str, Any]:
     """The manifest of a folder of shards; ShardError if it is missing, of another schema or of another kind."""
     path, advice = f"{folder}/{MANIFEST}", HOW_TO_MAKE[kind]
@@ -333,7 +114,7 @@ def read_manifest(folder: Folder, kind: Literal["clips", "latents"] = "clips") -
 
 
 def read_head(folder: Path) -> dict[str, Any]:
-    """All of a manifest that ShardWriter wrote but its list of clips, which may be a million lines."""
+    """A manifest that ShardWriter wrote, without its list of clips, which may be a million lines."""
     with open(folder / MANIFEST) as file:
         lines = takewhile(lambda line: line != SHARDS[2:] + "[\n" and line != SHARDS[2:] + "[]\n", file)
         return json.loads("".join(lines).rstrip().removesuffix(",") + "}")

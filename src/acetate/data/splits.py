@@ -40,6 +40,16 @@ def split_rule(groups: Iterable[str], val_fraction: float) -> Callable[[str], Sp
     return side
 
 
+def validation_draw(
+    items: Iterable[Item], count: int, name: Callable[[Item], str], key: Callable[[Item], str]
+) -> list[Item]:
+    """At most `count` of the items, a fixed draw by their names, in turns of kinds by their keys.
+
+    Not the first ones in the alphabet, which are often all of one kind.
+    """
+    return in_turns(sorted(items, key=lambda item: stable_hash("val", name(item)))[:count], key)
+
+
 def in_turns(items: Sequence[Item], key: Callable[[Item], str]) -> list[Item]:
     """The same items, those of different kinds before the second one of any, else in their order: pictures of the
     first few then show what there is. A kind is the word that keys begin with, as in `smoke-000012`."""

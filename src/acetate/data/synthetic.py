@@ -30,6 +30,7 @@ from acetate.data.drawing import (
     smoothstep,
     splat,
     stack,
+    textured,
 )
 
 KINDS = ("hair", "glass", "smoke", "flame", "particles", "shadow", "shape")
@@ -49,7 +50,6 @@ SPARKS = {
     "fountain": "fountain of sparks", "burst": "firework bursting", "swirl": "swirl of glowing motes",
     "drift": "fireflies drifting upwards",
 }  # fmt: skip
-TEXTURES = ("plain", "plain", "striped", "dotted", "ringed")
 
 
 @dataclass(frozen=True)
@@ -80,23 +80,6 @@ def render(kind: str, seed: int, frames: int, height: int, width: int) -> Synthe
         prompt=f"Transparent background, procedural animation, {shot}: {subject}.",
         kind=kind,
     )
-
-
-def _paint(dice: Dice) -> tuple[str, Callable[[Tensor, Tensor, float], Tensor]]:
-    """A name, and a paint of figure coordinates and the pixel's side in them: -> (3, T, H, W)."""
-    name, first, near, far = dice.colours()
-    style = dice.pick(TEXTURES)
-
-    def paint(x: Tensor, y: Tensor, px: float) -> Tensor:
-        if style == "plain":
-            return mix(first, near, (0.5 + 0.5 * y).clamp(0, 1))
-        if style == "dotted":
-            edge = torch.hypot((2 * x).remainder(1) - 0.5, (2 * y).remainder(1) - 0.5) - 0.27
-        else:
-            edge = ((2 * (x if style == "striped" else torch.hypot(x, y))).remainder(1) - 0.5).abs() - 0.25
-        return mix(first, far, inside(edge / 2, px))
-
-    return name if style == "plain" else f"{style} {name}", paint
 
 
 def _strands(dice: Dice, place: Tensor, along: Tensor, spacing: Tensor, half: float, px: float) -> Layer:
@@ -312,7 +295,7 @@ def _particles(dice: Dice, canvas: Canvas) -> tuple[Layer, str]:
 
 def _shadow(dice: Dice, canvas: Canvas) -> tuple[Layer, str]:
     x, y, t, px = canvas
-    (look, paint), shape, drop = _paint(dice), dice.pick(list(CORNERS)), dice.pick((True, False))
+    (look, paint), shape, drop = textured(dice), dice.pick(list(CORNERS)), dice.pick((True, False))
     speed, phase, side = dice.real(4, 7), dice.real(0, 3), dice.pick((-1, 1))
     lift = (speed * t + phase).sin().abs()  # 0 on the ground, 1 at the top
     x = x - 0.07 * (dice.real(1.5, 3) * t + phase).sin()
@@ -338,7 +321,7 @@ def _shape(dice: Dice, canvas: Canvas) -> tuple[Layer, str]:
     count, spin, start = dice.pick((1, 1, 2, 3)), dice.pick((-1, 1)) * dice.real(1, 4), dice.real(0, 6)
     layers, words = [], []
     for i in range(count):
-        (look, paint), shape, radius = _paint(dice), dice.pick(list(CORNERS)), (0.36, 0.22, 0.19)[count - 1]
+        (look, paint), shape, radius = textured(dice), dice.pick(list(CORNERS)), (0.36, 0.22, 0.19)[count - 1]
         place, away = start + 2 * math.pi * i / count + 0.6 * spin * canvas.t, (0, 0.2, 0.23)[count - 1]
         x, y = (canvas.x - away * place.cos()) / radius, (canvas.y - away * place.sin()) / radius
         u, v = rotate(x, y, spin * canvas.t + dice.real(-0.5, 0.5))
@@ -353,39 +336,3 @@ DRAW: dict[str, Callable[[Dice, Canvas], tuple[Layer, str]]] = {
     "hair": _hair, "glass": _glass, "smoke": _smoke, "flame": _flame, "particles": _particles,
     "shadow": _shadow, "shape": _shape,
 }  # fmt: skip
-
-
-def background(seed: int, frames: int, height: int, width: int) -> Tensor:
-    """Opaque moving backgrounds with a natural spread of scales: (3, T, H, W) in [-1, 1]."""
-    canvas, dice = canvas_of(frames, height, width), Dice("background", seed)
-    style = dice.pick(("plain", "gradient", "stripes", "noise", "noise", "noise", "blobs", "blobs", "checker"))
-    first, second, third = dice.reals(9, 0, 1).view(3, 3, 1, 1, 1)
-    vivid = dice.real(0.1, 1)
-    first, second, third = (mix(colour.mean(), colour, vivid) for colour in (first, second, third))
-    step, drift, tile = (
-        dice.real(0.1, 0.4),
-        dice.real(-0.5, 0.5),
-        dice.noise(4, dice.real(1.1, 1.8), cycles=32),
-    )
-    u, v = rotate(canvas.x, canvas.y, dice.real(0, 6))
-    u, clock = u + drift * canvas.t, canvas.t.view(1, -1)
-    if style == "plain":
-        rgb = first
-    elif style == "gradient":
-        rgb = mix(first, second, 0.5 + 0.5 * (2 * u).sin())
-    elif style == "stripes":
-        rgb = mix(first, second, inside((((u / step).remainder(1) - 0.5).abs() - 0.25) * step, canvas.px))
-    elif style == "checker":
-        edge = (math.pi * u / step).sin() * (math.pi * v / step).sin() * step / math.pi
-        rgb = mix(first, second, inside(edge, canvas.px))
-    elif style == "blobs":
-        cx, cy, radius = dice.reals(36, -0.7, 0.7).view(3, 12, 1)
-        px, py = cx + 0.15 * (3 * clock + 9 * cy).sin(), cy + 0.15 * (2 * clock + 9 * cx).cos()
-        weight = dice.reals(36, -0.8, 0.8).view(3, 12, 1).expand(3, 12, frames)
-        rgb = first + splat(canvas, px, py, (radius.abs() + 0.1).expand(12, frames), weight)
-    else:
-        field = look_up(tile, 0.5 * u, 0.5 * v + 0.1 * canvas.t)
-        rgb = mix(mix(first, second, 1.8 * field[:1] - 0.4), third, (2.5 * field[1:2] - 1).clamp(0, 1))
-    grain = look_up(tile[:, 2:], u, v) - 0.5
-    rgb = rgb + dice.real(0, 0.3) * grain[:1] + dice.real(0, 0.1) * (first - second) * grain[1:]
-    return (rgb.clamp(0, 1) * 2 - 1).expand(3, frames, height, width).contiguous()

@@ -46,6 +46,12 @@ def to_float(frames: Tensor) -> tuple[Tensor, Tensor]:
     return (rgb * 2 - 1).masked_fill(alpha == 0, -1), alpha
 
 
+def to_uint8(rgb: Tensor, alpha: Tensor) -> Tensor:
+    """Inverse of `to_float`: rgb (3, T, H, W), alpha (1, T, H, W) -> uint8 (T, H, W, 4), rounded."""
+    frames = torch.cat(((rgb + 1) / 2, alpha)).permute(1, 2, 3, 0)
+    return (frames * 255).round().to(torch.uint8).contiguous()
+
+
 def pack(rgb: Tensor, alpha: Tensor, space: str = "premultiplied") -> Tensor:
     """Colour, premultiplied unless space is `straight`, and alpha: (T, 4, H, W) in [0, 1]; zeros are transparent."""
     colour = rgb if space == "straight" else premultiply(rgb, alpha)
@@ -81,6 +87,13 @@ def crop(frames: Tensor, top: int, left: int, height: int, width: int) -> Tensor
     if not (pad_top or pad_left or pad_bottom or pad_right):
         return box
     return F.pad(box, (0, 0, pad_left, pad_right, pad_top, pad_bottom))
+
+
+def covering_box(rows: int, columns: int, height: int, width: int) -> tuple[int, int, int, int]:
+    """top, left, height and width of the largest centred box with the target's aspect, to half a source pixel."""
+    ratio = min(rows / height, columns / width)
+    box_height, box_width = (max(1, round(side * ratio)) for side in (height, width))
+    return (rows - box_height) // 2, (columns - box_width) // 2, box_height, box_width
 
 
 def pan(
