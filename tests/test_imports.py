@@ -14,6 +14,7 @@ LAYERS = (
         "regions",
         "opencv_ellipse",
         "flow",
+        "lightning_seams",
         "draws",
         "media",
         "video_io",

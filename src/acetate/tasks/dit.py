@@ -11,6 +11,7 @@ from torch import Tensor
 from acetate import flow, regions
 from acetate.data.latents import MADE_WITH
 from acetate.draws import ClipDraws
+from acetate.lightning_seams import batch_number
 from acetate.losses.diffusion import flow_loss
 from acetate.models.adapters import ADAPTER_SCHEMA
 from acetate.models.dit import attach_dora, shard_transformer, start_dora, velocity
@@ -135,8 +136,7 @@ class DoRATask(AdapterTask):
         return flow_loss(velocity(self.transformer, x_t, timestep, context), flow.velocity(latents, noise))
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
-        number = self.trainer.fit_loop.epoch_loop.total_batch_idx
-        draws = ClipDraws(batch["key"], self.seed, "train", number, device=self.device)
+        draws = ClipDraws(batch["key"], self.seed, "train", batch_number(self.trainer), device=self.device)
         noise = draws.normal(batch["latents"].shape[1:])
         drawn = draws.integers(len(self.levels.sigmas))
         ids = flow.seen_ids(drawn, self.levels.timesteps, self.timestep_per, self.timestep_dtype)
