@@ -21,7 +21,7 @@ buffers, and validation, which needs less unless its clips are larger.
 import math
 import warnings
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +38,7 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 from torch.utils.weak import WeakIdKeyDictionary
 
 from acetate.losses.perceptual import LPIPSFeatures, VGGFeatures
-from acetate.models.dit import VelocityField
+from acetate.models.dit import FrozenDiT, VelocityField
 from acetate.models.wan import Geometry
 from acetate.tasks.dit import DoRATask
 from acetate.tasks.optim import adamw_with_warmup
@@ -168,6 +168,16 @@ def blank_transformer(source: str, dtype: torch.dtype) -> WanTransformer3DModel:
     return _blank(WanTransformer3DModel, config, dtype)
 
 
+class BlankDiT(FrozenDiT):
+    """A FrozenDiT whose base has no values."""
+
+    def load(self, prepare: Callable[[WanTransformer3DModel], object] | None = None) -> WanTransformer3DModel:
+        transformer = blank_transformer(self.transformer, getattr(torch, self.dtype))
+        if prepare is not None:
+            prepare(transformer)
+        return transformer
+
+
 def blank_velocity_field(*, transformer: str, prompt_length: int, dtype: str, **_: Any) -> VelocityField:
     """What load_velocity_field returns, on the meta device."""
     model = blank_transformer(transformer, getattr(torch, dtype))
@@ -187,6 +197,7 @@ def blank_vgg(*, imagenet_norm: bool, **_: Any) -> VGGFeatures:
 # Config targets that read weights -> those that build the same without
 BLANK = {
     "acetate.models.loading.load_vae": "acetate.memory.blank_vae",
+    "acetate.models.dit.FrozenDiT": "acetate.memory.BlankDiT",
     "acetate.models.dit.load_velocity_field": "acetate.memory.blank_velocity_field",
     "acetate.losses.perceptual.LPIPSFeatures": "acetate.memory.blank_lpips",
     "acetate.losses.perceptual.VGGFeatures": "acetate.memory.blank_vgg",
@@ -216,12 +227,7 @@ def _blank(model: type[M], config: dict[str, Any], dtype: torch.dtype) -> M:
 def build(task: LightningModule) -> None:
     """configure_model() without weights; the task was instantiated with BLANK's targets in the place of loaders."""
     with torch.device("meta"):
-        if isinstance(task, DoRATask):
-            transformer = blank_transformer(task.source, getattr(torch, task.dtype_name))
-            task.adapt(transformer)
-            task.adopt(transformer)
-        else:
-            task.configure_model()
+        task.configure_model()
 
 
 def _without_numbers(module: nn.Module) -> None:

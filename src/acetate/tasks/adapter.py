@@ -52,10 +52,9 @@ class AdapterTask(LightningModule):
 
     def schedule(self) -> dict[str, Any]:
         """What steps are made of beside the optimizer's own settings."""
-        own = ("warmup", "warmup_steps", "decay_steps")
         trainer = self.trainer
         return {
-            **{f"task.{name}": getattr(self, name) for name in own if hasattr(self, name)},
+            **{f"task.{name}": getattr(self, name) for name in ("warmup_steps", "decay_steps") if hasattr(self, name)},
             "trainer.max_steps": trainer.max_steps,
             "trainer.accumulate_grad_batches": trainer.accumulate_grad_batches,
             "trainer.gradient_clip_val": trainer.gradient_clip_val,

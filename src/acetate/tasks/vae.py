@@ -16,7 +16,7 @@ from acetate.losses.ranks import moments
 from acetate.losses.vae import VAELoss
 from acetate.metrics.alpha import AlphaQuality
 from acetate.metrics.rgb import CompositeQuality, RGBQuality
-from acetate.models.adapters import ADAPTER_SCHEMA, trainable_state
+from acetate.models.adapters import ADAPTER_SCHEMA
 from acetate.models.dit import VelocityField, check_latent_grid
 from acetate.models.rgba_vae import RGBAVAE
 from acetate.models.wan import Geometry, WanDecoder, WanEncoder, WanHead
@@ -39,44 +39,36 @@ class Draw(NamedTuple):
 
 
 class RGBAVAETask(AdapterTask):
-    """build_vae() and build_judge(mesh=) make the RGBAVAE and the frozen VelocityField; the judge only where it is
-    used.
+    """Reconstruction in three views and, where `diffusion` has a judge, what a DiT makes of the latents.
 
     background_per: one palette colour per `clip` and use, or per `batch` (released). moment_weight: of the
     penalty that holds the normalised latents' per-channel mean at 0 and variance at 1, the base's own.
-    trainable_dtype: master precision of what trains. lpips: measure it in validation (needs VGG16 weights).
-    random_validation: other colours, noise and timesteps at every validation (released).
+    lpips: measure it in validation (needs VGG16 weights). decay_steps: as in `adamw_with_warmup`.
     """
 
     def __init__(
         self,
         *,
         build_vae: Callable[[], RGBAVAE],
-        build_judge: Callable[..., VelocityField],
         loss: VAELoss,
         diffusion: DiffusionLoss,
-        lr: float,
-        warmup_steps: int,
-        betas: Sequence[float],
-        weight_decay: float,
         moment_weight: float,
         background_per: str,
-        trainable_dtype: str,
+        lr: float,
+        warmup_steps: int,
+        decay_steps: int | None,
+        betas: Sequence[float],
+        weight_decay: float,
         lpips: bool,
         seed: int,
-        decay_steps: int | None = None,
-        random_validation: bool = False,
     ) -> None:
         super().__init__()
         if background_per not in ("clip", "batch"):
             raise ValueError(f"task.background_per {background_per!r}; known: clip, batch.")
-        self.build_vae, self.build_judge = build_vae, build_judge
-        self.loss, self.diffusion = loss, diffusion
+        self.build_vae, self.loss, self.diffusion = build_vae, loss, diffusion
         self.lr, self.warmup_steps, self.decay_steps = lr, warmup_steps, decay_steps
         self.betas, self.weight_decay, self.moment_weight = betas, weight_decay, moment_weight
-        self.background_per = background_per
-        self.trainable_dtype = getattr(torch, trainable_dtype)
-        self.lpips, self.seed, self.random_validation = lpips, seed, random_validation
+        self.background_per, self.lpips, self.seed = background_per, lpips, seed
         self.means, self.step_means, self.latent_means = Means(), Means(), Means()
         self.vae: RGBAVAE | None = None
         self.judge: VelocityField | None = None
@@ -85,12 +77,10 @@ class RGBAVAETask(AdapterTask):
         if self.vae is not None:
             return
         self.vae = self.build_vae()
-        for parameter in trainable_state(self.vae).values():
-            parameter.data = parameter.data.to(self.trainable_dtype)
         if self.shards is not None:
             self.vae.shard(self.shards)
         if self.diffusion.mode != "off":
-            self.judge = self.build_judge(mesh=self.shards)
+            self.judge = self.diffusion.build_judge(mesh=self.shards)
         geometry = self.vae.geometry
         self.composite_quality = CompositeQuality(lpips=self.lpips)
         self.alpha_quality = AlphaQuality(time_stride=geometry.time_stride, space_stride=geometry.space_stride)
@@ -102,7 +92,7 @@ class RGBAVAETask(AdapterTask):
         if self.background_per == "batch":
             colors = [c[:1].expand_as(c) for c in colors]
         noise = draws.normal(self.vae.geometry.latent_shape(*batch["alpha"].shape[2:]))
-        return Draw(*map(compositing.palette_colors, colors), noise, draws.integers(len(self.diffusion.sigmas)))
+        return Draw(*map(compositing.palette_colors, colors), noise, draws.integers(len(self.diffusion.levels)))
 
     def step(self, batch: dict[str, Any], draw: Draw) -> tuple[Tensor, dict[str, Tensor], Tensor, Tensor, Tensor]:
         """loss, its parts, rgb_hat, alpha_hat and the normalised latents."""
@@ -163,10 +153,12 @@ class RGBAVAETask(AdapterTask):
             names = (f"z/mean_{c:02}", f"z/std_{c:02}")
             self.log_dict(dict(zip(names, pair, strict=True)), batch_size=max(1, size))
 
+    def validation_draw(self, batch: dict[str, Any]) -> Draw:
+        """The same at every validation, a function of the clips' keys."""
+        return self.draw(batch, "val", 0)
+
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
-        """Fixed colours, noise and timesteps, a function of the clip's key, unless random_validation is set."""
-        draw = self.draw(batch, "val", self.global_step if self.random_validation else 0)
-        loss, parts, rgb_hat, alpha_hat, _ = self.step(batch, draw)
+        loss, parts, rgb_hat, alpha_hat, _ = self.step(batch, self.validation_draw(batch))
         alpha_hat, size = compositing.one_channel(alpha_hat), clips_in(batch)
         self.means.add({"val/loss": loss, **{f"val/{name}": value for name, value in parts.items()}}, size)
         if size:

@@ -1,6 +1,7 @@
 """Training the tiny base model itself: a plain RGB VAE and a text-to-video flow model of Wan's architecture."""
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from acetate.data import synthetic
 from acetate.draws import ClipDraws
 from acetate.losses.terms import sobel_l1
 from acetate.metrics.rgb import RGBQuality
+from acetate.models.dit import velocity
 from acetate.models.wan import Geometry, WanDecoder, WanEncoder, WanHead, replace_folder, save_vae
 from acetate.tasks.logs import Means, log_means
 from acetate.tasks.optim import adamw_with_warmup
@@ -156,6 +158,8 @@ class WanDiTTask(LightningModule):
     probability `prompt_dropout`. `save_to` receives transformer, text_encoder and tokenizer in diffusers layout.
     """
 
+    levels = flow.schedule()
+
     def __init__(
         self,
         *,
@@ -193,9 +197,6 @@ class WanDiTTask(LightningModule):
         self.prompt_length, self.prompt_dropout = prompt_length, prompt_dropout
         self.lr, self.warmup_steps, self.seed = lr, warmup_steps, seed
         self.save_to, self.step_means = Path(save_to), Means()
-        levels = flow.schedule()
-        for name in ("sigmas", "timesteps"):
-            self.register_buffer(name, getattr(levels, name), persistent=False)
         shape = (1, -1, 1, 1, 1)
         self.register_buffer("mean", torch.tensor(self.geometry.mean).view(shape), persistent=False)
         self.register_buffer("std", torch.tensor(self.geometry.std).view(shape), persistent=False)
@@ -209,7 +210,7 @@ class WanDiTTask(LightningModule):
         return embeds * tokens.attention_mask[..., None]
 
     def step(self, batch: dict[str, Any], draws: ClipDraws) -> Tensor:
-        ids = draws.integers(len(self.sigmas))
+        ids = self.levels.seen(draws.integers(len(self.levels)))
         kept = draws.integers(1000) >= 1000 * self.prompt_dropout
         prompts = [prompt if keep else "" for prompt, keep in zip(batch["prompt"], kept.tolist(), strict=True)]
         noise = draws.normal(self.geometry.latent_shape(*batch["video"].shape[2:]))
@@ -219,9 +220,8 @@ class WanDiTTask(LightningModule):
         """Mean squared error of the velocity at the noise levels of steps ids (B,)."""
         with torch.no_grad():
             latents = (self.head(self.encoder(video))[0] - self.mean) / self.std
-        x_t = flow.interpolate(latents, noise, self.sigmas[ids])
-        velocity = self.transformer(x_t, self.timesteps[ids], self.context(prompts), return_dict=False)[0]
-        return (velocity - flow.velocity(latents, noise)).square().mean()
+        field = partial(velocity, self.transformer)
+        return flow.squared_error(latents, noise, self.levels, ids, field, self.context(prompts)).mean()
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
         loss = self.step(batch, ClipDraws(batch["key"], self.seed, "train", self.global_step, device=self.device))
