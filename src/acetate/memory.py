@@ -29,7 +29,6 @@ from typing import Any, TypeVar
 
 import torch
 from diffusers import AutoencoderKLWan, ModelMixin, WanTransformer3DModel
-from lightning import LightningModule
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -40,27 +39,14 @@ from torch.utils.weak import WeakIdKeyDictionary
 from acetate.losses.perceptual import LPIPSFeatures, VGGFeatures
 from acetate.models.dit import FrozenDiT, VelocityField
 from acetate.models.wan import Geometry
-from acetate.tasks.dit import DoRATask
+from acetate.tasks.example import Load, MeasuredTask
 from acetate.tasks.optim import adamw_with_warmup
-from acetate.tasks.vae import RGBAVAETask
-from acetate.tasks.wan_base import WanDiTTask, WanVAETask
 
 RESERVE = 0.1  # share of a card that tensors do not get
 AUTOCAST = {"32-true": None, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 # Wan2.1's DiTs where they differ from diffusers' defaults, which are the 14B's
 WAN21 = {"14B": {}, "1.3B": {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30}}
 M = TypeVar("M", bound=ModelMixin)
-
-
-@dataclass(frozen=True)
-class Load:
-    """A batch of a GPU: clips in pixels, also where a stage reads their latents, and prompts in tokens."""
-
-    batch_size: int
-    frames: int
-    height: int
-    width: int
-    prompt_length: int
 
 
 @dataclass(frozen=True)
@@ -224,7 +210,7 @@ def _blank(model: type[M], config: dict[str, Any], dtype: torch.dtype) -> M:
     return blank.eval().requires_grad_(False)
 
 
-def build(task: LightningModule) -> None:
+def build(task: MeasuredTask) -> None:
     """configure_model() without weights; the task was instantiated with BLANK's targets in the place of loaders."""
     with torch.device("meta"):
         task.configure_model()
@@ -247,12 +233,12 @@ def _without_numbers(module: nn.Module) -> None:
 
 
 def measure(
-    task: LightningModule, load: Load, *, precision: str, ema: bool, geometry: Geometry | None = None
+    task: MeasuredTask, load: Load, *, precision: str, ema: bool, geometry: Geometry | None = None
 ) -> Footprint:
     """Footprint of one training step of a task after `build` (or configure_model), whose tensors it replaces.
 
-    precision: of the trainer. ema: whether an average of what trains is kept. geometry: of the VAE whose latents a
-    DoRATask reads. Raises ValueError for an unknown precision or task, or for clips that the task cannot take.
+    precision: of the trainer. ema: whether an average of what trains is kept. geometry: of the VAE, where the task
+    reads latents. Raises ValueError for an unknown precision, or for clips that the task cannot take.
     """
     if precision not in AUTOCAST:
         raise ValueError(f"trainer.precision {precision!r}; known: {', '.join(AUTOCAST)}.")
@@ -271,14 +257,14 @@ def measure(
         moments = [x for x in tree_leaves(list(optimizer.state.values())) if isinstance(x, Tensor)]
         known = [*task.parameters(), *task.buffers(), *(p.grad for p in trainable), *moments]
         with LiveStorages(known) as storages, Flops() as flops:
-            batch = make_batch(task, load, geometry)
+            batch = task.example_batch(load, geometry)
             with torch.autocast("cpu", AUTOCAST[precision]) if AUTOCAST[precision] else nullcontext():
-                loss = training_loss(task, batch)
+                loss = task.example_loss(batch)
             kept = storages.live
             loss.backward()
             nn.utils.clip_grad_norm_(trainable, 1.0, foreach=True)
             optimizer.step()
-        groups = _groups(task)
+        groups = task.sharded()
         frozen = _bytes([*(p for p in task.parameters() if not p.requires_grad), *task.buffers()])
         return Footprint(
             parameters=sum(size for size, _ in counts),
@@ -301,52 +287,7 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def _groups(task: LightningModule) -> dict[nn.Module, Sequence[nn.Module]]:
-    """What trainer=fsdp shards -> its blocks, which are gathered one by one."""
-    if isinstance(task, DoRATask):
-        assert task.transformer is not None, "build(task) comes first"
-        return {task.transformer: list(task.transformer.blocks)}
-    if isinstance(task, RGBAVAETask):
-        assert task.vae is not None, "build(task) comes first"
-        judge = {} if task.judge is None else {task.judge.transformer: list(task.judge.transformer.blocks)}
-        return {task.vae.merge: [], task.vae.decoder_rgb: [], task.vae.decoder_alpha: [], **judge}
-    return {task: []}
-
-
 def _gathered(group: nn.Module, blocks: Sequence[nn.Module]) -> int:
     """Its weights that are whole at a time: two blocks, and what is in none."""
     sizes = sorted(_bytes(block.parameters()) for block in blocks)
     return _bytes(group.parameters()) - sum(sizes) + sum(sizes[-2:])
-
-
-def make_batch(task: LightningModule, load: Load, geometry: Geometry | None) -> dict[str, Any]:
-    """What the task's data module would give, without numbers."""
-    size, pixels = load.batch_size, (load.frames, load.height, load.width)
-    batch: dict[str, Any] = {"key": [str(i) for i in range(size)]}
-    if isinstance(task, RGBAVAETask):
-        return batch | {"rgb": torch.empty(size, 3, *pixels), "alpha": torch.empty(size, 1, *pixels)}
-    if isinstance(task, DoRATask):
-        assert geometry is not None, "DoRATask trains on latents"
-        shape = geometry.latent_shape(*pixels)
-        context = torch.empty(size, load.prompt_length, task.transformer.config.text_dim)
-        return batch | {
-            "latents": torch.empty(size, *shape),
-            "ellipses": torch.empty(size, shape[1], 5),
-            "context": context,
-        }
-    return batch | {"video": torch.empty(size, 3, *pixels), "prompt": [""] * size}
-
-
-def training_loss(task: LightningModule, batch: dict[str, Any]) -> Tensor:
-    """Of the task's own computation. Raises ValueError for a task that is not known here."""
-    ids = torch.zeros(len(batch["key"]), dtype=torch.long)
-    if isinstance(task, RGBAVAETask):
-        return task.step(batch, task.draw(batch, "train", 0))[0]
-    if isinstance(task, DoRATask):
-        return task.errors(batch, torch.empty_like(batch["latents"]), ids, batch["context"]).mean()
-    if isinstance(task, WanVAETask):
-        return task.training_step(batch, 0)["loss"]
-    if isinstance(task, WanDiTTask):
-        noise = torch.empty(len(ids), *task.geometry.latent_shape(*batch["video"].shape[2:]))
-        return task.error(batch["video"], batch["prompt"], noise, ids)
-    raise ValueError(f"{type(task).__name__}: its training step is not known here. Add it to memory.training_loss.")

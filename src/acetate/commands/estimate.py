@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 from hydra.utils import instantiate
-from lightning import LightningModule
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
@@ -16,6 +15,7 @@ from acetate.commands.program import program
 from acetate.data.shards import write_json
 from acetate.models.wan import Geometry
 from acetate.replacing import check_out
+from acetate.tasks.example import MeasuredTask
 
 GPUS = (1, 2, 4, 8)
 SHARDED = "trainer=fsdp; with trainer=ddp every GPU needs column 1"
@@ -34,7 +34,7 @@ def without_weights(node: Any) -> Any:
     }
 
 
-def blank_task(config: DictConfig) -> LightningModule:
+def blank_task(config: DictConfig) -> MeasuredTask:
     """Of the run that the config composes, built without weights."""
     settings = without_weights(OmegaConf.to_container(config.task, resolve=True))
     unused = {"lpips": False, "init_from": None}  # a metric, and weights of the same shape

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from diffusers import WanTransformer3DModel
-from torch import Tensor
+from torch import Tensor, nn
 
 from acetate import flow, regions
 from acetate.data.latents import MADE_WITH
@@ -16,8 +16,10 @@ from acetate.lightning_seams import batch_number
 from acetate.models.adapters import ADAPTER_SCHEMA
 from acetate.models.dit import FrozenDiT, attach_dora, shard_transformer, start_dora, velocity
 from acetate.models.loading import transformer_sha256
+from acetate.models.wan import Geometry
 from acetate.steps import ends_step, logs_step
 from acetate.tasks.adapter import AdapterTask
+from acetate.tasks.example import Load, MeasuredTask
 from acetate.tasks.logs import Means, clips_in, log_means, share_of
 from acetate.tasks.optim import adamw_with_warmup, linear
 
@@ -25,7 +27,7 @@ VAL_LEVELS = 4  # noise levels of the validation loss, evenly spread over the st
 BINS = 10  # ranges of timesteps that the training loss is logged by
 
 
-class DoRATask(AdapterTask):
+class DoRATask(AdapterTask, MeasuredTask):
     """l = w(t) |DiT(x_t, t, prompt) - (noise~ - z)|^2 with noise~ = noise + mean_shift (1 - G), one t per clip.
 
     rank, alpha: of DoRA. G is the Gaussian ellipse that the cache holds. checkpointing: blocks are computed again in
@@ -114,6 +116,23 @@ class DoRATask(AdapterTask):
         noise = flow.mean_shift(noise, guide, self.mean_shift)
         field = partial(velocity, self.transformer)
         return flow.squared_error(latents, noise, self.levels, ids, field, context).flatten(1).mean(1)
+
+    def example_batch(self, load: Load, geometry: Geometry | None) -> dict[str, Any]:
+        assert geometry is not None, "it trains on latents"
+        shape = geometry.latent_shape(*load.pixels)
+        return {
+            "key": load.keys,
+            "latents": torch.empty(load.batch_size, *shape),
+            "ellipses": torch.empty(load.batch_size, shape[1], 5),
+            "context": torch.empty(load.batch_size, load.prompt_length, self.transformer.config.text_dim),
+        }
+
+    def example_loss(self, batch: dict[str, Any]) -> Tensor:
+        ids = torch.zeros(len(batch["key"]), dtype=torch.long)
+        return self.errors(batch, torch.empty_like(batch["latents"]), ids, batch["context"]).mean()
+
+    def sharded(self) -> dict[nn.Module, Sequence[nn.Module]]:
+        return {self.transformer: self.transformer.blocks}
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
         draws = ClipDraws(batch["key"], self.seed, "train", batch_number(self.trainer), device=self.device)

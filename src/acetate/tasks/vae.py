@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from diffusers import AutoencoderKLWan
 from lightning import LightningModule
-from torch import Tensor
+from torch import Tensor, nn
 
 from acetate import alpha as compositing
 from acetate.draws import ClipDraws
@@ -22,6 +22,7 @@ from acetate.models.rgba_vae import RGBAVAE
 from acetate.models.wan import Geometry, WanDecoder, WanEncoder, WanHead
 from acetate.regions import check_clip_shape
 from acetate.tasks.adapter import AdapterTask
+from acetate.tasks.example import Load, MeasuredTask
 from acetate.tasks.logs import Means, clips_in, log_means, share_of, step_means
 from acetate.tasks.optim import adamw_with_warmup
 
@@ -38,7 +39,7 @@ class Draw(NamedTuple):
     step_ids: Tensor
 
 
-class RGBAVAETask(AdapterTask):
+class RGBAVAETask(AdapterTask, MeasuredTask):
     """Reconstruction in three views and, where `diffusion` has a judge, what a DiT makes of the latents.
 
     background_per: one palette colour per `clip` and use, or per `batch` (released). moment_weight: of the
@@ -118,6 +119,18 @@ class RGBAVAETask(AdapterTask):
             parts["moments"] = self.moment_weight * moment_penalty(latents[: clips_in(batch)])
             loss = loss + parts["moments"]
         return loss, parts, rgb_hat, alpha_hat, latents
+
+    def example_batch(self, load: Load, geometry: Geometry | None) -> dict[str, Any]:
+        size = load.batch_size
+        rgb, alpha = (torch.empty(size, channels, *load.pixels) for channels in (3, 1))
+        return {"key": load.keys, "rgb": rgb, "alpha": alpha}
+
+    def example_loss(self, batch: dict[str, Any]) -> Tensor:
+        return self.step(batch, self.draw(batch, "train", 0))[0]
+
+    def sharded(self) -> dict[nn.Module, Sequence[nn.Module]]:
+        whole = dict.fromkeys((self.vae.merge, self.vae.decoder_rgb, self.vae.decoder_alpha), ())
+        return whole if self.judge is None else whole | {self.judge.transformer: self.judge.transformer.blocks}
 
     def check_shape(self, alpha: Tensor) -> None:
         """Raises ValueError for a clip that the VAE, or the judge, cannot take."""

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanAttentionBlock, WanResidualBlock
-from lightning import LightningModule
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
@@ -19,6 +18,7 @@ from acetate.losses.terms import sobel_l1
 from acetate.metrics.rgb import RGBQuality
 from acetate.models.dit import velocity
 from acetate.models.wan import Geometry, WanDecoder, WanEncoder, WanHead, replace_folder, save_vae
+from acetate.tasks.example import Load, MeasuredTask
 from acetate.tasks.logs import Means, log_means
 from acetate.tasks.optim import adamw_with_warmup
 
@@ -57,7 +57,7 @@ def _repeat_or_average_(time_conv: nn.Module) -> None:
         taps[:channels, :, 2] = taps[channels:, :, 2] = torch.eye(channels)
 
 
-class WanVAETask(LightningModule):
+class WanVAETask(MeasuredTask):
     """L = |x_hat - x|^2 + w_edge |edge(x_hat) - edge(x)|_1 + w_kl KL(q(z|x) || N(0, 1)), z ~ q.
 
     `init_from` is a diffusers folder to go on from (an image model before clips); `save_to` receives the
@@ -106,6 +106,15 @@ class WanVAETask(LightningModule):
         log_means(self, self.step_means, values, len(batch["key"]))
         return {"loss": loss, "parts": parts}
 
+    def example_batch(self, load: Load, geometry: Geometry | None) -> dict[str, Any]:
+        return {"key": load.keys, "video": torch.empty(load.batch_size, 3, *load.pixels)}
+
+    def example_loss(self, batch: dict[str, Any]) -> Tensor:
+        return self.training_step(batch, 0)["loss"]
+
+    def sharded(self) -> dict[nn.Module, Sequence[nn.Module]]:
+        return {self: ()}
+
     def on_validation_epoch_start(self) -> None:
         self.latents.clear()
 
@@ -151,7 +160,7 @@ def train_tokenizer(prompts: Sequence[str], vocabulary: int, length: int) -> Pre
     )
 
 
-class WanDiTTask(LightningModule):
+class WanDiTTask(MeasuredTask):
     """Text-to-video flow matching of a small Wan DiT with its own text encoder, on a frozen VAE's latents.
 
     l = |DiT(x_t, t, prompt) - (noise - z)|^2, z normalised, one step per clip; prompts are dropped with
@@ -222,6 +231,18 @@ class WanDiTTask(LightningModule):
             latents = (self.head(self.encoder(video))[0] - self.mean) / self.std
         field = partial(velocity, self.transformer)
         return flow.squared_error(latents, noise, self.levels, ids, field, self.context(prompts)).mean()
+
+    def example_batch(self, load: Load, geometry: Geometry | None) -> dict[str, Any]:
+        video = torch.empty(load.batch_size, 3, *load.pixels)
+        return {"key": load.keys, "video": video, "prompt": [""] * load.batch_size}
+
+    def example_loss(self, batch: dict[str, Any]) -> Tensor:
+        ids = torch.zeros(len(batch["key"]), dtype=torch.long)
+        noise = torch.empty(len(ids), *self.geometry.latent_shape(*batch["video"].shape[2:]))
+        return self.error(batch["video"], batch["prompt"], noise, ids)
+
+    def sharded(self) -> dict[nn.Module, Sequence[nn.Module]]:
+        return {self: ()}
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
         loss = self.step(batch, ClipDraws(batch["key"], self.seed, "train", self.global_step, device=self.device))
