@@ -179,7 +179,7 @@ def test_recomputed_blocks_give_the_same_gradients(tmp_path, cached):
 
 
 def test_average_of_the_adapters_is_what_is_exported(tmp_path, cached):
-    _, task, _ = fit(config_for(tmp_path, cached, "callbacks=dit_ema", "trainer.max_steps=4"))
+    _, task, _ = fit(config_for(tmp_path, cached, "callbacks=ema", "trainer.max_steps=4"))
     saved = load_file(tmp_path / "checkpoints/last.safetensors")
     trained = trainable_state(task)
     assert saved.keys() == trained.keys()
