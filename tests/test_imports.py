@@ -15,6 +15,7 @@ LAYERS = (
         "released",
         "flow",
         "lightning_seams",
+        "vgg",
         "draws",
         "media",
         "video_io",

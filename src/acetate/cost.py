@@ -100,7 +100,7 @@ class Cost:
 def trained_groups(task: MeasuredTask) -> int:
     """Of the groups of weights that FSDP2 gathers, those in which something trains. For a task after memory.build."""
     count = 0
-    for whole, blocks in task.sharded().items():
+    for whole, blocks in task.sharded():
         parts = [list(block.parameters()) for block in blocks]
         within = {parameter for part in parts for parameter in part}
         parts.append([parameter for parameter in whole.parameters() if parameter not in within])

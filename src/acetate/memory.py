@@ -171,9 +171,7 @@ def blank_velocity_field(*, transformer: str, prompt_length: int, dtype: str, **
 
 
 def blank_lpips() -> LPIPSFeatures:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # lpips still uses torchvision's old argument names
-        return LPIPSFeatures(pretrained=False)
+    return LPIPSFeatures(pretrained=False)
 
 
 def blank_vgg(*, imagenet_norm: bool, **_: Any) -> VGGFeatures:
@@ -276,9 +274,10 @@ def measure(
             ema=4 * sum(p.numel() for p in trainable) if ema else 0,
             activations=kept,
             working=storages.peak - kept,
-            replicated=frozen - sum(_bytes(p for p in group.parameters() if not p.requires_grad) for group in groups),
-            gathered=max(_gathered(group, blocks) for group, blocks in groups.items()),
-            groups=sum(len(blocks) + 1 for blocks in groups.values()),
+            replicated=frozen
+            - sum(_bytes(p for p in group.parameters() if not p.requires_grad) for group, _ in groups),
+            gathered=max(_gathered(group, blocks) for group, blocks in groups),
+            groups=sum(len(blocks) + 1 for _, blocks in groups),
             flops=flops.total,
         )
 

@@ -46,7 +46,7 @@ class DiffusionLoss(nn.Module):
         latents: str,
         timestep_weight: bool,
         eps: float,
-        build_judge: Callable[..., nn.Module] | None,
+        build_judge: Callable[..., nn.Module],
     ) -> None:
         super().__init__()
         for name, value, known in (("mode", mode, MODES), ("latents", latents, ("normalised", "raw"))):

@@ -4,10 +4,7 @@ import torch
 from kornia.filters import sobel
 from torch import Tensor
 
-
-def frames(video: Tensor) -> Tensor:
-    """(B, C, T, H, W) -> (B * T, C, H, W)."""
-    return video.transpose(1, 2).flatten(0, 1)
+from acetate.alpha import frames
 
 
 def l1(x_hat: Tensor, x: Tensor) -> Tensor:

@@ -6,9 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from acetate.alpha import harden
+from acetate.alpha import frames, harden
 from acetate.losses.diffusion import DiffusionLoss
-from acetate.losses.terms import frames
 from acetate.losses.vae import VAELoss
 from acetate.released.flow import schedule
 from acetate.tasks.vae import Draw, RGBAVAETask

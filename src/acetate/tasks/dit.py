@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from diffusers import WanTransformer3DModel
-from torch import Tensor, nn
+from torch import Tensor
 
 from acetate import flow, regions
 from acetate.data.latents import MADE_WITH
@@ -19,7 +19,7 @@ from acetate.models.loading import transformer_sha256
 from acetate.models.wan import Geometry
 from acetate.steps import ends_step, logs_step
 from acetate.tasks.adapter import AdapterTask
-from acetate.tasks.example import Load, MeasuredTask
+from acetate.tasks.example import Group, Load, MeasuredTask
 from acetate.tasks.logs import Means, clips_in, log_means, share_of
 from acetate.tasks.optim import adamw_with_warmup, linear
 
@@ -131,8 +131,9 @@ class DoRATask(AdapterTask, MeasuredTask):
         ids = torch.zeros(len(batch["key"]), dtype=torch.long)
         return self.errors(batch, torch.empty_like(batch["latents"]), ids, batch["context"]).mean()
 
-    def sharded(self) -> dict[nn.Module, Sequence[nn.Module]]:
-        return {self.transformer: self.transformer.blocks}
+    def sharded(self) -> list[Group]:
+        assert self.transformer is not None, "configure_model comes first"
+        return [(self.transformer, [*self.transformer.blocks])]
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
         draws = ClipDraws(batch["key"], self.seed, "train", batch_number(self.trainer), device=self.device)

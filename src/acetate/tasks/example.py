@@ -1,7 +1,6 @@
 """What a task tells those who ask how much memory and time its training step takes, before there is a run."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +8,8 @@ from lightning import LightningModule
 from torch import Tensor, nn
 
 from acetate.models.wan import Geometry
+
+Group = tuple[nn.Module, list[nn.Module]]
 
 
 @dataclass(frozen=True)
@@ -43,5 +44,5 @@ class MeasuredTask(LightningModule, ABC):
         """Its own computation on such a batch, without a trainer."""
 
     @abstractmethod
-    def sharded(self) -> Mapping[nn.Module, Sequence[nn.Module]]:
-        """What trainer=fsdp shards -> its blocks, which are gathered one by one."""
+    def sharded(self) -> list[Group]:
+        """What trainer=fsdp shards, each with its blocks, which are gathered one by one."""

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from diffusers import AutoencoderKLWan
 from lightning import LightningModule
-from torch import Tensor, nn
+from torch import Tensor
 
 from acetate import alpha as compositing
 from acetate.draws import ClipDraws
@@ -22,8 +22,8 @@ from acetate.models.rgba_vae import RGBAVAE
 from acetate.models.wan import Geometry, WanDecoder, WanEncoder, WanHead
 from acetate.regions import check_clip_shape
 from acetate.tasks.adapter import AdapterTask
-from acetate.tasks.example import Load, MeasuredTask
-from acetate.tasks.logs import Means, clips_in, log_means, share_of, step_means
+from acetate.tasks.example import Group, Load, MeasuredTask
+from acetate.tasks.logs import Means, clips_in, log_means, log_quality, share_of, step_means
 from acetate.tasks.optim import adamw_with_warmup
 
 OF_ALL_RANKS = ("diffusion", "moments")  # parts of the loss; the others are means over a rank's own clips
@@ -128,9 +128,10 @@ class RGBAVAETask(AdapterTask, MeasuredTask):
     def example_loss(self, batch: dict[str, Any]) -> Tensor:
         return self.step(batch, self.draw(batch, "train", 0))[0]
 
-    def sharded(self) -> dict[nn.Module, Sequence[nn.Module]]:
-        whole = dict.fromkeys((self.vae.merge, self.vae.decoder_rgb, self.vae.decoder_alpha), ())
-        return whole if self.judge is None else whole | {self.judge.transformer: self.judge.transformer.blocks}
+    def sharded(self) -> list[Group]:
+        judges = [] if self.judge is None else [self.judge.transformer]
+        whole = (self.vae.merge, self.vae.decoder_rgb, self.vae.decoder_alpha)
+        return [*((part, []) for part in whole), *((judge, [*judge.blocks]) for judge in judges)]
 
     def check_shape(self, alpha: Tensor) -> None:
         """Raises ValueError for a clip that the VAE, or the judge, cannot take."""
@@ -181,9 +182,7 @@ class RGBAVAETask(AdapterTask, MeasuredTask):
 
     def on_validation_epoch_end(self) -> None:
         self.means.log(self)
-        for name, metric in (("rgb", self.composite_quality), ("alpha", self.alpha_quality)):
-            self.log_dict({f"val/{name}/{key}": value for key, value in metric.compute().items()}, sync_dist=True)
-            metric.reset()
+        log_quality(self, rgb=self.composite_quality, alpha=self.alpha_quality)
 
     def configure_optimizers(self) -> dict[str, Any]:
         return adamw_with_warmup(
@@ -249,6 +248,4 @@ class PlainVAETask(LightningModule):
         self.alpha_quality.update((matte + 1) / 2, alpha)
 
     def on_validation_epoch_end(self) -> None:
-        for name, metric in (("rgb", self.rgb_quality), ("alpha", self.alpha_quality)):
-            self.log_dict({f"val/{name}/{key}": value for key, value in metric.compute().items()}, sync_dist=True)
-            metric.reset()
+        log_quality(self, rgb=self.rgb_quality, alpha=self.alpha_quality)

@@ -18,7 +18,7 @@ from acetate.losses.terms import sobel_l1
 from acetate.metrics.rgb import RGBQuality
 from acetate.models.dit import velocity
 from acetate.models.wan import Geometry, WanDecoder, WanEncoder, WanHead, replace_folder, save_vae
-from acetate.tasks.example import Load, MeasuredTask
+from acetate.tasks.example import Group, Load, MeasuredTask
 from acetate.tasks.logs import Means, log_means
 from acetate.tasks.optim import adamw_with_warmup
 
@@ -112,8 +112,8 @@ class WanVAETask(MeasuredTask):
     def example_loss(self, batch: dict[str, Any]) -> Tensor:
         return self.training_step(batch, 0)["loss"]
 
-    def sharded(self) -> dict[nn.Module, Sequence[nn.Module]]:
-        return {self: ()}
+    def sharded(self) -> list[Group]:
+        return [(self, [])]
 
     def on_validation_epoch_start(self) -> None:
         self.latents.clear()
@@ -241,8 +241,8 @@ class WanDiTTask(MeasuredTask):
         noise = torch.empty(len(ids), *self.geometry.latent_shape(*batch["video"].shape[2:]))
         return self.error(batch["video"], batch["prompt"], noise, ids)
 
-    def sharded(self) -> dict[nn.Module, Sequence[nn.Module]]:
-        return {self: ()}
+    def sharded(self) -> list[Group]:
+        return [(self, [])]
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
         loss = self.step(batch, ClipDraws(batch["key"], self.seed, "train", self.global_step, device=self.device))
