@@ -13,12 +13,10 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from acetate.callbacks.ema import EMA
-from acetate.callbacks.metrics_file import MetricsFile
+from acetate.callbacks.metrics_file import MetricsFile, direction
 from acetate.lightning_seams import SteeredCheckpoint, log_step, step_is_due, validate_now
 from acetate.replacing import remove, rename_over, unwritten, write_tensors
 from acetate.steps import StepTrainer
-
-HIGHER_IS_BETTER = ("psnr", "ssim")  # at the end of a metric's name
 
 
 class StepCheckpoint(SteeredCheckpoint):
@@ -39,8 +37,7 @@ class StepCheckpoint(SteeredCheckpoint):
             raise ValueError(
                 f"callbacks.checkpoint.best_mode={best_mode}; known: min, max, or null to go by the metric."
             )
-        higher = best is not None and best.rpartition("/")[2] in HIGHER_IS_BETTER
-        self.best, self.best_mode = best, best_mode or ("max" if higher else "min")
+        self.best, self.best_mode = best, best_mode or direction(best or "")
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit":  # before they load it, for which ranks of a sharded model wait for each other

@@ -1,6 +1,5 @@
 """DoRA training of Wan's DiT on cached RGBA latents with mean-shifted noise (method of Wan-Alpha, section 3.3)."""
 
-import json
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -13,7 +12,6 @@ from acetate import flow, regions
 from acetate.data.latents import MADE_WITH
 from acetate.draws import ClipDraws
 from acetate.lightning_seams import batch_number
-from acetate.models.adapters import ADAPTER_SCHEMA
 from acetate.models.dit import FrozenDiT, attach_dora, shard_transformer, start_dora, velocity
 from acetate.models.loading import transformer_sha256
 from acetate.models.wan import Geometry
@@ -21,7 +19,6 @@ from acetate.steps import ends_step, logs_step
 from acetate.tasks.adapter import AdapterTask
 from acetate.tasks.example import Group, Load, MeasuredTask
 from acetate.tasks.logs import Means, clips_in, log_means, share_of
-from acetate.tasks.optim import adamw_with_warmup, linear
 
 VAL_LEVELS = 4  # noise levels of the validation loss, evenly spread over the steps
 BINS = 10  # ranges of timesteps that the training loss is logged by
@@ -37,7 +34,6 @@ class DoRATask(AdapterTask, MeasuredTask):
 
     levels = flow.schedule()
     adapter_dtype = torch.float32
-    warmup = staticmethod(linear)
 
     def __init__(
         self,
@@ -184,23 +180,11 @@ class DoRATask(AdapterTask, MeasuredTask):
     def on_validation_epoch_end(self) -> None:
         self.means.log(self)
 
-    def configure_optimizers(self) -> dict[str, Any]:
-        return adamw_with_warmup(
-            self.transformer.parameters(),
-            lr=self.lr,
-            warmup_steps=self.warmup_steps,
-            decay_steps=self.decay_steps,
-            betas=self.betas,
-            weight_decay=self.weight_decay,
-            warmup=self.warmup,
-        )
-
     def schedule(self) -> dict[str, Any]:
         return {**super().schedule(), "task.warmup": self.warmup.__name__}
 
-    def adapter_metadata(self) -> dict[str, str]:
-        facts = {
-            "schema": ADAPTER_SCHEMA,
+    def facts(self) -> dict[str, Any]:
+        return {
             "kind": "dit_dora",
             "base": self.base.transformer,
             "transformer_sha256": self.base_sha256,
@@ -209,7 +193,6 @@ class DoRATask(AdapterTask, MeasuredTask):
             "mean_shift": self.mean_shift,
             **self.cache,
         }
-        return {name: json.dumps(value) for name, value in facts.items()}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)

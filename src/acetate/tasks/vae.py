@@ -1,6 +1,5 @@
 """RGBA-VAE training: merge block and decoder LoRA on a frozen Wan2.1 VAE (method of Wan-Alpha, section 3)."""
 
-import json
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -16,7 +15,6 @@ from acetate.losses.ranks import moments
 from acetate.losses.vae import VAELoss
 from acetate.metrics.alpha import AlphaQuality
 from acetate.metrics.rgb import CompositeQuality, RGBQuality
-from acetate.models.adapters import ADAPTER_SCHEMA
 from acetate.models.dit import VelocityField, check_latent_grid
 from acetate.models.rgba_vae import RGBAVAE
 from acetate.models.wan import Geometry, WanDecoder, WanEncoder, WanHead
@@ -24,7 +22,6 @@ from acetate.regions import check_clip_shape
 from acetate.tasks.adapter import AdapterTask
 from acetate.tasks.example import Group, Load, MeasuredTask
 from acetate.tasks.logs import Means, clips_in, log_means, log_quality, share_of, step_means
-from acetate.tasks.optim import adamw_with_warmup
 
 OF_ALL_RANKS = ("diffusion", "moments")  # parts of the loss; the others are means over a rank's own clips
 
@@ -184,20 +181,9 @@ class RGBAVAETask(AdapterTask, MeasuredTask):
         self.means.log(self)
         log_quality(self, rgb=self.composite_quality, alpha=self.alpha_quality)
 
-    def configure_optimizers(self) -> dict[str, Any]:
-        return adamw_with_warmup(
-            self.vae.parameters(),
-            lr=self.lr,
-            warmup_steps=self.warmup_steps,
-            decay_steps=self.decay_steps,
-            betas=self.betas,
-            weight_decay=self.weight_decay,
-        )
-
-    def adapter_metadata(self) -> dict[str, str]:
+    def facts(self) -> dict[str, Any]:
         vae = self.vae
-        facts = {
-            "schema": ADAPTER_SCHEMA,
+        return {
             "kind": "rgba_vae",
             "base": vae.source,
             "base_sha256": vae.base_sha256,
@@ -207,7 +193,6 @@ class RGBAVAETask(AdapterTask, MeasuredTask):
             "average_alpha": vae.average_alpha,
             "eps": self.loss.eps,
         }
-        return {name: json.dumps(value) for name, value in facts.items()}
 
 
 def moment_penalty(latents: Tensor) -> Tensor:
