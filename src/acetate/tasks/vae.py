@@ -102,15 +102,9 @@ class RGBAVAETask(AdapterTask, MeasuredTask):
         loss, parts = self.loss(rgb_hat, alpha_hat, rgb, alpha, draw.soft, draw.hard, vae.encoder.feature_maps)
         latents = vae.normalise(raw)
         if self.judge is not None:
-            parts["diffusion"] = self.diffusion(
-                raw if self.diffusion.latents == "raw" else latents,
-                alpha,
-                draw.noise,
-                draw.step_ids,
-                self.judge,
-                vae.geometry.time_stride,
-                vae.geometry.space_stride,
-            )
+            strides = vae.geometry.time_stride, vae.geometry.space_stride
+            judged = raw if self.diffusion.latents == "raw" else latents
+            parts["diffusion"] = self.diffusion(judged, alpha, draw.noise, draw.step_ids, self.judge, *strides)
             loss = loss + parts["diffusion"]
         if self.moment_weight:
             parts["moments"] = self.moment_weight * moment_penalty(latents[: clips_in(batch)])
