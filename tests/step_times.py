@@ -102,7 +102,7 @@ def step_time(folder: Path, strategy: str | None, load: tuple[int, int, int], re
         loss = DistributedDataParallel(loss)
     clips, frames, size = load
     shape = memory.Load(clips, frames, size, size, config.wan.prompt_length)
-    made = memory.make_batch(task, shape, Geometry.of(memory.blank_vae(config.wan.vae)))
+    made = task.example_batch(shape, Geometry.of(memory.blank_vae(config.wan.vae)))
     batch = {name: torch.randn_like(value) if isinstance(value, Tensor) else value for name, value in made.items()}
     trains = [parameter for parameter in task.parameters() if parameter.requires_grad]
     optimizer = task.configure_optimizers()["optimizer"]

@@ -47,7 +47,7 @@ def tiny_task(stage=TINY, folder=ROOT):
 
 
 def tiny_batch(task, geometry, load=LOAD):
-    batch = memory.make_batch(task, load, geometry)
+    batch = task.example_batch(load, geometry)
     return {name: torch.zeros_like(value) if torch.is_tensor(value) else value for name, value in batch.items()}
 
 
@@ -126,7 +126,7 @@ def test_flops_are_those_of_a_real_step(stage, setting, checkpointing, tmp_path)
     chosen = [*stage, f"{setting}={checkpointing}"]
     task, geometry = tiny_task(chosen, tmp_path)
     with FlopCounterMode(display=False, custom_mapping=attention) as counter:
-        memory.training_loss(task, tiny_batch(task, geometry)).backward()
+        task.example_loss(tiny_batch(task, geometry)).backward()
     _, found = footprint(composed(tmp_path, *chosen))
     assert found.flops == counter.get_total_flops() > 0
 
@@ -154,7 +154,7 @@ class Loss(nn.Module):
         self.task = task
 
     def forward(self, batch):
-        return memory.training_loss(self.task, batch)
+        return self.task.example_loss(batch)
 
 
 class Collectives(TorchDispatchMode):
@@ -191,7 +191,7 @@ def sent_in_a_step(stage, folder):
     task._device_mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("data_parallel",))  # as ShardedStrategy gives it
     task.configure_model()
     with Collectives() as sharded:
-        memory.training_loss(task, batch).backward()
+        task.example_loss(batch).backward()
     return {
         "reduced": sum(reduced),
         "gathered": sharded.bytes["_allgather_base_"],

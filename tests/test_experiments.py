@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 from hydra.errors import ConfigCompositionException, MissingConfigException
 from hydra.utils import instantiate
 from lightning import LightningDataModule, LightningModule, Trainer
@@ -10,6 +11,7 @@ from lightning import LightningDataModule, LightningModule, Trainer
 from acetate.callbacks.dashboards import TensorBoardRun, WandbRun
 from acetate.callbacks.metrics_file import MetricsFile
 from acetate.commands.loggers import build_loggers
+from acetate.released.dit import ReleasedDoRATask, third
 from tests.compose import composed
 from tests.paths import ROOT
 from tests.processes import program
@@ -97,7 +99,8 @@ def test_unknown_names_are_named(tmp_path):
 def test_released_dit_choices(tmp_path):
     config = composed(tmp_path, "experiment=dit_dora", "reproduce=upstream_dit")
     task = instantiate(config.task)
-    assert (task.timestep_per, task.warmup, task.mean_shift) == ("batch", "third", 0.05)
+    assert (task.levels, task.warmup, task.mean_shift) == (ReleasedDoRATask.levels, third, 0.05)
+    assert task.adapter_dtype == torch.bfloat16
 
 
 def run_train(tmp_path, *arguments):

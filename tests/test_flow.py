@@ -86,9 +86,3 @@ def test_mean_shift_leaves_the_guide_alone():
     shifted = flow.mean_shift(noise, guide, 0.5)
     assert_close(shifted[..., 0, 0], noise[..., 0, 0])
     assert_close((shifted - noise)[:, 1], 0.5 * (1 - guide[:, 0]), rtol=0, atol=1e-6)
-
-
-def test_ids_as_the_released_code_sees_them():
-    ids, timesteps = torch.tensor([500, 3]), flow.schedule().timesteps
-    assert flow.seen_ids(ids, timesteps, "clip", torch.float32).tolist() == [500, 3]
-    assert flow.seen_ids(ids, timesteps, "batch", torch.float32).tolist() == [500, 500]

@@ -12,8 +12,10 @@ LAYERS = (
     {
         "alpha",
         "regions",
-        "opencv_ellipse",
+        "released",
         "flow",
+        "lightning_seams",
+        "vgg",
         "draws",
         "media",
         "video_io",
@@ -40,6 +42,8 @@ CONFIG_PACKAGES = {"omegaconf", "hydra"}
 def room_of(module: str) -> str:
     """`acetate.models.wan` -> `models`, `data_prep.shard` -> `data_prep`; other packages as they are."""
     parts = module.split(".")
+    if module.startswith(("acetate.released.vae", "acetate.released.dit")):
+        return "tasks"  # subclasses of what stands there
     return parts[1] if parts[0] == "acetate" and len(parts) > 1 else parts[0]
 
 

@@ -11,8 +11,8 @@ from acetate.regions import (
     fit_ellipses,
     gaussian,
     outlines,
-    upstream_mask,
 )
+from acetate.released.judge import three_valued_map
 
 
 def clip(frames, height=4, width=4, value=0.0):
@@ -108,7 +108,7 @@ def test_sides_off_the_grid(height, width, message):
         check_clip_shape(5, height, width, time_stride=4, space_stride=8)
 
 
-@pytest.mark.parametrize("regions", [cells, upstream_mask])
+@pytest.mark.parametrize("regions", [cells, three_valued_map])
 def test_both_maps_check_their_clip(regions):
     with pytest.raises(ValueError, match="6 frames"):
         regions(clip(6), 4, 4)

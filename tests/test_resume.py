@@ -24,7 +24,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("runs")]
 SMALL = {
     "vae_rgba": ["data.frames=5", "data.height=16", "data.width=16", "model.lora_rank=2", "callbacks=ema",
                  "callbacks.panels=null"],
-    "dit_dora": ["task.rank=4", "task.alpha=4", "callbacks=dit_ema", "callbacks.samples=null"],
+    "dit_dora": ["task.rank=4", "task.alpha=4", "callbacks=ema", "callbacks.samples=null"],
 }  # fmt: skip
 
 

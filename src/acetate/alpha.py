@@ -8,6 +8,11 @@ PALETTE_NAMES = ("key", "blue", "green", "cyan", "red", "magenta", "yellow", "wh
 PALETTE = torch.tensor([[float(i >> b & 1) * 2 - 1 for b in (2, 1, 0)] for i in range(8)])  # (8, 3)
 
 
+def frames(video: Tensor) -> Tensor:
+    """(B, C, T, H, W) -> (B * T, C, H, W)."""
+    return video.transpose(1, 2).flatten(0, 1)
+
+
 def over(rgb: Tensor, alpha: Tensor, background: Tensor) -> Tensor:
     """Soft render. Porter and Duff 1984, straight alpha."""
     return alpha * rgb + (1 - alpha) * background

@@ -24,11 +24,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from lightning import LightningModule
 from safetensors.torch import save
 
-from acetate import memory
 from acetate.memory import Footprint, room
+from acetate.tasks.example import MeasuredTask
 
 Strategy = Literal["ddp", "fsdp"]
 
@@ -98,10 +97,10 @@ class Cost:
         return self.compute / self.step
 
 
-def trained_groups(task: LightningModule) -> int:
+def trained_groups(task: MeasuredTask) -> int:
     """Of the groups of weights that FSDP2 gathers, those in which something trains. For a task after memory.build."""
     count = 0
-    for whole, blocks in memory._groups(task).items():
+    for whole, blocks in task.sharded():
         parts = [list(block.parameters()) for block in blocks]
         within = {parameter for part in parts for parameter in part}
         parts.append([parameter for parameter in whole.parameters() if parameter not in within])

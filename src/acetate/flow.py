@@ -1,5 +1,6 @@
 """Rectified flow with Wan's settings: 1000 training steps, shift 5 (Wan2.1; method of Liu et al. 2022)."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -7,8 +8,8 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class FlowSchedule:
-    """Training noise levels in float32: bf16 would collapse 1000 steps to 294 values.
+class NoiseLevels:
+    """Training noise levels in float32 on the CPU: bf16 would collapse 1000 steps to 294 values.
 
     sigmas (N,) fall from 1, timesteps = N * sigma, weights (N,) sum to N.
     """
@@ -17,8 +18,19 @@ class FlowSchedule:
     timesteps: Tensor
     weights: Tensor
 
+    def __len__(self) -> int:
+        return len(self.sigmas)
 
-def schedule(steps: int = 1000, shift: float = 5.0) -> FlowSchedule:
+    def seen(self, ids: Tensor) -> Tensor:
+        """Drawn ids of levels (B,), on the CPU."""
+        return ids.cpu()
+
+    def timestep(self, ids: Tensor) -> Tensor:
+        """What the DiT is told, (B,) in [0, N]."""
+        return self.timesteps[ids]
+
+
+def schedule(steps: int = 1000, shift: float = 5.0) -> NoiseLevels:
     """sigma = s*u / (1 + (s-1)*u), u = linspace(1, 0, N+1)[:-1]; w = N*y/sum(y), y = exp(-2((t-N/2)/N)^2) - min."""
     u = torch.linspace(1, 0, steps + 1)[:-1]
     sigmas = shift * u / (1 + (shift - 1) * u)
@@ -26,21 +38,7 @@ def schedule(steps: int = 1000, shift: float = 5.0) -> FlowSchedule:
     y = torch.exp(-2 * ((timesteps - steps / 2) / steps) ** 2)
     y = y - y.min()
     weights = y * (steps / y.sum())
-    return FlowSchedule(sigmas, timesteps, weights)
-
-
-def seen_ids(ids: Tensor, timesteps: Tensor, per: str, dtype: torch.dtype) -> Tensor:
-    """Drawn step ids (B,), as the settings see them; on the CPU.
-
-    per `batch`: all take the first one's. dtype bfloat16: the released code looks its rounded timestep up again.
-    """
-    ids = ids.cpu()
-    if per == "batch":
-        ids = ids[:1].expand_as(ids)
-    if dtype == torch.bfloat16:
-        rounded = timesteps[ids].to(torch.bfloat16).float()
-        ids = (timesteps[None] - rounded[:, None]).abs().argmin(1)
-    return ids
+    return NoiseLevels(sigmas, timesteps, weights)
 
 
 def per_clip(values: Tensor, like: Tensor) -> Tensor:
@@ -57,6 +55,18 @@ def interpolate(latents: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
 def velocity(latents: Tensor, noise: Tensor) -> Tensor:
     """dx_t / dsigma = noise - z."""
     return noise - latents
+
+
+def squared_error(
+    latents: Tensor, noise: Tensor, levels: NoiseLevels, ids: Tensor, field: Callable[..., Tensor], *context: Tensor
+) -> Tensor:
+    """|v_hat - (noise - z)|^2 at every place, in float32; v_hat = field(x_t, t, *context).
+
+    latents z and noise (B, C, F, h, w); ids (B,) of the levels, as `levels.seen` gives them.
+    """
+    x_t = interpolate(latents, noise, levels.sigmas[ids])
+    timestep = levels.timestep(ids).to(latents.device)
+    return (field(x_t, timestep, *context).float() - velocity(latents, noise).float()).square()
 
 
 def mean_shift(noise: Tensor, guide: Tensor, shift: float) -> Tensor:

@@ -21,7 +21,7 @@ buffers, and validation, which needs less unless its clips are larger.
 import math
 import warnings
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +29,6 @@ from typing import Any, TypeVar
 
 import torch
 from diffusers import AutoencoderKLWan, ModelMixin, WanTransformer3DModel
-from lightning import LightningModule
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -38,29 +37,16 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 from torch.utils.weak import WeakIdKeyDictionary
 
 from acetate.losses.perceptual import LPIPSFeatures, VGGFeatures
-from acetate.models.dit import VelocityField
+from acetate.models.dit import FrozenDiT, VelocityField
 from acetate.models.wan import Geometry
-from acetate.tasks.dit import DoRATask
+from acetate.tasks.example import Load, MeasuredTask
 from acetate.tasks.optim import adamw_with_warmup
-from acetate.tasks.vae import RGBAVAETask
-from acetate.tasks.wan_base import WanDiTTask, WanVAETask
 
 RESERVE = 0.1  # share of a card that tensors do not get
 AUTOCAST = {"32-true": None, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 # Wan2.1's DiTs where they differ from diffusers' defaults, which are the 14B's
 WAN21 = {"14B": {}, "1.3B": {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30}}
 M = TypeVar("M", bound=ModelMixin)
-
-
-@dataclass(frozen=True)
-class Load:
-    """A batch of a GPU: clips in pixels, also where a stage reads their latents, and prompts in tokens."""
-
-    batch_size: int
-    frames: int
-    height: int
-    width: int
-    prompt_length: int
 
 
 @dataclass(frozen=True)
@@ -168,6 +154,16 @@ def blank_transformer(source: str, dtype: torch.dtype) -> WanTransformer3DModel:
     return _blank(WanTransformer3DModel, config, dtype)
 
 
+class BlankDiT(FrozenDiT):
+    """A FrozenDiT whose base has no values."""
+
+    def load(self, prepare: Callable[[WanTransformer3DModel], object] | None = None) -> WanTransformer3DModel:
+        transformer = blank_transformer(self.transformer, getattr(torch, self.dtype))
+        if prepare is not None:
+            prepare(transformer)
+        return transformer
+
+
 def blank_velocity_field(*, transformer: str, prompt_length: int, dtype: str, **_: Any) -> VelocityField:
     """What load_velocity_field returns, on the meta device."""
     model = blank_transformer(transformer, getattr(torch, dtype))
@@ -175,9 +171,7 @@ def blank_velocity_field(*, transformer: str, prompt_length: int, dtype: str, **
 
 
 def blank_lpips() -> LPIPSFeatures:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # lpips still uses torchvision's old argument names
-        return LPIPSFeatures(pretrained=False)
+    return LPIPSFeatures(pretrained=False)
 
 
 def blank_vgg(*, imagenet_norm: bool, **_: Any) -> VGGFeatures:
@@ -187,6 +181,7 @@ def blank_vgg(*, imagenet_norm: bool, **_: Any) -> VGGFeatures:
 # Config targets that read weights -> those that build the same without
 BLANK = {
     "acetate.models.loading.load_vae": "acetate.memory.blank_vae",
+    "acetate.models.dit.FrozenDiT": "acetate.memory.BlankDiT",
     "acetate.models.dit.load_velocity_field": "acetate.memory.blank_velocity_field",
     "acetate.losses.perceptual.LPIPSFeatures": "acetate.memory.blank_lpips",
     "acetate.losses.perceptual.VGGFeatures": "acetate.memory.blank_vgg",
@@ -213,15 +208,10 @@ def _blank(model: type[M], config: dict[str, Any], dtype: torch.dtype) -> M:
     return blank.eval().requires_grad_(False)
 
 
-def build(task: LightningModule) -> None:
+def build(task: MeasuredTask) -> None:
     """configure_model() without weights; the task was instantiated with BLANK's targets in the place of loaders."""
     with torch.device("meta"):
-        if isinstance(task, DoRATask):
-            transformer = blank_transformer(task.source, getattr(torch, task.dtype_name))
-            task.adapt(transformer)
-            task.adopt(transformer)
-        else:
-            task.configure_model()
+        task.configure_model()
 
 
 def _without_numbers(module: nn.Module) -> None:
@@ -241,12 +231,12 @@ def _without_numbers(module: nn.Module) -> None:
 
 
 def measure(
-    task: LightningModule, load: Load, *, precision: str, ema: bool, geometry: Geometry | None = None
+    task: MeasuredTask, load: Load, *, precision: str, ema: bool, geometry: Geometry | None = None
 ) -> Footprint:
     """Footprint of one training step of a task after `build` (or configure_model), whose tensors it replaces.
 
-    precision: of the trainer. ema: whether an average of what trains is kept. geometry: of the VAE whose latents a
-    DoRATask reads. Raises ValueError for an unknown precision or task, or for clips that the task cannot take.
+    precision: of the trainer. ema: whether an average of what trains is kept. geometry: of the VAE, where the task
+    reads latents. Raises ValueError for an unknown precision, or for clips that the task cannot take.
     """
     if precision not in AUTOCAST:
         raise ValueError(f"trainer.precision {precision!r}; known: {', '.join(AUTOCAST)}.")
@@ -265,14 +255,14 @@ def measure(
         moments = [x for x in tree_leaves(list(optimizer.state.values())) if isinstance(x, Tensor)]
         known = [*task.parameters(), *task.buffers(), *(p.grad for p in trainable), *moments]
         with LiveStorages(known) as storages, Flops() as flops:
-            batch = make_batch(task, load, geometry)
+            batch = task.example_batch(load, geometry)
             with torch.autocast("cpu", AUTOCAST[precision]) if AUTOCAST[precision] else nullcontext():
-                loss = training_loss(task, batch)
+                loss = task.example_loss(batch)
             kept = storages.live
             loss.backward()
             nn.utils.clip_grad_norm_(trainable, 1.0, foreach=True)
             optimizer.step()
-        groups = _groups(task)
+        groups = task.sharded()
         frozen = _bytes([*(p for p in task.parameters() if not p.requires_grad), *task.buffers()])
         return Footprint(
             parameters=sum(size for size, _ in counts),
@@ -284,9 +274,10 @@ def measure(
             ema=4 * sum(p.numel() for p in trainable) if ema else 0,
             activations=kept,
             working=storages.peak - kept,
-            replicated=frozen - sum(_bytes(p for p in group.parameters() if not p.requires_grad) for group in groups),
-            gathered=max(_gathered(group, blocks) for group, blocks in groups.items()),
-            groups=sum(len(blocks) + 1 for blocks in groups.values()),
+            replicated=frozen
+            - sum(_bytes(p for p in group.parameters() if not p.requires_grad) for group, _ in groups),
+            gathered=max(_gathered(group, blocks) for group, blocks in groups),
+            groups=sum(len(blocks) + 1 for _, blocks in groups),
             flops=flops.total,
         )
 
@@ -295,52 +286,7 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def _groups(task: LightningModule) -> dict[nn.Module, Sequence[nn.Module]]:
-    """What trainer=fsdp shards -> its blocks, which are gathered one by one."""
-    if isinstance(task, DoRATask):
-        assert task.transformer is not None, "build(task) comes first"
-        return {task.transformer: list(task.transformer.blocks)}
-    if isinstance(task, RGBAVAETask):
-        assert task.vae is not None, "build(task) comes first"
-        judge = {} if task.judge is None else {task.judge.transformer: list(task.judge.transformer.blocks)}
-        return {task.vae.merge: [], task.vae.decoder_rgb: [], task.vae.decoder_alpha: [], **judge}
-    return {task: []}
-
-
 def _gathered(group: nn.Module, blocks: Sequence[nn.Module]) -> int:
     """Its weights that are whole at a time: two blocks, and what is in none."""
     sizes = sorted(_bytes(block.parameters()) for block in blocks)
     return _bytes(group.parameters()) - sum(sizes) + sum(sizes[-2:])
-
-
-def make_batch(task: LightningModule, load: Load, geometry: Geometry | None) -> dict[str, Any]:
-    """What the task's data module would give, without numbers."""
-    size, pixels = load.batch_size, (load.frames, load.height, load.width)
-    batch: dict[str, Any] = {"key": [str(i) for i in range(size)]}
-    if isinstance(task, RGBAVAETask):
-        return batch | {"rgb": torch.empty(size, 3, *pixels), "alpha": torch.empty(size, 1, *pixels)}
-    if isinstance(task, DoRATask):
-        assert geometry is not None, "DoRATask trains on latents"
-        shape = geometry.latent_shape(*pixels)
-        context = torch.empty(size, load.prompt_length, task.transformer.config.text_dim)
-        return batch | {
-            "latents": torch.empty(size, *shape),
-            "ellipses": torch.empty(size, shape[1], 5),
-            "context": context,
-        }
-    return batch | {"video": torch.empty(size, 3, *pixels), "prompt": [""] * size}
-
-
-def training_loss(task: LightningModule, batch: dict[str, Any]) -> Tensor:
-    """Of the task's own computation. Raises ValueError for a task that is not known here."""
-    ids = torch.zeros(len(batch["key"]), dtype=torch.long)
-    if isinstance(task, RGBAVAETask):
-        return task.step(batch, task.draw(batch, "train", 0))[0]
-    if isinstance(task, DoRATask):
-        return task.errors(batch, torch.empty_like(batch["latents"]), ids, batch["context"]).mean()
-    if isinstance(task, WanVAETask):
-        return task.training_step(batch, 0)["loss"]
-    if isinstance(task, WanDiTTask):
-        noise = torch.empty(len(ids), *task.geometry.latent_shape(*batch["video"].shape[2:]))
-        return task.error(batch["video"], batch["prompt"], noise, ids)
-    raise ValueError(f"{type(task).__name__}: its training step is not known here. Add it to memory.training_loss.")

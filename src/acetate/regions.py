@@ -1,10 +1,10 @@
 """Alpha on the latent grid: opaque, empty and mixed cells, and the Gaussian ellipse around the subject."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-from acetate.opencv_ellipse import filled
 
 EMPTY, MIXED, OPAQUE = 0, 1, 2
 # Of the ellipse around the subject, as published
@@ -13,7 +13,7 @@ FEWEST_CELLS, SHORTEST_AXIS = 5, 2.0
 GROWTH, INSIDE = 1.12, 0.98
 
 
-def _pool(x: Tensor, time_stride: int, space_stride: int) -> Tensor:
+def largest_per_cell(x: Tensor, time_stride: int, space_stride: int) -> Tensor:
     """Largest value per latent cell, (B, 1, T, H, W) -> (B, 1, F, h, w); cell 0 sees frame 0 only."""
     s = space_stride
     first = F.max_pool3d(x[:, :, :1], (1, s, s))
@@ -45,42 +45,12 @@ def cells(alpha: Tensor, time_stride: int, space_stride: int, eps: float = 0.0) 
     >= 1 - eps, EMPTY where all are <= eps, else MIXED. Raises ValueError for a shape the VAE cannot encode.
     """
     check_clip_shape(*alpha.shape[2:], time_stride, space_stride)
-    lowest = -_pool(-alpha, time_stride, space_stride)
-    highest = _pool(alpha, time_stride, space_stride)
+    lowest = -largest_per_cell(-alpha, time_stride, space_stride)
+    highest = largest_per_cell(alpha, time_stride, space_stride)
     regions = torch.full_like(lowest, MIXED, dtype=torch.int8)
     regions[lowest >= 1 - eps] = OPAQUE
     regions[highest <= eps] = EMPTY
     return regions
-
-
-def upstream_mask(alpha: Tensor, time_stride: int, space_stride: int) -> Tensor:
-    """The released three-valued map, int8 (B, 1, F, h, w).
-
-    1: the cell's mean alpha is 1; -1: its mean is 0, or (frame 0) it is not opaque, or (later frames) every
-    pixel is strictly semi-transparent; 0: the rest. Equality is numpy's isclose on alpha in [-1, 1]
-    (rtol 1e-5, atol 1e-8), so that one 254 in a cell makes it non-opaque.
-    """
-    check_clip_shape(*alpha.shape[2:], time_stride, space_stride)
-    signed = alpha.float() * 2 - 1
-
-    def close_to(x: Tensor, end: float) -> Tensor:
-        return (x - end).abs() <= 1e-8 + 1e-5 * abs(end)
-
-    def mean(x: Tensor, frames: int) -> Tensor:
-        return F.avg_pool3d(x, (frames, space_stride, space_stride))
-
-    first, later = signed[:, :, :1], signed[:, :, 1:]
-    opaque = close_to(mean(first, 1), 1)
-    mask = opaque.to(torch.int8) * 2 - 1
-    if later.shape[2] == 0:
-        return mask
-    average = mean(later, time_stride)
-    at_end = (close_to(later, 1) | close_to(later, -1)).float()
-    semi = _pool(torch.cat([at_end[:, :, :1], at_end], 2), time_stride, space_stride)[:, :, 1:] == 0
-    rest = torch.zeros_like(average, dtype=torch.int8)
-    rest[close_to(average, 1)] = 1
-    rest[close_to(average, -1) | semi] = -1
-    return torch.cat([mask, rest], 2)
 
 
 def fit_ellipses(
@@ -100,12 +70,11 @@ def fit_ellipses(
     cell from 0.2 of its pixels on: their mean is the centre, their extents along their principal components are the
     lengths, at least 2, grown by 1.12 until 98 % of them lie inside. The angle is that of the cells from 0.9 on,
     where there are 5. Fewer than 5 cells: their box. aligned: centre and lengths are measured along the drawn
-    angle, which the released code does not do. raster `opencv` and enlargements 8 (training), 10 (inference) are
-    the released choices. Raises ValueError for a shape the VAE cannot encode.
+    angle. raster: `exact`, or `opencv` as in the released code, which enlarges 8 times at most in training and 10
+    times at inference, and never aligns. Raises ValueError for a shape the VAE cannot encode.
     """
     check_clip_shape(*alpha.shape[2:], time_stride, space_stride)
-    if raster not in ("exact", "opencv"):
-        raise ValueError(f"raster {raster!r}; known: exact, opencv.")
+    inside = _raster(raster)
     covered = _mean_pool((alpha > threshold).double(), time_stride, space_stride)[:, 0]  # (B, F, h, w)
     frames = covered.flatten(0, 1)
     shape = frames > SHAPE_COVERAGE
@@ -128,7 +97,7 @@ def fit_ellipses(
     centre = torch.where(few, torch.stack([x_low + x_high, y_low + y_high], 1) / 2, centre)
     lengths = torch.where(few, torch.stack([x_high - x_low, y_high - y_low], 1), lengths).clamp_min(SHORTEST_AXIS)
     angle = torch.where(few[:, 0], 0, angle)
-    lengths = _grow(shape, centre, lengths, angle, raster, enlargements)
+    lengths = _grow(shape, centre, lengths, angle, inside, enlargements)
     ellipses = torch.cat([centre, lengths, angle[:, None]], 1) * (count > 0)[:, None]
     return ellipses.unflatten(0, covered.shape[:2])
 
@@ -219,21 +188,32 @@ def _within(ellipses: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
     return u / (major / 2).clamp_min(1e-2), v / (minor / 2).clamp_min(1e-2)
 
 
-def _grow(cells: Tensor, centre: Tensor, lengths: Tensor, angle: Tensor, raster: str, enlargements: int) -> Tensor:
+def _inside(centre: Tensor, lengths: Tensor, angle: Tensor, height: int, width: int) -> Tensor:
+    """Cells whose centres lie in the ellipses: (N, 2), (N, 2), (N,) -> bool (N, height, width)."""
+    u, v = _within(torch.cat([centre, lengths, angle[:, None]], 1), height, width)
+    return u**2 + v**2 <= 1 + 1e-9
+
+
+def _raster(name: str) -> Callable[..., Tensor]:
+    """A function like `_inside`."""
+    if name == "exact":
+        return _inside
+    if name == "opencv":
+        from acetate.released.opencv_ellipse import inside
+
+        return inside
+    raise ValueError(f"raster {name!r}; known: exact, opencv.")
+
+
+def _grow(
+    cells: Tensor, centre: Tensor, lengths: Tensor, angle: Tensor, raster: Callable[..., Tensor], enlargements: int
+) -> Tensor:
     """Lengths (N, 2) times the power of GROWTH that first has INSIDE of the cells inside, or the most of them."""
     height, width = cells.shape[1:]
     count = cells.sum((1, 2)).clamp_min(1)
     best, best_lengths, done = torch.zeros_like(angle), lengths, torch.zeros_like(angle, dtype=torch.bool)
     for _ in range(enlargements):
-        if raster == "opencv":
-            last = torch.tensor([width - 1, height - 1], device=cells.device)
-            place = centre.round().long().clamp(torch.zeros_like(last), last)
-            half = (lengths / 2).round().long().clamp_min(1)
-            inside = filled(place, half, angle.round().long(), height, width)
-        else:
-            u, v = _within(torch.cat([centre, lengths, angle[:, None]], 1), height, width)
-            inside = u**2 + v**2 <= 1 + 1e-9
-        share = (inside & cells).sum((1, 2)) / count
+        share = (raster(centre, lengths, angle, height, width) & cells).sum((1, 2)) / count
         better = ~done & (share > best)
         best = torch.where(better, share.double(), best)
         best_lengths = torch.where(better[:, None], lengths, best_lengths)

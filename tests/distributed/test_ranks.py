@@ -44,7 +44,7 @@ def stages(clips, tmp_path_factory):
             "task.moment_weight=0.1", *COMMON,
         ],
         "dit": [
-            "experiment=dit_dora", "callbacks=dit_ema", f"data.latents={latents}", f"rgba_vae={adapters}",
+            "experiment=dit_dora", "callbacks=ema", f"data.latents={latents}", f"rgba_vae={adapters}",
             "task.checkpointing=true", "task.rank=4", "callbacks.samples.frames=5", "callbacks.samples.height=24",
             "callbacks.samples.width=24", "callbacks.samples.prompts=[a star]", "callbacks.samples.solver.steps=1",
             *COMMON,

@@ -11,10 +11,9 @@ SETTINGS = {
     "weight": 1.0,
     "margin": 1.0,
     "latents": "normalised",
-    "timestep_per": "clip",
-    "timestep_dtype": "float32",
     "timestep_weight": False,
     "eps": 0.0,
+    "build_judge": None,
 }
 SPACE, TIME = 2, 4
 IDS = torch.tensor([100, 800])
@@ -140,7 +139,7 @@ def test_bidirectional_pushes_the_two_regions_apart(latents, noise, alpha):
         return 0.5 * x_t
 
     def errors(z):
-        x_t = flow.interpolate(z, noise, term.sigmas[IDS])
+        x_t = flow.interpolate(z, noise, term.levels.sigmas[IDS])
         return (field(x_t, None) - flow.velocity(z, noise)).square().mean(1, keepdim=True)
 
     (gradient,) = torch.autograd.grad(run(term, latents, alpha, noise, field), latents)
@@ -164,8 +163,6 @@ def test_every_clip_has_its_own_timestep_and_noise_level(latents, noise, alpha):
     for i, step in enumerate(IDS):
         sigma = levels.sigmas[step]
         assert_close(seen["x_t"][i], sigma * noise[i] + (1 - sigma) * latents[i])
-    run(loss(timestep_per="batch"), latents, alpha, noise, field)
-    assert_close(seen["timestep"], levels.timesteps[100].expand(2), rtol=0, atol=0)
 
 
 def test_timestep_weight(latents, noise, alpha):
@@ -217,7 +214,7 @@ def test_bf16_latents_give_an_fp32_loss(noise, alpha):
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("mode", "both"), ("latents", "scaled"), ("timestep_per", "frame"), ("timestep_dtype", "float16")],
+    [("mode", "both"), ("latents", "scaled")],
 )
 def test_settings_that_do_not_exist(name, value):
     with pytest.raises(ValueError, match=rf"loss\.diffusion\.{name} '{value}'; known: "):

@@ -9,8 +9,9 @@ from torch import nn
 from torch.testing import assert_close
 from torchvision.models import vgg16
 
-from acetate.losses.perceptual import EncoderFeatures, LPIPSFeatures, VGGFeatures, load_vgg16
+from acetate.losses.perceptual import EncoderFeatures, LPIPSFeatures, VGGFeatures
 from acetate.models.wan import WanEncoder
+from acetate.vgg import load_vgg16
 
 FILE = "vgg16-397923af.pth"
 
@@ -121,7 +122,7 @@ def test_vgg_trains_the_prediction_alone(vgg):
 
 def test_vgg_file_that_is_not_there(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"vgg\.pth do not exist.*loss\.perceptual\.weights"):
-        load_vgg16(str(tmp_path / "vgg.pth"))
+        load_vgg16(str(tmp_path / "vgg.pth"), "choose another")
 
 
 @pytest.mark.parametrize("build", [lambda: VGGFeatures(imagenet_norm=True), LPIPSFeatures])
@@ -154,5 +155,5 @@ def test_cached_vgg_is_read_without_running_code(tmp_path, monkeypatch):
     torch.save({"features.0.weight": Hostile()}, folder / FILE)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     with contextlib.suppress(Exception):  # it may be refused in any way
-        load_vgg16(None)
+        load_vgg16(None, "choose another")
     assert not target.exists()

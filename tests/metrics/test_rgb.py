@@ -171,7 +171,7 @@ def test_missing_vgg_weights_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     monkeypatch.setattr(torch.hub, "urlopen", unreachable)
     place = tmp_path / "checkpoints" / "vgg16-397923af.pth"
-    with pytest.raises(FileNotFoundError, match=f"{place} is missing or unreadable.*no route to host"):
+    with pytest.raises(FileNotFoundError, match=f"not at {place}, or damaged.*no route to host.*lpips=false"):
         CompositeQuality(lpips=True)
 
 

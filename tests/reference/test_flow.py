@@ -3,7 +3,8 @@ import torch
 from torch.testing import assert_close
 
 from acetate import flow
-from acetate.losses.diffusion import DiffusionLoss, flow_loss
+from acetate.losses.diffusion import DiffusionLoss
+from acetate.released.flow import schedule
 from acetate.sampling import Solver
 
 
@@ -29,35 +30,22 @@ def test_interpolate_and_velocity(golden, levels):
         assert_close(flow.interpolate(latents, noise, sigma), file[f"add_noise/{step}"], rtol=1e-6, atol=1e-6)
 
 
-def upstream_loss(file, timestep_dtype="float32"):
-    return DiffusionLoss(
-        mode="upstream",
-        weight=1.0,
-        margin=1.0,
-        latents="raw",
-        timestep_per="batch",
-        timestep_dtype=timestep_dtype,
-        timestep_weight=True,
-        eps=0.0,
-        steps=file.metadata["num_train_timesteps"],
-        shift=file.metadata["shift"],
-    )
-
-
 def test_bfloat16_timesteps(golden):
     file = golden("flow_matching")
     ids = torch.arange(file.metadata["num_train_timesteps"])
-    loss = upstream_loss(file, "bfloat16")
-    loss.timestep_per = "clip"
-    assert_close(loss.step_ids(ids), file["bf16/effective_id"].long())
-    assert loss.step_ids(ids).unique().numel() == file.metadata["bf16_distinct_ids"]
+    seen = schedule().rounded(ids)
+    assert_close(seen, file["bf16/effective_id"].long())
+    assert seen.unique().numel() == file.metadata["bf16_distinct_ids"]
 
 
-def test_upstream_loss_and_gradient(golden, monkeypatch):
+def test_upstream_loss_and_gradient(golden, levels, monkeypatch):
     """The released clamp(weight * squared error * mask, 0, 1).mean(), with its map given."""
     file = golden("flow_matching")
-    monkeypatch.setattr("acetate.regions.upstream_mask", lambda *_: file["rgb_mask"])
-    loss = upstream_loss(file)
+    monkeypatch.setattr("acetate.released.judge.three_valued_map", lambda *_: file["rgb_mask"])
+    loss = DiffusionLoss(
+        mode="upstream", weight=1.0, margin=1.0, latents="raw", timestep_weight=True, eps=0.0, build_judge=None
+    )
+    assert_close(loss.levels.sigmas, levels.sigmas, rtol=0, atol=0)
     for step in file.metadata["ids"]:
         prediction = file["prediction"].clone().requires_grad_()
         ids = torch.full((len(prediction),), step)
@@ -81,7 +69,8 @@ def test_mean_shift_and_dit_loss(golden, levels):
         x_t = flow.interpolate(latents, noise, levels.sigmas[[step]])
         assert_close(x_t, file[f"dit_noisy_latents/{step}"], rtol=0, atol=2e-6)
         v = prediction.clone().requires_grad_()
-        loss = (levels.weights[[step]] * flow_loss(v, target)).mean()
+        error = flow.squared_error(latents, noise, levels, torch.tensor([step]), lambda *_, v=v: v)
+        loss = (levels.weights[[step]] * error.flatten(1).mean(1)).mean()
         (gradient,) = torch.autograd.grad(loss, v)
         assert_close(loss, file[f"dit_loss/{step}"].squeeze(), rtol=1e-5, atol=1e-7)
         expected = file[f"dit_loss_grad/{step}"]

@@ -4,7 +4,8 @@ from safetensors.torch import save_file
 from torch.testing import assert_close
 
 from acetate.losses.perceptual import VGGFeatures
-from acetate.losses.terms import central_difference_l1, central_difference_magnitude, l1
+from acetate.losses.terms import l1
+from acetate.released.vae import central_difference_l1, central_difference_magnitude
 
 
 @pytest.fixture

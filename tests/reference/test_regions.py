@@ -2,7 +2,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from acetate.regions import OPAQUE, cells, fit_ellipses, gaussian, upstream_mask
+from acetate.regions import OPAQUE, cells, fit_ellipses, gaussian
+from acetate.released.judge import three_valued_map
 
 
 def strides(file):
@@ -16,7 +17,7 @@ def to_alpha(u8):
 def test_every_case(golden):
     file = golden("alpha_region_mask")
     for case in file.metadata["cases"]:
-        mask = upstream_mask(to_alpha(file[f"{case}/alpha_u8"]), *strides(file))
+        mask = three_valued_map(to_alpha(file[f"{case}/alpha_u8"]), *strides(file))
         assert_close(mask.flatten(), file[f"{case}/mask"].flatten(), rtol=0, atol=0, msg=case)
 
 
@@ -24,7 +25,7 @@ def test_batch(golden):
     file = golden("alpha_region_mask")
     alpha = torch.cat([to_alpha(file[f"{case}/alpha_u8"]) for case in file.metadata["batch2_members"]])
     (name,) = [n for n in file.tensors if n.startswith("batch2") and n.endswith("/mask")]
-    assert_close(upstream_mask(alpha, *strides(file)).flatten(), file[name].flatten(), rtol=0, atol=0)
+    assert_close(three_valued_map(alpha, *strides(file)).flatten(), file[name].flatten(), rtol=0, atol=0)
 
 
 def test_alpha_off_the_8_bit_grid(golden):
@@ -33,7 +34,7 @@ def test_alpha_off_the_8_bit_grid(golden):
     for name in names:
         alpha = (file[name] + 1) / 2
         expected = file[name.replace("/alpha", "/mask")]
-        assert_close(upstream_mask(alpha, *strides(file)).flatten(), expected.flatten(), rtol=0, atol=0)
+        assert_close(three_valued_map(alpha, *strides(file)).flatten(), expected.flatten(), rtol=0, atol=0)
 
 
 def test_our_opaque_cells_are_the_released_ones(golden):

@@ -8,6 +8,7 @@ from hydra.utils import instantiate
 from safetensors.torch import save_file
 from torch.testing import assert_close
 
+from acetate import flow
 from acetate.alpha import harden, over, palette_colors
 from acetate.formats.names import original_vae_name, vae_name
 from acetate.formats.rgba_vae import load_rgba_vae
@@ -42,9 +43,9 @@ def task(golden, tmp_path):
         f"loss.perceptual.weights={tmp_path}/vgg16.safetensors",
         f"model.lora_rank={rgba.metadata['lora_rank']}",
         f"model.lora_alpha={rgba.metadata['lora_alpha']}",
-        "loss.diffusion.timestep_dtype=float32",  # the golden step was run without rounding its timestep
     ]
     task = instantiate(composed(tmp_path, *overrides).task)
+    task.diffusion.levels = flow.schedule()  # the golden step was run without rounding its timestep
     task.configure_model()
     load_trainable(task.vae, trainable_from_wan_alpha(rgba.under("weights")), "rgba_vae.safetensors")
     return task

@@ -179,7 +179,7 @@ def test_recomputed_blocks_give_the_same_gradients(tmp_path, cached):
 
 
 def test_average_of_the_adapters_is_what_is_exported(tmp_path, cached):
-    _, task, _ = fit(config_for(tmp_path, cached, "callbacks=dit_ema", "trainer.max_steps=4"))
+    _, task, _ = fit(config_for(tmp_path, cached, "callbacks=ema", "trainer.max_steps=4"))
     saved = load_file(tmp_path / "checkpoints/last.safetensors")
     trained = trainable_state(task)
     assert saved.keys() == trained.keys()
@@ -238,23 +238,9 @@ def test_error_is_the_published_one(tmp_path, cached):
             assert_close(ours[i], (v - (shifted - z)).square().mean(), rtol=1e-4, atol=1e-6)
 
 
-def test_released_timesteps(tmp_path, cached):
-    task, _ = ready(tmp_path, cached, "task.timestep_per=batch", "task.timestep_dtype=bfloat16")
-    ids = flow.seen_ids(torch.tensor([137, 500]), task.levels.timesteps, task.timestep_per, task.timestep_dtype)
-    assert ids[0] == ids[1]
-
-
-@pytest.mark.parametrize(
-    ("override", "message"),
-    [
-        ("task.timestep_per=frame", "timestep_per 'frame'; known: clip, batch"),
-        ("task.caption_dropout=2", "caption_dropout 2; a share"),
-        ("task.adapter_dtype=float16", "adapter_dtype 'float16'"),
-    ],
-)
-def test_bad_settings(tmp_path, cached, override, message):
-    with pytest.raises(Exception, match=message):
-        instantiate(config_for(tmp_path, cached, "trainer.max_steps=1", override).task)
+def test_captions_are_dropped_for_a_share_of_the_clips(tmp_path, cached):
+    with pytest.raises(Exception, match="caption_dropout 2; a share"):
+        instantiate(config_for(tmp_path, cached, "trainer.max_steps=1", "task.caption_dropout=2").task)
 
 
 def test_latents_of_another_shape_are_refused(tmp_path, cached):

@@ -35,7 +35,7 @@ def test_a_step_on_one_gpu(experiment, released, tmp_path):
     with fake_gpu():
         with torch.device("cuda:0"):
             task.configure_model()
-            batch = memory.make_batch(task, load, Geometry.of(memory.blank_vae(wan.vae)))
+            batch = task.example_batch(load, Geometry.of(memory.blank_vae(wan.vae)))
             if experiment == "dit_dora":
                 batch["null_context"] = torch.empty_like(batch["context"][:1])
         task.to("cuda:0")

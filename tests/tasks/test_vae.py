@@ -128,7 +128,6 @@ def test_checkpoint_of_another_model_is_refused(tmp_path, shards):
         (["data.frames=7", "data.time_stride=1"], r"7 frames; this VAE needs 4k\+1 frames .*Use frames=5"),
         (["data.frames=7"], r"7 frames; Wan needs 4k\+1"),
         (["loss.diffusion.mode=opque"], "'opque'; known: off, opaque"),
-        (["loss.reconstruction.edge=canny"], "'canny'; known: sobel"),
         (["model.merge_init=zero"], "'zero'; known: residual, scratch"),
         (["wan.vae=/nowhere"], "/nowhere does not exist"),
     ],

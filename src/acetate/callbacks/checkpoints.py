@@ -8,20 +8,18 @@ from typing import Any
 
 import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from acetate.callbacks.ema import EMA
-from acetate.callbacks.metrics_file import MetricsFile
+from acetate.callbacks.metrics_file import MetricsFile, direction
+from acetate.lightning_seams import SteeredCheckpoint, log_step, step_is_due, validate_now
 from acetate.replacing import remove, rename_over, unwritten, write_tensors
 from acetate.steps import StepTrainer
 
-HIGHER_IS_BETTER = ("psnr", "ssim")  # at the end of a metric's name
 
-
-class StepCheckpoint(ModelCheckpoint):
+class StepCheckpoint(SteeredCheckpoint):
     """Checkpoints that a run goes on from exactly, every `every_n_train_steps` optimizer steps, before
     every validation, and at the end.
 
@@ -39,8 +37,7 @@ class StepCheckpoint(ModelCheckpoint):
             raise ValueError(
                 f"callbacks.checkpoint.best_mode={best_mode}; known: min, max, or null to go by the metric."
             )
-        higher = best is not None and best.rpartition("/")[2] in HIGHER_IS_BETTER
-        self.best, self.best_mode = best, best_mode or ("max" if higher else "min")
+        self.best, self.best_mode = best, best_mode or direction(best or "")
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit":  # before they load it, for which ranks of a sharded model wait for each other
@@ -53,13 +50,12 @@ class StepCheckpoint(ModelCheckpoint):
 
     def save(self, trainer: Trainer) -> None:
         """Now, unless this step is saved."""
-        _steps(trainer).log_step()  # a checkpoint knows the rows of all steps that it has seen
-        if self._should_skip_saving_checkpoint(trainer):
+        log_step(trainer)  # a checkpoint knows the rows of all steps that it has seen
+        if not self.may_save(trainer):
             return
-        candidates = self._monitor_candidates(trainer)
         if not self._measured_later:
-            self._save_topk_checkpoint(trainer, candidates)
-        self._save_last_checkpoint(trainer, candidates)
+            self.save_top_k_of(trainer)
+        self.save_as_last(trainer)
 
     @property
     def _measured_later(self) -> bool:
@@ -69,22 +65,19 @@ class StepCheckpoint(ModelCheckpoint):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
         _check_same(trainer, f"step {trainer.global_step}")
-        loggers, loop = _metrics_files(trainer), trainer.fit_loop.epoch_loop
+        loggers = _metrics_files(trainer)
         if trainer.ckpt_path is None:
             for logger in loggers:
                 logger.keep(0)
             return
-        self._last_global_step_saved = trainer.global_step
-        self._last_checkpoint_saved = str(trainer.ckpt_path)
+        self.take_as_saved(trainer.global_step, str(trainer.ckpt_path))
         for logger, rows in zip(loggers, self._rows, strict=False):
             logger.keep(rows)
         if _steps(trainer).validation_due:
-            trainer.validating, loop.val_loop.restarting = True, False
-            loop.val_loop.run()
-            trainer.training = True
+            validate_now(trainer)
 
     def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
-        every = self._every_n_train_steps
+        every = self.every_n_steps
         if _steps(trainer).validation_due or (every and trainer.global_step % every == 0):
             self.save(trainer)
 
@@ -94,7 +87,7 @@ class StepCheckpoint(ModelCheckpoint):
         if self.best is not None:
             self._keep_best(trainer, self.best)
         if self._measured_later:
-            self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
+            self.save_top_k_of(trainer)
 
     def _keep_best(self, trainer: Trainer, metric: str) -> None:
         measured = trainer.callback_metrics
@@ -102,7 +95,7 @@ class StepCheckpoint(ModelCheckpoint):
             known = ", ".join(sorted(name for name in measured if name.startswith("val")))
             raise ValueError(f"objective={metric} is not what a validation measures: {known}. Name one, or null.")
         value, folder = float(measured[metric]), Path(str(self.dirpath))
-        if not trainer.is_global_zero or value != value or self._last_global_step_saved != trainer.global_step:
+        if not trainer.is_global_zero or value != value or self.saved_step != trainer.global_step:
             return
         record = folder / "best.json"
         before = json.loads(record.read_text()) if record.exists() else {}
@@ -112,7 +105,7 @@ class StepCheckpoint(ModelCheckpoint):
                 return
         folder.mkdir(parents=True, exist_ok=True)
         facts = {"metric": metric, "mode": self.best_mode, "value": value, "step": trainer.global_step}
-        self._copy(Path(self._last_checkpoint_saved), folder / "best.ckpt", facts)
+        self._copy(Path(self.saved_path), folder / "best.ckpt", facts)
         temporary = folder / ".best.json.tmp"
         temporary.write_text(json.dumps(facts))
         temporary.replace(record)
@@ -136,8 +129,8 @@ class StepCheckpoint(ModelCheckpoint):
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         self._rows = checkpoint.get("metrics", {"rows": []})["rows"]  # older ones know nothing of it
 
-    def _should_skip_saving_checkpoint(self, trainer: Trainer) -> bool:
-        return super()._should_skip_saving_checkpoint(trainer) or trainer.fit_loop._should_accumulate()
+    def may_save(self, trainer: Trainer) -> bool:
+        return super().may_save(trainer) and step_is_due(trainer)
 
 
 def _link(source: str | Path, target: str | Path) -> None:
@@ -179,11 +172,11 @@ class AdapterCheckpoint(StepCheckpoint):
     between the two goes on from the checkpoint before, and writes both again.
     """
 
-    def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
+    def write(self, trainer: Trainer, path: str) -> None:
         averaged, state = _adapters(trainer, trainer.lightning_module)  # all ranks: they gather shards
         if trainer.is_global_zero:
-            self._save_adapters(trainer, Path(filepath).with_suffix(".safetensors"), averaged, state)
-        super()._save_checkpoint(trainer, filepath)
+            self._save_adapters(trainer, Path(path).with_suffix(".safetensors"), averaged, state)
+        super().write(trainer, path)
 
     def _save_adapters(self, trainer: Trainer, path: Path, averaged: bool, state: dict[str, Tensor]) -> None:
         module = trainer.lightning_module
@@ -211,10 +204,10 @@ class AdapterCheckpoint(StepCheckpoint):
             temporary.replace(target)
         super()._copy(saved, best, facts)
 
-    def _remove_checkpoint(self, trainer: Trainer, filepath: str) -> None:
-        super()._remove_checkpoint(trainer, filepath)
+    def delete(self, trainer: Trainer, path: str) -> None:
+        super().delete(trainer, path)
         if trainer.is_global_zero:
-            Path(filepath).with_suffix(".safetensors").unlink(missing_ok=True)
+            Path(path).with_suffix(".safetensors").unlink(missing_ok=True)
 
 
 def _adapters(trainer: Trainer, module: LightningModule) -> tuple[bool, dict[str, Tensor]]:

@@ -13,6 +13,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
 from acetate.callbacks.checkpoints import StepCheckpoint
+from acetate.lightning_seams import leave_signals_alone, step_is_due
 
 log = logging.getLogger(__name__)
 
@@ -56,10 +57,8 @@ class Preemption(Checkpoint):
         collectives."""
         if stage != "fit":
             return
-        connector = trainer._signal_connector
         self.asked, self.begun, self.pressed = 0, False, 0.0
-        connector._original_handlers = connector._get_current_signal_handlers()  # it puts them back when training ends
-        connector.register_signal_handlers = lambda: None
+        leave_signals_alone(trainer)
         for number in self.asks:
             signal.signal(number, self._note)
         if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as nohup and a shell's & have it
@@ -87,7 +86,7 @@ class Preemption(Checkpoint):
         self.asked = max(self.asked, self.asks[signal.Signals(number)])
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: object) -> None:
-        if trainer.fit_loop._should_accumulate() or trainer.global_step >= trainer.max_steps:
+        if not step_is_due(trainer) or trainer.global_step >= trainer.max_steps:
             return
         asked = self.asked
         if trainer.world_size > 1:  # one rank's signal may come before, another's after the end of a step

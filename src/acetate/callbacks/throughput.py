@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from acetate.steps import log_row
+from acetate.lightning_seams import log_row, step_is_due
 
 
 class Throughput(Callback):
@@ -44,7 +44,7 @@ class Throughput(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        stepped = not trainer.fit_loop._should_accumulate()
+        stepped = step_is_due(trainer)
         self._steps += stepped
         clips = sum(map(bool, batch["key"]))  # one without a key stands in for bad ones
         self._clips += clips

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 from hydra.utils import instantiate
-from lightning import LightningModule
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
@@ -15,6 +14,7 @@ from acetate.cli import run
 from acetate.commands import as_on_gpu
 from acetate.models.wan import Geometry
 from acetate.replacing import check_out, write_json
+from acetate.tasks.example import MeasuredTask
 
 GPUS = (1, 2, 4, 8)
 SHARDED = "trainer=fsdp; with trainer=ddp every GPU needs column 1"
@@ -33,7 +33,7 @@ def without_weights(node: Any) -> Any:
     }
 
 
-def blank_task(config: DictConfig) -> LightningModule:
+def blank_task(config: DictConfig) -> MeasuredTask:
     """Of the run that the config composes, built without weights."""
     settings = without_weights(OmegaConf.to_container(config.task, resolve=True))
     unused = {"lpips": False, "init_from": None}  # a metric, and weights of the same shape

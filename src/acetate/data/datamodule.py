@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from acetate.data.order import ClipOrder, MixedOrder, Order
 from acetate.data.shards import ShardError, TarRef, first_reasons
 from acetate.data.store import Remote, RemoteTar, listed, open_folder
+from acetate.lightning_seams import batches_done, replaces_samplers
 
 log = logging.getLogger(__name__)
 
@@ -214,15 +215,13 @@ class ShardDataModule(LightningDataModule):
 
     def _finished_batches(self) -> int:
         assert self.trainer is not None
-        # Finished, not fetched: an interrupted step counts as not done.
-        total = self.trainer.fit_loop.epoch_loop.batch_progress.total
-        return total.processed  # pyright: ignore[reportAttributeAccessIssue]  typed by its base class
+        return batches_done(self.trainer)  # not fetched: an interrupted step counts as not done
 
     def _rank_and_world(self) -> tuple[int, int]:
         """Of the data-parallel group: under tensor parallelism several processes share their clips."""
         if self.trainer is None or self.trainer.world_size == 1:
             return 0, 1
-        if self.trainer._accelerator_connector.use_distributed_sampler:
+        if replaces_samplers(self.trainer):
             raise ValueError(
                 "use_distributed_sampler=True lets Lightning replace the order of the clips, which ends "
                 "exact resume. Set trainer.use_distributed_sampler=false."

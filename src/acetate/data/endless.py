@@ -14,6 +14,7 @@ from acetate.data.clips import TrainBatches
 from acetate.data.datamodule import apart_from_signals
 from acetate.data.drawing import Dice, canvas_of, inside, look_up, mix, rotate, splat
 from acetate.draws import generator_for
+from acetate.lightning_seams import batches_done
 
 
 class EndlessClips(Dataset):
@@ -79,7 +80,7 @@ class EndlessDataModule(LightningDataModule):
         rank, world, finished = 0, 1, 0
         if self.trainer is not None:
             rank, world = self.trainer.global_rank, self.trainer.world_size
-            finished = self.trainer.fit_loop.epoch_loop.batch_progress.total.processed
+            finished = batches_done(self.trainer)
         batches = TrainBatches(lambda: finished * self.batch_size * world, self.batch_size, rank, world)
         clips = self._clips(start=0, length=sys.maxsize, step=1)
         return DataLoader(clips, batch_sampler=batches, num_workers=self.num_workers, worker_init_fn=apart_from_signals)

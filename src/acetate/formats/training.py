@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from acetate.formats.checkpoints import read_whole
 from acetate.formats.layout import is_sharded
 from acetate.formats.sharded import Like, read_sharded, shard_whole, write_sharded
+from acetate.lightning_seams import share_data_among_all
 from acetate.replacing import rename_over, unwritten
 
 
@@ -51,7 +52,7 @@ class ShardedStrategy(ModelParallelStrategy):
     """FSDP2 over all ranks. Checkpoints are folders of shards that hold only what the module saves."""
 
     def setup_environment(self) -> None:
-        self._data_parallel_size, self._tensor_parallel_size = self.num_nodes * self.num_processes, 1
+        share_data_among_all(self)
         super().setup_environment()
 
     @property

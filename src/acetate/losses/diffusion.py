@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from acetate import flow, regions
 from acetate.losses.ranks import sum_over_ranks
+from acetate.released.judge import clamped_mean
 
 MODES = ("off", "opaque", "bidirectional", "upstream")
 
@@ -30,9 +31,11 @@ class DiffusionLoss(nn.Module):
     mode `opaque`: mean over opaque cells. `bidirectional`: that, minus the mean of min(l, margin) over all
     other cells. `upstream`: clamp(map * w(t) * l, 0, 1).mean() with the released map, whose clamp makes it
     one-sided. `off`: nothing. latents: the DiT was trained on `normalised` ones; `raw` is the released choice.
-    timestep_per: `clip`, or `batch` (released). timestep_dtype: `bfloat16` (released) keeps 294 of 1000 values.
     timestep_weight: multiply l by w(t); `upstream` always does. eps: of the region thresholds.
+    build_judge(mesh=) loads the DiT as a velocity field, where the mode needs one.
     """
+
+    levels = flow.schedule()  # plain tensors, not buffers: a module-wide cast to bf16 must not reach them
 
     def __init__(
         self,
@@ -41,33 +44,17 @@ class DiffusionLoss(nn.Module):
         weight: float,
         margin: float,
         latents: str,
-        timestep_per: str,
-        timestep_dtype: str,
         timestep_weight: bool,
         eps: float,
-        steps: int = 1000,
-        shift: float = 5.0,
+        build_judge: Callable[..., nn.Module],
     ) -> None:
         super().__init__()
-        for name, value, known in (
-            ("mode", mode, MODES),
-            ("latents", latents, ("normalised", "raw")),
-            ("timestep_per", timestep_per, ("clip", "batch")),
-            ("timestep_dtype", timestep_dtype, ("float32", "bfloat16")),
-        ):
+        for name, value, known in (("mode", mode, MODES), ("latents", latents, ("normalised", "raw"))):
             if value not in known:
                 raise ValueError(f"loss.diffusion.{name} {value!r}; known: {', '.join(known)}.")
         self.mode, self.weight, self.margin = mode, weight, margin
-        self.latents, self.timestep_per, self.timestep_weight = latents, timestep_per, timestep_weight
-        self.timestep_dtype = getattr(torch, timestep_dtype)
-        self.eps = eps
-        levels = flow.schedule(steps, shift)
-        # Plain tensors, not buffers: a module-wide cast to bf16 must not reach them.
-        self.sigmas, self.timesteps, self.weights = levels.sigmas, levels.timesteps, levels.weights
-
-    def step_ids(self, ids: Tensor) -> Tensor:
-        """Drawn step ids (B,), long, as the settings see them; on the CPU."""
-        return flow.seen_ids(ids, self.timesteps, self.timestep_per, self.timestep_dtype)
+        self.latents, self.timestep_weight, self.eps = latents, timestep_weight, eps
+        self.build_judge = build_judge
 
     def forward(
         self,
@@ -81,16 +68,13 @@ class DiffusionLoss(nn.Module):
     ) -> Tensor:
         """Scalar loss.
 
-        latents, noise (B, 16, F, h, w); alpha (B, 1, T, H, W) in [0, 1]; ids (B,) drawn from 0..steps-1.
+        latents, noise (B, 16, F, h, w); alpha (B, 1, T, H, W) in [0, 1]; ids (B,) drawn from the levels'.
         """
-        ids = self.step_ids(ids)
-        timestep = self.timesteps[ids].to(self.timestep_dtype).float().to(latents.device)
-        x_t = flow.interpolate(latents, noise, self.sigmas[ids])
-        error = (velocity_field(x_t, timestep) - flow.velocity(latents, noise)).float().square()
-        weights = flow.per_clip(self.weights[ids], latents)
+        ids = self.levels.seen(ids)
+        error = flow.squared_error(latents, noise, self.levels, ids, velocity_field)
+        weights = flow.per_clip(self.levels.weights[ids], latents)
         if self.mode == "upstream":
-            mask = regions.upstream_mask(alpha, time_stride, space_stride)
-            return self.weight * (weights * error * mask).clamp(0, 1).mean()
+            return self.weight * clamped_mean(weights * error, alpha, time_stride, space_stride)
         per_cell = error.mean(1, keepdim=True)  # (B, 1, F, h, w)
         if self.timestep_weight:
             per_cell = weights * per_cell
@@ -99,8 +83,3 @@ class DiffusionLoss(nn.Module):
         if self.mode == "bidirectional":
             loss = loss - masked_mean(per_cell.clamp_max(self.margin), ~opaque)
         return self.weight * loss
-
-
-def flow_loss(velocity_hat: Tensor, velocity: Tensor) -> Tensor:
-    """Squared error per sample, (B, C, F, h, w) each -> (B,), in fp32."""
-    return (velocity_hat.float() - velocity.float()).square().flatten(1).mean(1)

@@ -4,19 +4,17 @@ Each takes `feature_maps`, the frozen Wan encoder's stages, which only EncoderFe
 """
 
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext
-from pathlib import Path
-from pickle import UnpicklingError
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from torch import Tensor, nn
-from torchvision.models import VGG16_Weights, vgg16
+from torchvision.models import vgg16
 
-from acetate.losses.terms import frames
+from acetate.alpha import frames
+from acetate.vgg import load_vgg16, lpips_network
 
 FeatureMaps = Callable[[Tensor], Iterable[Tensor]]
+INSTEAD = "choose loss/perceptual=encoder_features, which needs no download"
 RELU2_2 = 9  # torchvision's vgg16.features[:9] ends with relu2_2
 
 
@@ -48,7 +46,7 @@ class VGGFeatures(nn.Module):
         with torch.device("meta"):
             self.features = vgg16(weights=None).features[:RELU2_2]
         if pretrained:
-            state = load_vgg16(weights)
+            state = load_vgg16(weights, INSTEAD)
             self.features.load_state_dict(
                 {
                     name.removeprefix("features."): value
@@ -78,36 +76,7 @@ class LPIPSFeatures(nn.Module):
 
     def __init__(self, *, pretrained: bool = True) -> None:
         super().__init__()
-        if pretrained:
-            load_vgg16(None)  # says where the file belongs before lpips asks for it
-        import lpips  # seconds to import, and only this choice needs it
-
-        with nullcontext() if pretrained else torch.device("meta"):
-            network = lpips.LPIPS(net="vgg", verbose=False, pretrained=pretrained, pnet_rand=not pretrained)
-        self.network = network.requires_grad_(False)
+        self.network = lpips_network(INSTEAD, pretrained)
 
     def forward(self, x_hat: Tensor, x: Tensor, feature_maps: FeatureMaps) -> Tensor:
         return self.network(frames(x_hat), frames(x)).mean()
-
-
-def load_vgg16(weights: str | None) -> dict[str, Tensor]:
-    """VGG16 state dict from a file, or from torchvision's cache, fetched into it if need be.
-
-    Raises FileNotFoundError that says which file goes where.
-    """
-    if weights is not None:
-        path = Path(weights)
-        if not path.is_file():
-            raise FileNotFoundError(f"VGG16 weights {path} do not exist. Point loss.perceptual.weights at the file.")
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
-    try:
-        return VGG16_Weights.IMAGENET1K_V1.get_state_dict(progress=True, check_hash=True, weights_only=True)
-    except (OSError, RuntimeError, UnpicklingError) as error:
-        url = VGG16_Weights.IMAGENET1K_V1.url
-        path = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
-        raise FileNotFoundError(
-            f"VGG16 weights are not at {path}, or damaged, and could not be fetched ({error}). Put {url} there, or "
-            "choose loss/perceptual=encoder_features, which needs no download."
-        ) from error

@@ -4,19 +4,17 @@ from torch import Tensor, nn
 
 from acetate.alpha import harden, over
 from acetate.losses.perceptual import FeatureMaps
-from acetate.losses.terms import central_difference_l1, l1, sobel_l1
-
-EDGES = {"sobel": sobel_l1, "central_difference": central_difference_l1}
-SUPPORTS = ("target", "prediction")
+from acetate.losses.terms import l1, sobel_l1
 
 
 class VAELoss(nn.Module):
     """For alpha, soft and hard render: L = w1 |x_hat - x|_1 + w2 perceptual + w3 |edge(x_hat) - edge(x)|_1.
 
-    The alpha view is the matte as a grey picture in [-1, 1], so that all three share a range. edge:
-    `sobel`, or `central_difference` of luma (released). hard_support: which alpha > eps decides what the hard
-    render of the prediction shows; the `prediction`'s own (released) turns noise opaque.
+    The alpha view is the matte as a grey picture in [-1, 1], so that all three share a range. The hard render shows
+    a prediction where the target's alpha is above eps.
     """
+
+    edge = staticmethod(sobel_l1)
 
     def __init__(
         self,
@@ -25,29 +23,25 @@ class VAELoss(nn.Module):
         perceptual_weight: float,
         edge_weight: float,
         perceptual: nn.Module | None,
-        edge: str,
-        hard_support: str,
         eps: float,
     ) -> None:
         super().__init__()
-        if edge not in EDGES:
-            raise ValueError(f"loss.reconstruction.edge {edge!r}; known: {', '.join(EDGES)}.")
-        if hard_support not in SUPPORTS:
-            raise ValueError(f"loss.reconstruction.hard_support {hard_support!r}; known: {', '.join(SUPPORTS)}.")
         if perceptual is None and perceptual_weight:
             raise ValueError(
                 "loss.perceptual is null but its weight is not 0. Set loss.reconstruction.perceptual_weight=0."
             )
         self.l1_weight, self.perceptual_weight, self.edge_weight = l1_weight, perceptual_weight, edge_weight
-        self.perceptual, self.edge = perceptual, EDGES[edge]
-        self.hard_support, self.eps = hard_support, eps
+        self.perceptual, self.eps = perceptual, eps
+
+    def hard_support(self, alpha_hat: Tensor, alpha: Tensor) -> Tensor:
+        """Where the hard render of the prediction shows it, (B, 1, T, H, W) in {0, 1}."""
+        return harden(alpha, self.eps)
 
     def views(
         self, rgb_hat: Tensor, alpha_hat: Tensor, rgb: Tensor, alpha: Tensor, soft: Tensor, hard: Tensor
     ) -> dict[str, tuple[Tensor, Tensor]]:
         """name -> (prediction, target), each (B, 3, T, H, W); soft and hard are backgrounds (B, 3, 1, 1, 1)."""
-        support = harden(alpha, self.eps)
-        support_hat = support if self.hard_support == "target" else harden(alpha_hat, self.eps)
+        support, support_hat = harden(alpha, self.eps), self.hard_support(alpha_hat, alpha)
         return {
             "alpha": ((alpha_hat * 2 - 1).expand_as(rgb), (alpha * 2 - 1).expand_as(rgb)),
             "soft": (over(rgb_hat, alpha_hat, soft), over(rgb, alpha, soft)),

@@ -5,7 +5,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchmetrics import Metric
 
-from acetate.metrics.rgb import frame_psnr, frame_ssim, frames
+from acetate.alpha import frames
+from acetate.metrics.rgb import frame_psnr, frame_ssim
 from acetate.regions import EMPTY, MIXED, OPAQUE, cells
 
 # Sixteen bins per 8-bit step: 8-bit alpha is counted exactly, any other is moved by at most 1/8160.

@@ -3,26 +3,19 @@
 Video is (B, C, T, H, W), frames are (N, C, H, W). rgb in [-1, 1], alpha in [0, 1], predictions unclamped.
 """
 
-import warnings
-from pathlib import Path
-
 import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 from torchmetrics.functional.image import structural_similarity_index_measure
 
-from acetate.alpha import PALETTE, over
+from acetate.alpha import PALETTE, frames, over
+from acetate.vgg import lpips_network
 
 FRAMES_AT_ONCE = 16  # SSIM holds ten copies of its frames
 LPIPS_MIN_SIDE = 16  # pixels that survive the four poolings of VGG16
 # SSIM is a mean over channels, and over the palette each channel sees -1 four times and +1 four times: key and
 # white say it all, exactly, in a quarter of the time.
 SSIM_WEIGHTS = (4, 0, 0, 0, 0, 0, 0, 4)
-
-
-def frames(video: Tensor) -> Tensor:
-    """(B, C, T, H, W) -> (B*T, C, H, W)."""
-    return video.transpose(1, 2).flatten(0, 1)
 
 
 def frame_psnr(x_hat: Tensor, x: Tensor) -> Tensor:
@@ -51,25 +44,7 @@ def _ssim(x_hat: Tensor, x: Tensor, sigma: float) -> Tensor:
 
 
 def frozen_lpips() -> nn.Module:
-    """LPIPS-VGG 0.1 (Zhang et al. 2018): two (N, 3, H, W) in [-1, 1] -> (N, 1, 1, 1).
-
-    Its VGG16 is torchvision's, from torch.hub's cache or fetched into it; FileNotFoundError if neither works.
-    """
-    import lpips  # seconds of imports that runs without LPIPS need not pay
-    from torchvision.models import VGG16_Weights
-
-    url = VGG16_Weights.IMAGENET1K_V1.url
-    path = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # lpips still uses torchvision's old argument names
-            network = lpips.LPIPS(net="vgg", verbose=False)
-    except (OSError, RuntimeError) as error:
-        raise FileNotFoundError(
-            f"LPIPS needs torchvision's VGG16 weights; {path} is missing or unreadable and could not be "
-            f"fetched ({error}). Put {url} there, or set lpips=false."
-        ) from error
-    return network.eval().requires_grad_(False)
+    return lpips_network("set lpips=false")
 
 
 class _FrameQuality(Metric):

@@ -1,6 +1,8 @@
 """Wan's DiT: as a frozen velocity field, and with DoRA."""
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
 
@@ -19,6 +21,18 @@ from acetate.models.text import embed_prompt
 
 # q, k, v, o of both attentions and both feed-forward layers of every block: 400 layers in the 14B
 DORA_TARGETS = r"blocks\.\d+\.(attn[12]\.(to_[qkv]|to_out\.0)|ffn\.net\.(0\.proj|2))"
+
+
+@dataclass(frozen=True)
+class FrozenDiT:
+    """Where a base lies, as `load_transformer` takes it, and the precision that it is kept in."""
+
+    transformer: str
+    dtype: str
+
+    def load(self, prepare: Callable[[WanTransformer3DModel], object] | None = None) -> WanTransformer3DModel:
+        """prepare: what becomes of it before it has values, such as adapters on it or shards of it."""
+        return load_transformer(self.transformer, getattr(torch, self.dtype), prepare)
 
 
 class VelocityField(nn.Module):
@@ -65,7 +79,7 @@ def load_velocity_field(
     """
     context = embed_prompt(prompt, text_encoder, prompt_length, cache)
     prepare = None if mesh is None else partial(shard_transformer, mesh=mesh)
-    return VelocityField(load_transformer(transformer, getattr(torch, dtype), prepare), context)
+    return VelocityField(FrozenDiT(transformer, dtype).load(prepare), context)
 
 
 def shard_transformer(transformer: WanTransformer3DModel, mesh: DeviceMesh) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from acetate.alpha import one_channel
-from acetate.models.adapters import add_lora
+from acetate.models.adapters import add_lora, trainable_state
 from acetate.models.loading import weights_sha256
 from acetate.models.merge import FeatureMerge
 from acetate.models.sharding import shard
@@ -104,7 +104,8 @@ class RGBAVAE(RGBADecoders):
     """Colour and alpha in Wan's latent space (Wan-Alpha, section 3.1).
 
     merge_init: `residual` (raw = Wan's own latents of rgb + merge, merge starts at zero) or `scratch`.
-    average_alpha, checkpointing, chunk: as RGBADecoders. frozen_dtype: of all that does not train.
+    average_alpha, checkpointing, chunk: as RGBADecoders. trainable_dtype: master precision of what trains;
+    frozen_dtype: of all else.
     """
 
     def __init__(
@@ -117,6 +118,7 @@ class RGBAVAE(RGBADecoders):
         average_alpha: bool = True,
         checkpointing: bool = False,
         chunk: int | None = None,
+        trainable_dtype: str = "float32",
         frozen_dtype: str = "float32",
     ) -> None:
         source, base_sha256 = vae.config.get("_name_or_path", ""), weights_sha256(vae)
@@ -134,6 +136,8 @@ class RGBAVAE(RGBADecoders):
         features = vae.encoder.norm_out.gamma.shape[0]
         self.merge = FeatureMerge(features, self.geometry.channels, merge_init)
         self.adapt(lora_rank, lora_alpha)
+        for parameter in trainable_state(self).values():
+            parameter.data = parameter.data.to(getattr(torch, trainable_dtype))
         self.cast_frozen(frozen_dtype)
 
     def encode(self, rgb: Tensor, alpha: Tensor) -> Tensor:

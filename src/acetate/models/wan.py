@@ -10,6 +10,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from operator import attrgetter
 from pathlib import Path
 
@@ -132,48 +133,73 @@ def _channels_last(module: nn.Module) -> None:
             conv.to(memory_format=LAYOUT)  # pyright: ignore[reportCallIssue]
 
 
-def _run(stages: list[Callable[[Tensor, State], Tensor]], x: Tensor, state: State, checkpointing: bool) -> Tensor:
-    x = x.to(memory_format=LAYOUT)
-    for stage in stages:
-        if checkpointing and state is None and torch.is_grad_enabled():
-            x = checkpoint(stage, x, None, use_reentrant=False)  # type: ignore[assignment]
-        else:
-            x = stage(x, state)
-    return x
+def down(block: nn.Module, x: Tensor, state: State) -> Tensor:
+    """A block of the encoder."""
+    if isinstance(block, WanResample):
+        return downsample(block, x, state)
+    return residual(block, x, state) if isinstance(block, WanResidualBlock) else block(x)
 
 
-def _in_chunks(step: Callable[[Tensor, State], Tensor], x: Tensor, first: int, size: int) -> Tensor:
-    state: State = {}
-    starts = [0, *range(first, x.shape[2], size)]
-    with parametrize.cached():  # adapters merge once per clip, not once per chunk
-        pieces = [step(x[:, :, a : (first if a == 0 else a + size)], state) for a in starts]
-    return torch.cat(pieces, 2)
+def up(block: nn.Module, x: Tensor, state: State) -> Tensor:
+    """A block of the decoder."""
+    for resnet in block.resnets:  # pyright: ignore[reportGeneralTypeIssues]
+        x = residual(resnet, x, state)
+    return x if block.upsamplers is None else upsample(block.upsamplers[0], x, state)
 
 
-class WanEncoder(nn.Module):
-    """Video (B, 3, T, H, W) in [-1, 1] -> features before Wan's head, (B, 4 * base_dim, F, h, w)."""
+class WanHalf(nn.Module):
+    """The encoder or the decoder: stages one after the other, over a whole clip or over chunks of it.
 
-    def __init__(self, vae: AutoencoderKLWan, checkpointing: bool = False) -> None:
+    checkpointing: each stage of a whole clip is computed again in the backward pass.
+    """
+
+    def __init__(self, checkpointing: bool) -> None:
         super().__init__()
-        self.net = vae.encoder
-        _channels_last(self)
-        self.time_stride = Geometry.of(vae).time_stride
         self.checkpointing = checkpointing
 
     def stages(self) -> list[Callable[[Tensor, State], Tensor]]:
-        net = self.net
-        blocks = [lambda x, s, b=b: self._block(b, x, s) for b in net.down_blocks]
-        return [
-            lambda x, s: causal_conv(net.conv_in, x, s),
-            *blocks,
-            lambda x, s: mid(net.mid_block, x, s),
-        ]
+        raise NotImplementedError
 
-    @staticmethod
-    def _block(block: nn.Module, x: Tensor, state: State) -> Tensor:
-        if isinstance(block, WanResample):
-            return downsample(block, x, state)
-        return residual(block, x, state) if isinstance(block, WanResidualBlock) else block(x)
+    def frames_of(self, chunk: int) -> tuple[int, int]:
+        """Of the input, in the first chunk and in each later one."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, chunk: int | None = None) -> Tensor:
+        """chunk: latent frames at a time, for long clips; None runs the whole clip at once."""
+        if chunk is not None:
+            return self.in_chunks(x, *self.frames_of(chunk))
+        x = x.to(memory_format=LAYOUT)
+        again = self.checkpointing and torch.is_grad_enabled()
+        for stage in self.stages():
+            x = checkpoint(stage, x, None, use_reentrant=False) if again else stage(x, None)  # type: ignore[assignment]
+        return x
+
+    def in_chunks(self, x: Tensor, first: int, size: int) -> Tensor:
+        state, pieces = {}, []
+        with parametrize.cached():  # adapters merge once per clip, not once per chunk
+            for start in (0, *range(first, x.shape[2], size)):
+                piece = x[:, :, start : start + (size if start else first)].to(memory_format=LAYOUT)
+                for stage in self.stages():
+                    piece = stage(piece, state)
+                pieces.append(piece)
+        return torch.cat(pieces, 2)
+
+
+class WanEncoder(WanHalf):
+    """Video (B, 3, T, H, W) in [-1, 1] -> features before Wan's head, (B, 4 * base_dim, F, h, w)."""
+
+    def __init__(self, vae: AutoencoderKLWan, checkpointing: bool = False) -> None:
+        super().__init__(checkpointing)
+        self.net = vae.encoder
+        _channels_last(self)
+        self.time_stride = Geometry.of(vae).time_stride
+
+    def stages(self) -> list[Callable[[Tensor, State], Tensor]]:
+        blocks = [partial(down, block) for block in self.net.down_blocks]
+        return [partial(causal_conv, self.net.conv_in), *blocks, partial(mid, self.net.mid_block)]
+
+    def frames_of(self, chunk: int) -> tuple[int, int]:
+        return 1 + self.time_stride * (chunk - 1), self.time_stride * chunk
 
     def feature_maps(self, video: Tensor) -> Iterator[Tensor]:
         """The output of every stage, shallow to deep, for feature losses, in the weights' type."""
@@ -181,17 +207,6 @@ class WanEncoder(nn.Module):
         for stage in self.stages():
             video = stage(video, None)
             yield video
-
-    def forward(self, video: Tensor, chunk: int | None = None) -> Tensor:
-        """chunk: latent frames at a time, for long clips; None runs the whole clip at once."""
-
-        def step(x: Tensor, state: State) -> Tensor:
-            return _run(self.stages(), x, state, self.checkpointing)
-
-        if chunk is None:
-            return step(video, None)
-        s = self.time_stride
-        return _in_chunks(step, video, first=1 + s * (chunk - 1), size=s * chunk)
 
 
 class WanHead(nn.Module):
@@ -211,42 +226,27 @@ class WanHead(nn.Module):
         return mean, log_variance
 
 
-class WanDecoder(nn.Module):
+class WanDecoder(WanHalf):
     """Raw latents (B, 16, F, h, w) -> video (B, 3, T, H, W), about [-1, 1], not clamped."""
 
     def __init__(self, vae: AutoencoderKLWan, checkpointing: bool = False) -> None:
-        super().__init__()
+        super().__init__(checkpointing)
         self.post_quant_conv = vae.post_quant_conv
         self.net = vae.decoder
         _channels_last(self)
-        self.checkpointing = checkpointing
 
     def stages(self) -> list[Callable[[Tensor, State], Tensor]]:
-        net = self.net
+        return [self.stem, *(partial(up, block) for block in self.net.up_blocks), self.head]
 
-        def stem(x: Tensor, state: State) -> Tensor:
-            x = causal_conv(self.post_quant_conv, x, state)
-            return mid(net.mid_block, causal_conv(net.conv_in, x, state), state)
+    def frames_of(self, chunk: int) -> tuple[int, int]:
+        return chunk, chunk
 
-        def head(x: Tensor, state: State) -> Tensor:
-            return causal_conv(net.conv_out, norm_silu(net.norm_out, x), state)
+    def stem(self, x: Tensor, state: State) -> Tensor:
+        x = causal_conv(self.net.conv_in, causal_conv(self.post_quant_conv, x, state), state)
+        return mid(self.net.mid_block, x, state)
 
-        blocks = [lambda x, s, b=b: self._block(b, x, s) for b in net.up_blocks]
-        return [stem, *blocks, head]
-
-    @staticmethod
-    def _block(block: nn.Module, x: Tensor, state: State) -> Tensor:
-        for resnet in block.resnets:  # pyright: ignore[reportGeneralTypeIssues]
-            x = residual(resnet, x, state)
-        return x if block.upsamplers is None else upsample(block.upsamplers[0], x, state)
-
-    def forward(self, latents: Tensor, chunk: int | None = None) -> Tensor:
-        """chunk: latent frames at a time, for long clips; None runs the whole clip at once."""
-
-        def step(x: Tensor, state: State) -> Tensor:
-            return _run(self.stages(), x, state, self.checkpointing)
-
-        return step(latents, None) if chunk is None else _in_chunks(step, latents, first=chunk, size=chunk)
+    def head(self, x: Tensor, state: State) -> Tensor:
+        return causal_conv(self.net.conv_out, norm_silu(self.net.norm_out, x), state)
 
 
 @torch.no_grad()

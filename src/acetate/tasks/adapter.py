@@ -1,17 +1,29 @@
 """What every task shares that trains adapters on a frozen base: its checkpoints hold nothing else."""
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 from lightning import LightningModule
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.distributed.device_mesh import DeviceMesh
 
-from acetate.models.adapters import load_trainable, trainable_state
+from acetate.models.adapters import ADAPTER_SCHEMA, load_trainable, trainable_state
+from acetate.tasks.optim import adamw_with_warmup, linear
 
 
 class AdapterTask(LightningModule):
-    """Saves and loads exactly the parameters that train; the frozen base is never in a checkpoint."""
+    """Saves and loads exactly the parameters that train; the frozen base is never in a checkpoint.
+
+    A subclass sets what `adamw_with_warmup` asks for.
+    """
+
+    lr: float
+    warmup_steps: int
+    decay_steps: int | None
+    betas: Sequence[float]
+    weight_decay: float
+    warmup = staticmethod(linear)
 
     def __init__(self) -> None:
         super().__init__()
@@ -24,12 +36,18 @@ class AdapterTask(LightningModule):
         return None if self.device_mesh is None else self.device_mesh["data_parallel"]
 
     def configure_optimizers(self) -> dict[str, Any]:
-        """One optimizer and its LambdaLR, as `adamw_with_warmup` returns them."""
+        return adamw_with_warmup(
+            self.parameters(), lr=self.lr, warmup_steps=self.warmup_steps, decay_steps=self.decay_steps,
+            betas=self.betas, weight_decay=self.weight_decay, warmup=self.warmup,
+        )  # fmt: skip
+
+    def facts(self) -> dict[str, Any]:
+        """What a reader needs to build the model that the trained tensors belong to, with their kind."""
         raise NotImplementedError
 
     def adapter_metadata(self) -> dict[str, str]:
-        """What a reader needs to build the model that the trained tensors belong to; JSON values."""
-        raise NotImplementedError
+        """The facts as JSON, for the header of an adapter file."""
+        return {name: json.dumps(value) for name, value in {"schema": ADAPTER_SCHEMA, **self.facts()}.items()}
 
     def on_train_start(self) -> None:
         """A checkpoint brings its own learning rate, betas and weight decay: this run's settings are put
@@ -52,10 +70,9 @@ class AdapterTask(LightningModule):
 
     def schedule(self) -> dict[str, Any]:
         """What steps are made of beside the optimizer's own settings."""
-        own = ("warmup", "warmup_steps", "decay_steps")
         trainer = self.trainer
         return {
-            **{f"task.{name}": getattr(self, name) for name in own if hasattr(self, name)},
+            **{f"task.{name}": getattr(self, name) for name in ("warmup_steps", "decay_steps") if hasattr(self, name)},
             "trainer.max_steps": trainer.max_steps,
             "trainer.accumulate_grad_batches": trainer.accumulate_grad_batches,
             "trainer.gradient_clip_val": trainer.gradient_clip_val,

@@ -1,7 +1,7 @@
 """DoRA training of Wan's DiT on cached RGBA latents with mean-shifted noise (method of Wan-Alpha, section 3.3)."""
 
-import json
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,72 +11,57 @@ from torch import Tensor
 from acetate import flow, regions
 from acetate.data.latents import MADE_WITH
 from acetate.draws import ClipDraws
-from acetate.losses.diffusion import flow_loss
-from acetate.models.adapters import ADAPTER_SCHEMA
-from acetate.models.dit import attach_dora, shard_transformer, start_dora, velocity
-from acetate.models.loading import load_transformer, transformer_sha256
+from acetate.lightning_seams import batch_number
+from acetate.models.dit import FrozenDiT, attach_dora, shard_transformer, start_dora, velocity
+from acetate.models.loading import transformer_sha256
+from acetate.models.wan import Geometry
 from acetate.steps import ends_step, logs_step
 from acetate.tasks.adapter import AdapterTask
+from acetate.tasks.example import Group, Load, MeasuredTask
 from acetate.tasks.logs import Means, clips_in, log_means, share_of
-from acetate.tasks.optim import adamw_with_warmup
+
+VAL_LEVELS = 4  # noise levels of the validation loss, evenly spread over the steps
+BINS = 10  # ranges of timesteps that the training loss is logged by
 
 
-class DoRATask(AdapterTask):
+class DoRATask(AdapterTask, MeasuredTask):
     """l = w(t) |DiT(x_t, t, prompt) - (noise~ - z)|^2 with noise~ = noise + mean_shift (1 - G), one t per clip.
 
-    transformer, dtype: source of the frozen base and its precision. rank, alpha, adapter_dtype: of DoRA. G is the
-    Gaussian ellipse that the cache holds. caption_dropout: share of clips that see the empty prompt.
-    timestep_per `batch`, timestep_dtype `bfloat16`, adapter_dtype `bfloat16` and warmup `third` are the released
-    choices. val_timesteps: noise levels, evenly spread over the steps, of the validation loss.
+    rank, alpha: of DoRA. G is the Gaussian ellipse that the cache holds. checkpointing: blocks are computed again in
+    the backward pass. caption_dropout: share of clips that see the empty prompt. decay_steps: as in
+    `adamw_with_warmup`.
     """
+
+    levels = flow.schedule()
+    adapter_dtype = torch.float32
 
     def __init__(
         self,
         *,
-        transformer: str,
-        dtype: str,
+        base: FrozenDiT,
         rank: int,
         alpha: float,
-        adapter_dtype: str,
         checkpointing: bool,
         mean_shift: float,
         caption_dropout: float,
-        timestep_per: str,
-        timestep_dtype: str,
-        timestep_weight: bool,
-        val_timesteps: int,
         lr: float,
         warmup_steps: int,
+        decay_steps: int | None,
         betas: Sequence[float],
         weight_decay: float,
         seed: int,
-        decay_steps: int | None = None,
-        warmup: str = "linear",
-        bins: int = 10,
     ) -> None:
         super().__init__()
-        for name, value, known in (
-            ("timestep_per", timestep_per, ("clip", "batch")),
-            ("timestep_dtype", timestep_dtype, ("float32", "bfloat16")),
-            ("adapter_dtype", adapter_dtype, ("float32", "bfloat16")),
-        ):
-            if value not in known:
-                raise ValueError(f"task.{name} {value!r}; known: {', '.join(known)}.")
         if not 0 <= caption_dropout <= 1:
             raise ValueError(f"task.caption_dropout {caption_dropout}; a share in [0, 1].")
-        self.source, self.dtype_name, self.checkpointing = transformer, dtype, checkpointing
-        self.rank, self.alpha, self.adapter_dtype = rank, alpha, getattr(torch, adapter_dtype)
-        self.mean_shift, self.caption_dropout = mean_shift, caption_dropout
-        self.timestep_per, self.timestep_dtype = timestep_per, getattr(torch, timestep_dtype)
-        self.timestep_weight, self.seed = timestep_weight, seed
-        self.lr, self.warmup_steps, self.warmup, self.decay_steps = lr, warmup_steps, warmup, decay_steps
+        self.base, self.rank, self.alpha, self.checkpointing = base, rank, alpha, checkpointing
+        self.mean_shift, self.caption_dropout, self.seed = mean_shift, caption_dropout, seed
+        self.lr, self.warmup_steps, self.decay_steps = lr, warmup_steps, decay_steps
         self.betas, self.weight_decay = betas, weight_decay
-        self.levels = flow.schedule()
-        count = len(self.levels.sigmas)
-        self.val_ids = ((torch.arange(val_timesteps) + 0.5) * count / val_timesteps).long()
+        self.val_ids = ((torch.arange(VAL_LEVELS) + 0.5) * len(self.levels) / VAL_LEVELS).long()
         # Of this rank since the last log; float64, so that a sum does not depend on the order that ranks and resumed
         # runs add in
-        self.bin_sums, self.bin_counts = torch.zeros(2, bins, dtype=torch.float64)
+        self.bin_sums, self.bin_counts = torch.zeros(2, BINS, dtype=torch.float64)
         self.means, self.step_means = Means(), Means()
         self.transformer: WanTransformer3DModel | None = None
         self.cache: dict[str, Any] = {}
@@ -84,22 +69,17 @@ class DoRATask(AdapterTask):
     def configure_model(self) -> None:
         if self.transformer is not None:
             return
-        self.adopt(load_transformer(self.source, getattr(torch, self.dtype_name), self.adapt))
+        self.transformer = self.base.load(self.adapt).train()
         start_dora(self.transformer, self.seed)
+        self.base_sha256 = transformer_sha256(self.transformer)
+        if self.checkpointing:
+            self.transformer.enable_gradient_checkpointing()
 
     def adapt(self, transformer: WanTransformer3DModel) -> None:
         """Puts adapters on a frozen base without numbers; on many ranks each keeps its shards."""
         attach_dora(transformer, self.rank, self.alpha, self.adapter_dtype)
         if self.shards is not None:
             shard_transformer(transformer, self.shards)
-
-    def adopt(self, transformer: WanTransformer3DModel) -> None:
-        """Makes an adapted base the model that trains."""
-        self.transformer = transformer
-        self.base_sha256 = transformer_sha256(transformer)
-        if self.checkpointing:
-            transformer.enable_gradient_checkpointing()
-        transformer.train()
 
     def setup(self, stage: str) -> None:
         manifest = self.trainer.datamodule.manifest  # pyright: ignore[reportAttributeAccessIssue]
@@ -120,31 +100,45 @@ class DoRATask(AdapterTask):
         ):
             if needed != found:
                 raise ValueError(
-                    f"{self.source} reads {needed} {name}, the cached samples have {found}. Cache them with the same "
-                    "wan= as the run."
+                    f"{self.base.transformer} reads {needed} {name}, the cached samples have {found}. "
+                    "Cache them with the same wan= as the run."
                 )
 
     def errors(self, batch: dict[str, Any], noise: Tensor, ids: Tensor, context: Tensor) -> Tensor:
-        """Squared error of the velocity per clip, (B,)."""
+        """Mean squared error of the velocity per clip, (B,); ids (B,) as `levels.seen` gives them."""
         self.check_fit(batch)
         latents = batch["latents"]
         guide = regions.gaussian(batch["ellipses"], *latents.shape[-2:])
         noise = flow.mean_shift(noise, guide, self.mean_shift)
-        x_t = flow.interpolate(latents, noise, self.levels.sigmas[ids])
-        timestep = self.levels.timesteps[ids].to(self.timestep_dtype).float().to(latents.device)
-        return flow_loss(velocity(self.transformer, x_t, timestep, context), flow.velocity(latents, noise))
+        field = partial(velocity, self.transformer)
+        return flow.squared_error(latents, noise, self.levels, ids, field, context).flatten(1).mean(1)
+
+    def example_batch(self, load: Load, geometry: Geometry | None) -> dict[str, Any]:
+        assert geometry is not None, "it trains on latents"
+        shape = geometry.latent_shape(*load.pixels)
+        return {
+            "key": load.keys,
+            "latents": torch.empty(load.batch_size, *shape),
+            "ellipses": torch.empty(load.batch_size, shape[1], 5),
+            "context": torch.empty(load.batch_size, load.prompt_length, self.transformer.config.text_dim),
+        }
+
+    def example_loss(self, batch: dict[str, Any]) -> Tensor:
+        ids = torch.zeros(len(batch["key"]), dtype=torch.long)
+        return self.errors(batch, torch.empty_like(batch["latents"]), ids, batch["context"]).mean()
+
+    def sharded(self) -> list[Group]:
+        assert self.transformer is not None, "configure_model comes first"
+        return [(self.transformer, [*self.transformer.blocks])]
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
-        number = self.trainer.fit_loop.epoch_loop.total_batch_idx
-        draws = ClipDraws(batch["key"], self.seed, "train", number, device=self.device)
+        draws = ClipDraws(batch["key"], self.seed, "train", batch_number(self.trainer), device=self.device)
         noise = draws.normal(batch["latents"].shape[1:])
-        drawn = draws.integers(len(self.levels.sigmas))
-        ids = flow.seen_ids(drawn, self.levels.timesteps, self.timestep_per, self.timestep_dtype)
+        ids = self.levels.seen(draws.integers(len(self.levels)))
         dropped = draws.integers(1_000_000) < 1_000_000 * self.caption_dropout
         context = torch.where(dropped[:, None, None], batch["null_context"], batch["context"])
         errors = self.errors(batch, noise, ids, context)
-        weights = self.levels.weights[ids].to(errors.device) if self.timestep_weight else 1.0
-        loss, size = (weights * errors).mean(), clips_in(batch)
+        loss, size = (self.levels.weights[ids].to(errors.device) * errors).mean(), clips_in(batch)
         log_means(self, self.step_means, {"train/loss": loss, "train/mse": errors.mean()}, size)
         self.log_bins(errors[:size].detach().double().cpu(), ids[:size])
         return {"loss": share_of(self, loss, size), "parts": {"mse": errors.mean()}}
@@ -152,12 +146,12 @@ class DoRATask(AdapterTask):
     def log_bins(self, errors: Tensor, ids: Tensor) -> None:
         """Mean error of all ranks since the last log per range of timesteps; one that no clip fell into is left out."""
         count = len(self.bin_sums)
-        places = (self.levels.timesteps[ids] / len(self.levels.sigmas) * count).long().clamp_max(count - 1)
+        places = (self.levels.timesteps[ids] / len(self.levels) * count).long().clamp_max(count - 1)
         self.bin_sums.index_add_(0, places, errors)
         self.bin_counts.index_add_(0, places, torch.ones_like(errors))
         if not (logs_step(self) and ends_step(self)):
             return
-        width, (sums, counts) = len(self.levels.sigmas) // count, self.bins()
+        width, (sums, counts) = len(self.levels) // count, self.bins()
         means = {
             f"train_t/{place * width:04}-{(place + 1) * width:04}": float(sums[place] / counts[place])
             for place in counts.nonzero().flatten().tolist()
@@ -186,29 +180,19 @@ class DoRATask(AdapterTask):
     def on_validation_epoch_end(self) -> None:
         self.means.log(self)
 
-    def configure_optimizers(self) -> dict[str, Any]:
-        return adamw_with_warmup(
-            self.transformer.parameters(),
-            lr=self.lr,
-            warmup_steps=self.warmup_steps,
-            decay_steps=self.decay_steps,
-            betas=self.betas,
-            weight_decay=self.weight_decay,
-            warmup=self.warmup,
-        )
+    def schedule(self) -> dict[str, Any]:
+        return {**super().schedule(), "task.warmup": self.warmup.__name__}
 
-    def adapter_metadata(self) -> dict[str, str]:
-        facts = {
-            "schema": ADAPTER_SCHEMA,
+    def facts(self) -> dict[str, Any]:
+        return {
             "kind": "dit_dora",
-            "base": self.source,
+            "base": self.base.transformer,
             "transformer_sha256": self.base_sha256,
             "rank": self.rank,
             "alpha": self.alpha,
             "mean_shift": self.mean_shift,
             **self.cache,
         }
-        return {name: json.dumps(value) for name, value in facts.items()}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from lightning import LightningModule
 from torch import Tensor
+from torchmetrics import Metric
 
 from acetate.losses.ranks import sum_over_ranks
 from acetate.steps import ends_step, logs_step
@@ -83,3 +84,10 @@ def log_means(task: LightningModule, means: Means, values: Mapping[str, Tensor],
     """Logs what `step_means` gives."""
     for name, mean in step_means(task, means, values, size).items():
         task.log(name, mean, prog_bar=name == "train/loss", batch_size=max(1, size))
+
+
+def log_quality(task: LightningModule, **metrics: Metric) -> None:
+    """Logs what each has measured in a validation, of all ranks, as val/NAME/...; they begin anew."""
+    for name, metric in metrics.items():
+        task.log_dict({f"val/{name}/{key}": value for key, value in metric.compute().items()}, sync_dist=True)
+        metric.reset()

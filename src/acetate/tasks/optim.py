@@ -1,10 +1,15 @@
 """AdamW with linear warm-up and, where wanted, cosine decay."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import nn
+
+
+def linear(step: int, steps: int) -> float:
+    """Share of the learning rate in the warm-up and after it."""
+    return min(1.0, (step + 1) / (steps + 1))
 
 
 def adamw_with_warmup(
@@ -15,24 +20,16 @@ def adamw_with_warmup(
     decay_steps: int | None = None,
     betas: Sequence[float] = (0.9, 0.99),
     weight_decay: float = 0.0,
-    warmup: str = "linear",
+    warmup: Callable[[int, int], float] = linear,
 ) -> dict:
-    """What `configure_optimizers` returns. decay_steps: the step at which a half cosine reaches zero.
-
-    warmup: `linear`, or `third` (released DiT code: a third of lr for warmup_steps, then all of it).
-    """
-    if warmup not in ("linear", "third"):
-        raise ValueError(f"warmup {warmup!r}; known: linear, third.")
+    """What `configure_optimizers` returns. decay_steps: the step at which a half cosine reaches zero."""
     if decay_steps is not None and decay_steps < 1:
         raise ValueError(f"decay_steps {decay_steps}; the cosine ends at a positive step. Set trainer.max_steps.")
     trainable = [p for p in parameters if p.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=lr, betas=(betas[0], betas[1]), weight_decay=weight_decay)
 
     def factor(step: int) -> float:
-        if warmup == "third":
-            warm = 1.0 if step >= warmup_steps else 1 / 3
-        else:
-            warm = min(1.0, (step + 1) / (warmup_steps + 1))
+        warm = warmup(step, warmup_steps)
         if decay_steps is None:
             return warm
         return warm * 0.5 * (1 + math.cos(math.pi * min(1.0, step / decay_steps)))

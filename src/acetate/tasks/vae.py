@@ -1,6 +1,5 @@
 """RGBA-VAE training: merge block and decoder LoRA on a frozen Wan2.1 VAE (method of Wan-Alpha, section 3)."""
 
-import json
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -16,14 +15,13 @@ from acetate.losses.ranks import moments
 from acetate.losses.vae import VAELoss
 from acetate.metrics.alpha import AlphaQuality
 from acetate.metrics.rgb import CompositeQuality, RGBQuality
-from acetate.models.adapters import ADAPTER_SCHEMA, trainable_state
 from acetate.models.dit import VelocityField, check_latent_grid
 from acetate.models.rgba_vae import RGBAVAE
 from acetate.models.wan import Geometry, WanDecoder, WanEncoder, WanHead
 from acetate.regions import check_clip_shape
 from acetate.tasks.adapter import AdapterTask
-from acetate.tasks.logs import Means, clips_in, log_means, share_of, step_means
-from acetate.tasks.optim import adamw_with_warmup
+from acetate.tasks.example import Group, Load, MeasuredTask
+from acetate.tasks.logs import Means, clips_in, log_means, log_quality, share_of, step_means
 
 OF_ALL_RANKS = ("diffusion", "moments")  # parts of the loss; the others are means over a rank's own clips
 
@@ -38,45 +36,37 @@ class Draw(NamedTuple):
     step_ids: Tensor
 
 
-class RGBAVAETask(AdapterTask):
-    """build_vae() and build_judge(mesh=) make the RGBAVAE and the frozen VelocityField; the judge only where it is
-    used.
+class RGBAVAETask(AdapterTask, MeasuredTask):
+    """Reconstruction in three views and, where `diffusion` has a judge, what a DiT makes of the latents.
 
     background_per: one palette colour per `clip` and use, or per `batch` (released). moment_weight: of the
     penalty that holds the normalised latents' per-channel mean at 0 and variance at 1, the base's own.
-    trainable_dtype: master precision of what trains. lpips: measure it in validation (needs VGG16 weights).
-    random_validation: other colours, noise and timesteps at every validation (released).
+    lpips: measure it in validation (needs VGG16 weights). decay_steps: as in `adamw_with_warmup`.
     """
 
     def __init__(
         self,
         *,
         build_vae: Callable[[], RGBAVAE],
-        build_judge: Callable[..., VelocityField],
         loss: VAELoss,
         diffusion: DiffusionLoss,
-        lr: float,
-        warmup_steps: int,
-        betas: Sequence[float],
-        weight_decay: float,
         moment_weight: float,
         background_per: str,
-        trainable_dtype: str,
+        lr: float,
+        warmup_steps: int,
+        decay_steps: int | None,
+        betas: Sequence[float],
+        weight_decay: float,
         lpips: bool,
         seed: int,
-        decay_steps: int | None = None,
-        random_validation: bool = False,
     ) -> None:
         super().__init__()
         if background_per not in ("clip", "batch"):
             raise ValueError(f"task.background_per {background_per!r}; known: clip, batch.")
-        self.build_vae, self.build_judge = build_vae, build_judge
-        self.loss, self.diffusion = loss, diffusion
+        self.build_vae, self.loss, self.diffusion = build_vae, loss, diffusion
         self.lr, self.warmup_steps, self.decay_steps = lr, warmup_steps, decay_steps
         self.betas, self.weight_decay, self.moment_weight = betas, weight_decay, moment_weight
-        self.background_per = background_per
-        self.trainable_dtype = getattr(torch, trainable_dtype)
-        self.lpips, self.seed, self.random_validation = lpips, seed, random_validation
+        self.background_per, self.lpips, self.seed = background_per, lpips, seed
         self.means, self.step_means, self.latent_means = Means(), Means(), Means()
         self.vae: RGBAVAE | None = None
         self.judge: VelocityField | None = None
@@ -85,12 +75,10 @@ class RGBAVAETask(AdapterTask):
         if self.vae is not None:
             return
         self.vae = self.build_vae()
-        for parameter in trainable_state(self.vae).values():
-            parameter.data = parameter.data.to(self.trainable_dtype)
         if self.shards is not None:
             self.vae.shard(self.shards)
         if self.diffusion.mode != "off":
-            self.judge = self.build_judge(mesh=self.shards)
+            self.judge = self.diffusion.build_judge(mesh=self.shards)
         geometry = self.vae.geometry
         self.composite_quality = CompositeQuality(lpips=self.lpips)
         self.alpha_quality = AlphaQuality(time_stride=geometry.time_stride, space_stride=geometry.space_stride)
@@ -102,7 +90,7 @@ class RGBAVAETask(AdapterTask):
         if self.background_per == "batch":
             colors = [c[:1].expand_as(c) for c in colors]
         noise = draws.normal(self.vae.geometry.latent_shape(*batch["alpha"].shape[2:]))
-        return Draw(*map(compositing.palette_colors, colors), noise, draws.integers(len(self.diffusion.sigmas)))
+        return Draw(*map(compositing.palette_colors, colors), noise, draws.integers(len(self.diffusion.levels)))
 
     def step(self, batch: dict[str, Any], draw: Draw) -> tuple[Tensor, dict[str, Tensor], Tensor, Tensor, Tensor]:
         """loss, its parts, rgb_hat, alpha_hat and the normalised latents."""
@@ -114,20 +102,27 @@ class RGBAVAETask(AdapterTask):
         loss, parts = self.loss(rgb_hat, alpha_hat, rgb, alpha, draw.soft, draw.hard, vae.encoder.feature_maps)
         latents = vae.normalise(raw)
         if self.judge is not None:
-            parts["diffusion"] = self.diffusion(
-                raw if self.diffusion.latents == "raw" else latents,
-                alpha,
-                draw.noise,
-                draw.step_ids,
-                self.judge,
-                vae.geometry.time_stride,
-                vae.geometry.space_stride,
-            )
+            strides = vae.geometry.time_stride, vae.geometry.space_stride
+            judged = raw if self.diffusion.latents == "raw" else latents
+            parts["diffusion"] = self.diffusion(judged, alpha, draw.noise, draw.step_ids, self.judge, *strides)
             loss = loss + parts["diffusion"]
         if self.moment_weight:
             parts["moments"] = self.moment_weight * moment_penalty(latents[: clips_in(batch)])
             loss = loss + parts["moments"]
         return loss, parts, rgb_hat, alpha_hat, latents
+
+    def example_batch(self, load: Load, geometry: Geometry | None) -> dict[str, Any]:
+        size = load.batch_size
+        rgb, alpha = (torch.empty(size, channels, *load.pixels) for channels in (3, 1))
+        return {"key": load.keys, "rgb": rgb, "alpha": alpha}
+
+    def example_loss(self, batch: dict[str, Any]) -> Tensor:
+        return self.step(batch, self.draw(batch, "train", 0))[0]
+
+    def sharded(self) -> list[Group]:
+        judges = [] if self.judge is None else [self.judge.transformer]
+        whole = (self.vae.merge, self.vae.decoder_rgb, self.vae.decoder_alpha)
+        return [*((part, []) for part in whole), *((judge, [*judge.blocks]) for judge in judges)]
 
     def check_shape(self, alpha: Tensor) -> None:
         """Raises ValueError for a clip that the VAE, or the judge, cannot take."""
@@ -163,10 +158,12 @@ class RGBAVAETask(AdapterTask):
             names = (f"z/mean_{c:02}", f"z/std_{c:02}")
             self.log_dict(dict(zip(names, pair, strict=True)), batch_size=max(1, size))
 
+    def validation_draw(self, batch: dict[str, Any]) -> Draw:
+        """The same at every validation, a function of the clips' keys."""
+        return self.draw(batch, "val", 0)
+
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
-        """Fixed colours, noise and timesteps, a function of the clip's key, unless random_validation is set."""
-        draw = self.draw(batch, "val", self.global_step if self.random_validation else 0)
-        loss, parts, rgb_hat, alpha_hat, _ = self.step(batch, draw)
+        loss, parts, rgb_hat, alpha_hat, _ = self.step(batch, self.validation_draw(batch))
         alpha_hat, size = compositing.one_channel(alpha_hat), clips_in(batch)
         self.means.add({"val/loss": loss, **{f"val/{name}": value for name, value in parts.items()}}, size)
         if size:
@@ -176,24 +173,11 @@ class RGBAVAETask(AdapterTask):
 
     def on_validation_epoch_end(self) -> None:
         self.means.log(self)
-        for name, metric in (("rgb", self.composite_quality), ("alpha", self.alpha_quality)):
-            self.log_dict({f"val/{name}/{key}": value for key, value in metric.compute().items()}, sync_dist=True)
-            metric.reset()
+        log_quality(self, rgb=self.composite_quality, alpha=self.alpha_quality)
 
-    def configure_optimizers(self) -> dict[str, Any]:
-        return adamw_with_warmup(
-            self.vae.parameters(),
-            lr=self.lr,
-            warmup_steps=self.warmup_steps,
-            decay_steps=self.decay_steps,
-            betas=self.betas,
-            weight_decay=self.weight_decay,
-        )
-
-    def adapter_metadata(self) -> dict[str, str]:
+    def facts(self) -> dict[str, Any]:
         vae = self.vae
-        facts = {
-            "schema": ADAPTER_SCHEMA,
+        return {
             "kind": "rgba_vae",
             "base": vae.source,
             "base_sha256": vae.base_sha256,
@@ -203,7 +187,6 @@ class RGBAVAETask(AdapterTask):
             "average_alpha": vae.average_alpha,
             "eps": self.loss.eps,
         }
-        return {name: json.dumps(value) for name, value in facts.items()}
 
 
 def moment_penalty(latents: Tensor) -> Tensor:
@@ -244,6 +227,4 @@ class PlainVAETask(LightningModule):
         self.alpha_quality.update((matte + 1) / 2, alpha)
 
     def on_validation_epoch_end(self) -> None:
-        for name, metric in (("rgb", self.rgb_quality), ("alpha", self.alpha_quality)):
-            self.log_dict({f"val/{name}/{key}": value for key, value in metric.compute().items()}, sync_dist=True)
-            metric.reset()
+        log_quality(self, rgb=self.rgb_quality, alpha=self.alpha_quality)

@@ -1,13 +1,13 @@
 """Training the tiny base model itself: a plain RGB VAE and a text-to-video flow model of Wan's architecture."""
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanAttentionBlock, WanResidualBlock
-from lightning import LightningModule
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
@@ -16,7 +16,9 @@ from acetate.data import synthetic
 from acetate.draws import ClipDraws
 from acetate.losses.terms import sobel_l1
 from acetate.metrics.rgb import RGBQuality
+from acetate.models.dit import velocity
 from acetate.models.wan import Geometry, WanDecoder, WanEncoder, WanHead, replace_folder, save_vae
+from acetate.tasks.example import Group, Load, MeasuredTask
 from acetate.tasks.logs import Means, log_means
 from acetate.tasks.optim import adamw_with_warmup
 
@@ -55,7 +57,7 @@ def _repeat_or_average_(time_conv: nn.Module) -> None:
         taps[:channels, :, 2] = taps[channels:, :, 2] = torch.eye(channels)
 
 
-class WanVAETask(LightningModule):
+class WanVAETask(MeasuredTask):
     """L = |x_hat - x|^2 + w_edge |edge(x_hat) - edge(x)|_1 + w_kl KL(q(z|x) || N(0, 1)), z ~ q.
 
     `init_from` is a diffusers folder to go on from (an image model before clips); `save_to` receives the
@@ -104,6 +106,15 @@ class WanVAETask(LightningModule):
         log_means(self, self.step_means, values, len(batch["key"]))
         return {"loss": loss, "parts": parts}
 
+    def example_batch(self, load: Load, geometry: Geometry | None) -> dict[str, Any]:
+        return {"key": load.keys, "video": torch.empty(load.batch_size, 3, *load.pixels)}
+
+    def example_loss(self, batch: dict[str, Any]) -> Tensor:
+        return self.training_step(batch, 0)["loss"]
+
+    def sharded(self) -> list[Group]:
+        return [(self, [])]
+
     def on_validation_epoch_start(self) -> None:
         self.latents.clear()
 
@@ -149,12 +160,14 @@ def train_tokenizer(prompts: Sequence[str], vocabulary: int, length: int) -> Pre
     )
 
 
-class WanDiTTask(LightningModule):
+class WanDiTTask(MeasuredTask):
     """Text-to-video flow matching of a small Wan DiT with its own text encoder, on a frozen VAE's latents.
 
     l = |DiT(x_t, t, prompt) - (noise - z)|^2, z normalised, one step per clip; prompts are dropped with
     probability `prompt_dropout`. `save_to` receives transformer, text_encoder and tokenizer in diffusers layout.
     """
+
+    levels = flow.schedule()
 
     def __init__(
         self,
@@ -193,9 +206,6 @@ class WanDiTTask(LightningModule):
         self.prompt_length, self.prompt_dropout = prompt_length, prompt_dropout
         self.lr, self.warmup_steps, self.seed = lr, warmup_steps, seed
         self.save_to, self.step_means = Path(save_to), Means()
-        levels = flow.schedule()
-        for name in ("sigmas", "timesteps"):
-            self.register_buffer(name, getattr(levels, name), persistent=False)
         shape = (1, -1, 1, 1, 1)
         self.register_buffer("mean", torch.tensor(self.geometry.mean).view(shape), persistent=False)
         self.register_buffer("std", torch.tensor(self.geometry.std).view(shape), persistent=False)
@@ -209,7 +219,7 @@ class WanDiTTask(LightningModule):
         return embeds * tokens.attention_mask[..., None]
 
     def step(self, batch: dict[str, Any], draws: ClipDraws) -> Tensor:
-        ids = draws.integers(len(self.sigmas))
+        ids = self.levels.seen(draws.integers(len(self.levels)))
         kept = draws.integers(1000) >= 1000 * self.prompt_dropout
         prompts = [prompt if keep else "" for prompt, keep in zip(batch["prompt"], kept.tolist(), strict=True)]
         noise = draws.normal(self.geometry.latent_shape(*batch["video"].shape[2:]))
@@ -219,9 +229,20 @@ class WanDiTTask(LightningModule):
         """Mean squared error of the velocity at the noise levels of steps ids (B,)."""
         with torch.no_grad():
             latents = (self.head(self.encoder(video))[0] - self.mean) / self.std
-        x_t = flow.interpolate(latents, noise, self.sigmas[ids])
-        velocity = self.transformer(x_t, self.timesteps[ids], self.context(prompts), return_dict=False)[0]
-        return (velocity - flow.velocity(latents, noise)).square().mean()
+        field = partial(velocity, self.transformer)
+        return flow.squared_error(latents, noise, self.levels, ids, field, self.context(prompts)).mean()
+
+    def example_batch(self, load: Load, geometry: Geometry | None) -> dict[str, Any]:
+        video = torch.empty(load.batch_size, 3, *load.pixels)
+        return {"key": load.keys, "video": video, "prompt": [""] * load.batch_size}
+
+    def example_loss(self, batch: dict[str, Any]) -> Tensor:
+        ids = torch.zeros(len(batch["key"]), dtype=torch.long)
+        noise = torch.empty(len(ids), *self.geometry.latent_shape(*batch["video"].shape[2:]))
+        return self.error(batch["video"], batch["prompt"], noise, ids)
+
+    def sharded(self) -> list[Group]:
+        return [(self, [])]
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
         loss = self.step(batch, ClipDraws(batch["key"], self.seed, "train", self.global_step, device=self.device))

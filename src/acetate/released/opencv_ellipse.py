@@ -1,7 +1,7 @@
 """OpenCV's filled ellipse on a batch of grids, to the pixel: what decides how far the released fit grows its axes.
 
 cv::ellipse draws a polygon of few corners whose rows and outline round differently from the ellipse itself. Only
-reproducing the released masks needs this; `regions.ellipse` by default asks the ellipse.
+reproducing the released masks needs this; `regions.fit_ellipses` by default asks the ellipse.
 """
 
 import torch
@@ -10,6 +10,14 @@ from torch import Tensor
 ONE = 1 << 16  # OpenCV's fixed point
 HALF = ONE >> 1
 CORNERS = 72  # at most: one every 5 degrees
+
+
+def inside(centre: Tensor, lengths: Tensor, angle: Tensor, height: int, width: int) -> Tensor:
+    """Of ellipses at any place, (N, 2), (N, 2), (N,) -> bool (N, height, width): rounded as the released code does."""
+    last = torch.tensor([width - 1, height - 1], device=centre.device)
+    place = centre.round().long().clamp(torch.zeros_like(last), last)
+    half = (lengths / 2).round().long().clamp_min(1)
+    return filled(place, half, angle.round().long(), height, width)
 
 
 def filled(centre: Tensor, half_axes: Tensor, angle: Tensor, height: int, width: int) -> Tensor:

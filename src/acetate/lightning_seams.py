@@ -1,0 +1,189 @@
+"""The parts of Lightning that acetate needs and that are not in its public interface, under plain names.
+
+No other file touches them. pyproject.toml admits the minor version that they are tested with, and
+tests/test_lightning_seams.py has a test of each, which names the one that a new version breaks.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from lightning import LightningModule
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loops import _FitLoop, _TrainingEpochLoop
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from lightning.pytorch.trainer.connectors.logger_connector import _LoggerConnector
+
+
+def step_is_due(trainer: Trainer) -> bool:
+    """Whether the batch at hand is the last of its optimizer step; after it, whether that step is done."""
+    return not trainer.fit_loop._should_accumulate()
+
+
+def batch_number(trainer: Trainer) -> int:
+    """Of the training batch at hand, from 0, over all epochs and over what a checkpoint had done before."""
+    return trainer.fit_loop.epoch_loop.total_batch_idx
+
+
+def batches_done(trainer: Trainer) -> int:
+    """Training batches of this rank that are finished; one that was interrupted is not."""
+    return trainer.fit_loop.epoch_loop.batch_progress.total.processed  # pyright: ignore
+
+
+def validates(trainer: Trainer) -> bool:
+    """Whether there is anything to validate with, in this epoch."""
+    return trainer.fit_loop.epoch_loop._should_check_val_epoch()
+
+
+def validate_now(trainer: Trainer) -> None:
+    """A whole validation in the middle of training, as its own loop runs it."""
+    loop = trainer.fit_loop.epoch_loop.val_loop
+    trainer.validating, loop.restarting = True, False
+    loop.run()
+    trainer.training = True
+
+
+def has_trainer(task: LightningModule) -> bool:
+    """`task.trainer` raises where there is none."""
+    return task._trainer is not None
+
+
+def log_row(trainer: Trainer, values: Mapping[str, Any]) -> None:
+    """Hands the values to all loggers, at the last finished step."""
+    trainer._logger_connector.log_metrics(dict(values))
+
+
+def log_step(trainer: Trainer) -> None:
+    """Writes what the step that was just finished has logged, unless that is done or not due."""
+    trainer._logger_connector.update_train_step_metrics()
+
+
+def replaces_samplers(trainer: Trainer) -> bool:
+    """Whether Lightning puts a sampler of its own in the place of a loader's."""
+    return trainer._accelerator_connector.use_distributed_sampler
+
+
+def leave_signals_alone(trainer: Trainer) -> None:
+    """No handler of Lightning's, which save amid a step; those of now come back when training ends."""
+    connector = trainer._signal_connector
+    connector._original_handlers = connector._get_current_signal_handlers()
+    connector.register_signal_handlers = lambda: None
+
+
+def set_ddp(strategy: DDPStrategy, **settings: Any) -> None:
+    """Arguments of DistributedDataParallel, for a strategy that Lightning chose itself."""
+    strategy._ddp_kwargs |= settings
+
+
+def share_data_among_all(strategy: ModelParallelStrategy) -> None:
+    """Every rank reads clips of its own: data-parallel over all of them, tensor-parallel over none."""
+    strategy._data_parallel_size = strategy.num_nodes * strategy.num_processes
+    strategy._tensor_parallel_size = 1
+
+
+def count_in_steps(trainer: Trainer) -> None:
+    """Validations and logs of an `acetate.steps.StepTrainer` fall on optimizer steps rather than on batches."""
+    trainer.fit_loop.__class__ = _Fit
+    trainer.fit_loop.epoch_loop.__class__ = _Steps
+    trainer._logger_connector.__class__ = _StepLogs
+
+
+class _Fit(_FitLoop):
+    """It also starts and ends a training that goes on from its last step."""
+
+    @property
+    def skip(self) -> bool:
+        return self.trainer.limit_train_batches == 0 if self.restarting else super().skip
+
+
+class _Steps(_TrainingEpochLoop):
+    def _should_check_val_fx(self, data_fetcher: Any) -> bool:
+        return self.trainer.validation_due
+
+
+class _StepLogs(_LoggerConnector):
+    step = 0  # that the present batch belongs to
+    written = 0  # the last step whose row is written
+
+    def on_batch_start(self, batch: Any, dataloader_idx: int | None = None) -> None:
+        super().on_batch_start(batch, dataloader_idx)
+        if self.trainer.training:
+            self.step = self.trainer.global_step + 1
+            self.rates = {
+                f"lr-{type(optimizer).__name__}": optimizer.param_groups[0]["lr"]
+                for optimizer in self.trainer.optimizers
+            }
+
+    @property
+    def should_update_logs(self) -> bool:
+        every = self.trainer.log_every_n_steps
+        return every > 0 and (self.step % every == 0 or self.trainer.should_stop)
+
+    def update_train_step_metrics(self) -> None:
+        """One row a step, at its end; a value that is not logged again is not written again."""
+        done = self.trainer.global_step == self.step and step_is_due(self.trainer)
+        if self.written == self.step or not done:
+            return
+        self.written = self.step
+        if not self.should_update_logs:
+            return
+        metrics, results = self.metrics, self.trainer._results
+        self._progress_bar_metrics.update(metrics["pbar"])
+        self._callback_metrics.update(metrics["callback"])
+        self.log_metrics({**metrics["log"], **self.rates})
+        for name in [name for name, value in results.items() if not value.meta.on_epoch]:
+            del results[name]
+
+    def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
+        if not metrics:
+            return
+        step = self.trainer.global_step if step is None else step
+        super().log_metrics({**metrics, "epoch": self.trainer.passes}, step=step)
+
+
+class SteeredCheckpoint(ModelCheckpoint):
+    """ModelCheckpoint, but a subclass says when it saves, and what writing and deleting one means."""
+
+    @property
+    def every_n_steps(self) -> int:
+        return self._every_n_train_steps
+
+    @property
+    def saved_step(self) -> int:
+        """Of the last checkpoint."""
+        return self._last_global_step_saved
+
+    @property
+    def saved_path(self) -> str:
+        """Of the last checkpoint."""
+        return self._last_checkpoint_saved
+
+    def take_as_saved(self, step: int, path: str) -> None:
+        """As if it had been written here."""
+        self._last_global_step_saved, self._last_checkpoint_saved = step, path
+
+    def save_top_k_of(self, trainer: Trainer) -> None:
+        """One named by its step, where it belongs to the `save_top_k` that are kept."""
+        self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
+
+    def save_as_last(self, trainer: Trainer) -> None:
+        self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+
+    def may_save(self, trainer: Trainer) -> bool:
+        """Whether there is anything new to save, in training."""
+        return not super()._should_skip_saving_checkpoint(trainer)
+
+    def write(self, trainer: Trainer, path: str) -> None:
+        super()._save_checkpoint(trainer, path)
+
+    def delete(self, trainer: Trainer, path: str) -> None:
+        super()._remove_checkpoint(trainer, path)
+
+    def _should_skip_saving_checkpoint(self, trainer: Trainer) -> bool:
+        return not self.may_save(trainer)
+
+    def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
+        self.write(trainer, filepath)
+
+    def _remove_checkpoint(self, trainer: Trainer, filepath: str) -> None:
+        self.delete(trainer, filepath)

@@ -1,0 +1,27 @@
+"""The noise levels that the released training code sees."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from acetate import flow
+
+
+@dataclass(frozen=True)
+class ReleasedLevels(flow.NoiseLevels):
+    """One level for the whole batch, its timestep in bfloat16, which leaves 294 of 1000."""
+
+    def seen(self, ids: Tensor) -> Tensor:
+        return self.rounded(super().seen(ids)[:1]).expand_as(ids)
+
+    def timestep(self, ids: Tensor) -> Tensor:
+        return self.timesteps[ids].to(torch.bfloat16).float()
+
+    def rounded(self, ids: Tensor) -> Tensor:
+        """Ids (B,) as the rounded timesteps find them again."""
+        return (self.timesteps[None] - self.timestep(ids)[:, None]).abs().argmin(1)
+
+
+def schedule() -> ReleasedLevels:
+    return ReleasedLevels(**vars(flow.schedule()))

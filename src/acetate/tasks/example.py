@@ -1,0 +1,48 @@
+"""What a task tells those who ask how much memory and time its training step takes, before there is a run."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any
+
+from lightning import LightningModule
+from torch import Tensor, nn
+
+from acetate.models.wan import Geometry
+
+Group = tuple[nn.Module, list[nn.Module]]
+
+
+@dataclass(frozen=True)
+class Load:
+    """A batch of a GPU: clips in pixels, also where a stage reads their latents, and prompts in tokens."""
+
+    batch_size: int
+    frames: int
+    height: int
+    width: int
+    prompt_length: int
+
+    @property
+    def pixels(self) -> tuple[int, int, int]:
+        return self.frames, self.height, self.width
+
+    @property
+    def keys(self) -> list[str]:
+        """Of the clips."""
+        return [str(i) for i in range(self.batch_size)]
+
+
+class MeasuredTask(LightningModule, ABC):
+    """A task that says, after its configure_model, what its training step is given, computes and shards."""
+
+    @abstractmethod
+    def example_batch(self, load: Load, geometry: Geometry | None) -> dict[str, Any]:
+        """What its data module gives, without numbers. geometry: of the VAE, where the task reads latents."""
+
+    @abstractmethod
+    def example_loss(self, batch: dict[str, Any]) -> Tensor:
+        """Its own computation on such a batch, without a trainer."""
+
+    @abstractmethod
+    def sharded(self) -> list[Group]:
+        """What trainer=fsdp shards, each with its blocks, which are gathered one by one."""

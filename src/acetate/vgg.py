@@ -1,0 +1,49 @@
+"""VGG16, and LPIPS on it, for losses and metrics: read without running code, and missed in words."""
+
+import warnings
+from contextlib import nullcontext
+from pathlib import Path
+from pickle import UnpicklingError
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torchvision.models import VGG16_Weights
+
+
+def load_vgg16(weights: str | None, instead: str) -> dict[str, Tensor]:
+    """VGG16 state dict from a file, or from torchvision's cache, fetched into it if need be.
+
+    Raises FileNotFoundError that says which file goes where, or what to do instead.
+    """
+    if weights is not None:
+        path = Path(weights)
+        if not path.is_file():
+            raise FileNotFoundError(f"VGG16 weights {path} do not exist. Point loss.perceptual.weights at the file.")
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        return VGG16_Weights.IMAGENET1K_V1.get_state_dict(progress=True, check_hash=True, weights_only=True)
+    except (OSError, RuntimeError, UnpicklingError) as error:
+        url = VGG16_Weights.IMAGENET1K_V1.url
+        path = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
+        raise FileNotFoundError(
+            f"VGG16 weights are not at {path}, or damaged, and could not be fetched ({error}). "
+            f"Put {url} there, or {instead}."
+        ) from error
+
+
+def lpips_network(instead: str, pretrained: bool = True) -> nn.Module:
+    """LPIPS-VGG 0.1 (Zhang et al. 2018), frozen: two (N, 3, H, W) in [-1, 1] -> (N, 1, 1, 1).
+
+    pretrained False: on the meta device, to measure with. Raises as `load_vgg16`.
+    """
+    if pretrained:
+        load_vgg16(None, instead)  # lpips itself would not say where the file belongs
+    import lpips  # seconds to import, and only some choices need it
+
+    with nullcontext() if pretrained else torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # lpips still uses torchvision's old argument names
+        network = lpips.LPIPS(net="vgg", verbose=False, pretrained=pretrained, pnet_rand=not pretrained)
+    return network.eval().requires_grad_(False)
