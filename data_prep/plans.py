@@ -35,7 +35,8 @@ class Plan:
 
     @classmethod
     def of(cls, line: Found, measured: Decisions, settings: Settings) -> "Plan":
-        """ValueError, which names the clip, for a decision of the command line that is impossible for it."""
+        """ValueError, which names the clip, for a decision of the command line that is impossible
+        for it."""
         try:
             decisions = settings.apply(measured)
         except ValueError as error:
@@ -55,7 +56,8 @@ class Plan:
 
 
 def piece_keys(key: str, count: int) -> list[str]:
-    """KEY-p000, KEY-p001, ...; a key that is too long for that is cut and ends in 8 digits of its hash."""
+    """KEY-p000, KEY-p001, ...; a key that is too long for that is cut and ends in 8 digits of its
+    hash."""
     if count == 1:
         return [key]
     numbers = [f"-p{i:03d}" for i in range(count)]
