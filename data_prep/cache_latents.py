@@ -145,7 +145,7 @@ def devices_for(device: str, spread: bool) -> list[str]:
 def make_tars(
     jobs: Jobs, encode: Encode, finished: Iterable[dict[str, Any]], bad_clip_budget: int, quiet: bool
 ) -> None:
-    """Encodes what is missing under a progress bar. finished: parts of the other tars, whose bad clips count, too."""
+    """Encodes what is missing. finished: parts of the other tars, whose bad clips count, too."""
     bad = BadClips(bad_clip_budget)
     with tqdm(total=sum(map(len, jobs.values())), unit="sample", disable=quiet) as bar:
 

@@ -114,7 +114,7 @@ def pictures(path: Path) -> list[Path]:
 
 
 def stamps(files: Iterable[Path]) -> list[tuple[int, int] | None]:
-    """Size and time of each file, by which one that was changed is told; None where there is no file."""
+    """Size and time of each file, which tell one that was changed; None where there is none."""
     stats = [path.stat() if path.exists() else None for path in files]
     return [(stat.st_size, stat.st_mtime_ns) if stat else None for stat in stats]
 

@@ -1,4 +1,4 @@
-"""What filter and caption share: a line about every clip, kept for the next run, and copies of clips."""
+"""Lines about every clip, which the next run finds again, and copies of clips."""
 
 from collections.abc import Callable, Iterable
 from pathlib import Path

@@ -194,7 +194,7 @@ def _examined(task: Task) -> Found:
         notes = (f"{candidate.files[1].name} beside it is not used: the picture has alpha of its own",)
         candidate = replace(candidate, files=(path,), matte=False)
     kind, rects = _kind(candidate, header, settings)
-    clip = _read(candidate, kind, rects, limits)
+    clip = read(kind, candidate.files, rects, limits)
     said = column(row, "premultiplied").lower()
     if said not in PREMULTIPLIED:
         raise MediaError(
@@ -258,13 +258,13 @@ def _kind(candidate: Candidate, header: Description, settings: Settings) -> tupl
     return "packed", rects
 
 
-def _read(candidate: Candidate, kind: Kind, rects: tuple[Rect, Rect] | None, limits: Limits) -> RGBAClip:
-    path = candidate.files[0]
+def read(kind: Kind, files: Sequence[Path], rects: tuple[Rect, Rect] | None, limits: Limits) -> RGBAClip:
+    """rects: of colour and alpha in the pictures of a packed video."""
     if kind in ("pair", "matte"):
-        return read_pair(path, candidate.files[1], limits)
+        return read_pair(files[0], files[1], limits)
     if rects is not None:
-        return read_packed(path, *rects, limits)
-    return read_rgba(path, limits)
+        return read_packed(files[0], *rects, limits)
+    return read_rgba(files[0], limits)
 
 
 def _given_rectangles(candidate: Candidate, header: Description) -> tuple[Rect, Rect] | None:

@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from multiprocessing.process import parent_process
@@ -146,22 +147,21 @@ def _here(
         yield call(item)
 
 
+@dataclass
 class Team(Generic[Item, Result]):
     """Workers, and the items that they are asked about in threads, so that none waits for the caller.
 
     name, time_limit, lost: as in `parallel`.
     """
 
-    def __init__(
-        self,
-        workers: Sequence[Worker],
-        name: Callable[[Item], str],
-        time_limit: float | None,
-        lost: Callable[[Item, str], Result] | None,
-    ):
-        self.workers, self.name, self.time_limit, self.lost = workers, name, time_limit, lost
+    workers: Sequence[Worker]
+    name: Callable[[Item], str]
+    time_limit: float | None
+    lost: Callable[[Item, str], Result] | None
+
+    def __post_init__(self) -> None:
         self.idle: SimpleQueue[Worker] = SimpleQueue()
-        for worker in workers:
+        for worker in self.workers:
             self.idle.put(worker)
         self.closed = threading.Event()
 

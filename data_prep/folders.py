@@ -64,7 +64,7 @@ def making(out: Path, made_by: Mapping[str, Any], replace: bool, rank: int = 0) 
 
 
 def tidy(folder: Path) -> None:
-    """Removes what a finished folder has no use for, also where a run was killed before it came to that."""
+    """Removes what a finished folder has no use for; a run that was killed at its end left it."""
     remove_parts(folder)
     (folder / MEASURED).unlink(missing_ok=True)
     shutil.rmtree(folder / "prompts", ignore_errors=True)

@@ -90,7 +90,7 @@ def inspect(
 
 
 def pieces_of(refs: Sequence[ClipRef], vae: str, lengths: Sequence[int], area: int, max_aspect: float) -> list[Piece]:
-    """The windows that data_prep.cache_latents would cut; ValueError for settings that it would refuse."""
+    """The windows that data_prep.cache_latents would cut; ValueError for what it would refuse."""
     check_list("lengths", lengths, "[17,49,81]")
     geometry = Geometry.of(blank_vae(vae))
     for length in lengths:

@@ -1,20 +1,16 @@
 """JSON lines that a run appends one by one, so that the next run goes on after the last of them."""
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from filelock import FileLock, Timeout
 
 from acetate.replacing import writing, written
 
 Line = dict[str, Any]
-
-
-class Append(Protocol):
-    def __call__(self, line: Mapping[str, Any]) -> None: ...
 
 
 def encode(line: Mapping[str, Any]) -> str:
@@ -35,7 +31,7 @@ def read_journal(path: Path) -> list[Line]:
 
 
 @contextmanager
-def open_journal(path: Path) -> Iterator[Append]:
+def open_journal(path: Path) -> Iterator[Callable[[Mapping[str, Any]], None]]:
     """Appends lines, each on the disk before the next; a last one that was cut off goes first."""
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -17,7 +17,8 @@ from acetate.replacing import writing
 from data_prep.folders import makers
 from data_prep.latent_plan import Piece, Settings
 
-# What decides a latent, beside its clip's frames and its place in them; and what decides an embedding, beside the text
+# What decides a latent, beside its clip's frames and its place in them; and what decides an
+# embedding, beside the text
 OF_A_LATENT = ("seed", "smallest", "dtype", "ellipse", "eps", "frozen_dtype", "vae_sha256", "base_sha256")
 OF_A_TEXT = ("dtype", "text_encoder_sha256", "prompt_length", "long_prompts")
 log = logging.getLogger(__name__)
@@ -40,7 +41,7 @@ class Kept:
         return type(self), (self.folder, self.settings, self.same_text)
 
     def only_prompts_differ(self, made_by: Mapping[str, Any], pieces: Sequence[Piece]) -> bool:
-        """Whether the samples are those of the pieces, of the same frames, so that only descriptions can be new."""
+        """Whether it has all pieces and no others, so that only descriptions can be new."""
         old, new = self.made_with, made_by["settings"]
         if any(old.get(name) != new.get(name) for name in (old.keys() | new.keys()) - {"shards_sha256"}):
             return False
@@ -74,7 +75,8 @@ class Kept:
         return None
 
     def tar(self, pieces: Sequence[Piece], target: Path) -> dict[str, Any] | None:
-        """Puts a tar that would be the same to the bit at `target`; what the manifest says of it, None without one."""
+        """Puts a tar that would be the same to the bit at `target`; what the manifest says of it,
+        None without one."""
         shard = self.shards.get(pieces[0].key)
         if not (shard and self.same_text and [made["key"] for made in shard["samples"]] == [p.key for p in pieces]):
             return None
@@ -98,7 +100,8 @@ class Kept:
 
 
 def find_kept(out: Path, settings: Settings, made_by: Mapping[str, Any]) -> Kept | None:
-    """The samples of a folder that is finished and whose settings give the latents of these; None without one."""
+    """The samples of a folder that is finished and whose settings give the latents of these; None
+    without one."""
     if not (out / MANIFEST).exists():
         return None
     found = next(makers(out))

@@ -1,4 +1,5 @@
-"""Makes the samples of latent shards from pieces of clips, one tar at a time; and embeds their prompts, each once."""
+"""Makes the samples of latent shards from pieces of clips, one tar at a time; and embeds their
+prompts, each once."""
 
 import hashlib
 import json
@@ -113,7 +114,8 @@ class Encoder:
         return skipped
 
     def clip(self, pieces: Sequence[Piece]) -> Iterator[Made | BadClip]:
-        """The samples of one clip, or a BadClip in the place of one; a single BadClip if the clip cannot be read."""
+        """The samples of one clip, or a BadClip in the place of one; a single BadClip if the clip
+        cannot be read."""
         ref = pieces[0].ref
         kept = {piece: found for piece in pieces if self.kept and (found := self.kept.sample(piece))}
         try:
@@ -149,7 +151,8 @@ class Encoder:
         return {"prompt_embeds": embeds, "prompt_mask": torch.ones(len(embeds), dtype=torch.bool)}
 
     def view(self, frames: Tensor, piece: Piece) -> tuple[Tensor, Tensor, Tensor]:
-        """rgb (1, 3, T, H, W), alpha (1, 1, T, H, W) and ellipses (1, F, 5) of a window as the variant places it."""
+        """rgb (1, 3, T, H, W), alpha (1, 1, T, H, W) and ellipses (1, F, 5) of a window as the
+        variant places it."""
         where = placement(self.settings.seed, self.settings.smallest, piece)
         rgb, alpha = (x.to(self.device) for x in cut(frames, piece, where))
         geometry = self.vae.geometry
@@ -173,7 +176,8 @@ def made(piece: Piece, tensors: dict[str, Tensor], meta: Mapping[str, Any]) -> M
 
 
 def embed_prompts(run: Run, encoder: TextEncoder, pieces: Iterable[Piece]) -> None:
-    """Every distinct prompt once, the empty one too, but those that kept samples hold. ValueError as check_lengths."""
+    """Every distinct prompt once, the empty one too, but those that kept samples hold. ValueError
+    as check_lengths."""
     with writing(run.out / "prompts"):
         (run.out / "prompts").mkdir(parents=True, exist_ok=True)
     prompts = {"": [""]}
@@ -198,7 +202,8 @@ def embed_prompts(run: Run, encoder: TextEncoder, pieces: Iterable[Piece]) -> No
 
 
 def check_lengths(encoder: TextEncoder, prompts: Mapping[str, Sequence[str]], truncate: bool) -> None:
-    """prompts: text -> keys of its clips. ValueError, or with `truncate` a warning, names all that are too long."""
+    """prompts: text -> keys of its clips. ValueError, or with `truncate` a warning, names all that
+    are too long."""
     counts = {text: encoder.tokens(text) for text in prompts}
     long = [(key, n) for text, n in counts.items() if n > encoder.length for key in prompts[text]]
     if not long:

@@ -51,7 +51,8 @@ class Piece:
 
 
 def bucket_sizes(area: int, max_aspect: float, multiple: int) -> list[tuple[int, int]]:
-    """All (height, width) in multiples, within max_aspect, of which neither side can grow without passing `area`."""
+    """All (height, width) in multiples, within max_aspect, of which neither side can grow without
+    passing `area`."""
     sizes = []
     tallest = min(area // multiple, int(math.sqrt(area * max_aspect)) + multiple)
     for height in range(multiple, tallest + 1, multiple):
@@ -70,7 +71,8 @@ def bucket_sizes(area: int, max_aspect: float, multiple: int) -> list[tuple[int,
 def plan(
     refs: Sequence[ClipRef], lengths: Sequence[int], sizes: Sequence[tuple[int, int]], variants: int
 ) -> list[Piece]:
-    """Every clip in the size of nearest log aspect, cut into whole windows of the longest length that it fills."""
+    """Every clip in the size of nearest log aspect, cut into whole windows of the longest length
+    that it fills."""
     pieces = []
     for ref in refs:
         # Of two that are equally near, the larger one
@@ -86,14 +88,16 @@ def _turn(ref: ClipRef, size: tuple[int, int]) -> float:
 
 
 def window_starts(count: int, length: int) -> list[int]:
-    """First frames of the whole windows, with what is left over spread evenly around them; [0] for a short clip."""
+    """First frames of the whole windows, with what is left over spread evenly around them; [0] for
+    a short clip."""
     windows = max(1, count // length)
     spare = max(0, count - windows * length)
     return [i * length + spare * (2 * i + 1) // (2 * windows) for i in range(windows)]
 
 
 def placed(box: tuple[int, int, int, int], placement: Placement) -> tuple[int, int, int, int]:
-    """A larger box around it, which shows the picture smaller, somewhere on a transparent canvas."""
+    """A larger box around it, which shows the picture smaller, somewhere on a transparent
+    canvas."""
     top, left, height, width = box
     scale, above, before = placement
     tall, wide = round(height / scale), round(width / scale)
@@ -101,7 +105,8 @@ def placed(box: tuple[int, int, int, int], placement: Placement) -> tuple[int, i
 
 
 def cut(frames: Tensor, piece: Piece, placement: Placement = (1.0, 0.0, 0.0)) -> tuple[Tensor, Tensor]:
-    """uint8 (T, H, W, 4) -> rgb (1, 3, frames, height, width), alpha (1, 1, ...): one resample of a source box."""
+    """uint8 (T, H, W, 4) -> rgb (1, 3, frames, height, width), alpha (1, 1, ...): one resample of a
+    source box."""
     box = placed(covering_box(*frames.shape[1:3], piece.height, piece.width), placement)
     chosen = crop(frames, *box)[window(len(frames), piece.frames, piece.start)]
     # One at a time: floats of a whole clip can take gigabytes.

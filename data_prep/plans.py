@@ -12,13 +12,13 @@ import torch
 
 from acetate.data.keys import LONGEST_KEY, shortened
 from acetate.media.clip import LIMITS, Limits
-from acetate.video_io import MediaError, RGBAClip, read_packed, read_pair, read_rgba
+from acetate.video_io import MediaError, RGBAClip
 from data_prep.analysis import analyse
 from data_prep.candidates import pictures, stamps
 from data_prep.cleaning import Indices, Settings, shots, too_many
 from data_prep.cleaning import done as done_to
 from data_prep.decisions import Decisions
-from data_prep.examine import Found
+from data_prep.examine import Found, read
 from data_prep.executor import progress
 from data_prep.journal import open_journal, read_journal
 
@@ -35,7 +35,8 @@ class Plan:
 
     @classmethod
     def of(cls, line: Found, measured: Decisions, settings: Settings) -> "Plan":
-        """ValueError, which names the clip, for a decision of the command line that is impossible for it."""
+        """ValueError, which names the clip, for a decision of the command line that is impossible
+        for it."""
         try:
             decisions = settings.apply(measured)
         except ValueError as error:
@@ -55,7 +56,8 @@ class Plan:
 
 
 def piece_keys(key: str, count: int) -> list[str]:
-    """KEY-p000, KEY-p001, ...; a key that is too long for that is cut and ends in 8 digits of its hash."""
+    """KEY-p000, KEY-p001, ...; a key that is too long for that is cut and ends in 8 digits of its
+    hash."""
     if count == 1:
         return [key]
     numbers = [f"-p{i:03d}" for i in range(count)]
@@ -127,7 +129,7 @@ def measure(line: Found) -> dict[str, Any]:
     """{"decisions": ...} of a clip, or {"bad": why it cannot be read}."""
     torch.set_num_threads(1)
     try:
-        clip = read(line)
+        clip = read_line(line)
     except MediaError as error:
         return {"bad": str(error)}
     # A line that only repeats the format's definition is nobody's word.
@@ -135,7 +137,7 @@ def measure(line: Found) -> dict[str, Any]:
     return {"decisions": analyse(clip, premultiplied=declared, matte=line.kind == "matte").as_json()}
 
 
-def read(line: Found) -> RGBAClip:
+def read_line(line: Found) -> RGBAClip:
     """Whatever data_prep.ingest took: its limits may have been raised."""
     pixels = line.width * line.height
     limits = Limits(
@@ -144,10 +146,5 @@ def read(line: Found) -> RGBAClip:
         max_frames=max(LIMITS.max_frames, line.frames),
         max_bytes=max(LIMITS.max_bytes, 4 * pixels * line.frames),
     )
-    files = [Path(file) for file in line.files]
-    if line.kind in ("pair", "matte"):
-        return read_pair(files[0], files[1], limits)
-    if line.kind == "packed":
-        assert line.colour_rect and line.alpha_rect
-        return read_packed(files[0], line.colour_rect, line.alpha_rect, limits)
-    return read_rgba(files[0], limits)
+    rects = (line.colour_rect, line.alpha_rect) if line.colour_rect and line.alpha_rect else None
+    return read(line.kind, [Path(file) for file in line.files], rects, limits)

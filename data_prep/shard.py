@@ -27,7 +27,7 @@ from data_prep.examine import said_of_names
 from data_prep.executor import check, progress
 from data_prep.folders import MEASURED, check_folder, making
 from data_prep.journal import read_journal, write_lines
-from data_prep.plans import Plan, decide, read, read_lines
+from data_prep.plans import Plan, decide, read_line, read_lines
 
 DECISIONS = "decisions.jsonl"  # beside the manifest: what was made of every clip, and why
 UNSURE = 0.5  # colour below this confidence is listed after the run
@@ -124,7 +124,7 @@ def prepare(plan: Plan, settings: Settings) -> list[EncodedClip] | str:
     torch.set_num_threads(1)
     line = plan.line
     try:
-        clip = read(line)
+        clip = read_line(line)
     except MediaError as error:
         return str(error)
     if len(clip.frames) != line.frames:

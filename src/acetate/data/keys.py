@@ -1,4 +1,5 @@
-"""Keys of clips and latents: what a tar takes as the name of a sample, and how long names become short ones."""
+"""Keys of clips and latents: what a tar takes as the name of a sample, and how long names become
+short ones."""
 
 import re
 import unicodedata
@@ -31,7 +32,8 @@ def beginning(key: str, most: int) -> str:
 
 
 def shortened(key: str, most: int, digest: str) -> str:
-    """The key; where it has more than `most` bytes, its beginning, a dash and the digest that tells it apart."""
+    """The key; where it has more than `most` bytes, its beginning, a dash and the digest that tells
+    it apart."""
     if len(key.encode()) <= most:
         return key
     return f"{beginning(key, most - len(digest) - 1)}-{digest}"

@@ -114,7 +114,8 @@ def read_manifest(folder: Folder, kind: Literal["clips", "latents"] = "clips") -
 
 
 def read_head(folder: Path) -> dict[str, Any]:
-    """A manifest that ShardWriter wrote, without its list of clips, which may be a million lines."""
+    """A manifest that ShardWriter wrote, without its list of clips, which may be a million
+    lines."""
     with open(folder / MANIFEST) as file:
         lines = takewhile(lambda line: line != SHARDS[2:] + "[\n" and line != SHARDS[2:] + "[]\n", file)
         return json.loads("".join(lines).rstrip().removesuffix(",") + "}")

@@ -47,7 +47,8 @@ def to_float(frames: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def to_uint8(rgb: Tensor, alpha: Tensor) -> Tensor:
-    """Inverse of `to_float`: rgb (3, T, H, W), alpha (1, T, H, W) -> uint8 (T, H, W, 4), rounded."""
+    """Inverse of `to_float`: rgb (3, T, H, W), alpha (1, T, H, W) -> uint8 (T, H, W, 4),
+    rounded."""
     frames = torch.cat(((rgb + 1) / 2, alpha)).permute(1, 2, 3, 0)
     return (frames * 255).round().to(torch.uint8).contiguous()
 
@@ -90,7 +91,8 @@ def crop(frames: Tensor, top: int, left: int, height: int, width: int) -> Tensor
 
 
 def covering_box(rows: int, columns: int, height: int, width: int) -> tuple[int, int, int, int]:
-    """top, left, height and width of the largest centred box with the target's aspect, to half a source pixel."""
+    """top, left, height and width of the largest centred box with the target's aspect, to half a
+    source pixel."""
     ratio = min(rows / height, columns / width)
     box_height, box_width = (max(1, round(side * ratio)) for side in (height, width))
     return (rows - box_height) // 2, (columns - box_width) // 2, box_height, box_width

@@ -1,4 +1,5 @@
-"""Writes shards: tars that are found whole or not at all, and folders of clips with their manifest."""
+"""Writes shards: tars that are found whole or not at all, and folders of clips with their
+manifest."""
 
 import hashlib
 import io
@@ -52,7 +53,8 @@ class ShardTar:
             self.tar.write(sample)
 
     def finish(self) -> dict[str, Any]:
-        """Puts the tar in its place and returns what a manifest says of it: file, bytes and sha256."""
+        """Puts the tar in its place and returns what a manifest says of it: file, bytes and
+        sha256."""
         with writing(self.path):
             self.tar.close()
             self.stream.close()
@@ -69,7 +71,8 @@ class ShardTar:
 
 
 def part_of(tar: Path) -> Path:
-    """The file beside a finished tar that says what the manifest will; a run that goes on looks for it."""
+    """The file beside a finished tar that says what the manifest will; a run that goes on looks for
+    it."""
     return tar.with_suffix(".part.json")
 
 
@@ -79,7 +82,8 @@ def write_part(tar: Path, made_by: Mapping[str, Any], shard: Mapping[str, Any], 
 
 
 def read_part(tar: Path, made_by: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The note of a tar that a run of the same maker finished and that is still whole; None if it is not."""
+    """The note of a tar that a run of the same maker finished and that is still whole; None if it
+    is not."""
     if not part_of(tar).exists():
         return None
     part = json.loads(part_of(tar).read_text(encoding="utf-8"))
@@ -198,7 +202,8 @@ class ShardWriter:
             self._finish_tar()
 
     def close(self) -> None:
-        """Finishes the last tar and writes the manifest; ShardError if there is nothing to put into it."""
+        """Finishes the last tar and writes the manifest; ShardError if there is nothing to put into
+        it."""
         if self.pending:
             self._finish_tar()
         if not self.tars:
@@ -244,7 +249,8 @@ class ShardWriter:
         self.hashes = np.sort(np.concatenate((self.hashes, np.array(new, np.int64))), kind="stable")
 
     def _find_finished(self) -> None:
-        """Counts the tars that an interrupted run of the same command finished, and removes everything else of it."""
+        """Counts the tars that an interrupted run of the same command finished, and removes
+        everything else of it."""
         while part := read_part(self._tar(self.tars), self.made_by):
             self._count(part["shard"]["clips"])
         for path in self.out.glob("clips-*"):
@@ -254,6 +260,7 @@ class ShardWriter:
 
 
 def remove_parts(out: Path) -> None:
-    """Removes the parts of tars that the manifest lists; a run that is killed in its last moments leaves some."""
+    """Removes the parts of tars that the manifest lists; a run that is killed in its last moments
+    leaves some."""
     for part in out.glob("clips-*.part.json"):
         part.unlink(missing_ok=True)
