@@ -1,4 +1,5 @@
-"""python train.py experiment=vae_rgba [group=option ...] [key=value ...]; --help lists what there is.
+"""python train.py experiment=vae_rgba [group=option ...] [key=value ...]; --help lists what there
+is.
 
 The same as `acetate train ...`.
 """

@@ -27,8 +27,8 @@ class BadClips(dict[str, str]):
         self.update(more)
         if len(self) > self.budget:
             raise TooManyBad(
-                f"{len(self)} bad clips, bad_clip_budget={self.budget}: {first_reasons(self)}. Repair "
-                "them, move them away or raise bad_clip_budget."
+                f"{len(self)} bad clips, bad_clip_budget={self.budget}: {first_reasons(self)}. "
+                "Repair them, move them away or raise bad_clip_budget."
             )
 
 

@@ -1,4 +1,5 @@
-"""Turns clip shards into latent shards: RGBA-VAE latents over drawn backgrounds, the subject's ellipses, prompts."""
+"""Turns clip shards into latent shards: RGBA-VAE latents over drawn backgrounds, the subject's
+ellipses, prompts."""
 
 import json
 import logging
@@ -43,7 +44,8 @@ from data_prep.latent_encoder import Encoder, Report, Run, Sources, embed_prompt
 from data_prep.latent_plan import Piece, Settings, plan_of
 
 POLL = 0.5  # seconds between looks for the tars of other ranks
-IDENTITY = ("vae_sha256", "base_sha256", "text_encoder_sha256", "prompt_length")  # what a trainer compares
+# what a trainer compares
+IDENTITY = ("vae_sha256", "base_sha256", "text_encoder_sha256", "prompt_length")
 log = logging.getLogger(__name__)
 Jobs = Mapping[int, Sequence[Piece]]  # number of a tar -> what it holds
 Encode = Callable[[Jobs, Report], None]
@@ -51,7 +53,8 @@ Encode = Callable[[Jobs, Report], None]
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Sums over threads round differently with their number, and the bytes must not; more processes use the cores."""
+    """Sums over threads round differently with their number, and the bytes must not; more processes
+    use the cores."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -75,14 +78,15 @@ def cache_latents(
     gpus: float,
     replace: bool = False,
 ) -> dict[str, Any] | None:
-    """Writes the latent shards and returns their manifest; an interrupted run makes what is missing.
+    """Writes the latent shards and returns their manifest; an interrupted run makes what is
+    missing.
 
     executor, workers, gpus: as in data_prep.executor.parallel. Under torchrun each rank makes its
     part and rank 0 the manifest; the others return None. A folder that holds these very latents is
     left as it is; one whose clips have other prompts alone gets those; any other is made anew with
-    `replace`, which keeps the latents that would come out the same, else ShardError. Also ShardError
-    where no clip can be used, ValueError for sizes, lengths and prompts that the models cannot take,
-    TooManyBad past the budget.
+    `replace`, which keeps the latents that would come out the same, else ShardError. Also
+    ShardError where no clip can be used, ValueError for sizes, lengths and prompts that the models
+    cannot take, TooManyBad past the budget.
     """
     check(executor, workers)
     check_folder(out, shards)
@@ -116,7 +120,11 @@ def cache_latents(
 
 
 def made_by(
-    shards: Sequence[Folder], sources: Sources, settings: Settings, vae: RGBAVAE, encoder: TextEncoder
+    shards: Sequence[Folder],
+    sources: Sources,
+    settings: Settings,
+    vae: RGBAVAE,
+    encoder: TextEncoder,
 ) -> dict[str, Any]:
     """All that decides the content, as JSON reads it back."""
     identity = (vae.latents_sha256(), vae.base_sha256, encoder.sha256(), sources.prompt_length)
@@ -132,7 +140,8 @@ def made_by(
 
 
 def devices_for(device: str, spread: bool) -> list[str]:
-    """auto: under torchrun this process's GPU; with `spread` all GPUs, else the first; the CPU where there is none."""
+    """auto: under torchrun this process's GPU; with `spread` all GPUs, else the first; the CPU
+    where there is none."""
     if device != "auto":
         return [device]
     if not torch.cuda.is_available():
@@ -143,7 +152,11 @@ def devices_for(device: str, spread: bool) -> list[str]:
 
 
 def make_tars(
-    jobs: Jobs, encode: Encode, finished: Iterable[dict[str, Any]], bad_clip_budget: int, quiet: bool
+    jobs: Jobs,
+    encode: Encode,
+    finished: Iterable[dict[str, Any]],
+    bad_clip_budget: int,
+    quiet: bool,
 ) -> None:
     """Encodes what is missing. finished: parts of the other tars, whose bad clips count, too."""
     bad = BadClips(bad_clip_budget)
@@ -161,7 +174,13 @@ def make_tars(
 
 
 def way_to_encode(
-    run: Run, vae: RGBAVAE, device: str, devices: Sequence[str], executor: str, workers: int, gpus: float
+    run: Run,
+    vae: RGBAVAE,
+    device: str,
+    devices: Sequence[str],
+    executor: str,
+    workers: int,
+    gpus: float,
 ) -> Encode:
     """In this process, with this VAE; or in others, which load their own."""
     if executor == "local" and not workers:
@@ -176,7 +195,12 @@ def encode_here(encoder: Encoder, jobs: Jobs, report: Report) -> None:
 
 
 def encode_in_processes(
-    setup: Callable[[int], Encoder], executor: str, workers: int, gpus: float, jobs: Jobs, report: Report
+    setup: Callable[[int], Encoder],
+    executor: str,
+    workers: int,
+    gpus: float,
+    jobs: Jobs,
+    report: Report,
 ) -> None:
     if not jobs:
         return
@@ -222,7 +246,8 @@ def finish(run: Run, jobs: int, facts: Mapping[str, Any], bad_clip_budget: int) 
         with suppress(OSError):  # other files of it stay
             run.out.rmdir()
         raise ShardError(
-            f"no latents could be made of the clips ({first_reasons(skipped)}). Repair their shards, or make them anew."
+            f"no latents could be made of the clips ({first_reasons(skipped)}). Repair their "
+            "shards, or make them anew."
         )
     with writing(run.out / EMPTY_PROMPT):
         shutil.copyfile(run.prompt(""), run.out / EMPTY_PROMPT)
@@ -238,7 +263,10 @@ def manifest_of(
     buckets = {name: counts([]) for name in facts["empty_buckets"]}
     by_shape = sorted(samples, key=lambda sample: sample["shape"])
     for (frames, height, width), group in groupby(by_shape, key=lambda sample: sample["shape"]):
-        sides = (1 + (frames - 1) * geometry["time_stride"], *(n * geometry["space_stride"] for n in (height, width)))
+        sides = (
+            1 + (frames - 1) * geometry["time_stride"],
+            *(n * geometry["space_stride"] for n in (height, width)),
+        )
         buckets["x".join(map(str, sides))] = counts(list(group))
     content = run.made_by["settings"]
     facts = {**{name: content[name] for name in (*IDENTITY, "ellipse")}, **facts}
@@ -257,13 +285,24 @@ def counts(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def main(cfg: DictConfig) -> None:
-    own, remote = cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True)), instantiate(cfg.remote)
+    own, remote = (
+        cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True)),
+        instantiate(cfg.remote),
+    )
     sources = Sources(
         frozen_dtype=cfg.wan.dtype,
         **{name: cfg.wan[name] for name in ("vae", "text_encoder", "prompt_length")},
         **{name: cfg[name] for name in ("rgba_vae", "chunk", "long_prompts")},
     )
-    same = ("allow_empty_buckets", "bad_clip_budget", "device", "executor", "workers", "gpus", "replace")
+    same = (
+        "allow_empty_buckets",
+        "bad_clip_budget",
+        "device",
+        "executor",
+        "workers",
+        "gpus",
+        "replace",
+    )
     manifest = cache_latents(
         shards=[open_folder(place, remote) for place in listed(cfg.shards)],
         out=Path(cfg.out),
@@ -277,13 +316,21 @@ def main(cfg: DictConfig) -> None:
 
 def print_summary(out: Path, manifest: Mapping[str, Any]) -> None:
     console = Console(markup=False, highlight=False)
-    text = "{samples} samples of {clips} clips, {unused_frames} frames left over, {short_clips} clips forth and back"
+    text = (
+        "{samples} samples of {clips} clips, {unused_frames} frames left over, {short_clips} clips "
+        "forth and back"
+    )
     if most := manifest.get("most_enlarged"):
         text += f", {{enlarged_clips}} clips enlarged, up to {most:.3g} times a side"
     console.print(f"{out}: {text.format(**manifest)}", soft_wrap=True)
     table = Table("bucket (frames x height x width)", "samples", "clips", "train", "val")
     for bucket, count in manifest["buckets"].items():
-        numbers = (count["samples"], count["clips"], count["splits"]["train"], count["splits"]["val"])
+        numbers = (
+            count["samples"],
+            count["clips"],
+            count["splits"]["train"],
+            count["splits"]["val"],
+        )
         table.add_row(bucket, *map(str, numbers))
     console.print(table)
     print_bad(console, manifest["skipped"], out / MANIFEST)

@@ -1,4 +1,5 @@
-"""Gives clips prompts, from tables and text files or a vision-language model; the clips stay as they are."""
+"""Gives clips prompts, from tables and text files or a vision-language model; the clips stay as
+they are."""
 
 import csv
 import hashlib
@@ -65,18 +66,22 @@ class Settings:
         if self.overwrite not in ("missing", "all"):
             raise ValueError(f"overwrite={self.overwrite}; choose missing or all")
         if "{caption}" not in self.template:
-            raise ValueError(f"template={self.template!r} has no {{caption}}; that is where the caption goes")
+            raise ValueError(
+                f"template={self.template!r} has no {{caption}}; that is where the caption goes"
+            )
         try:
             re.compile(self.missing)
         except re.error as error:
             raise ValueError(
-                f"missing={self.missing!r} is no regular expression ({error}); in one, ( ) [ ] . * + ? and \\ stand "
-                "for themselves after a \\"
+                f"missing={self.missing!r} is no regular expression ({error}); in one, ( ) [ ] . * "
+                "+ ? and \\ stand for themselves after a \\"
             ) from error
         try:
             list(Formatter().parse(self.template))
         except ValueError as error:
-            raise ValueError(f"template={self.template!r}: {error}; write {{{{ and }}}} for braces") from error
+            raise ValueError(
+                f"template={self.template!r}: {error}; write {{{{ and }}}} for braces"
+            ) from error
         if not isinstance(getattr(torch, self.dtype, None), torch.dtype):
             raise ValueError(f"dtype={self.dtype}; choose float32, bfloat16 or float16")
 
@@ -85,9 +90,11 @@ class Settings:
 
 
 def read_prompts(source: Path) -> dict[str, Row]:
-    """Key -> {"caption", and whatever else the row has}, of a .csv or .jsonl file or a folder of KEY.txt.
+    """Key -> {"caption", and whatever else the row has}, of a .csv or .jsonl file or a folder of
+    KEY.txt.
 
-    Columns: key; caption (or prompt, text); more of them for the template. ValueError names the row that lacks one.
+    Columns: key; caption (or prompt, text); more of them for the template. ValueError names the row
+    that lacks one.
     """
     if source.is_dir():
         texts = {
@@ -96,42 +103,65 @@ def read_prompts(source: Path) -> dict[str, Row]:
         }
         for key, text in texts.items():
             if not text:
-                raise ValueError(f"{source / key}.txt is empty; write the caption of {key} into it or remove it")
+                raise ValueError(
+                    f"{source / key}.txt is empty; write the caption of {key} into it or remove it"
+                )
         return {key: {"caption": text} for key, text in texts.items()}
     if source.suffix not in (".csv", ".jsonl"):
         raise ValueError(f"prompts={source}; give a .csv, a .jsonl or a folder of KEY.txt")
     with open(source, newline="", encoding="utf-8-sig") as file:
         try:
-            found = list(csv.DictReader(file)) if source.suffix == ".csv" else list(map(json.loads, file))
+            found = (
+                list(csv.DictReader(file))
+                if source.suffix == ".csv"
+                else list(map(json.loads, file))
+            )
         except (ValueError, csv.Error) as error:
             raise ValueError(f"prompts={source} is not a table ({error}). Repair it.") from error
     rows: dict[str, Row] = {}
     for number, row in enumerate(found, start=1):
-        texts = {name: str(value).strip() for name, value in row.items() if name and value not in (None, "")}
-        texts["caption"] = next((texts[name] for name in ("caption", "prompt", "text") if name in texts), "")
+        texts = {
+            name: str(value).strip()
+            for name, value in row.items()
+            if name and value not in (None, "")
+        }
+        texts["caption"] = next(
+            (texts[name] for name in ("caption", "prompt", "text") if name in texts), ""
+        )
         if "key" not in texts or not texts["caption"]:
-            raise ValueError(f"{source}: row {number} lacks a key or a caption; columns: key, caption")
+            raise ValueError(
+                f"{source}: row {number} lacks a key or a caption; columns: key, caption"
+            )
         rows[unicodedata.normalize("NFC", texts["key"])] = texts
     return rows
 
 
 def prompts_for(refs: Sequence[ClipRef], source: Path) -> dict[str, Row]:
-    """`read_prompts`, with a warning about rows that no clip takes; ValueError if no clip takes any."""
+    """`read_prompts`, with a warning about rows that no clip takes; ValueError if no clip takes
+    any."""
     if not source.exists():
-        raise FileNotFoundError(f"prompts={source} does not exist; give a .csv, a .jsonl or a folder of KEY.txt")
+        raise FileNotFoundError(
+            f"prompts={source} does not exist; give a .csv, a .jsonl or a folder of KEY.txt"
+        )
     rows = read_prompts(source)
     keys = {key for ref in refs for key in (ref.key, PIECE.sub("", ref.key))}
     idle = [key for key in rows if key not in keys]
     if idle:
-        said = f"prompts={source}: {len(idle)} of {len(rows)} rows have the key of no clip: {', '.join(idle[:3])}"
+        said = (
+            f"prompts={source}: {len(idle)} of {len(rows)} rows have the key of no clip: "
+            f"{', '.join(idle[:3])}"
+        )
         if len(idle) == len(rows):
-            raise ValueError(f"{said}. Keys here are as {refs[0].key}; correct those of the prompts.")
+            raise ValueError(
+                f"{said}. Keys here are as {refs[0].key}; correct those of the prompts."
+            )
         log.warning(said)
     return rows
 
 
 def sentence(template: str, row: Row) -> str:
-    """The template around a caption; one that says already that its background is transparent stays as it is."""
+    """The template around a caption; one that says already that its background is transparent stays
+    as it is."""
     caption = row["caption"]
     if re.match(r"transparent background", caption, re.IGNORECASE):
         return caption
@@ -140,12 +170,14 @@ def sentence(template: str, row: Row) -> str:
         return template.format(**{**row, "caption": inside})
     except (KeyError, IndexError) as error:
         raise ValueError(
-            f"template={template!r} asks for {error}; this row has {', '.join(sorted(row))}: {caption}"
+            f"template={template!r} asks for {error}; this row has {', '.join(sorted(row))}: "
+            f"{caption}"
         ) from error
 
 
 def decide(ref: ClipRef, settings: Settings, given: Mapping[str, Row]) -> Line | BadClip | None:
-    """The line of a clip whose prompt is known: kept, or given; None if the captioner has to see it."""
+    """The line of a clip whose prompt is known: kept, or given; None if the captioner has to see
+    it."""
     try:
         prompt = read_meta(ref)["prompt"]
     except BadClip as bad:
@@ -180,7 +212,12 @@ def load_captioner(folder: Path, settings: Settings, device: str, number: int) -
 
 
 def caption_clips(
-    refs: Sequence[ClipRef], settings: Settings, given: Mapping[str, Row], device: str, executor: str, workers: int
+    refs: Sequence[ClipRef],
+    settings: Settings,
+    given: Mapping[str, Row],
+    device: str,
+    executor: str,
+    workers: int,
 ) -> Iterator[Line | BadClip]:
     """The line of every clip; those that the captioner sees come last."""
     unseen = []
@@ -193,7 +230,8 @@ def caption_clips(
     if unseen:
         captioner = locate_captioner(str(settings.captioner))
         with progress(
-            partial(see, template=settings.template), unseen, desc="captions", executor=executor, workers=workers,
+            partial(see, template=settings.template), unseen, desc="captions", executor=executor,
+            workers=workers,
             setup=partial(load_captioner, captioner, settings, device), name=attrgetter("name"),
         ) as results:  # fmt: skip
             yield from (line for _, line in results)
@@ -213,10 +251,12 @@ def caption(
     workers: int,
     replace: bool = False,
 ) -> tuple[list[Line], dict[str, str]]:
-    """Writes captions.jsonl and shards of the same clips with the new prompts; returns the lines, and key -> reason.
+    """Writes captions.jsonl and shards of the same clips with the new prompts; returns the lines,
+    and key -> reason.
 
-    A run that was interrupted keeps the captions that it has. A folder that already holds these very prompts is left
-    as it is; one that holds others is made anew with `replace`, else ShardError. TooManyBad past the budget.
+    A run that was interrupted keeps the captions that it has. A folder that already holds these
+    very prompts is left as it is; one that holds others is made anew with `replace`, else
+    ShardError. TooManyBad past the budget.
     """
     check(executor, workers)
     check_folder(out, shards)
@@ -237,11 +277,20 @@ def caption(
                 write_lines(journal, [{"made_by": made_by}])
             known = {line["key"]: line for line in read_journal(journal)[1:]}
             todo = [ref for ref in refs if ref.key not in known]
-            gather(caption_clips(todo, settings, given, device, executor, workers), journal, known, bad)
+            gather(
+                caption_clips(todo, settings, given, device, executor, workers), journal, known, bad
+            )
             good = [ref for ref in refs if ref.key not in bad]
             write_lines(journal, [{"made_by": made_by}, *(known[ref.key] for ref in good)])
-            with ShardWriter(folder, max_clips=max_clips, max_bytes=max_bytes, made_by=made_by) as writer:
-                copy_clips(good, writer, bad, lambda ref: with_prompt(read_meta_text(ref), known[ref.key]["prompt"]))
+            with ShardWriter(
+                folder, max_clips=max_clips, max_bytes=max_bytes, made_by=made_by
+            ) as writer:
+                copy_clips(
+                    good,
+                    writer,
+                    bad,
+                    lambda ref: with_prompt(read_meta_text(ref), known[ref.key]["prompt"]),
+                )
     return read_journal(out / CAPTIONS_FILE)[1:], read_head(out)["skipped"]
 
 
@@ -259,7 +308,11 @@ def preview(
     """Lines of a few clips, reasons of those that have none, and clips in all. Writes nothing."""
     refs = index_shards(shards)
     few = sorted(refs, key=lambda ref: stable_hash(ref.key))[:PREVIEW_CLIPS]
-    lines = list(caption_clips(few, settings, prompts_for(refs, prompts) if prompts else {}, device, "local", 0))
+    lines = list(
+        caption_clips(
+            few, settings, prompts_for(refs, prompts) if prompts else {}, device, "local", 0
+        )
+    )
     bad = {line.key: line.reason for line in lines if isinstance(line, BadClip)}
     return [line for line in lines if not isinstance(line, BadClip)], bad, len(refs)
 
@@ -281,9 +334,12 @@ def main(cfg: DictConfig) -> None:
     else:
         same = ("max_clips", "bad_clip_budget", "device", "executor", "workers", "replace")
         own = {name: cfg[name] for name in same} | {"max_bytes": int(cfg.max_mb * 2**20)}
-        lines, bad = caption(shards=shards, out=Path(cfg.out), prompts=prompts, settings=settings, **own)
+        lines, bad = caption(
+            shards=shards, out=Path(cfg.out), prompts=prompts, settings=settings, **own
+        )
         counts = ", ".join(
-            f"{count} {origin}" for origin, count in Counter(line["from"] for line in lines).most_common()
+            f"{count} {origin}"
+            for origin, count in Counter(line["from"] for line in lines).most_common()
         )
         console.print(f"{cfg.out}: {len(lines)} prompts, {counts}", soft_wrap=True)
     print_bad(console, bad, None if cfg.preview else Path(cfg.out) / MANIFEST)

@@ -16,12 +16,14 @@ from acetate.data.transforms import to_float
 from acetate.models.hub import from_hub, is_hub_name
 
 GREY = 0.0  # in [-1, 1]
-NOT_READ = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.onnx", "*.gguf", "*.py")  # of a repository
+# of a repository
+NOT_READ = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.onnx", "*.gguf", "*.py")
 
 
 @dataclass(frozen=True)
 class Look:
-    """How a clip is shown: `pictures` frames of it, over grey or a checkerboard, as several images or as one sheet."""
+    """How a clip is shown: `pictures` frames of it, over grey or a checkerboard, as several images
+    or as one sheet."""
 
     pictures: int
     images: Literal["several", "sheet"]
@@ -31,13 +33,17 @@ class Look:
         if self.pictures < 1:
             raise ValueError(f"pictures={self.pictures}; must be at least 1")
         if self.images not in ("several", "sheet"):
-            raise ValueError(f"images={self.images}; choose several, or sheet for models that take one image")
+            raise ValueError(
+                f"images={self.images}; choose several, or sheet for models that take one image"
+            )
         if self.background not in ("grey", "checkerboard"):
             raise ValueError(f"background={self.background}; choose grey or checkerboard")
 
     def of(self, frames: NDArray[np.uint8]) -> list[Image.Image]:
         """Of (T, H, W, 4): the images, in the order of time."""
-        places = np.linspace(0, len(frames) - 1, min(self.pictures, len(frames))).round().astype(int)
+        places = (
+            np.linspace(0, len(frames) - 1, min(self.pictures, len(frames))).round().astype(int)
+        )
         tiles = [composite(frames[place], self.background) for place in places]
         return [sheet(tiles)] if self.images == "sheet" else tiles
 
@@ -68,20 +74,30 @@ def locate_captioner(name: str) -> Path:
     if folder.exists() or not is_hub_name(name):
         lost = "holds no config.json" if folder.exists() else "does not exist"
         raise FileNotFoundError(
-            f"captioner={name} {lost}; give the folder of an image-text-to-text model of transformers, or a hub name "
-            "such as HuggingFaceTB/SmolVLM2-500M-Video-Instruct."
+            f"captioner={name} {lost}; give the folder of an image-text-to-text model of "
+            "transformers, or a hub name such as HuggingFaceTB/SmolVLM2-500M-Video-Instruct."
         )
     return from_hub(name, "captioner", ignore=NOT_READ)
 
 
 class Captioner:
-    """folder: of transformers' image-text-to-text kind. Weights are read from safetensors only, code is not run.
+    """folder: of transformers' image-text-to-text kind. Weights are read from safetensors only,
+    code is not run.
 
-    The answer is the most likely one, so that it depends on the pictures alone. A processor without a chat template
-    (BLIP and its like) takes one sheet, and the instruction is not said.
+    The answer is the most likely one, so that it depends on the pictures alone. A processor without
+    a chat template (BLIP and its like) takes one sheet, and the instruction is not said.
     """
 
-    def __init__(self, folder: Path, *, instruction: str, look: Look, max_tokens: int, dtype: str, device: str):
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        instruction: str,
+        look: Look,
+        max_tokens: int,
+        dtype: str,
+        device: str,
+    ):
         self.processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
         model = AutoModelForImageTextToText.from_pretrained(
             folder, dtype=getattr(torch, dtype), use_safetensors=True, trust_remote_code=False
@@ -97,9 +113,15 @@ class Captioner:
         images = self.look.of(frames)
         if self.chats:
             content = [*({"type": "image", "image": image} for image in images)]
-            messages = [{"role": "user", "content": [*content, {"type": "text", "text": self.instruction}]}]
+            messages = [
+                {"role": "user", "content": [*content, {"type": "text", "text": self.instruction}]}
+            ]
             inputs = self.processor.apply_chat_template(
-                messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+                messages,
+                add_generation_prompt=True,
+                tokenize=True,
+                return_dict=True,
+                return_tensors="pt",
             )
             said = inputs["input_ids"].shape[1]
         else:
@@ -108,5 +130,8 @@ class Captioner:
         tokens = self.model.generate(**inputs, max_new_tokens=self.max_tokens, do_sample=False)
         text = self.processor.batch_decode(tokens[:, said:], skip_special_tokens=True)[0]
         if not text.strip():
-            raise ValueError("the captioner said nothing; try another instruction, more max_tokens or another model")
+            raise ValueError(
+                "the captioner said nothing; try another instruction, more max_tokens or another "
+                "model"
+            )
         return " ".join(text.split())

@@ -1,4 +1,5 @@
-"""Applies what was decided about a clip to its frames: uint8 (T, H, W, 4) in and out, straight colour out."""
+"""Applies what was decided about a clip to its frames: uint8 (T, H, W, 4) in and out, straight
+colour out."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -29,7 +30,8 @@ class Settings:
     min_alpha: int  # colour is divided by no less than this: below, the quotient is rounding noise
     trim: bool  # margins that are empty through the whole clip go
     max_side: int | None  # longer sides are scaled down to this
-    bleed: int | None  # pixels that colour goes on under alpha 0; 0: black; None: over the whole frame
+    # pixels that colour goes on under alpha 0; 0: black; None: over the whole frame
+    bleed: int | None
     fps: float | None  # frames a second after resampling; None: as they are
     default_fps: float  # of sequences, which carry no rate
     max_frames: int  # longer shots are cut into pieces of equal length
@@ -77,7 +79,8 @@ def done(decisions: Decisions, settings: Settings) -> dict[str, str]:
         steps["cuts"] = f"{len(decisions.cuts) + 1} shots: {why.get('cuts', '')}"
     if decisions.alpha_low > 0 or decisions.alpha_high < 255:
         steps["alpha"] = (
-            f"up to {decisions.alpha_low} to 0, from {decisions.alpha_high} to 255: {why.get('alpha_low', '')}"
+            f"up to {decisions.alpha_low} to 0, from {decisions.alpha_high} to 255: "
+            f"{why.get('alpha_low', '')}"
         )
     if decisions.colour == "matte":
         steps["colour"] = f"foreground estimated: {why.get('colour', '')}"
@@ -91,7 +94,8 @@ def done(decisions: Decisions, settings: Settings) -> dict[str, str]:
 
 
 def shots(frames: int, fps: float, decisions: Decisions, settings: Settings) -> list[Indices]:
-    """Which frames each piece of a clip takes: shots, resampled in time, in pieces of at most max_frames."""
+    """Which frames each piece of a clip takes: shots, resampled in time, in pieces of at most
+    max_frames."""
     if decisions.still:
         return [np.zeros(1, np.int64)]
     ends = [0, *(cut for cut in decisions.cuts if cut < frames), frames]
@@ -110,8 +114,8 @@ def too_many(frames: int, fps: float, settings: Settings) -> str | None:
     if count <= most:
         return None
     return (
-        f"fps={settings.fps:g} would make {count:,.0f} frames of its {frames} at {fps:g} frames a second; at most "
-        f"{most:,}. Give a lower fps, or fps=null"
+        f"fps={settings.fps:g} would make {count:,.0f} frames of its {frames} at {fps:g} frames a "
+        f"second; at most {most:,}. Give a lower fps, or fps=null"
     )
 
 
@@ -150,7 +154,9 @@ def inside(frames: Frames, decisions: Decisions) -> tuple[Frames, Rect | None]:
     left, top = max(decisions.visible[0], x), max(decisions.visible[1], y)
     right = min(decisions.visible[0] + decisions.visible[2], x + width)
     bottom = min(decisions.visible[1] + decisions.visible[3], y + height)
-    visible = (left - x, top - y, right - left, bottom - top) if left < right and top < bottom else None
+    visible = (
+        (left - x, top - y, right - left, bottom - top) if left < right and top < bottom else None
+    )
     return cut(frames, decisions.crop), visible
 
 
@@ -158,12 +164,16 @@ def cut(frames: Frames, rect: Rect) -> Frames:
     """ValueError for a rectangle that is not inside of the frames."""
     x, y, width, height = rect
     if x + width > frames.shape[2] or y + height > frames.shape[1]:
-        raise ValueError(f"rectangle {list(rect)} is not inside of {frames.shape[2]}x{frames.shape[1]}; correct it")
+        raise ValueError(
+            f"rectangle {list(rect)} is not inside of {frames.shape[2]}x{frames.shape[1]}; correct "
+            "it"
+        )
     return frames[:, y : y + height, x : x + width]
 
 
 def snap(frames: Frames, low: int, high: int) -> Frames:
-    """Alpha up to low becomes 0, from high on 255: a hard threshold at 0 would paint all of a codec's noise."""
+    """Alpha up to low becomes 0, from high on 255: a hard threshold at 0 would paint all of a
+    codec's noise."""
     if low == 0 and high == 255:
         return frames
     alpha = frames[..., 3:]
@@ -181,7 +191,8 @@ def unmix(frames: Frames, white: bool, min_alpha: int) -> Frames:
 
 
 def foreground(frames: Frames) -> Frames:
-    """The colour of the thing alone, where a picture shows it mixed with a scene. Germer et al. 2020, multi-level."""
+    """The colour of the thing alone, where a picture shows it mixed with a scene. Germer et al.
+    2020, multi-level."""
     import numba
     from pymatting import estimate_foreground_ml  # compiles itself at its first import: a minute
 
@@ -190,7 +201,9 @@ def foreground(frames: Frames) -> Frames:
     for frame in frames:
         picture, alpha = frame[..., :3] / 255.0, frame[..., 3] / 255.0
         colour = estimate_foreground_ml(picture, alpha).clip(0, 1)
-        done.append(np.concatenate(((colour * 255 + 0.5).astype(np.uint8), frame[..., 3:]), axis=-1))
+        done.append(
+            np.concatenate(((colour * 255 + 0.5).astype(np.uint8), frame[..., 3:]), axis=-1)
+        )
     return np.stack(done)
 
 
@@ -209,11 +222,13 @@ def limit_side(frames: Frames, max_side: int) -> Frames:
 
 
 def bleed(frames: Frames, radius: int | None, trusted: int = 1) -> Frames:
-    """Colour under alpha 0 goes on from visible colour for `radius` pixels, None: everywhere; beyond it is black.
+    """Colour under alpha 0 goes on from visible colour for `radius` pixels, None: everywhere;
+    beyond it is black.
 
-    So that a filter which mixes straight colours finds no foreign one at an edge. Where alpha is below `trusted`,
-    colour comes from around, too, if there is any within NEAR pixels. Alpha stays. Push-pull (Gortler et al. 1996):
-    averages over ever larger squares, weighted by alpha, fill what the smaller ones leave open.
+    So that a filter which mixes straight colours finds no foreign one at an edge. Where alpha is
+    below `trusted`, colour comes from around, too, if there is any within NEAR pixels. Alpha stays.
+    Push-pull (Gortler et al. 1996): averages over ever larger squares, weighted by alpha, fill what
+    the smaller ones leave open.
     """
     return np.stack([_bleed(frame, radius, trusted) for frame in frames])
 
@@ -239,18 +254,24 @@ def _within(mask: torch.Tensor, radius: int) -> torch.Tensor:
         lines = mask.movedim(axis, -1)
         places = torch.arange(side := lines.shape[-1])
         sums = F.pad(lines.cumsum(-1), (1, 0))  # so that the cost does not grow with the radius
-        last, first = (places + min(radius, side) + 1).clamp_max(side), (places - min(radius, side)).clamp_min(0)
+        last, first = (
+            (places + min(radius, side) + 1).clamp_max(side),
+            (places - min(radius, side)).clamp_min(0),
+        )
         mask = (sums[..., last] > sums[..., first]).movedim(-1, axis)
     return mask
 
 
 def _push_pull(colour: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """(1, 3, H, W), (1, 1, H, W) -> colour where weight is above 0, and what lies around it elsewhere."""
+    """(1, 3, H, W), (1, 1, H, W) -> colour where weight is above 0, and what lies around it
+    elsewhere."""
     if max(colour.shape[-2:]) == 1:
         return colour * (weight > 0)
     sums = F.avg_pool2d(torch.cat((colour * weight, weight), dim=1), 2, ceil_mode=True)
     coarse = _push_pull(sums[:, :3] / sums[:, 3:].clamp_min(1e-6), sums[:, 3:])
-    coarse = F.interpolate(coarse, scale_factor=2.0, mode="nearest")[..., : colour.shape[-2], : colour.shape[-1]]
+    coarse = F.interpolate(coarse, scale_factor=2.0, mode="nearest")[
+        ..., : colour.shape[-2], : colour.shape[-1]
+    ]
     return torch.where(weight > 0, colour, coarse)
 
 

@@ -1,9 +1,9 @@
 """Is colour straight, or mixed with black or white where alpha is soft? Measured on 8 x 8 blocks.
 
-Three models of a block whose thing has one colour F, with 0 <= F <= 1: colour C = F (straight), C = a F (mixed with
-black, premultiplied), C = a F + 1 - a (mixed with white). The last one is the second for 1 - C. The model that leaves
-the smaller residual is the likelier one; a mixture is excluded by colour that no F can give, and by colour under
-alpha 0, which a mixture has covered.
+Three models of a block whose thing has one colour F, with 0 <= F <= 1: colour C = F (straight), C =
+a F (mixed with black, premultiplied), C = a F + 1 - a (mixed with white). The last one is the
+second for 1 - C. The model that leaves the smaller residual is the likelier one; a mixture is
+excluded by colour that no F can give, and by colour under alpha 0, which a mixture has covered.
 """
 
 import math
@@ -15,33 +15,42 @@ from numpy.typing import NDArray
 BLOCK = 8  # pixels: small enough for one colour, large enough for an edge to pass through
 MOST_BLOCKS = 20_000
 FRAMES = 13
-# Blocks are alike in space and time, so that a million of them say little more than these many independent ones.
+# Blocks are alike in space and time, so that a million of them say little more than these many
+# independent ones.
 INDEPENDENT_FITS = 8
 INDEPENDENT_BOUNDS = 100
-STRAY = 0.01  # share of blocks that break a bound through a codec's fault (measured: at most 4 %, median 0)
-# Log-odds before anything is measured; and for hidden colour that is the backdrop's: black is what most writers
-# leave there in any case, white is rare.
+# share of blocks that break a bound through a codec's fault (measured: at most 4 %, median 0)
+STRAY = 0.01
+# Log-odds before anything is measured; and for hidden colour that is the backdrop's: black is what
+# most writers leave there in any case, white is rare.
 PRIOR = {"black": 0.0, "white": -1.0}
 COVERED = {"black": 0.0, "white": 1.5}
-PRIOR_STRAIGHT_FORMAT = -2.0  # files exist that break their format's definition; they must show it clearly
+# files exist that break their format's definition; they must show it clearly
+PRIOR_STRAIGHT_FORMAT = -2.0
 
 
 @dataclass(frozen=True)
 class Mixture:
-    """What speaks for colour mixed with one backdrop: log-odds against straight colour, and their parts."""
+    """What speaks for colour mixed with one backdrop: log-odds against straight colour, and their
+    parts."""
 
     log_odds: float
-    fit: float  # mean log of the ratio of the residuals straight : mixed, over the blocks that can tell
+    # mean log of the ratio of the residuals straight : mixed, over the blocks that can tell
+    fit: float
     informative: float  # how many blocks could tell
     broken: float  # share of soft blocks whose colour no F can give
-    uncovered: float  # share of hidden blocks that show another colour than the backdrop's; nan: none is hidden
+    # share of hidden blocks that show another colour than the backdrop's; nan: none is hidden
+    uncovered: float
 
 
 def mixtures(
     frames: NDArray[np.uint8], low: int, high: int, lossy: bool, straight_format: bool
 ) -> dict[str, Mixture] | None:
-    """Backdrop -> evidence; None without soft pixels. frames: (T, H, W, 4); soft: low < alpha < high."""
-    sample = frames[np.unique(np.linspace(0, len(frames) - 1, min(FRAMES, len(frames))).round().astype(int))]
+    """Backdrop -> evidence; None without soft pixels. frames: (T, H, W, 4); soft: low < alpha <
+    high."""
+    sample = frames[
+        np.unique(np.linspace(0, len(frames) - 1, min(FRAMES, len(frames))).round().astype(int))
+    ]
     blocks = _blocks(sample)
     alpha = blocks[..., 3]
     hidden = blocks[(alpha <= low).all(axis=1)]
@@ -57,8 +66,14 @@ def mixtures(
     found = {}
     for backdrop in ("black", "white"):
         colour = blocks[..., :3] if backdrop == "black" else 1 - blocks[..., :3]
-        shown = hidden[..., :3].max(axis=-1) if backdrop == "black" else 255 - hidden[..., :3].min(axis=-1)
-        fit, informative = _fit(colour, blocks[..., 3:] * (blocks[..., 3:] > low / 255), noise / 255)
+        shown = (
+            hidden[..., :3].max(axis=-1)
+            if backdrop == "black"
+            else 255 - hidden[..., :3].min(axis=-1)
+        )
+        fit, informative = _fit(
+            colour, blocks[..., 3:] * (blocks[..., 3:] > low / 255), noise / 255
+        )
         broken = _broken(colour, blocks[..., 3], soft, tolerance / 255)
         uncovered = float((shown > 20).mean()) if len(hidden) else math.nan
         prior = PRIOR[backdrop] + PRIOR_STRAIGHT_FORMAT * straight_format
@@ -75,8 +90,8 @@ def mixtures(
 def against(share: float, count: int) -> float:
     """Log-odds, never above 0, from a bound that `share` of `count` blocks break.
 
-    Binomial with rate STRAY against any rate alike (whose integral is 1 / (n + 1)). A bound that holds proves
-    nothing: dark colour keeps it as well.
+    Binomial with rate STRAY against any rate alike (whose integral is 1 / (n + 1)). A bound that
+    holds proves nothing: dark colour keeps it as well.
     """
     n = min(count, INDEPENDENT_BOUNDS)
     if not n or math.isnan(share):
@@ -92,7 +107,8 @@ def confidence(log_odds: float) -> float:
 
 
 def _blocks(frames: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """(T, H, W, 4) -> (N, BLOCK * BLOCK, 4); a frame that is no multiple repeats its last rows and columns."""
+    """(T, H, W, 4) -> (N, BLOCK * BLOCK, 4); a frame that is no multiple repeats its last rows and
+    columns."""
     pads = [-side % BLOCK for side in frames.shape[1:3]]
     frames = np.pad(frames, ((0, 0), (0, pads[0]), (0, pads[1]), (0, 0)), mode="edge")
     count, height, width, channels = frames.shape
@@ -100,17 +116,24 @@ def _blocks(frames: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return tiles.swapaxes(2, 3).reshape(-1, BLOCK * BLOCK, channels)
 
 
-def _fit(colour: NDArray[np.float32], alpha: NDArray[np.float32], noise: float) -> tuple[float, float]:
-    """Mean log ratio of the models' residuals, C = F to C = a F; and how many blocks could tell them apart.
+def _fit(
+    colour: NDArray[np.float32], alpha: NDArray[np.float32], noise: float
+) -> tuple[float, float]:
+    """Mean log ratio of the models' residuals, C = F to C = a F; and how many blocks could tell
+    them apart.
 
-    colour: (N, P, 3), alpha: (N, P, 1), both in [0, 1]. Weighted by alpha, for what it hides is nobody's colour.
+    colour: (N, P, 3), alpha: (N, P, 1), both in [0, 1]. Weighted by alpha, for what it hides is
+    nobody's colour.
     """
     weight = alpha / alpha.sum(axis=1, keepdims=True)
     mean = (weight * colour).sum(axis=1, keepdims=True)
     straight = (weight * (colour - mean) ** 2).sum(axis=1).mean(axis=-1)
-    mixed_colour = (weight * alpha * colour).sum(axis=1, keepdims=True) / (weight * alpha**2).sum(axis=1, keepdims=True)
+    mixed_colour = (weight * alpha * colour).sum(axis=1, keepdims=True) / (weight * alpha**2).sum(
+        axis=1, keepdims=True
+    )
     mixed = (weight * (colour - alpha * mixed_colour.clip(0, 1)) ** 2).sum(axis=1).mean(axis=-1)
-    # A mixture's colour would vary as much as alpha does; what that is beside the noise is what a block can tell.
+    # A mixture's colour would vary as much as alpha does; what that is beside the noise is what a
+    # block can tell.
     mean_alpha = (weight * alpha).sum(axis=1)[:, 0]
     spread = (weight * alpha**2).sum(axis=1)[:, 0] / mean_alpha**2 - 1
     signal = (mean[:, 0] ** 2).mean(axis=-1) * spread.clip(0)
@@ -120,10 +143,14 @@ def _fit(colour: NDArray[np.float32], alpha: NDArray[np.float32], noise: float) 
     return float((tells * ratio).sum() / (informative + 1)), informative
 
 
-def _broken(colour: NDArray[np.float32], alpha: NDArray[np.float32], soft: NDArray[np.bool_], by: float) -> float:
-    """Share of blocks whose soft pixels are brighter than a mixture can be, C > a, on the mean over a block.
+def _broken(
+    colour: NDArray[np.float32], alpha: NDArray[np.float32], soft: NDArray[np.bool_], by: float
+) -> float:
+    """Share of blocks whose soft pixels are brighter than a mixture can be, C > a, on the mean over
+    a block.
 
-    The mean, because subsampled chroma and ringing cancel within a block, and straight colour does not.
+    The mean, because subsampled chroma and ringing cancel within a block, and straight colour does
+    not.
     """
     count = soft.sum(axis=1)
     excess = (colour * soft[..., None]).sum(axis=1).max(axis=-1) - (alpha * soft).sum(axis=1)

@@ -11,7 +11,9 @@ from data_prep.bad_clips import BadClips
 from data_prep.journal import Line, open_journal
 
 
-def gather(lines: Iterable[Line | BadClip], journal: Path, known: dict[str, Line], bad: BadClips) -> None:
+def gather(
+    lines: Iterable[Line | BadClip], journal: Path, known: dict[str, Line], bad: BadClips
+) -> None:
     """Adds every line to `known`, by its key, and to the journal before the next one is made."""
     with open_journal(journal) as append:
         for line in lines:

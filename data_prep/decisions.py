@@ -1,4 +1,5 @@
-"""What is decided about a clip before it becomes part of a shard. Lives in the lines of data_prep.ingest's manifest."""
+"""What is decided about a clip before it becomes part of a shard. Lives in the lines of
+data_prep.ingest's manifest."""
 
 import json
 from collections.abc import Mapping
@@ -14,12 +15,15 @@ AUTO = "auto"
 
 @dataclass(frozen=True, kw_only=True)
 class Decisions:
-    """One clip's. Alpha is in 0..255, rectangles are x, y, width, height in the pixels of the decoded frames.
+    """One clip's. Alpha is in 0..255, rectangles are x, y, width, height in the pixels of the
+    decoded frames.
 
     A person may edit them in the manifest's line; `reasons` says why each one was taken.
     """
 
-    colour: Colour  # what colour is mixed with at alpha < 1: nothing, black, white, or the scene of a picture + matte
+    # what colour is mixed with at alpha < 1: nothing, black, white, or the scene of a picture +
+    # matte
+    colour: Colour
     confidence: float  # of colour, in [0, 1]; 0: nothing speaks for it, and nothing against it
     alpha_low: int  # alpha up to this is a codec's noise around 0
     alpha_high: int  # and from this on around 255
@@ -32,7 +36,11 @@ class Decisions:
     figures: dict[str, float] = field(default_factory=dict)  # that colour was decided by
 
     def __post_init__(self) -> None:
-        for name, choices in (("colour", get_args(Colour)), ("matte", get_args(Matte)), ("still", (True, False))):
+        for name, choices in (
+            ("colour", get_args(Colour)),
+            ("matte", get_args(Matte)),
+            ("still", (True, False)),
+        ):
             value = getattr(self, name)
             if value not in choices:
                 raise ValueError(f"{name}={value!r}; choose {', '.join(map(str, choices))}")
@@ -40,31 +48,42 @@ class Decisions:
             raise ValueError(f"confidence={self.confidence}; must be in [0, 1]")
         if not 0 <= self.alpha_low < self.alpha_high <= 255:
             raise ValueError(
-                f"alpha_low={self.alpha_low}, alpha_high={self.alpha_high}; 0 <= alpha_low < alpha_high <= 255"
+                f"alpha_low={self.alpha_low}, alpha_high={self.alpha_high}; 0 <= alpha_low < "
+                "alpha_high <= 255"
             )
         for name in ("crop", "visible"):
             rect = getattr(self, name)
             if rect is not None and (len(rect) != 4 or min(rect[:2]) < 0 or min(rect[2:]) < 1):
                 raise ValueError(f"{name}={rect}; a rectangle is x, y >= 0 and width, height >= 1")
         if list(self.cuts) != sorted(set(self.cuts)) or min(self.cuts, default=1) < 1:
-            raise ValueError(f"cuts={list(self.cuts)}; first frames of the later shots, rising from 1")
+            raise ValueError(
+                f"cuts={list(self.cuts)}; first frames of the later shots, rising from 1"
+            )
 
     @classmethod
     def of_json(cls, value: Mapping[str, Any]) -> "Decisions":
         """Inverse of `as_json`; ValueError names an unknown, missing or impossible entry."""
         known = {entry.name for entry in fields(cls)}
-        wrong = sorted(value.keys() ^ known - ({"figures"} - value.keys()))  # which older manifests lack
+        # which older manifests lack
+        wrong = sorted(value.keys() ^ known - ({"figures"} - value.keys()))
         if wrong:
-            raise ValueError(f"decisions: {', '.join(wrong)} unknown or missing; they are {', '.join(sorted(known))}")
-        sequences = {name: None if value[name] is None else tuple(value[name]) for name in ("crop", "visible", "cuts")}
+            raise ValueError(
+                f"decisions: {', '.join(wrong)} unknown or missing; they are "
+                f"{', '.join(sorted(known))}"
+            )
+        sequences = {
+            name: None if value[name] is None else tuple(value[name])
+            for name in ("crop", "visible", "cuts")
+        }
         return cls(**{**value, **sequences})
 
     def overridden(self, by: str, choices: Mapping[str, str]) -> "Decisions":
-        """With what a person chose in place of what was measured; `by` says where: "the table", "the command line".
+        """With what a person chose in place of what was measured; `by` says where: "the table",
+        "the command line".
 
-        choices: field -> text. `auto` and empty leave a field as it is. colour: straight | black (or true) | white
-        | matte; alpha_low, alpha_high: 0..255; matte: normal | empty | full | flickers; crop: false, or "x y width
-        height"; still: true | false; cuts: false, or "12 40".
+        choices: field -> text. `auto` and empty leave a field as it is. colour: straight | black
+        (or true) | white | matte; alpha_low, alpha_high: 0..255; matte: normal | empty | full |
+        flickers; crop: false, or "x y width height"; still: true | false; cuts: false, or "12 40".
         """
         changes: dict[str, Any] = {}
         for name, text in choices.items():
@@ -84,9 +103,11 @@ class Decisions:
 
 
 def check_choices(choices: Mapping[str, str], prefix: str = "") -> None:
-    """ValueError for a choice that no clip can take, before any is read. prefix: of the setting's name."""
+    """ValueError for a choice that no clip can take, before any is read. prefix: of the setting's
+    name."""
     plain = Decisions(
-        colour="straight", confidence=1, alpha_low=0, alpha_high=255, matte="normal", crop=None, visible=None,
+        colour="straight", confidence=1, alpha_low=0, alpha_high=255, matte="normal", crop=None,
+        visible=None,
         still=False, cuts=(),
     )  # fmt: skip
     unknown = sorted(choices.keys() - set(OVERRIDES))
@@ -100,7 +121,8 @@ def check_choices(choices: Mapping[str, str], prefix: str = "") -> None:
 
 TAKES = {
     "colour": "straight, black, white or matte", "alpha_low": "0 to 255", "alpha_high": "0 to 255",
-    "matte": "normal, empty, full or flickers", "crop": 'false or "x y width height"', "still": "true or false",
+    "matte": "normal, empty, full or flickers", "crop": 'false or "x y width height"',
+    "still": "true or false",
     "cuts": 'false or first frames of the later shots, "12 40"',
 }  # fmt: skip
 OVERRIDES = ("colour", "alpha_low", "alpha_high", "matte", "crop", "still", "cuts")

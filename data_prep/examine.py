@@ -1,4 +1,5 @@
-"""One candidate, decoded once within limits of size, time and memory: what it is, or why it is refused."""
+"""One candidate, decoded once within limits of size, time and memory: what it is, or why it is
+refused."""
 
 import ctypes
 import json
@@ -37,15 +38,28 @@ M_MMAP_THRESHOLD = -3  # of glibc's mallopt
 FROM_NAME = "Transparent background: "  # begins prompts that are made of file names
 SLEEPING = 10  # times as long by the clock as by the processor
 BYTES_PER_DECODED = 2.5  # memory that reading and measuring take, for each byte of the decoded clip
-PREMULTIPLIED = {"": None, "1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
-NO_ALPHA = "has no alpha: it is neither RGBA nor colour with a matte beside it (NAME_fgr + NAME_pha, NAME + NAME_matte)"
+PREMULTIPLIED = {
+    "": None,
+    "1": True,
+    "true": True,
+    "yes": True,
+    "0": False,
+    "false": False,
+    "no": False,
+}
+NO_ALPHA = (
+    "has no alpha: it is neither RGBA nor colour with a matte beside it (NAME_fgr + NAME_pha, NAME "
+    "+ NAME_matte)"
+)
 
 
 @dataclass(frozen=True)
 class Found:
-    """One line of the manifest. files: one, or colour and alpha. The rectangles are of a packed video.
+    """One line of the manifest. files: one, or colour and alpha. The rectangles are of a packed
+    video.
 
-    kind: matte is a whole picture with its matte, whose foreground is estimated when shards are made.
+    kind: matte is a whole picture with its matte, whose foreground is estimated when shards are
+    made.
     """
 
     key: str
@@ -63,7 +77,8 @@ class Found:
     premultiplied: bool | None  # None: the format does not say, it is measured
     colour_rect: Rect | None
     alpha_rect: Rect | None
-    decisions: dict[str, Any] | None = None  # Decisions.as_json; None: data_prep.shard measures the clip
+    # Decisions.as_json; None: data_prep.shard measures the clip
+    decisions: dict[str, Any] | None = None
     notes: list[str] = field(default_factory=list)  # what reading did to the pictures
 
 
@@ -81,7 +96,9 @@ class Settings:
 
     @property
     def limits(self) -> Limits:
-        return Limits(self.max_pixels, self.max_frames, int(self.memory_gb * 2**30 / BYTES_PER_DECODED))
+        return Limits(
+            self.max_pixels, self.max_frames, int(self.memory_gb * 2**30 / BYTES_PER_DECODED)
+        )
 
     def __post_init__(self) -> None:
         for name in ("max_pixels", "max_frames", "memory_gb", "seconds", "megapixels_per_second"):
@@ -111,30 +128,40 @@ class Outcome:
 
 
 def guard(settings: Settings, number: int) -> None:
-    """Once per worker process: it gets memory_gb on top of what its libraries have mapped. number: is not used.
+    """Once per worker process: it gets memory_gb on top of what its libraries have mapped. number:
+    is not used.
 
-    glibc keeps freed pieces of up to 32 MB for itself, several times the clip in sum; from 1 MB on it gives them back.
+    glibc keeps freed pieces of up to 32 MB for itself, several times the clip in sum; from 1 MB on
+    it gives them back.
     """
     mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     bound = mapped + int(settings.memory_gb * 2**30)
     hard = resource.getrlimit(resource.RLIMIT_AS)[1]
-    resource.setrlimit(resource.RLIMIT_AS, (bound if hard == resource.RLIM_INFINITY else min(bound, hard), hard))
+    resource.setrlimit(
+        resource.RLIMIT_AS, (bound if hard == resource.RLIM_INFINITY else min(bound, hard), hard)
+    )
     with suppress(AttributeError):  # another C library
         ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**20)
     torch.set_num_threads(1)
 
 
 def examine(_: None, task: Task) -> Outcome:
-    """Never raises for what is wrong with a file. A decoder that hangs is ended with its process."""
+    """Never raises for what is wrong with a file. A decoder that hangs is ended with its
+    process."""
     begun = time.process_time()
     try:
         found, reason = _examined(task), None
     except MediaError as error:
         found, reason = None, str(error)
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "allocate memory" not in str(error):  # as torch says it
+        # as torch says it
+        if isinstance(error, RuntimeError) and "allocate memory" not in str(error):
             raise
-        found, reason = None, f"needs more than memory_gb={task.settings.memory_gb:g}; cut or scale it, or raise that"
+        found, reason = (
+            None,
+            f"needs more than memory_gb={task.settings.memory_gb:g}; cut or scale it, or raise "
+            "that",
+        )
     finally:
         _allow(task, 0)
     return Outcome(found, reason, time.process_time() - begun)
@@ -159,9 +186,9 @@ def said_of_names(prompts: Sequence[str]) -> str | None:
         return None
     examples = ", ".join(f'"{text.removeprefix(FROM_NAME)}"' for text in dict.fromkeys(found[:3]))
     return (
-        f"{len(found)} of {len(prompts)} prompts are made of file names ({examples}), which a DiT learns nothing from: "
-        "write NAME.txt beside the files or a column prompt into a table, or caption the shards "
-        "(acetate prep caption, with captioner= or prompts=)"
+        f"{len(found)} of {len(prompts)} prompts are made of file names ({examples}), which a DiT "
+        "learns nothing from: write NAME.txt beside the files or a column prompt into a table, or "
+        "caption the shards (acetate prep caption, with captioner= or prompts=)"
     )
 
 
@@ -173,9 +200,11 @@ def prompt_from_name(name: str) -> str:
 
 
 def _allow(task: Task, seconds: float) -> None:
-    """The default action of both signals ends the process even inside of a decoder; 0 takes them back.
+    """The default action of both signals ends the process even inside of a decoder; 0 takes them
+    back.
 
-    Time of the processor, so that a busy machine refuses nothing; and of the clock, for a decoder that sleeps.
+    Time of the processor, so that a busy machine refuses nothing; and of the clock, for a decoder
+    that sleeps.
     """
     if task.guarded:
         signal.setitimer(signal.ITIMER_PROF, seconds)
@@ -191,24 +220,33 @@ def _examined(task: Task) -> Found:
     _allow(task, settings.seconds + volume / settings.megapixels_per_second)
     notes: tuple[str, ...] = ()
     if candidate.matte and header.alpha and read_rgba(path, limits).frames[..., 3].min() < 255:
-        notes = (f"{candidate.files[1].name} beside it is not used: the picture has alpha of its own",)
+        notes = (
+            f"{candidate.files[1].name} beside it is not used: the picture has alpha of its own",
+        )
         candidate = replace(candidate, files=(path,), matte=False)
     kind, rects = _kind(candidate, header, settings)
     clip = read(kind, candidate.files, rects, limits)
     said = column(row, "premultiplied").lower()
     if said not in PREMULTIPLIED:
         raise MediaError(
-            f"{path}: its table says premultiplied={said}; it is one of {', '.join(filter(None, PREMULTIPLIED))}"
+            f"{path}: its table says premultiplied={said}; it is one of "
+            f"{', '.join(filter(None, PREMULTIPLIED))}"
         )
     declared = PREMULTIPLIED[said]
     decisions = analyse(clip, premultiplied=declared, matte=kind == "matte")
     decisions = decisions.overridden("the command line", settings.choices)
     try:
-        decisions = decisions.overridden("the table", {name: column(row, name) for name in OVERRIDES if name in row})
+        decisions = decisions.overridden(
+            "the table", {name: column(row, name) for name in OVERRIDES if name in row}
+        )
     except ValueError as error:
         raise MediaError(f"{path}: its table says {error}") from error
     text = sidecar(path)
-    cut_from = f"{candidate.origin.get('source', '')}/{candidate.origin['path']}" if "path" in candidate.origin else ""
+    cut_from = (
+        f"{candidate.origin.get('source', '')}/{candidate.origin['path']}"
+        if "path" in candidate.origin
+        else ""
+    )
     return Found(
         key=task.key,
         kind=kind,
@@ -239,7 +277,9 @@ def _text(path: Path) -> str:
         raise MediaError(f"{path}: not UTF-8 ({error}); save it as such") from error
 
 
-def _kind(candidate: Candidate, header: Description, settings: Settings) -> tuple[Kind, tuple[Rect, Rect] | None]:
+def _kind(
+    candidate: Candidate, header: Description, settings: Settings
+) -> tuple[Kind, tuple[Rect, Rect] | None]:
     """With the rectangles of a packed video; MediaError for what has no alpha."""
     path = candidate.files[0]
     if len(candidate.files) == 2:
@@ -258,7 +298,9 @@ def _kind(candidate: Candidate, header: Description, settings: Settings) -> tupl
     return "packed", rects
 
 
-def read(kind: Kind, files: Sequence[Path], rects: tuple[Rect, Rect] | None, limits: Limits) -> RGBAClip:
+def read(
+    kind: Kind, files: Sequence[Path], rects: tuple[Rect, Rect] | None, limits: Limits
+) -> RGBAClip:
     """rects: of colour and alpha in the pictures of a packed video."""
     if kind in ("pair", "matte"):
         return read_pair(files[0], files[1], limits)
@@ -273,16 +315,25 @@ def _given_rectangles(candidate: Candidate, header: Description) -> tuple[Rect, 
     if "alpha_rect" in origin:
         size = tuple(origin.get("packed_size", (header.width, header.height)))
         if size != (header.width, header.height):
-            raise MediaError(f"{path} is {header.width}x{header.height}, its rectangles are for {size[0]}x{size[1]}")
+            raise MediaError(
+                f"{path} is {header.width}x{header.height}, its rectangles are for "
+                f"{size[0]}x{size[1]}"
+            )
         texts = [origin.get("rgb_rect", origin.get("colour_rect")), origin["alpha_rect"]]
     elif column(row, "alpha_rect"):
-        texts = [column(row, name).replace(",", " ").split() for name in ("colour_rect", "alpha_rect")]
+        texts = [
+            column(row, name).replace(",", " ").split() for name in ("colour_rect", "alpha_rect")
+        ]
     else:
         return None
     try:
-        (x, y, width, height), (right, down, wide, high) = ([int(number) for number in text] for text in texts)
+        (x, y, width, height), (right, down, wide, high) = (
+            [int(number) for number in text] for text in texts
+        )
     except (TypeError, ValueError) as error:
-        raise MediaError(f"{path}: rectangles {json.dumps(texts)}; each is x, y, width, height in pixels") from error
+        raise MediaError(
+            f"{path}: rectangles {json.dumps(texts)}; each is x, y, width, height in pixels"
+        ) from error
     return (x, y, width, height), (right, down, wide, high)
 
 
@@ -292,9 +343,10 @@ def _detected_rectangles(path: Path, limits: Limits) -> tuple[Rect, Rect] | None
         return None
     if packing.confidence < SURE:
         raise MediaError(
-            f"{path} has no alpha of its own, and is perhaps packed: colour at {list(packing.colour)}, alpha at "
-            f"{list(packing.alpha)}, confidence {packing.confidence:.2f} ({packing.reason}). Give the rectangles in a "
-            ".json or a table if that is so"
+            f"{path} has no alpha of its own, and is perhaps packed: colour at "
+            f"{list(packing.colour)}, alpha at {list(packing.alpha)}, confidence "
+            f"{packing.confidence:.2f} ({packing.reason}). Give the rectangles in a .json or a "
+            "table if that is so"
         )
     return packing.colour, packing.alpha
 

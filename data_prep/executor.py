@@ -48,10 +48,12 @@ class NoPlace(WorkerLost):
 
 
 class Worker(Protocol):
-    """A process that takes one item at a time; it starts with the first, and anew after it was lost."""
+    """A process that takes one item at a time; it starts with the first, and anew after it was
+    lost."""
 
     def ask(self, item: Any, time_limit: float | None) -> Answer:
-        """WorkerLost with the reason if no answer comes; NoPlace only while another worker of the team runs."""
+        """WorkerLost with the reason if no answer comes; NoPlace only while another worker of the
+        team runs."""
         ...
 
     def stop(self) -> None:
@@ -73,21 +75,25 @@ def parallel(
 ) -> Generator[Result, None, None]:
     """function(item) for each item, in the order of the items, which are taken as they are needed.
 
-    executor: local, spawned processes; or ray, processes that Ray places, on the cluster of RAY_ADDRESS or one that is
-    started on this machine. workers: processes; with local, 0 is this one; on Ray at most as many as it has room for.
-    function, setup, items and results are pickled. setup: each process calls it once with its number from 0 to
-    workers - 1, and function is then function(what setup returned, item). name: of an item, for errors. time_limit:
-    seconds that an item may take before its process is killed. lost: (item, reason) -> the result of an item that
-    overran it, or whose process was killed or died twice: another may have taken the memory, or the machine; without
-    it, that is WorkerLost, and so is a process that ends twice in its setup. gpus: that Ray keeps for each process.
+    executor: local, spawned processes; or ray, processes that Ray places, on the cluster of
+    RAY_ADDRESS or one that is started on this machine. workers: processes; with local, 0 is this
+    one; on Ray at most as many as it has room for. function, setup, items and results are pickled.
+    setup: each process calls it once with its number from 0 to workers - 1, and function is then
+    function(what setup returned, item). name: of an item, for errors. time_limit: seconds that an
+    item may take before its process is killed. lost: (item, reason) -> the result of an item that
+    overran it, or whose process was killed or died twice: another may have taken the memory, or the
+    machine; without it, that is WorkerLost, and so is a process that ends twice in its setup. gpus:
+    that Ray keeps for each process.
 
-    What function or setup raises is raised here, with its type. Leaving the iterator early stops the processes when
-    it is closed: use contextlib.closing. Raises ValueError for settings that contradict each other, ImportError
-    without Ray.
+    What function or setup raises is raised here, with its type. Leaving the iterator early stops
+    the processes when it is closed: use contextlib.closing. Raises ValueError for settings that
+    contradict each other, ImportError without Ray.
     """
     check(executor, workers)
     if workers == 0 and time_limit is not None:
-        raise ValueError(f"time_limit={time_limit} kills the process that overruns it; use workers=1 or more")
+        raise ValueError(
+            f"time_limit={time_limit} kills the process that overruns it; use workers=1 or more"
+        )
     if workers == 0:
         return _here(function, items, setup)
     team: Sequence[Worker]
@@ -96,7 +102,8 @@ def parallel(
             from data_prep.on_ray import start_team
         except ImportError as error:
             raise ImportError(
-                f"executor=ray: {error}. In the clone: pip install -e '.[ray]'; or use executor=local."
+                f"executor=ray: {error}. In the clone: pip install -e '.[ray]'; or use "
+                "executor=local."
             ) from error
         team = start_team(function, setup, workers, gpus)
     else:
@@ -124,12 +131,13 @@ def progress(
 
 
 def check(executor: str, workers: int) -> None:
-    """ValueError for settings that `parallel` refuses: for commands, before they load or write anything."""
+    """ValueError for settings that `parallel` refuses: for commands, before they load or write
+    anything."""
     most = MOST_PER_CORE * (os.cpu_count() or 1)
     if executor == "local" and workers > most:
         raise ValueError(
-            f"workers={workers}; this machine has {os.cpu_count()} cores, at most {MOST_PER_CORE} processes for each: "
-            f"{most}"
+            f"workers={workers}; this machine has {os.cpu_count()} cores, at most {MOST_PER_CORE} "
+            f"processes for each: {most}"
         )
     if executor not in EXECUTORS:
         raise ValueError(f"executor={executor}; choose {' or '.join(EXECUTORS)}")
@@ -149,7 +157,8 @@ def _here(
 
 @dataclass
 class Team(Generic[Item, Result]):
-    """Workers, and the items that they are asked about in threads, so that none waits for the caller.
+    """Workers, and the items that they are asked about in threads, so that none waits for the
+    caller.
 
     name, time_limit, lost: as in `parallel`.
     """
@@ -221,7 +230,9 @@ class Team(Generic[Item, Result]):
             self.idle.put(worker)
 
 
-def bind(function: Callable[..., Result], setup: Callable[[int], Any] | None, number: int) -> Callable[[Any], Result]:
+def bind(
+    function: Callable[..., Result], setup: Callable[[int], Any] | None, number: int
+) -> Callable[[Any], Result]:
     if setup is None:
         return function
     state = setup(number)
@@ -247,7 +258,9 @@ def portable(error: Exception) -> Exception:
 class LocalWorker:
     """A spawned process: torch and FFmpeg keep threads, which a fork would leave behind locked."""
 
-    def __init__(self, function: Callable[..., Any], setup: Callable[[int], Any] | None, number: int):
+    def __init__(
+        self, function: Callable[..., Any], setup: Callable[[int], Any] | None, number: int
+    ):
         self.task = function, setup, number
         self.process: Any = None
 
@@ -262,7 +275,9 @@ class LocalWorker:
                 return self.pipe.recv()
         except (EOFError, OSError):
             reason = self._gone()
-            raise (Overran if any(name in reason for name in OVERRUN_SIGNALS) else WorkerLost)(reason) from None
+            raise (Overran if any(name in reason for name in OVERRUN_SIGNALS) else WorkerLost)(
+                reason
+            ) from None
         self.process.kill()
         self._gone()
         raise Overran(OVERRAN.format(time_limit))
@@ -291,7 +306,9 @@ class LocalWorker:
         if process.exitcode >= 0:
             return f"its worker process ended with exit code {process.exitcode}"
         name = signal.Signals(-process.exitcode).name
-        reason = " (by the kernel, if memory ran out: use fewer workers)" if name == "SIGKILL" else ""
+        reason = (
+            " (by the kernel, if memory ran out: use fewer workers)" if name == "SIGKILL" else ""
+        )
         return f"its worker process was ended by {name}{reason}"
 
     def stop(self) -> None:
@@ -301,14 +318,17 @@ class LocalWorker:
 
 
 def end_with_parent() -> None:
-    """A parent that was killed cannot end its processes, which would go on writing into the folder of a restart."""
+    """A parent that was killed cannot end its processes, which would go on writing into the folder
+    of a restart."""
     parent = parent_process()
     assert parent is not None
     parent.join()
     os._exit(1)
 
 
-def serve(pipe: Connection, function: Callable[..., Any], setup: Callable[[int], Any] | None, number: int) -> None:
+def serve(
+    pipe: Connection, function: Callable[..., Any], setup: Callable[[int], Any] | None, number: int
+) -> None:
     """Answers items until the other end is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which ends this process
     threading.Thread(target=end_with_parent, daemon=True).start()

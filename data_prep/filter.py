@@ -1,4 +1,5 @@
-"""Copies the clips that pass the rules, byte for byte, into shards of their own and says why the others fall."""
+"""Copies the clips that pass the rules, byte for byte, into shards of their own and says why the
+others fall."""
 
 import hashlib
 import math
@@ -16,7 +17,15 @@ from rich.table import Table
 from yaml import YAMLError
 
 from acetate.cli import run
-from acetate.data.shards import MANIFEST, BadClip, ClipRef, ShardError, index_shards, read_clip, read_head
+from acetate.data.shards import (
+    MANIFEST,
+    BadClip,
+    ClipRef,
+    ShardError,
+    index_shards,
+    read_clip,
+    read_head,
+)
 from acetate.data.store import listed
 from acetate.data.writer import ShardWriter
 from acetate.draws import stable_hash
@@ -49,8 +58,8 @@ class Rule:
 
 @dataclass(frozen=True)
 class Duplicates:
-    """distance: bits of 128 that two looks may differ in; colour: steps of 255 that their mean colours may. keep: the
-    best (most pixels, then sharpest) or the first."""
+    """distance: bits of 128 that two looks may differ in; colour: steps of 255 that their mean
+    colours may. keep: the best (most pixels, then sharpest) or the first."""
 
     distance: int
     colour: int
@@ -58,27 +67,37 @@ class Duplicates:
 
     def __post_init__(self) -> None:
         if not 0 <= self.distance <= 32:
-            raise ValueError(f"duplicates.distance={self.distance}; 0 to 32 of 128 bits, 6 is a good start")
+            raise ValueError(
+                f"duplicates.distance={self.distance}; 0 to 32 of 128 bits, 6 is a good start"
+            )
         if not 0 <= self.colour <= 255:
-            raise ValueError(f"duplicates.colour={self.colour}; 0 to 255 steps of a mean colour, 32 is a good start")
+            raise ValueError(
+                f"duplicates.colour={self.colour}; 0 to 255 steps of a mean colour, 32 is a good "
+                "start"
+            )
         if self.keep not in ("best", "first"):
             raise ValueError(f"duplicates.keep={self.keep}; choose best or first")
 
 
 def parse_rules(rules: Mapping[str, Any]) -> dict[str, Rule]:
-    """{score: {min, max}}; a rule that is null is none. ValueError for a score or an end that does not exist."""
+    """{score: {min, max}}; a rule that is null is none. ValueError for a score or an end that does
+    not exist."""
     parsed = {}
     for name, ends in rules.items():
         if name not in SCORES:
             raise ValueError(f"rules.{name}: no such score; known: {', '.join(SCORES)}")
         if ends is None:
             continue
-        numbers = isinstance(ends, Mapping) and all(isinstance(value, int | float) for value in ends.values())
+        numbers = isinstance(ends, Mapping) and all(
+            isinstance(value, int | float) for value in ends.values()
+        )
         if not numbers or not ends or ends.keys() - {"min", "max"}:
             raise ValueError(f"rules.{name}={ends}; give {{min: NUMBER}}, {{max: NUMBER}} or both")
         rule = Rule(**ends)
         if not rule.min <= rule.max:
-            raise ValueError(f"rules.{name}: min={rule.min:g} is above max={rule.max:g}; nothing would be kept")
+            raise ValueError(
+                f"rules.{name}: min={rule.min:g} is above max={rule.max:g}; nothing would be kept"
+            )
         parsed[name] = rule
     return parsed
 
@@ -87,16 +106,22 @@ def load_rules(rules: DictConfig | str | None) -> dict[str, Rule]:
     """Of the setting, or of the YAML file that it names."""
     if isinstance(rules, str):
         if not Path(rules).is_file():
-            raise FileNotFoundError(f"rules={rules} does not exist; name a YAML file of {{score: {{min, max}}}}")
+            raise FileNotFoundError(
+                f"rules={rules} does not exist; name a YAML file of {{score: {{min, max}}}}"
+            )
         try:
             loaded = OmegaConf.load(rules)
         except YAMLError as error:
-            raise ValueError(f"rules={rules} is not YAML: {' '.join(str(error).split())}") from error
+            raise ValueError(
+                f"rules={rules} is not YAML: {' '.join(str(error).split())}"
+            ) from error
     else:
         loaded = rules
     found = OmegaConf.to_container(loaded, resolve=True) if loaded is not None else {}
     if not isinstance(found, dict):
-        raise ValueError(f"rules={found}; give {{score: {{min: NUMBER, max: NUMBER}}}} or a YAML file of that")
+        raise ValueError(
+            f"rules={found}; give {{score: {{min: NUMBER, max: NUMBER}}}} or a YAML file of that"
+        )
     return parse_rules({str(name): ends for name, ends in found.items()})
 
 
@@ -105,7 +130,9 @@ def duplicates_of(setting: DictConfig | None) -> Duplicates | None:
     if setting is None:
         return None
     if not isinstance(setting, Mapping) or setting.keys() != {"distance", "colour", "keep"}:
-        raise ValueError(f"duplicates={setting}; null, or {{distance: BITS, colour: STEPS, keep: best or first}}")
+        raise ValueError(
+            f"duplicates={setting}; null, or {{distance: BITS, colour: STEPS, keep: best or first}}"
+        )
     return Duplicates(**setting)
 
 
@@ -124,7 +151,14 @@ def score_clip(ref: ClipRef) -> Line | BadClip:
         values, look, colours = scoring.score(read_clip(ref))
     except BadClip as bad:
         return bad
-    return {"key": ref.key, **values, "look": look, "colours": colours, "crc32": ref.crc32, "code": CODE}
+    return {
+        "key": ref.key,
+        **values,
+        "look": look,
+        "colours": colours,
+        "crc32": ref.crc32,
+        "code": CODE,
+    }
 
 
 def current(line: Line | None, ref: ClipRef) -> bool:
@@ -132,8 +166,11 @@ def current(line: Line | None, ref: ClipRef) -> bool:
     return line is not None and (line["crc32"], line["code"]) == (ref.crc32, CODE)
 
 
-def judge(lines: Sequence[Line], rules: Mapping[str, Rule], duplicates: Duplicates | None) -> list[Line]:
-    """One line per broken rule: key, score, value, rule; for a duplicate also `of`, the clip that is kept."""
+def judge(
+    lines: Sequence[Line], rules: Mapping[str, Rule], duplicates: Duplicates | None
+) -> list[Line]:
+    """One line per broken rule: key, score, value, rule; for a duplicate also `of`, the clip that
+    is kept."""
     rejected = [
         {"key": line["key"], "score": name, "value": line[name], "rule": str(rule)}
         for line in lines
@@ -153,7 +190,15 @@ def judge(lines: Sequence[Line], rules: Mapping[str, Rule], duplicates: Duplicat
                 other, bits = match
                 rule = f"> {duplicates.distance} bits of 128"
                 twin = rest[other]["key"]
-                rejected.append({"key": line["key"], "score": "duplicate", "value": bits, "rule": rule, "of": twin})
+                rejected.append(
+                    {
+                        "key": line["key"],
+                        "score": "duplicate",
+                        "value": bits,
+                        "rule": rule,
+                        "of": twin,
+                    }
+                )
     return sorted(rejected, key=lambda line: (line["key"], line["score"]))
 
 
@@ -190,7 +235,8 @@ def filter_clips(
         "settings": {
             "rules": {name: str(rule) for name, rule in rules.items()},
             "duplicates": asdict(duplicates) if duplicates else None,
-            "code": CODE, "max_clips": max_clips, "max_bytes": max_bytes, "shards_sha256": manifests_sha256(shards),
+            "code": CODE, "max_clips": max_clips, "max_bytes": max_bytes,
+            "shards_sha256": manifests_sha256(shards),
         },
     }  # fmt: skip
     with making(out, made_by, replace) as folder:
@@ -199,59 +245,85 @@ def filter_clips(
             known = read_scores(scores, out / SCORES_FILE, journal)
             gather(score_clips(refs, known, executor, workers), journal, known, bad)
             if len(bad) == len(refs):
-                raise ShardError(f"none of the {len(refs)} clips can be read: {next(iter(bad.values()))}")
+                raise ShardError(
+                    f"none of the {len(refs)} clips can be read: {next(iter(bad.values()))}"
+                )
             lines = [known[ref.key] for ref in refs if ref.key not in bad]
             rejected = judge(lines, rules, duplicates)
             kept = {line["key"] for line in lines} - {line["key"] for line in rejected}
             if not kept:
-                raise ShardError(f"the rules reject all {len(lines)} clips ({tally(rejected)}); loosen them.")
+                raise ShardError(
+                    f"the rules reject all {len(lines)} clips ({tally(rejected)}); loosen them."
+                )
             write_lines(journal, lines)
             write_lines(folder / REJECTED_FILE, rejected)
-            with ShardWriter(folder, max_clips=max_clips, max_bytes=max_bytes, made_by=made_by) as writer:
+            with ShardWriter(
+                folder, max_clips=max_clips, max_bytes=max_bytes, made_by=made_by
+            ) as writer:
                 copy_clips([ref for ref in refs if ref.key in kept], writer, bad)
-    return read_journal(out / SCORES_FILE), read_journal(out / REJECTED_FILE), read_head(out)["skipped"]
+    return (
+        read_journal(out / SCORES_FILE),
+        read_journal(out / REJECTED_FILE),
+        read_head(out)["skipped"],
+    )
 
 
 def read_scores(*files: Path | None) -> dict[str, Line]:
     """Key -> line; later files win. ValueError for a line that holds no scores."""
     for file in files[:1]:
         if file is not None and not file.is_file():
-            raise FileNotFoundError(f"scores={file} does not exist; data_prep.filter writes {SCORES_FILE} into `out`.")
+            raise FileNotFoundError(
+                f"scores={file} does not exist; data_prep.filter writes {SCORES_FILE} into `out`."
+            )
     known = {}
     for file in files:
         for number, line in enumerate(read_journal(file) if file is not None else [], start=1):
             if not isinstance(line, dict) or FIELDS - line.keys():
                 raise ValueError(
-                    f"{file}:{number}: not a line of {SCORES_FILE}, which has {', '.join(sorted(FIELDS))}; name a "
-                    "file that data_prep.filter wrote, or leave scores out to measure again"
+                    f"{file}:{number}: not a line of {SCORES_FILE}, which has "
+                    f"{', '.join(sorted(FIELDS))}; name a file that data_prep.filter wrote, or "
+                    "leave scores out to measure again"
                 )
             known[line["key"]] = line
     return known
 
 
 def tally(rejected: Sequence[Line]) -> str:
-    return ", ".join(f"{name}: {count}" for name, count in Counter(line["score"] for line in rejected).most_common())
+    return ", ".join(
+        f"{name}: {count}"
+        for name, count in Counter(line["score"] for line in rejected).most_common()
+    )
 
 
 def preview(
     shards: Sequence[Path], files: Sequence[Path | None], executor: str, workers: int
 ) -> tuple[int, list[Line], dict[str, str]]:
-    """Clips in all; lines of those with scores and of a few others, or why there are none. Writes nothing."""
+    """Clips in all; lines of those with scores and of a few others, or why there are none. Writes
+    nothing."""
     refs, known = index_shards(shards), read_scores(*files)
     done = [known[ref.key] for ref in refs if current(known.get(ref.key), ref)]
-    new = sorted((ref for ref in refs if not current(known.get(ref.key), ref)), key=lambda ref: stable_hash(ref.key))
+    new = sorted(
+        (ref for ref in refs if not current(known.get(ref.key), ref)),
+        key=lambda ref: stable_hash(ref.key),
+    )
     found = list(score_clips(new[:PREVIEW_CLIPS], {}, executor, workers))
     bad = {line.key: line.reason for line in found if isinstance(line, BadClip)}
     lines = done + [line for line in found if not isinstance(line, BadClip)]
     return len(refs), sorted(lines, key=lambda line: line["key"]), bad
 
 
-def print_summary(console: Console, lines: Sequence[Line], rejected: Sequence[Line], rules: Mapping[str, Rule]) -> None:
+def print_summary(
+    console: Console, lines: Sequence[Line], rejected: Sequence[Line], rules: Mapping[str, Rule]
+) -> None:
     """How the scores spread, and what each rule takes away."""
     table = Table("score", "min", "5 %", "median", "95 %", "max", "kept", "rejected")
     broken = Counter(line["score"] for line in rejected)
     for name in SCORES:
-        spread = np.percentile([line[name] for line in lines], (0, 5, 50, 95, 100)) if lines else [math.nan] * 5
+        spread = (
+            np.percentile([line[name] for line in lines], (0, 5, 50, 95, 100))
+            if lines
+            else [math.nan] * 5
+        )
         rule = str(rules[name]) if name in rules else ""
         table.add_row(
             name,
@@ -275,7 +347,8 @@ def main(cfg: DictConfig) -> None:
         for line in rejected:
             twin = f", repeats {line['of']}" if "of" in line else ""
             console.print(
-                f"{line['key']}: {line['score']} {line['value']:g}, kept {line['rule']}{twin}", soft_wrap=True
+                f"{line['key']}: {line['score']} {line['value']:g}, kept {line['rule']}{twin}",
+                soft_wrap=True,
             )
         text = f"{len(lines)} of {total} clips were measured. Nothing was written."
     else:

@@ -1,4 +1,5 @@
-"""The folder that a program makes: found as it was made before, refused, or made anew in the place of the old one."""
+"""The folder that a program makes: found as it was made before, refused, or made anew in the place
+of the old one."""
 
 import hashlib
 import json
@@ -26,7 +27,8 @@ OURS = re.compile(
 )
 SAID = {  # facts of a folder's maker -> the setting that they come from
     "shards_sha256": "clips of shards", "manifest_sha256": "content of manifest",
-    "prompts_sha256": "content of prompts", "vae_sha256": "weights of rgba_vae", "eps": "eps of rgba_vae",
+    "prompts_sha256": "content of prompts", "vae_sha256": "weights of rgba_vae",
+    "eps": "eps of rgba_vae",
     "base_sha256": "weights of wan.vae", "text_encoder_sha256": "weights of wan.text_encoder",
     "prompt_length": "wan.prompt_length", "frozen_dtype": "wan.dtype", "code": "code that scores",
     "synthetic_sha256": "code that draws", "sizes": "size or sizes", "max_bytes": "max_mb in bytes",
@@ -39,20 +41,27 @@ def check_folder(out: Path, shards: Sequence[Folder] = ()) -> None:
     """Before any work: OSError where `out` cannot be made, ShardError where it is read from."""
     check_out(out, folder=True)
     old = standing(out)
-    if old != out and os.environ.get("RANK", "0") == "0":  # a run was killed between the two renames of `settle`
+    # a run was killed between the two renames of `settle`
+    if old != out and os.environ.get("RANK", "0") == "0":
         os.replace(old, out)
     for folder in shards:
         if isinstance(folder, Path) and folder.resolve() == out.resolve():
-            raise ShardError(f"out={out} is also what shards names; name another folder, the clips there stay.")
+            raise ShardError(
+                f"out={out} is also what shards names; name another folder, the clips there stay."
+            )
 
 
 @contextmanager
-def making(out: Path, made_by: Mapping[str, Any], replace: bool, rank: int = 0) -> Iterator[Path | None]:
-    """The folder to fill, which takes the place of `out` when the block ends; None where that is full already.
+def making(
+    out: Path, made_by: Mapping[str, Any], replace: bool, rank: int = 0
+) -> Iterator[Path | None]:
+    """The folder to fill, which takes the place of `out` when the block ends; None where that is
+    full already.
 
-    made_by: {"command", "settings"}, what decides the content: an interrupted run of the same is gone on with. With
-    `replace` a folder that was made otherwise makes way. rank: of the processes that fill it together, of which the
-    first one finishes it. RuntimeError if another process writes it; ShardError as `place`.
+    made_by: {"command", "settings"}, what decides the content: an interrupted run of the same is
+    gone on with. With `replace` a folder that was made otherwise makes way. rank: of the processes
+    that fill it together, of which the first one finishes it. RuntimeError if another process
+    writes it; ShardError as `place`.
     """
     folder = place(out, made_by, replace)
     finished = (folder / MANIFEST).exists()
@@ -79,8 +88,9 @@ def manifests_sha256(shards: Sequence[Folder]) -> list[str]:
 def place(out: Path, made_by: Mapping[str, Any], replace: bool) -> Path:
     """Where to make the folder: `out`, unless that holds what was made otherwise.
 
-    With `replace` it is then a folder beside it, the same one after an interruption, which `settle` puts in its place.
-    ShardError without, and if another program made the old one or something else lies in it.
+    With `replace` it is then a folder beside it, the same one after an interruption, which `settle`
+    puts in its place. ShardError without, and if another program made the old one or something else
+    lies in it.
     """
     wanted = json.loads(json.dumps(made_by))
     other = next((found for found in makers(out) if found != wanted), None)
@@ -88,19 +98,21 @@ def place(out: Path, made_by: Mapping[str, Any], replace: bool) -> Path:
         return out
     if other.get("command") != wanted["command"]:
         raise ShardError(
-            f"{out} holds what {other.get('command', 'another program')} made. Name another folder: out=..."
+            f"{out} holds what {other.get('command', 'another program')} made. Name another "
+            "folder: out=..."
         )
     if not replace:
         raise ShardError(
-            f"{out} was made with other settings: {'; '.join(differences(other, wanted))}. Name another folder "
-            "(out=...), give the settings that it was made with, or give replace=true: that makes it anew beside the "
-            "old one, which stays whole until the new one takes its place."
+            f"{out} was made with other settings: {'; '.join(differences(other, wanted))}. Name "
+            "another folder (out=...), give the settings that it was made with, or give "
+            "replace=true: that makes it anew beside the old one, which stays whole until the new "
+            "one takes its place."
         )
     strangers = sorted(path.name for path in out.iterdir() if not OURS.fullmatch(path.name))
     if strangers:
         raise ShardError(
-            f"{out} cannot be replaced: {', '.join(strangers[:3])} in it was not made by {wanted['command']}. Move "
-            "that away, or name another folder: out=..."
+            f"{out} cannot be replaced: {', '.join(strangers[:3])} in it was not made by "
+            f"{wanted['command']}. Move that away, or name another folder: out=..."
         )
     mark = hashlib.sha256(json.dumps(wanted, sort_keys=True).encode()).hexdigest()[:8]
     return out.with_name(f".new-{out.name}-{mark}")
@@ -121,8 +133,8 @@ def makers(folder: Path) -> Iterator[dict[str, Any]]:
             yield read_head(folder)["made_by"]
         except (ValueError, KeyError, TypeError) as error:
             raise ShardError(
-                f"{folder / MANIFEST} is no manifest of shards ({type(error).__name__}: {error}). Name another "
-                "folder: out=..."
+                f"{folder / MANIFEST} is no manifest of shards ({type(error).__name__}: {error}). "
+                "Name another folder: out=..."
             ) from error
     for part in sorted(folder.glob("latents-*.part.json")):
         yield json.loads(part.read_text(encoding="utf-8"))["made_by"]

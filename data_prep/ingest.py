@@ -1,4 +1,5 @@
-"""Finds RGBA material in a folder, decodes each clip once, and writes one JSON line for it: what it is and shows."""
+"""Finds RGBA material in a folder, decodes each clip once, and writes one JSON line for it: what it
+is and shows."""
 
 import hashlib
 import os
@@ -39,9 +40,11 @@ from data_prep.journal import lock_of, only_writer, open_journal, read_journal, 
 
 @dataclass(frozen=True)
 class Ingested:
-    """clips and bad (key -> reason) in the order of the files. files: every file of the folder, and what became of it.
+    """clips and bad (key -> reason) in the order of the files. files: every file of the folder, and
+    what became of it.
 
-    seconds: of one core, that decoding and measuring the clips took; 0 for those that an earlier run did.
+    seconds: of one core, that decoding and measuring the clips took; 0 for those that an earlier
+    run did.
     """
 
     clips: list[Found]
@@ -62,10 +65,10 @@ def ingest(
 ) -> Ingested:
     """Writes `out` (JSON lines) and beside it NAME.report.json, unless `preview`.
 
-    What is finished is kept in NAME.journal.jsonl until all is, so that a run that was interrupted goes on. Each file
-    is decoded in a process that may be killed, except with workers=0. Raises FileNotFoundError without a source,
-    ValueError for a table that cannot be used, and TooManyBad past the budget or ValueError where no clip is found,
-    which write the report alone.
+    What is finished is kept in NAME.journal.jsonl until all is, so that a run that was interrupted
+    goes on. Each file is decoded in a process that may be killed, except with workers=0. Raises
+    FileNotFoundError without a source, ValueError for a table that cannot be used, and TooManyBad
+    past the budget or ValueError where no clip is found, which write the report alone.
     """
     check(executor, workers)
     if not preview:
@@ -75,7 +78,8 @@ def ingest(
     with nullcontext() if preview else only_writer(out):
         folder = survey(source, written)
         tasks = list(_tasks(source, folder, settings, guarded=workers > 0))
-        # Before anything is decoded: a file that changes later is decoded again by a run that goes on.
+        # Before anything is decoded: a file that changes later is decoded again by a run that goes
+        # on.
         prints = [_fingerprint(task) for task in tasks]
         done = {} if preview else _finished(journal)
         todo = [(task, seen) for task, seen in zip(tasks, prints, strict=True) if seen not in done]
@@ -83,7 +87,9 @@ def ingest(
         known = done | fresh
         outcomes = [known[seen] for seen in prints]
         clips = [outcome.found for outcome in outcomes if outcome.found is not None]
-        bad = {t.key: o.reason for t, o in zip(tasks, outcomes, strict=True) if o.reason is not None}
+        bad = {
+            t.key: o.reason for t, o in zip(tasks, outcomes, strict=True) if o.reason is not None
+        }
         files = _account(source, written, folder, tasks, outcomes)
         if not preview:
             report = {"clips": len(clips), "bad": bad, "files": files}
@@ -121,7 +127,9 @@ def _finished(journal: Path) -> dict[str, Outcome]:
     return done
 
 
-def _outcomes(todo: list[tuple[Task, str]], journal: Path | None, executor: str, workers: int) -> dict[str, Outcome]:
+def _outcomes(
+    todo: list[tuple[Task, str]], journal: Path | None, executor: str, workers: int
+) -> dict[str, Outcome]:
     """By the fingerprints beside the tasks; each is in the journal before the next."""
     tasks = [task for task, _ in todo]
     guards = {"setup": partial(guard, tasks[0].settings), "lost": lost} if workers and tasks else {}
@@ -143,7 +151,9 @@ def _fingerprint(task: Task) -> str:
     """Of all that the outcome depends on; a file by its size and time."""
     files = [path for file in task.candidate.files for path in pictures(file)]
     text = sidecar(task.candidate.files[0])
-    return hashlib.sha256(repr((task, stamps([*files, *([text] if text else [])]))).encode()).hexdigest()
+    return hashlib.sha256(
+        repr((task, stamps([*files, *([text] if text else [])]))).encode()
+    ).hexdigest()
 
 
 def _account(
@@ -154,7 +164,11 @@ def _account(
     for task, outcome in zip(tasks, outcomes, strict=True):
         texts = [sidecar(task.candidate.files[0])]
         for i, path in enumerate((*task.candidate.files, *filter(None, texts))):
-            said = {"refused": outcome.reason} if outcome.reason else {"part of" if i else "ingested as": task.key}
+            said = (
+                {"refused": outcome.reason}
+                if outcome.reason
+                else {"part of" if i else "ingested as": task.key}
+            )
             if i >= len(task.candidate.files):
                 said = {"prompt of": task.key}
             for file in pictures(path):
@@ -170,19 +184,21 @@ def _account(
     return [accounts[name] for name in sorted(accounts)]
 
 
-def nothing_found(source: Path, files: Sequence[dict[str, str]], bad: Mapping[str, str], report: Path) -> str:
+def nothing_found(
+    source: Path, files: Sequence[dict[str, str]], bad: Mapping[str, str], report: Path
+) -> str:
     """What to say where no clip came of a folder: what was looked for, and what there was."""
     looked = (
-        f"{', '.join(IMAGES + VIDEOS)} with alpha, pairs of colour and alpha (NAME_fgr + NAME_pha, NAME + NAME_matte), "
-        "and videos with both in one picture, in it and the folders below"
+        f"{', '.join(IMAGES + VIDEOS)} with alpha, pairs of colour and alpha (NAME_fgr + NAME_pha, "
+        "NAME + NAME_matte), and videos with both in one picture, in it and the folders below"
     )
     if not files:
         return f"source={source} holds no files; looked for {looked}"
     why = [f"{key}: {reason}" for key, reason in bad.items()]
     why += [f"{file['file']}: {file['ignored']}" for file in files if "ignored" in file]
     return (
-        f"source={source}: none of its {len(files)} files became a clip ({'; '.join(why[:3])}; {report} has all). "
-        f"Looked for {looked}"
+        f"source={source}: none of its {len(files)} files became a clip ({'; '.join(why[:3])}; "
+        f"{report} has all). Looked for {looked}"
     )
 
 
@@ -198,8 +214,8 @@ def print_summary(console: Console, out: Path, report: Path | None, result: Inge
     if result.seconds:
         rate += f", {total / result.seconds:.0f} frames/s"
     console.print(
-        f"{out}: {len(result.files)} files, {ignored} of them ignored; {len(result.clips)} clips, {len(result.bad)} "
-        f"refused; {rate}",
+        f"{out}: {len(result.files)} files, {ignored} of them ignored; {len(result.clips)} clips, "
+        f"{len(result.bad)} refused; {rate}",
         soft_wrap=True,
     )
     console.print(table)
@@ -213,7 +229,10 @@ def print_summary(console: Console, out: Path, report: Path | None, result: Inge
 def kind_of_reason(reason: str) -> str:
     """Without names and numbers, so that like reasons count together."""
     bare = re.sub(r"\S*[/\\]\S*|\S+\.\w{3,4}\b:?", "", reason)
-    parts = [" ".join(re.sub(r"\d[\d.x]*", "N", part).split()).strip(" :,") for part in re.split("[;(]", bare)]
+    parts = [
+        " ".join(re.sub(r"\d[\d.x]*", "N", part).split()).strip(" :,")
+        for part in re.split("[;(]", bare)
+    ]
     return next((part for part in parts if len(part.split()) > 2), parts[0])
 
 
@@ -221,7 +240,11 @@ def print_preview(console: Console, clips: list[Found]) -> None:
     """A line for each clip: what would be written, and why where that is not plain."""
     for clip in clips:
         decisions = clip.decisions or {}
-        found = [f"{name}: {decisions[name]}" for name in ("crop", "cuts", "still") if decisions.get(name)]
+        found = [
+            f"{name}: {decisions[name]}"
+            for name in ("crop", "cuts", "still")
+            if decisions.get(name)
+        ]
         found += [f"matte: {decisions['matte']}"] if decisions.get("matte") != "normal" else []
         rate = f" at {clip.fps:.4g} fps" if clip.fps else ""
         said = "; ".join(["", *clip.notes, *found])

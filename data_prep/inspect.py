@@ -1,4 +1,5 @@
-"""Shows what clip shards hold: a table, and one HTML page with contact sheets that needs nothing else."""
+"""Shows what clip shards hold: a table, and one HTML page with contact sheets that needs nothing
+else."""
 
 import io
 from collections import Counter
@@ -49,19 +50,23 @@ def inspect(
 ) -> Report:
     """Every clip's description; pictures and alpha of `sample` clips that the seed draws.
 
-    frames, side: of a clip's pictures, their longest side in pixels. vae, lengths, area, max_aspect: what
-    data_prep.cache_latents would sort the clips by. Clips that cannot be read are listed beside those that the shards'
-    own manifests name.
+    frames, side: of a clip's pictures, their longest side in pixels. vae, lengths, area,
+    max_aspect: what data_prep.cache_latents would sort the clips by. Clips that cannot be read are
+    listed beside those that the shards' own manifests name.
     """
     for name, value in (("sample", sample), ("frames", frames), ("side", side)):
         if value < 1:
             raise ValueError(f"{name}={value}; must be at least 1")
     if frames * side > WEBP_SIDE:
-        raise ValueError(f"frames={frames}, side={side}; side by side they must not pass {WEBP_SIDE} pixels")
+        raise ValueError(
+            f"frames={frames}, side={side}; side by side they must not pass {WEBP_SIDE} pixels"
+        )
     refs = index_shards(shards)
     pieces = pieces_of(refs, vae, lengths, area, max_aspect)
     manifests = [read_manifest(folder) for folder in shards]
-    skipped = {key: reason for manifest in manifests for key, reason in manifest.get("skipped", {}).items()}
+    skipped = {
+        key: reason for manifest in manifests for key, reason in manifest.get("skipped", {}).items()
+    }
     chosen = sorted(refs, key=lambda ref: (stable_hash("inspect", seed, ref.key), ref.key))[:sample]
     draw = partial(picture, frames=frames, side=side)
     settings = {"executor": executor, "workers": workers, "name": attrgetter("name")}
@@ -89,14 +94,18 @@ def inspect(
     )
 
 
-def pieces_of(refs: Sequence[ClipRef], vae: str, lengths: Sequence[int], area: int, max_aspect: float) -> list[Piece]:
+def pieces_of(
+    refs: Sequence[ClipRef], vae: str, lengths: Sequence[int], area: int, max_aspect: float
+) -> list[Piece]:
     """The windows that data_prep.cache_latents would cut; ValueError for what it would refuse."""
     check_list("lengths", lengths, "[17,49,81]")
     geometry = Geometry.of(blank_vae(vae))
     for length in lengths:
         check_frames("lengths", length, geometry.time_stride)
     check_area(refs, area)
-    return plan(refs, lengths, bucket_sizes(area, max_aspect, 2 * geometry.space_stride), variants=1)
+    return plan(
+        refs, lengths, bucket_sizes(area, max_aspect, 2 * geometry.space_stride), variants=1
+    )
 
 
 def buckets_of(pieces: Sequence[Piece]) -> dict[tuple[int, int, int], Bucket]:
@@ -161,7 +170,9 @@ def small(frame: NDArray[np.uint8], side: int) -> Image.Image:
     """PIL resizes RGBA premultiplied. Small frames stay as they are."""
     image = Image.fromarray(frame)
     scale = min(1.0, side / max(image.size))
-    return image.resize([max(1, round(length * scale)) for length in image.size], Image.Resampling.LANCZOS)
+    return image.resize(
+        [max(1, round(length * scale)) for length in image.size], Image.Resampling.LANCZOS
+    )
 
 
 def print_summary(console: Console, report: Report) -> None:
@@ -170,10 +181,18 @@ def print_summary(console: Console, report: Report) -> None:
     table = Table("split", "clips", "stills", "frames", "prompts", "empty", "semi", "opaque")
     for split in ("train", "val"):
         mine = [entry for entry in entries if entry.split == split]
-        shares = np.mean([entry.picture.shares for entry in mine if entry.picture] or [[np.nan] * 3], axis=0)
-        numbers = (len(mine), sum(entry.frames == 1 for entry in mine), sum(entry.frames for entry in mine))
+        shares = np.mean(
+            [entry.picture.shares for entry in mine if entry.picture] or [[np.nan] * 3], axis=0
+        )
+        numbers = (
+            len(mine),
+            sum(entry.frames == 1 for entry in mine),
+            sum(entry.frames for entry in mine),
+        )
         prompts = len({entry.prompt for entry in mine})
-        table.add_row(split, *map(str, (*numbers, prompts)), *(f"{100 * share:.1f} %" for share in shares))
+        table.add_row(
+            split, *map(str, (*numbers, prompts)), *(f"{100 * share:.1f} %" for share in shares)
+        )
     console.print(table)
     shown = len(report.pictured)
     if shown < len(entries):
@@ -183,7 +202,9 @@ def print_summary(console: Console, report: Report) -> None:
     for size, bucket in order[:8]:
         table.add_row("x".join(map(str, size)), str(bucket.windows), str(bucket.clips), bucket.said)
     if len(order) > 8:
-        table.add_row(f"{len(order) - 8} more", str(sum(bucket.windows for _, bucket in order[8:])), "", "")
+        table.add_row(
+            f"{len(order) - 8} more", str(sum(bucket.windows for _, bucket in order[8:])), "", ""
+        )
     console.print(table)
     for title, counts in (
         ("size (width x height)", Counter(f"{entry.width}x{entry.height}" for entry in entries)),
@@ -193,7 +214,9 @@ def print_summary(console: Console, report: Report) -> None:
         for name, count in counts.most_common(8):
             table.add_row(name, str(count))
         if len(counts) > 8:
-            table.add_row(f"{len(counts) - 8} more", str(sum(n for _, n in counts.most_common()[8:])))
+            table.add_row(
+                f"{len(counts) - 8} more", str(sum(n for _, n in counts.most_common()[8:]))
+            )
         console.print(table)
     if said := said_of_names([entry.prompt for entry in entries]):
         console.print(said, soft_wrap=True)
@@ -204,7 +227,17 @@ def main(cfg: DictConfig) -> None:
     if cfg.out and not cfg.preview:
         check_out(Path(cfg.out))
     own: Any = OmegaConf.to_container(cfg, resolve=True)
-    same = ("sample", "seed", "frames", "side", "lengths", "area", "max_aspect", "executor", "workers")
+    same = (
+        "sample",
+        "seed",
+        "frames",
+        "side",
+        "lengths",
+        "area",
+        "max_aspect",
+        "executor",
+        "workers",
+    )
     shards = [Path(folder) for folder in listed(cfg.shards)]
     report = inspect(shards=shards, vae=cfg.wan.vae, **{name: own[name] for name in same})
     console = Console(markup=False, highlight=False)
@@ -214,7 +247,9 @@ def main(cfg: DictConfig) -> None:
     out = Path(cfg.out)
     with written(out) as file:
         file.write(render(report))
-    console.print(f"{out}: {out.stat().st_size / 2**20:.1f} MiB, {len(report.pictured)} clips with pictures")
+    console.print(
+        f"{out}: {out.stat().st_size / 2**20:.1f} MiB, {len(report.pictured)} clips with pictures"
+    )
 
 
 if __name__ == "__main__":

@@ -18,7 +18,8 @@ def encode(line: Mapping[str, Any]) -> str:
 
 
 def read_journal(path: Path) -> list[Line]:
-    """[] without a file. A last line that was cut off is left out; ValueError for any other that is not JSON."""
+    """[] without a file. A last line that was cut off is left out; ValueError for any other that is
+    not JSON."""
     if not path.exists():
         return []
     lines = []
@@ -26,7 +27,9 @@ def read_journal(path: Path) -> list[Line]:
         try:
             lines.append(json.loads(text))
         except ValueError as error:
-            raise ValueError(f"{path}:{number} is not JSON ({error}). Repair the line or remove the file.") from error
+            raise ValueError(
+                f"{path}:{number} is not JSON ({error}). Repair the line or remove the file."
+            ) from error
     return lines
 
 
@@ -56,7 +59,8 @@ def lock_of(out: Path, rank: int = 0) -> Path:
 
 @contextmanager
 def only_writer(out: Path, rank: int = 0) -> Iterator[None]:
-    """Of a file or folder; RuntimeError at once if another process writes it. Who is killed loses the lock."""
+    """Of a file or folder; RuntimeError at once if another process writes it. Who is killed loses
+    the lock."""
     with writing(out):
         out.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(lock_of(out, rank))
@@ -64,7 +68,8 @@ def only_writer(out: Path, rank: int = 0) -> Iterator[None]:
         lock.acquire(timeout=0)
     except Timeout as error:
         raise RuntimeError(
-            f"out={out} is being written by another process. Wait for it or end it, or name another place."
+            f"out={out} is being written by another process. Wait for it or end it, or name "
+            "another place."
         ) from error
     try:
         yield

@@ -19,13 +19,23 @@ from data_prep.latent_plan import Piece, Settings
 
 # What decides a latent, beside its clip's frames and its place in them; and what decides an
 # embedding, beside the text
-OF_A_LATENT = ("seed", "smallest", "dtype", "ellipse", "eps", "frozen_dtype", "vae_sha256", "base_sha256")
+OF_A_LATENT = (
+    "seed",
+    "smallest",
+    "dtype",
+    "ellipse",
+    "eps",
+    "frozen_dtype",
+    "vae_sha256",
+    "base_sha256",
+)
 OF_A_TEXT = ("dtype", "text_encoder_sha256", "prompt_length", "long_prompts")
 log = logging.getLogger(__name__)
 
 
 class Kept:
-    """Samples of an older folder whose settings give the same latents, for pieces whose clips and windows are the same.
+    """Samples of an older folder whose settings give the same latents, for pieces whose clips and
+    windows are the same.
 
     same_text: its prompts were embedded in the same way, too.
     """
@@ -35,7 +45,9 @@ class Kept:
         manifest = read_manifest(folder, "latents")
         self.made_with: dict[str, Any] = manifest["made_by"]["settings"]
         self.refs = {ref.key: ref for ref in index_latents(folder, manifest)}
-        self.shards = {shard["samples"][0]["key"]: shard for shard in manifest["shards"] if shard["samples"]}
+        self.shards = {
+            shard["samples"][0]["key"]: shard for shard in manifest["shards"] if shard["samples"]
+        }
 
     def __reduce__(self):
         return type(self), (self.folder, self.settings, self.same_text)
@@ -43,7 +55,9 @@ class Kept:
     def only_prompts_differ(self, made_by: Mapping[str, Any], pieces: Sequence[Piece]) -> bool:
         """Whether it has all pieces and no others, so that only descriptions can be new."""
         old, new = self.made_with, made_by["settings"]
-        if any(old.get(name) != new.get(name) for name in (old.keys() | new.keys()) - {"shards_sha256"}):
+        if any(
+            old.get(name) != new.get(name) for name in (old.keys() | new.keys()) - {"shards_sha256"}
+        ):
             return False
         return self.refs.keys() == {piece.key for piece in pieces} and all(map(self.meta, pieces))
 
@@ -71,20 +85,31 @@ class Kept:
             return None
         with suppress(BadClip):  # damaged since
             tensors = read_latents(self.refs[piece.key])
-            return {name: value for name, value in tensors.items() if isinstance(value, Tensor)}, meta["prompt"]
+            return {
+                name: value for name, value in tensors.items() if isinstance(value, Tensor)
+            }, meta["prompt"]
         return None
 
     def tar(self, pieces: Sequence[Piece], target: Path) -> dict[str, Any] | None:
         """Puts a tar that would be the same to the bit at `target`; what the manifest says of it,
         None without one."""
         shard = self.shards.get(pieces[0].key)
-        if not (shard and self.same_text and [made["key"] for made in shard["samples"]] == [p.key for p in pieces]):
+        if not (
+            shard
+            and self.same_text
+            and [made["key"] for made in shard["samples"]] == [p.key for p in pieces]
+        ):
             return None
         source = self.folder / shard["file"]
         try:
             for piece in pieces:
-                said = {"clip_crc32": piece.ref.crc32, "background": self.settings.background(piece)}
-                if read_meta_text(self.refs[piece.key]) != text_of(piece, {**read_meta(piece.ref), **said}):
+                said = {
+                    "clip_crc32": piece.ref.crc32,
+                    "background": self.settings.background(piece),
+                }
+                if read_meta_text(self.refs[piece.key]) != text_of(
+                    piece, {**read_meta(piece.ref), **said}
+                ):
                     return None
             if source.stat().st_size != shard["bytes"]:
                 return None
@@ -115,7 +140,10 @@ def find_kept(out: Path, settings: Settings, made_by: Mapping[str, Any]) -> Kept
 
 def place_of(piece: Piece) -> dict[str, Any]:
     """The part of a sample's JSON that says which window of which clip it is."""
-    own = {name: getattr(piece, name) for name in ("window", "start", "frames", "height", "width", "variant")}
+    own = {
+        name: getattr(piece, name)
+        for name in ("window", "start", "frames", "height", "width", "variant")
+    }
     return {"clip": piece.ref.key, **own}
 
 

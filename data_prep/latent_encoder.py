@@ -52,7 +52,9 @@ class Sources:
             raise ValueError(f"long_prompts={self.long_prompts}; choose error or truncate")
 
     def load_vae(self) -> RGBAVAE:
-        vae = load_rgba_vae(vae=self.vae, adapters=self.rgba_vae, chunk=self.chunk, frozen_dtype=self.frozen_dtype)
+        vae = load_rgba_vae(
+            vae=self.vae, adapters=self.rgba_vae, chunk=self.chunk, frozen_dtype=self.frozen_dtype
+        )
         if not isinstance(vae, RGBAVAE):
             raise ValueError(f"rgba_vae={self.rgba_vae}: {DECODERS_ONLY}")
         return vae
@@ -117,17 +119,27 @@ class Encoder:
         """The samples of one clip, or a BadClip in the place of one; a single BadClip if the clip
         cannot be read."""
         ref = pieces[0].ref
-        kept = {piece: found for piece in pieces if self.kept and (found := self.kept.sample(piece))}
+        kept = {
+            piece: found for piece in pieces if self.kept and (found := self.kept.sample(piece))
+        }
         try:
             meta = read_meta(ref)
-            frames = torch.from_numpy(read_clip(ref).frames) if len(kept) < len(pieces) else torch.empty(0)
+            frames = (
+                torch.from_numpy(read_clip(ref).frames)
+                if len(kept) < len(pieces)
+                else torch.empty(0)
+            )
         except BadClip as bad:
             yield bad
             return
         for _, group in groupby(pieces, key=lambda piece: piece.window):
             shown = None
             for piece in group:
-                said = {**meta, "clip_crc32": ref.crc32, "background": self.settings.background(piece)}
+                said = {
+                    **meta,
+                    "clip_crc32": ref.crc32,
+                    "background": self.settings.background(piece),
+                }
                 if piece in kept:
                     tensors, prompt = kept[piece]
                     if not (self.kept and self.kept.same_text and prompt == meta["prompt"]):
@@ -139,11 +151,17 @@ class Encoder:
                 rgb, alpha, ellipses = shown
                 latents = self.latents(rgb, alpha, PALETTE_NAMES.index(said["background"]))
                 if latents.isfinite().all():
-                    tensors = {"latents": latents, "ellipse": ellipses[0].float().cpu(), **self.text(meta["prompt"])}
+                    tensors = {
+                        "latents": latents,
+                        "ellipse": ellipses[0].float().cpu(),
+                        **self.text(meta["prompt"]),
+                    }
                     yield made(piece, tensors, said)
                 else:
                     where = f"window {piece.window}, variant {piece.variant}"
-                    yield BadClip(ref.key, f"{where}: latents are not finite in {self.settings.dtype}")
+                    yield BadClip(
+                        ref.key, f"{where}: latents are not finite in {self.settings.dtype}"
+                    )
 
     def text(self, prompt: str) -> dict[str, Tensor]:
         """The tensors that a sample holds of its prompt."""
@@ -156,7 +174,13 @@ class Encoder:
         where = placement(self.settings.seed, self.settings.smallest, piece)
         rgb, alpha = (x.to(self.device) for x in cut(frames, piece, where))
         geometry = self.vae.geometry
-        return rgb, alpha, fit_ellipses(alpha, geometry.time_stride, geometry.space_stride, **self.settings.ellipse)
+        return (
+            rgb,
+            alpha,
+            fit_ellipses(
+                alpha, geometry.time_stride, geometry.space_stride, **self.settings.ellipse
+            ),
+        )
 
     @torch.inference_mode()
     def latents(self, rgb: Tensor, alpha: Tensor, color: int) -> Tensor:
@@ -193,7 +217,10 @@ def embed_prompts(run: Run, encoder: TextEncoder, pieces: Iterable[Piece]) -> No
     for text, key in tqdm(missing.items(), unit="prompt", disable=not missing):
         stored = encoder(text, truncate).to(run.settings.torch_dtype)
         if not stored.isfinite().all():
-            raise ValueError(f"{key}: its prompt's embedding is not finite in {run.settings.dtype}; use dtype=bfloat16")
+            raise ValueError(
+                f"{key}: its prompt's embedding is not finite in {run.settings.dtype}; use "
+                "dtype=bfloat16"
+            )
         path = run.prompt(text)
         temporary = path.with_suffix(f".{os.getpid()}.tmp")
         with writing(path):
@@ -201,7 +228,9 @@ def embed_prompts(run: Run, encoder: TextEncoder, pieces: Iterable[Piece]) -> No
             temporary.replace(path)
 
 
-def check_lengths(encoder: TextEncoder, prompts: Mapping[str, Sequence[str]], truncate: bool) -> None:
+def check_lengths(
+    encoder: TextEncoder, prompts: Mapping[str, Sequence[str]], truncate: bool
+) -> None:
     """prompts: text -> keys of its clips. ValueError, or with `truncate` a warning, names all that
     are too long."""
     counts = {text: encoder.tokens(text) for text in prompts}
@@ -209,11 +238,14 @@ def check_lengths(encoder: TextEncoder, prompts: Mapping[str, Sequence[str]], tr
     if not long:
         return
     named = ", ".join(f"{key} ({count})" for key, count in sorted(long))
-    said = f"{len(long)} clips have prompts of more tokens than the {encoder.length} that the DiT reads: {named}"
+    said = (
+        f"{len(long)} clips have prompts of more tokens than the {encoder.length} that the DiT "
+        f"reads: {named}"
+    )
     if truncate:
         log.warning("%s. Their first %d are read", said, encoder.length)
         return
     raise ValueError(
-        f"{said}. Shorten them (data_prep.caption prompts=FILE overwrite=all), or give long_prompts=truncate to read "
-        "the beginning alone."
+        f"{said}. Shorten them (data_prep.caption prompts=FILE overwrite=all), or give "
+        "long_prompts=truncate to read the beginning alone."
     )

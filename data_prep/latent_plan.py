@@ -1,4 +1,5 @@
-"""What data_prep.cache_latents makes of each clip: buckets, windows, and the background and place of each variant."""
+"""What data_prep.cache_latents makes of each clip: buckets, windows, and the background and place
+of each variant."""
 
 import math
 from collections import Counter
@@ -12,7 +13,15 @@ from torch import Tensor
 from acetate.alpha import PALETTE_NAMES
 from acetate.data.keys import LONGEST_KEY, shortened
 from acetate.data.shards import ClipRef
-from acetate.data.transforms import check_frames, check_side, covering_box, crop, resize, to_float, window
+from acetate.data.transforms import (
+    check_frames,
+    check_side,
+    covering_box,
+    crop,
+    resize,
+    to_float,
+    window,
+)
 from acetate.draws import generator_for, stable_hash
 from acetate.models.wan import Geometry
 
@@ -43,7 +52,8 @@ class Piece:
     @property
     def enlarged(self) -> float:
         """How many times a side of what is shown of the clip; below 1 it is scaled down."""
-        return max(self.height / self.ref.height, self.width / self.ref.width)  # 1 over the ratio of covering_box
+        # 1 over the ratio of covering_box
+        return max(self.height / self.ref.height, self.width / self.ref.width)
 
     @property
     def bucket(self) -> str:
@@ -62,8 +72,8 @@ def bucket_sizes(area: int, max_aspect: float, multiple: int) -> list[tuple[int,
             sizes.append((height, width))
     if not sizes:
         raise ValueError(
-            f"area={area}, max_aspect={max_aspect}: no bucket in multiples of {multiple}. "
-            f"Raise area to {multiple**2} or more, or max_aspect."
+            f"area={area}, max_aspect={max_aspect}: no bucket in multiples of {multiple}. Raise "
+            f"area to {multiple**2} or more, or max_aspect."
         )
     return sizes
 
@@ -76,10 +86,15 @@ def plan(
     pieces = []
     for ref in refs:
         # Of two that are equally near, the larger one
-        height, width = min(sizes, key=lambda size: (round(_turn(ref, size), 9), -size[0] * size[1]))
+        height, width = min(
+            sizes, key=lambda size: (round(_turn(ref, size), 9), -size[0] * size[1])
+        )
         length = max((n for n in lengths if n <= ref.frames), default=min(lengths))
         for index, start in enumerate(window_starts(ref.frames, length)):
-            pieces += [Piece(ref, index, start, length, height, width, variant) for variant in range(variants)]
+            pieces += [
+                Piece(ref, index, start, length, height, width, variant)
+                for variant in range(variants)
+            ]
     return pieces
 
 
@@ -104,7 +119,9 @@ def placed(box: tuple[int, int, int, int], placement: Placement) -> tuple[int, i
     return top - round(above * (tall - height)), left - round(before * (wide - width)), tall, wide
 
 
-def cut(frames: Tensor, piece: Piece, placement: Placement = (1.0, 0.0, 0.0)) -> tuple[Tensor, Tensor]:
+def cut(
+    frames: Tensor, piece: Piece, placement: Placement = (1.0, 0.0, 0.0)
+) -> tuple[Tensor, Tensor]:
     """uint8 (T, H, W, 4) -> rgb (1, 3, frames, height, width), alpha (1, 1, ...): one resample of a
     source box."""
     box = placed(covering_box(*frames.shape[1:3], piece.height, piece.width), placement)
@@ -129,11 +146,15 @@ class Settings:
     dtype: str  # of what is stored
     ellipse: Mapping[str, Any]  # keywords of fit_ellipses
     per_tar: int
-    smallest: float = 1.0  # scale of a clip on its transparent canvas, drawn from here to 1 for each variant
+    # scale of a clip on its transparent canvas, drawn from here to 1 for each variant
+    smallest: float = 1.0
 
     def __post_init__(self) -> None:
         if not 1 <= self.variants <= len(PALETTE_NAMES):
-            raise ValueError(f"variants={self.variants}; 1 to {len(PALETTE_NAMES)}, the number of background colours")
+            raise ValueError(
+                f"variants={self.variants}; 1 to {len(PALETTE_NAMES)}, the number of background "
+                "colours"
+            )
         if self.dtype not in ("float16", "bfloat16"):
             raise ValueError(f"dtype={self.dtype}; choose float16 or bfloat16")
         if self.per_tar < 1:
@@ -142,7 +163,9 @@ class Settings:
         if self.sizes is not None:
             check_list("sizes", self.sizes, "[[48,64],[64,48]] (height, width)", pairs=True)
         if not 0 < self.smallest <= 1:
-            raise ValueError(f"smallest={self.smallest}; a scale in (0, 1]. 1 leaves clips as they are")
+            raise ValueError(
+                f"smallest={self.smallest}; a scale in (0, 1]. 1 leaves clips as they are"
+            )
         if self.max_aspect < 1:
             raise ValueError(f"max_aspect={self.max_aspect}; longer side over shorter, at least 1")
 
@@ -161,13 +184,20 @@ def check_list(name: str, value: Any, example: str, pairs: bool = False) -> None
         return isinstance(entry, int) and not isinstance(entry, bool) and entry >= 1
 
     def good_pair(entry: Any) -> bool:
-        return isinstance(entry, Sequence) and not isinstance(entry, str) and len(entry) == 2 and all(map(good, entry))
+        return (
+            isinstance(entry, Sequence)
+            and not isinstance(entry, str)
+            and len(entry) == 2
+            and all(map(good, entry))
+        )
 
     listed = isinstance(value, Sequence) and not isinstance(value, str) and len(value) > 0
     if not (listed and all(map(good_pair if pairs else good, value))):
         shown = list(value) if isinstance(value, tuple) else value
         what = "pairs of whole numbers" if pairs else "whole numbers"
-        raise ValueError(f"{name}={shown}; a list of at least one of {what} from 1 on, as in {name}={example}")
+        raise ValueError(
+            f"{name}={shown}; a list of at least one of {what} from 1 on, as in {name}={example}"
+        )
 
 
 def plan_of(
@@ -175,7 +205,8 @@ def plan_of(
 ) -> tuple[list[Piece], dict[str, Any]]:
     """All pieces, sorted, and what the manifest says of clips that do not fill their bucket.
 
-    ValueError for lengths and sizes that the VAE and the DiT cannot take, and for an explicit size without clips.
+    ValueError for lengths and sizes that the VAE and the DiT cannot take, and for an explicit size
+    without clips.
     """
     multiple = settings.space_multiple or 2 * geometry.space_stride
     check_side("space_multiple", multiple, geometry.space_stride)
@@ -189,12 +220,14 @@ def plan_of(
             check_side(f"sizes: {name}", side, multiple)
     pieces = plan(refs, settings.frames, sizes, settings.variants)
     check_pieces(pieces)
-    wanted = {f"{n}x{height}x{width}" for n in settings.frames for height, width in settings.sizes or ()}
+    wanted = {
+        f"{n}x{height}x{width}" for n in settings.frames for height, width in settings.sizes or ()
+    }
     empty = sorted(wanted - {piece.bucket for piece in pieces})
     if empty and not allow_empty:
         raise ValueError(
-            f"bucket without clips: {', '.join(empty)} (frames x height x width). Leave its size or its length out, "
-            "add clips, or set allow_empty_buckets=true."
+            f"bucket without clips: {', '.join(empty)} (frames x height x width). Leave its size "
+            "or its length out, add clips, or set allow_empty_buckets=true."
         )
     shown = Counter[str]()
     for piece in pieces:
@@ -204,8 +237,14 @@ def plan_of(
     return pieces, {
         "unused_frames": sum(n for n in spare if n > 0),
         "short_clips": sum(n < 0 for n in spare),
-        **({"enlarged_clips": len(larger), "most_enlarged": round(max(larger.values()), 3)} if larger else {}),
-        "geometry": {name: getattr(geometry, name) for name in ("channels", "time_stride", "space_stride")},
+        **(
+            {"enlarged_clips": len(larger), "most_enlarged": round(max(larger.values()), 3)}
+            if larger
+            else {}
+        ),
+        "geometry": {
+            name: getattr(geometry, name) for name in ("channels", "time_stride", "space_stride")
+        },
         "empty_buckets": empty,
     }
 
@@ -216,8 +255,9 @@ def check_area(refs: Sequence[ClipRef], area: float) -> None:
     most = MOST_ENLARGED**2 * largest.height * largest.width
     if area > most:
         raise ValueError(
-            f"area={area:g} is {math.sqrt(area / largest.height / largest.width):,.0f} times a side of the largest "
-            f"clip, {largest.key} ({largest.width}x{largest.height}); at most {MOST_ENLARGED} times, area={most}"
+            f"area={area:g} is {math.sqrt(area / largest.height / largest.width):,.0f} times a "
+            f"side of the largest clip, {largest.key} ({largest.width}x{largest.height}); at most "
+            f"{MOST_ENLARGED} times, area={most}"
         )
 
 
@@ -227,14 +267,14 @@ def check_pieces(pieces: Sequence[Piece]) -> None:
         if piece.enlarged > MOST_ENLARGED:
             raise ValueError(
                 f"bucket {piece.bucket} (frames x height x width) enlarges {piece.ref.key} "
-                f"({piece.ref.width}x{piece.ref.height}) {piece.enlarged:,.0f} times a side; at most {MOST_ENLARGED}. "
-                "Give smaller sizes or a smaller area."
+                f"({piece.ref.width}x{piece.ref.height}) {piece.enlarged:,.0f} times a side; at "
+                f"most {MOST_ENLARGED}. Give smaller sizes or a smaller area."
             )
         if (pixels := piece.frames * piece.height * piece.width) > MOST_PIXELS:
             raise ValueError(
-                f"bucket {piece.bucket} (frames x height x width), which {piece.ref.key} falls into, holds "
-                f"{pixels / 1e6:,.0f} megapixels over its frames; at most {MOST_PIXELS / 1e6:,.0f}. Give smaller "
-                "frames, sizes or area."
+                f"bucket {piece.bucket} (frames x height x width), which {piece.ref.key} falls "
+                f"into, holds {pixels / 1e6:,.0f} megapixels over its frames; at most "
+                f"{MOST_PIXELS / 1e6:,.0f}. Give smaller frames, sizes or area."
             )
 
 

@@ -16,13 +16,15 @@ import ray
 import acetate
 from data_prep.executor import Answer, LocalWorker, NoPlace, SetupLost, WorkerLost, attempt, bind
 
-PATIENCE = 60  # seconds without a place after which that is said, and work goes to workers that have one
+# seconds without a place after which that is said, and work goes to workers that have one
+PATIENCE = 60
 ROOTS = [str(Path(__file__).resolve().parents[1]), str(Path(acetate.__path__[0]).resolve().parent)]
 log = logging.getLogger(__name__)
 
 
 class RayWorker:
-    """A data_prep.executor.Worker that Ray places. placed: the numbers of those of its team that have a place."""
+    """A data_prep.executor.Worker that Ray places. placed: the numbers of those of its team that
+    have a place."""
 
     def __init__(self, task: bytes, gpus: float, number: int, placed: set[int]):
         self.task, self.gpus, self.number, self.placed = task, gpus, number, placed
@@ -37,7 +39,8 @@ class RayWorker:
         except ray.exceptions.RayError as error:
             self.stop()  # one that only cannot be reached would keep its place
             log.warning("Ray worker %d: %s", self.number, error)
-            # Without Ray's text, which names processes and machines: a reason is the same in every run.
+            # Without Ray's text, which names processes and machines: a reason is the same in every
+            # run.
             raise WorkerLost(f"its Ray worker was lost ({type(error).__name__})") from None
         if isinstance(answer, WorkerLost):
             raise answer
@@ -49,8 +52,14 @@ class RayWorker:
         # Nodes need not have been started where this program was.
         paths = {"env_vars": {"PYTHONPATH": os.pathsep.join([*ROOTS, "${PYTHONPATH}"])}}
         options = {"num_cpus": 1, "num_gpus": self.gpus, "runtime_env": paths}
-        main = {name: value for name, value in spawn.get_preparation_data("").items() if name.startswith("init_main")}
-        self.actor = actor = ray.remote(RayProcess).options(**options).remote(main, os.getcwd(), self.task)
+        main = {
+            name: value
+            for name, value in spawn.get_preparation_data("").items()
+            if name.startswith("init_main")
+        }
+        self.actor = actor = (
+            ray.remote(RayProcess).options(**options).remote(main, os.getcwd(), self.task)
+        )
         while True:
             try:
                 ray.get(actor.ready.remote(), timeout=PATIENCE)
@@ -59,7 +68,9 @@ class RayWorker:
                 pass
             except ray.exceptions.RayError as error:
                 self.stop()
-                raise SetupLost(f"its Ray worker could not start ({type(error).__name__}): {error}") from None
+                raise SetupLost(
+                    f"its Ray worker could not start ({type(error).__name__}): {error}"
+                ) from None
             free, there = ray.available_resources(), ray.cluster_resources()
             taken = " and ".join(
                 f"{there[what] - free.get(what, 0):g} of {there[what]:g} {what}s are taken"
@@ -68,7 +79,9 @@ class RayWorker:
             )
             if self.placed:
                 self.stop()
-                raise NoPlace(f"no room on the Ray cluster for worker {self.number} in {PATIENCE} s: {taken}")
+                raise NoPlace(
+                    f"no room on the Ray cluster for worker {self.number} in {PATIENCE} s: {taken}"
+                )
             log.warning("waiting for room on the Ray cluster: %s", taken)
         self.placed.add(self.number)
         return actor
@@ -81,7 +94,8 @@ class RayWorker:
 
 
 class RayProcess:
-    """What runs in a Ray worker: a LocalWorker, so that limits, and reasons of what was lost, are those of one machine.
+    """What runs in a Ray worker: a LocalWorker, so that limits, and reasons of what was lost, are
+    those of one machine.
 
     It passes on bytes and imports nothing that the work needs; `load` is the process's setup.
     """
@@ -100,7 +114,8 @@ class RayProcess:
 
 
 def load(main: dict[str, str], folder: str, task: bytes, _: int) -> Callable[[Any], Any]:
-    """main: where multiprocessing finds the driver's __main__. folder: the driver's, for paths that begin there."""
+    """main: where multiprocessing finds the driver's __main__. folder: the driver's, for paths that
+    begin there."""
     with suppress(FileNotFoundError):
         os.chdir(folder)
     spawn.prepare(main)
@@ -116,13 +131,18 @@ def start_team(
 ) -> list[RayWorker]:
     placed: set[int] = set()
     numbers = range(start_ray(workers, gpus))
-    return [RayWorker(pickle.dumps((function, setup, number)), gpus, number, placed) for number in numbers]
+    return [
+        RayWorker(pickle.dumps((function, setup, number)), gpus, number, placed)
+        for number in numbers
+    ]
 
 
 def start_ray(workers: int, gpus: float) -> int:
-    """Connects, or starts Ray on this machine for so many workers; how many of them the cluster has room for.
+    """Connects, or starts Ray on this machine for so many workers; how many of them the cluster has
+    room for.
 
-    More would wait for a place that those before them never leave. ValueError where there is room for none.
+    More would wait for a place that those before them never leave. ValueError where there is room
+    for none.
     """
     if not ray.is_initialized():
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is reported to anybody
@@ -132,16 +152,24 @@ def start_ray(workers: int, gpus: float) -> int:
         ray.init(address or "local", logging_level="warning", **size)
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     room = sum(
-        min(int(node.get("CPU", 0)), int(node.get("GPU", 0) / gpus + 1e-6) if gpus else workers) for node in nodes
+        min(int(node.get("CPU", 0)), int(node.get("GPU", 0) / gpus + 1e-6) if gpus else workers)
+        for node in nodes
     )
-    there = ", ".join(f"{sum(node.get(what, 0) for node in nodes):g} {what}s" for what in ("CPU", "GPU"))
+    there = ", ".join(
+        f"{sum(node.get(what, 0) for node in nodes):g} {what}s" for what in ("CPU", "GPU")
+    )
     if room == 0:
         raise ValueError(
-            f"A worker needs 1 CPU and {gpus:g} GPUs of one node; this Ray cluster has {there} on {len(nodes)} nodes. "
-            "Use a larger cluster, or fewer GPUs for each worker."
+            f"A worker needs 1 CPU and {gpus:g} GPUs of one node; this Ray cluster has {there} on "
+            f"{len(nodes)} nodes. Use a larger cluster, or fewer GPUs for each worker."
         )
     if room < workers:
-        log.warning("workers=%d; this Ray cluster (%s) has room for %d, which are used", workers, there, room)
+        log.warning(
+            "workers=%d; this Ray cluster (%s) has room for %d, which are used",
+            workers,
+            there,
+            room,
+        )
     return min(workers, room)
 
 
@@ -154,6 +182,6 @@ def check_address(address: str) -> None:
         socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
     except OSError as error:
         raise ConnectionError(
-            f"RAY_ADDRESS={address}: nothing answers there ({error}). Start it (ray start --head), correct the "
-            "address, or unset it to start Ray on this machine."
+            f"RAY_ADDRESS={address}: nothing answers there ({error}). Start it (ray start --head), "
+            "correct the address, or unset it to start Ray on this machine."
         ) from error

@@ -52,7 +52,12 @@ class Plan:
         """A line of DECISIONS."""
         outcome = {"refused": self.refusal} if self.refusal else {"pieces": self.pieces}
         steps = done_to(self.decisions, settings)
-        return {"key": self.line.key, **outcome, "done": steps, "decisions": self.decisions.as_json()}
+        return {
+            "key": self.line.key,
+            **outcome,
+            "done": steps,
+            "decisions": self.decisions.as_json(),
+        }
 
 
 def piece_keys(key: str, count: int) -> list[str]:
@@ -69,9 +74,12 @@ def piece_keys(key: str, count: int) -> list[str]:
 def read_lines(manifest: Path) -> list[Found]:
     """Lines of data_prep.ingest; ValueError names the line that is none."""
     if not manifest.is_file():
-        raise FileNotFoundError(f"manifest={manifest} does not exist; `python -m data_prep.ingest` writes one.")
+        raise FileNotFoundError(
+            f"manifest={manifest} does not exist; `python -m data_prep.ingest` writes one."
+        )
     lines = []
-    with open(manifest, "rb") as file:  # bytes end at \n only; prompts may hold Unicode's other line ends
+    # bytes end at \n only; prompts may hold Unicode's other line ends
+    with open(manifest, "rb") as file:
         for number, text in enumerate(file, start=1):
             try:
                 line = Found(**json.loads(text))
@@ -79,7 +87,9 @@ def read_lines(manifest: Path) -> list[Found]:
                     Decisions.of_json(line.decisions)
                 lines.append(line)
             except (ValueError, TypeError) as error:
-                raise ValueError(f"{manifest}:{number}: not a line of data_prep.ingest ({error})") from error
+                raise ValueError(
+                    f"{manifest}:{number}: not a line of data_prep.ingest ({error})"
+                ) from error
     return lines
 
 
@@ -88,15 +98,22 @@ def decide(
 ) -> tuple[list[Plan], dict[str, str]]:
     """What is to be made of each clip, and key -> reason of those that cannot be read.
 
-    Lines that carry no decisions are measured here, and the journal keeps what was measured for a restart.
-    ValueError if two clips would be written under one key.
+    Lines that carry no decisions are measured here, and the journal keeps what was measured for a
+    restart. ValueError if two clips would be written under one key.
     """
     seen = {line.key: fingerprint(line) for line in found if line.decisions is None}
-    known = {entry["key"]: entry for entry in read_journal(journal) if entry.get("of", "") == seen.get(entry["key"])}
+    known = {
+        entry["key"]: entry
+        for entry in read_journal(journal)
+        if entry.get("of", "") == seen.get(entry["key"])
+    }
     todo = [line for line in found if line.decisions is None and line.key not in known]
     if todo:
         run = {"executor": executor, "workers": workers, "name": attrgetter("key")}
-        with progress(measure, todo, desc="decide", **run) as results, open_journal(journal) as append:
+        with (
+            progress(measure, todo, desc="decide", **run) as results,
+            open_journal(journal) as append,
+        ):
             for line, result in results:
                 known[line.key] = {"key": line.key, "of": seen[line.key], **result}
                 append(known[line.key])
@@ -112,8 +129,9 @@ def decide(
         for key in [] if plan.refusal else plan.pieces:
             if key in owners:
                 raise ValueError(
-                    f"clips {owners[key]!r} and {plan.line.key!r} would both write {key!r}; keys are unique. Change "
-                    "the key of one of them in the manifest, or rename its file and ingest again."
+                    f"clips {owners[key]!r} and {plan.line.key!r} would both write {key!r}; keys "
+                    "are unique. Change the key of one of them in the manifest, or rename its "
+                    "file and ingest again."
                 )
             owners[key] = plan.line.key
     return plans, bad
@@ -134,7 +152,9 @@ def measure(line: Found) -> dict[str, Any]:
         return {"bad": str(error)}
     # A line that only repeats the format's definition is nobody's word.
     declared = None if line.premultiplied == clip.premultiplied else line.premultiplied
-    return {"decisions": analyse(clip, premultiplied=declared, matte=line.kind == "matte").as_json()}
+    return {
+        "decisions": analyse(clip, premultiplied=declared, matte=line.kind == "matte").as_json()
+    }
 
 
 def read_line(line: Found) -> RGBAClip:

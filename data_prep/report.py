@@ -24,7 +24,8 @@ COLOURS = {name: "#" + "".join(f"{round(255 * (x + 1) / 2):02x}" for x in rgb.to
 
 @dataclass(frozen=True)
 class Picture:
-    """webp: `frames` pictures side by side, straight alpha. alpha: share of pixels at each of 256 values."""
+    """webp: `frames` pictures side by side, straight alpha. alpha: share of pixels at each of 256
+    values."""
 
     webp: bytes
     frames: int
@@ -62,7 +63,8 @@ class Entry:
 
 @dataclass(frozen=True)
 class Bucket:
-    """Windows and clips of a training bucket, and what it does to them: enlarged, played forth and back, held."""
+    """Windows and clips of a training bucket, and what it does to them: enlarged, played forth and
+    back, held."""
 
     windows: int
     clips: int
@@ -73,7 +75,11 @@ class Bucket:
 
     @property
     def said(self) -> str:
-        parts = [f"{self.enlarged} enlarged, up to {self.most_enlarged:.3g} times a side"] if self.enlarged else []
+        parts = (
+            [f"{self.enlarged} enlarged, up to {self.most_enlarged:.3g} times a side"]
+            if self.enlarged
+            else []
+        )
         parts += [f"{self.looped} too short, played forth and back"] if self.looped else []
         parts += [f"{self.held} stills, held"] if self.held else []
         return "; ".join(parts)
@@ -118,7 +124,10 @@ def sample_text(report: Report) -> str:
     total, shown = len(report.entries), len(report.pictured)
     if shown == total:
         return "All of them. Point at a clip to play it."
-    return f"A sample of {shown:,} of {total:,}, drawn with seed {report.seed}. Point at a clip to play it."
+    return (
+        f"A sample of {shown:,} of {total:,}, drawn with seed {report.seed}. Point at a clip to "
+        "play it."
+    )
 
 
 def facts(report: Report) -> str:
@@ -135,7 +144,8 @@ def facts(report: Report) -> str:
     if report.skipped:
         rows.append(("skipped", f"{len(report.skipped):,}", "bad"))
     return "".join(
-        f'<div class="{mark}"><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>' for name, value, mark in rows
+        f'<div class="{mark}"><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>'
+        for name, value, mark in rows
     )
 
 
@@ -156,7 +166,9 @@ def size_text(count: float) -> str:
 def panels(report: Report) -> str:
     entries = report.entries
     shapes = Counter(sides(entry.width, entry.height) for entry in entries)
-    lengths = Counter("still" if entry.frames == 1 else f"{entry.frames} frames" for entry in entries)
+    lengths = Counter(
+        "still" if entry.frames == 1 else f"{entry.frames} frames" for entry in entries
+    )
     buckets = {sides(*size): bucket.windows for size, bucket in report.buckets.items()}
     notes = {sides(*size): bucket.said for size, bucket in report.buckets.items()}
     named = said_of_names([entry.prompt for entry in entries])
@@ -173,7 +185,8 @@ def panels(report: Report) -> str:
         panel("Sources", "", bars(Counter(entry.source for entry in entries))),
         panel(
             "Prompts",
-            f"{distinct:,} different ones; words that tell them apart" + (f". {named}" if named else ""),
+            f"{distinct:,} different ones; words that tell them apart"
+            + (f". {named}" if named else ""),
             bars(words(entries)),
         ),
     ]
@@ -185,8 +198,11 @@ def sides(*numbers: int) -> str:
 
 
 def words(entries: Sequence[Entry]) -> dict[str, int]:
-    """Prompts that have the word; the most frequent words of four letters or more that not nearly all share."""
-    counts = Counter(word for entry in entries for word in set(re.findall(r"[^\W\d_]{4,}", entry.prompt.lower())))
+    """Prompts that have the word; the most frequent words of four letters or more that not nearly
+    all share."""
+    counts = Counter(
+        word for entry in entries for word in set(re.findall(r"[^\W\d_]{4,}", entry.prompt.lower()))
+    )
     telling = {word: count for word, count in counts.items() if count <= 0.6 * len(entries)}
     return dict(sorted(telling.items(), key=lambda item: (-item[1], item[0]))[:ROWS])
 
@@ -202,11 +218,15 @@ def bars(counts: Mapping[str, int], notes: Mapping[str, str] | None = None) -> s
     most = order[0][1] if order else 1
     rows = [
         f'<li><span title="{escape(name)}">{escape(name)}</span><b>{count:,}</b>'
-        f'<i style="--share:{100 * count / most:.4g}%"></i>{small_note((notes or {}).get(name, ""))}</li>'
+        f'<i style="--share:{100 * count / most:.4g}%"></i>'
+        f"{small_note((notes or {}).get(name, ''))}</li>"
         for name, count in order[:ROWS]
     ]
     if rest := order[ROWS:]:
-        rows.append(f'<li class="rest"><span>{len(rest):,} more</span><b>{sum(n for _, n in rest):,}</b></li>')
+        rows.append(
+            f'<li class="rest"><span>{len(rest):,} '
+            f"more</span><b>{sum(n for _, n in rest):,}</b></li>"
+        )
     return f'<ul class="bars">{"".join(rows)}</ul>'
 
 
@@ -219,20 +239,27 @@ def alpha_panel(pictures: Sequence[Picture]) -> str:
     mean = np.mean([picture.alpha for picture in pictures], axis=0) if pictures else np.zeros(256)
     shares = {"empty": mean[0], "soft": mean[1:-1].sum(), "opaque": mean[-1]}
     named = {"empty": "empty", "soft": "semi-transparent", "opaque": "opaque"}
-    key = "".join(f'<li><i class="{n}"></i>{named[n]}<b>{100 * share:.1f} %</b></li>' for n, share in shares.items())
+    key = "".join(
+        f'<li><i class="{n}"></i>{named[n]}<b>{100 * share:.1f} %</b></li>'
+        for n, share in shares.items()
+    )
     bins = np.array([part.sum() for part in np.array_split(mean[1:-1], SOFT_BINS)])
     heights = 100 * bins / max(bins.max(), 1e-12)
     columns = "".join(f'<i style="--share:{height:.3g}%"></i>' for height in heights)
     left = f'<div>{stack(list(shares.items()), "stack")}<ul class="key">{key}</ul></div>'
     right = (
-        f'<div><div class="histogram" role="img" aria-label="Histogram of semi-transparent alpha">{columns}</div>'
-        '<div class="axis note"><span>1</span><span>semi-transparent pixels by alpha</span><span>254</span></div></div>'
+        f'<div><div class="histogram" role="img" aria-label="Histogram of semi-transparent '
+        f'alpha">{columns}</div>'
+        '<div class="axis note"><span>1</span><span>semi-transparent pixels by '
+        "alpha</span><span>254</span></div></div>"
     )
     return panel("Alpha", "", f'<div class="alpha">{left}{right}</div>')
 
 
 def stack(shares: Sequence[tuple[str, float]], name: str) -> str:
-    parts = "".join(f'<i class="{kind}" style="--share:{100 * share:.4g}%"></i>' for kind, share in shares)
+    parts = "".join(
+        f'<i class="{kind}" style="--share:{100 * share:.4g}%"></i>' for kind, share in shares
+    )
     return f'<div class="{name}">{parts}</div>'
 
 
@@ -244,7 +271,8 @@ def selects(entries: Sequence[Entry]) -> str:
         if len(values) > 1:
             options = "".join(f"<option>{escape(value)}</option>" for value in values)
             parts.append(
-                f'<select name="{name}" aria-label="{name}"><option value="">all {plural}</option>{options}</select>'
+                f'<select name="{name}" aria-label="{name}"><option value="">all '
+                f"{plural}</option>{options}</select>"
             )
     return "".join(parts)
 
@@ -257,14 +285,17 @@ def grounds() -> str:
         inside = named.get(value, "")
         look = "" if inside else f' class="swatch" style="--ground:{COLOURS[value]}"'
         parts.append(
-            f'<label title="{value}"><input type="radio" name="ground" value="{value}" aria-label="{value}"{checked}>'
+            f'<label title="{value}"><input type="radio" name="ground" value="{value}" '
+            f'aria-label="{value}"{checked}>'
             f"<span{look}>{inside}</span></label>"
         )
     return "".join(parts)
 
 
 def grounds_css() -> str:
-    return "\n".join(f".cards[data-ground={name}] {{ --ground: {code}; }}" for name, code in COLOURS.items())
+    return "\n".join(
+        f".cards[data-ground={name}] {{ --ground: {code}; }}" for name, code in COLOURS.items()
+    )
 
 
 def card(entry: Entry, picture: Picture) -> str:
@@ -275,7 +306,8 @@ def card(entry: Entry, picture: Picture) -> str:
     small = [middle, *(round(i * (n - 1) / 2) for i in range(3))] if n > 1 else [0]
     strip = "".join(f'<div class="frame"><i style="--at:{i}"></i></div>' for i in small)
     eight = "".join(
-        f'<div class="frame" style="--ground:{code}"><i style="--at:{middle}"></i></div>' for code in COLOURS.values()
+        f'<div class="frame" style="--ground:{code}"><i style="--at:{middle}"></i></div>'
+        for code in COLOURS.values()
     )
     still = " still" if n == 1 else ""
     rate = f"{entry.frames} frames at {entry.fps:.4g} fps" if entry.frames > 1 else "still"
@@ -294,12 +326,14 @@ def card(entry: Entry, picture: Picture) -> str:
     attributes = " ".join(f'data-{name}="{escape(str(value))}"' for name, value in data.items())
     ratio = 4 / 3 * aspect if n > 1 else aspect
     return (
-        f'<article class="card" {attributes} style="--frames:{n};--picture:url(data:image/webp;base64,{uri})">'
+        f'<article class="card" {attributes} '
+        f'style="--frames:{n};--picture:url(data:image/webp;base64,{uri})">'
         f'<div class="sheets" role="img" aria-label="{escape(entry.key)}">'
         f'<div class="sheet strip{still}" style="--ratio:{ratio:.4f}">{strip}</div>'
         f'<div class="sheet palette" style="--ratio:{2 * aspect:.4f}">{eight}</div></div>'
         f"{stack(shares, 'share')}"
-        f'<div class="text"><h3 class="name">{escape(entry.key)}</h3><p class="prompt">{escape(entry.prompt)}</p>'
+        f'<div class="text"><h3 class="name">{escape(entry.key)}</h3><p '
+        f'class="prompt">{escape(entry.prompt)}</p>'
         f'<p class="about">{escape(" · ".join(about))}</p></div></article>'
     )
 
@@ -307,8 +341,12 @@ def card(entry: Entry, picture: Picture) -> str:
 def skipped(reasons: Mapping[str, str]) -> str:
     if not reasons:
         return ""
-    rows = "".join(f"<tr><td>{escape(key)}</td><td>{escape(reason)}</td></tr>" for key, reason in reasons.items())
+    rows = "".join(
+        f"<tr><td>{escape(key)}</td><td>{escape(reason)}</td></tr>"
+        for key, reason in reasons.items()
+    )
     return (
-        f'<section class="skipped"><h2>Skipped</h2><p class="muted">{len(reasons):,} clips could not be used.</p>'
+        f'<section class="skipped"><h2>Skipped</h2><p class="muted">{len(reasons):,} clips could '
+        f"not be used.</p>"
         f"<table><thead><tr><th>clip</th><th>reason</th></tr></thead><tbody>{rows}</tbody></table></section>"
     )

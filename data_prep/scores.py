@@ -12,7 +12,8 @@ from PIL import Image
 from acetate.data.shards import Clip
 from acetate.regions import MIXED, cells
 
-# Frames and pixels that a latent cell of Wan2.1 sees; one grid for all bases, so that scores compare.
+# Frames and pixels that a latent cell of Wan2.1 sees; one grid for all bases, so that scores
+# compare.
 TIME_STRIDE, SPACE_STRIDE = 4, 8
 TENTH = 26  # of 255
 SCORES = {
@@ -20,16 +21,21 @@ SCORES = {
     "short_side": "pixels",
     "long_side": "pixels",
     "coverage": "mean alpha",
-    "semi": "share of latent cells (8x8 pixels, 4 frames) that are neither all opaque nor all empty",
-    "motion": "mean change per frame of premultiplied colour and alpha, where anything is seen; 0 for a still",
-    "flicker": "mean alpha that goes from one frame to the next and back again, where anything is seen",
-    "sharpness": "95th percentile of the Laplacian of the middle frame over grey, where anything is seen",
+    "semi": "share of latent cells (8x8 pixels, 4 frames) that are neither all opaque nor all "
+    "empty",
+    "motion": "mean change per frame of premultiplied colour and alpha, where anything is seen; 0 "
+    "for a still",
+    "flicker": "mean alpha that goes from one frame to the next and back again, where anything is "
+    "seen",
+    "sharpness": "95th percentile of the Laplacian of the middle frame over grey, where anything "
+    "is seen",
 }
 Plane = NDArray[np.floating]
 
 
 def score(clip: Clip) -> tuple[dict[str, float], str, list[list[int]]]:
-    """The SCORES, all but frames and sides in [0, 1]; `look` as 32 hexadecimal digits; and `colours`."""
+    """The SCORES, all but frames and sides in [0, 1]; `look` as 32 hexadecimal digits; and
+    `colours`."""
     frames = clip.frames
     change, flicker = over_time(frames)
     middle = frames[len(frames) // 2]
@@ -49,7 +55,11 @@ def score(clip: Clip) -> tuple[dict[str, float], str, list[list[int]]]:
 def semi(alpha: NDArray[np.uint8]) -> float:
     """alpha (T, H, W); the last frame, row and column are repeated to fill the grid."""
     frames, height, width = alpha.shape
-    pad = ((0, -(frames - 1) % TIME_STRIDE), (0, -height % SPACE_STRIDE), (0, -width % SPACE_STRIDE))
+    pad = (
+        (0, -(frames - 1) % TIME_STRIDE),
+        (0, -height % SPACE_STRIDE),
+        (0, -width % SPACE_STRIDE),
+    )
     full = torch.from_numpy(np.pad(alpha, pad, mode="edge"))[None, None].float() / 255
     return float((cells(full, TIME_STRIDE, SPACE_STRIDE) == MIXED).float().mean())
 
@@ -106,21 +116,31 @@ def look(frame: NDArray[np.uint8]) -> str:
 
 
 def colours(frame: NDArray[np.uint8]) -> list[list[int]]:
-    """Mean red, green and blue of what is seen, and how much that is, 0..255 each: of the frame and of its quarters."""
+    """Mean red, green and blue of what is seen, and how much that is, 0..255 each: of the frame and
+    of its quarters."""
     weight = frame[..., 3:].astype(np.float32)
     shown = weight * frame[..., :3]
     middle = [side // 2 for side in weight.shape[:2]]
     halves = [(slice(0, max(1, place)), slice(place, None)) for place in middle]
     found = []
-    for rows, columns in [(slice(None), slice(None)), *((r, c) for r in halves[0] for c in halves[1])]:
+    for rows, columns in [
+        (slice(None), slice(None)),
+        *((r, c) for r in halves[0] for c in halves[1]),
+    ]:
         seen = float(weight[rows, columns].sum())
         mean = shown[rows, columns].sum(axis=(0, 1)) / max(seen, 1.0)
-        found.append([*(round(float(value)) for value in mean), round(255 * seen / max(float(weight.sum()), 1.0))])
+        found.append(
+            [
+                *(round(float(value)) for value in mean),
+                round(255 * seen / max(float(weight.sum()), 1.0)),
+            ]
+        )
     return found
 
 
 def colours_apart(one: NDArray[np.int64], others: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Of `colours`, (5, 4) and (N, 5, 4): the largest difference of a mean, where both show a tenth of the thing."""
+    """Of `colours`, (5, 4) and (N, 5, 4): the largest difference of a mean, where both show a tenth
+    of the thing."""
     both = np.minimum(one[..., 3], others[..., 3]) >= TENTH
     return (np.abs(one[..., :3] - others[..., :3]).max(axis=-1) * both).max(axis=-1)
 
@@ -128,11 +148,11 @@ def colours_apart(one: NDArray[np.int64], others: NDArray[np.int64]) -> NDArray[
 def repeats(
     looks: Sequence[str], shades: Sequence[Sequence[Sequence[int]]], distance: int, colour: int
 ) -> list[tuple[int, int] | None]:
-    """For each look (an earlier one that repeats none, bits that differ), where that is within `distance` and the
-    `colours` (shades) are within `colour`: the hashes see brightness alone.
+    """For each look (an earlier one that repeats none, bits that differ), where that is within
+    `distance` and the `colours` (shades) are within `colour`: the hashes see brightness alone.
 
-    The bits are cut into distance + 1 parts: looks that differ in so few agree in at least one of them. Each part
-    mixes bits of colour and alpha, since many clips share one of the two.
+    The bits are cut into distance + 1 parts: looks that differ in so few agree in at least one of
+    them. Each part mixes bits of colour and alpha, since many clips share one of the two.
     """
     if not looks:
         return []
@@ -140,13 +160,21 @@ def repeats(
     packed = np.frombuffer(bytes.fromhex("".join(looks)), np.uint8).reshape(len(looks), -1)
     bits = np.unpackbits(packed, axis=1)
     mixed = np.arange(bits.shape[1]).reshape(2, -1).T.reshape(-1)
-    parts = [np.packbits(bits[:, columns], axis=1) for columns in np.array_split(mixed, distance + 1)]
+    parts = [
+        np.packbits(bits[:, columns], axis=1) for columns in np.array_split(mixed, distance + 1)
+    ]
     tables = [defaultdict[bytes, list[int]](list) for _ in parts]
     found: list[tuple[int, int] | None] = []
     for i in range(len(looks)):
         names = [part[i].tobytes() for part in parts]
-        near = sorted({j for table, name in zip(tables, names, strict=True) for j in table.get(name, ())})
-        near = [j for j, far in zip(near, colours_apart(tints[i], tints[near]), strict=True) if far <= colour]
+        near = sorted(
+            {j for table, name in zip(tables, names, strict=True) for j in table.get(name, ())}
+        )
+        near = [
+            j
+            for j, far in zip(near, colours_apart(tints[i], tints[near]), strict=True)
+            if far <= colour
+        ]
         apart = (bits[near] != bits[i]).sum(axis=1)
         if len(near) and apart.min() <= distance:
             found.append((near[int(apart.argmin())], int(apart.min())))

@@ -32,7 +32,8 @@ from data_prep.plans import Plan, decide, read_line, read_lines
 DECISIONS = "decisions.jsonl"  # beside the manifest: what was made of every clip, and why
 UNSURE = 0.5  # colour below this confidence is listed after the run
 STEPS = {
-    "crop": "black bars cut off", "still": "films of one picture made stills", "cuts": "divided into shots",
+    "crop": "black bars cut off", "still": "films of one picture made stills",
+    "cuts": "divided into shots",
     "alpha": "alpha noise snapped", "colour": "made straight", "trim": "empty margins cut off",
     "matte": "kept with unusual alpha",
 }  # fmt: skip
@@ -51,10 +52,12 @@ def shard(
     workers: int,
     replace: bool = False,
 ) -> dict[str, Any]:
-    """Writes the shards and returns their manifest; a run that was interrupted goes on where its last tar ended.
+    """Writes the shards and returns their manifest; a run that was interrupted goes on where its
+    last tar ended.
 
-    A folder that already holds these very clips is left as it is; one that holds others is made anew with `replace`,
-    else ShardError, as if no clip is left to write. TooManyBad past the budget.
+    A folder that already holds these very clips is left as it is; one that holds others is made
+    anew with `replace`, else ShardError, as if no clip is left to write. TooManyBad past the
+    budget.
     """
     check(executor, workers)
     check_folder(out)
@@ -62,24 +65,31 @@ def shard(
     made_by = {
         "command": "data_prep.shard",
         "settings": {
-            **vars(settings), "val_fraction": val_fraction, "max_clips": max_clips, "max_bytes": max_bytes,
+            **vars(settings), "val_fraction": val_fraction, "max_clips": max_clips,
+            "max_bytes": max_bytes,
             "manifest_sha256": hashlib.sha256(manifest.read_bytes()).hexdigest(),
         },
     }  # fmt: skip
     with making(out, made_by, replace) as folder:
         if folder:
             splits = assign_splits({line.key: line.group for line in found}, val_fraction)
-            with ShardWriter(folder, max_clips=max_clips, max_bytes=max_bytes, made_by=made_by) as writer:
+            with ShardWriter(
+                folder, max_clips=max_clips, max_bytes=max_bytes, made_by=made_by
+            ) as writer:
                 bad = BadClips(bad_clip_budget)
-                plans, unreadable = decide(found, settings, folder / MEASURED, executor=executor, workers=workers)
+                plans, unreadable = decide(
+                    found, settings, folder / MEASURED, executor=executor, workers=workers
+                )
                 bad.add(unreadable)
-                writer.skipped |= bad | {plan.line.key: plan.refusal for plan in plans if plan.refusal}
+                writer.skipped |= bad | {
+                    plan.line.key: plan.refusal for plan in plans if plan.refusal
+                }
                 fill(writer, plans, settings, splits, bad, executor, workers)
                 if not writer.tars and not writer.pending:
                     raise ShardError(
                         f"none of the {len(found)} clips of {manifest} became a shard "
-                        f"({first_reasons(writer.skipped) or 'it is empty'}). Ingest other media, or change the "
-                        "settings that refuse these."
+                        f"({first_reasons(writer.skipped) or 'it is empty'}). Ingest other media, "
+                        "or change the settings that refuse these."
                     )
                 write_lines(folder / DECISIONS, (plan.as_json(settings) for plan in plans))
     return read_manifest(out)
@@ -95,7 +105,9 @@ def fill(
     workers: int,
 ) -> None:
     """Adds the pieces that the writer lacks."""
-    todo = [plan for plan in plans if not plan.refusal and not all(key in writer for key in plan.pieces)]
+    todo = [
+        plan for plan in plans if not plan.refusal and not all(key in writer for key in plan.pieces)
+    ]
     run = {"executor": executor, "workers": workers, "name": attrgetter("line.key")}
     with progress(partial(prepare, settings=settings), todo, **run) as results:
         for plan, result in results:
@@ -128,10 +140,16 @@ def prepare(plan: Plan, settings: Settings) -> list[EncodedClip] | str:
     except MediaError as error:
         return str(error)
     if len(clip.frames) != line.frames:
-        return f"has {len(clip.frames)} frames, the manifest says {line.frames}; ingest the folder again"
+        return (
+            f"has {len(clip.frames)} frames, the manifest says {line.frames}; ingest the folder "
+            "again"
+        )
     fps = settings.fps or line.fps or settings.default_fps
     try:
-        return [encode_clip(clean(clip.frames[taken], plan.decisions, settings), fps) for taken in plan.frames]
+        return [
+            encode_clip(clean(clip.frames[taken], plan.decisions, settings), fps)
+            for taken in plan.frames
+        ]
     except ValueError as error:
         return str(error)
 
@@ -156,7 +174,13 @@ def main(cfg: DictConfig) -> None:
 def preview(manifest: Path, settings: Settings, *, executor: str, workers: int) -> None:
     """Decides and prints; writes nothing."""
     with TemporaryDirectory() as folder:
-        plans, bad = decide(read_lines(manifest), settings, Path(folder) / MEASURED, executor=executor, workers=workers)
+        plans, bad = decide(
+            read_lines(manifest),
+            settings,
+            Path(folder) / MEASURED,
+            executor=executor,
+            workers=workers,
+        )
     console = Console(markup=False, highlight=False)
     for plan in plans:
         decisions = plan.decisions
@@ -180,7 +204,9 @@ def preview(manifest: Path, settings: Settings, *, executor: str, workers: int) 
 def print_summary(out: Path, result: dict[str, Any]) -> None:
     clips = [clip for tar in result["shards"] for clip in tar["clips"]]
     console = Console(markup=False, highlight=False)
-    counts = f"{result['clips']} clips in {len(result['shards'])} tars, {len(result['skipped'])} skipped"
+    counts = (
+        f"{result['clips']} clips in {len(result['shards'])} tars, {len(result['skipped'])} skipped"
+    )
     console.print(f"{out}: {counts}", soft_wrap=True)
     table = Table("split", "clips", "stills", "frames")
     for split, count in result["splits"].items():

@@ -1,4 +1,5 @@
-"""Procedural RGBA clips as clip shards: exact straight colour and alpha, no download, the same bytes for a seed."""
+"""Procedural RGBA clips as clip shards: exact straight colour and alpha, no download, the same
+bytes for a seed."""
 
 import hashlib
 import math
@@ -30,12 +31,15 @@ from data_prep.folders import check_folder, making
 
 
 def sha256_of_code(*modules: ModuleType) -> str:
-    return hashlib.sha256(b"".join(Path(str(module.__file__)).read_bytes() for module in modules)).hexdigest()
+    return hashlib.sha256(
+        b"".join(Path(str(module.__file__)).read_bytes() for module in modules)
+    ).hexdigest()
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Which clip comes when: kinds take turns, and so do sizes after each round of kinds. sizes: (height, width)."""
+    """Which clip comes when: kinds take turns, and so do sizes after each round of kinds. sizes:
+    (height, width)."""
 
     clips: int
     frames: int
@@ -66,7 +70,8 @@ class Drawn:
 
 
 def draw(plan: Plan, index: int) -> Drawn:
-    # Sums over threads round differently from machine to machine; small pictures gain nothing from them.
+    # Sums over threads round differently from machine to machine; small pictures gain nothing from
+    # them.
     torch.set_num_threads(1)
     seed = stable_hash("synthesize", plan.seed, index) % 2**31
     clip = synthetic.render(plan.kind(index), seed, plan.frames, *plan.size(index))
@@ -87,11 +92,12 @@ def synthesize(
     workers: int = 0,
     replace: bool = False,
 ) -> dict[str, Any]:
-    """Writes the shards and returns their manifest without its list of clips. sizes: sides, or (height, width).
+    """Writes the shards and returns their manifest without its list of clips. sizes: sides, or
+    (height, width).
 
-    The clips of finished tars are kept when a run was interrupted. A folder that already holds these very clips is
-    left as it is; one that holds others is made anew with `replace`, else ShardError. The memory that this takes does
-    not depend on the number of clips.
+    The clips of finished tars are kept when a run was interrupted. A folder that already holds
+    these very clips is left as it is; one that holds others is made anew with `replace`, else
+    ShardError. The memory that this takes does not depend on the number of clips.
     """
     check(executor, workers)
     check_folder(out)
@@ -100,7 +106,8 @@ def synthesize(
         "command": "data_prep.synthesize",
         "settings": {
             "clips": clips, "frames": frames, "seed": seed, "val_fraction": val_fraction,
-            "sizes": [height if height == width else (height, width) for height, width in plan.sizes],
+            "sizes": [height if height == width else (height, width) for height,
+            width in plan.sizes],
             "max_clips": max_clips, "max_bytes": max_bytes,
             # The drawing code decides the pictures as much as the seed does.
             "synthetic_sha256": sha256_of_code(synthetic, drawing),
@@ -108,7 +115,9 @@ def synthesize(
     }  # fmt: skip
     with making(out, made_by, replace) as folder:
         if folder:
-            with ShardWriter(folder, max_clips=max_clips, max_bytes=max_bytes, made_by=made_by) as writer:
+            with ShardWriter(
+                folder, max_clips=max_clips, max_bytes=max_bytes, made_by=made_by
+            ) as writer:
                 fill(writer, plan, val_fraction, executor, workers)
     return read_head(out)
 
@@ -155,15 +164,23 @@ def print_preview(plan: Plan, workers: int) -> None:
     console = Console(markup=False, highlight=False)
     console.print(table)
     # Sizes take turns, and both time and bytes go with the area.
-    area = sum(height * width for height, width in plan.sizes) / len(plan.sizes) / math.prod(plan.sizes[0])
+    area = (
+        sum(height * width for height, width in plan.sizes)
+        / len(plan.sizes)
+        / math.prod(plan.sizes[0])
+    )
     total = plan.clips / count * area
     hours = total * seconds / max(1, workers) / 3600
-    text = f"{plan.clips} clips: about {total * stored / 2**30:.3g} GiB, {hours:.3g} hours. Nothing was written."
+    text = (
+        f"{plan.clips} clips: about {total * stored / 2**30:.3g} GiB, {hours:.3g} hours. Nothing "
+        "was written."
+    )
     console.print(text, soft_wrap=True)
 
 
 def stored(clip: synthetic.SyntheticClip) -> NDArray[np.uint8]:
-    """(T, H, W, 4), straight colour; black where nothing is drawn, which FFV1 stores in next to no space."""
+    """(T, H, W, 4), straight colour; black where nothing is drawn, which FFV1 stores in next to no
+    space."""
     return to_uint8(clip.rgb.masked_fill(clip.alpha == 0, -1), clip.alpha).numpy()
 
 
@@ -172,7 +189,16 @@ def main(cfg: DictConfig) -> None:
     if cfg.preview:
         print_preview(Plan(cfg.clips, cfg.frames, squares(sizes), cfg.seed), cfg.workers)
         return
-    same = ("clips", "frames", "seed", "val_fraction", "max_clips", "executor", "workers", "replace")
+    same = (
+        "clips",
+        "frames",
+        "seed",
+        "val_fraction",
+        "max_clips",
+        "executor",
+        "workers",
+        "replace",
+    )
     own = {name: cfg[name] for name in same}
     head = synthesize(out=Path(cfg.out), sizes=sizes, max_bytes=int(cfg.max_mb * 2**20), **own)
     train, val = head["splits"]["train"], head["splits"]["val"]

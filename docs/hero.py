@@ -1,4 +1,5 @@
-"""The moving picture of the README: clips, their reconstructions over changing colours, their alpha.
+"""The moving picture of the README: clips, their reconstructions over changing colours, their
+alpha.
 
 python docs/hero.py outputs/demo data/demo assets/hero.webp
 """
@@ -34,14 +35,25 @@ def main(run: str, shards: str, out: str) -> None:
     pictures = [picture(rows, n) for n in range(BETWEEN * len(COLOURS))]
     path = Path(out)
     temporary = path.with_name(f".{path.name}")
-    pictures[0].save(temporary, "WEBP", save_all=True, append_images=pictures[1:], duration=90, loop=0, quality=80)
+    pictures[0].save(
+        temporary,
+        "WEBP",
+        save_all=True,
+        append_images=pictures[1:],
+        duration=90,
+        loop=0,
+        quality=80,
+    )
     rename_over(temporary, path)
 
 
 def picture(rows: list[tuple[Clip, Clip]], n: int) -> Image.Image:
-    """The n-th: a column for each clip, which goes to and fro; source, reconstruction, its alpha."""
+    """The n-th: a column for each clip, which goes to and fro; source, reconstruction, its
+    alpha."""
     share = (n % BETWEEN) / BETWEEN
-    one, two = (PALETTE[COLOURS[(n // BETWEEN + k) % len(COLOURS)]].view(3, 1, 1, 1) for k in (0, 1))
+    one, two = (
+        PALETTE[COLOURS[(n // BETWEEN + k) % len(COLOURS)]].view(3, 1, 1, 1) for k in (0, 1)
+    )
     background = 0.6 * ((1 - share) * one + share * two)
     sheet = Image.new("RGB", (GAP + len(rows) * (SIDE + GAP), GAP + 3 * (SIDE + GAP)), (24, 24, 24))
     for column, (source, made) in enumerate(rows):

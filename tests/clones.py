@@ -11,8 +11,19 @@ from tests.paths import ROOT
 
 def clone(folder: Path) -> Path:
     subprocess.run(["git", "clone", "--quiet", str(ROOT), str(folder)], check=True)
-    changed = ["git", "-C", str(ROOT), "ls-files", "--modified", "--others", "--exclude-standard", "-z"]
-    for name in subprocess.run(changed, check=True, capture_output=True, text=True).stdout.split("\0"):
+    changed = [
+        "git",
+        "-C",
+        str(ROOT),
+        "ls-files",
+        "--modified",
+        "--others",
+        "--exclude-standard",
+        "-z",
+    ]
+    for name in subprocess.run(changed, check=True, capture_output=True, text=True).stdout.split(
+        "\0"
+    ):
         if name and (ROOT / name).is_file():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, folder / name)
@@ -21,8 +32,17 @@ def clone(folder: Path) -> Path:
 
 def run_in(cwd: Path, *command: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """`python COMMAND` of the clone, as a user's shell runs it: nothing is redirected."""
-    variables = {name: value for name, value in os.environ.items() if not name.startswith(("ACETATE_", "WANDB_"))}
+    variables = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("ACETATE_", "WANDB_"))
+    }
     variables |= {"PYTHONPATH": f"{cwd / 'src'}{os.pathsep}{cwd}", **environment}
     return subprocess.run(
-        [sys.executable, *command], cwd=cwd, env=variables, capture_output=True, text=True, timeout=580
+        [sys.executable, *command],
+        cwd=cwd,
+        env=variables,
+        capture_output=True,
+        text=True,
+        timeout=580,
     )

@@ -18,10 +18,12 @@ from tests.paths import ROOT
 TINY = str(ROOT / "assets/wan-tiny")
 
 torch.set_num_threads(1)
-os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"  # gRPC, which no emulator speaks; read when gcsfs is imported
+# gRPC, which no emulator speaks; read when gcsfs is imported
+os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"
 
 VAE_LAYOUTS = {
-    # Wan2.1's own shape: 8x8 pixels and 4 frames to a latent, time halved in the last two of three stages
+    # Wan2.1's own shape: 8x8 pixels and 4 frames to a latent, time halved in the last two of three
+    # stages
     "wan21": {
         "base_dim": 8,
         "z_dim": 16,
@@ -43,7 +45,8 @@ VAE_LAYOUTS = {
 
 
 def fill_(module: nn.Module, seed: int) -> None:
-    """Weights scaled by fan-in, so that signals neither die out nor drown, and every gain and bias counts."""
+    """Weights scaled by fan-in, so that signals neither die out nor drown, and every gain and bias
+    counts."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in module.named_parameters():
@@ -93,7 +96,8 @@ def make_transformer() -> Callable:
 
 @pytest.fixture(scope="session")
 def wan_folder(make_vae, make_transformer, tmp_path_factory) -> Path:
-    """vae, transformer, text_encoder and tokenizer, as diffusers and transformers save them. Read only."""
+    """vae, transformer, text_encoder and tokenizer, as diffusers and transformers save them. Read
+    only."""
     from transformers import UMT5Config, UMT5EncoderModel
 
     from acetate.tasks.wan_base import train_tokenizer
@@ -140,13 +144,23 @@ def shards(tmp_path_factory):
 def many_shards(tmp_path_factory):
     """With a validation clip for each of two ranks."""
     out = tmp_path_factory.mktemp("many") / "demo"
-    synthesize(out=out, clips=14, frames=5, sizes=[16], seed=0, val_fraction=0.4, max_clips=100, max_bytes=10**9)
+    synthesize(
+        out=out,
+        clips=14,
+        frames=5,
+        sizes=[16],
+        seed=0,
+        val_fraction=0.4,
+        max_clips=100,
+        max_bytes=10**9,
+    )
     return out
 
 
 @pytest.fixture(scope="session")
 def cached(shards, tmp_path_factory):
-    """Latent shards of the demo clips on the shipped base, and the adapter file of the VAE that made them."""
+    """Latent shards of the demo clips on the shipped base, and the adapter file of the VAE that
+    made them."""
     return cache_demo(shards, tmp_path_factory.mktemp("cached"))
 
 
@@ -163,18 +177,23 @@ def cache_demo(shards: Path, folder: Path) -> tuple[Path, Path]:
     vae = RGBAVAE(vae=load_vae(base), merge_init="residual", lora_rank=2, lora_alpha=2.0)
     facts = {
         "schema": ADAPTER_SCHEMA, "kind": "rgba_vae", "base": base, "base_sha256": vae.base_sha256,
-        "merge_init": "residual", "lora_rank": 2, "lora_alpha": 2.0, "average_alpha": True, "eps": 0.0,
+        "merge_init": "residual", "lora_rank": 2, "lora_alpha": 2.0, "average_alpha": True,
+        "eps": 0.0,
     }  # fmt: skip
     adapters = folder / "last.safetensors"
-    state = {f"vae.{name}": value.detach().contiguous() for name, value in trainable_state(vae).items()}
+    state = {
+        f"vae.{name}": value.detach().contiguous() for name, value in trainable_state(vae).items()
+    }
     save_file(state, adapters, {name: json.dumps(value) for name, value in facts.items()})
     ellipse = {"threshold": 0.1, "aligned": False, "raster": "exact", "enlargements": 64}
     cache_latents(
         shards=[shards],
         out=folder / "latents",
-        sources=Sources(vae=base, rgba_vae=str(adapters), text_encoder=base, prompt_length=64, frozen_dtype="float32"),
+        sources=Sources(vae=base, rgba_vae=str(adapters), text_encoder=base, prompt_length=64,
+        frozen_dtype="float32"),
         settings=Settings(
-            seed=0, variants=1, frames=(5,), area=24 * 24, max_aspect=1.0, sizes=None, space_multiple=None,
+            seed=0, variants=1, frames=(5,), area=24 * 24, max_aspect=1.0, sizes=None,
+            space_multiple=None,
             dtype="float16", ellipse=ellipse, per_tar=64,
         ),
         allow_empty_buckets=False,
@@ -190,7 +209,10 @@ def cache_demo(shards: Path, folder: Path) -> tuple[Path, Path]:
 @pytest.fixture
 def small_disk():
     """No file may grow past 64 KiB: what a full disk does to a write, without filling one."""
-    before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    before, handler = (
+        resource.getrlimit(resource.RLIMIT_FSIZE),
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN),
+    )
     resource.setrlimit(resource.RLIMIT_FSIZE, (64 * 1024, before[1]))
     yield
     resource.setrlimit(resource.RLIMIT_FSIZE, before)
@@ -207,14 +229,19 @@ def dora(cached, tmp_path_factory):
     from acetate.models.text import TextEncoder
 
     transformer = load_transformer(TINY)
-    facts = {"schema": ADAPTER_SCHEMA, "kind": "dit_dora", "base": TINY, "rank": 2, "alpha": 2, "mean_shift": 0.5,
+    facts = {"schema": ADAPTER_SCHEMA, "kind": "dit_dora", "base": TINY, "rank": 2, "alpha": 2,
+        "mean_shift": 0.5,
              "transformer_sha256": transformer_sha256(transformer),
              "vae_sha256": load_rgba_vae(vae=TINY, adapters=str(cached[1])).latents_sha256(),
-             "text_encoder_sha256": TextEncoder(TINY, 64).sha256(), "ellipse": {"threshold": 0.1}}  # fmt: skip
+             "text_encoder_sha256": TextEncoder(TINY, 64).sha256(),
+             "ellipse": {"threshold": 0.1}}  # fmt: skip
     add_dora(transformer, 2, 2)
     for parameter in trainable_state(transformer).values():
         torch.nn.init.normal_(parameter, std=0.1)
-    state = {f"transformer.{name}": value.detach().contiguous() for name, value in trainable_state(transformer).items()}
+    state = {
+        f"transformer.{name}": value.detach().contiguous()
+        for name, value in trainable_state(transformer).items()
+    }
     path = tmp_path_factory.mktemp("dora") / "last.safetensors"
     save_file(state, path, {name: json.dumps(value) for name, value in facts.items()})
     return path

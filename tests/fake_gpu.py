@@ -1,4 +1,5 @@
-"""A GPU without one: its tensors have shapes and no numbers, and what a real one refuses is refused.
+"""A GPU without one: its tensors have shapes and no numbers, and what a real one refuses is
+refused.
 
 Tensors of the CPU keep their numbers, so that files are read and hashed as ever.
 """
@@ -15,7 +16,8 @@ from torch.utils._pytree import tree_leaves
 
 
 class FakeGPU(FakeTensorMode):
-    """Raises RuntimeError where an operation mixes devices, or fills a tensor by another device's generator."""
+    """Raises RuntimeError where an operation mixes devices, or fills a tensor by another device's
+    generator."""
 
     def __init__(self) -> None:
         super().__init__(allow_non_fake_inputs=True)
@@ -41,7 +43,8 @@ class FakeGPU(FakeTensorMode):
 
 
 class GPUGenerator(Generator):
-    """Stands for one of CUDA, which cannot be made without CUDA; known by its seed to whoever is handed it."""
+    """Stands for one of CUDA, which cannot be made without CUDA; known by its seed to whoever is
+    handed it."""
 
     seeds: ClassVar[set[int]] = set()
 
@@ -61,5 +64,9 @@ def swap_tensors(one: Tensor, other: Tensor) -> None:
 
 @contextmanager
 def fake_gpu() -> Iterator[None]:
-    with patch("torch.utils.swap_tensors", swap_tensors), patch("acetate.draws.Generator", GPUGenerator), FakeGPU():
+    with (
+        patch("torch.utils.swap_tensors", swap_tensors),
+        patch("acetate.draws.Generator", GPUGenerator),
+        FakeGPU(),
+    ):
         yield

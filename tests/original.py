@@ -4,7 +4,12 @@ import re
 
 from torch import Tensor, nn
 
-RESIDUAL = {"norm1.": "residual.0.", "conv1.": "residual.2.", "norm2.": "residual.3.", "conv2.": "residual.6."}
+RESIDUAL = {
+    "norm1.": "residual.0.",
+    "conv1.": "residual.2.",
+    "norm2.": "residual.3.",
+    "conv2.": "residual.6.",
+}
 TRANSFORMER = {
     "condition_embedder.time_embedder.linear_1": "time_embedding.0",
     "condition_embedder.time_embedder.linear_2": "time_embedding.2",
@@ -56,31 +61,47 @@ def replaced(name: str, parts: dict[str, str]) -> str:
 
 
 def original_vae_name(name: str, res_blocks: int = 2) -> str:
-    """Of Wan2.1_VAE.pth, where every stage of the decoder has res_blocks + 1 residual blocks and a resampling."""
+    """Of Wan2.1_VAE.pth, where every stage of the decoder has res_blocks + 1 residual blocks and a
+    resampling."""
     name = replaced(name, {f".{ours}": f".{theirs}" for ours, theirs in RESIDUAL.items()})
     name = name.replace("post_quant_conv.", "conv2.").replace("quant_conv.", "conv1.")
     for coder in ("encoder", "decoder"):
-        name = name.replace(f"{coder}.conv_in.", f"{coder}.conv1.").replace(f"{coder}.norm_out.", f"{coder}.head.0.")
+        name = name.replace(f"{coder}.conv_in.", f"{coder}.conv1.").replace(
+            f"{coder}.norm_out.", f"{coder}.head.0."
+        )
         name = name.replace(f"{coder}.conv_out.", f"{coder}.head.2.")
-    name = name.replace("mid_block.resnets.0.", "middle.0.").replace("mid_block.resnets.1.", "middle.2.")
-    name = name.replace("mid_block.attentions.0.", "middle.1.").replace("conv_shortcut.", "shortcut.")
+    name = name.replace("mid_block.resnets.0.", "middle.0.").replace(
+        "mid_block.resnets.1.", "middle.2."
+    )
+    name = name.replace("mid_block.attentions.0.", "middle.1.").replace(
+        "conv_shortcut.", "shortcut."
+    )
     name = name.replace("encoder.down_blocks.", "encoder.downsamples.")
     if match := re.fullmatch(r"decoder\.up_blocks\.(\d)\.(resnets|upsamplers)\.(\d)\.(.+)", name):
         stage, kind, index, rest = match.groups()
-        place = (res_blocks + 2) * int(stage) + (int(index) if kind == "resnets" else res_blocks + 1)
+        place = (res_blocks + 2) * int(stage) + (
+            int(index) if kind == "resnets" else res_blocks + 1
+        )
         name = f"decoder.upsamples.{place}.{rest}"
     return name
 
 
 def original_vae_state(vae: nn.Module) -> dict[str, Tensor]:
-    return {original_vae_name(name, vae.config.num_res_blocks): v for name, v in vae.state_dict().items()}
+    return {
+        original_vae_name(name, vae.config.num_res_blocks): v
+        for name, v in vae.state_dict().items()
+    }
 
 
 def original_transformer_state(transformer: nn.Module) -> dict[str, Tensor]:
     state = {}
     for name, value in transformer.state_dict().items():
         name = replaced(name, TRANSFORMER)
-        name = "head.modulation" if name == "scale_shift_table" else name.replace("scale_shift_table", "modulation")
+        name = (
+            "head.modulation"
+            if name == "scale_shift_table"
+            else name.replace("scale_shift_table", "modulation")
+        )
         state[name] = value
     return state
 
@@ -93,12 +114,15 @@ def original_umt5_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def wan_alpha_state(vae: nn.Module, res_blocks: int = 2) -> dict[str, Tensor]:
-    """An RGBAVAE as the released flat training checkpoint: merge block, LoRA, and the frozen weights under them."""
+    """An RGBAVAE as the released flat training checkpoint: merge block, LoRA, and the frozen
+    weights under them."""
     state = {}
     for name, value in vae.state_dict().items():
         if name.startswith("merge."):
             state[replaced(name, MERGE)] = value
-        match = re.fullmatch(r"decoder_(rgb|alpha)\.net\.(.+)\.parametrizations\.weight\.(original|0\.A|0\.B)", name)
+        match = re.fullmatch(
+            r"decoder_(rgb|alpha)\.net\.(.+)\.parametrizations\.weight\.(original|0\.A|0\.B)", name
+        )
         if match is None:
             continue
         part = {"rgb": "vae_fgr", "alpha": "vae_pha"}[match[1]]

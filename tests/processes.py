@@ -1,4 +1,5 @@
-"""Processes that start at once, forked from one that has imported everything: programs, and functions on many ranks.
+"""Processes that start at once, forked from one that has imported everything: programs, and
+functions on many ranks.
 
 Ranks find each other as under torchrun, whose store this process serves.
 """
@@ -24,11 +25,14 @@ TIMEOUT = 500.0  # seconds
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(
     ["acetate.commands.train", "acetate.tasks.vae", "acetate.tasks.dit", "acetate.formats.rgba_vae",
-     "acetate.callbacks.samples", "acetate.callbacks.panels", "acetate.callbacks.curves", "acetate.data.clips",
-     "acetate.data.latents", "diffusers", "hydra", "gcsfs", "lpips", "matplotlib.pyplot", "s3fs", "tensorboard",
+     "acetate.callbacks.samples", "acetate.callbacks.panels", "acetate.callbacks.curves",
+     "acetate.data.clips",
+     "acetate.data.latents", "diffusers", "hydra", "gcsfs", "lpips", "matplotlib.pyplot", "s3fs",
+     "tensorboard",
      "torch.distributed.fsdp", "torch.utils.tensorboard", "wandb", "tests.processes"]
 )  # fmt: skip
-STORES: list[dist.TCPStore] = []  # of every launch, as long as this process: its ranks may ask at any time
+# of every launch, as long as this process: its ranks may ask at any time
+STORES: list[dist.TCPStore] = []
 
 
 def train(log: Path, *arguments: str, environment: Mapping[str, str] | None = None) -> BaseProcess:
@@ -39,7 +43,8 @@ def train(log: Path, *arguments: str, environment: Mapping[str, str] | None = No
 
 
 def program(log: Path, name: str, *arguments: str) -> tuple[int, str]:
-    """`python NAME ARGUMENTS`, or `python -m NAME ARGUMENTS`, to its end: exit code and all that it printed."""
+    """`python NAME ARGUMENTS`, or `python -m NAME ARGUMENTS`, to its end: exit code and all that it
+    printed."""
     process = FORKS.Process(target=_run, args=(log, name, arguments, {}))
     process.start()
     (code,) = ended(process)
@@ -47,12 +52,15 @@ def program(log: Path, name: str, *arguments: str) -> tuple[int, str]:
     return code, log.read_text()
 
 
-def train_ranks(world: int, log: Path, *arguments: str, of_each: Sequence[str] = ()) -> list[BaseProcess]:
-    """The same on `world` ranks of the CPU; that of each prints to its own log, NAME_0, NAME_1, ..., and may have an
-    argument of its own."""
+def train_ranks(
+    world: int, log: Path, *arguments: str, of_each: Sequence[str] = ()
+) -> list[BaseProcess]:
+    """The same on `world` ranks of the CPU; that of each prints to its own log, NAME_0, NAME_1,
+    ..., and may have an argument of its own."""
     return [
         train(
-            log.with_name(f"{log.name}_{rank}"), "trainer.accelerator=cpu", *arguments, *of_each[rank : rank + 1],
+            log.with_name(f"{log.name}_{rank}"), "trainer.accelerator=cpu", *arguments,
+            *of_each[rank : rank + 1],
             environment=environment,
         )
         for rank, environment in enumerate(_environments(world))
@@ -81,7 +89,8 @@ def launch(world: int, function: Callable[..., Any], *arguments: Any) -> list[An
 
 
 def ended(*processes: BaseProcess, within: float = TIMEOUT) -> list[int | None]:
-    """Their exit codes once all have ended; those that have not in `within` seconds are killed and have None."""
+    """Their exit codes once all have ended; those that have not in `within` seconds are killed and
+    have None."""
     codes = []
     for process in processes:
         process.join(within)
@@ -95,8 +104,10 @@ def _environments(world: int) -> list[dict[str, str]]:
     """Of each rank, as torchrun's agent makes it."""
     STORES.append(dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False))
     shared = {
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(STORES[-1].port), "WORLD_SIZE": str(world), "GROUP_RANK": "0",
-        "LOCAL_WORLD_SIZE": str(world), "TORCHELASTIC_RUN_ID": "test", "TORCHELASTIC_RESTART_COUNT": "0",
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(STORES[-1].port), "WORLD_SIZE": str(world),
+        "GROUP_RANK": "0",
+        "LOCAL_WORLD_SIZE": str(world), "TORCHELASTIC_RUN_ID": "test",
+        "TORCHELASTIC_RESTART_COUNT": "0",
         "TORCHELASTIC_USE_AGENT_STORE": "True",
     }  # fmt: skip
     return [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world)]
@@ -107,8 +118,10 @@ def _run(log: Path, name: str, arguments: Sequence[str], environment: Mapping[st
     with log.open("ab") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    multiprocessing.set_start_method("fork", force=True)  # of data workers, as in a program of its own
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's & takes from all that it starts
+    # of data workers, as in a program of its own
+    multiprocessing.set_start_method("fork", force=True)
+    # which a shell's & takes from all that it starts
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ.pop("WANDB_SERVICE", None)  # a test's that ran before: this one starts its own
     os.environ.update(environment)
     os.chdir(ROOT)
@@ -123,7 +136,9 @@ def _run(log: Path, name: str, arguments: Sequence[str], environment: Mapping[st
         atexit._run_exitfuncs()  # which multiprocessing leaves out, and wandb ends its run in
 
 
-def _call(environment: Mapping[str, str], sender: Any, function: Callable, arguments: tuple) -> None:
+def _call(
+    environment: Mapping[str, str], sender: Any, function: Callable, arguments: tuple
+) -> None:
     os.environ.update(environment)
     torch.set_num_threads(1)
     dist.init_process_group("gloo")

@@ -1,9 +1,10 @@
-"""python -m tests.soak [kills=20] [seed=0] [steps=6 * kills] [workers=2] [trainer=default] [ranks=1]: training that is
-killed again and again.
+"""python -m tests.soak [kills=20] [seed=0] [steps=6 * kills] [workers=2] [trainer=default]
+[ranks=1]: training that is killed again and again.
 
-Kills a run at random moments: one of its ranks at any time, one while a checkpoint is being written, one of their data
-workers. Each time the same command goes on (resume=auto). In the end everything is compared, bit for bit, with a run
-that nobody killed: weights, optimizer, average, position in the data, metrics.csv.
+Kills a run at random moments: one of its ranks at any time, one while a checkpoint is being
+written, one of their data workers. Each time the same command goes on (resume=auto). In the end
+everything is compared, bit for bit, with a run that nobody killed: weights, optimizer, average,
+position in the data, metrics.csv.
 """
 
 import random
@@ -30,12 +31,29 @@ PATIENCE = 300.0  # seconds for anything that has to happen
 
 
 def soak(
-    folder: Path, *, kills: int, seed: int, steps: int, workers: int, trainer: str = "default", ranks: int = 1
+    folder: Path,
+    *,
+    kills: int,
+    seed: int,
+    steps: int,
+    workers: int,
+    trainer: str = "default",
+    ranks: int = 1,
 ) -> Counter[str]:
-    """How often what was killed, `half a checkpoint` where one was left behind. Raises AssertionError."""
+    """How often what was killed, `half a checkpoint` where one was left behind. Raises
+    AssertionError."""
     chance, counts = random.Random(seed), Counter()
     shards = folder / "shards"
-    synthesize(out=shards, clips=14, frames=5, sizes=[16], seed=0, val_fraction=0.4, max_clips=100, max_bytes=10**9)
+    synthesize(
+        out=shards,
+        clips=14,
+        frames=5,
+        sizes=[16],
+        seed=0,
+        val_fraction=0.4,
+        max_clips=100,
+        max_bytes=10**9,
+    )
 
     def start(outputs: Path) -> list[BaseProcess]:
         arguments = [
@@ -61,13 +79,18 @@ def soak(
             time.sleep(chance.uniform(0, 0.02))
         elif kind == "process" and chance.random() < 0.3:
             time.sleep(chance.uniform(0, 2))  # before it trains
-            early = True  # ranks that still wait for each other would go on to, and a launcher ends them
+            # ranks that still wait for each other would go on to, and a launcher ends them
+            early = True
         else:
             until(lambda run=run: len(data_workers(run)) >= workers * ranks, run)
             time.sleep(chance.uniform(0, 2 * share))
-        assert running(run), f"ended before it was killed; give it more than steps={steps}: {log_of(parts)}"
+        assert running(run), (
+            f"ended before it was killed; give it more than steps={steps}: {log_of(parts)}"
+        )
         counts[kind] += 1
-        for victim in run if early else [chance.choice(data_workers(run) if kind == "worker" else run)]:
+        for victim in (
+            run if early else [chance.choice(data_workers(run) if kind == "worker" else run)]
+        ):
             victim.kill()
         codes = ended(*run, within=PATIENCE)
         assert not {0, None} & set(codes), f"exit codes {codes}: {log_of(parts)}"
@@ -81,7 +104,8 @@ def soak(
 
 
 def half_written(outputs: Path, since: float) -> list[Path]:
-    """Checkpoints, and adapters beside them; what an earlier kill left may lie there for ever, in a run of no use."""
+    """Checkpoints, and adapters beside them; what an earlier kill left may lie there for ever, in a
+    run of no use."""
     found = []
     for path in outputs.glob("*/*/checkpoints/.*.tmp"):
         with suppress(FileNotFoundError):
@@ -110,7 +134,9 @@ def until(happens: Callable[[], object], run: Sequence[BaseProcess]) -> None:
 
 
 def log_of(outputs: Path) -> str:
-    return "".join(log.read_text()[-3000:] for log in sorted(outputs.parent.glob(f"{outputs.name}.log_*")))
+    return "".join(
+        log.read_text()[-3000:] for log in sorted(outputs.parent.glob(f"{outputs.name}.log_*"))
+    )
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
-"""python -m tests.step_times [ranks=[2,4]] [repeats=5]: the cost model's step times against those of real processes.
+"""python -m tests.step_times [ranks=[2,4]] [repeats=5]: the cost model's step times against those
+of real processes.
 
-A DoRA stage of 35 M parameters in fp32 on gloo, one thread each. The model is told what the same processes reach just
-before, all at once: the FLOP/s of the same step where nothing is sent, and bandwidth and latency of the collective that
-carries most of a strategy's bytes. Nothing is assumed to be hidden under the compute.
+A DoRA stage of 35 M parameters in fp32 on gloo, one thread each. The model is told what the same
+processes reach just before, all at once: the FLOP/s of the same step where nothing is sent, and
+bandwidth and latency of the collective that carries most of a strategy's bytes. Nothing is assumed
+to be hidden under the compute.
 """
 
 import statistics
@@ -37,13 +39,15 @@ LOADS = ((1, 9, 48), (2, 9, 64))  # clips of a process, their frames, their heig
 
 
 def main(ranks: Sequence[int] = (2, 4), repeats: int = 5) -> None:
-    table = Table("processes", "strategy", "clips, frames, size", "GFLOP/s", "GB/s", "compute, s", "communication, s",
+    table = Table("processes", "strategy", "clips, frames, size", "GFLOP/s", "GB/s", "compute, s",
+        "communication, s",
                   "predicted, s", "measured, s", "predicted / measured")  # fmt: skip
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         torch.manual_seed(0)
         WanTransformer3DModel(
-            num_attention_heads=8, attention_head_dim=64, in_channels=16, out_channels=16, text_dim=64, freq_dim=64,
+            num_attention_heads=8, attention_head_dim=64, in_channels=16, out_channels=16,
+            text_dim=64, freq_dim=64,
             ffn_dim=2048, num_layers=8, rope_max_seq_len=64,
         ).save_pretrained(folder / "transformer")  # fmt: skip
         needs = {load: footprint(config_of(folder, load))[1] for load in LOADS}
@@ -54,28 +58,44 @@ def main(ranks: Sequence[int] = (2, 4), repeats: int = 5) -> None:
             "fsdp": payload(any_load, "fsdp", 0).gathered // 2 // (any_load.groups - 1),
         }
         for world in tqdm(ranks, unit="launch"):
-            for (strategy, load), (alone, seconds, rate, latency) in launch(world, measured, folder, sizes, repeats)[0]:
+            for (strategy, load), (alone, seconds, rate, latency) in launch(
+                world, measured, folder, sizes, repeats
+            )[0]:
                 speed = needs[load].flops / alone
-                gpu = Gpu("a process", speed / 1e12, 1000, gpus_per_node=world, link_gb_s=rate, node_gb_s=rate)
+                gpu = Gpu(
+                    "a process",
+                    speed / 1e12,
+                    1000,
+                    gpus_per_node=world,
+                    link_gb_s=rate,
+                    node_gb_s=rate,
+                )
                 expected = cost(
                     world, needs[load], strategy, payload(needs[load], strategy, trained), gpu=gpu,
-                    assumed=Assumptions(efficiency=1.0, bandwidth_share=1.0, overlap=0.0, latency_us=1e6 * latency),
+                    assumed=Assumptions(efficiency=1.0, bandwidth_share=1.0, overlap=0.0,
+                    latency_us=1e6 * latency),
                     batch_size=load[0], clip_bytes=0.0,
                 )  # fmt: skip
                 table.add_row(
-                    str(world), strategy, "{}, {}, {}".format(*load), f"{speed / 1e9:.1f}", f"{rate:.2f}",
-                    f"{expected.compute:.3f}", f"{expected.communication:.3f}", f"{expected.step:.3f}",
+                    str(world), strategy, "{}, {}, {}".format(*load), f"{speed / 1e9:.1f}",
+                    f"{rate:.2f}",
+                    f"{expected.compute:.3f}", f"{expected.communication:.3f}",
+                    f"{expected.step:.3f}",
                     f"{seconds:.3f}", f"{expected.step / seconds:.2f}",
                 )  # fmt: skip
     Console(width=140).print(table)
 
 
 def measured(folder: Path, sizes: dict[str, int], repeats: int) -> list[tuple]:
-    """((strategy, load), (seconds of a step that sends nothing, of one that does, GB/s, seconds of a message))."""
+    """((strategy, load), (seconds of a step that sends nothing, of one that does, GB/s, seconds of
+    a message))."""
     alone = {load: step_time(folder, None, load, repeats) for load in LOADS}
     links = {strategy: link(strategy, size, repeats) for strategy, size in sizes.items()}
     return [
-        ((strategy, load), (alone[load], step_time(folder, strategy, load, repeats), *links[strategy]))
+        (
+            (strategy, load),
+            (alone[load], step_time(folder, strategy, load, repeats), *links[strategy]),
+        )
         for strategy in sizes
         for load in LOADS
     ]
@@ -84,18 +104,24 @@ def measured(folder: Path, sizes: dict[str, int], repeats: int) -> list[tuple]:
 def config_of(folder: Path, load: tuple[int, int, int]) -> DictConfig:
     clips, frames, size = load
     return composed(
-        folder, "experiment=dit_dora", "rgba_vae=x", "data.latents=x", f"wan.transformer={folder}", "task.rank=32",
-        f"data.batch_size={clips}", f"wan.frames={frames}", f"wan.height={size}", f"wan.width={size}",
+        folder, "experiment=dit_dora", "rgba_vae=x", "data.latents=x", f"wan.transformer={folder}",
+        "task.rank=32",
+        f"data.batch_size={clips}", f"wan.frames={frames}", f"wan.height={size}",
+        f"wan.width={size}",
         "wan.prompt_length=8", "trainer.precision=32-true",
     )  # fmt: skip
 
 
-def step_time(folder: Path, strategy: str | None, load: tuple[int, int, int], repeats: int) -> float:
+def step_time(
+    folder: Path, strategy: str | None, load: tuple[int, int, int], repeats: int
+) -> float:
     """Seconds of a whole training step on this rank; the ranks start each together."""
     config = config_of(folder, load)
     task = instantiate(config.task)
     if strategy == "fsdp":
-        task._device_mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("data_parallel",))
+        task._device_mesh = init_device_mesh(
+            "cpu", (dist.get_world_size(),), mesh_dim_names=("data_parallel",)
+        )
     task.configure_model()
     loss = Loss(task)
     if strategy == "ddp":
@@ -103,7 +129,10 @@ def step_time(folder: Path, strategy: str | None, load: tuple[int, int, int], re
     clips, frames, size = load
     shape = memory.Load(clips, frames, size, size, config.wan.prompt_length)
     made = task.example_batch(shape, Geometry.of(memory.blank_vae(config.wan.vae)))
-    batch = {name: torch.randn_like(value) if isinstance(value, Tensor) else value for name, value in made.items()}
+    batch = {
+        name: torch.randn_like(value) if isinstance(value, Tensor) else value
+        for name, value in made.items()
+    }
     trains = [parameter for parameter in task.parameters() if parameter.requires_grad]
     optimizer = task.configure_optimizers()["optimizer"]
 

@@ -69,7 +69,9 @@ def test_premultiply_is_colour_over_black(rgb, alpha):
 
 
 def test_unpremultiply_round_trip(rgb, alpha):
-    assert_close(unpremultiply(premultiply(rgb, alpha), alpha), torch.where(alpha < 1 / 255, -1, rgb))
+    assert_close(
+        unpremultiply(premultiply(rgb, alpha), alpha), torch.where(alpha < 1 / 255, -1, rgb)
+    )
 
 
 def test_unpremultiply_keeps_the_first_8_bit_step(rgb):

@@ -1,4 +1,5 @@
-"""The command `acetate` as a user meets it: its help, its errors, a shell's completion, one's own configs."""
+"""The command `acetate` as a user meets it: its help, its errors, a shell's completion, one's own
+configs."""
 
 import os
 import subprocess
@@ -22,10 +23,12 @@ def printed(capsys, *arguments):
 
 def test_help_lists_the_commands_and_imports_nothing_heavy():
     code = (
-        "import sys; from acetate.cli import main; main(['--help']); "
-        f"print('heavy', [name for name in {HEAVY} if name in sys.modules])"
+        "import sys; from acetate.cli import main; main(['--help']); print('heavy', [name for "
+        f"name in {HEAVY} if name in sys.modules])"
     )
-    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    said = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout
     assert said.endswith("heavy []\n")
     for name, program in PROGRAMS.items():
         assert f"  {name:20} {program.line}\n" in said
@@ -44,19 +47,24 @@ def test_help_of_a_command_has_its_settings_with_comments(name, capsys):
 
 
 def test_help_needs_no_torch():
-    code = "import sys; from acetate.cli import main; main(['sample', '--help']); print('torch' in sys.modules)"
-    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    code = (
+        "import sys; from acetate.cli import main; main(['sample', '--help']); print('torch' in "
+        "sys.modules)"
+    )
+    said = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout
     assert said.endswith("False\n")
 
 
 def test_a_wrong_setting_is_told_before_torch_is_imported(tmp_path):
     code = (
-        "import sys\n"
-        "from acetate.cli import main\n"
-        "try:\n    main(['sample', 'prompt=x', 'frames=6', 'dora=null'])\n"
-        "finally:\n    print('torch' in sys.modules)"
+        "import sys\nfrom acetate.cli import main\ntry:\n    main(['sample', 'prompt=x', "
+        "'frames=6', 'dora=null'])\nfinally:\n    print('torch' in sys.modules)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path
+    )
     assert done.returncode == 1
     assert done.stderr.startswith("sample: frames=6: must be one of 1, 5, 9")
     assert done.stdout.endswith("False\n")
@@ -74,7 +82,8 @@ def test_help_of_training_shows_the_chosen_experiment(capsys):
     [
         (
             ["smaple"],
-            "acetate: there is no command 'smaple'; the nearest is acetate sample. acetate --help lists them.",
+            "acetate: there is no command 'smaple'; the nearest is acetate sample. acetate --help "
+            "lists them.",
         ),
         (["prep", "sharb"], "the nearest is acetate prep shard"),
         (["shard"], "the nearest is acetate prep shard"),
@@ -141,9 +150,19 @@ def test_the_installed_command_takes_configs_and_modules_of_ones_own(tmp_path, s
         (tmp_path / "conf" / place).write_text(text)
     help_text = said("--help").stdout
     assert "experiment=mine" in help_text and "A try." in help_text
-    small = ["data.val_clips=1", "data.num_workers=0", "callbacks.panels.clips=1", "data.height=16", "data.width=16"]
+    small = [
+        "data.val_clips=1",
+        "data.num_workers=0",
+        "callbacks.panels.clips=1",
+        "data.height=16",
+        "data.width=16",
+    ]
     done = said(
-        "experiment=mine", f"data.shards={shards}", "trainer.max_steps=1", "trainer.val_check_interval=1", *small
+        "experiment=mine",
+        f"data.shards={shards}",
+        "trainer.max_steps=1",
+        "trainer.val_check_interval=1",
+        *small,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert next(tmp_path.glob("outputs/mine/*/metrics.csv")).exists()
@@ -152,5 +171,7 @@ def test_the_installed_command_takes_configs_and_modules_of_ones_own(tmp_path, s
 
 
 def test_train_py_is_the_same_command():
-    said = subprocess.run([sys.executable, "train.py", "--help"], cwd=ROOT, capture_output=True, text=True, check=True)
+    said = subprocess.run(
+        [sys.executable, "train.py", "--help"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     assert said.stdout.startswith("acetate train experiment=NAME")

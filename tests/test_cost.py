@@ -14,7 +14,17 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 from acetate import memory
 from acetate.commands.estimate import blank_task, footprint
-from acetate.cost import Assumptions, Gpu, Payload, bandwidth, cost, latent_sample_bytes, payload, ring, trained_groups
+from acetate.cost import (
+    Assumptions,
+    Gpu,
+    Payload,
+    bandwidth,
+    cost,
+    latent_sample_bytes,
+    payload,
+    ring,
+    trained_groups,
+)
 from acetate.data.shards import MANIFEST
 from acetate.models.text import TextEncoder
 from acetate.models.wan import Geometry
@@ -25,20 +35,24 @@ from tests.processes import launch
 GPU = Gpu(name="x", peak_tflops=1e-9, memory_gib=1, gpus_per_node=8, link_gb_s=1e-6, node_gb_s=5e-7)
 EXACT = Assumptions(efficiency=1.0, bandwidth_share=1.0, overlap=0.0, latency_us=0.0)
 FOUND = memory.Footprint(
-    parameters=30, trainable_parameters=10, frozen=800, trainable=40, gradients=40, optimizer=80, ema=0,
+    parameters=30, trainable_parameters=10, frozen=800, trainable=40, gradients=40, optimizer=80,
+    ema=0,
     activations=1000, working=50, replicated=100, gathered=300, groups=3, flops=5000,
 )  # fmt: skip
 LOAD = memory.Load(batch_size=2, frames=5, height=24, width=24, prompt_length=8)
-TINY = ["experiment=dit_dora", "rgba_vae=x", "data.latents=x", "data.batch_size=2", "wan.frames=5", "wan.height=24",
+TINY = ["experiment=dit_dora", "rgba_vae=x", "data.latents=x", "data.batch_size=2", "wan.frames=5",
+    "wan.height=24",
         "wan.width=24", "wan.prompt_length=8", "trainer.precision=32-true"]  # fmt: skip
 
 
-VAE = ["experiment=vae_rgba", "data.shards=x", "data.batch_size=2", "data.frames=5", "data.height=24", "data.width=24",
+VAE = ["experiment=vae_rgba", "data.shards=x", "data.batch_size=2", "data.frames=5",
+    "data.height=24", "data.width=24",
        "wan.prompt_length=8", "trainer.precision=32-true"]  # fmt: skip
 
 
 def tiny_task(stage=TINY, folder=ROOT):
-    """A task on the shipped base, with weights, and its VAE's geometry. folder: for what it writes."""
+    """A task on the shipped base, with weights, and its VAE's geometry. folder: for what it
+    writes."""
     config = composed(folder, *stage)
     torch.manual_seed(0)
     task = instantiate(config.task)
@@ -48,7 +62,10 @@ def tiny_task(stage=TINY, folder=ROOT):
 
 def tiny_batch(task, geometry, load=LOAD):
     batch = task.example_batch(load, geometry)
-    return {name: torch.zeros_like(value) if torch.is_tensor(value) else value for name, value in batch.items()}
+    return {
+        name: torch.zeros_like(value) if torch.is_tensor(value) else value
+        for name, value in batch.items()
+    }
 
 
 def test_ring_by_hand():
@@ -61,7 +78,9 @@ def test_ring_by_hand():
 def test_a_ring_is_as_quick_as_its_slowest_link():
     assert bandwidth(8, GPU, EXACT) == pytest.approx(1000)
     assert bandwidth(9, GPU, EXACT) == pytest.approx(500)
-    assert bandwidth(9, replace(GPU, node_gb_s=1.0), replace(EXACT, bandwidth_share=0.5)) == pytest.approx(500)
+    assert bandwidth(
+        9, replace(GPU, node_gb_s=1.0), replace(EXACT, bandwidth_share=0.5)
+    ) == pytest.approx(500)
 
 
 def test_payloads():
@@ -75,12 +94,18 @@ def test_a_step_by_hand():
     sent = payload(FOUND, "ddp", 2)
     settings = {"gpu": GPU, "batch_size": 2, "clip_bytes": 10.0}
     one = cost(1, FOUND, "ddp", sent, assumed=EXACT, **settings)
-    assert (one.compute, one.communication, one.step, one.sent, one.scaling) == pytest.approx((5, 0, 5, 0, 1))
+    assert (one.compute, one.communication, one.step, one.sent, one.scaling) == pytest.approx(
+        (5, 0, 5, 0, 1)
+    )
     four = cost(4, FOUND, "ddp", sent, assumed=replace(EXACT, latency_us=1e6), **settings)
     assert four.sent == 60 and four.communication == pytest.approx(0.06 + 6)
     assert four.step == pytest.approx(11.06) and four.scaling == pytest.approx(5 / 11.06)
-    assert four.clips_per_second == pytest.approx(8 / 11.06) and four.data_per_node == pytest.approx(80 / 11.06)
-    hidden = cost(4, FOUND, "ddp", sent, assumed=replace(EXACT, overlap=0.1, latency_us=1e5), **settings)
+    assert four.clips_per_second == pytest.approx(
+        8 / 11.06
+    ) and four.data_per_node == pytest.approx(80 / 11.06)
+    hidden = cost(
+        4, FOUND, "ddp", sent, assumed=replace(EXACT, overlap=0.1, latency_us=1e5), **settings
+    )
     assert hidden.step == pytest.approx(5 + 0.66 - 0.5)
 
 
@@ -113,12 +138,17 @@ def test_values_are_checked(make, message):
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize(("stage", "setting"), [(TINY, "task.checkpointing"), (VAE, "model.checkpointing")])
+@pytest.mark.parametrize(
+    ("stage", "setting"), [(TINY, "task.checkpointing"), (VAE, "model.checkpointing")]
+)
 def test_flops_are_those_of_a_real_step(stage, setting, checkpointing, tmp_path):
-    """Counted by torch on real tensors; for a CPU's attention it has to be told its own formulas."""
+    """Counted by torch on real tensors; for a CPU's attention it has to be told its own
+    formulas."""
     aten = torch.ops.aten
     attention = {
-        aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
+        aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(
+            q, k, v
+        ),
         aten._scaled_dot_product_flash_attention_for_cpu_backward: (
             lambda grad, q, k, v, *_, **__: sdpa_backward_flop_count(grad, q, k, v)
         ),
@@ -137,15 +167,23 @@ def test_bytes_of_a_sample_are_those_of_real_shards(cached):
     channels = manifest["geometry"]["channels"]
     for shard in manifest["shards"]:
         text_dim = TextEncoder(str(ROOT / "assets/wan-tiny"), 64)("").shape[1]
-        sizes = [latent_sample_bytes((channels, *one["shape"]), one["tokens"], text_dim) for one in shard["samples"]]
-        assert 0 <= shard["bytes"] - sum(sizes) < 1024 + 10240  # a tar ends on two blocks and fills its record
+        sizes = [
+            latent_sample_bytes((channels, *one["shape"]), one["tokens"], text_dim)
+            for one in shard["samples"]
+        ]
+        # a tar ends on two blocks and fills its record
+        assert 0 <= shard["bytes"] - sum(sizes) < 1024 + 10240
 
 
 def test_groups_that_train(tmp_path):
-    """The DiT's four blocks have adapters, what lies in none has not; three parts of the VAE, and not its judge."""
+    """The DiT's four blocks have adapters, what lies in none has not; three parts of the VAE, and
+    not its judge."""
     for stage, groups, trained in ((TINY, 5, 4), (VAE, 8, 3)):
         config = composed(tmp_path, *stage)
-        assert (footprint(config)[1].groups, trained_groups(blank_task(config))) == (groups, trained)
+        assert (footprint(config)[1].groups, trained_groups(blank_task(config))) == (
+            groups,
+            trained,
+        )
 
 
 class Loss(nn.Module):
@@ -168,7 +206,9 @@ class Collectives(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func._schema.name.removeprefix("c10d::")
         if name in self.bytes:
-            self.bytes[name] += max(x.nbytes for x in tree_leaves(args) if isinstance(x, torch.Tensor))
+            self.bytes[name] += max(
+                x.nbytes for x in tree_leaves(args) if isinstance(x, torch.Tensor)
+            )
             self.calls += 1
         return func(*args, **kwargs or {})
 
@@ -179,7 +219,11 @@ def sent_in_a_step(stage, folder):
 
     def hook(state, bucket):
         reduced.append(bucket.buffer().nbytes)
-        return dist.all_reduce(bucket.buffer(), async_op=True).get_future().then(lambda done: done.value()[0])
+        return (
+            dist.all_reduce(bucket.buffer(), async_op=True)
+            .get_future()
+            .then(lambda done: done.value()[0])
+        )
 
     task, geometry = tiny_task(stage, folder)
     batch = tiny_batch(task, geometry)
@@ -188,7 +232,8 @@ def sent_in_a_step(stage, folder):
     whole(batch).backward()
 
     task = instantiate(composed(folder, *stage).task)
-    task._device_mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("data_parallel",))  # as ShardedStrategy gives it
+    # as ShardedStrategy gives it
+    task._device_mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("data_parallel",))
     task.configure_model()
     with Collectives() as sharded:
         task.example_loss(batch).backward()
@@ -210,5 +255,6 @@ def test_payloads_are_those_of_real_processes(stage, tmp_path):
     assert real["reduced"] == payload(found, "ddp", trained).reduced
     sharded = asdict(payload(found, "fsdp", trained))
     for name in ("gathered", "scattered"):
-        assert real[name] == pytest.approx(sharded[name], rel=0.02), name  # shards are filled up to equal sizes
+        # shards are filled up to equal sizes
+        assert real[name] == pytest.approx(sharded[name], rel=0.02), name
     assert real["collectives"] == sharded["collectives"]

@@ -1,4 +1,5 @@
-"""What runs and sweeps leave for dashboards, read back from the files of wandb, TensorBoard, ours."""
+"""What runs and sweeps leave for dashboards, read back from the files of wandb, TensorBoard,
+ours."""
 
 import csv
 import socket
@@ -27,7 +28,12 @@ TINY = [
 
 @pytest.fixture
 def tiny(tmp_path, many_shards):
-    more = ["data.num_workers=0", "loss.diffusion.mode=off", "trainer.val_check_interval=2", "task.decay_steps=8"]
+    more = [
+        "data.num_workers=0",
+        "loss.diffusion.mode=off",
+        "trainer.val_check_interval=2",
+        "task.decay_steps=8",
+    ]
     return [*small("vae_rgba", tmp_path / "runs", many_shards, (many_shards, many_shards)), *more]
 
 
@@ -41,10 +47,17 @@ def run(tmp_path, *arguments, code=0, **environment):
 
 
 def test_the_jobs_of_a_sweep_are_runs_of_their_own(tmp_path, many_shards):
-    """As the README says, in a fresh clone: four folders, four runs of wandb in one group, told apart
-    by what they were given; another sweep whose first job fails."""
+    """As the README says, in a fresh clone: four folders, four runs of wandb in one group, told
+    apart by what they were given; another sweep whose first job fails."""
     here = clone(tmp_path / "clone")
-    base = ["train.py", "-m", "experiment=vae_rgba", f"data.shards={many_shards}", "logger=wandb", *TINY]
+    base = [
+        "train.py",
+        "-m",
+        "experiment=vae_rgba",
+        f"data.shards={many_shards}",
+        "logger=wandb",
+        *TINY,
+    ]
     done = run_in(here, *base, "sweep=diffusion_mode")
     assert done.returncode == 0, done.stderr[-3000:]
     (sweep,) = here.glob("outputs/vae_rgba/sweep_*")
@@ -64,11 +77,19 @@ def test_the_jobs_of_a_sweep_are_runs_of_their_own(tmp_path, many_shards):
         assert one.config["run"]["commit"]
         assert {row["trainer/global_step"] for row in one.history if "val/loss" in row} <= {1, 2}
         assert (folder / "metrics.csv").exists() and (folder / "curves.png").exists()
-    failing = run_in(here, *base, "task.lr=1e30,1e-3", "task.warmup_steps=0", f"hydra.sweep.dir={tmp_path / 'failing'}")
+    failing = run_in(
+        here,
+        *base,
+        "task.lr=1e30,1e-3",
+        "task.warmup_steps=0",
+        f"hydra.sweep.dir={tmp_path / 'failing'}",
+    )
     assert failing.returncode != 0
     first, second = runs_below(tmp_path / "failing")
     assert (first.exit_code, second.exit_code) == (1, 0)
-    assert "task.lr=1e+30" in first.name and "task.lr=0.001" in second.name and first.id != second.id
+    assert (
+        "task.lr=1e+30" in first.name and "task.lr=0.001" in second.name and first.id != second.id
+    )
     assert not any("val/loss" in row for row in first.history)
 
 
@@ -98,12 +119,17 @@ def test_several_loggers_at_once(tmp_path, tiny, logger, there):
     assert not [path for path in written if b"HUSH" in path.read_bytes()]
     if "wandb" in there:
         (one,) = runs_below(folder)
-        assert one.config["parameters"] == found["parameters"] and one.config["run"]["versions"]["torch"]
+        assert (
+            one.config["parameters"] == found["parameters"]
+            and one.config["run"]["versions"]["torch"]
+        )
         assert one.exit_code == 0
     if "tensorboard" in there:
         events = EventAccumulator(str(folder / "tensorboard"))
         events.Reload()
-        assert "train/loss" in events.Tags()["scalars"] and "hp_metric" not in events.Tags()["scalars"]
+        assert (
+            "train/loss" in events.Tags()["scalars"] and "hp_metric" not in events.Tags()["scalars"]
+        )
         assert "config/text_summary" in events.Tags()["tensors"]
         assert "_hparams_/experiment" in events.summary_metadata
     for name in ("litlogger", "Tip:", "GPU available", "gcsfs", "FLOPs", "Seed set"):
@@ -124,7 +150,9 @@ def test_a_run_that_goes_on_keeps_its_best_in_the_summary(tmp_path, tiny):
         assert second.summary[name]["last"] == pytest.approx(values[-1])
         assert getattr(second.metrics[name].summary, kind.__name__)
     stepped = [name for name in second.metrics if name != "trainer/global_step"]
-    assert stepped and all(second.metrics[name].step_metric == "trainer/global_step" for name in stepped)
+    assert stepped and all(
+        second.metrics[name].step_metric == "trainer/global_step" for name in stepped
+    )
 
 
 class Answers(BaseHTTPRequestHandler):
@@ -161,7 +189,12 @@ def test_without_its_server_wandb_stays_on_disk(tmp_path, tiny, server, said_of_
     if server == "unknown":
         url = "http://nowhere.invalid"
     folder, said = run(
-        tmp_path, *tiny, "logger=wandb", "trainer.max_steps=2", WANDB_BASE_URL=url, WANDB_API_KEY="k" * 40
+        tmp_path,
+        *tiny,
+        "logger=wandb",
+        "trainer.max_steps=2",
+        WANDB_BASE_URL=url,
+        WANDB_API_KEY="k" * 40,
     )
     web.shutdown()
     assert said_of_it in said and "stays on disk" in said and "wandb sync" in said
@@ -205,14 +238,20 @@ def test_a_reader_knows_what_wandb_writes(tmp_path):
     """A record over several blocks, and one that was cut."""
     import wandb
 
-    run = wandb.init(mode="offline", dir=tmp_path, project="test", settings=wandb.Settings(silent=True))
+    run = wandb.init(
+        mode="offline", dir=tmp_path, project="test", settings=wandb.Settings(silent=True)
+    )
     run.config.update({"long": "x" * 100_000})
     run.log({"a": 1})
     run.finish(exit_code=3)
     wandb.teardown()
     (path,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
     found = read(path)
-    assert found.config["long"] == "x" * 100_000 and found.history[0]["a"] == 1 and found.exit_code == 3
+    assert (
+        found.config["long"] == "x" * 100_000
+        and found.history[0]["a"] == 1
+        and found.exit_code == 3
+    )
     cut = Path(tmp_path / "cut.wandb")
     cut.write_bytes(path.read_bytes()[:-10])
     assert read(cut).exit_code is None

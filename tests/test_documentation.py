@@ -1,7 +1,8 @@
-"""Every command of README.md and docs/, as written, in a fresh copy of the clone after a short `make demo`.
+"""Every command of README.md and docs/, as written, in a fresh copy of the clone after a short
+`make demo`.
 
-A block that is marked `sh` runs on a CPU, line by line, shortened only by settings that are appended.
-Other marks say what a block needs: `sh gpu`, `sh cluster`, `sh cloud`, `sh model`.
+A block that is marked `sh` runs on a CPU, line by line, shortened only by settings that are
+appended. Other marks say what a block needs: `sh gpu`, `sh cluster`, `sh cloud`, `sh model`.
 """
 
 import os
@@ -38,7 +39,10 @@ SHORTER = {
 def blocks(page: str) -> Iterator[tuple[str, list[str]]]:
     """The mark of each block of commands, and its lines without comments, continued ones joined."""
     for mark, body in re.findall(r"^```(.*?)\n(.*?)^```", (ROOT / page).read_text(), re.M | re.S):
-        lines = [re.sub(r"(^|\s+)#(?!SBATCH).*", "", line) for line in body.replace("\\\n", " ").splitlines()]
+        lines = [
+            re.sub(r"(^|\s+)#(?!SBATCH).*", "", line)
+            for line in body.replace("\\\n", " ").splitlines()
+        ]
         yield mark, [body] if mark == "python" else [line.strip() for line in lines if line.strip()]
 
 
@@ -54,7 +58,8 @@ def program_of(line: str) -> str:
 
 
 def shortened(line: str, resumed: int = 0) -> str:
-    """With settings appended. resumed: how many lines have gone on with a run; each ends a step later."""
+    """With settings appended. resumed: how many lines have gone on with a run; each ends a step
+    later."""
     more = list(SHORTER.get(program_of(line), []))
     if program_of(line) == "train":
         more += [f"trainer.max_steps={2 + resumed}", f"trainer.val_check_interval={2 + resumed}"]
@@ -82,10 +87,22 @@ class Clone:
 
     def run(self, line: str) -> None:
         """AssertionError with what it printed where the line fails."""
-        env = {name: value for name, value in os.environ.items() if name not in ("ACETATE_ROOT", "PYTHONPATH")}
-        env |= {"PYTHONPATH": f"{self.folder}/src:{self.folder}", "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"}
+        env = {
+            name: value
+            for name, value in os.environ.items()
+            if name not in ("ACETATE_ROOT", "PYTHONPATH")
+        }
+        env |= {
+            "PYTHONPATH": f"{self.folder}/src:{self.folder}",
+            "OMP_NUM_THREADS": "1",
+            "WANDB_MODE": "offline",
+        }
         done = subprocess.run(
-            ["bash", "-c", f". .venv/bin/activate && {line}"], cwd=self.folder, env=env, capture_output=True, text=True
+            ["bash", "-c", f". .venv/bin/activate && {line}"],
+            cwd=self.folder,
+            env=env,
+            capture_output=True,
+            text=True,
         )
         assert done.returncode == 0, f"$ {line}\n{done.stdout[-2000:]}{done.stderr[-3000:]}"
 
@@ -94,8 +111,14 @@ class Clone:
 def clone(tmp_path_factory) -> Clone:
     """After the lines of `make demo`, shortened, and with clips of a user's own in FOLDER."""
     clone = Clone(tmp_path_factory.mktemp("fresh") / "acetate")
-    recipe = subprocess.run(["make", "-n", "demo"], cwd=clone.folder, capture_output=True, text=True, check=True)
-    lines = [line for line in recipe.stdout.replace("\\\n", " ").splitlines() if line.startswith(".venv/bin/acetate")]
+    recipe = subprocess.run(
+        ["make", "-n", "demo"], cwd=clone.folder, capture_output=True, text=True, check=True
+    )
+    lines = [
+        line
+        for line in recipe.stdout.replace("\\\n", " ").splitlines()
+        if line.startswith(".venv/bin/acetate")
+    ]
     assert len(lines) >= 6
     for line in lines:
         clone.run(shortened(line))
@@ -103,7 +126,9 @@ def clone(tmp_path_factory) -> Clone:
     for number in range(8):
         clip = render(KINDS[number % len(KINDS)], number, 1, 64, 64)
         rgba = torch.cat([(clip.rgb[:, 0] + 1) / 2, clip.alpha[:, 0]]).mul(255).round().byte()
-        Image.fromarray(rgba.permute(1, 2, 0).numpy()).save(clone.folder / f"FOLDER/clip{number}.png")
+        Image.fromarray(rgba.permute(1, 2, 0).numpy()).save(
+            clone.folder / f"FOLDER/clip{number}.png"
+        )
     return clone
 
 
@@ -120,15 +145,22 @@ def test_every_block_says_what_it_needs(page):
 @pytest.mark.timeout(2400)
 @pytest.mark.xdist_group("documentation")
 @pytest.mark.parametrize(
-    "page", [page if page == "README.md" else pytest.param(page, marks=pytest.mark.pages) for page in PAGES]
+    "page",
+    [
+        page if page == "README.md" else pytest.param(page, marks=pytest.mark.pages)
+        for page in PAGES
+    ],
 )
 def test_commands_run_as_written(page, clone):
     resumed = 0
     for line in [line for mark, lines in blocks(page) if mark == "sh" for line in lines]:
-        if line.startswith("make "):  # the demo's own lines have run; the others are these tests, and hours
+        # the demo's own lines have run; the others are these tests, and hours
+        if line.startswith("make "):
             continue
         resumed += re.search(r" resume=(?!auto)", line) is not None
         clone.run(shortened(line, resumed if " resume=" in line else 0))
-    for program in [program for mark, programs in blocks(page) if mark == "python" for program in programs]:
+    for program in [
+        program for mark, programs in blocks(page) if mark == "python" for program in programs
+    ]:
         (clone.folder / "page.py").write_text(program)
         clone.run("python page.py")

@@ -26,7 +26,11 @@ def test_stable_hash_is_the_same_in_another_process():
     """Python's own hash() of a string is not."""
     code = "from acetate.draws import stable_hash; print(stable_hash(0, 'train', 'clip'))"
     result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env={"PYTHONHASHSEED": "7"}
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={"PYTHONHASHSEED": "7"},
     )
     assert int(result.stdout) == stable_hash(0, "train", "clip")
 

@@ -17,7 +17,13 @@ from tests.paths import ROOT
 from tests.processes import program
 
 EXPERIMENTS = sorted(path.stem for path in (ROOT / "conf/experiment").glob("*.yaml"))
-SMALL = ["data.frames=5", "data.height=16", "data.width=16", "data.batch_size=2", "data.num_workers=0"]
+SMALL = [
+    "data.frames=5",
+    "data.height=16",
+    "data.width=16",
+    "data.batch_size=2",
+    "data.num_workers=0",
+]
 
 
 def required(experiment):
@@ -33,7 +39,11 @@ def offline(experiment):
         return []
     return [
         "wan=tiny",
-        *([] if experiment.startswith("dit") else ["loss/perceptual=encoder_features", "task.lpips=false"]),
+        *(
+            []
+            if experiment.startswith("dit")
+            else ["loss/perceptual=encoder_features", "task.lpips=false"]
+        ),
     ]
 
 
@@ -47,19 +57,25 @@ def test_composes(experiment, tmp_path):
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_instantiates(experiment, tmp_path):
-    config = composed(tmp_path, f"experiment={experiment}", *required(experiment), *offline(experiment))
+    config = composed(
+        tmp_path, f"experiment={experiment}", *required(experiment), *offline(experiment)
+    )
     assert isinstance(instantiate(config.task), LightningModule)
     assert isinstance(instantiate(config.data), LightningDataModule)
     assert isinstance(instantiate(config.trainer), Trainer)
     assert [callback for callback in instantiate(config.callbacks).values() if callback is not None]
 
 
-@pytest.mark.parametrize("sweep", sorted(path.stem for path in (ROOT / "conf/sweep").glob("*.yaml")))
+@pytest.mark.parametrize(
+    "sweep", sorted(path.stem for path in (ROOT / "conf/sweep").glob("*.yaml"))
+)
 def test_sweeps_compose(sweep, tmp_path):
     composed(tmp_path, "experiment=vae_rgba", f"sweep={sweep}")
 
 
-@pytest.mark.parametrize("logger", sorted(path.stem for path in (ROOT / "conf/logger").glob("*.yaml")))
+@pytest.mark.parametrize(
+    "logger", sorted(path.stem for path in (ROOT / "conf/logger").glob("*.yaml"))
+)
 def test_loggers(logger, tmp_path, monkeypatch):
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.delenv("WANDB_BASE_URL", raising=False)
@@ -70,15 +86,22 @@ def test_loggers(logger, tmp_path, monkeypatch):
     assert len(built) == (1 if logger == "csv" else 2)
     if logger == "wandb":
         assert config.logger.wandb.offline
-        (tmp_path / "netrc").write_text("machine api.wandb.ai login user password key")  # as of `wandb login`
+        # as of `wandb login`
+        (tmp_path / "netrc").write_text("machine api.wandb.ai login user password key")
         assert not composed(tmp_path, "experiment=vae_rgba", "logger=wandb").logger.wandb.offline
 
 
 def test_all_loggers_at_once(tmp_path):
-    built = build_loggers(composed(tmp_path, "experiment=vae_rgba", "logger=[wandb,tensorboard,csv]"))
-    assert {type(one) for one in built} == {MetricsFile, WandbRun, TensorBoardRun} and len(built) == 3
+    built = build_loggers(
+        composed(tmp_path, "experiment=vae_rgba", "logger=[wandb,tensorboard,csv]")
+    )
+    assert {type(one) for one in built} == {MetricsFile, WandbRun, TensorBoardRun} and len(
+        built
+    ) == 3
     with pytest.raises(ValueError, match=r"logger\.offline=True; below logger are loggers by name"):
-        build_loggers(composed(tmp_path, "experiment=vae_rgba", "logger=wandb", "+logger.offline=true"))
+        build_loggers(
+            composed(tmp_path, "experiment=vae_rgba", "logger=wandb", "+logger.offline=true")
+        )
 
 
 @pytest.mark.parametrize(("experiment", "own"), [("vae_rgba", "panels"), ("dit_dora", "samples")])
@@ -117,9 +140,17 @@ def test_help_names_every_experiment(tmp_path):
 
 @pytest.mark.slow
 def test_multirun_has_a_folder_per_job_and_returns_the_objective(tmp_path, shards):
-    small = [*SMALL, f"data.shards={shards}", "data.val_clips=2", "trainer.max_steps=2", "trainer.val_check_interval=2"]
+    small = [
+        *SMALL,
+        f"data.shards={shards}",
+        "data.val_clips=2",
+        "trainer.max_steps=2",
+        "trainer.val_check_interval=2",
+    ]
     modes = "loss.diffusion.mode=off,opaque,bidirectional"
-    code, printed = run_train(tmp_path, "-m", "experiment=vae_rgba", modes, "callbacks=base", *small)
+    code, printed = run_train(
+        tmp_path, "-m", "experiment=vae_rgba", modes, "callbacks=base", *small
+    )
     assert code == 0, printed[-2000:]
     folders = sorted(tmp_path.glob("vae_rgba/sweep_*/[0-9]"))
     overrides = [(folder / ".hydra/overrides.yaml").read_text() for folder in folders]
@@ -132,7 +163,12 @@ def test_multirun_has_a_folder_per_job_and_returns_the_objective(tmp_path, shard
 @pytest.mark.parametrize("experiment", ["wan_tiny_vae", "wan_tiny_dit"])
 def test_base_recipes_run(experiment, tmp_path):
     extra = [] if experiment == "wan_tiny_vae" else ["task.transformer.num_layers=1"]
-    steps = ["trainer.max_steps=2", "trainer.val_check_interval=2", "data.val_clips=2", f"task.save_to={tmp_path}/base"]
+    steps = [
+        "trainer.max_steps=2",
+        "trainer.val_check_interval=2",
+        "data.val_clips=2",
+        f"task.save_to={tmp_path}/base",
+    ]
     code, printed = run_train(tmp_path, f"experiment={experiment}", *SMALL, *steps, *extra)
     assert code == 0, printed[-2000:]
     assert list(tmp_path.glob("base/**/*.safetensors"))
@@ -141,8 +177,18 @@ def test_base_recipes_run(experiment, tmp_path):
 @pytest.mark.slow
 def test_the_released_vae_recipe_trains_validates_and_is_evaluated(tmp_path, shards):
     """Its decoder keeps three channels of alpha, of which panels and metrics see the mean."""
-    recipe = ["experiment=vae_rgba", "reproduce=upstream", "loss/perceptual=encoder_features", *SMALL]
-    recipe += [f"data.shards={shards}", "data.val_clips=2", "trainer.max_steps=2", "trainer.val_check_interval=2"]
+    recipe = [
+        "experiment=vae_rgba",
+        "reproduce=upstream",
+        "loss/perceptual=encoder_features",
+        *SMALL,
+    ]
+    recipe += [
+        f"data.shards={shards}",
+        "data.val_clips=2",
+        "trainer.max_steps=2",
+        "trainer.val_check_interval=2",
+    ]
     code, printed = run_train(tmp_path, *recipe)
     assert code == 0, printed[-2000:]
     (run,) = tmp_path.glob("vae_rgba/*")
@@ -156,9 +202,23 @@ def test_the_released_vae_recipe_trains_validates_and_is_evaluated(tmp_path, sha
 @pytest.mark.slow
 def test_the_released_dit_recipe_trains_validates_and_samples(tmp_path, cached):
     latents, adapters = cached
-    recipe = ["experiment=dit_dora", "reproduce=upstream_dit", f"data.latents={latents}", f"rgba_vae={adapters}"]
-    recipe += ["data.num_workers=0", "data.batch_size=2", "trainer.max_steps=2", "trainer.val_check_interval=2"]
-    frames = ["callbacks.samples.frames=5", "callbacks.samples.solver.steps=2", "callbacks.samples.prompts=[smoke]"]
+    recipe = [
+        "experiment=dit_dora",
+        "reproduce=upstream_dit",
+        f"data.latents={latents}",
+        f"rgba_vae={adapters}",
+    ]
+    recipe += [
+        "data.num_workers=0",
+        "data.batch_size=2",
+        "trainer.max_steps=2",
+        "trainer.val_check_interval=2",
+    ]
+    frames = [
+        "callbacks.samples.frames=5",
+        "callbacks.samples.solver.steps=2",
+        "callbacks.samples.prompts=[smoke]",
+    ]
     code, printed = run_train(tmp_path, *recipe, *frames)
     assert code == 0, printed[-2000:]
     assert list(tmp_path.glob("dit_dora/*/samples/step_00000002/sheet.png"))
@@ -170,12 +230,19 @@ def test_train_names_a_missing_checkpoint(tmp_path):
     assert "no last.ckpt below" in printed
 
 
-@pytest.mark.parametrize(("experiment", "frames"), [("vae_rgba", 9), ("vae_rgba", 1), ("dit_dora", None)])
+@pytest.mark.parametrize(
+    ("experiment", "frames"), [("vae_rgba", 9), ("vae_rgba", 1), ("dit_dora", None)]
+)
 def test_ddp_knows_stills(experiment, frames, tmp_path):
     more = [] if frames is None else [f"data.frames={frames}"]
     strategy = composed(tmp_path, f"experiment={experiment}", "trainer=ddp", *more).trainer.strategy
     assert strategy.find_unused_parameters == (frames == 1)
     assert "forward_sync_buffers" not in strategy  # new in torch 2.13
     several = ["trainer.accelerator=cpu", "trainer.devices=2", "trainer.enable_progress_bar=false"]
-    default = instantiate(composed(tmp_path, f"experiment={experiment}", *several, *more).trainer).strategy
-    assert default._ddp_kwargs == {"find_unused_parameters": frames == 1, "broadcast_buffers": False}
+    default = instantiate(
+        composed(tmp_path, f"experiment={experiment}", *several, *more).trainer
+    ).strategy
+    assert default._ddp_kwargs == {
+        "find_unused_parameters": frames == 1,
+        "broadcast_buffers": False,
+    }

@@ -34,13 +34,15 @@ LAYERS = (
 )
 RANK = {room: rank for rank, rooms in enumerate(LAYERS) for room in rooms}
 SIBLINGS_APART = LAYERS[1]  # may import the first layer and themselves, never each other
-CALLBACKS = LAYERS[3]  # read batches and outputs and know no task; beside the first layer they may sample
+# read batches and outputs and know no task; beside the first layer they may sample
+CALLBACKS = LAYERS[3]
 PROGRAMS = LAYERS[4]  # the only ones that see a DictConfig
 CONFIG_PACKAGES = {"omegaconf", "hydra"}
 
 
 def room_of(module: str) -> str:
-    """`acetate.models.wan` -> `models`, `data_prep.shard` -> `data_prep`; other packages as they are."""
+    """`acetate.models.wan` -> `models`, `data_prep.shard` -> `data_prep`; other packages as they
+    are."""
     parts = module.split(".")
     if module.startswith(("acetate.released.vae", "acetate.released.dit")):
         return "tasks"  # subclasses of what stands there
@@ -106,7 +108,17 @@ def test_imports_run_downwards(module, file):
 def test_every_room_is_in_the_plan():
     rooms = {room_of(module) for module, _ in modules()} - {"acetate"}
     assert rooms <= RANK.keys()
-    assert {"alpha", "models", "losses", "data", "tasks", "callbacks", "commands", "data_prep", "train"} <= rooms
+    assert {
+        "alpha",
+        "models",
+        "losses",
+        "data",
+        "tasks",
+        "callbacks",
+        "commands",
+        "data_prep",
+        "train",
+    } <= rooms
 
 
 @pytest.mark.parametrize(

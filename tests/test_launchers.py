@@ -36,7 +36,12 @@ runpy.run_path("train.py", run_name="__main__")
 def run(*command: str, **environment: str) -> subprocess.CompletedProcess:
     variables = {**os.environ, **environment}
     return subprocess.run(
-        [sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=500, env=variables
+        [sys.executable, *command],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=500,
+        env=variables,
     )
 
 
@@ -65,14 +70,21 @@ def test_a_sweep_in_local_jobs(tmp_path, clips):
     (sweep,) = tmp_path.glob("vae_rgba/sweep_*")
     for job, seed in enumerate((1, 2)):
         assert f"seed={seed}" in (sweep / f"{job}/.hydra/overrides.yaml").read_text()
-        assert torch.load(sweep / f"{job}/checkpoints/last.ckpt", weights_only=True)["global_step"] == 2
+        assert (
+            torch.load(sweep / f"{job}/checkpoints/last.ckpt", weights_only=True)["global_step"]
+            == 2
+        )
         assert (sweep / f"{job}/finished").exists()
     assert list(sweep.glob(".submitit/**/*_submitted.pkl"))
 
 
 def test_slurm_composes(tmp_path):
     with initialize_config_dir(str(ROOT / "conf"), version_base=None):
-        config = compose("config", ["hydra/launcher=slurm", "hydra.launcher.gpus_per_node=4"], return_hydra_config=True)
+        config = compose(
+            "config",
+            ["hydra/launcher=slurm", "hydra.launcher.gpus_per_node=4"],
+            return_hydra_config=True,
+        )
     launcher = config.hydra.launcher
     assert launcher._target_.endswith("SlurmLauncher")
     assert (launcher.tasks_per_node, launcher.gpus_per_node, launcher.partition) == (4, 4, None)
@@ -93,11 +105,14 @@ def test_without_the_launcher_everything_else_composes(tmp_path):
 
 @pytest.mark.slow
 def test_torchrun(tmp_path, clips):
-    """A sharded run whose agent gets SIGTERM, as at the end of a SLURM job's time, goes on to its end."""
+    """A sharded run whose agent gets SIGTERM, as at the end of a SLURM job's time, goes on to its
+    end."""
     command = [
-        "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "train.py", "trainer=fsdp",
+        "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "train.py",
+        "trainer=fsdp",
         "trainer.accelerator=cpu", *small("vae_rgba", tmp_path, *clips), "data.num_workers=1",
-        "loss.diffusion.mode=off", "+trainer.limit_val_batches=0", "callbacks.checkpoint.every_n_train_steps=1",
+        "loss.diffusion.mode=off", "+trainer.limit_val_batches=0",
+        "callbacks.checkpoint.every_n_train_steps=1",
     ]  # fmt: skip
     with (tmp_path / "log").open("w") as log:
         agent = subprocess.Popen(
@@ -114,7 +129,12 @@ def test_torchrun(tmp_path, clips):
     assert done.returncode == 0, done.stderr[-3000:]
     assert_one_run(tmp_path, steps=int(asked[1]) + 1)
     with initialize_config_dir(str(ROOT / "conf"), version_base=None):
-        settings = [f"paths.root={ROOT}", f"checkpoint={tmp_path}", "to=acetate", f"out={tmp_path / 'out'}"]
+        settings = [
+            f"paths.root={ROOT}",
+            f"checkpoint={tmp_path}",
+            "to=acetate",
+            f"out={tmp_path / 'out'}",
+        ]
         export.main(compose("command/export", settings))
     (exported,) = (tmp_path / "out").glob("*.safetensors")
     with safe_open(exported, "pt") as file:
@@ -124,25 +144,38 @@ def test_torchrun(tmp_path, clips):
 @pytest.mark.slow
 @pytest.mark.xdist_group("runs")
 def test_srun(tmp_path, clips):
-    """Two processes in the environment that srun gives them, and again, once they were asked to stop and requeued."""
+    """Two processes in the environment that srun gives them, and again, once they were asked to
+    stop and requeued."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
 
     def ranks(restart: int, *more: str) -> list[int | None]:
         environment = {
-            "SLURM_JOB_ID": "1234", "SLURM_STEP_ID": "0", "SLURM_JOB_NAME": "train", "SLURM_NTASKS": "2",
-            "SLURM_NTASKS_PER_NODE": "2", "SLURM_NNODES": "1", "SLURM_NODEID": "0", "SLURM_NODELIST": "127.0.0.1",
+            "SLURM_JOB_ID": "1234", "SLURM_STEP_ID": "0", "SLURM_JOB_NAME": "train",
+            "SLURM_NTASKS": "2",
+            "SLURM_NTASKS_PER_NODE": "2", "SLURM_NNODES": "1", "SLURM_NODEID": "0",
+            "SLURM_NODELIST": "127.0.0.1",
             "SLURM_RESTART_COUNT": str(restart), "MASTER_PORT": str(port + restart),
             "PATH": f"{tmp_path}:/usr/bin:/bin",
         }  # fmt: skip
-        settings = [*small("vae_rgba", tmp_path, *clips), *TWO_STEPS, *TWO_RANKS, "resume=auto", *more]
+        settings = [
+            *small("vae_rgba", tmp_path, *clips),
+            *TWO_STEPS,
+            *TWO_RANKS,
+            "resume=auto",
+            *more,
+        ]
         return ended(
             *(
                 train(
                     tmp_path / f"log_{rank}",
                     *settings,
-                    environment={**environment, "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)},
+                    environment={
+                        **environment,
+                        "SLURM_PROCID": str(rank),
+                        "SLURM_LOCALID": str(rank),
+                    },
                 )
                 for rank in range(2)
             )
@@ -163,6 +196,8 @@ def assert_one_run(outputs: Path, steps: int = 2) -> Path:
     """Of all ranks together, with one record of its settings, trained to the end."""
     (run_folder,) = outputs.glob("vae_rgba/*")
     assert (run_folder / ".hydra/overrides.yaml").exists() and (run_folder / "finished").exists()
-    checkpoint = WholeCheckpointIO().load_checkpoint(run_folder / "checkpoints/last.ckpt", weights_only=True)
+    checkpoint = WholeCheckpointIO().load_checkpoint(
+        run_folder / "checkpoints/last.ckpt", weights_only=True
+    )
     assert checkpoint["global_step"] == steps
     return run_folder

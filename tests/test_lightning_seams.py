@@ -1,4 +1,5 @@
-"""Each private part of Lightning that is used, by the plain name that it has here; and that no other file uses one."""
+"""Each private part of Lightning that is used, by the plain name that it has here; and that no
+other file uses one."""
 
 import ast
 import signal
@@ -67,9 +68,12 @@ def fit(folder, *callbacks, validation=True, logger=False, **settings):
     task = Task()
     settings = {"max_steps": 2, "max_epochs": -1, "val_check_interval": 100, **settings}
     trainer = StepTrainer(
-        callbacks=list(callbacks), logger=logger, default_root_dir=folder, accelerator="cpu", log_every_n_steps=1,
-        accumulate_grad_batches=2, check_val_every_n_epoch=None, num_sanity_val_steps=0, enable_progress_bar=False,
-        enable_model_summary=False, enable_checkpointing=any(isinstance(c, ModelCheckpoint) for c in callbacks),
+        callbacks=list(callbacks), logger=logger, default_root_dir=folder, accelerator="cpu",
+        log_every_n_steps=1,
+        accumulate_grad_batches=2, check_val_every_n_epoch=None, num_sanity_val_steps=0,
+        enable_progress_bar=False,
+        enable_model_summary=False, enable_checkpointing=any(isinstance(c,
+        ModelCheckpoint) for c in callbacks),
         **settings,
     )  # fmt: skip
     loaders = (DataLoader(torch.zeros(3)), DataLoader(torch.zeros(1)) if validation else None)
@@ -90,7 +94,11 @@ def test_validates(tmp_path):
     fit(tmp_path, AtEnds(batch=lambda trainer: said.append(seams.validates(trainer))))
     assert all(said)
     said.clear()
-    fit(tmp_path, AtEnds(batch=lambda trainer: said.append(seams.validates(trainer))), validation=False)
+    fit(
+        tmp_path,
+        AtEnds(batch=lambda trainer: said.append(seams.validates(trainer))),
+        validation=False,
+    )
     assert not any(said)
 
 
@@ -106,7 +114,11 @@ def test_has_trainer(tmp_path):
 
 def test_log_row_and_log_step(tmp_path):
     rows = Rows()
-    fit(tmp_path, AtEnds(start=lambda trainer: seams.log_row(trainer, {"x": 1.0}), batch=seams.log_step), logger=rows)
+    fit(
+        tmp_path,
+        AtEnds(start=lambda trainer: seams.log_row(trainer, {"x": 1.0}), batch=seams.log_step),
+        logger=rows,
+    )
     (step, first), *steps = rows.rows
     assert (step, first["x"]) == (0, 1.0)
     assert [step for step, _ in steps] == [1, 2]
@@ -115,7 +127,9 @@ def test_log_row_and_log_step(tmp_path):
 
 def test_replaces_samplers():
     assert seams.replaces_samplers(Trainer(logger=False, accelerator="cpu"))
-    assert not seams.replaces_samplers(Trainer(logger=False, accelerator="cpu", use_distributed_sampler=False))
+    assert not seams.replaces_samplers(
+        Trainer(logger=False, accelerator="cpu", use_distributed_sampler=False)
+    )
 
 
 def test_leave_signals_alone(tmp_path):
@@ -128,7 +142,11 @@ def test_leave_signals_alone(tmp_path):
             signal.signal(signal.SIGTERM, mine)
 
     during, before = [], signal.getsignal(signal.SIGTERM)
-    fit(tmp_path, Listens(), AtEnds(start=lambda trainer: during.append(signal.getsignal(signal.SIGTERM))))
+    fit(
+        tmp_path,
+        Listens(),
+        AtEnds(start=lambda trainer: during.append(signal.getsignal(signal.SIGTERM))),
+    )
     assert during == [mine]
     assert signal.getsignal(signal.SIGTERM) is before
 
@@ -151,7 +169,8 @@ def test_share_data_among_all(monkeypatch):
 
 
 def test_count_in_steps(tmp_path):
-    """Validations and rows fall on steps of two batches, and a run that is over still starts and ends."""
+    """Validations and rows fall on steps of two batches, and a run that is over still starts and
+    ends."""
     rows, at = Rows(), []
 
     class Validated(Callback):
@@ -161,7 +180,11 @@ def test_count_in_steps(tmp_path):
     fit(tmp_path, Validated(), logger=rows, max_steps=4, val_check_interval=2)
     assert at == [2, 4]
     assert [step for step, _ in rows.rows] == [1, 2, 3, 4]
-    bases = {seams._Fit: "skip", seams._Steps: "_should_check_val_fx", seams._StepLogs: "update_train_step_metrics"}
+    bases = {
+        seams._Fit: "skip",
+        seams._Steps: "_should_check_val_fx",
+        seams._StepLogs: "update_train_step_metrics",
+    }
     for ours, name in bases.items():
         assert hasattr(ours.__base__, name), f"Lightning's {ours.__base__.__name__} has no {name}"
 
@@ -173,7 +196,9 @@ def test_steered_checkpoint(tmp_path):
     class Steered(seams.SteeredCheckpoint):
         def write(self, trainer, path):
             super().write(trainer, path)
-            seen.append(("write", path.rpartition("/")[2], self.saved_step, self.saved_path == path))
+            seen.append(
+                ("write", path.rpartition("/")[2], self.saved_step, self.saved_path == path)
+            )
 
         def delete(self, trainer, path):
             super().delete(trainer, path)
@@ -189,14 +214,19 @@ def test_steered_checkpoint(tmp_path):
                 self.save_as_last(trainer)
 
     saves = Steered(
-        dirpath=tmp_path, filename="{step}", every_n_train_steps=7, save_last=True, enable_version_counter=False
+        dirpath=tmp_path,
+        filename="{step}",
+        every_n_train_steps=7,
+        save_last=True,
+        enable_version_counter=False,
     )
     assert saves.every_n_steps == 7
     fit(tmp_path, saves)
     events = [event for event in seen if event != "asked"]
     assert len(seen) > len(events)
     assert events == [
-        ("write", "step=1.ckpt", 1, True), ("write", "last.ckpt", 1, True), ("write", "step=2.ckpt", 2, True),
+        ("write", "step=1.ckpt", 1, True), ("write", "last.ckpt", 1, True), ("write", "step=2.ckpt",
+        2, True),
         ("delete", "step=1.ckpt"), ("write", "last.ckpt", 2, True),
     ]  # fmt: skip
     saves.take_as_saved(9, "x")
@@ -206,29 +236,48 @@ def test_steered_checkpoint(tmp_path):
 def private_names() -> set[str]:
     """Of the trainer, its loops and connectors, modules, strategies and ModelCheckpoint."""
     trainer = Trainer(logger=False, accelerator="cpu", enable_progress_bar=False)
-    parts = (trainer, *vars(trainer).values(), trainer.fit_loop.epoch_loop, LightningModule(), ModelCheckpoint(),
+    parts = (trainer, *vars(trainer).values(), trainer.fit_loop.epoch_loop, LightningModule(),
+        ModelCheckpoint(),
              DDPStrategy(), ModelParallelStrategy())  # fmt: skip
     ours = [part for part in parts if type(part).__module__.startswith("lightning.")]
     shared = set(dir(nn.Module()))
-    return {n for part in ours for n in dir(part) if n[0] == "_" and not n.startswith("__")} - shared
+    return {
+        n for part in ours for n in dir(part) if n[0] == "_" and not n.startswith("__")
+    } - shared
 
 
 def touched(source: str, names: set[str]) -> list[str]:
     """Lines of `source` that touch a private part, or reach into the loops."""
     found = []
     for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Attribute) and (node.attr in names or node.attr in ("fit_loop", "epoch_loop")):
+        if isinstance(node, ast.Attribute) and (
+            node.attr in names or node.attr in ("fit_loop", "epoch_loop")
+        ):
             found.append(f"{node.lineno}: .{node.attr}")
-        if isinstance(node, ast.FunctionDef) and node.name in names and ast.unparse(node.args)[:4] == "self":
+        if (
+            isinstance(node, ast.FunctionDef)
+            and node.name in names
+            and ast.unparse(node.args)[:4] == "self"
+        ):
             found.append(f"{node.lineno}: def {node.name}")
-        if isinstance(node, ast.Attribute) and node.attr == "__class__" and isinstance(node.ctx, ast.Store):
+        if (
+            isinstance(node, ast.Attribute)
+            and node.attr == "__class__"
+            and isinstance(node.ctx, ast.Store)
+        ):
             found.append(f"{node.lineno}: .__class__ =")
     return found
 
 
 def test_no_other_file_touches_a_private_part():
     names = private_names()
-    assert {"_should_accumulate", "_results", "_logger_connector", "_save_checkpoint", "_ddp_kwargs"} <= names
+    assert {
+        "_should_accumulate",
+        "_results",
+        "_logger_connector",
+        "_save_checkpoint",
+        "_ddp_kwargs",
+    } <= names
     for file in sorted((ROOT / "src/acetate").rglob("*.py")):
         source = file.read_text()
         if file.name != "lightning_seams.py" and "lightning" in source:

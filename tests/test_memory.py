@@ -17,7 +17,8 @@ from tests.compose import composed
 
 MIB = 2**20
 FOOTPRINT = memory.Footprint(
-    parameters=30, trainable_parameters=10, frozen=800, trainable=160, gradients=160, optimizer=320, ema=160,
+    parameters=30, trainable_parameters=10, frozen=800, trainable=160, gradients=160, optimizer=320,
+    ema=160,
     activations=1000, working=50, replicated=80, gathered=300, groups=3, flops=7,
 )  # fmt: skip
 
@@ -50,13 +51,17 @@ def test_storages_count_once_and_until_they_are_freed():
 
 
 def test_without_numbers_keeps_shapes_precision_and_ties():
-    module = nn.ModuleDict({"a": nn.Linear(3, 3).half(), "b": nn.Linear(3, 3), "norm": nn.BatchNorm1d(3)})
+    module = nn.ModuleDict(
+        {"a": nn.Linear(3, 3).half(), "b": nn.Linear(3, 3), "norm": nn.BatchNorm1d(3)}
+    )
     module["b"].weight = module["a"].weight
     module["a"].bias.requires_grad_(False)
     facts = {name: (p.shape, p.dtype, p.requires_grad) for name, p in module.named_parameters()}
     with memory.FakeTensorMode(allow_non_fake_inputs=True):
         memory._without_numbers(module)
-        assert {name: (p.shape, p.dtype, p.requires_grad) for name, p in module.named_parameters()} == facts
+        assert {
+            name: (p.shape, p.dtype, p.requires_grad) for name, p in module.named_parameters()
+        } == facts
     assert module["a"].weight is module["b"].weight
 
 
@@ -64,9 +69,15 @@ def test_blank_models_have_the_shapes_of_loaded_ones(wan_folder):
     source = str(wan_folder)
     for blank, loaded in (
         (memory.blank_vae(source), load_vae(source)),
-        (memory.blank_transformer(source, torch.bfloat16), load_transformer(source, torch.bfloat16)),
+        (
+            memory.blank_transformer(source, torch.bfloat16),
+            load_transformer(source, torch.bfloat16),
+        ),
     ):
-        shapes = [{name: (p.shape, p.dtype) for name, p in model.state_dict().items()} for model in (blank, loaded)]
+        shapes = [
+            {name: (p.shape, p.dtype) for name, p in model.state_dict().items()}
+            for model in (blank, loaded)
+        ]
         assert shapes[0] == shapes[1]
         assert all(p.is_meta and not p.requires_grad for p in blank.parameters())
 
@@ -103,7 +114,9 @@ def test_blocks_are_gathered_two_at_a_time():
         def __init__(self):
             super().__init__()
             self.embed = nn.Linear(10, 1, bias=False)
-            self.blocks = nn.ModuleList([nn.Linear(size, 1, bias=False) for size in (100, 300, 200)])
+            self.blocks = nn.ModuleList(
+                [nn.Linear(size, 1, bias=False) for size in (100, 300, 200)]
+            )
             self.again = self.blocks
 
     model = Model()
@@ -118,11 +131,13 @@ def test_unknown_precision_is_named():
 
 
 def allocated(config) -> int:
-    """Most bytes that PyTorch's CPU allocator had given out at once during two training steps of the real run."""
+    """Most bytes that PyTorch's CPU allocator had given out at once during two training steps of
+    the real run."""
     gc.collect()  # what earlier tests left would be freed, and counted, within
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         trainer = instantiate(
-            config.trainer, callbacks=[EMA(0.9)], logger=False, limit_val_batches=0, enable_checkpointing=False,
+            config.trainer, callbacks=[EMA(0.9)], logger=False, limit_val_batches=0,
+            enable_checkpointing=False,
             enable_progress_bar=False, enable_model_summary=False, max_steps=2, accelerator="cpu",
         )  # fmt: skip
         trainer.fit(instantiate(config.task), instantiate(config.data))
@@ -136,7 +151,11 @@ def allocated(config) -> int:
 
 def compare(tmp_path: Path, *overrides: str, precision: str = "32-true") -> None:
     config = composed(
-        tmp_path, f"trainer.precision={precision}", "data.num_workers=0", "+callbacks.ema.decay=0.9", *overrides
+        tmp_path,
+        f"trainer.precision={precision}",
+        "data.num_workers=0",
+        "+callbacks.ema.decay=0.9",
+        *overrides,
     )
     real = allocated(config)
     assert footprint(config)[1].per_gpu(1)["total"] == pytest.approx(real, rel=0.2)
@@ -160,10 +179,18 @@ def test_dit_stage_against_a_real_run(checkpointing, tmp_path, cached):
 
 @pytest.mark.slow
 def test_autocast_against_a_real_run(tmp_path, cached):
-    clip = ["wan.frames=5", "wan.height=24", "wan.width=24", "data.batch_size=8", f"data.latents={cached[0]}"]
+    clip = [
+        "wan.frames=5",
+        "wan.height=24",
+        "wan.width=24",
+        "data.batch_size=8",
+        f"data.latents={cached[0]}",
+    ]
     compare(tmp_path, "experiment=dit_dora", *clip, "wan.dtype=bfloat16", precision="bf16-mixed")
 
 
 @pytest.mark.slow
 def test_base_stage_against_a_real_run(tmp_path):
-    compare(tmp_path, "experiment=wan_tiny_vae", "data.height=32", "data.width=32", "data.batch_size=2")
+    compare(
+        tmp_path, "experiment=wan_tiny_vae", "data.height=32", "data.width=32", "data.batch_size=2"
+    )

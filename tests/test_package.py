@@ -21,27 +21,36 @@ TINY = ["data.num_workers=0", "data.val_clips=2", "callbacks.panels.clips=1"]
 def wheel(tmp_path_factory):
     out = tmp_path_factory.mktemp("wheel")
     uv = Path(sys.executable).with_name("uv")
-    done = subprocess.run([uv, "build", "--quiet", "--wheel", "--out-dir", out, ROOT], capture_output=True, text=True)
+    done = subprocess.run(
+        [uv, "build", "--quiet", "--wheel", "--out-dir", out, ROOT], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     return next(out.glob("*.whl"))
 
 
 @pytest.fixture(scope="module")
 def acetate(wheel, tmp_path_factory):
-    """Runs the installed command in a folder that holds nothing else; the libraries are those of this environment."""
+    """Runs the installed command in a folder that holds nothing else; the libraries are those of
+    this environment."""
     place = tmp_path_factory.mktemp("installed")
     venv.create(place / "env", with_pip=False)
     python = place / "env/bin/python"
     (site,) = place.glob("env/lib/python*/site-packages")
     (libraries,) = (path for path in map(Path, sys.path) if path.name == "site-packages")
-    (site / "libraries.pth").write_text(str(libraries))  # not its own .pth files: acetate's clone stays out
+    # not its own .pth files: acetate's clone stays out
+    (site / "libraries.pth").write_text(str(libraries))
     uv = Path(sys.executable).with_name("uv")
-    subprocess.run([uv, "pip", "install", "--quiet", "--no-deps", "--python", python, wheel], check=True)
+    subprocess.run(
+        [uv, "pip", "install", "--quiet", "--no-deps", "--python", python, wheel], check=True
+    )
     (place / "work").mkdir()
 
     def run(*arguments):
         done = subprocess.run(
-            [place / "env/bin/acetate", *arguments], cwd=place / "work", capture_output=True, text=True
+            [place / "env/bin/acetate", *arguments],
+            cwd=place / "work",
+            capture_output=True,
+            text=True,
         )
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
         return done.stdout
@@ -66,14 +75,30 @@ def test_it_holds_everything(wheel):
 @pytest.mark.timeout(1200)
 def test_the_main_job_in_another_folder(acetate):
     acetate("prep", "synthesize", "out=data/demo", "clips=12", "frames=9", "size=48")
-    acetate("train", "experiment=vae_rgba", "name=demo", "trainer.max_steps=3", "trainer.val_check_interval=3", *TINY)
+    acetate(
+        "train",
+        "experiment=vae_rgba",
+        "name=demo",
+        "trainer.max_steps=3",
+        "trainer.val_check_interval=3",
+        *TINY,
+    )
     latents = ["shards=data/demo", "out=data/demo_latents", "rgba_vae=outputs/demo", "variants=1"]
     acetate("prep", "cache_latents", *latents)
     acetate(
-        "train", "experiment=dit_dora", "name=demo_dit", "trainer.max_steps=3", "trainer.val_check_interval=3",
-        "data.num_workers=0", "data.val_clips=2", "data.batch_size=2", "callbacks.samples.solver.steps=1",
+        "train", "experiment=dit_dora", "name=demo_dit", "trainer.max_steps=3",
+        "trainer.val_check_interval=3",
+        "data.num_workers=0", "data.val_clips=2", "data.batch_size=2",
+        "callbacks.samples.solver.steps=1",
     )  # fmt: skip
-    acetate("sample", "prompt=a ring of fire", "guide.centre=[0.5,0.5]", "steps=2", "out=clips", "formats=[webm]")
+    acetate(
+        "sample",
+        "prompt=a ring of fire",
+        "guide.centre=[0.5,0.5]",
+        "steps=2",
+        "out=clips",
+        "formats=[webm]",
+    )
     clip = Clip.read(next((acetate.work / "clips").glob("*.webm")))
     assert clip.rgb.shape == (3, 9, 48, 48)
     assert (acetate.work / "clips/sheet.png").exists()

@@ -36,8 +36,13 @@ def moving(frames=5, height=24, width=32):
 
 
 def test_importing_acetate_imports_nothing_heavy():
-    code = "import sys, acetate; print('torch' in sys.modules); from acetate import over; print(over.__module__)"
-    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    code = (
+        "import sys, acetate; print('torch' in sys.modules); from acetate import over; "
+        "print(over.__module__)"
+    )
+    said = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout
     assert said.split() == ["False", "acetate.alpha"]
 
 
@@ -48,10 +53,16 @@ def test_the_pipeline_makes_what_the_command_makes(pipeline, dora, cached, tmp_p
     (alone,) = pipeline("blue smoke", guide=[path], seed=4, **SMALL)
     assert_close(alone.rgb, two.rgb, rtol=0, atol=1e-5)
     assert (one.prompt, one.seed, two.seed, one.fps) == ("a red disc", 3, 4, 16)
-    assert one.guide is not None and one.rgb.shape == (3, 5, 24, 32) and one.alpha.shape == (1, 5, 24, 32)
+    assert (
+        one.guide is not None
+        and one.rgb.shape == (3, 5, 24, 32)
+        and one.alpha.shape == (1, 5, 24, 32)
+    )
     called(
-        "sample", "prompt=blue smoke", f"dora={dora}", f"rgba_vae={cached[1]}", "seed=4", "device=cpu",
-        "guide.centre=[0.3,0.5]", "guide.axes=[0.6,0.4]", "guide.end_centre=[0.7,0.5]", "formats=[png]",
+        "sample", "prompt=blue smoke", f"dora={dora}", f"rgba_vae={cached[1]}", "seed=4",
+        "device=cpu",
+        "guide.centre=[0.3,0.5]", "guide.axes=[0.6,0.4]", "guide.end_centre=[0.7,0.5]",
+        "formats=[png]",
         f"out={tmp_path}", *(f"{name}={value}" for name, value in SMALL.items()),
     )  # fmt: skip
     pictures = Clip.read(tmp_path / "000-blue-smoke-seed4_png")
@@ -71,7 +82,11 @@ def test_wrong_settings_are_named(dora):
 def test_clips_over_colours():
     clip = moving()
     magenta = clip.over("magenta")
-    assert magenta[:, 0, 0, 0].tolist() == [1, -1, 1] and magenta[:, 0, 10, 6].tolist() == [1, -1, -1]
+    assert magenta[:, 0, 0, 0].tolist() == [1, -1, 1] and magenta[:, 0, 10, 6].tolist() == [
+        1,
+        -1,
+        -1,
+    ]
     assert_close(clip.over("black"), over(clip.rgb, clip.alpha, torch.tensor(-1.0)))
     with pytest.raises(ValueError, match="background 'pink'; choose from key, blue"):
         clip.over("pink")
@@ -84,7 +99,9 @@ def test_clips_are_saved_and_read(tmp_path, name):
     again = Clip.read(tmp_path / "deep" / name)
     assert again.rgb.shape == clip.rgb.shape
     assert (again.alpha - clip.alpha).abs().mean() < 0.02
-    with pytest.raises(ValueError, match=r"the end of the name says the format; it is one of _png, \.webm"):
+    with pytest.raises(
+        ValueError, match=r"the end of the name says the format; it is one of _png, \.webm"
+    ):
         clip.save(tmp_path / "a.gif")
 
 
@@ -99,7 +116,11 @@ def test_the_vae_encodes_and_decodes(cached):
     with torch.no_grad():
         assert_close(latents, model.normalise(model.encode(hard, clip.alpha[None])))
     (decoded,) = vae.decode(latents, fps=24)
-    assert decoded.rgb.shape == clip.rgb.shape and decoded.alpha.shape == clip.alpha.shape and decoded.fps == 24
+    assert (
+        decoded.rgb.shape == clip.rgb.shape
+        and decoded.alpha.shape == clip.alpha.shape
+        and decoded.fps == 24
+    )
 
 
 def test_guides_are_drawn(tmp_path, make_vae):
@@ -108,7 +129,9 @@ def test_guides_are_drawn(tmp_path, make_vae):
     assert mask.shape == (1, 1, 2, 4, 6) and ellipses.shape == (1, 2, 5)
     assert_close(ellipses[0, :, :2], torch.tensor([[2.5, 0.5]] * 2, dtype=torch.float64))
     torch.save(mask[0, 0], tmp_path / "gauss_mask")
-    assert_close(draw(MaskGuide(tmp_path / "gauss_mask"), size, geometry, {})[0], mask, rtol=0, atol=0)
+    assert_close(
+        draw(MaskGuide(tmp_path / "gauss_mask"), size, geometry, {})[0], mask, rtol=0, atol=0
+    )
     with pytest.raises(ValueError, match=r"has 2 frames, this clip 3 latent frames"):
         draw(MaskGuide(tmp_path / "gauss_mask"), (9, 32, 48), geometry, {})
     picture = Image.new("RGBA", (32, 32))

@@ -151,7 +151,10 @@ def test_fit_has_the_subject_inside(aligned):
         y, x = torch.meshgrid(torch.arange(32.0), torch.arange(32.0), indexing="ij")
         cx, cy, long, short, angle = ellipse[0]
         turn = torch.deg2rad(angle)
-        u, v = (x - cx) * turn.cos() + (y - cy) * turn.sin(), (y - cy) * turn.cos() - (x - cx) * turn.sin()
+        u, v = (
+            (x - cx) * turn.cos() + (y - cy) * turn.sin(),
+            (y - cy) * turn.cos() - (x - cx) * turn.sin(),
+        )
         inside = (2 * u / long) ** 2 + (2 * v / short) ** 2 <= 1 + 1e-6
         assert (inside & shape).sum() >= 0.98 * shape.sum()
 
@@ -183,10 +186,15 @@ def test_unknown_raster():
 
 
 def test_outlines_are_the_ellipses_in_shares_of_the_picture():
-    ellipses = torch.tensor([[3.5, 1.5, 4.0, 2.0, 90.0], [1.5, 1.5, 2.0, 2.0, 0.0], [0.0, 0.0, 0.0, 0.0, 0.0]])
+    ellipses = torch.tensor(
+        [[3.5, 1.5, 4.0, 2.0, 90.0], [1.5, 1.5, 2.0, 2.0, 0.0], [0.0, 0.0, 0.0, 0.0, 0.0]]
+    )
     points = outlines(ellipses, 4, 8, 9)
     assert points.shape == (9, 64, 2)
     assert_close(points[0].mean(0), torch.tensor([0.5, 0.5], dtype=torch.float64))
-    assert_close(points[0].amax(0) - points[0].amin(0), torch.tensor([2 / 8, 4 / 4], dtype=torch.float64))
-    assert (points[1:5] == points[1]).all() and not (points[0] == points[1]).all()  # cell 0 sees frame 0 only
+    assert_close(
+        points[0].amax(0) - points[0].amin(0), torch.tensor([2 / 8, 4 / 4], dtype=torch.float64)
+    )
+    # cell 0 sees frame 0 only
+    assert (points[1:5] == points[1]).all() and not (points[0] == points[1]).all()
     assert points[5:].isnan().all()  # nothing is covered

@@ -25,7 +25,12 @@ def test_a_seed_gives_the_same_clip_in_any_batch(dit, name, guidance):
     noise = initial_noise([4, 9], SHAPE, None, 0.0, "cpu")
     both = sample_latents(transformer, noise, context, negative, solver, progress=False)
     alone = sample_latents(
-        transformer, initial_noise([9], SHAPE, None, 0.0, "cpu"), context[1:], negative, solver, progress=False
+        transformer,
+        initial_noise([9], SHAPE, None, 0.0, "cpu"),
+        context[1:],
+        negative,
+        solver,
+        progress=False,
     )
     assert_close(both[1:], alone, rtol=0, atol=1e-4)
     assert not torch.allclose(both[0], both[1])
@@ -44,7 +49,9 @@ def test_euler_is_the_flow_equation(dit):
             without = velocity(transformer, expected, t, negative.expand(2, -1, -1))
             v = without + 2.5 * (velocity(transformer, expected, t, context) - without)
             expected = expected + (after - now) * v
-    ours = sample_latents(transformer, x, context, negative, Solver("euler", 3, 2.5), progress=False)
+    ours = sample_latents(
+        transformer, x, context, negative, Solver("euler", 3, 2.5), progress=False
+    )
     assert_close(ours, expected, rtol=1e-4, atol=1e-4)
 
 
@@ -55,12 +62,16 @@ def test_solvers_meet_with_more_steps(dit):
         sample_latents(transformer, noise, context, negative, Solver(name, 60, 1.0), progress=False)
         for name in ("euler", "unipc")
     )
-    few = sample_latents(transformer, noise, context, negative, Solver("euler", 4, 1.0), progress=False)
+    few = sample_latents(
+        transformer, noise, context, negative, Solver("euler", 4, 1.0), progress=False
+    )
     assert (euler - unipc).abs().mean() < (few - unipc).abs().mean() / 3
 
 
 def test_guide_moves_from_its_first_to_its_last_frame():
-    path = EllipsePath(centre=(0.25, 0.5), axes=(0.5, 0.25), angle=0.0, end_centre=(0.75, 0.5), end_angle=90.0)
+    path = EllipsePath(
+        centre=(0.25, 0.5), axes=(0.5, 0.25), angle=0.0, end_centre=(0.75, 0.5), end_angle=90.0
+    )
     ellipses = path.ellipses(5, 8, 16)
     assert_close(ellipses[0, 0], torch.tensor([3.5, 3.5, 4, 2, 0], dtype=torch.float64))
     assert_close(ellipses[0, -1], torch.tensor([11.5, 3.5, 4, 2, 90], dtype=torch.float64))
@@ -82,11 +93,15 @@ def test_shift_is_outside_of_the_guide():
 
 
 def test_decoding_in_chunks_is_decoding_whole(make_vae):
-    whole = RGBAVAE(vae=make_vae("wan21"), merge_init="residual", lora_rank=2, lora_alpha=2.0).eval()
+    whole = RGBAVAE(
+        vae=make_vae("wan21"), merge_init="residual", lora_rank=2, lora_alpha=2.0
+    ).eval()
     latents = torch.randn(2, 16, 3, 2, 2)
     expected = list(decode(whole, latents))
     whole.chunk = 1
-    for (rgb, alpha), (rgb_whole, alpha_whole) in zip(decode(whole, latents), expected, strict=True):
+    for (rgb, alpha), (rgb_whole, alpha_whole) in zip(
+        decode(whole, latents), expected, strict=True
+    ):
         assert rgb.shape == (3, 9, 16, 16)
         assert alpha.shape == (1, 9, 16, 16)
         assert_close(rgb, rgb_whole, rtol=0, atol=1e-4)
@@ -94,7 +109,9 @@ def test_decoding_in_chunks_is_decoding_whole(make_vae):
 
 
 def test_samples_of_released_adapters_have_one_alpha(make_vae):
-    vae = RGBAVAE(vae=make_vae("tiny"), merge_init="scratch", lora_rank=2, lora_alpha=2.0, average_alpha=False)
+    vae = RGBAVAE(
+        vae=make_vae("tiny"), merge_init="scratch", lora_rank=2, lora_alpha=2.0, average_alpha=False
+    )
     (clip,) = decode(vae, torch.zeros(1, *vae.geometry.latent_shape(5, 16, 16)))
     assert [x.shape[0] for x in clip] == [3, 1]
 
@@ -113,7 +130,9 @@ def test_bad_settings(make, message):
 
 
 def test_sizes_that_the_dit_cannot_make(make_vae):
-    geometry = RGBAVAE(vae=make_vae("wan21"), merge_init="residual", lora_rank=1, lora_alpha=1.0).geometry
+    geometry = RGBAVAE(
+        vae=make_vae("wan21"), merge_init="residual", lora_rank=1, lora_alpha=1.0
+    ).geometry
     check_size(9, 32, 48, geometry, (1, 2, 2))
     with pytest.raises(ValueError, match=r"width 40; this VAE needs multiples of 16. Use width=32"):
         check_size(9, 32, 40, geometry, (1, 2, 2))

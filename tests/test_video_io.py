@@ -45,10 +45,14 @@ def test_ffv1_keeps_every_bit(shape):
 
 
 def test_ffv1_keeps_broadcast_rates():
-    assert decode_ffv1(encode_ffv1(noise(2, 8, 8, 4), 24000 / 1001), "clip")[1] == pytest.approx(24000 / 1001)
+    assert decode_ffv1(encode_ffv1(noise(2, 8, 8, 4), 24000 / 1001), "clip")[1] == pytest.approx(
+        24000 / 1001
+    )
 
 
-@pytest.mark.parametrize("frames", [noise(2, 8, 8, 3), noise(8, 8, 4), noise(0, 8, 8, 4), np.zeros((1, 8, 8, 4))])
+@pytest.mark.parametrize(
+    "frames", [noise(2, 8, 8, 3), noise(8, 8, 4), noise(0, 8, 8, 4), np.zeros((1, 8, 8, 4))]
+)
 def test_ffv1_refuses_other_arrays(frames):
     with pytest.raises(ValueError, match=r"uint8 \(T, H, W, 4\)"):
         encode_ffv1(frames, 24)
@@ -138,13 +142,20 @@ def test_animation_is_composed_and_timed(tmp_path, name):
     images = [Image.fromarray(frame) for frame in frames]
     durations = [100, 100, 200, 50, 50]
     options = {"lossless": True, "exact": True} if name == "a.webp" else {"format": "PNG"}
-    images[0].save(tmp_path / name, save_all=True, append_images=images[1:], duration=durations, **options)
+    images[0].save(
+        tmp_path / name, save_all=True, append_images=images[1:], duration=durations, **options
+    )
     clip = read_rgba(tmp_path / name)
-    shown = frames[[0, 0, 1, 1, 2, 2, 2, 2, 3, 4]]  # 100 and 50 ms are equally common: the shorter one
+    # 100 and 50 ms are equally common: the shorter one
+    shown = frames[[0, 0, 1, 1, 2, 2, 2, 2, 3, 4]]
     visible = shown[..., 3:] > 0
     assert np.array_equal(clip.frames[..., 3], shown[..., 3])
     assert np.array_equal(clip.frames * visible, shown * visible)
-    assert clip.fps == pytest.approx(20) and not clip.lossy and "50 ms: 5 frames became 10, 0 dropped" in clip.notes[0]
+    assert (
+        clip.fps == pytest.approx(20)
+        and not clip.lossy
+        and "50 ms: 5 frames became 10, 0 dropped" in clip.notes[0]
+    )
     header = describe(tmp_path / name)
     assert (header.frames, header.alpha) == (5, True)
 
@@ -152,7 +163,13 @@ def test_animation_is_composed_and_timed(tmp_path, name):
 def test_apng_default_image_is_not_a_frame(tmp_path):
     frames = noise(4, 6, 6, 4)
     images = [Image.fromarray(frame) for frame in frames]
-    images[0].save(tmp_path / "a.apng", format="PNG", save_all=True, append_images=images[1:], default_image=True)
+    images[0].save(
+        tmp_path / "a.apng",
+        format="PNG",
+        save_all=True,
+        append_images=images[1:],
+        default_image=True,
+    )
     assert np.array_equal(read_rgba(tmp_path / "a.apng").frames, frames[1:])
     assert describe(tmp_path / "a.apng").frames == 3
 

@@ -14,17 +14,32 @@ from acetate.video_out import FORMATS, SUFFIXES, check_formats, write_clip
 
 
 def film(frames=5, height=32, width=48, hidden=None):
-    """A soft disc that moves over a smooth gradient; `hidden` is the colour under alpha 0. A little out of range."""
-    t, y, x = torch.meshgrid(torch.arange(frames), torch.arange(height), torch.arange(width), indexing="ij")
+    """A soft disc that moves over a smooth gradient; `hidden` is the colour under alpha 0. A little
+    out of range."""
+    t, y, x = torch.meshgrid(
+        torch.arange(frames), torch.arange(height), torch.arange(width), indexing="ij"
+    )
     distance = torch.hypot(y - height / 2, x - width * (0.4 + 0.02 * t))
     alpha = (1.5 - distance / (height * 0.25)).clamp(-0.02, 1.02)[None]
-    rgb = torch.stack((x / width * 2.1 - 1.05, y / height * 1.8 - 0.9, 0.4 + (x - y) / (width + height) + t * 0.02))
-    return (rgb if hidden is None else torch.where(alpha > 0, rgb, torch.tensor(hidden)[:, None, None, None])), alpha
+    rgb = torch.stack(
+        (
+            x / width * 2.1 - 1.05,
+            y / height * 1.8 - 0.9,
+            0.4 + (x - y) / (width + height) + t * 0.02,
+        )
+    )
+    return (
+        rgb
+        if hidden is None
+        else torch.where(alpha > 0, rgb, torch.tensor(hidden)[:, None, None, None])
+    ), alpha
 
 
 def noise(*shape):
     generator = torch.Generator().manual_seed(0)
-    return torch.rand(3, *shape, generator=generator) * 2 - 1, torch.rand(1, *shape, generator=generator)
+    return torch.rand(3, *shape, generator=generator) * 2 - 1, torch.rand(
+        1, *shape, generator=generator
+    )
 
 
 def steps(rgb, alpha):
@@ -62,11 +77,13 @@ def test_exact_formats(tmp_path, name, make):
     assert np.array_equal(clip.frames * visible, expected * visible)
 
 
-# Mean errors in steps of 255 of this clip, measured with FFmpeg 8.1: webm 2.69, 0.18, 0.41; pair 2.68, 0.30, 0.45;
-# prores 0.26, 0.07, 0.06, which is the reader's rounding to 8 bits. The limits leave a margin of a half. The colour
-# of 4:2:0 is so far off because the reader repeats chroma over 2x2 pixels and this clip has 5 steps a pixel.
+# Mean errors in steps of 255 of this clip, measured with FFmpeg 8.1: webm 2.69, 0.18, 0.41; pair
+# 2.68, 0.30, 0.45; prores 0.26, 0.07, 0.06, which is the reader's rounding to 8 bits. The limits
+# leave a margin of a half. The colour of 4:2:0 is so far off because the reader repeats chroma over
+# 2x2 pixels and this clip has 5 steps a pixel.
 @pytest.mark.parametrize(
-    ("name", "limits"), [("webm", (4.0, 0.3, 0.6)), ("pair", (4.0, 0.5, 0.7)), ("prores", (0.4, 0.1, 0.1))]
+    ("name", "limits"),
+    [("webm", (4.0, 0.3, 0.6)), ("pair", (4.0, 0.5, 0.7)), ("prores", (0.4, 0.1, 0.1))],
 )
 def test_lossy_formats(tmp_path, name, limits):
     rgb, alpha = film()
@@ -87,7 +104,8 @@ def test_hidden_colour_stays_hidden(tmp_path, name):
     visible = steps(rgb, alpha)[..., 3] > 5
     quiet_error, loud_error = (
         mean_error(
-            read(write_clip(tmp_path / "a", colour, alpha, 24, [name])).frames[visible], steps(rgb, alpha)[visible]
+            read(write_clip(tmp_path / "a", colour, alpha, 24, [name])).frames[visible],
+            steps(rgb, alpha)[visible],
         )
         for colour in (rgb, loud)
     )
@@ -97,7 +115,8 @@ def test_hidden_colour_stays_hidden(tmp_path, name):
 @pytest.mark.parametrize("name", ["png", "apng", "webp", "webm", "prores", "pair"])
 def test_rounded_not_truncated(tmp_path, name):
     def written(colour, alpha):
-        """The right half; the left is transparent, for a WebP that is opaque all over has no alpha to read."""
+        """The right half; the left is transparent, for a WebP that is opaque all over has no alpha
+        to read."""
         alpha = torch.full((1, 1, 16, 32), alpha) * (torch.arange(32) >= 16)
         paths = write_clip(tmp_path / "a", torch.full((3, 1, 16, 32), colour), alpha, 24, [name])
         return read(paths).frames[:, :, 20:].astype(int)
@@ -112,11 +131,14 @@ def test_rounded_not_truncated(tmp_path, name):
 def test_low_precision_and_gradients_are_fine(tmp_path):
     rgb, alpha = (tensor.bfloat16().requires_grad_() for tensor in film(2))
     (path,) = write_clip(tmp_path / "a", rgb, alpha, 24, ["png"])
-    assert np.array_equal(read_rgba(path).frames, np.rint(steps(rgb.detach().float(), alpha.detach().float())))
+    assert np.array_equal(
+        read_rgba(path).frames, np.rint(steps(rgb.detach().float(), alpha.detach().float()))
+    )
 
 
 def test_prores_keeps_ten_bits(tmp_path):
-    """Every level of a 10-bit ramp comes back, in alpha exactly and in luma within the codec's loss."""
+    """Every level of a 10-bit ramp comes back, in alpha exactly and in luma within the codec's
+    loss."""
     ramp = (torch.arange(1024) / 1023).view(1, 1, 16, 64)
     (path,) = write_clip(tmp_path / "a", (ramp * 2 - 1).expand(3, -1, -1, -1), ramp, 24, ["prores"])
     with av.open(str(path)) as container:
@@ -126,13 +148,18 @@ def test_prores_keeps_ten_bits(tmp_path):
         assert frame.colorspace == 1 and frame.color_range == 1  # BT.709, limited
     bits = frame.format.components[3].bits
     luma, alpha = (
-        np.frombuffer(frame.planes[i], np.uint16).reshape(-1, frame.planes[i].line_size // 2)[:16, :64] for i in (0, 3)
+        np.frombuffer(frame.planes[i], np.uint16).reshape(-1, frame.planes[i].line_size // 2)[
+            :16, :64
+        ]
+        for i in (0, 3)
     )
     assert np.array_equal(np.rint(alpha / (2**bits - 1) * 1023).ravel(), np.arange(1024))
     expected = 64 + 876 * ramp[0, 0].numpy()
-    assert mean_error(luma / 2 ** (bits - 10), expected) < 1  # a quarter of an 8-bit step; 0.3 measured
+    # a quarter of an 8-bit step; 0.3 measured
+    assert mean_error(luma / 2 ** (bits - 10), expected) < 1
     data = path.read_bytes()
-    assert b"colrnclc" + bytes((0, 1, 0, 1, 0, 1)) in data  # BT.709 primaries, transfer, matrix in the container
+    # BT.709 primaries, transfer, matrix in the container
+    assert b"colrnclc" + bytes((0, 1, 0, 1, 0, 1)) in data
     header = data.index(b"icpf")
     assert data[header + 18 : header + 21] == bytes((1, 1, 1))  # and in the frame
 
@@ -158,7 +185,11 @@ def test_length_and_rate(tmp_path, name, fps):
         for path in write_clip(tmp_path / f"{frames}", *film(frames), fps, [name]):
             header = describe(path)
             enlarged = 12 if name == "preview" else 1
-            assert (header.frames, header.width, header.height) == (frames, 48 * enlarged, 32 * enlarged)
+            assert (header.frames, header.width, header.height) == (
+                frames,
+                48 * enlarged,
+                32 * enlarged,
+            )
             still = name == "png" or (frames == 1 and name in ("webp", "apng"))
             # WebP counts milliseconds: half of one in the length of the clip.
             tolerance = 0.51 / (1000 * frames / fps) if name == "webp" else 1e-6
@@ -198,7 +229,12 @@ def test_preview_is_the_clip_over_a_checkerboard(tmp_path):
 
 @pytest.mark.parametrize(
     ("size", "shown"),
-    [((48, 48), (384, 384)), ((400, 200), (800, 400)), ((480, 832), (480, 832)), ((8, 512), (32, 2048))],
+    [
+        ((48, 48), (384, 384)),
+        ((400, 200), (800, 400)),
+        ((480, 832), (480, 832)),
+        ((8, 512), (32, 2048)),
+    ],
 )
 def test_preview_is_enlarged_by_whole_factors(tmp_path, size, shown):
     (path,) = write_clip(tmp_path / "a", *film(1, *size), 24, ["preview"])
@@ -206,7 +242,8 @@ def test_preview_is_enlarged_by_whole_factors(tmp_path, size, shown):
 
 
 def test_preview_shows_the_guide_and_its_way(tmp_path):
-    """A circle of a third of the width that moves from the left to the right, along the middle row."""
+    """A circle of a third of the width that moves from the left to the right, along the middle
+    row."""
     rgb, alpha = torch.full((3, 9, 48, 48), -1.0), torch.ones(1, 9, 48, 48)
     ellipses = torch.tensor([[2.5 + 3 * cell, 5.5, 4.0, 4.0, 0.0] for cell in range(3)])
     guide = outlines(ellipses, 12, 12, 9)
@@ -225,7 +262,12 @@ def test_preview_shows_the_guide_and_its_way(tmp_path):
 def test_paths_follow_the_formats(tmp_path):
     stem = tmp_path / "new" / "folder" / "horse.v2"  # a dot in the stem is no suffix
     paths = write_clip(stem, *film(1), 24, ["pair", "png", "webm", "png"])
-    assert [path.name for path in paths] == ["horse.v2_fgr.mp4", "horse.v2_pha.mp4", "horse.v2_png", "horse.v2.webm"]
+    assert [path.name for path in paths] == [
+        "horse.v2_fgr.mp4",
+        "horse.v2_pha.mp4",
+        "horse.v2_png",
+        "horse.v2.webm",
+    ]
     assert sorted(stem.parent.iterdir()) == sorted(paths)
     assert [file.name for file in paths[2].iterdir()] == ["0000.png"]
     assert write_clip(stem, *film(1), 24, []) == []
@@ -267,7 +309,9 @@ def test_bad_values(tmp_path):
 
 
 def contents(folder):
-    return {file.relative_to(folder): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+    return {
+        file.relative_to(folder): file.read_bytes() for file in folder.rglob("*") if file.is_file()
+    }
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -293,10 +337,16 @@ def test_disk_full(tmp_path, monkeypatch, name, old):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setitem(video_out.WRITERS, name, full)
-    with pytest.raises(OSError, match=r"No space left on device\); [\d.]+ MB are free in .*Free some space") as error:
+    with pytest.raises(
+        OSError, match=r"No space left on device\); [\d.]+ MB are free in .*Free some space"
+    ) as error:
         write_clip(tmp_path / "a", *film(), 24, [name])
-    assert error.value.errno == errno.ENOSPC and str(tmp_path / f"a{SUFFIXES[name][0]}") in str(error.value)
-    assert contents(tmp_path) == before and len(list(tmp_path.iterdir())) == (len(SUFFIXES[name]) if old else 0)
+    assert error.value.errno == errno.ENOSPC and str(tmp_path / f"a{SUFFIXES[name][0]}") in str(
+        error.value
+    )
+    assert contents(tmp_path) == before and len(list(tmp_path.iterdir())) == (
+        len(SUFFIXES[name]) if old else 0
+    )
 
 
 @pytest.mark.parametrize("name", ["webm", "prores", "pair", "apng", "webp", "preview"])
@@ -324,7 +374,9 @@ def test_earlier_formats_stay(tmp_path, monkeypatch):
 
 def test_folder_that_is_a_file(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(OSError, match=r"file/a\.webm: not written.*name a folder that can be written"):
+    with pytest.raises(
+        OSError, match=r"file/a\.webm: not written.*name a folder that can be written"
+    ):
         write_clip(tmp_path / "file" / "a", *film(1), 24, ["webm"])
 
 

@@ -9,12 +9,14 @@ from typing import Any
 
 from wandb.proto.wandb_internal_pb2 import Record
 
-HEADER, BLOCK, CHUNK = 7, 32768, 7  # bytes of wandb's own header, of a block, of the header of a chunk in it
+# bytes of wandb's own header, of a block, of the header of a chunk in it
+HEADER, BLOCK, CHUNK = 7, 32768, 7
 
 
 @dataclass
 class WandbFile:
-    """One process's part of a run. summary is the last value of each key, exit_code None where it never finished."""
+    """One process's part of a run. summary is the last value of each key, exit_code None where it
+    never finished."""
 
     id: str = ""
     name: str = ""

@@ -1,4 +1,5 @@
-"""Train video models that output transparency, and use them: `RGBAPipeline`, `RGBAVAE`, `Clip`, `over`."""
+"""Train video models that output transparency, and use them: `RGBAPipeline`, `RGBAVAE`, `Clip`,
+`over`."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,8 @@ __all__ = ["RGBAVAE", "Clip", "RGBAPipeline", "over"]
 
 
 def __getattr__(name: str) -> Any:
-    """Imports torch when something is asked for, not before: the command line must answer at once."""
+    """Imports torch when something is asked for, not before: the command line must answer at
+    once."""
     if name == "over":
         from acetate.alpha import over
 

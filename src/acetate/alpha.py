@@ -1,4 +1,5 @@
-"""RGBA algebra. rgb is straight colour in [-1, 1], alpha is coverage in [0, 1], video is (B, C, T, H, W)."""
+"""RGBA algebra. rgb is straight colour in [-1, 1], alpha is coverage in [0, 1], video is (B, C, T,
+H, W)."""
 
 import torch
 from torch import Tensor
@@ -19,7 +20,8 @@ def over(rgb: Tensor, alpha: Tensor, background: Tensor) -> Tensor:
 
 
 def harden(alpha: Tensor, eps: float = 0.0) -> Tensor:
-    """Support of a matte, 1 where alpha > eps, in alpha's dtype; `over` with it is the hard render."""
+    """Support of a matte, 1 where alpha > eps, in alpha's dtype; `over` with it is the hard
+    render."""
     return (alpha > eps).to(alpha.dtype)
 
 
@@ -43,11 +45,13 @@ def palette_colors(indices: Tensor, dtype: torch.dtype = torch.float32) -> Tenso
 
 
 def checkerboard(height: int, width: int, cell: int = 8) -> Tensor:
-    """The editors' transparency pattern, (3, 1, H, W): light grey 0.6 and mid grey 0.2 in [-1, 1]."""
+    """The editors' transparency pattern, (3, 1, H, W): light grey 0.6 and mid grey 0.2 in [-1,
+    1]."""
     y, x = torch.arange(height)[:, None] // cell, torch.arange(width) // cell
     return (0.2 + 0.4 * ((x + y) % 2)).expand(3, 1, height, width)
 
 
 def one_channel(alpha: Tensor) -> Tensor:
-    """(B, C, T, H, W) -> (B, 1, T, H, W), the mean: what the released inference takes of its decoder's three."""
+    """(B, C, T, H, W) -> (B, 1, T, H, W), the mean: what the released inference takes of its
+    decoder's three."""
     return alpha.mean(1, keepdim=True)

@@ -1,4 +1,5 @@
-"""The one command: `acetate COMMAND [name=value ...]`. Nothing heavy is imported before a command is chosen."""
+"""The one command: `acetate COMMAND [name=value ...]`. Nothing heavy is imported before a command
+is chosen."""
 
 import difflib
 import os
@@ -15,9 +16,11 @@ HELP = ("-h", "--help")
 
 @dataclass(frozen=True)
 class Program:
-    """A command: its name, the module whose `main(config)` it runs, its config below conf/, and a line about it.
+    """A command: its name, the module whose `main(config)` it runs, its config below conf/, and a
+    line about it.
 
-    inherits: the function of `acetate.commands.inherited` that takes settings over from a run, if any.
+    inherits: the function of `acetate.commands.inherited` that takes settings over from a run, if
+    any.
     """
 
     name: str
@@ -92,7 +95,8 @@ def main(argv: Sequence[str] | None = None) -> Any:
 
 
 def run(name: str, arguments: Sequence[str] | None = None) -> Any:
-    """The command of that name, as if it had been called with the arguments, or with this process's own."""
+    """The command of that name, as if it had been called with the arguments, or with this process's
+    own."""
     from acetate.commands.program import start
 
     return start(PROGRAMS[name], list(sys.argv[1:] if arguments is None else arguments))
@@ -100,7 +104,11 @@ def run(name: str, arguments: Sequence[str] | None = None) -> Any:
 
 def overview(only: str = "") -> str:
     """All commands in groups, a line each; `only` those whose name begins with it."""
-    lines = ["acetate COMMAND [name=value ...]", "", "Trains video models that output transparency."]
+    lines = [
+        "acetate COMMAND [name=value ...]",
+        "",
+        "Trains video models that output transparency.",
+    ]
     for title, programs in GROUPS.items():
         shown = [program for program in programs if program.name.startswith(only)]
         if shown:
@@ -114,7 +122,10 @@ def overview(only: str = "") -> str:
 def _unknown(name: str) -> str:
     """The message for a command that there is not, with the nearest one."""
     if "=" in name:
-        return f"acetate: {name} is a setting, not a command; a command comes first, as in acetate train {name}"
+        return (
+            f"acetate: {name} is a setting, not a command; a command comes first, as in acetate "
+            f"train {name}"
+        )
     near = difflib.get_close_matches(name, PROGRAMS, 1, 0.5)
     near = near or [full for full in PROGRAMS if full.rpartition(" ")[2] == name.rpartition(" ")[2]]
     hint = f"; the nearest is acetate {near[0]}" if near else ""
@@ -128,13 +139,16 @@ def conf() -> Path:
 
 
 def completions(line: str) -> list[str]:
-    """What a shell may put for the last word of a command line: commands, settings, options of groups."""
+    """What a shell may put for the last word of a command line: commands, settings, options of
+    groups."""
     words = line.split(" ")[1:]
     typed = words[-1] if words else ""
     given = " ".join(words[:-1])
     name = next((name for name in PROGRAMS if given == name or given.startswith(f"{name} ")), None)
     if name is None:
-        rest = [full[len(given) + 1 if given else 0 :] for full in PROGRAMS if full.startswith(given)]
+        rest = [
+            full[len(given) + 1 if given else 0 :] for full in PROGRAMS if full.startswith(given)
+        ]
         return sorted({full.split(" ")[0] for full in rest if full.startswith(typed)})
     if "=" in typed:
         group, _, option = typed.partition("=")

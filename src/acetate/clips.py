@@ -1,4 +1,5 @@
-"""A transparent clip in memory: read from a file, laid over a colour, saved as what editors open."""
+"""A transparent clip in memory: read from a file, laid over a colour, saved as what editors
+open."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +18,9 @@ ALIASES = {"black": "key"}
 class Clip:
     """Straight colour and alpha.
 
-    rgb: (3, T, H, W) about [-1, 1]. alpha: (1, T, H, W) about [0, 1]. fps: frames a second. prompt and seed: of a
-    sampled clip. guide: (T, N, 2), the outline that it was sampled with, drawn in previews alone.
+    rgb: (3, T, H, W) about [-1, 1]. alpha: (1, T, H, W) about [0, 1]. fps: frames a second. prompt
+    and seed: of a sampled clip. guide: (T, N, 2), the outline that it was sampled with, drawn in
+    previews alone.
     """
 
     rgb: Tensor
@@ -30,7 +32,8 @@ class Clip:
 
     @classmethod
     def read(cls, path: str | Path) -> "Clip":
-        """A file or an image sequence with alpha. Raises MediaError for one that cannot be read as RGBA."""
+        """A file or an image sequence with alpha. Raises MediaError for one that cannot be read as
+        RGBA."""
         read = read_rgba(Path(path).expanduser())
         pixels = torch.from_numpy(read.frames).permute(3, 0, 1, 2).float() / 255
         return cls(pixels[:3] * 2 - 1, pixels[3:], read.fps or 16.0)
@@ -38,19 +41,21 @@ class Clip:
     def over(self, background: str | Tensor) -> Tensor:
         """The soft render over a colour, (3, T, H, W) in [-1, 1].
 
-        background: a name of the training palette (red, green, blue, cyan, magenta, yellow, key or black, white), or
-        a tensor in [-1, 1] that broadcasts against rgb. Raises ValueError for an unknown name.
+        background: a name of the training palette (red, green, blue, cyan, magenta, yellow, key or
+        black, white), or a tensor in [-1, 1] that broadcasts against rgb. Raises ValueError for an
+        unknown name.
         """
         if isinstance(background, str):
             background = background_of(background)
         return over(self.rgb.clamp(-1, 1), self.alpha.clamp(0, 1), background.to(self.rgb))
 
     def save(self, path: str | Path) -> Path:
-        """Writes the clip in the format that the name's end says, whole or not at all; returns the path.
+        """Writes the clip in the format that the name's end says, whole or not at all; returns the
+        path.
 
-        .mov ProRes 4444, .webm VP9, .webp, .apng; NAME_png: a folder of pictures; NAME_preview.mp4: over a
-        checkerboard; NAME_fgr.mp4: colour, with the matte beside it as NAME_pha.mp4. Raises ValueError for another
-        end.
+        .mov ProRes 4444, .webm VP9, .webp, .apng; NAME_png: a folder of pictures; NAME_preview.mp4:
+        over a checkerboard; NAME_fgr.mp4: colour, with the matte beside it as NAME_pha.mp4. Raises
+        ValueError for another end.
         """
         path = Path(path).expanduser()
         for name, suffixes in SUFFIXES.items():
@@ -65,5 +70,8 @@ def background_of(name: str) -> Tensor:
     """(3, 1, 1, 1) in {-1, 1}. Raises ValueError for a name that is not of the palette."""
     name = ALIASES.get(name, name)
     if name not in PALETTE_NAMES:
-        raise ValueError(f"background {name!r}; choose from {', '.join((*PALETTE_NAMES, *ALIASES))}, or give a tensor.")
+        raise ValueError(
+            f"background {name!r}; choose from {', '.join((*PALETTE_NAMES, *ALIASES))}, or give a "
+            "tensor."
+        )
     return PALETTE[PALETTE_NAMES.index(name)].view(3, 1, 1, 1)

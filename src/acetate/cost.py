@@ -1,20 +1,23 @@
-"""What training costs on N GPUs: time of a step, what the GPUs send each other, what their data needs.
+"""What training costs on N GPUs: time of a step, what the GPUs send each other, what their data
+needs.
 
     step = compute + max(0, communication - overlap * compute)
     compute = FLOPs of the step (memory.measure, recomputed ones included) / (efficiency * peak)
 
-Weak scaling: every GPU has its own batch, so that N GPUs are right with N times the clips in the time of `step`, and
-compute / step is the efficiency of scaling. Strong scaling: a batch of B clips in all, of which N GPUs take B / (N *
-batch_size) passes each; with more than B / batch_size GPUs, some have nothing to do. Communication follows rings
-(Thakur et al. 2005): of S bytes, every GPU sends and receives
+Weak scaling: every GPU has its own batch, so that N GPUs are right with N times the clips in the
+time of `step`, and compute / step is the efficiency of scaling. Strong scaling: a batch of B clips
+in all, of which N GPUs take B / (N * batch_size) passes each; with more than B / batch_size GPUs,
+some have nothing to do. Communication follows rings (Thakur et al. 2005): of S bytes, every GPU
+sends and receives
 
     all-reduce                    2 (N - 1) / N * S   in 2 (N - 1) messages
     all-gather, reduce-scatter      (N - 1) / N * S   in   (N - 1) messages
 
-at the bandwidth of the slowest link of the ring: a GPU's own within a node, else no more than that of a node, through
-which its rings leave together. DDP all-reduces the gradients of what trains. FSDP2 all-gathers every weight that
-it shards, in the precision that it is kept in, for the forward and again for the backward pass, and reduce-scatters
-the fp32 gradients of those groups of weights in which something trains.
+at the bandwidth of the slowest link of the ring: a GPU's own within a node, else no more than that
+of a node, through which its rings leave together. DDP all-reduces the gradients of what trains.
+FSDP2 all-gathers every weight that it shards, in the precision that it is kept in, for the forward
+and again for the backward pass, and reduce-scatters the fp32 gradients of those groups of weights
+in which something trains.
 
 Not in it: GPUs that wait for a slower one, other traffic on the network, validation, checkpoints.
 """
@@ -80,7 +83,8 @@ class Payload:
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one step on `gpus` GPUs. Seconds; bytes that each GPU sends; clips and bytes of data per second."""
+    """Of one step on `gpus` GPUs. Seconds; bytes that each GPU sends; clips and bytes of data per
+    second."""
 
     gpus: int
     compute: float
@@ -98,7 +102,8 @@ class Cost:
 
 
 def trained_groups(task: MeasuredTask) -> int:
-    """Of the groups of weights that FSDP2 gathers, those in which something trains. For a task after memory.build."""
+    """Of the groups of weights that FSDP2 gathers, those in which something trains. For a task
+    after memory.build."""
     count = 0
     for whole, blocks in task.sharded():
         parts = [list(block.parameters()) for block in blocks]
@@ -126,7 +131,9 @@ def ring(gpus: int, sent: Payload) -> tuple[float, float]:
     """Bytes and messages that each GPU sends."""
     share = (gpus - 1) / gpus
     rounds = 2 if sent.reduced else 1
-    return share * (2 * sent.reduced + sent.gathered + sent.scattered), rounds * (gpus - 1) * sent.collectives
+    return share * (2 * sent.reduced + sent.gathered + sent.scattered), rounds * (
+        gpus - 1
+    ) * sent.collectives
 
 
 def bandwidth(gpus: int, gpu: Gpu, assumed: Assumptions) -> float:
@@ -147,7 +154,8 @@ def cost(
     clip_bytes: float,
     accumulate: int = 1,
 ) -> Cost:
-    """batch_size: clips of a GPU and forward pass; accumulate: passes of a step. clip_bytes: read for each clip."""
+    """batch_size: clips of a GPU and forward pass; accumulate: passes of a step. clip_bytes: read
+    for each clip."""
     compute = accumulate * found.flops / (gpu.peak_tflops * 1e12 * assumed.efficiency)
     size, messages = ring(gpus, sent)
     if strategy == "fsdp":  # gathers for every pass; DDP reduces after the last
@@ -170,10 +178,14 @@ def cost(
     )
 
 
-def latent_sample_bytes(shape: tuple[int, int, int, int], tokens: int, text_dim: int, text: int = 500) -> int:
-    """Of a sample in a latent tar: both members, each with its header and filled up to whole blocks of 512 bytes.
+def latent_sample_bytes(
+    shape: tuple[int, int, int, int], tokens: int, text_dim: int, text: int = 500
+) -> int:
+    """Of a sample in a latent tar: both members, each with its header and filled up to whole blocks
+    of 512 bytes.
 
-    shape: latents (C, F, h, w), 16 bit as the prompt's embeddings (tokens, text_dim) are. text: bytes of its JSON.
+    shape: latents (C, F, h, w), 16 bit as the prompt's embeddings (tokens, text_dim) are. text:
+    bytes of its JSON.
     """
     tensors = {
         "latents": torch.zeros(shape, dtype=torch.float16),

@@ -1,4 +1,5 @@
-"""Randomness as a function of what it is for: (seed, step or epoch, clip key), never of hidden generator state."""
+"""Randomness as a function of what it is for: (seed, step or epoch, clip key), never of hidden
+generator state."""
 
 import hashlib
 from collections.abc import Sequence
@@ -8,7 +9,8 @@ from torch import Generator, Tensor
 
 
 def stable_hash(*parts: object) -> int:
-    """63 bits that depend on the parts' text alone: the same in every process, version and machine."""
+    """63 bits that depend on the parts' text alone: the same in every process, version and
+    machine."""
     digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
 
@@ -18,7 +20,8 @@ def generator_for(*parts: object, device: torch.device | str = "cpu") -> Generat
 
 
 class ClipDraws:
-    """One generator per clip of a batch; the same draws whatever the rank, the batch or the order."""
+    """One generator per clip of a batch; the same draws whatever the rank, the batch or the
+    order."""
 
     def __init__(self, keys: Sequence[str], *parts: object, device: torch.device) -> None:
         self.generators = [generator_for(*parts, key, device=device) for key in keys]
@@ -26,10 +29,14 @@ class ClipDraws:
 
     def integers(self, below: int) -> Tensor:
         """(B,) in 0..below-1, on the device."""
-        draws = [torch.randint(below, (1,), generator=g, device=self.device) for g in self.generators]
+        draws = [
+            torch.randint(below, (1,), generator=g, device=self.device) for g in self.generators
+        ]
         return torch.cat(draws)
 
     def normal(self, shape: Sequence[int]) -> Tensor:
         """(B, *shape), standard normal, fp32."""
-        draws = [torch.randn(tuple(shape), generator=g, device=self.device) for g in self.generators]
+        draws = [
+            torch.randn(tuple(shape), generator=g, device=self.device) for g in self.generators
+        ]
         return torch.stack(draws)

@@ -1,4 +1,5 @@
-"""Rectified flow with Wan's settings: 1000 training steps, shift 5 (Wan2.1; method of Liu et al. 2022)."""
+"""Rectified flow with Wan's settings: 1000 training steps, shift 5 (Wan2.1; method of Liu et al.
+2022)."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -31,7 +32,8 @@ class NoiseLevels:
 
 
 def schedule(steps: int = 1000, shift: float = 5.0) -> NoiseLevels:
-    """sigma = s*u / (1 + (s-1)*u), u = linspace(1, 0, N+1)[:-1]; w = N*y/sum(y), y = exp(-2((t-N/2)/N)^2) - min."""
+    """sigma = s*u / (1 + (s-1)*u), u = linspace(1, 0, N+1)[:-1]; w = N*y/sum(y), y =
+    exp(-2((t-N/2)/N)^2) - min."""
     u = torch.linspace(1, 0, steps + 1)[:-1]
     sigmas = shift * u / (1 + (shift - 1) * u)
     timesteps = steps * sigmas
@@ -58,7 +60,12 @@ def velocity(latents: Tensor, noise: Tensor) -> Tensor:
 
 
 def squared_error(
-    latents: Tensor, noise: Tensor, levels: NoiseLevels, ids: Tensor, field: Callable[..., Tensor], *context: Tensor
+    latents: Tensor,
+    noise: Tensor,
+    levels: NoiseLevels,
+    ids: Tensor,
+    field: Callable[..., Tensor],
+    *context: Tensor,
 ) -> Tensor:
     """|v_hat - (noise - z)|^2 at every place, in float32; v_hat = field(x_t, t, *context).
 
@@ -70,7 +77,8 @@ def squared_error(
 
 
 def mean_shift(noise: Tensor, guide: Tensor, shift: float) -> Tensor:
-    """noise + mu (1 - G): what lies outside of the guide starts brighter in every channel (Wan-Alpha, section 3.3).
+    """noise + mu (1 - G): what lies outside of the guide starts brighter in every channel
+    (Wan-Alpha, section 3.3).
 
     noise (B, C, F, h, w); guide G (B, 1, F, h, w) in [0, 1], as of `regions.gaussian`.
     """

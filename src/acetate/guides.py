@@ -1,4 +1,5 @@
-"""Where a sampled clip has its subject: an ellipse that is given, that of a clip's alpha, or a finished mask."""
+"""Where a sampled clip has its subject: an ellipse that is given, that of a clip's alpha, or a
+finished mask."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -35,11 +36,14 @@ class MaskGuide:
 Guide = EllipsePath | ClipGuide | MaskGuide
 
 
-def draw(guide: Guide, size: tuple[int, int, int], geometry: Geometry, fit: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-    """G (1, 1, F, h, w) in [0, 1] and its ellipses (1, F, 5) in cells, of a mask those around its inner part.
+def draw(
+    guide: Guide, size: tuple[int, int, int], geometry: Geometry, fit: Mapping[str, Any]
+) -> tuple[Tensor, Tensor]:
+    """G (1, 1, F, h, w) in [0, 1] and its ellipses (1, F, 5) in cells, of a mask those around its
+    inner part.
 
-    size: frames, height, width of the clip in pixels. fit: arguments of `regions.fit_ellipses`, as the DoRA was
-    trained with them. Raises ValueError for a mask of another shape.
+    size: frames, height, width of the clip in pixels. fit: arguments of `regions.fit_ellipses`, as
+    the DoRA was trained with them. Raises ValueError for a mask of another shape.
     """
     grid = geometry.latent_shape(*size)[1:]
     if isinstance(guide, MaskGuide):
@@ -57,7 +61,9 @@ def outline(ellipses: Tensor, grid: Sequence[int], frames: int) -> Tensor:
     return regions.outlines(ellipses[0], *grid[1:], frames)
 
 
-def _fitted(path: Path, size: tuple[int, int, int], geometry: Geometry, fit: Mapping[str, Any]) -> Tensor:
+def _fitted(
+    path: Path, size: tuple[int, int, int], geometry: Geometry, fit: Mapping[str, Any]
+) -> Tensor:
     frames, height, width = size
     clip = torch.from_numpy(read_rgba(path).frames)
     clip = clip[window(len(clip), frames, 0)]

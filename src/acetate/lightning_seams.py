@@ -1,4 +1,5 @@
-"""The parts of Lightning that acetate needs and that are not in its public interface, under plain names.
+"""The parts of Lightning that acetate needs and that are not in its public interface, under plain
+names.
 
 No other file touches them. pyproject.toml admits the minor version that they are tested with, and
 tests/test_lightning_seams.py has a test of each, which names the one that a new version breaks.
@@ -16,12 +17,14 @@ from lightning.pytorch.trainer.connectors.logger_connector import _LoggerConnect
 
 
 def step_is_due(trainer: Trainer) -> bool:
-    """Whether the batch at hand is the last of its optimizer step; after it, whether that step is done."""
+    """Whether the batch at hand is the last of its optimizer step; after it, whether that step is
+    done."""
     return not trainer.fit_loop._should_accumulate()
 
 
 def batch_number(trainer: Trainer) -> int:
-    """Of the training batch at hand, from 0, over all epochs and over what a checkpoint had done before."""
+    """Of the training batch at hand, from 0, over all epochs and over what a checkpoint had done
+    before."""
     return trainer.fit_loop.epoch_loop.total_batch_idx
 
 
@@ -64,7 +67,8 @@ def replaces_samplers(trainer: Trainer) -> bool:
 
 
 def leave_signals_alone(trainer: Trainer) -> None:
-    """No handler of Lightning's, which save amid a step; those of now come back when training ends."""
+    """No handler of Lightning's, which save amid a step; those of now come back when training
+    ends."""
     connector = trainer._signal_connector
     connector._original_handlers = connector._get_current_signal_handlers()
     connector.register_signal_handlers = lambda: None
@@ -76,13 +80,15 @@ def set_ddp(strategy: DDPStrategy, **settings: Any) -> None:
 
 
 def share_data_among_all(strategy: ModelParallelStrategy) -> None:
-    """Every rank reads clips of its own: data-parallel over all of them, tensor-parallel over none."""
+    """Every rank reads clips of its own: data-parallel over all of them, tensor-parallel over
+    none."""
     strategy._data_parallel_size = strategy.num_nodes * strategy.num_processes
     strategy._tensor_parallel_size = 1
 
 
 def count_in_steps(trainer: Trainer) -> None:
-    """Validations and logs of an `acetate.steps.StepTrainer` fall on optimizer steps rather than on batches."""
+    """Validations and logs of an `acetate.steps.StepTrainer` fall on optimizer steps rather than on
+    batches."""
     trainer.fit_loop.__class__ = _Fit
     trainer.fit_loop.epoch_loop.__class__ = _Steps
     trainer._logger_connector.__class__ = _StepLogs
@@ -142,7 +148,8 @@ class _StepLogs(_LoggerConnector):
 
 
 class SteeredCheckpoint(ModelCheckpoint):
-    """ModelCheckpoint, but a subclass says when it saves, and what writing and deleting one means."""
+    """ModelCheckpoint, but a subclass says when it saves, and what writing and deleting one
+    means."""
 
     @property
     def every_n_steps(self) -> int:

@@ -1,21 +1,26 @@
-"""Will it fit? What a training step holds in a GPU's memory, before anything is downloaded or started.
+"""Will it fit? What a training step holds in a GPU's memory, before anything is downloaded or
+started.
 
-The models are built from their configs and the step itself runs, forward, backward and optimizer, on tensors that
-have shapes and no numbers (FakeTensorMode), while every storage that it creates and frees is counted. Kernels are
-those of a CPU with fused attention, as on a GPU: no T x T matrix. For N GPUs, in bytes per GPU:
+The models are built from their configs and the step itself runs, forward, backward and optimizer,
+on tensors that have shapes and no numbers (FakeTensorMode), while every storage that it creates and
+frees is counted. Kernels are those of a CPU with fused attention, as on a GPU: no T x T matrix. For
+N GPUs, in bytes per GPU:
 
-    total(N) = replicated + (frozen - replicated + trainable + gradients + optimizer + EMA) / N + gathered(N)
+    total(N) = replicated + (frozen - replicated + trainable + gradients + optimizer + EMA) / N +
+    gathered(N)
                + activations + working
 
-frozen, trainable: weights, each in the precision that it is kept in. gradients: as the trainable weights. optimizer:
-AdamW's two moments. EMA: fp32. activations: what the forward pass keeps for the backward pass, and the batch.
-working: what is needed beyond that at the worst moment, the recomputed block of checkpointing included. N > 1 is
-trainer=fsdp: the batch is per GPU, so that activations do not shrink. gathered(N) is what is whole at a time: of the
-DiT the block at work, the next one and what is in no block; of the VAE the merge block or a decoder. gathered(1) = 0.
-replicated: frozen weights that every GPU holds whole (the VAE's encoder and head, perceptual networks).
+frozen, trainable: weights, each in the precision that it is kept in. gradients: as the trainable
+weights. optimizer: AdamW's two moments. EMA: fp32. activations: what the forward pass keeps for the
+backward pass, and the batch. working: what is needed beyond that at the worst moment, the
+recomputed block of checkpointing included. N > 1 is trainer=fsdp: the batch is per GPU, so that
+activations do not shrink. gathered(N) is what is whole at a time: of the DiT the block at work, the
+next one and what is in no block; of the VAE the merge block or a decoder. gathered(1) = 0.
+replicated: frozen weights that every GPU holds whole (the VAE's encoder and head, perceptual
+networks).
 
-Not in it: the CUDA context, cuDNN's workspaces and the allocator's gaps (RESERVE of a card is left for them), NCCL's
-buffers, and validation, which needs less unless its clips are larger.
+Not in it: the CUDA context, cuDNN's workspaces and the allocator's gaps (RESERVE of a card is left
+for them), NCCL's buffers, and validation, which needs less unless its clips are larger.
 """
 
 import math
@@ -51,7 +56,8 @@ M = TypeVar("M", bound=ModelMixin)
 
 @dataclass(frozen=True)
 class Footprint:
-    """Numbers of parameters and operations; all else in bytes of one GPU that holds everything. Terms as above."""
+    """Numbers of parameters and operations; all else in bytes of one GPU that holds everything.
+    Terms as above."""
 
     parameters: int
     trainable_parameters: int
@@ -65,7 +71,9 @@ class Footprint:
     replicated: int  # of the frozen weights, under FSDP2
     gathered: int  # of the others, under FSDP2
     groups: int  # of weights that FSDP2 gathers, each by itself
-    flops: int  # of a step: multiplications and additions of matrices, convolutions and attention, recomputed ones too
+    # of a step: multiplications and additions of matrices, convolutions and attention, recomputed
+    # ones too
+    flops: int
 
     def per_gpu(self, gpus: int) -> dict[str, int]:
         """Row -> bytes; the last row, total, is the sum of the others."""
@@ -118,8 +126,8 @@ class LiveStorages(TorchDispatchMode):
 
 
 class Flops(TorchDispatchMode):
-    """`total` of the operations within it, by torch's own formulas; torch's FlopCounterMode would also take fused
-    attention apart, whose memory is then another."""
+    """`total` of the operations within it, by torch's own formulas; torch's FlopCounterMode would
+    also take fused attention apart, whose memory is then another."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -137,19 +145,21 @@ class Flops(TorchDispatchMode):
 
 
 def blank_vae(source: str) -> AutoencoderKLWan:
-    """What load_vae returns, on the meta device. A source that is no diffusers folder has Wan2.1's shape."""
+    """What load_vae returns, on the meta device. A source that is no diffusers folder has Wan2.1's
+    shape."""
     return _blank(AutoencoderKLWan, _diffusers_config(source, "vae") or {}, torch.float32)
 
 
 def blank_transformer(source: str, dtype: torch.dtype) -> WanTransformer3DModel:
-    """What load_transformer returns, on the meta device. Raises ValueError for a source whose shape is not known."""
+    """What load_transformer returns, on the meta device. Raises ValueError for a source whose shape
+    is not known."""
     config = _diffusers_config(source, "transformer")
     if config is None:
         config = next((shape for size, shape in WAN21.items() if size in Path(source).name), None)
     if config is None:
         raise ValueError(
-            f"{source}: the shape of this DiT is not known. Give a diffusers folder (with transformer/config.json), or "
-            f"a source whose name says its size ({', '.join(WAN21)})."
+            f"{source}: the shape of this DiT is not known. Give a diffusers folder (with "
+            f"transformer/config.json), or a source whose name says its size ({', '.join(WAN21)})."
         )
     return _blank(WanTransformer3DModel, config, dtype)
 
@@ -157,14 +167,18 @@ def blank_transformer(source: str, dtype: torch.dtype) -> WanTransformer3DModel:
 class BlankDiT(FrozenDiT):
     """A FrozenDiT whose base has no values."""
 
-    def load(self, prepare: Callable[[WanTransformer3DModel], object] | None = None) -> WanTransformer3DModel:
+    def load(
+        self, prepare: Callable[[WanTransformer3DModel], object] | None = None
+    ) -> WanTransformer3DModel:
         transformer = blank_transformer(self.transformer, getattr(torch, self.dtype))
         if prepare is not None:
             prepare(transformer)
         return transformer
 
 
-def blank_velocity_field(*, transformer: str, prompt_length: int, dtype: str, **_: Any) -> VelocityField:
+def blank_velocity_field(
+    *, transformer: str, prompt_length: int, dtype: str, **_: Any
+) -> VelocityField:
     """What load_velocity_field returns, on the meta device."""
     model = blank_transformer(transformer, getattr(torch, dtype))
     return VelocityField(model, torch.empty(1, prompt_length, model.config.text_dim, device="meta"))
@@ -209,13 +223,15 @@ def _blank(model: type[M], config: dict[str, Any], dtype: torch.dtype) -> M:
 
 
 def build(task: MeasuredTask) -> None:
-    """configure_model() without weights; the task was instantiated with BLANK's targets in the place of loaders."""
+    """configure_model() without weights; the task was instantiated with BLANK's targets in the
+    place of loaders."""
     with torch.device("meta"):
         task.configure_model()
 
 
 def _without_numbers(module: nn.Module) -> None:
-    """Every parameter and buffer becomes a new one of the same shape and precision, of the current FakeTensorMode."""
+    """Every parameter and buffer becomes a new one of the same shape and precision, of the current
+    FakeTensorMode."""
     made: dict[int, Tensor] = {}  # tied weights stay tied
     for part in module.modules():
         for tensors in (part._parameters, part._buffers):
@@ -233,10 +249,12 @@ def _without_numbers(module: nn.Module) -> None:
 def measure(
     task: MeasuredTask, load: Load, *, precision: str, ema: bool, geometry: Geometry | None = None
 ) -> Footprint:
-    """Footprint of one training step of a task after `build` (or configure_model), whose tensors it replaces.
+    """Footprint of one training step of a task after `build` (or configure_model), whose tensors it
+    replaces.
 
-    precision: of the trainer. ema: whether an average of what trains is kept. geometry: of the VAE, where the task
-    reads latents. Raises ValueError for an unknown precision, or for clips that the task cannot take.
+    precision: of the trainer. ema: whether an average of what trains is kept. geometry: of the VAE,
+    where the task reads latents. Raises ValueError for an unknown precision, or for clips that the
+    task cannot take.
     """
     if precision not in AUTOCAST:
         raise ValueError(f"trainer.precision {precision!r}; known: {', '.join(AUTOCAST)}.")
@@ -256,7 +274,9 @@ def measure(
         known = [*task.parameters(), *task.buffers(), *(p.grad for p in trainable), *moments]
         with LiveStorages(known) as storages, Flops() as flops:
             batch = task.example_batch(load, geometry)
-            with torch.autocast("cpu", AUTOCAST[precision]) if AUTOCAST[precision] else nullcontext():
+            with (
+                torch.autocast("cpu", AUTOCAST[precision]) if AUTOCAST[precision] else nullcontext()
+            ):
                 loss = task.example_loss(batch)
             kept = storages.live
             loss.backward()
@@ -275,7 +295,9 @@ def measure(
             activations=kept,
             working=storages.peak - kept,
             replicated=frozen
-            - sum(_bytes(p for p in group.parameters() if not p.requires_grad) for group, _ in groups),
+            - sum(
+                _bytes(p for p in group.parameters() if not p.requires_grad) for group, _ in groups
+            ),
             gathered=max(_gathered(group, blocks) for group, blocks in groups),
             groups=sum(len(blocks) + 1 for _, blocks in groups),
             flops=flops.total,

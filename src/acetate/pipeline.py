@@ -16,8 +16,8 @@ from tqdm import tqdm
 from acetate.alpha import harden, over
 from acetate.clips import Clip, background_of
 from acetate.commands import device_of, inherited
+from acetate.commands.checks import check_settings
 from acetate.commands.recorded import preset_of, quoted
-from acetate.commands.rules import check_settings
 from acetate.formats.few_step import merge_few_step
 from acetate.formats.rgba_vae import load_rgba_vae
 from acetate.formats.wan_alpha import dora_from_wan_alpha
@@ -31,7 +31,10 @@ from acetate.models.weights import read_weights
 from acetate.sampling import Solver, check_size, decode, sample_clips
 
 # What the released t2v.safetensors was trained with; the file itself does not say
-RELEASED = {"mean_shift": 0.05, "ellipse": {"threshold": 0.1, "raster": "opencv", "enlargements": 10}}
+RELEASED = {
+    "mean_shift": 0.05,
+    "ellipse": {"threshold": 0.1, "raster": "opencv", "enlargements": 10},
+}
 
 
 class RGBAPipeline:
@@ -41,8 +44,8 @@ class RGBAPipeline:
         for clip in pipeline("a ring of fire", guide=EllipsePath(centre=(0.3, 0.5))):
             clip.save("ring.mov")
 
-    Every part is loaded when it is first needed, and the text encoder is gone before the DiT comes. `facts` is what
-    the DoRA says of itself.
+    Every part is loaded when it is first needed, and the text encoder is gone before the DiT comes.
+    `facts` is what the DoRA says of itself.
     """
 
     def __init__(self, config: DictConfig) -> None:
@@ -53,9 +56,10 @@ class RGBAPipeline:
     def load(cls, dora: str | None = "outputs/demo_dit", **settings: Any) -> "RGBAPipeline":
         """A pipeline with the DoRA of a run, a checkpoint or a file; None: the base alone.
 
-        settings: of `acetate sample`, such as rgba_vae, wan, device, decode_chunk, offload, few_step={"lora": FILE}.
-        What is not given is what the run of the DoRA recorded. Raises SettingError for a value that breaks its rule,
-        FileNotFoundError and ValueError where a file is missing or is of another kind or base.
+        settings: of `acetate sample`, such as rgba_vae, wan, device, decode_chunk, offload,
+        few_step={"lora": FILE}. What is not given is what the run of the DoRA recorded. Raises
+        SettingError for a value that breaks its rule, FileNotFoundError and ValueError where a file
+        is missing or is of another kind or base.
         """
         return cls(_config({"dora": dora, **settings}))
 
@@ -109,12 +113,14 @@ class RGBAPipeline:
         negative_prompt: str | None = None,
         batch_size: int | None = None,
     ) -> Iterator[Clip]:
-        """Clips as they are made; the one at place n has seed + n, and the same seed gives the same clip.
+        """Clips as they are made; the one at place n has seed + n, and the same seed gives the same
+        clip.
 
-        frames: 4k+1. height, width: multiples of the VAE's stride times the DiT's patch. guide: where the subject is,
-        one for all or one for each prompt. solver: or steps and guidance alone, by default those of `acetate sample`.
-        Raises ValueError for a size that the models cannot make, for another VAE or text encoder than the DoRA was
-        trained with, and for a guide without a mean shift.
+        frames: 4k+1. height, width: multiples of the VAE's stride times the DiT's patch. guide:
+        where the subject is, one for all or one for each prompt. solver: or steps and guidance
+        alone, by default those of `acetate sample`. Raises ValueError for a size that the models
+        cannot make, for another VAE or text encoder than the DoRA was trained with, and for a guide
+        without a mean shift.
         """
         config = self.config
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
@@ -144,7 +150,9 @@ class RGBAPipeline:
                 device=self.device,
                 offload=config.offload,
             )
-            for (rgb, alpha), prompt, number, line in zip(made, prompts[part], seeds, outlines[part], strict=True):
+            for (rgb, alpha), prompt, number, line in zip(
+                made, prompts[part], seeds, outlines[part], strict=True
+            ):
                 yield Clip(rgb, alpha, config.fps, prompt, number, line)
 
     def embed(self, prompts: Sequence[str]) -> tuple[dict[str, Tensor], str]:
@@ -161,7 +169,9 @@ class RGBAPipeline:
             return None, [None] * count
         guides = list(guide) if isinstance(guide, Sequence) else [guide]
         if len(guides) not in (1, count):
-            raise ValueError(f"{len(guides)} guides for {count} prompts; give one, or one for each.")
+            raise ValueError(
+                f"{len(guides)} guides for {count} prompts; give one, or one for each."
+            )
         fit = self.facts.get("ellipse", {})
         drawn = [draw(one, size, self.vae.geometry, fit) for one in guides]
         grid = self.vae.geometry.latent_shape(*size)[1:]
@@ -185,7 +195,8 @@ class RGBAVAE:
     def load(cls, rgba_vae: str | Sequence[str] = "outputs/demo", **settings: Any) -> "RGBAVAE":
         """The RGBA-VAE of a run, a checkpoint or a file; settings: wan, decode_chunk, device.
 
-        Raises FileNotFoundError and ValueError where a file is missing or is of another kind or base.
+        Raises FileNotFoundError and ValueError where a file is missing or is of another kind or
+        base.
         """
         source = rgba_vae if isinstance(rgba_vae, str) else list(rgba_vae)
         pipeline = RGBAPipeline(_config({"dora": None, "rgba_vae": source, **settings}))
@@ -195,10 +206,14 @@ class RGBAVAE:
     def encode(self, clip: Clip, background: str = "key") -> Tensor:
         """Normalised latents (1, C, F, h, w), as the DiT sees them.
 
-        background: what the encoder finds behind the hard-rendered subject. Raises ValueError for a clip that is not
-        4k+1 frames of sides that the stride divides, and for files that only decode.
+        background: what the encoder finds behind the hard-rendered subject. Raises ValueError for a
+        clip that is not 4k+1 frames of sides that the stride divides, and for files that only
+        decode.
         """
-        rgb, alpha = clip.rgb[None].to(self.device).clamp(-1, 1), clip.alpha[None].to(self.device).clamp(0, 1)
+        rgb, alpha = (
+            clip.rgb[None].to(self.device).clamp(-1, 1),
+            clip.alpha[None].to(self.device).clamp(0, 1),
+        )
         hard = over(rgb, harden(alpha), background_of(background)[None].to(rgb))
         return self.model.normalise(self.model.encode(hard, alpha))
 
@@ -217,8 +232,11 @@ def _config(settings: Mapping[str, Any]) -> DictConfig:
     return config
 
 
-def solver_of(config: DictConfig, steps: int | None = None, guidance: float | None = None) -> Solver:
-    """Of a config of `acetate sample`. A few-step LoRA means 4 steps without guidance, unless they are given."""
+def solver_of(
+    config: DictConfig, steps: int | None = None, guidance: float | None = None
+) -> Solver:
+    """Of a config of `acetate sample`. A few-step LoRA means 4 steps without guidance, unless they
+    are given."""
     few = config.few_step.lora is not None
     values = {"steps": 4 if few else 50, "guidance": 1.0 if few else 5.0}
     for name, given in (("steps", steps), ("guidance", guidance)):
@@ -228,7 +246,8 @@ def solver_of(config: DictConfig, steps: int | None = None, guidance: float | No
 
 
 def load_dit(config: DictConfig, device: str) -> tuple[WanTransformer3DModel, dict[str, Any]]:
-    """The DiT with DoRA, then the few-step LoRA, merged into its weights; and what the DoRA file says of itself."""
+    """The DiT with DoRA, then the few-step LoRA, merged into its weights; and what the DoRA file
+    says of itself."""
     transformer = load_transformer(config.wan.transformer, getattr(torch, config.wan.dtype))
     facts: dict[str, Any] = {}
     if config.dora is not None:
@@ -236,17 +255,22 @@ def load_dit(config: DictConfig, device: str) -> tuple[WanTransformer3DModel, di
     if config.few_step.lora is not None:
         path = Path(config.few_step.lora).expanduser()
         if not path.exists():
-            raise FileNotFoundError(f"few_step.lora={path} does not exist. Give a file, or a folder of its shards.")
+            raise FileNotFoundError(
+                f"few_step.lora={path} does not exist. Give a file, or a folder of its shards."
+            )
         merge_few_step(transformer, read_weights(path), config.few_step.strength, str(path))
     return transformer.to(device), facts
 
 
 def put_dora(transformer: WanTransformer3DModel, source: str) -> dict[str, Any]:
-    """Merges adapters of experiment=dit_dora, or of the released t2v.safetensors (alpha = rank, no metadata)."""
+    """Merges adapters of experiment=dit_dora, or of the released t2v.safetensors (alpha = rank, no
+    metadata)."""
     path = Path(source).expanduser()
     if path.is_file() and released(state := read_weights(path)):
         adapters, facts = dora_from_wan_alpha(state, str(path)), dict(RELEASED)
-        rank = alpha = next(value.shape[0] for name, value in adapters.items() if ".lora_A." in name)
+        rank = alpha = next(
+            value.shape[0] for name, value in adapters.items() if ".lora_A." in name
+        )
     else:
         path, state, facts = read_adapters(source, kind="dit_dora")
         adapters = {name.removeprefix("transformer."): value for name, value in state.items()}
@@ -254,8 +278,8 @@ def put_dora(transformer: WanTransformer3DModel, source: str) -> dict[str, Any]:
         found = transformer_sha256(transformer)
         if found != facts["transformer_sha256"]:
             raise ValueError(
-                f"{path} was trained on another DiT ({facts['base']}). {wan_for(facts)}, or the files as "
-                "wan.transformer=."
+                f"{path} was trained on another DiT ({facts['base']}). {wan_for(facts)}, or the "
+                "files as wan.transformer=."
             )
     add_dora(transformer, rank, alpha)
     load_trainable(transformer, adapters, str(path))
@@ -274,16 +298,23 @@ def released(state: dict[str, Tensor]) -> bool:
 
 
 def check_models(facts: dict[str, Any], vae: RGBADecoders, text_sha256: str) -> None:
-    """Raises ValueError for a VAE or a text encoder that the DoRA was not trained with; warns where no file tells."""
+    """Raises ValueError for a VAE or a text encoder that the DoRA was not trained with; warns where
+    no file tells."""
     for name, found, way_out in (
-        ("vae_sha256", vae.latents_sha256(), "Give the rgba_vae= that its latents were cached with."),
+        (
+            "vae_sha256",
+            vae.latents_sha256(),
+            "Give the rgba_vae= that its latents were cached with.",
+        ),
         ("text_encoder_sha256", text_sha256, "Choose the wan= that its latents were cached with."),
     ):
         if found is None and name in facts:
             warnings.warn(
-                f"rgba_vae holds decoders only, which do not say whether they are of the VAE ({facts[name][:12]}) that "
-                "this DoRA was trained with.",
+                "rgba_vae holds decoders only, which do not say whether they are of the VAE "
+                f"({facts[name][:12]}) that this DoRA was trained with.",
                 stacklevel=2,
             )
         elif facts.get(name, found) != found:
-            raise ValueError(f"The DoRA's {name} is {facts[name][:12]}, this one's {found[:12]}. {way_out}")
+            raise ValueError(
+                f"The DoRA's {name} is {facts[name][:12]}, this one's {found[:12]}. {way_out}"
+            )

@@ -7,8 +7,12 @@ from typing import Any
 HIDDEN = "***"
 SECRET = re.compile(r"key|token|secret|passw|credential|signature|storage_options", re.IGNORECASE)
 COUNTS = re.compile(r"token", re.IGNORECASE)  # prompt_tokens=128 is no secret
-LOGIN = re.compile(r"(?<=://)[^/\s@]+(?=@)")  # of a URL: user, password, or a token in the place of both
-QUERY = re.compile(r"(?<=[?&])([^=&#\s]*(?:key|token|secret|passw|credential|sig)[^=&#\s]*)=[^&#\s]*", re.IGNORECASE)
+# of a URL: user, password, or a token in the place of both
+LOGIN = re.compile(r"(?<=://)[^/\s@]+(?=@)")
+QUERY = re.compile(
+    r"(?<=[?&])([^=&#\s]*(?:key|token|secret|passw|credential|sig)[^=&#\s]*)=[^&#\s]*",
+    re.IGNORECASE,
+)
 OVERRIDE = re.compile(r"(?s)([+~-]{0,2}[\w.@/-]+)=(.*)")  # name=value, as on a command line
 
 

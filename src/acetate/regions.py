@@ -1,4 +1,5 @@
-"""Alpha on the latent grid: opaque, empty and mixed cells, and the Gaussian ellipse around the subject."""
+"""Alpha on the latent grid: opaque, empty and mixed cells, and the Gaussian ellipse around the
+subject."""
 
 from collections.abc import Callable
 
@@ -14,7 +15,8 @@ GROWTH, INSIDE = 1.12, 0.98
 
 
 def largest_per_cell(x: Tensor, time_stride: int, space_stride: int) -> Tensor:
-    """Largest value per latent cell, (B, 1, T, H, W) -> (B, 1, F, h, w); cell 0 sees frame 0 only."""
+    """Largest value per latent cell, (B, 1, T, H, W) -> (B, 1, F, h, w); cell 0 sees frame 0
+    only."""
     s = space_stride
     first = F.max_pool3d(x[:, :, :1], (1, s, s))
     if x.shape[2] == 1:
@@ -22,27 +24,32 @@ def largest_per_cell(x: Tensor, time_stride: int, space_stride: int) -> Tensor:
     return torch.cat([first, F.max_pool3d(x[:, :, 1:], (time_stride, s, s))], 2)
 
 
-def check_clip_shape(frames: int, height: int, width: int, time_stride: int, space_stride: int) -> None:
-    """Raises ValueError unless frames = time_stride * k + 1 and both sides are multiples of space_stride."""
+def check_clip_shape(
+    frames: int, height: int, width: int, time_stride: int, space_stride: int
+) -> None:
+    """Raises ValueError unless frames = time_stride * k + 1 and both sides are multiples of
+    space_stride."""
     if frames < 1 or (frames - 1) % time_stride:
         lower = max(1, frames - (frames - 1) % time_stride)
         raise ValueError(
             f"{frames} frames; this VAE needs {time_stride}k+1 frames "
-            f"({', '.join(str(1 + time_stride * k) for k in range(1, 4))}, ...). Use frames={lower}."
+            f"({', '.join(str(1 + time_stride * k) for k in range(1, 4))}, ...). Use "
+            f"frames={lower}."
         )
     for name, side in (("height", height), ("width", width)):
         if side < space_stride or side % space_stride:
             raise ValueError(
-                f"{name} {side}; this VAE needs multiples of {space_stride}. "
-                f"Use {name}={max(space_stride, side - side % space_stride)}."
+                f"{name} {side}; this VAE needs multiples of {space_stride}. Use "
+                f"{name}={max(space_stride, side - side % space_stride)}."
             )
 
 
 def cells(alpha: Tensor, time_stride: int, space_stride: int, eps: float = 0.0) -> Tensor:
     """Region of every latent cell.
 
-    alpha (B, 1, T, H, W) in [0, 1] -> int8 (B, 1, F, h, w): OPAQUE where all pixels that the cell sees are
-    >= 1 - eps, EMPTY where all are <= eps, else MIXED. Raises ValueError for a shape the VAE cannot encode.
+    alpha (B, 1, T, H, W) in [0, 1] -> int8 (B, 1, F, h, w): OPAQUE where all pixels that the cell
+    sees are >= 1 - eps, EMPTY where all are <= eps, else MIXED. Raises ValueError for a shape the
+    VAE cannot encode.
     """
     check_clip_shape(*alpha.shape[2:], time_stride, space_stride)
     lowest = -largest_per_cell(-alpha, time_stride, space_stride)
@@ -65,17 +72,19 @@ def fit_ellipses(
 ) -> Tensor:
     """The ellipse around the subject, per latent frame (Wan-Alpha, section 3.3).
 
-    alpha (B, 1, T, H, W) in [0, 1] -> float64 (B, F, 5): centre x, y, full major and minor length in latent cells,
-    angle in degrees from x towards y; zeros where nothing is covered. A pixel counts from alpha > threshold on, a
-    cell from 0.2 of its pixels on: their mean is the centre, their extents along their principal components are the
-    lengths, at least 2, grown by 1.12 until 98 % of them lie inside. The angle is that of the cells from 0.9 on,
-    where there are 5. Fewer than 5 cells: their box. aligned: centre and lengths are measured along the drawn
-    angle. raster: `exact`, or `opencv` as in the released code, which enlarges 8 times at most in training and 10
+    alpha (B, 1, T, H, W) in [0, 1] -> float64 (B, F, 5): centre x, y, full major and minor length
+    in latent cells, angle in degrees from x towards y; zeros where nothing is covered. A pixel
+    counts from alpha > threshold on, a cell from 0.2 of its pixels on: their mean is the centre,
+    their extents along their principal components are the lengths, at least 2, grown by 1.12 until
+    98 % of them lie inside. The angle is that of the cells from 0.9 on, where there are 5. Fewer
+    than 5 cells: their box. aligned: centre and lengths are measured along the drawn angle. raster:
+    `exact`, or `opencv` as in the released code, which enlarges 8 times at most in training and 10
     times at inference, and never aligns. Raises ValueError for a shape the VAE cannot encode.
     """
     check_clip_shape(*alpha.shape[2:], time_stride, space_stride)
     inside = _raster(raster)
-    covered = _mean_pool((alpha > threshold).double(), time_stride, space_stride)[:, 0]  # (B, F, h, w)
+    # (B, F, h, w)
+    covered = _mean_pool((alpha > threshold).double(), time_stride, space_stride)[:, 0]
     frames = covered.flatten(0, 1)
     shape = frames > SHAPE_COVERAGE
     x, y = _grid(*frames.shape[1:], frames.device)
@@ -85,7 +94,9 @@ def fit_ellipses(
     _, oriented_axes = _principal(oriented, x, y)
     drawn = torch.where((oriented.sum((1, 2)) >= FEWEST_CELLS)[:, None, None], oriented_axes, axes)
     measured = drawn if aligned else axes
-    (u_low, u_high), (v_low, v_high) = (_extent(shape, mean, measured[:, :, i], x, y) for i in (0, 1))
+    (u_low, u_high), (v_low, v_high) = (
+        _extent(shape, mean, measured[:, :, i], x, y) for i in (0, 1)
+    )
     centre = mean
     if aligned:
         middle = torch.stack([u_low + u_high, v_low + v_high], 1) / 2
@@ -95,7 +106,9 @@ def fit_ellipses(
     x_low, x_high, y_low, y_high = _box(shape, x, y)
     few = (count < FEWEST_CELLS)[:, None]
     centre = torch.where(few, torch.stack([x_low + x_high, y_low + y_high], 1) / 2, centre)
-    lengths = torch.where(few, torch.stack([x_high - x_low, y_high - y_low], 1), lengths).clamp_min(SHORTEST_AXIS)
+    lengths = torch.where(few, torch.stack([x_high - x_low, y_high - y_low], 1), lengths).clamp_min(
+        SHORTEST_AXIS
+    )
     angle = torch.where(few[:, 0], 0, angle)
     lengths = _grow(shape, centre, lengths, angle, inside, enlargements)
     ellipses = torch.cat([centre, lengths, angle[:, None]], 1) * (count > 0)[:, None]
@@ -103,9 +116,11 @@ def fit_ellipses(
 
 
 def gaussian(ellipses: Tensor, height: int, width: int) -> Tensor:
-    """exp(-(u/a)^2/2 - (v/b)^2/2) with half axes a and b, stretched to [0, 1] on the grid of every latent frame.
+    """exp(-(u/a)^2/2 - (v/b)^2/2) with half axes a and b, stretched to [0, 1] on the grid of every
+    latent frame.
 
-    ellipses (B, F, 5) as of `fit_ellipses` -> (B, 1, F, height, width) in float32; 0 where the lengths are 0.
+    ellipses (B, F, 5) as of `fit_ellipses` -> (B, 1, F, height, width) in float32; 0 where the
+    lengths are 0.
     """
     u, v = _within(ellipses.double().flatten(0, 1), height, width)
     g = torch.exp((-0.5 * (u**2 + v**2)).clamp_min(-50))
@@ -116,8 +131,8 @@ def gaussian(ellipses: Tensor, height: int, width: int) -> Tensor:
 
 
 def outlines(ellipses: Tensor, height: int, width: int, frames: int) -> Tensor:
-    """Points around the ellipses, to draw them over a clip of so many frames: (frames, 64, 2), each x and y as shares
-    of the picture's width and height; NaN where the lengths are 0.
+    """Points around the ellipses, to draw them over a clip of so many frames: (frames, 64, 2), each
+    x and y as shares of the picture's width and height; NaN where the lengths are 0.
 
     ellipses (F, 5) as of `fit_ellipses`, in cells of a grid of `height` x `width`.
     """
@@ -147,7 +162,8 @@ def _grid(height: int, width: int, device: torch.device) -> tuple[Tensor, Tensor
 
 
 def _principal(cells: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean (N, 2) and principal axes (N, 2, 2), columns from the longest, of the cells (N, h, w)."""
+    """Mean (N, 2) and principal axes (N, 2, 2), columns from the longest, of the cells (N, h,
+    w)."""
     weights = cells.double()
     count = weights.sum((1, 2)).clamp_min(1)
     mean = torch.stack([(weights * x).sum((1, 2)), (weights * y).sum((1, 2))], 1) / count[:, None]
@@ -157,7 +173,9 @@ def _principal(cells: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     return mean, torch.linalg.eigh(covariance).eigenvectors.flip(-1)
 
 
-def _extent(cells: Tensor, mean: Tensor, axis: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+def _extent(
+    cells: Tensor, mean: Tensor, axis: Tensor, x: Tensor, y: Tensor
+) -> tuple[Tensor, Tensor]:
     """Lowest and highest coordinate of the cells along an axis (N, 2) through the mean."""
     dx, dy = x - mean[:, 0, None, None], y - mean[:, 1, None, None]
     along = dx * axis[:, 0, None, None] + dy * axis[:, 1, None, None]
@@ -206,12 +224,22 @@ def _raster(name: str) -> Callable[..., Tensor]:
 
 
 def _grow(
-    cells: Tensor, centre: Tensor, lengths: Tensor, angle: Tensor, raster: Callable[..., Tensor], enlargements: int
+    cells: Tensor,
+    centre: Tensor,
+    lengths: Tensor,
+    angle: Tensor,
+    raster: Callable[..., Tensor],
+    enlargements: int,
 ) -> Tensor:
-    """Lengths (N, 2) times the power of GROWTH that first has INSIDE of the cells inside, or the most of them."""
+    """Lengths (N, 2) times the power of GROWTH that first has INSIDE of the cells inside, or the
+    most of them."""
     height, width = cells.shape[1:]
     count = cells.sum((1, 2)).clamp_min(1)
-    best, best_lengths, done = torch.zeros_like(angle), lengths, torch.zeros_like(angle, dtype=torch.bool)
+    best, best_lengths, done = (
+        torch.zeros_like(angle),
+        lengths,
+        torch.zeros_like(angle, dtype=torch.bool),
+    )
     for _ in range(enlargements):
         share = (raster(centre, lengths, angle, height, width) & cells).sum((1, 2)) / count
         better = ~done & (share > best)

@@ -13,39 +13,47 @@ if TYPE_CHECKING:  # importing torch takes seconds
 
 
 def check_out(path: Path, *, folder: bool = False, name: str = "out") -> None:
-    """Whether a file, or a folder, can be made there: OSError before any work, which names the setting.
+    """Whether a file, or a folder, can be made there: OSError before any work, which names the
+    setting.
 
     Parents that are missing are no fault; whoever writes makes them.
     """
     if not folder and path.is_dir():
-        raise IsADirectoryError(f"{name}={path} is a folder; name a file, such as {name}={path / 'NAME'}")
+        raise IsADirectoryError(
+            f"{name}={path} is a folder; name a file, such as {name}={path / 'NAME'}"
+        )
     if folder and path.exists() and not path.is_dir():
         raise NotADirectoryError(f"{name}={path} is a file; name a folder, which may be new")
     inside = path if folder else path.parent
     there = next(place for place in (inside, *inside.absolute().parents) if place.exists())
     if not there.is_dir():
-        raise NotADirectoryError(f"{name}={path}: {there} is a file, so that nothing can be made in it")
+        raise NotADirectoryError(
+            f"{name}={path}: {there} is a file, so that nothing can be made in it"
+        )
     if not os.access(there, os.W_OK | os.X_OK):
         raise PermissionError(f"{name}={path}: {there} cannot be written to; name another place")
 
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """OSError with the path, the room there and the way out for one that the block raises; it only writes."""
+    """OSError with the path, the room there and the way out for one that the block raises; it only
+    writes."""
     try:
         yield
     except OSError as error:
         there = next(place for place in path.absolute().parents if place.exists())
         free = shutil.disk_usage(there).free / 2**20
         raise OSError(
-            f"{path} could not be written ({error.strerror or error}); {free:,.0f} MiB are free there. Make room "
-            "or name another place and run the same command again, which keeps what is finished."
+            f"{path} could not be written ({error.strerror or error}); {free:,.0f} MiB are free "
+            "there. Make room or name another place and run the same command again, which keeps "
+            "what is finished."
         ) from error
 
 
 @contextmanager
 def written(path: Path) -> Iterator[TextIO]:
-    """A text that takes the path's place when the block ends, whole or not at all; OSError as in `writing`."""
+    """A text that takes the path's place when the block ends, whole or not at all; OSError as in
+    `writing`."""
     temporary = path.with_name(path.name + ".tmp")
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -65,8 +73,8 @@ def write_json(path: Path, value: object) -> None:
 
 
 def rename_over(temporary: Path, path: Path) -> None:
-    """Atomic for files. Folders cannot be renamed over, nor over files: what is there steps aside first, where
-    `standing` finds it, and comes back if the second rename fails."""
+    """Atomic for files. Folders cannot be renamed over, nor over files: what is there steps aside
+    first, where `standing` finds it, and comes back if the second rename fails."""
     if not os.path.lexists(path) or not (temporary.is_dir() or path.is_dir()):
         os.replace(temporary, path)
         return
@@ -83,7 +91,8 @@ def rename_over(temporary: Path, path: Path) -> None:
 
 
 def standing(path: Path) -> Path:
-    """The path; or what was to be replaced there, where a process was killed between the two renames."""
+    """The path; or what was to be replaced there, where a process was killed between the two
+    renames."""
     return _aside(path) if not path.exists() and _aside(path).exists() else path
 
 
@@ -102,12 +111,14 @@ def unwritten(path: Path, error: object) -> OSError:
         advice = "Earlier checkpoints are whole: make room and go on with resume=last."
     else:
         advice = "There is no earlier checkpoint: make room and start again."
-    return OSError(f"{path} could not be written ({error}); {free:.0f} MiB are free there. {advice}")
+    return OSError(
+        f"{path} could not be written ({error}); {free:.0f} MiB are free there. {advice}"
+    )
 
 
 def write_tensors(tensors: "Mapping[str, Tensor]", path: Path, metadata: Mapping[str, str]) -> None:
-    """safetensors' save_file, which makes private files and writes metadata in any order: here the umask
-    decides, and equal contents are equal bytes."""
+    """safetensors' save_file, which makes private files and writes metadata in any order: here the
+    umask decides, and equal contents are equal bytes."""
     from safetensors.torch import save_file
 
     save_file(dict(tensors), path, dict(metadata))
@@ -123,7 +134,8 @@ def write_tensors(tensors: "Mapping[str, Tensor]", path: Path, metadata: Mapping
 
 
 def as_umask_says(path: Path) -> None:
-    """The mode of a file, or of a folder and all that is in it: what open and mkdir would have given."""
+    """The mode of a file, or of a folder and all that is in it: what open and mkdir would have
+    given."""
     for each in (path, *(path.rglob("*") if path.is_dir() else ())):
         if not each.is_symlink():
             each.chmod(new_mode(folder=each.is_dir()))

@@ -6,7 +6,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler, WanTransformer3DModel
+from diffusers import (
+    FlowMatchEulerDiscreteScheduler,
+    UniPCMultistepScheduler,
+    WanTransformer3DModel,
+)
 from torch import Tensor
 from tqdm import tqdm
 
@@ -23,7 +27,8 @@ SOLVERS = ("unipc", "euler")
 
 @dataclass(frozen=True)
 class Solver:
-    """How noise becomes latents. guidance 1 runs the DiT once a step, without the negative prompt."""
+    """How noise becomes latents. guidance 1 runs the DiT once a step, without the negative
+    prompt."""
 
     name: str = "unipc"
     steps: int = 50
@@ -36,17 +41,25 @@ class Solver:
         if self.steps < 1:
             raise ValueError(f"steps={self.steps}; at least 1. Use 50, or 4 with a few-step LoRA.")
 
-    def scheduler(self, device: torch.device | str) -> FlowMatchEulerDiscreteScheduler | UniPCMultistepScheduler:
-        """With its timesteps set: u = linspace(1, 0, steps + 1)[:-1], sigma = shift u / (1 + (shift - 1) u).
+    def scheduler(
+        self, device: torch.device | str
+    ) -> FlowMatchEulerDiscreteScheduler | UniPCMultistepScheduler:
+        """With its timesteps set: u = linspace(1, 0, steps + 1)[:-1], sigma = shift u / (1 + (shift
+        - 1) u).
 
         UniPC's, as diffusers sets them, are whole timesteps, close to these.
         """
         if self.name == "euler":
             euler = FlowMatchEulerDiscreteScheduler(shift=self.shift)
-            euler.set_timesteps(sigmas=np.linspace(1, 0, self.steps + 1)[:-1].tolist(), device=device)
+            euler.set_timesteps(
+                sigmas=np.linspace(1, 0, self.steps + 1)[:-1].tolist(), device=device
+            )
             return euler
         unipc = UniPCMultistepScheduler(
-            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=self.shift, num_train_timesteps=1000
+            prediction_type="flow_prediction",
+            use_flow_sigmas=True,
+            flow_shift=self.shift,
+            num_train_timesteps=1000,
         )
         unipc.set_timesteps(self.steps, device=device)
         return unipc
@@ -56,8 +69,8 @@ class Solver:
 class EllipsePath:
     """A guide that moves evenly from its first to its last frame.
 
-    centre: (x, y) as shares of width and height. axes: full major and minor length as shares of the shorter side.
-    angle: degrees from x towards y. The end_ values default to the first ones.
+    centre: (x, y) as shares of width and height. axes: full major and minor length as shares of the
+    shorter side. angle: degrees from x towards y. The end_ values default to the first ones.
     """
 
     centre: tuple[float, float] = (0.5, 0.5)
@@ -70,48 +83,66 @@ class EllipsePath:
     def __post_init__(self) -> None:
         for name, axes in (("axes", self.axes), ("end_axes", self.end_axes)):
             if axes is not None and min(axes) <= 0:
-                raise ValueError(f"guide.{name}={list(axes)}; lengths are positive shares of the shorter side.")
+                raise ValueError(
+                    f"guide.{name}={list(axes)}; lengths are positive shares of the shorter side."
+                )
 
     def ellipses(self, frames: int, height: int, width: int) -> Tensor:
-        """(1, F, 5) in cells of a latent grid, as `regions.fit_ellipses` gives them; `regions.gaussian` draws them."""
+        """(1, F, 5) in cells of a latent grid, as `regions.fit_ellipses` gives them;
+        `regions.gaussian` draws them."""
         short = min(height, width)
         start = [*self.centre, *self.axes, self.angle]
         end = [*(self.end_centre or self.centre), *(self.end_axes or self.axes)]
         end.append(self.angle if self.end_angle is None else self.end_angle)
         along = torch.linspace(0, 1, frames, dtype=torch.float64)[:, None]
-        path = torch.tensor(start, dtype=torch.float64) * (1 - along) + torch.tensor(end, dtype=torch.float64) * along
+        path = (
+            torch.tensor(start, dtype=torch.float64) * (1 - along)
+            + torch.tensor(end, dtype=torch.float64) * along
+        )
         scale = torch.tensor([width, height, short, short, 1], dtype=torch.float64)
-        # A share of 0.5 is the middle of the picture: between the cells (w - 1) / 2, counted from their centres
+        # A share of 0.5 is the middle of the picture: between the cells (w - 1) / 2, counted from
+        # their centres
         offset = torch.tensor([0.5, 0.5, 0, 0, 0], dtype=torch.float64)
         return (path * scale - offset)[None]
 
 
-def check_size(frames: int, height: int, width: int, geometry: Geometry, patch: Sequence[int]) -> None:
+def check_size(
+    frames: int, height: int, width: int, geometry: Geometry, patch: Sequence[int]
+) -> None:
     """Raises ValueError for a clip that the VAE or the DiT cannot make."""
     check_clip_shape(frames, height, width, geometry.time_stride, geometry.space_stride * patch[1])
 
 
 def initial_noise(
-    seeds: Sequence[int], shape: Sequence[int], guide: Tensor | None, mean_shift: float, device: torch.device | str
+    seeds: Sequence[int],
+    shape: Sequence[int],
+    guide: Tensor | None,
+    mean_shift: float,
+    device: torch.device | str,
 ) -> Tensor:
-    """(B, C, F, h, w): the same for a seed in any batch and on any device, shifted outside of the guide.
+    """(B, C, F, h, w): the same for a seed in any batch and on any device, shifted outside of the
+    guide.
 
     guide: G in [0, 1], (1 or B, 1, F, h, w), as of `regions.gaussian`.
 
-    A model that was trained with a shift and is sampled without a guide gets no subject: that warns.
+    A model that was trained with a shift and is sampled without a guide gets no subject: that
+    warns.
     """
     draws = [torch.randn(tuple(shape), generator=generator_for("sample", seed)) for seed in seeds]
     noise = torch.stack(draws).to(device)
     if guide is None:
         if mean_shift:
             warnings.warn(
-                f"This DiT was trained with a mean shift of {mean_shift}, and no guide says where the subject is: "
-                "clips may be empty or full. Give guide.centre=[0.5,0.5] guide.axes=[0.7,0.7] or guide.clip=FILE.",
+                f"This DiT was trained with a mean shift of {mean_shift}, and no guide says where "
+                "the subject is: clips may be empty or full. Give guide.centre=[0.5,0.5] "
+                "guide.axes=[0.7,0.7] or guide.clip=FILE.",
                 stacklevel=2,
             )
         return noise
     if not mean_shift:
-        raise ValueError("A guide does nothing without a mean shift. Give mean_shift=0.05, or no guide.")
+        raise ValueError(
+            "A guide does nothing without a mean shift. Give mean_shift=0.05, or no guide."
+        )
     return flow.mean_shift(noise, guide.to(device), mean_shift)
 
 
@@ -124,11 +155,14 @@ def sample_latents(
     solver: Solver,
     progress: bool = True,
 ) -> Tensor:
-    """Normalised latents like noise (B, C, F, h, w). context (B, L, D); negative (1, L, D) is used by guidance."""
+    """Normalised latents like noise (B, C, F, h, w). context (B, L, D); negative (1, L, D) is used
+    by guidance."""
     scheduler = solver.scheduler(noise.device)
     x = noise
     negative = negative.expand_as(context)
-    for t in tqdm(scheduler.timesteps, desc="sample", unit="step", disable=not progress, leave=False):
+    for t in tqdm(
+        scheduler.timesteps, desc="sample", unit="step", disable=not progress, leave=False
+    ):
         timestep = t.to(noise.device, torch.float32).expand(len(x))
         v = velocity(transformer, x, timestep, context)
         if solver.guidance != 1:
@@ -139,8 +173,11 @@ def sample_latents(
 
 
 @torch.no_grad()
-def decode(vae: RGBADecoders, latents: Tensor, clips_at_once: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
-    """rgb (3, T, H, W) and alpha (1, T, H, W) of every clip, on the CPU; `vae.chunk` bounds the memory."""
+def decode(
+    vae: RGBADecoders, latents: Tensor, clips_at_once: int = 1
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """rgb (3, T, H, W) and alpha (1, T, H, W) of every clip, on the CPU; `vae.chunk` bounds the
+    memory."""
     for part in latents.split(clips_at_once):
         rgb, alpha = vae.decode(vae.denormalise(part.float()))
         yield from zip(rgb.float().cpu(), one_channel(alpha.float()).cpu(), strict=True)
@@ -163,14 +200,17 @@ def sample_clips(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """rgb (3, T, H, W) and alpha (1, T, H, W) of every seed, on the CPU.
 
-    context (B, L, D), negative (1, L, D): of the prompts. size: frames, height, width in pixels. guide: G in [0, 1],
-    (1 or B, 1, F, h, w). offload: only the model at work is on the device, both wait on the CPU.
+    context (B, L, D), negative (1, L, D): of the prompts. size: frames, height, width in pixels.
+    guide: G in [0, 1], (1 or B, 1, F, h, w). offload: only the model at work is on the device, both
+    wait on the CPU.
     """
     noise = initial_noise(seeds, vae.geometry.latent_shape(*size), guide, mean_shift, device)
     if offload:
         vae.cpu()
         transformer.to(device)
-    latents = sample_latents(transformer, noise, context.to(device), negative.to(device), solver, progress)
+    latents = sample_latents(
+        transformer, noise, context.to(device), negative.to(device), solver, progress
+    )
     if offload:
         transformer.cpu()
     yield from decode(vae.to(device), latents)

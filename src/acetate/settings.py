@@ -101,7 +101,9 @@ text = Rule("text", lambda value: isinstance(value, str))
 words = Rule("text that is not empty", lambda value: isinstance(value, str) and bool(value.strip()))
 place = Rule(
     "the name of a file or folder, or a URL",
-    lambda value: isinstance(value, str) and bool(value.strip()) and not re.search(r"[\0\n\r]", value),
+    lambda value: (
+        isinstance(value, str) and bool(value.strip()) and not re.search(r"[\0\n\r]", value)
+    ),
 )
 anything = Rule("anything", lambda value: True)
 
@@ -118,7 +120,9 @@ def optional(rule: Rule) -> Rule:
 
 
 def either(*rules: Rule) -> Rule:
-    return Rule(", or ".join(rule.says for rule in rules), lambda value: any(r.holds(value) for r in rules))
+    return Rule(
+        ", or ".join(rule.says for rule in rules), lambda value: any(r.holds(value) for r in rules)
+    )
 
 
 def several(rule: Rule, least: int = 1, most: int | None = None) -> Rule:

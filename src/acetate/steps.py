@@ -1,4 +1,5 @@
-"""Training counted in optimizer steps, and in nothing else: when it validates and logs, and what it logs."""
+"""Training counted in optimizer steps, and in nothing else: when it validates and logs, and what it
+logs."""
 
 from typing import Any
 
@@ -13,8 +14,8 @@ class StepTrainer(Trainer):
     """Lightning's, with val_check_interval and log_every_n_steps in optimizer steps.
 
     All that is logged stands at N, the number of finished steps, with `epoch`, the passes over the
-    training data, where the data module counts them (`passes`). Several devices or processes use DDP
-    unless a strategy is given. find_unused_parameters: DDP's own.
+    training data, where the data module counts them (`passes`). Several devices or processes use
+    DDP unless a strategy is given. find_unused_parameters: DDP's own.
     """
 
     def __init__(self, *, find_unused_parameters: bool = False, **settings: Any) -> None:
@@ -33,7 +34,8 @@ class StepTrainer(Trainer):
 
     @property
     def passes(self) -> float:
-        """Over the training data, of all ranks together; Lightning's epochs where nothing counts them."""
+        """Over the training data, of all ranks together; Lightning's epochs where nothing counts
+        them."""
         return float(getattr(self.datamodule, "passes", self.current_epoch))
 
 
@@ -43,7 +45,8 @@ def ends_step(task: LightningModule) -> bool:
 
 
 def logs_step(task: LightningModule) -> bool:
-    """In training_step: whether loggers write what this step logs; never of a task without a trainer."""
+    """In training_step: whether loggers write what this step logs; never of a task without a
+    trainer."""
     if not seams.has_trainer(task):
         return False
     every = task.trainer.log_every_n_steps

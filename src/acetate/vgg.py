@@ -1,4 +1,5 @@
-"""VGG16, and LPIPS on it, for losses and metrics: read without running code, and missed in words."""
+"""VGG16, and LPIPS on it, for losses and metrics: read without running code, and missed in
+words."""
 
 import warnings
 from contextlib import nullcontext
@@ -19,18 +20,22 @@ def load_vgg16(weights: str | None, instead: str) -> dict[str, Tensor]:
     if weights is not None:
         path = Path(weights)
         if not path.is_file():
-            raise FileNotFoundError(f"VGG16 weights {path} do not exist. Point loss.perceptual.weights at the file.")
+            raise FileNotFoundError(
+                f"VGG16 weights {path} do not exist. Point loss.perceptual.weights at the file."
+            )
         if path.suffix == ".safetensors":
             return load_file(path)
         return torch.load(path, map_location="cpu", weights_only=True)
     try:
-        return VGG16_Weights.IMAGENET1K_V1.get_state_dict(progress=True, check_hash=True, weights_only=True)
+        return VGG16_Weights.IMAGENET1K_V1.get_state_dict(
+            progress=True, check_hash=True, weights_only=True
+        )
     except (OSError, RuntimeError, UnpicklingError) as error:
         url = VGG16_Weights.IMAGENET1K_V1.url
         path = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
         raise FileNotFoundError(
-            f"VGG16 weights are not at {path}, or damaged, and could not be fetched ({error}). "
-            f"Put {url} there, or {instead}."
+            f"VGG16 weights are not at {path}, or damaged, and could not be fetched ({error}). Put "
+            f"{url} there, or {instead}."
         ) from error
 
 
@@ -44,6 +49,9 @@ def lpips_network(instead: str, pretrained: bool = True) -> nn.Module:
     import lpips  # seconds to import, and only some choices need it
 
     with nullcontext() if pretrained else torch.device("meta"), warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # lpips still uses torchvision's old argument names
-        network = lpips.LPIPS(net="vgg", verbose=False, pretrained=pretrained, pnet_rand=not pretrained)
+        # lpips still uses torchvision's old argument names
+        warnings.simplefilter("ignore", UserWarning)
+        network = lpips.LPIPS(
+            net="vgg", verbose=False, pretrained=pretrained, pnet_rand=not pretrained
+        )
     return network.eval().requires_grad_(False)

@@ -1,4 +1,5 @@
-"""RGBA in and out of files. Frames are uint8 (T, H, W, 4), alpha 0..255, colour as the file stores it."""
+"""RGBA in and out of files. Frames are uint8 (T, H, W, 4), alpha 0..255, colour as the file stores
+it."""
 
 import io
 import os
@@ -34,9 +35,11 @@ PACKING_PICTURES = 6  # of a video, spread over its length, that its rectangles 
 
 
 def read_rgba(path: Path, limits: Limits = LIMITS) -> RGBAClip:
-    """A still, a folder of them, an animated image or a video with alpha; see `read_image` and `read_video`.
+    """A still, a folder of them, an animated image or a video with alpha; see `read_image` and
+    `read_video`.
 
-    Raises MediaError for a damaged file, an unknown kind of file, one without alpha or beyond the limits.
+    Raises MediaError for a damaged file, an unknown kind of file, one without alpha or beyond the
+    limits.
     """
     if path.is_dir():
         return _read_sequence(path, limits)
@@ -44,39 +47,49 @@ def read_rgba(path: Path, limits: Limits = LIMITS) -> RGBAClip:
         return read_image(path, limits)
     if path.suffix.lower() in VIDEOS:
         return read_video(path, limits)
-    raise MediaError(f"{path}: {path.suffix or 'no'} suffix; RGBA is read from {', '.join(IMAGES + VIDEOS)}")
+    raise MediaError(
+        f"{path}: {path.suffix or 'no'} suffix; RGBA is read from {', '.join(IMAGES + VIDEOS)}"
+    )
 
 
 def read_pair(fgr: Path, pha: Path, limits: Limits = LIMITS) -> RGBAClip:
-    """Colour of `fgr` with the luma of `pha` as alpha; each a video, an image or a folder of images.
+    """Colour of `fgr` with the luma of `pha` as alpha; each a video, an image or a folder of
+    images.
 
-    Limited-range luma is stretched so that 16..235 becomes 0..255. MediaError if length or size differ.
+    Limited-range luma is stretched so that 16..235 becomes 0..255. MediaError if length or size
+    differ.
     """
     picture, matte = _stack(fgr, colour, limits), _stack(pha, luma, limits)
     if len(picture.frames) != len(matte.frames):
         raise MediaError(
-            f"{fgr.name}: {len(picture.frames)} frames, {pha.name}: {len(matte.frames)}; a pair has equally many. Cut "
-            "the longer one."
+            f"{fgr.name}: {len(picture.frames)} frames, {pha.name}: {len(matte.frames)}; a pair "
+            "has equally many. Cut the longer one."
         )
     if picture.frames.shape[1:3] != matte.frames.shape[1:3]:
         sizes = [f"{film.frames.shape[2]}x{film.frames.shape[1]}" for film in (picture, matte)]
-        raise MediaError(f"{fgr.name}: {sizes[0]}, {pha.name}: {sizes[1]}; a pair has one size. Scale one of them")
+        raise MediaError(
+            f"{fgr.name}: {sizes[0]}, {pha.name}: {sizes[1]}; a pair has one size. Scale one of "
+            "them"
+        )
     limits.check_memory(fgr, len(picture.frames), picture.frames[0].nbytes + matte.frames[0].nbytes)
     frames = np.concatenate((picture.frames, matte.frames[..., None]), axis=-1)
     notes = tuple(dict.fromkeys(picture.notes + matte.notes))
     return RGBAClip(frames, picture.fps, picture.lossy or matte.lossy, None, notes)
 
 
-def read_packed(path: Path, colour_rect: Rect, alpha_rect: Rect, limits: Limits = LIMITS) -> RGBAClip:
-    """Colour and alpha from two rectangles of an opaque video; alpha is scaled to the colour's size."""
+def read_packed(
+    path: Path, colour_rect: Rect, alpha_rect: Rect, limits: Limits = LIMITS
+) -> RGBAClip:
+    """Colour and alpha from two rectangles of an opaque video; alpha is scaled to the colour's
+    size."""
 
     def channels(frame: av.VideoFrame) -> Frames:
         for name, (x, y, width, height) in (("colour", colour_rect), ("alpha", alpha_rect)):
             inside = 0 <= x < x + width <= frame.width and 0 <= y < y + height <= frame.height
             if not inside:
                 raise MediaError(
-                    f"{path}: {name} rectangle {[x, y, width, height]} (x, y, width, height) is not "
-                    f"inside {frame.width}x{frame.height}. Correct the rectangle."
+                    f"{path}: {name} rectangle {[x, y, width, height]} (x, y, width, height) is "
+                    f"not inside {frame.width}x{frame.height}. Correct the rectangle."
                 )
         picture, matte = _cut(colour(frame), colour_rect), _cut(luma(frame), alpha_rect)
         if matte.shape != picture.shape[:2]:
@@ -107,7 +120,8 @@ def measure_packing(path: Path, limits: Limits = LIMITS) -> Packing | None:
 
 
 def describe(path: Path, limits: Limits = LIMITS) -> Description:
-    """Length, size and whether there is alpha; decodes one frame at most. MediaError if unreadable."""
+    """Length, size and whether there is alpha; decodes one frame at most. MediaError if
+    unreadable."""
     if path.is_dir():
         files = sequence_files(path)
         first = describe(files[0], limits)
@@ -122,18 +136,26 @@ def sequence_files(folder: Path) -> list[Path]:
     """The images of a folder in natural order: frame2 before frame10."""
     files = [path for path in folder.iterdir() if path.suffix.lower() in IMAGES + OPAQUE_IMAGES]
     if not files:
-        raise MediaError(f"{folder}: no image in the folder; a sequence is a folder of {', '.join(IMAGES)}")
-    return sorted(files, key=lambda path: [int(p) if p.isdigit() else p for p in re.split(r"(\d+)", path.name)])
+        raise MediaError(
+            f"{folder}: no image in the folder; a sequence is a folder of {', '.join(IMAGES)}"
+        )
+    return sorted(
+        files,
+        key=lambda path: [int(p) if p.isdigit() else p for p in re.split(r"(\d+)", path.name)],
+    )
 
 
 def encode_ffv1(frames: Frames, fps: float) -> bytes:
     """Lossless Matroska of RGBA frames (T, H, W, 4); the same bytes for the same frames.
 
-    bgra: FFV1 codes it through a reversible colour transform, so every bit survives. The Rice coder's files are a
-    sixth larger than the range coder's (measured on effect videos) and decode up to twice as fast.
+    bgra: FFV1 codes it through a reversible colour transform, so every bit survives. The Rice
+    coder's files are a sixth larger than the range coder's (measured on effect videos) and decode
+    up to twice as fast.
     """
     if frames.ndim != 4 or frames.shape[-1] != 4 or frames.dtype != np.uint8 or not frames.size:
-        raise ValueError(f"frames: {frames.dtype} {frames.shape}; FFV1 clips are uint8 (T, H, W, 4), not empty")
+        raise ValueError(
+            f"frames: {frames.dtype} {frames.shape}; FFV1 clips are uint8 (T, H, W, 4), not empty"
+        )
     buffer = io.BytesIO()
     with av.open(buffer, "w", format="matroska", options={"fflags": "+bitexact"}) as container:
         options = {"level": "3", "slicecrc": "1", "coder": "rice"}
@@ -149,40 +171,58 @@ def encode_ffv1(frames: Frames, fps: float) -> bytes:
 
 
 def decode_ffv1(data: bytes, name: str) -> tuple[Frames, float]:
-    """Inverse of `encode_ffv1`: frames (T, H, W, 4) and fps. MediaError (it names `name`) without alpha."""
+    """Inverse of `encode_ffv1`: frames (T, H, W, 4) and fps. MediaError (it names `name`) without
+    alpha."""
     frames = []
     with decoding(name), av.open(io.BytesIO(data), "r") as container:
         stream = container.streams.video[0]
         fps = float(stream.average_rate or stream.guessed_rate or 0)
         for frame in container.decode(stream):
             if frame.format.name != "bgra":
-                raise MediaError(f"{name}: pixel format {frame.format.name}; a clip has alpha, FFV1 in bgra")
+                raise MediaError(
+                    f"{name}: pixel format {frame.format.name}; a clip has alpha, FFV1 in bgra"
+                )
             frames.append(frame.to_ndarray(format="rgba"))
     return joined(name, frames, len(frames)), fps
 
 
 def write_video(path: Path, frames: Frames, fps: float) -> None:
-    """H.264 MP4 of opaque frames (T, H, W, 3) in BT.709; an odd side repeats its last row or column.
+    """H.264 MP4 of opaque frames (T, H, W, 3) in BT.709; an odd side repeats its last row or
+    column.
 
     The file appears under its name only when it is whole.
     """
     if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8 or not frames.size:
-        raise ValueError(f"{path}: {frames.dtype} {frames.shape}; a video is uint8 (T, H, W, 3), not empty")
+        raise ValueError(
+            f"{path}: {frames.dtype} {frames.shape}; a video is uint8 (T, H, W, 3), not empty"
+        )
     odd = [side % 2 for side in frames.shape[1:3]]
     frames = np.pad(frames, ((0, 0), (0, odd[0]), (0, odd[1]), (0, 0)), mode="edge")
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        with av.open(str(temporary), "w", format="mp4", options={"movflags": "+faststart"}) as container:
+        with av.open(
+            str(temporary), "w", format="mp4", options={"movflags": "+faststart"}
+        ) as container:
             rate = Fraction(fps).limit_denominator(1001)
-            stream = cast(av.VideoStream, container.add_stream("libx264", rate=rate, options={"crf": "16"}))
-            stream.width, stream.height, stream.pix_fmt = frames.shape[2], frames.shape[1], "yuv420p"
+            stream = cast(
+                av.VideoStream, container.add_stream("libx264", rate=rate, options={"crf": "16"})
+            )
+            stream.width, stream.height, stream.pix_fmt = (
+                frames.shape[2],
+                frames.shape[1],
+                "yuv420p",
+            )
             stream.codec_context.colorspace, stream.codec_context.color_range = (
                 Colorspace.ITU709,
                 ColorRange.MPEG,
             )
             for frame in frames:
                 rgb = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
-                yuv = rgb.reformat(format="yuv420p", dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG)
+                yuv = rgb.reformat(
+                    format="yuv420p",
+                    dst_colorspace=Colorspace.ITU709,
+                    dst_color_range=ColorRange.MPEG,
+                )
                 container.mux(stream.encode(yuv))
             container.mux(stream.encode())
         os.replace(temporary, path)
@@ -198,7 +238,8 @@ def _read_sequence(folder: Path, limits: Limits) -> RGBAClip:
         if still.frames.shape != stills[0].frames.shape:
             shapes = [f"{s.frames.shape[2]}x{s.frames.shape[1]}" for s in (stills[0], still)]
             raise MediaError(
-                f"{folder}: {file.name} is {shapes[1]}, {files[0].name} is {shapes[0]}; a sequence has one size"
+                f"{folder}: {file.name} is {shapes[1]}, {files[0].name} is {shapes[0]}; a sequence "
+                "has one size"
             )
     notes = tuple(dict.fromkeys(note for still in stills for note in still.notes))
     frames = joined(folder, (still.frames[0] for still in stills), len(stills))
@@ -212,7 +253,10 @@ def _stack(path: Path, channel: Callable[[av.VideoFrame], Frames], limits: Limit
         _check(path, files, limits)
         halves = (image_halves(file, limits)[channel is luma] for file in files)
         return Film(
-            joined(path, halves, len(files)), None, any(describe_image(file, limits).lossy for file in files), ()
+            joined(path, halves, len(files)),
+            None,
+            any(describe_image(file, limits).lossy for file in files),
+            (),
         )
     return read_film(path, channel, limits)
 

@@ -41,15 +41,19 @@ GUIDE = (255, 0, 160)  # seen on a checkerboard, on black and on white
 Picture = NDArray[np.float32]  # (4, H, W) in [0, 1], straight colour
 Planes = Sequence[NDArray[np.integer]]  # Y, Cb, Cr and perhaps A; chroma may be half the size
 
-# Recommendation ITU-R BT.709, items 3.2 and 3.3: R'G'B' in [0, 1] to Y' in [0, 1], C'B and C'R in [-0.5, 0.5].
+# Recommendation ITU-R BT.709, items 3.2 and 3.3: R'G'B' in [0, 1] to Y' in [0, 1], C'B and C'R in
+# [-0.5, 0.5].
 LUMA = np.array([0.2126, 0.7152, 0.0722])
-YCBCR = np.stack((LUMA, ([0, 0, 1] - LUMA) / 1.8556, ([1, 0, 0] - LUMA) / 1.5748)).astype(np.float32)
+YCBCR = np.stack((LUMA, ([0, 0, 1] - LUMA) / 1.8556, ([1, 0, 0] - LUMA) / 1.5748)).astype(
+    np.float32
+)
 BT709 = 1  # FFmpeg's number for BT.709, as primaries and as transfer characteristic
 
 
 @dataclass(frozen=True)
 class _Clip:
-    """rgb (3, T, H, W) and alpha (1, T, H, W), unclamped; pictures are made one by one to save memory."""
+    """rgb (3, T, H, W) and alpha (1, T, H, W), unclamped; pictures are made one by one to save
+    memory."""
 
     rgb: Tensor
     alpha: Tensor
@@ -73,37 +77,44 @@ class _Clip:
 
 
 def check_formats(formats: Sequence[str]) -> None:
-    """ValueError for a format that `write_clip` does not know; for commands, before hours of sampling."""
+    """ValueError for a format that `write_clip` does not know; for commands, before hours of
+    sampling."""
     for name in formats:
         if name not in FORMATS:
             raise ValueError(f"formats: {name!r} is unknown; choose from {', '.join(FORMATS)}")
 
 
 def write_clip(
-    stem: Path, rgb: Tensor, alpha: Tensor, fps: float, formats: Sequence[str], guide: Tensor | None = None
+    stem: Path,
+    rgb: Tensor,
+    alpha: Tensor,
+    fps: float,
+    formats: Sequence[str],
+    guide: Tensor | None = None,
 ) -> list[Path]:
     """Write the clip once per format and return the paths, in the order of `formats`.
 
     rgb (3, T, H, W): straight colour, about [-1, 1]. alpha (1, T, H, W): about [0, 1]. Both are
     clamped and rounded. guide (T, N, 2), as of `regions.outlines`: drawn in the preview alone.
 
-    | format  | path                             | what it keeps                                                  |
-    |---------|----------------------------------|----------------------------------------------------------------|
-    | png     | STEM_png/0000.png, 0001.png, ... | 8 bit, every bit; no frame rate                                |
-    | webm    | STEM.webm                        | VP9 with alpha, 8 bit 4:2:0                                    |
-    | prores  | STEM.mov                         | ProRes 4444, 10 bit 4:4:4; alpha rounded to 10 bit, no loss    |
-    | webp    | STEM.webp                        | 8 bit, exact where alpha > 0; times in whole milliseconds      |
-    | apng    | STEM.apng                        | 8 bit, every bit                                               |
-    | pair    | STEM_fgr.mp4 + STEM_pha.mp4      | H.264, straight colour and grey matte, 8 bit 4:2:0             |
-    | preview | STEM_preview.mp4                 | H.264 over a checkerboard, opaque, enlarged if below 384 pixels |
+    | format  | path                        | what it keeps                                   |
+    |---------|-----------------------------|-------------------------------------------------|
+    | png     | STEM_png/0000.png, ...      | 8 bit, every bit; no frame rate                 |
+    | webm    | STEM.webm                   | VP9 with alpha, 8 bit 4:2:0                     |
+    | prores  | STEM.mov                    | ProRes 4444, 10 bit 4:4:4; alpha in 10 bit      |
+    | webp    | STEM.webp                   | 8 bit, exact where alpha > 0; milliseconds      |
+    | apng    | STEM.apng                   | 8 bit, every bit                                |
+    | pair    | STEM_fgr.mp4, STEM_pha.mp4  | H.264, straight colour, grey matte, 8 bit 4:2:0 |
+    | preview | STEM_preview.mp4            | H.264 over a checkerboard; small ones enlarged  |
 
-    webm, pair and preview have even sides: an odd one repeats its last row or column. WebP stores a frame that equals
-    the one before it as a longer duration, and a clip that is opaque all over without alpha. One frame is enough for
-    every format; WebP and APNG of one frame are stills.
+    webm, pair and preview have even sides: an odd one repeats its last row or column. WebP stores a
+    frame that equals the one before it as a longer duration, and a clip that is opaque all over
+    without alpha. One frame is enough for every format; WebP and APNG of one frame are stills.
 
-    A file or folder gets its name only once it is whole, and then replaces what had that name, a folder with all its
-    contents. ValueError for unknown formats, shapes, rates and values that are not finite, before anything is
-    written. OSError if a format cannot be written; formats already written stay.
+    A file or folder gets its name only once it is whole, and then replaces what had that name, a
+    folder with all its contents. ValueError for unknown formats, shapes, rates and values that are
+    not finite, before anything is written. OSError if a format cannot be written; formats already
+    written stay.
     """
     check_formats(formats)
     _check_clip(rgb, alpha, fps)
@@ -120,13 +131,15 @@ def write_clip(
 def _check_clip(rgb: Tensor, alpha: Tensor, fps: float) -> None:
     if rgb.ndim != 4 or alpha.shape != (1, *rgb.shape[1:]) or len(rgb) != 3 or not rgb.numel():
         raise ValueError(
-            f"rgb: {tuple(rgb.shape)}, alpha: {tuple(alpha.shape)}; a clip is rgb (3, T, H, W) with alpha "
-            "(1, T, H, W), not empty. Write the clips of a batch one by one."
+            f"rgb: {tuple(rgb.shape)}, alpha: {tuple(alpha.shape)}; a clip is rgb (3, T, H, W) "
+            "with alpha (1, T, H, W), not empty. Write the clips of a batch one by one."
         )
     for name, tensor in (("rgb", rgb), ("alpha", alpha)):
         if not torch.isfinite(tensor).all():
             bad = int((~torch.isfinite(tensor)).sum())
-            raise ValueError(f"{name}: {bad} of {tensor.numel()} values are not finite; sample in a wider dtype")
+            raise ValueError(
+                f"{name}: {bad} of {tensor.numel()} values are not finite; sample in a wider dtype"
+            )
     if not (isfinite(fps) and fps > 0):
         raise ValueError(f"fps: {fps}; a rate is finite and above 0 frames per second")
 
@@ -139,41 +152,58 @@ def _write_png(paths: Sequence[Path], clip: _Clip) -> None:
 
 
 def _write_webp(paths: Sequence[Path], clip: _Clip) -> None:
-    """Durations are whole milliseconds: rounding the times, not the durations, keeps the clip's length."""
+    """Durations are whole milliseconds: rounding the times, not the durations, keeps the clip's
+    length."""
     images = [Image.fromarray(image) for image in clip.images()]
     times = np.rint(np.arange(len(images) + 1) * 1000 / clip.fps).astype(int)
-    options = {"save_all": True, "append_images": images[1:], "duration": np.diff(times).tolist(), "loop": 0}
+    options = {
+        "save_all": True,
+        "append_images": images[1:],
+        "duration": np.diff(times).tolist(),
+        "loop": 0,
+    }
     images[0].save(paths[0], format="WEBP", lossless=True, **options)
 
 
 def _write_apng(paths: Sequence[Path], clip: _Clip) -> None:
-    """FFmpeg's writer keeps equal frames apart and the rate as a fraction; PIL's joins them and rounds to ms."""
+    """FFmpeg's writer keeps equal frames apart and the rate as a fraction; PIL's joins them and
+    rounds to ms."""
     planes = ([image.reshape(len(image), -1)] for image in clip.images())
     _encode(paths[0], "apng", "rgba", clip, planes, {"pred": "mixed"}, {"plays": "0"})
 
 
 def _write_webm(paths: Sequence[Path], clip: _Clip) -> None:
-    """Two VP9 streams in one, colour and alpha; the muxer marks them with AlphaMode = 1, which browsers ask for.
+    """Two VP9 streams in one, colour and alpha; the muxer marks them with AlphaMode = 1, which
+    browsers ask for.
 
-    crf 8: what is lost is chroma resolution by then, 0.36 steps of 255 over a background at 240x416. crf 4 has 0.34 in
-    a file 1.4 times as large.
+    crf 8: what is lost is chroma resolution by then, 0.36 steps of 255 over a background at
+    240x416. crf 4 has 0.34 in a file 1.4 times as large.
     """
-    planes = ([*_ycbcr(picture, 8, halve=True), _to_levels(picture[3], 255)] for picture in _even(clip))
-    options = {"crf": "8", "b": "0", "row-mt": "1", "cpu-used": "2", **CENTRED}  # b 0: no bit rate limits the quality
+    planes = (
+        [*_ycbcr(picture, 8, halve=True), _to_levels(picture[3], 255)] for picture in _even(clip)
+    )
+    # b 0: no bit rate limits the quality
+    options = {"crf": "8", "b": "0", "row-mt": "1", "cpu-used": "2", **CENTRED}
     _encode(paths[0], "libvpx-vp9", "yuva420p", clip, planes, options)
 
 
 def _write_prores(paths: Sequence[Path], clip: _Clip) -> None:
-    """alpha_bits 16: ten bits go in and come back unchanged (with 8 only every fourth level survives)."""
-    planes = ([*_ycbcr(picture, 10, halve=False), _to_levels(picture[3], 1023)] for picture in clip.pictures())
-    options = {"profile": "4444", "alpha_bits": "16", "vendor": "apl0"}  # some editors ask for Apple's vendor code
+    """alpha_bits 16: ten bits go in and come back unchanged (with 8 only every fourth level
+    survives)."""
+    planes = (
+        [*_ycbcr(picture, 10, halve=False), _to_levels(picture[3], 1023)]
+        for picture in clip.pictures()
+    )
+    # some editors ask for Apple's vendor code
+    options = {"profile": "4444", "alpha_bits": "16", "vendor": "apl0"}
     # The frame header repeats the container's tags; the encoder leaves two of the three empty.
     tags = "prores_metadata=color_primaries=bt709:color_trc=bt709:colorspace=bt709"
     _encode(paths[0], "prores_ks", "yuva444p10le", clip, planes, options, packet_filter=tags)
 
 
 def _write_pair(paths: Sequence[Path], clip: _Clip) -> None:
-    """The matte is limited-range luma, 16..235: players and editors stretch it whether or not they read the tag."""
+    """The matte is limited-range luma, 16..235: players and editors stretch it whether or not they
+    read the tag."""
     colour = (_ycbcr(picture, 8, halve=True) for picture in _even(clip))
     _encode(paths[0], "libx264", "yuv420p", clip, colour, {"crf": "8", **CENTRED}, FASTSTART)
     matte = (_grey(picture[3]) for picture in _even(clip))
@@ -225,7 +255,8 @@ WRITERS: dict[str, Callable[[Sequence[Path], _Clip], None]] = {
     "preview": _write_preview,
 }
 FASTSTART = {"movflags": "+faststart"}
-CENTRED = {"chroma_sample_location": "center"}  # of 2x2 pixels, as `_ycbcr` takes it; players assume the left edge
+# of 2x2 pixels, as `_ycbcr` takes it; players assume the left edge
+CENTRED = {"chroma_sample_location": "center"}
 
 
 def _to_levels(unit: NDArray[np.float32], top: int) -> NDArray[np.integer]:
@@ -243,12 +274,14 @@ def _even(clip: _Clip) -> Iterator[Picture]:
 
 
 def _ycbcr(picture: Picture, bits: int, halve: bool) -> list[NDArray[np.integer]]:
-    """BT.709 Y', C'B, C'R in limited range; `halve` takes chroma over blocks of 2x2, weighted by alpha.
+    """BT.709 Y', C'B, C'R in limited range; `halve` takes chroma over blocks of 2x2, weighted by
+    alpha.
 
-    Colour under alpha 0 stays as the model made it, it is part of the straight clip; but a plain mean of the chroma
-    would mix it into visible pixels. Error of the visible colour in VP9 at 32x48, hidden magenta, in steps of 255: 6.4
-    with the plain mean, 3.3 with weights, 3.2 if the colour at the edge also replaces the hidden one, 3.1 with nothing
-    to mix in. At 240x416 all of them are within 0.01 over a background. 4:4:4 has no such mean and needs no weights.
+    Colour under alpha 0 stays as the model made it, it is part of the straight clip; but a plain
+    mean of the chroma would mix it into visible pixels. Error of the visible colour in VP9 at
+    32x48, hidden magenta, in steps of 255: 6.4 with the plain mean, 3.3 with weights, 3.2 if the
+    colour at the edge also replaces the hidden one, 3.1 with nothing to mix in. At 240x416 all of
+    them are within 0.01 over a background. 4:4:4 has no such mean and needs no weights.
     """
     luma, *chroma = np.tensordot(YCBCR, picture[:3], 1)  # (3, H, W)
     if halve:
@@ -280,7 +313,8 @@ def _encode(
     container_options: dict[str, str] | None = None,
     packet_filter: str | None = None,
 ) -> None:
-    """Planes as they are into a file: the scaler, which truncates where we round, has no part in it."""
+    """Planes as they are into a file: the scaler, which truncates where we round, has no part in
+    it."""
     rate = Fraction(clip.fps).limit_denominator(1001)
     height, width = (side + side % 2 if "420" in pixels else side for side in clip.rgb.shape[2:])
     with av.open(str(path), "w", options=container_options or {}) as container:
@@ -293,7 +327,9 @@ def _encode(
         container.start_encoding()
         filters = BitStreamFilterContext(packet_filter, stream) if packet_filter else None
         for planes in chain(frames, (None,)):  # None flushes
-            packets = stream.encode(None if planes is None else _frame(planes, pixels, width, height))
+            packets = stream.encode(
+                None if planes is None else _frame(planes, pixels, width, height)
+            )
             if filters is not None:
                 packets = [out for packet in packets for out in filters.filter(packet)]
             container.mux(packets)
@@ -311,7 +347,8 @@ def _frame(planes: Planes, pixels: str, width: int, height: int) -> av.VideoFram
 
 @contextmanager
 def _whole(paths: Sequence[Path]) -> Iterator[list[Path]]:
-    """Siblings to write to, with the same suffix; they take the names of `paths` if all goes well, else vanish.
+    """Siblings to write to, with the same suffix; they take the names of `paths` if all goes well,
+    else vanish.
 
     OSError names the file, the free space and the way out.
     """
@@ -327,8 +364,8 @@ def _whole(paths: Sequence[Path]) -> Iterator[list[Path]]:
         names = " + ".join(str(path) for path in paths)
         raise OSError(
             error.errno,
-            f"{names}: not written ({error.strerror or error}); {_free_space(paths[0].parent)}. Free some space, or "
-            "name a folder that can be written.",
+            f"{names}: not written ({error.strerror or error}); {_free_space(paths[0].parent)}. "
+            "Free some space, or name a folder that can be written.",
         ) from error
     finally:
         for temporary in temporaries:

@@ -30,7 +30,8 @@ class Counter(LightningModule):
 def fit(module, ema, root, steps, **settings):
     loader = DataLoader(torch.zeros(steps * settings.get("accumulate_grad_batches", 1)))
     trainer = Trainer(
-        max_epochs=1, callbacks=[ema], logger=False, default_root_dir=root, enable_progress_bar=False,
+        max_epochs=1, callbacks=[ema], logger=False, default_root_dir=root,
+        enable_progress_bar=False,
         enable_model_summary=False, num_sanity_val_steps=0, enable_checkpointing=False, **settings,
     )  # fmt: skip
     trainer.fit(module, loader, DataLoader(torch.zeros(1)))

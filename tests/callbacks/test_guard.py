@@ -14,7 +14,8 @@ from tests.processes import launch
 
 
 class Task(LightningModule):
-    """Loss |weight| * mean(rgb) + mean(alpha) * 0; what `poison` returns is added at its batches."""
+    """Loss |weight| * mean(rgb) + mean(alpha) * 0; what `poison` returns is added at its
+    batches."""
 
     def __init__(self, poison: Any = None, at: tuple[int, ...] = ()):
         super().__init__()
@@ -41,12 +42,22 @@ class Task(LightningModule):
 
 def clips(count: int = 8) -> list[dict[str, Any]]:
     return [
-        {"rgb": torch.ones(3, 1, 2, 2), "alpha": torch.ones(1, 1, 2, 2), "prompt": "", "key": f"clip{i}"}
+        {
+            "rgb": torch.ones(3, 1, 2, 2),
+            "alpha": torch.ones(1, 1, 2, 2),
+            "prompt": "",
+            "key": f"clip{i}",
+        }
         for i in range(count)
     ]
 
 
-def fit(task: LightningModule, guard: NonFiniteGuard, data: list[dict[str, Any]] | None = None, **trainer: Any) -> None:
+def fit(
+    task: LightningModule,
+    guard: NonFiniteGuard,
+    data: list[dict[str, Any]] | None = None,
+    **trainer: Any,
+) -> None:
     Trainer(
         accelerator="cpu",
         max_epochs=1,
@@ -77,7 +88,13 @@ def test_loss_names_step_clips_parts_and_way_out():
     with pytest.raises(FloatingPointError) as error:
         fit(Task(infinite, at=(2,)), NonFiniteGuard())
     text = str(error.value)
-    for part in ("training step 2", "clips clip4, clip5", "soft/edge = inf", "loss = inf", "patience=1"):
+    for part in (
+        "training step 2",
+        "clips clip4, clip5",
+        "soft/edge = inf",
+        "loss = inf",
+        "patience=1",
+    ):
         assert part in text
     assert "alpha/l1" not in text
 
@@ -90,7 +107,8 @@ def test_gradient_names_the_parameter_and_spares_the_weights():
 
 
 def test_large_finite_gradients_pass():
-    task = Task(lambda weight: weight.sum() * 1e30, at=(0, 1))  # their Euclidean norm overflows float32
+    # their Euclidean norm overflows float32
+    task = Task(lambda weight: weight.sum() * 1e30, at=(0, 1))
     fit(task, NonFiniteGuard())
     assert len(task.history) == 4
 
@@ -101,7 +119,9 @@ def test_input_names_the_clip(name: str):
     data[3][name] = data[3][name].clone()
     data[3][name][0, 0, 0, 0] = torch.nan
     task = Task()
-    with pytest.raises(FloatingPointError, match=rf"training step 1, .*{name} of clip clip3 holds NaN"):
+    with pytest.raises(
+        FloatingPointError, match=rf"training step 1, .*{name} of clip clip3 holds NaN"
+    ):
         fit(task, NonFiniteGuard(), data)
     assert_close(task.weight.detach(), task.history[1])
 
@@ -120,7 +140,10 @@ def test_patience_skips_and_goes_on(poison: Any):
 def test_patience_counts_steps_in_a_row():
     with pytest.warns(UserWarning, match="Skipped"):
         fit(Task(infinite, at=(0, 2)), NonFiniteGuard(patience=1))
-    with pytest.warns(UserWarning, match="Skipped"), pytest.raises(FloatingPointError, match="step 2"):
+    with (
+        pytest.warns(UserWarning, match="Skipped"),
+        pytest.raises(FloatingPointError, match="step 2"),
+    ):
         fit(Task(infinite, at=(1, 2)), NonFiniteGuard(patience=1))
 
 
@@ -143,7 +166,8 @@ def test_negative_patience_is_refused():
 
 
 class Sharded(LightningModule):
-    """A weight whose first rows live on rank 0; at batches 1, 3, 4 only the gradient of row 0 is NaN."""
+    """A weight whose first rows live on rank 0; at batches 1, 3, 4 only the gradient of row 0 is
+    NaN."""
 
     def __init__(self):
         super().__init__()

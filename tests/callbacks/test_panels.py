@@ -62,7 +62,10 @@ class Task(LightningModule):
 
     def training_step(self, batch: dict, batch_idx: int) -> dict:
         rgb_hat, alpha_hat = self(batch)
-        return {"loss": (rgb_hat - batch["rgb"]).abs().mean() + (alpha_hat - batch["alpha"]).abs().mean()}
+        return {
+            "loss": (rgb_hat - batch["rgb"]).abs().mean()
+            + (alpha_hat - batch["alpha"]).abs().mean()
+        }
 
     def validation_step(self, batch: dict, batch_idx: int) -> dict:
         rgb_hat, alpha_hat = self(batch)
@@ -72,7 +75,13 @@ class Task(LightningModule):
         return torch.optim.AdamW(self.parameters(), lr=1e-3)
 
 
-def fit(tmp_path: Path, panels: Panels, logger: Logger | bool = False, task: Task | None = None, **data: Any) -> None:
+def fit(
+    tmp_path: Path,
+    panels: Panels,
+    logger: Logger | bool = False,
+    task: Task | None = None,
+    **data: Any,
+) -> None:
     trainer = Trainer(
         accelerator="cpu",
         default_root_dir=tmp_path,
@@ -95,17 +104,22 @@ def files(folder: Path) -> list[str]:
 def test_files_of_the_first_clips_at_every_validation(tmp_path: Path):
     fit(tmp_path, Panels(clips=2, fps=16))
     names = ["demo_cat.mp4", "demo_cat.png", "dog.mp4", "dog.png"]
-    assert files(tmp_path) == [f"panels/step_{step:08d}/{name}" for step in (0, 2) for name in names]
+    assert files(tmp_path) == [
+        f"panels/step_{step:08d}/{name}" for step in (0, 2) for name in names
+    ]
 
 
 def test_clips_count_across_batches_and_repeats(tmp_path: Path):
     keys = ["dog", "dog", "fox", "cat"]
-    trainer = Trainer(accelerator="cpu", default_root_dir=tmp_path / "root", logger=False, callbacks=[
+    trainer = Trainer(accelerator="cpu", default_root_dir=tmp_path / "root", logger=False,
+        callbacks=[
         Panels(clips=3, fps=16, directory=str(tmp_path / "here"))
     ], enable_progress_bar=False, enable_model_summary=False)  # fmt: skip
     trainer.validate(Task(), loader(keys), verbose=False)
     assert files(tmp_path) == [
-        f"here/panels/step_00000000/{key}.{kind}" for key in ("cat", "dog", "fox") for kind in ("mp4", "png")
+        f"here/panels/step_00000000/{key}.{kind}"
+        for key in ("cat", "dog", "fox")
+        for kind in ("mp4", "png")
     ]
 
 
@@ -139,7 +153,10 @@ def test_tensorboard_gets_the_picture(tmp_path: Path):
     events.Reload()
     images = events.Images("panels/demo/cat")
     with Image.open(tmp_path / "panels/step_00000002/demo_cat.png") as sheet:
-        assert [(image.step, image.width) for image in images] == [(0, sheet.width), (2, sheet.width)]
+        assert [(image.step, image.width) for image in images] == [
+            (0, sheet.width),
+            (2, sheet.width),
+        ]
 
 
 def test_other_loggers_are_left_alone(tmp_path: Path):
@@ -181,7 +198,8 @@ def test_heat_runs_black_red_yellow_white_by_the_square_root():
 
 @pytest.mark.parametrize(
     ("size", "tile"),
-    [((16, 16), (192, 192)), ((64, 64), (256, 256)), ((96, 128), (192, 256)), ((128, 128), (256, 256)),
+    [((16, 16), (192, 192)), ((64, 64), (256, 256)), ((96, 128), (192, 256)),
+     ((128, 128), (256, 256)),
      ((272, 272), (272, 272)), ((480, 832), (240, 416)), ((272, 271), (272, 272))],
 )  # fmt: skip
 def test_tile_size(size: tuple[int, int], tile: tuple[int, int]):
@@ -201,14 +219,18 @@ def as_bytes(item: dict[str, Any], rgb_hat: Tensor, alpha_hat: Tensor) -> Clip:
 def test_title_has_the_clips_own_figures():
     """The same as the validation's, whose means they are shares of."""
     item = clip("dog")
-    rgb_hat, alpha_hat = item["rgb"] * 0.9 + 0.3, item["alpha"] * 0.8 - 0.1  # some of it beyond the range
+    # some of it beyond the range
+    rgb_hat, alpha_hat = item["rgb"] * 0.9 + 0.3, item["alpha"] * 0.8 - 0.1
     psnr, mae = quality(rgb_hat, alpha_hat, item["rgb"], item["alpha"])
     colours = CompositeQuality(lpips=False)
     colours.update(*(x[None] for x in (rgb_hat, alpha_hat, item["rgb"], item["alpha"])))
     assert psnr == pytest.approx(float(colours.compute()["psnr"]), rel=1e-5)
     assert mae == pytest.approx(float((alpha_hat.clamp(0, 1) - item["alpha"]).abs().mean()))
     shown = replace(as_bytes(item, rgb_hat, alpha_hat), key="k" * 80, psnr=psnr, mae=mae)
-    assert shown.title(60) == f"{'k' * 39}…, step 60: PSNR over 8 colours {psnr:.2f} dB, alpha MAE {mae:.4f}"
+    assert (
+        shown.title(60)
+        == f"{'k' * 39}…, step 60: PSNR over 8 colours {psnr:.2f} dB, alpha MAE {mae:.4f}"
+    )
 
 
 def test_text_of_any_script_is_drawn_on_one_line():

@@ -45,13 +45,26 @@ class SignalInLoader(DataLoader):
         return super().__iter__()
 
 
-def fit(root, *callbacks, checkpoint=StepCheckpoint, steps=4, resume=None, every=100, loader=DataLoader, **settings):
+def fit(
+    root,
+    *callbacks,
+    checkpoint=StepCheckpoint,
+    steps=4,
+    resume=None,
+    every=100,
+    loader=DataLoader,
+    **settings,
+):
     module = Counter()
-    saves = checkpoint(dirpath=root, filename="{step}", save_last=True, every_n_train_steps=every, save_top_k=0)
+    saves = checkpoint(
+        dirpath=root, filename="{step}", save_last=True, every_n_train_steps=every, save_top_k=0
+    )
     stops = Preemption(signals=["SIGTERM"], requeue=["SIGUSR1"])
     trainer = StepTrainer(
-        max_steps=steps, max_epochs=-1, callbacks=[stops, *callbacks, saves], logger=False, default_root_dir=root,
-        enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0, limit_val_batches=0, **settings,
+        max_steps=steps, max_epochs=-1, callbacks=[stops, *callbacks, saves], logger=False,
+        default_root_dir=root,
+        enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0,
+        limit_val_batches=0, **settings,
     )  # fmt: skip
     trainer.fit(module, loader(torch.zeros(100)), ckpt_path=resume)
     return trainer, module
@@ -64,7 +77,8 @@ def saved_step(root):
 def test_the_optimizer_step_is_finished_and_saved(tmp_path):
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(Preempted) as stop:
-        fit(tmp_path, SignalAt(3), accumulate_grad_batches=3)  # the first of three batches of step 2
+        # the first of three batches of step 2
+        fit(tmp_path, SignalAt(3), accumulate_grad_batches=3)
     assert stop.value.code == EXIT_CODE
     assert saved_step(tmp_path) == 2
     assert signal.getsignal(signal.SIGTERM) == before
@@ -79,7 +93,9 @@ def test_further_signals_while_saving_change_nothing(tmp_path):
     assert os.listdir(tmp_path) == ["last.ckpt"]
 
 
-@pytest.mark.parametrize(("callbacks", "loader"), [([SignalBefore()], DataLoader), ([], SignalInLoader)])
+@pytest.mark.parametrize(
+    ("callbacks", "loader"), [([SignalBefore()], DataLoader), ([], SignalInLoader)]
+)
 def test_a_signal_before_the_first_step_waits_for_it(tmp_path, callbacks, loader):
     before = signal.signal(signal.SIGTERM, signal.SIG_IGN)  # outside of tests it ends the process
     try:
@@ -142,11 +158,15 @@ def test_a_signal_in_the_validation_that_a_run_goes_on_with(tmp_path, monkeypatc
     def fit(steps, *callbacks, resume=None):
         ours = [instantiate(conf[name]) for name in conf if name in ("preemption", "checkpoint")]
         trainer = StepTrainer(
-            max_steps=steps, max_epochs=-1, callbacks=[*callbacks, *ours], logger=False, default_root_dir=tmp_path,
-            enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0, val_check_interval=2,
+            max_steps=steps, max_epochs=-1, callbacks=[*callbacks, *ours], logger=False,
+            default_root_dir=tmp_path,
+            enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0,
+            val_check_interval=2,
             check_val_every_n_epoch=None,
         )  # fmt: skip
-        trainer.fit(Counter(), DataLoader(torch.zeros(100)), DataLoader(torch.zeros(1)), ckpt_path=resume)
+        trainer.fit(
+            Counter(), DataLoader(torch.zeros(100)), DataLoader(torch.zeros(1)), ckpt_path=resume
+        )
 
     fit(2)
 

@@ -26,7 +26,9 @@ def test_samples_at_validation(tmp_path, cached):
 
 
 def test_prompts_are_captions_of_validation_clips_by_default(tmp_path, cached):
-    config = config_for(tmp_path, cached, "trainer.max_steps=2", *SAMPLES[1:], "callbacks.samples.prompts=null")
+    config = config_for(
+        tmp_path, cached, "trainer.max_steps=2", *SAMPLES[1:], "callbacks.samples.prompts=null"
+    )
     trainer, *_ = fit(config)
     (samples,) = [callback for callback in trainer.callbacks if isinstance(callback, Samples)]
     held = [read_latents(window[0])["prompt"] for window in trainer.datamodule.val_windows]
@@ -44,7 +46,10 @@ def test_every_second_validation_also_after_resume(tmp_path, cached):
     second = [*SAMPLES, "callbacks.samples.every_n_validations=2", "task.decay_steps=8"]
     fit(config_for(tmp_path, cached, "trainer.max_steps=2", *second))
     assert not (tmp_path / "samples").exists()
-    fit(config_for(tmp_path, cached, "trainer.max_steps=6", *second), resume=tmp_path / "checkpoints/last.ckpt")
+    fit(
+        config_for(tmp_path, cached, "trainer.max_steps=6", *second),
+        resume=tmp_path / "checkpoints/last.ckpt",
+    )
     assert [folder.name for folder in (tmp_path / "samples").iterdir()] == ["step_00000004"]
 
 
@@ -80,5 +85,8 @@ def test_contact_sheet_shows_clip_and_alpha():
 
 def test_long_prompts_are_legible_on_a_contact_sheet():
     rgb, alpha = torch.ones(3, 5, 16, 16), torch.zeros(1, 5, 16, 16)
-    heights = [contact_sheet([(prompt, rgb, alpha)], "").height for prompt in ("a", "word " * 60, "word " * 2000)]
+    heights = [
+        contact_sheet([(prompt, rgb, alpha)], "").height
+        for prompt in ("a", "word " * 60, "word " * 2000)
+    ]
     assert heights[0] < heights[1] < heights[2] < heights[0] + 100

@@ -72,7 +72,9 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return clock
 
 
-def fit(folder: Path, clock: Clock, train: Clips, validate: bool = False, accumulate: int = 1) -> list[dict[str, Any]]:
+def fit(
+    folder: Path, clock: Clock, train: Clips, validate: bool = False, accumulate: int = 1
+) -> list[dict[str, Any]]:
     """The rows of 8 steps of 2 clips in windows of 4."""
     logger = Recorder(folder)
     StepTrainer(
@@ -118,7 +120,8 @@ def test_a_slow_loader_shows_as_wait(tmp_path: Path, clock: Clock):
 
 
 def test_gaps_with_validation_are_left_out(tmp_path: Path, clock: Clock):
-    _, row = fit(tmp_path, clock, Clips(clock, seconds=0.5), validate=True)  # between batches 2 and 3, 4 and 5, ...
+    # between batches 2 and 3, 4 and 5, ...
+    _, row = fit(tmp_path, clock, Clips(clock, seconds=0.5), validate=True)
     assert row["perf/data_wait_share"] == 2 / (2 + 4 * STEP)
     assert row["perf/clips_per_s"] == 8 / (2 + 4 * STEP)
 

@@ -13,7 +13,15 @@ from acetate.commands.benchmark import WAYS, DisagreementError, FactoredLoRA, Wo
 from acetate.models.adapters import MergedLoRA, trainable_state
 from tests.compose import called
 
-TINY = {"base_dim": 4, "lora_rank": 2, "frames": 9, "height": 16, "width": 16, "threads": 1, "device": "cpu"}
+TINY = {
+    "base_dim": 4,
+    "lora_rank": 2,
+    "frames": 9,
+    "height": 16,
+    "width": 16,
+    "threads": 1,
+    "device": "cpu",
+}
 SETTINGS = TINY | {"lora_alpha": 1.0, "batch_size": 1, "precision": "float32", "seed": 0}
 
 
@@ -27,18 +35,24 @@ def build_both(workload):
 
 def run(*arguments, **settings):
     overrides = [
-        f"{name}={value}" for name, value in (TINY | {"warmup": 0, "repeats": 2, "parts": "[step]"} | settings).items()
+        f"{name}={value}"
+        for name, value in (
+            TINY | {"warmup": 0, "repeats": 2, "parts": "[step]"} | settings
+        ).items()
     ]
     called("benchmark", *overrides, *arguments)
 
 
-@pytest.mark.parametrize("settings", [{}, {"batch_size": 2, "lora_alpha": 8.0}, {"frames": 1}, {"frames": 17}])
+@pytest.mark.parametrize(
+    "settings", [{}, {"batch_size": 2, "lora_alpha": 8.0}, {"frames": 1}, {"frames": 17}]
+)
 def test_both_ways_agree(settings):
     workload = load(**settings)
     ours, released = build_both(workload)
     agreement = benchmark.check_agreement([ours, released], benchmark.draw_clip(workload))
     trained = trainable_state(ours)
-    assert agreement["gradients"] == len(trained) - (8 if workload.frames == 1 else 0)  # no time convolution runs
+    # no time convolution runs
+    assert agreement["gradients"] == len(trained) - (8 if workload.frames == 1 else 0)
     assert agreement["gradient_of"] in trained
     assert len(trained) == len(trainable_state(released)) == 185
     assert not any(isinstance(module, MergedLoRA) for module in released.modules())
@@ -50,13 +64,21 @@ def test_released_way_is_chunked_and_factored():
     workload = load()
     _, released = build_both(workload)
     seen = []
-    released.encoder.net.conv_in.register_forward_pre_hook(lambda _, x: seen.append(("encode", x[0].shape[2])))
-    released.merge.blocks.resnets[0].register_forward_pre_hook(lambda _, x: seen.append(("merge", x[0].shape[2])))
+    released.encoder.net.conv_in.register_forward_pre_hook(
+        lambda _, x: seen.append(("encode", x[0].shape[2]))
+    )
+    released.merge.blocks.resnets[0].register_forward_pre_hook(
+        lambda _, x: seen.append(("merge", x[0].shape[2]))
+    )
     for decoder in (released.decoder_rgb, released.decoder_alpha):
-        decoder.net.conv_in.register_forward_pre_hook(lambda _, x: seen.append(("decode", x[0].shape[2])))
+        decoder.net.conv_in.register_forward_pre_hook(
+            lambda _, x: seen.append(("decode", x[0].shape[2]))
+        )
     with torch.no_grad():
         benchmark.step_loss(released, benchmark.draw_clip(workload), "float32")
-    assert seen == 2 * [("encode", 1), ("encode", 4), ("encode", 4)] + 3 * [("merge", 1)] + 6 * [("decode", 1)]
+    assert seen == 2 * [("encode", 1), ("encode", 4), ("encode", 4)] + 3 * [("merge", 1)] + 6 * [
+        ("decode", 1)
+    ]
 
 
 @pytest.mark.parametrize("change", ["B", "bias", "scale"])
@@ -86,7 +108,10 @@ def test_factored_lora_is_the_merged_convolution():
 
 def check_output(folder, printed, repeats):
     assert "released / ours" in printed.out and "Both ways agree" in printed.out.replace("\n", " ")
-    assert all(row in printed.out for row in ("step, median, s", "step, min, s", "encode", "merge", "decode"))
+    assert all(
+        row in printed.out
+        for row in ("step, median, s", "step, min, s", "encode", "merge", "decode")
+    )
     assert "check" in printed.err and "check" not in printed.out
     results = json.loads((folder / "new/speed.json").read_text())
     assert results["workload"] == SETTINGS
@@ -97,20 +122,26 @@ def check_output(folder, printed, repeats):
             parts = seconds["encode"] + seconds["merge"] + seconds["decode"] + seconds["backward"]
             assert 0 < parts <= seconds["step"]
         assert sys.platform != "linux" or results[way]["peak_memory"] > 0
-    assert sorted(path.name for path in folder.rglob("*")) == ["new", "speed.json"]  # no log, no temporary file
+    # no log, no temporary file
+    assert sorted(path.name for path in folder.rglob("*")) == ["new", "speed.json"]
 
 
 def test_command_prints_a_table_and_writes_json(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     # A process takes seconds to import torch; the slow test below starts real ones.
-    monkeypatch.setattr(benchmark, "ProcessPoolExecutor", lambda workers, _: ThreadPoolExecutor(workers))
+    monkeypatch.setattr(
+        benchmark, "ProcessPoolExecutor", lambda workers, _: ThreadPoolExecutor(workers)
+    )
     run(out="new/speed.json")
     check_output(tmp_path, capsys.readouterr(), repeats=2)
 
 
 @pytest.mark.slow
 def test_module_runs_from_anywhere(tmp_path):
-    overrides = [f"{name}={value}" for name, value in (TINY | {"warmup": 1, "repeats": 1, "parts": "[step]"}).items()]
+    overrides = [
+        f"{name}={value}"
+        for name, value in (TINY | {"warmup": 1, "repeats": 1, "parts": "[step]"}).items()
+    ]
     command = [sys.executable, "-m", "acetate.commands.benchmark", *overrides, "out=new/speed.json"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
     check_output(tmp_path, SimpleNamespace(out=done.stdout, err=done.stderr), repeats=1)

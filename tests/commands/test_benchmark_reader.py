@@ -32,13 +32,17 @@ def test_both_read_the_same_frames(drawn, tmp_path):
     out, kind, frames = drawn
     refs = index_shards([out])
     splits = ["train"] * (3 * 5 // frames) + ["val"]
-    assert [(ref.kind, ref.frames, ref.split) for ref in refs] == [(kind, frames, split) for split in splits]
+    assert [(ref.kind, ref.frames, ref.split) for ref in refs] == [
+        (kind, frames, split) for split in splits
+    ]
     with serve(out) as url:
         remote = index_shards([open_folder(url, Remote(cache_dir=tmp_path))])
         for ref, other in zip(refs, remote, strict=True):
             plain = decode_with_av(read_media(ref))
             assert plain.shape == (frames, 32, 32, 4) and plain[..., 3].max() > 0
-            assert np.array_equal(plain, read_clip(ref).frames) and np.array_equal(plain, read_clip(other).frames)
+            assert np.array_equal(plain, read_clip(ref).frames) and np.array_equal(
+                plain, read_clip(other).frames
+            )
             assert kind != "rgba.png" or np.array_equal(plain, decode_png(read_media(ref)))
 
 
@@ -71,7 +75,10 @@ def test_command(tmp_path, monkeypatch, capsys):
     arguments = ["parts=[reader]", "out=speed.json", *(f"reader.{setting}" for setting in small)]
     called("benchmark", *arguments)
     results = json.loads((tmp_path / "speed.json").read_text())
-    assert results.keys() == {"reader"} and results["reader"].keys() == {"workload", *STORED.values()}
+    assert results.keys() == {"reader"} and results["reader"].keys() == {
+        "workload",
+        *STORED.values(),
+    }
     for kind, plain in zip(STORED.values(), (["plain"], ["plain", "PyAV"]), strict=True):
         ways = results["reader"][kind]
         assert [*ways] == [*plain, "local", "http, first", "http, cached", "datamodule"]

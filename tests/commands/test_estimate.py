@@ -2,7 +2,16 @@ import json
 
 import pytest
 
-from acetate.commands.estimate import CARDS, GPUS, SHARDED, footprint, remedies, table, verdict, without_weights
+from acetate.commands.estimate import (
+    CARDS,
+    GPUS,
+    SHARDED,
+    footprint,
+    remedies,
+    table,
+    verdict,
+    without_weights,
+)
 from acetate.memory import Footprint, Load
 from tests.compose import composed
 from tests.paths import ROOT
@@ -11,15 +20,20 @@ from tests.processes import program
 EXPERIMENTS = sorted(path.stem for path in (ROOT / "conf/experiment").glob("*.yaml"))
 GIB = 2**30
 FOOTPRINT = Footprint(
-    parameters=1, trainable_parameters=1, frozen=32 * GIB, trainable=0, gradients=0, optimizer=0, ema=0,
+    parameters=1, trainable_parameters=1, frozen=32 * GIB, trainable=0, gradients=0, optimizer=0,
+    ema=0,
     activations=20 * GIB, working=10 * GIB, replicated=0, gathered=GIB, groups=3, flops=0,
 )  # fmt: skip
 
 
 def test_verdicts():
     assert verdict(FOOTPRINT, 80) == "fits one GPU"  # 62 of 72 GiB
-    assert verdict(FOOTPRINT, 48) == f"does not fit one GPU; fits 4, {SHARDED}"  # 39 of 43.2; 47 on two
-    assert verdict(FOOTPRINT, 24) == "does not fit 8, even sharded: room for 55% of activations and working peak"
+    # 39 of 43.2; 47 on two
+    assert verdict(FOOTPRINT, 48) == f"does not fit one GPU; fits 4, {SHARDED}"
+    assert (
+        verdict(FOOTPRINT, 24)
+        == "does not fit 8, even sharded: room for 55% of activations and working peak"
+    )
     assert verdict(FOOTPRINT, 4) == "does not fit 8: the weights alone are too large"
 
 
@@ -43,7 +57,10 @@ def test_remedies_name_what_the_config_has(tmp_path):
 
 
 def test_targets_are_replaced_however_deep():
-    config = {"a": [{"_target_": "acetate.models.loading.load_vae", "source": "x"}], "_target_": "b.C"}
+    config = {
+        "a": [{"_target_": "acetate.models.loading.load_vae", "source": "x"}],
+        "_target_": "b.C",
+    }
     assert without_weights(config) == {
         "a": [{"_target_": "acetate.memory.blank_vae", "source": "x"}],
         "_target_": "b.C",
@@ -51,12 +68,22 @@ def test_targets_are_replaced_however_deep():
 
 
 def test_terms_follow_precision(tmp_path):
-    small = ["data.frames=1", "data.height=16", "data.width=16", "data.batch_size=1", "loss.diffusion.mode='off'"]
-    config = composed(tmp_path, "experiment=vae_rgba", *small, "trainer.precision=32-true", "wan.dtype=bfloat16")
+    small = [
+        "data.frames=1",
+        "data.height=16",
+        "data.width=16",
+        "data.batch_size=1",
+        "loss.diffusion.mode='off'",
+    ]
+    config = composed(
+        tmp_path, "experiment=vae_rgba", *small, "trainer.precision=32-true", "wan.dtype=bfloat16"
+    )
     _, found = footprint(config)
     assert found.trainable == found.gradients == 4 * found.trainable_parameters
     assert found.optimizer == pytest.approx(2 * found.trainable, rel=0.01)
-    assert found.frozen == pytest.approx(2 * (found.parameters - found.trainable_parameters), rel=0.01)
+    assert found.frozen == pytest.approx(
+        2 * (found.parameters - found.trainable_parameters), rel=0.01
+    )
     assert found.ema == 0
 
 
@@ -69,7 +96,9 @@ def test_a_batch_has_clips(tmp_path):
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_every_experiment_has_an_answer(experiment, tmp_path):
     out = tmp_path / "deep/out.json"
-    code, printed = program(tmp_path / "log", "acetate.commands.estimate", f"experiment={experiment}", f"out={out}")
+    code, printed = program(
+        tmp_path / "log", "acetate.commands.estimate", f"experiment={experiment}", f"out={out}"
+    )
     assert code == 0, printed[-2000:]
     found = json.loads(out.read_text())
     assert list(found["bytes_per_gpu"]) == [str(n) for n in GPUS]

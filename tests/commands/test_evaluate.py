@@ -5,11 +5,19 @@ import pytest
 
 from tests.processes import program
 
-SMALL = ["data.frames=5", "data.height=16", "data.width=16", "data.batch_size=2", "data.num_workers=0"]
+SMALL = [
+    "data.frames=5",
+    "data.height=16",
+    "data.width=16",
+    "data.batch_size=2",
+    "data.num_workers=0",
+]
 
 
 def run(log, name, *arguments):
-    code, printed = program(log, name, "experiment=vae_rgba", *SMALL, "data.val_clips=2", *arguments)
+    code, printed = program(
+        log, name, "experiment=vae_rgba", *SMALL, "data.val_clips=2", *arguments
+    )
     assert code == 0, printed[-2000:]
     return printed
 
@@ -18,7 +26,13 @@ def run(log, name, *arguments):
 def test_train_then_evaluate(tmp_path, shards):
     places = [f"paths.outputs={tmp_path}", f"data.shards={shards}", f"paths.cache={tmp_path}"]
     places.append("callbacks=ema")
-    run(tmp_path / "trained", "train.py", *places, "trainer.max_steps=2", "trainer.val_check_interval=2")
+    run(
+        tmp_path / "trained",
+        "train.py",
+        *places,
+        "trainer.max_steps=2",
+        "trainer.val_check_interval=2",
+    )
     printed = run(tmp_path / "evaluated", "acetate.commands.evaluate", *places, "resume=last")
     (path,) = tmp_path.glob("vae_rgba/*/evaluation.json")
     rows = json.loads(path.read_text())
@@ -31,22 +45,30 @@ def test_train_then_evaluate(tmp_path, shards):
     assert list(path.parent.glob("panels/*/*.png"))
     record = sorted(path.parent.rglob(".hydra/**/*"))
     before = path.read_bytes()
-    for changed, name in ((["data.val_clips=1"], "evaluation_val_clips-1.json"), ([], "evaluation.json")):
-        code, printed = program(tmp_path / f"{name}.log", "acetate.commands.evaluate", f"run={tmp_path}/vae_rgba",
+    for changed, name in (
+        (["data.val_clips=1"], "evaluation_val_clips-1.json"),
+        ([], "evaluation.json"),
+    ):
+        code, printed = program(tmp_path / f"{name}.log", "acetate.commands.evaluate",
+            f"run={tmp_path}/vae_rgba",
                                 f"paths.outputs={tmp_path}/elsewhere", *changed)  # fmt: skip
         assert code == 0, printed[-2000:]
         assert ("WARNING: not the data of" in printed) == bool(changed)
         assert (path.parent / name).is_file()
     assert path.read_bytes() == before  # the run's own settings give the run's own figures
-    assert sorted(path.parent.rglob(".hydra/**/*")) == record and not (tmp_path / "elsewhere").exists()
+    assert (
+        sorted(path.parent.rglob(".hydra/**/*")) == record and not (tmp_path / "elsewhere").exists()
+    )
 
 
 @pytest.mark.slow
 def test_a_dora_beside_the_base(tmp_path, cached):
     latents, adapters = cached
     arguments = [
-        "experiment=dit_dora", f"paths.outputs={tmp_path}", f"data.latents={latents}", f"rgba_vae={adapters}",
-        "task.rank=2", "data.batch_size=1", "data.num_workers=0", "callbacks.samples=null", "trainer.max_steps=2",
+        "experiment=dit_dora", f"paths.outputs={tmp_path}", f"data.latents={latents}",
+        f"rgba_vae={adapters}",
+        "task.rank=2", "data.batch_size=1", "data.num_workers=0", "callbacks.samples=null",
+        "trainer.max_steps=2",
     ]  # fmt: skip
     code, printed = program(tmp_path / "a", "train.py", *arguments, "trainer.val_check_interval=2")
     assert code == 0, printed[-2000:]
@@ -65,7 +87,12 @@ def test_help_and_errors(tmp_path):
     code, printed = program(tmp_path / "a", "acetate.commands.evaluate", "--help")
     assert code == 0
     assert "acetate evaluate run=outputs/mine" in printed
-    for given, message in ((["run=none"], "run=none: no run there"), (["run=x", "resume=last"], "are both given")):
-        code, printed = program(tmp_path / given[-1].replace("/", ""), "acetate.commands.evaluate", *given)
+    for given, message in (
+        (["run=none"], "run=none: no run there"),
+        (["run=x", "resume=last"], "are both given"),
+    ):
+        code, printed = program(
+            tmp_path / given[-1].replace("/", ""), "acetate.commands.evaluate", *given
+        )
         assert code != 0
         assert message in printed

@@ -1,4 +1,5 @@
-"""The export command on what real runs wrote, and what other programs' loaders make of its files."""
+"""The export command on what real runs wrote, and what other programs' loaders make of its
+files."""
 
 import json
 from types import SimpleNamespace
@@ -29,8 +30,10 @@ from tests.compose import composed
 from tests.paths import ROOT
 
 BASE = str(ROOT / "assets/wan-tiny")
-QUIET = ["trainer.enable_progress_bar=false", "trainer.enable_model_summary=false", "trainer.max_steps=2",
-         "trainer.val_check_interval=2", "data.num_workers=0", "data.val_clips=1", "data.batch_size=2",
+QUIET = ["trainer.enable_progress_bar=false", "trainer.enable_model_summary=false",
+    "trainer.max_steps=2",
+         "trainer.val_check_interval=2", "data.num_workers=0", "data.val_clips=1",
+         "data.batch_size=2",
          "task.lr=0.05", "task.warmup_steps=0"]  # fmt: skip
 
 
@@ -38,7 +41,11 @@ def fit(run, *overrides):
     """A run of two large steps, so that everything that trains has moved."""
     config = composed(run, *QUIET, *overrides)
     task, data = instantiate(config.task), instantiate(config.data)
-    callbacks = [instantiate(config.callbacks[name]) for name in ("checkpoint", "ema") if config.callbacks.get(name)]
+    callbacks = [
+        instantiate(config.callbacks[name])
+        for name in ("checkpoint", "ema")
+        if config.callbacks.get(name)
+    ]
     instantiate(config.trainer, callbacks=callbacks, logger=False).fit(task, data)
     return task
 
@@ -46,8 +53,21 @@ def fit(run, *overrides):
 @pytest.fixture(scope="module")
 def vae_run(shards, tmp_path_factory):
     run = tmp_path_factory.mktemp("vae_run")
-    small = ["data.frames=5", "data.height=16", "data.width=16", "model.lora_rank=2", "model.lora_alpha=4.0"]
-    fit(run, "experiment=vae_rgba", "callbacks=ema", f"data.shards={shards}", "loss.diffusion.mode=off", *small)
+    small = [
+        "data.frames=5",
+        "data.height=16",
+        "data.width=16",
+        "model.lora_rank=2",
+        "model.lora_alpha=4.0",
+    ]
+    fit(
+        run,
+        "experiment=vae_rgba",
+        "callbacks=ema",
+        f"data.shards={shards}",
+        "loss.diffusion.mode=off",
+        *small,
+    )
     return run
 
 
@@ -56,7 +76,14 @@ def dit_run(cached, tmp_path_factory):
     """alpha is twice the rank, so that a scale that is left out shows."""
     run, (latents, adapters) = tmp_path_factory.mktemp("dit_run"), cached
     rank = ["task.rank=2", "task.alpha=4", "task.caption_dropout=0"]
-    fit(run, "experiment=dit_dora", f"data.latents={latents}", f"rgba_vae={adapters}", "callbacks.samples=null", *rank)
+    fit(
+        run,
+        "experiment=dit_dora",
+        f"data.latents={latents}",
+        f"rgba_vae={adapters}",
+        "callbacks.samples=null",
+        *rank,
+    )
     return run
 
 
@@ -66,13 +93,19 @@ def trained_dit(dit_run):
     transformer = load_transformer(BASE)
     add_dora(transformer, 2, 4)
     state = load_file(dit_run / "checkpoints/last.safetensors")
-    load_trainable(transformer, {name.removeprefix("transformer."): value for name, value in state.items()}, "run")
+    load_trainable(
+        transformer,
+        {name.removeprefix("transformer."): value for name, value in state.items()},
+        "run",
+    )
     return transformer
 
 
 def export(out, *overrides):
     with initialize_config_dir(str(ROOT / "conf"), version_base=None):
-        config = compose("command/export", [f"paths.root={ROOT}", f"out={out}", "dtype=float32", *overrides])
+        config = compose(
+            "command/export", [f"paths.root={ROOT}", f"out={out}", "dtype=float32", *overrides]
+        )
     main(config)
     return out
 
@@ -90,7 +123,9 @@ def assert_same(state, expected, atol=0.0):
 
 def inputs(channels=16, width=64):
     generator = torch.Generator().manual_seed(0)
-    x, context = (torch.randn(shape, generator=generator) for shape in ((1, channels, 2, 4, 6), (1, 5, width)))
+    x, context = (
+        torch.randn(shape, generator=generator) for shape in ((1, channels, 2, 4, 6), (1, 5, width))
+    )
     return x, torch.tensor([700.0]), context
 
 
@@ -104,7 +139,9 @@ def assert_same_output(ours, theirs, width=64):
 @torch.no_grad()
 def assert_decodes_the_same(model, rgb, alpha):
     """rgb, alpha: diffusers' own VAEs, which clamp."""
-    raw = 0.3 * torch.randn(1, model.geometry.channels, 2, 4, 6, generator=torch.Generator().manual_seed(0))
+    raw = 0.3 * torch.randn(
+        1, model.geometry.channels, 2, 4, 6, generator=torch.Generator().manual_seed(0)
+    )
     rgb_hat, alpha_hat = model.decode(raw)
     assert_close(rgb.decode(raw).sample, rgb_hat.clamp(-1, 1), rtol=0, atol=1e-5)
     three = model.decoder_alpha(raw)
@@ -113,14 +150,27 @@ def assert_decodes_the_same(model, rgb, alpha):
 
 
 def vae_file(folder, base):
-    """An adapter file as experiment=vae_rgba writes it, every trained tensor away from its start."""
+    """An adapter file as experiment=vae_rgba writes it, every trained tensor away from its
+    start."""
     torch.manual_seed(0)
     settings = {"merge_init": "scratch", "lora_rank": 2, "lora_alpha": 4.0, "average_alpha": True}
     vae = RGBAVAE(vae=load_vae(base), **settings)
-    facts = {"schema": ADAPTER_SCHEMA, "kind": "rgba_vae", "base": base, "base_sha256": vae.base_sha256, **settings}
-    state = {f"vae.{name}": p + 0.1 * torch.randn_like(p) for name, p in trainable_state(vae).items()}
+    facts = {
+        "schema": ADAPTER_SCHEMA,
+        "kind": "rgba_vae",
+        "base": base,
+        "base_sha256": vae.base_sha256,
+        **settings,
+    }
+    state = {
+        f"vae.{name}": p + 0.1 * torch.randn_like(p) for name, p in trainable_state(vae).items()
+    }
     state = {name: value.detach() for name, value in state.items()}
-    save_file(state, folder / "vae.safetensors", {name: json.dumps(value) for name, value in facts.items()})
+    save_file(
+        state,
+        folder / "vae.safetensors",
+        {name: json.dumps(value) for name, value in facts.items()},
+    )
     return folder / "vae.safetensors"
 
 
@@ -130,19 +180,29 @@ def originals(make_vae, make_transformer, tmp_path_factory):
     folder = tmp_path_factory.mktemp("originals")
     vae = {original_vae_name(name): value for name, value in make_vae("wan21").state_dict().items()}
     torch.save(vae, folder / "Wan2.1_VAE.pth")
-    dit = {original_dit_name(name): value for name, value in make_transformer().state_dict().items()}
+    dit = {
+        original_dit_name(name): value for name, value in make_transformer().state_dict().items()
+    }
     save_file(dit, folder / "diffusion_pytorch_model.safetensors")
     (folder / "config.json").write_text(json.dumps({"num_heads": 2}))
     transformer = load_transformer(str(folder))
-    facts = {"schema": ADAPTER_SCHEMA, "kind": "dit_dora", "base": str(folder), "rank": 2, "alpha": 4,
+    facts = {"schema": ADAPTER_SCHEMA, "kind": "dit_dora", "base": str(folder), "rank": 2,
+        "alpha": 4,
              "mean_shift": 0.5, "transformer_sha256": transformer_sha256(transformer)}  # fmt: skip
     add_dora(transformer, 2, 4)
     with torch.no_grad():
         for parameter in trainable_state(transformer).values():
             parameter += 0.1 * torch.randn_like(parameter)
     (folder / "adapters").mkdir()
-    state = {f"transformer.{name}": value.detach() for name, value in trainable_state(transformer).items()}
-    save_file(state, folder / "adapters/dit.safetensors", {name: json.dumps(value) for name, value in facts.items()})
+    state = {
+        f"transformer.{name}": value.detach()
+        for name, value in trainable_state(transformer).items()
+    }
+    save_file(
+        state,
+        folder / "adapters/dit.safetensors",
+        {name: json.dumps(value) for name, value in facts.items()},
+    )
     return SimpleNamespace(
         folder=folder,
         wan=[f"wan.vae={folder}/Wan2.1_VAE.pth", f"wan.transformer={folder}"],
@@ -174,12 +234,17 @@ def test_raw_weights(tmp_path, vae_run):
 
 @pytest.mark.parametrize("layout", ["wan21", "tiny"])
 def test_wan_alpha_vae(tmp_path, originals, layout):
-    """The released convention, alpha 1, gives what alpha 4 gave in training; decoder.bin is its second half."""
+    """The released convention, alpha 1, gives what alpha 4 gave in training; decoder.bin is its
+    second half."""
     base = str(originals.folder / "Wan2.1_VAE.pth") if layout == "wan21" else BASE
     file = vae_file(tmp_path, base)
     out = export(tmp_path / "out", f"checkpoint={file}", "to=wan-alpha", f"wan.vae={base}")
-    flat, decoder = (torch.load(out / name, weights_only=True) for name in ("pytorch_model.bin", "decoder.bin"))
-    assert_same(decoder, {name: value for name, value in flat.items() if not name.startswith("middle.")})
+    flat, decoder = (
+        torch.load(out / name, weights_only=True) for name in ("pytorch_model.bin", "decoder.bin")
+    )
+    assert_same(
+        decoder, {name: value for name, value in flat.items() if not name.startswith("middle.")}
+    )
     vae = load_vae(base)
     model = RGBAVAE(vae=vae, merge_init="scratch", lora_rank=2, lora_alpha=1.0)
     load_trainable(model, trainable_from_wan_alpha(flat, vae.config.num_res_blocks), "flat")
@@ -193,7 +258,9 @@ def test_wan_alpha_vae(tmp_path, originals, layout):
 
 
 def test_a_residual_merge_block_has_no_wan_alpha_file(tmp_path, vae_run):
-    with pytest.raises(ValueError, match=r"merge_init=residual adds to Wan's own latents.*decoder_only=true"):
+    with pytest.raises(
+        ValueError, match=r"merge_init=residual adds to Wan's own latents.*decoder_only=true"
+    ):
         export(tmp_path / "out", f"checkpoint={vae_run}", "to=wan-alpha")
     assert not (tmp_path / "out").exists()
     out = export(tmp_path / "out", f"checkpoint={vae_run}", "to=wan-alpha", "decoder_only=true")
@@ -206,7 +273,8 @@ def test_wan_alpha_dora_is_read_by_the_loader_of_released_files(tmp_path, dit_ru
     put_dora(released, str(out / "t2v.safetensors"))
     put_dora(ours, str(dit_run))
     change = max(
-        (a - b).abs().max() for a, b in zip(ours.parameters(), load_transformer(BASE).parameters(), strict=True)
+        (a - b).abs().max()
+        for a, b in zip(ours.parameters(), load_transformer(BASE).parameters(), strict=True)
     )
     assert_same(released.state_dict(), ours.state_dict(), atol=0.02 * change.item())  # bfloat16
     assert metadata(out / "t2v.safetensors")["mean_shift"] == 1.0
@@ -214,14 +282,19 @@ def test_wan_alpha_dora_is_read_by_the_loader_of_released_files(tmp_path, dit_ru
 
 def test_comfyui_vaes_load_in_original_names(tmp_path, originals):
     out = export(tmp_path / "out", f"checkpoint={originals.vae}", "to=comfyui", *originals.wan)
-    files = {channel: out / f"acetate_vae_{channel}_channel.safetensors" for channel in ("rgb", "alpha")}
+    files = {
+        channel: out / f"acetate_vae_{channel}_channel.safetensors" for channel in ("rgb", "alpha")
+    }
     names = load_file(files["rgb"]).keys()
     assert "decoder.middle.0.residual.0.gamma" in names  # which tells ComfyUI a Wan VAE
-    assert "decoder.upsamples.0.upsamples.0.residual.2.weight" not in names  # which would tell it Wan2.2's
+    # which would tell it Wan2.2's
+    assert "decoder.upsamples.0.upsamples.0.residual.2.weight" not in names
     assert names == torch.load(originals.folder / "Wan2.1_VAE.pth", weights_only=True).keys()
     base = load_vae(str(originals.folder / "Wan2.1_VAE.pth"))
     rgb, alpha = (load_vae(str(file)) for file in files.values())
-    assert_decodes_the_same(load_rgba_vae(vae=originals.wan[0][8:], adapters=str(originals.vae)), rgb, alpha)
+    assert_decodes_the_same(
+        load_rgba_vae(vae=originals.wan[0][8:], adapters=str(originals.vae)), rgb, alpha
+    )
     for vae in (rgb, alpha):
         assert_same(vae.encoder.state_dict(), base.encoder.state_dict())
 
@@ -233,7 +306,9 @@ def test_comfyui_vaes_of_wan_tiny(tmp_path, vae_run, capsys):
     for channel in ("rgb", "alpha"):
         state = load_file(out / f"acetate_vae_{channel}_channel.safetensors")
         vae = AutoencoderKLWan.from_config(load_vae(BASE).config)
-        vae.load_state_dict({vae_name(name, vae.config.num_res_blocks): value for name, value in state.items()})
+        vae.load_state_dict(
+            {vae_name(name, vae.config.num_res_blocks): value for name, value in state.items()}
+        )
         vaes.append(vae.eval())
     assert_decodes_the_same(load_rgba_vae(vae=BASE, adapters=str(vae_run)), *vaes)
 
@@ -247,39 +322,65 @@ def test_comfyui_dit_in_original_names(tmp_path, originals):
     assert state["blocks.0.ffn.0.weight"].shape[0] == 32
     assert {name.split(".")[1] for name in state if name.startswith("blocks.")} == {"0", "1"}
     assert state["patch_embedding.weight"].shape[1] == 16
-    assert not any(name.startswith(("model.", "net.", "diffusion_model.")) or "img_emb" in name for name in state)
-    assert state.keys() == load_file(originals.folder / "diffusion_pytorch_model.safetensors").keys()
+    assert not any(
+        name.startswith(("model.", "net.", "diffusion_model.")) or "img_emb" in name
+        for name in state
+    )
+    assert (
+        state.keys() == load_file(originals.folder / "diffusion_pytorch_model.safetensors").keys()
+    )
     (out / "config.json").write_text(json.dumps({"num_heads": 2}))
-    assert_same_output(originals.transformer, load_transformer(str(out / "dit.safetensors")), width=16)
+    assert_same_output(
+        originals.transformer, load_transformer(str(out / "dit.safetensors")), width=16
+    )
 
 
 def test_comfyui_dit_of_wan_tiny(tmp_path, dit_run, trained_dit, capsys):
     out = export(tmp_path / "out", f"checkpoint={dit_run}", "to=comfyui")
     assert "heads to be 128 wide" in capsys.readouterr().out
     transformer = load_transformer(BASE)
-    transformer.load_state_dict({dit_name(name): value for name, value in load_file(out / "dit.safetensors").items()})
+    transformer.load_state_dict(
+        {dit_name(name): value for name, value in load_file(out / "dit.safetensors").items()}
+    )
     assert_same_output(trained_dit, transformer)
 
 
 @pytest.mark.parametrize(("rank", "dtype"), [(4, "bfloat16"), (128, "float32")])
 def test_svd_lora_misses_what_it_says(tmp_path, dit_run, trained_dit, capsys, rank, dtype):
-    """Merged by the reader of few-step files, which takes the same names; a full rank misses nothing."""
+    """Merged by the reader of few-step files, which takes the same names; a full rank misses
+    nothing."""
     out = export(
-        tmp_path / "out", f"checkpoint={dit_run}", "to=comfyui", "dit=svd-lora", f"rank={rank}", f"dtype={dtype}"
+        tmp_path / "out",
+        f"checkpoint={dit_run}",
+        "to=comfyui",
+        "dit=svd-lora",
+        f"rank={rank}",
+        f"dtype={dtype}",
     )
-    file, base, ours, lora = out / f"dit_lora_rank{rank}.safetensors", *(load_transformer(BASE) for _ in range(3))
+    file, base, ours, lora = (
+        out / f"dit_lora_rank{rank}.safetensors",
+        *(load_transformer(BASE) for _ in range(3)),
+    )
     assert all(name.startswith("diffusion_model.blocks.") for name in load_file(file))
     errors = metadata(file)["error_of_layer"]
     assert f"= {metadata(file)['error']:.4f} over all layers" in capsys.readouterr().out
     put_dora(ours, str(dit_run))
     assert merge_few_step(lora, load_file(file)) == len(errors) == 40
     for layer, error in errors.items():
-        weight, wanted, found = (m.get_parameter(dit_name(f"{layer}.weight")) for m in (base, ours, lora))
-        assert_close((wanted - found).norm() / (wanted - weight).norm(), torch.tensor(error), rtol=1e-2, atol=1e-4)
+        weight, wanted, found = (
+            m.get_parameter(dit_name(f"{layer}.weight")) for m in (base, ours, lora)
+        )
+        assert_close(
+            (wanted - found).norm() / (wanted - weight).norm(),
+            torch.tensor(error),
+            rtol=1e-2,
+            atol=1e-4,
+        )
     assert (0.05 < metadata(file)["error"] < 0.9) if rank == 4 else (metadata(file)["error"] < 1e-4)
     if rank == 128:
         assert_same_output(trained_dit, lora)
-    WanPipeline.load_lora_into_transformer(WanPipeline.lora_state_dict(str(file)), base)  # as diffusers reads it
+    # as diffusers reads it
+    WanPipeline.load_lora_into_transformer(WanPipeline.lora_state_dict(str(file)), base)
     assert_same_output(lora, base)
 
 
@@ -300,7 +401,9 @@ def test_diffusers_vaes(tmp_path, vae_run):
 def test_diffusers_pipeline_samples_as_we_do(tmp_path, dit_run, cached, trained_dit):
     out = export(tmp_path / "out", f"checkpoint={dit_run}", "to=diffusers", f"rgba_vae={cached[1]}")
     assert_same_output(trained_dit, WanTransformer3DModel.from_pretrained(out / "transformer"))
-    assert_same_output(trained_dit, PeftModel.from_pretrained(load_transformer(BASE), str(out / "adapter")))
+    assert_same_output(
+        trained_dit, PeftModel.from_pretrained(load_transformer(BASE), str(out / "adapter"))
+    )
     assert json.loads((out / "export.json").read_text())["rgba_vae"] == str(cached[1])
     pipe = WanPipeline.from_pretrained(out, torch_dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
@@ -308,13 +411,20 @@ def test_diffusers_pipeline_samples_as_we_do(tmp_path, dit_run, cached, trained_
         torch.randn(1, 16, 2, 8, 8, generator=torch.Generator().manual_seed(0)),
         TextEncoder(BASE, 64, dtype="float32"),
     )
-    call = {"prompt": "a red disc", "num_frames": 5, "height": 32, "width": 32, "num_inference_steps": 2,
+    call = {"prompt": "a red disc", "num_frames": 5, "height": 32, "width": 32,
+        "num_inference_steps": 2,
             "guidance_scale": 3.0, "latents": noise, "max_sequence_length": 64}  # fmt: skip
     latents = pipe(**call, output_type="latent").frames
-    solver, context, negative = Solver(steps=2, guidance=3.0), text.context(["a red disc"]), text.context([""])
+    solver, context, negative = (
+        Solver(steps=2, guidance=3.0),
+        text.context(["a red disc"]),
+        text.context([""]),
+    )
     merged = load_transformer(BASE)
     put_dora(merged, str(dit_run))
-    assert_close(latents, sample_latents(merged, noise, context, negative, solver), rtol=0, atol=1e-4)
+    assert_close(
+        latents, sample_latents(merged, noise, context, negative, solver), rtol=0, atol=1e-4
+    )
     frames = pipe(**call, output_type="pt").frames
     model = load_rgba_vae(vae=BASE, adapters=str(cached[1]))
     rgb, _ = model.decode(model.denormalise(latents))
@@ -329,15 +439,28 @@ def test_diffusers_pipeline_samples_as_we_do(tmp_path, dit_run, cached, trained_
         (["to=forge"], "to=forge; known: acetate, wan-alpha, comfyui, diffusers"),
         (["to=comfyui", "dit=lora"], "dit=lora; known: merged, svd-lora, dora"),
         (["to=comfyui", "dtype=float8"], "dtype=float8; known: float32"),
-        (["to=comfyui", "wan.transformer={folder}"], r"last\.ckpt was trained on another base \(.*Choose the wan="),
-        (["to=diffusers", "rgba_vae={dit}"], "holds a dit_dora; give a checkpoint of experiment=vae_rgba"),
-        (["to=diffusers", "rgba_vae={vae}"], "The DoRA's vae_sha256 is .*Give the rgba_vae= that its latents"),
+        (
+            ["to=comfyui", "wan.transformer={folder}"],
+            r"last\.ckpt was trained on another base \(.*Choose the wan=",
+        ),
+        (
+            ["to=diffusers", "rgba_vae={dit}"],
+            "holds a dit_dora; give a checkpoint of experiment=vae_rgba",
+        ),
+        (
+            ["to=diffusers", "rgba_vae={vae}"],
+            "The DoRA's vae_sha256 is .*Give the rgba_vae= that its latents",
+        ),
     ],
 )
 def test_bad_settings_say_what_to_do(tmp_path, dit_run, vae_run, wan_folder, overrides, message):
     places = {"folder": wan_folder, "dit": dit_run, "vae": vae_run}
     with pytest.raises(ValueError, match=message):
-        export(tmp_path / "out", f"checkpoint={dit_run}", *(part.format(**places) for part in overrides))
+        export(
+            tmp_path / "out",
+            f"checkpoint={dit_run}",
+            *(part.format(**places) for part in overrides),
+        )
     assert not (tmp_path / "out").exists()
 
 
@@ -356,7 +479,12 @@ def test_files_of_others_are_kept(tmp_path, dit_run):
 def test_default_folders_tell_runs_and_settings_apart(dit_run, tmp_path):
     def exported(*overrides):
         with initialize_config_dir(str(ROOT / "conf"), version_base=None):
-            places = [f"paths.root={ROOT}", f"paths.outputs={tmp_path}", f"checkpoint={dit_run}", "to=comfyui"]
+            places = [
+                f"paths.root={ROOT}",
+                f"paths.outputs={tmp_path}",
+                f"checkpoint={dit_run}",
+                "to=comfyui",
+            ]
             main(compose("command/export", [*places, *overrides]))
         return sorted(path.name for path in (tmp_path / "exports").iterdir())
 

@@ -5,8 +5,12 @@ from acetate.commands.follow import figures, held_out, placed, random_paths
 
 
 def discs(centres, size=32):
-    y, x = torch.meshgrid((torch.arange(size) + 0.5) / size, (torch.arange(size) + 0.5) / size, indexing="ij")
-    return torch.stack([((x - cx) ** 2 + (y - cy) ** 2 < 0.04).float() for cx, cy in centres.tolist()])[:, None, None]
+    y, x = torch.meshgrid(
+        (torch.arange(size) + 0.5) / size, (torch.arange(size) + 0.5) / size, indexing="ij"
+    )
+    return torch.stack(
+        [((x - cx) ** 2 + (y - cy) ** 2 < 0.04).float() for cx, cy in centres.tolist()]
+    )[:, None, None]
 
 
 def test_subjects_that_follow_and_ones_that_do_not():

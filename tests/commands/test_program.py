@@ -17,8 +17,10 @@ from acetate.settings import SettingError
 from tests.paths import ROOT
 
 PROMPTS = [
-    "a ring of fire, transparent background", "a cat's tail", 'say "hi"', "'quoted'", "x: y", "{a}", "[a, b]", "a=b=c",
-    "two\nlines", "\u732b \U0001f600", "-x", "--help", "${oc.env:HOME}", r"\${x}", "\\", "'", "", " ", "1", "#x",
+    "a ring of fire, transparent background", "a cat's tail", 'say "hi"', "'quoted'", "x: y", "{a}",
+    "[a, b]", "a=b=c",
+    "two\nlines", "\u732b \U0001f600", "-x", "--help", "${oc.env:HOME}", r"\${x}", "\\", "'", "",
+    " ", "1", "#x",
     "a\\'b", "$", "100 % (sure)", "a@b!c*d~e+f", "x" * 10_000,
 ]  # fmt: skip
 
@@ -66,11 +68,16 @@ def test_values_are_what_their_settings_take(program, argument, value):
 def test_a_sweep_stays_one():
     assert to_the_letter("train", "data.shards=a,b", many=True) == "data.shards=a,b"
     assert to_the_letter("train", "task.lr=1e-3,2e-3") == "task.lr=1e-3,2e-3"
-    assert to_the_letter("train", "experiment=vae_rgba,dit_dora", many=True) == "experiment=vae_rgba,dit_dora"
+    assert (
+        to_the_letter("train", "experiment=vae_rgba,dit_dora", many=True)
+        == "experiment=vae_rgba,dit_dora"
+    )
 
 
 def test_references_are_followed():
-    assert to_the_letter("train", "rgba_vae=${paths.outputs}/mine") == "rgba_vae=${paths.outputs}/mine"
+    assert (
+        to_the_letter("train", "rgba_vae=${paths.outputs}/mine") == "rgba_vae=${paths.outputs}/mine"
+    )
 
 
 def said(*arguments):
@@ -81,15 +88,21 @@ def said(*arguments):
 
 
 def test_unknown_names_are_said_with_the_nearest():
-    assert said("experiment=vae_rgbx").startswith("experiment=vae_rgbx is unknown, the nearest is vae_rgba; there are")
-    assert said("task.learning_rate=1") == "task.learning_rate is no setting here. --help lists them."
+    assert said("experiment=vae_rgbx").startswith(
+        "experiment=vae_rgbx is unknown, the nearest is vae_rgba; there are"
+    )
+    assert (
+        said("task.learning_rate=1") == "task.learning_rate is no setting here. --help lists them."
+    )
     assert "the nearest is task.lr." in said("task.lrr=1")
     assert "the nearest is trainer.max_steps." in said("trainer.max_step=1")
 
 
 def test_a_wrong_value_is_said_with_the_default():
     error = SettingError("task.lr", "x", "task.lr=x: must be a number above 0.")
-    assert in_words(error, "config", ["experiment=dit_dora", "task.lr=x"]).endswith("The default is 0.003.")
+    assert in_words(error, "config", ["experiment=dit_dora", "task.lr=x"]).endswith(
+        "The default is 0.003."
+    )
 
 
 def test_a_fault_of_the_program_shows_where(capsys):
@@ -105,11 +118,13 @@ def test_a_fault_of_the_program_shows_where(capsys):
     assert "Traceback" not in ours
     assert ours.startswith("train: ")
     assert "Traceback" in printed(lambda: {}["x"])
-    assert "Traceback" in printed(lambda: int("x"))  # of this file, which is no part of the programs
+    # of this file, which is no part of the programs
+    assert "Traceback" in printed(lambda: int("x"))
 
 
 def run_train(folder, *arguments, **environment):
-    """`python train.py ARGUMENTS` from another folder than the clone; it says what it says at once."""
+    """`python train.py ARGUMENTS` from another folder than the clone; it says what it says at
+    once."""
     env = {**os.environ, "ACETATE_ROOT": str(folder), **environment}
     command = [sys.executable, str(ROOT / "train.py"), *arguments]
     return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
@@ -122,7 +137,10 @@ def test_a_wrong_setting_is_one_line_and_leaves_nothing(tmp_path):
     assert not [*tmp_path.glob("outputs/*")]
     done = run_train(tmp_path, "experiment=vae_rgba", "task.lr=abc", HYDRA_FULL_ERROR="1")
     assert "Traceback" in done.stderr
-    assert done.stderr.splitlines()[-1] == "acetate.settings.SettingError: task.lr=abc: must be a number above 0."
+    assert (
+        done.stderr.splitlines()[-1]
+        == "acetate.settings.SettingError: task.lr=abc: must be a number above 0."
+    )
 
 
 @pytest.mark.slow

@@ -17,18 +17,34 @@ def run(tmp_path):
     """A run's folder with its record, as train.py leaves it."""
     folder = tmp_path / "mine_dit/2026-01-01"
     (folder / "checkpoints").mkdir(parents=True)
-    save_file({"x": torch.ones(1)}, folder / "checkpoints/last.safetensors", {"base": json.dumps("of/wan-tiny")})
+    save_file(
+        {"x": torch.ones(1)},
+        folder / "checkpoints/last.safetensors",
+        {"base": json.dumps("of/wan-tiny")},
+    )
     config = {
-        "paths": {"root": "${oc.env:ACETATE_ROOT,${hydra:runtime.cwd}}", "outputs": "${paths.root}/outputs", "run": ""},
-        "wan": {"vae": "Wan-AI/Wan2.1", "frames": 81, "height": 480, "width": 832, "dtype": "bfloat16"},
+        "paths": {
+            "root": "${oc.env:ACETATE_ROOT,${hydra:runtime.cwd}}",
+            "outputs": "${paths.root}/outputs",
+            "run": "",
+        },
+        "wan": {
+            "vae": "Wan-AI/Wan2.1",
+            "frames": 81,
+            "height": 480,
+            "width": 832,
+            "dtype": "bfloat16",
+        },
         "rgba_vae": "${paths.outputs}/mine",
         "callbacks": {"samples": {"frames": 17, "height": 64, "fps": 12}},
     }
     (folder / ".hydra").mkdir()
     OmegaConf.save(OmegaConf.create(config), folder / ".hydra/config.yaml")
-    OmegaConf.save(OmegaConf.create({"hydra": {"runtime": {"choices": {"wan": "wan21_1b"}, "cwd": str(tmp_path)}}}),
+    OmegaConf.save(OmegaConf.create({"hydra": {"runtime": {"choices": {"wan": "wan21_1b"},
+        "cwd": str(tmp_path)}}}),
                    folder / ".hydra/hydra.yaml")  # fmt: skip
-    OmegaConf.save(OmegaConf.create(["experiment=dit_dora", "name=mine_dit", "resume=last", "data.latents=a"]),
+    OmegaConf.save(OmegaConf.create(["experiment=dit_dora", "name=mine_dit", "resume=last",
+        "data.latents=a"]),
                    folder / ".hydra/overrides.yaml")  # fmt: skip
     return folder
 
@@ -53,7 +69,10 @@ def test_settings_of_a_run_count_unless_they_are_given(run, monkeypatch, capsys)
     assert taken == ["wan.vae='Wan-AI/Wan2.1'", "wan.frames=81", "wan.height=480", "wan.width=832",
                      "rgba_vae='/srv/outputs/mine'", "width=832"]  # fmt: skip
     said = capsys.readouterr().out
-    assert f"dora={run}: wan=wan21_1b, rgba_vae=/srv/outputs/mine, width=832, as recorded in {run}/.hydra" in said
+    assert (
+        f"dora={run}: wan=wan21_1b, rgba_vae=/srv/outputs/mine, width=832, as recorded in "
+        f"{run}/.hydra" in said
+    )
     assert as_trained(str(run), "dora", ["wan=tiny"], {}) == []
 
 
@@ -63,7 +82,9 @@ def test_a_path_that_was_given_in_another_folder_is_found_there(run, tmp_path):
     OmegaConf.save(config, run / ".hydra/config.yaml")
     (tmp_path / "outputs/mine").mkdir(parents=True)
     given = ["wan=tiny"]
-    assert as_trained(str(run), "dora", given, {"rgba_vae": ("rgba_vae",)}) == [f"rgba_vae='{tmp_path}/outputs/mine'"]
+    assert as_trained(str(run), "dora", given, {"rgba_vae": ("rgba_vae",)}) == [
+        f"rgba_vae='{tmp_path}/outputs/mine'"
+    ]
 
 
 def test_a_file_without_its_run_says_its_base(run, tmp_path, capsys):
@@ -78,7 +99,8 @@ def test_a_file_without_its_run_says_its_base(run, tmp_path, capsys):
 
 @pytest.mark.parametrize(
     "text",
-    ["a, b: {c}=[d]", "a cat's \"tail\"", "line\nline\ttab", "${oc.env:HOME} \\${x} \\", "", " -dash ", "猫😀", "null",
+    ["a, b: {c}=[d]", "a cat's \"tail\"", "line\nline\ttab", "${oc.env:HOME} \\${x} \\", "",
+    " -dash ", "猫😀", "null",
      "1", "\\'", "true", "x" * 10_000],
 )  # fmt: skip
 def test_any_text_passes_through_overrides(text):

@@ -4,14 +4,16 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 from acetate.commands import as_on_gpu
-from acetate.commands.rules import MISSING, check_settings, rule_of, settings_of
+from acetate.commands.checks import MISSING, check_settings, rule_of, settings_of
 from acetate.settings import SettingError
 from tests.compose import composed
 from tests.paths import ROOT
 
 EXPERIMENTS = sorted(path.stem for path in (ROOT / "conf/experiment").glob("*.yaml"))
 PROGRAMS = sorted(
-    f"{folder}/{path.stem}" for folder in ("command", "prep") for path in (ROOT / "conf" / folder).glob("*.yaml")
+    f"{folder}/{path.stem}"
+    for folder in ("command", "prep")
+    for path in (ROOT / "conf" / folder).glob("*.yaml")
 )
 # Constants of code that is not ours, which refuses what it cannot take
 OF_OTHERS = ("task.vae.", "task.transformer.", "trainer.plugins", "callbacks.checkpoint.")
@@ -34,7 +36,9 @@ def test_every_setting_of_a_run_has_a_rule_that_its_default_keeps(experiment, tm
     config = composed(tmp_path, f"experiment={experiment}")
     settings = list(settings_of("train", config))
     without = [
-        path for path, value, rule in settings if rule is None and not path.startswith(OF_OTHERS) and value is not None
+        path
+        for path, value, rule in settings
+        if rule is None and not path.startswith(OF_OTHERS) and value is not None
     ]
     assert not without
     for path, value, rule in settings:
@@ -55,15 +59,21 @@ def test_every_setting_of_a_program_has_a_rule_that_its_default_keeps(program):
 @pytest.mark.parametrize(
     "override",
     [
-        "model.lora_rank=0", "model.lora_rank=x", "model.lora_alpha=nan", "task.lr=abc", "task.lr=null",
+        "model.lora_rank=0", "model.lora_rank=x", "model.lora_alpha=nan", "task.lr=abc",
+        "task.lr=null",
         "task.lr=0", "task.lr=.inf", "task.betas=[1,0]", "task.betas=0.9", "task.warmup_steps=-1",
-        "task.decay_steps=None", "task.decay_steps=0", "trainer.max_steps=abc", "trainer.max_steps=1.5",
-        "trainer.val_check_interval=0", "trainer.val_check_interval=0.5", "trainer.accumulate_grad_batches=0",
-        "trainer.precision=16", "data.batch_size=1.5", "data.batch_size=two", "data.batch_size=true",
-        "data.cache_mb=-1", "data.shards=null", "data.shards=[]", "data.shards=''", "data.shards={a: -1}",
+        "task.decay_steps=None", "task.decay_steps=0", "trainer.max_steps=abc",
+        "trainer.max_steps=1.5",
+        "trainer.val_check_interval=0", "trainer.val_check_interval=0.5",
+        "trainer.accumulate_grad_batches=0",
+        "trainer.precision=16", "data.batch_size=1.5", "data.batch_size=two",
+        "data.batch_size=true",
+        "data.cache_mb=-1", "data.shards=null", "data.shards=[]", "data.shards=''",
+        "data.shards={a: -1}",
         "data.num_workers=100000", "data.frames=8", "data.scale_range=[1,0.5]", "data.flip=2",
         "loss.diffusion.mode=none", "loss.diffusion.weight=-1", "loss.reconstruction.eps=1",
-        "wan.dtype=float7", "name=null", "name=../x", "name=/x", "name=a/../../b", "name=''", "name=5",
+        "wan.dtype=float7", "name=null", "name=../x", "name=/x", "name=a/../../b", "name=''",
+        "name=5",
         "objective=nope", "objective=5", "seed=-1", "seed=1.0", "callbacks.panels.clips=0",
         "callbacks.throughput.every_n_steps=0",
     ],
@@ -100,17 +110,24 @@ def test_a_setting_without_a_value(tmp_path):
     ("program", "override"),
     [
         ("sample", "count=0"), ("sample", "batch_size=0"), ("sample", "guide.centre=[0.5]"),
-        ("sample", "seed=x"), ("sample", "guide.axes=[0,1]"), ("sample", "formats=[]"), ("sample", "formats=[mp5]"),
+        ("sample", "seed=x"), ("sample", "guide.axes=[0,1]"), ("sample", "formats=[]"),
+        ("sample", "formats=[mp5]"),
         ("sample", "fps=0"), ("export", "shift=nan"), ("export", "to=onnx"), ("export", "rank=0"),
-        ("cache_latents", "frames=9"), ("cache_latents", "sizes=[48,48]"), ("cache_latents", "area=1e12"),
-        ("cache_latents", "ellipse.threshold=nan"), ("cache_latents", "variants=9"), ("shard", "max_mb=-5"),
-        ("shard", "fps=1e7"), ("shard", "bleed=100000"), ("inspect", "lengths=[]"), ("filter", "workers=-1"),
+        ("cache_latents", "frames=9"), ("cache_latents", "sizes=[48,48]"),
+        ("cache_latents", "area=1e12"),
+        ("cache_latents", "ellipse.threshold=nan"), ("cache_latents", "variants=9"),
+        ("shard", "max_mb=-5"),
+        ("shard", "fps=1e7"), ("shard", "bleed=100000"), ("inspect", "lengths=[]"),
+        ("filter", "workers=-1"),
         ("synthesize", "frames=8"), ("caption", "overwrite=some"), ("ingest", "memory_gb=0"),
     ],
 )  # fmt: skip
 def test_what_breaks_a_rule_of_a_program_is_named(program, override):
     folder = "command" if (ROOT / f"conf/command/{program}.yaml").exists() else "prep"
-    given = {"to": "acetate", **dict.fromkeys(("source", "out", "shards", "manifest", "rgba_vae", "checkpoint"), "x")}
+    given = {
+        "to": "acetate",
+        **dict.fromkeys(("source", "out", "shards", "manifest", "rgba_vae", "checkpoint"), "x"),
+    }
     config = of_program(f"{folder}/{program}")
     name = override.partition("=")[0]
     needed = [f"{key}={text}" for key, text in given.items() if key in [*config] and key != name]

@@ -73,11 +73,15 @@ def test_runs_of_one_second_have_a_folder_each(tmp_path):
 
 
 def test_a_sweep_goes_on_in_its_folder(tmp_path):
-    sweep = functools.partial(sweep_folder, str(tmp_path), "demo", overrides=[*THESE, "resume=auto"], now="NOW")
+    sweep = functools.partial(
+        sweep_folder, str(tmp_path), "demo", overrides=[*THESE, "resume=auto"], now="NOW"
+    )
     first = sweep(None)
     assert first == str(tmp_path / "demo/sweep_NOW")
     assert sweep(None) == f"{first}_2"
-    OmegaConf.save({"hydra": {"overrides": {"task": THESE}}}, tmp_path / "demo/sweep_NOW/multirun.yaml")
+    OmegaConf.save(
+        {"hydra": {"overrides": {"task": THESE}}}, tmp_path / "demo/sweep_NOW/multirun.yaml"
+    )
     assert sweep("auto") == sweep("last") == first
     other = sweep_folder(str(tmp_path), "demo", "auto", ["task.lr=2"], "NOW")
     assert other == f"{first}_3"
@@ -85,7 +89,10 @@ def test_a_sweep_goes_on_in_its_folder(tmp_path):
 
 def test_a_run_knows_its_settings(tmp_path, monkeypatch):
     """Those of its last start, from whatever folder it goes on, the command's own on top."""
-    run = make(tmp_path / "demo/a", overrides=["experiment=vae_rgba", "data.shards=told", "init=x", "task.lr=1"])
+    run = make(
+        tmp_path / "demo/a",
+        overrides=["experiment=vae_rgba", "data.shards=told", "init=x", "task.lr=1"],
+    )
     (tmp_path / "told").mkdir()
     OmegaConf.save({"hydra": {"runtime": {"cwd": str(tmp_path)}}}, run / ".hydra/hydra.yaml")
     told = f"data.shards={tmp_path / 'told'}"
@@ -96,7 +103,9 @@ def test_a_run_knows_its_settings(tmp_path, monkeypatch):
     assert "data.shards=told" in recorded_overrides(run)
     later = run / ".hydra/2026-01-31_10-00-00"
     later.mkdir()
-    OmegaConf.save(["experiment=vae_rgba", "trainer.max_steps=9", "resume=last"], later / "overrides.yaml")
+    OmegaConf.save(
+        ["experiment=vae_rgba", "trainer.max_steps=9", "resume=last"], later / "overrides.yaml"
+    )
     assert recorded_overrides(run) == ["experiment=vae_rgba", "trainer.max_steps=9"]
 
 
@@ -114,14 +123,20 @@ def test_the_run_that_a_path_belongs_to(tmp_path):
         assert run_of(str(path)) == run
     assert run_of(str(older)) == run_to_continue(str(tmp_path), "demo", str(older)) == older
     assert run_to_continue(str(tmp_path), "demo", "last") == run
-    assert run_to_continue(str(tmp_path), "demo", "auto") is run_to_continue(str(tmp_path), "demo", None) is None
+    assert (
+        run_to_continue(str(tmp_path), "demo", "auto")
+        is run_to_continue(str(tmp_path), "demo", None)
+        is None
+    )
     assert run_of(str(tmp_path / "gone")) is None
 
 
 def test_auto_goes_on_with_an_unfinished_run_of_the_same_command(tmp_path):
     same = make(tmp_path / "demo/a", age=9)
     make(tmp_path / "demo/b", overrides=["experiment=vae_rgba", "task.lr=2"])
-    assert choose(tmp_path, "auto", ["task.lr=1", "resume=auto", "experiment=vae_rgba"]) == str(same)
+    assert choose(tmp_path, "auto", ["task.lr=1", "resume=auto", "experiment=vae_rgba"]) == str(
+        same
+    )
     assert choose(tmp_path, "auto", ["task.lr=3"]) == str(tmp_path / "demo/NOW")
     (same / FINISHED).touch()
     assert choose(tmp_path, "auto") == str(tmp_path / "demo/NOW_2")
@@ -132,7 +147,11 @@ def test_checkpoint_to_resume(tmp_path):
     last = str(run / "checkpoints/last.ckpt")
     assert checkpoint_to_resume("last", run) == checkpoint_to_resume("auto", run) == last
     assert checkpoint_to_resume(last, tmp_path) == last
-    assert checkpoint_to_resume(None, run) is checkpoint_to_resume("auto", tmp_path / "demo/new") is None
+    assert (
+        checkpoint_to_resume(None, run)
+        is checkpoint_to_resume("auto", tmp_path / "demo/new")
+        is None
+    )
     with pytest.raises(FileNotFoundError, match=r"no last\.ckpt below .*demo\. Leave out resume"):
         checkpoint_to_resume("last", tmp_path / "demo/new")
     with pytest.raises(FileNotFoundError, match=r"gone\.ckpt does not exist"):
@@ -174,7 +193,10 @@ def writer(tmp_path):
 
 def test_a_run_has_one_writer(tmp_path, writer):
     (tmp_path / FINISHED).touch()
-    with pytest.raises(RuntimeError, match=f"by process {writer.pid} on .*resume=last"), only_writer(tmp_path):
+    with (
+        pytest.raises(RuntimeError, match=f"by process {writer.pid} on .*resume=last"),
+        only_writer(tmp_path),
+    ):
         pass
     assert (tmp_path / FINISHED).exists()
     writer.kill()
@@ -186,7 +208,10 @@ def test_a_run_has_one_writer(tmp_path, writer):
 
 def test_a_writer_on_another_machine_has_time_to_end(tmp_path, writer, caplog):
     (tmp_path / LOCK).write_text("7 on elsewhere")
-    with pytest.raises(RuntimeError, match="by process 7 on elsewhere"), only_writer(tmp_path, patience=0):
+    with (
+        pytest.raises(RuntimeError, match="by process 7 on elsewhere"),
+        only_writer(tmp_path, patience=0),
+    ):
         pass
     ends = threading.Timer(0.3, writer.kill)
     ends.start()
@@ -204,7 +229,10 @@ def test_first_notes_are_kept_and_one_rank_writes_them(tmp_path, monkeypatch):
 
 
 def test_a_run_keeps_its_id(tmp_path):
-    assert run_id(str(tmp_path), str(tmp_path / "demo/2026-01-31_10-00-00")) == "demo-2026-01-31_10-00-00"
+    assert (
+        run_id(str(tmp_path), str(tmp_path / "demo/2026-01-31_10-00-00"))
+        == "demo-2026-01-31_10-00-00"
+    )
     assert run_id(str(tmp_path), str(tmp_path / "demo/sweep_1/3")) == "demo-sweep_1-3"
     assert run_id(str(tmp_path), "/elsewhere/sweep/0") == "sweep-0"
 
@@ -226,12 +254,16 @@ def test_ranks_of_torchrun_hear_of_rank_zeros_choice(tmp_path):
 
     def rank(number):
         environment = {
-            "RANK": str(number), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port),
-            "TORCHELASTIC_RUN_ID": "none", "TORCHELASTIC_RESTART_COUNT": "0", "TORCHELASTIC_USE_AGENT_STORE": "True",
+            "RANK": str(number), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(store.port),
+            "TORCHELASTIC_RUN_ID": "none", "TORCHELASTIC_RESTART_COUNT": "0",
+            "TORCHELASTIC_USE_AGENT_STORE": "True",
         }  # fmt: skip
         call = f"run_folder('{tmp_path}', 'demo', None, [], 'at_{number}')"
         code = f"from acetate.commands.runs import run_folder; print({call})"
-        done = subprocess.run([sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True)
+        done = subprocess.run(
+            [sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True
+        )
         said[number] = done.stdout.decode().strip() or done.stderr.decode()
 
     ranks = [threading.Thread(target=rank, args=(number,)) for number in (1, 0)]

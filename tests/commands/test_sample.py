@@ -39,16 +39,28 @@ def config_for(*overrides):
 
 
 def run(tmp_path, *arguments):
-    return program(tmp_path.with_suffix(".log"), "acetate.commands.sample", f"out={tmp_path}", *arguments)
+    return program(
+        tmp_path.with_suffix(".log"), "acetate.commands.sample", f"out={tmp_path}", *arguments
+    )
 
 
 @pytest.mark.slow
 def test_writes_clips_that_editors_open_and_seeds_reproduce(tmp_path, cached, dora):
-    small = [f"rgba_vae={cached[1]}", f"dora={dora}", "steps=2", "frames=5", "height=24", "width=32", "formats=[png]"]
+    small = [
+        f"rgba_vae={cached[1]}",
+        f"dora={dora}",
+        "steps=2",
+        "frames=5",
+        "height=24",
+        "width=32",
+        "formats=[png]",
+    ]
     guide = ["guide.centre=[0.4,0.5]", "guide.axes=[0.6,0.4]"]
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a red disc\n\nblue smoke\n")
-    code, printed = run(tmp_path / "a", f"prompts={prompts}", "count=2", "batch_size=3", *small, *guide)
+    code, printed = run(
+        tmp_path / "a", f"prompts={prompts}", "count=2", "batch_size=3", *small, *guide
+    )
     assert code == 0, printed[-2000:]
     folders = sorted(path.name for path in (tmp_path / "a").glob("*_png"))
     names = ("000-a-red-disc", "000-a-red-disc", "001-blue-smoke", "001-blue-smoke")
@@ -66,18 +78,23 @@ def test_writes_clips_that_editors_open_and_seeds_reproduce(tmp_path, cached, do
 
 @pytest.mark.slow
 def test_a_run_of_a_users_own_is_enough(tmp_path, cached):
-    """Base, RGBA-VAE and size are the run's; the JSON makes the clip again; no clip is overwritten unasked."""
+    """Base, RGBA-VAE and size are the run's; the JSON makes the clip again; no clip is overwritten
+    unasked."""
     latents, adapters = cached
     code, printed = program(
-        tmp_path / "log", "train.py", "experiment=dit_dora", "name=mine_dit", f"paths.outputs={tmp_path}",
-        f"paths.cache={tmp_path}", f"data.latents={latents}", f"rgba_vae={adapters}", "trainer.max_steps=1",
+        tmp_path / "log", "train.py", "experiment=dit_dora", "name=mine_dit",
+        f"paths.outputs={tmp_path}",
+        f"paths.cache={tmp_path}", f"data.latents={latents}", f"rgba_vae={adapters}",
+        "trainer.max_steps=1",
         "trainer.val_check_interval=1", "task.rank=2", "data.batch_size=1", "data.num_workers=0",
         "callbacks.samples.frames=5", "callbacks.samples.height=24", "callbacks.samples.width=32",
         "callbacks.samples.fps=7", "callbacks.samples.solver.steps=1",
     )  # fmt: skip
     assert code == 0, printed[-2000:]
     mine, asked = f"dora={tmp_path}/mine_dit", 'prompt="a, red: disc {x}"'
-    code, printed = run(tmp_path / "a", mine, asked, "steps=1", "seed=4", "guide.centre=[0.4,0.5]", "formats=[png]")
+    code, printed = run(
+        tmp_path / "a", mine, asked, "steps=1", "seed=4", "guide.centre=[0.4,0.5]", "formats=[png]"
+    )
     assert code == 0, printed[-2000:]
     assert f"rgba_vae={adapters}, frames=5, height=24, width=32, fps=7, as recorded in" in printed
     (file,) = (tmp_path / "a").glob("*.json")
@@ -136,14 +153,28 @@ def test_few_step_lora_is_an_explicit_switch(tmp_path, dora):
     name = "blocks.0.self_attn.q"
     width = plain.config.num_attention_heads * plain.config.attention_head_dim
     down, up = torch.randn(2, width), torch.randn(width, 2)
-    tensors = {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up, f"{name}.alpha": torch.tensor(1.0)}
-    save_file({f"diffusion_model.{key}": value for key, value in tensors.items()}, tmp_path / "few.safetensors")
-    few, _ = load_dit(config_for(f"dora={dora}", f"few_step.lora={tmp_path}/few.safetensors"), "cpu")
+    tensors = {
+        f"{name}.lora_down.weight": down,
+        f"{name}.lora_up.weight": up,
+        f"{name}.alpha": torch.tensor(1.0),
+    }
+    save_file(
+        {f"diffusion_model.{key}": value for key, value in tensors.items()},
+        tmp_path / "few.safetensors",
+    )
+    few, _ = load_dit(
+        config_for(f"dora={dora}", f"few_step.lora={tmp_path}/few.safetensors"), "cpu"
+    )
     change = few.blocks[0].attn1.to_q.weight - plain.blocks[0].attn1.to_q.weight
     assert_close(change, 0.5 * up @ down, rtol=1e-4, atol=1e-4)  # alpha / rank
-    tensors = {f"{name.replace('0', '77')}.lora_down.weight": down, f"{name.replace('0', '77')}.lora_up.weight": up}
+    tensors = {
+        f"{name.replace('0', '77')}.lora_down.weight": down,
+        f"{name.replace('0', '77')}.lora_up.weight": up,
+    }
     save_file(tensors, tmp_path / "other.safetensors")
-    with pytest.raises(ValueError, match=r"blocks\.77\.attn1\.to_q\.weight does not exist in this DiT"):
+    with pytest.raises(
+        ValueError, match=r"blocks\.77\.attn1\.to_q\.weight does not exist in this DiT"
+    ):
         load_dit(config_for(f"dora={dora}", f"few_step.lora={tmp_path}/other.safetensors"), "cpu")
 
 
@@ -154,7 +185,9 @@ def released_dora(transformer, rank=2):
         if re.fullmatch(r"blocks\.\d+\.((self|cross)_attn\.[qkvo]|ffn\.[02])\.weight", name):
             layer, (out, width) = name.removesuffix(".weight"), value.shape
             state[f"{layer}.lora_A.default.weight"] = torch.randn(rank, width, generator=generator)
-            state[f"{layer}.lora_B.default.weight"] = torch.randn(out, rank, generator=generator) * 0.1
+            state[f"{layer}.lora_B.default.weight"] = (
+                torch.randn(out, rank, generator=generator) * 0.1
+            )
             state[f"{layer}.lora_magnitude_vector.default.weight"] = value.norm(dim=1) * 1.1
     return state
 
@@ -163,11 +196,16 @@ def released_dora(transformer, rank=2):
 @pytest.mark.parametrize("adapter", [".default", ""])
 def test_released_dora(tmp_path, prefix, adapter):
     state = released_dora(base := load_transformer(BASE))
-    save_file({f"{prefix}{k}".replace(".default", adapter): v for k, v in state.items()}, tmp_path / "t2v.safetensors")
+    save_file(
+        {f"{prefix}{k}".replace(".default", adapter): v for k, v in state.items()},
+        tmp_path / "t2v.safetensors",
+    )
     ours, facts = load_dit(config_for(f"dora={tmp_path}/t2v.safetensors"), "cpu")
     assert facts["mean_shift"] == 0.05
     layer = "blocks.0.ffn.0"
-    down, up, magnitude = (state[f"{layer}.lora_{p}.default.weight"] for p in ("A", "B", "magnitude_vector"))
+    down, up, magnitude = (
+        state[f"{layer}.lora_{p}.default.weight"] for p in ("A", "B", "magnitude_vector")
+    )
     adapted = base.blocks[0].ffn.net[0].proj.weight + up @ down
     expected = magnitude[:, None] * adapted / adapted.norm(dim=1, keepdim=True)
     assert_close(ours.blocks[0].ffn.net[0].proj.weight.data, expected.data, rtol=1e-5, atol=1e-6)
@@ -178,12 +216,18 @@ def test_released_dora_that_does_not_fit(tmp_path):
     state = released_dora(load_transformer(BASE))
     name = "blocks.0.ffn.0.lora_magnitude_vector.default.weight"
     for damaged, message in (
-        ({k: v for k, v in state.items() if k != name}, r"1 missing: blocks\.0\.ffn\.net\.0\.proj\.lora_magnitude"),
+        (
+            {k: v for k, v in state.items() if k != name},
+            r"1 missing: blocks\.0\.ffn\.net\.0\.proj\.lora_magnitude",
+        ),
         (
             state | {name: state[name][:, None]},
             r"magnitude_vector\.default\.weight is \(256, 1\), the model has \(256,\)",
         ),
-        (state | {name: state[name].to(torch.int8)}, r"magnitude_vector\.default\.weight is int8, needed"),
+        (
+            state | {name: state[name].to(torch.int8)},
+            r"magnitude_vector\.default\.weight is int8, needed",
+        ),
     ):
         save_file(damaged, file)
         with pytest.raises(ValueError, match=rf"t2v\.safetensors.*{message}"):
@@ -200,7 +244,9 @@ def test_few_step_files(tmp_path):
     with pytest.raises(ValueError, match=r"lora\.gguf: a file of weights ends in \.safetensors"):
         load_dit(config_for("dora=null", f"few_step.lora={tmp_path}/lora.gguf"), "cpu")
     for i, part in enumerate(("lora_down", "lora_up"), 1):
-        tensor = {f"blocks.0.self_attn.q.{part}.weight": torch.ones(*((2, 128) if i == 1 else (128, 2)))}
+        tensor = {
+            f"blocks.0.self_attn.q.{part}.weight": torch.ones(*((2, 128) if i == 1 else (128, 2)))
+        }
         save_file(tensor, tmp_path / f"lora-0000{i}-of-00002.safetensors")
     few, _ = load_dit(config_for("dora=null", f"few_step.lora={tmp_path}"), "cpu")
     change = few.blocks[0].attn1.to_q.weight - load_transformer(BASE).blocks[0].attn1.to_q.weight
@@ -209,16 +255,23 @@ def test_few_step_files(tmp_path):
 
 @pytest.mark.slow
 def test_samples_with_released_files(tmp_path):
-    """The VAE checkpoint, its decoder.bin, t2v.safetensors, a few-step LoRA and a Gaussian mask, all as released."""
+    """The VAE checkpoint, its decoder.bin, t2v.safetensors, a few-step LoRA and a Gaussian mask,
+    all as released."""
     vae = RGBAVAE(vae=load_vae(BASE), merge_init="scratch", lora_rank=2, lora_alpha=1.0)
     state = wan_alpha_state(vae, res_blocks=1)
     torch.save(state, tmp_path / "pytorch_model.bin")
-    torch.save({name: value for name, value in state.items() if ".lora_" in name}, tmp_path / "decoder.bin")
+    torch.save(
+        {name: value for name, value in state.items() if ".lora_" in name}, tmp_path / "decoder.bin"
+    )
     save_file(released_dora(load_transformer(BASE)), tmp_path / "t2v.safetensors")
-    save_file({"diffusion_model.blocks.0.ffn.0.diff_b": torch.ones(256)}, tmp_path / "few.safetensors")
+    save_file(
+        {"diffusion_model.blocks.0.ffn.0.diff_b": torch.ones(256)}, tmp_path / "few.safetensors"
+    )
     torch.save(torch.rand(2, 9, 17), tmp_path / "gauss_mask")
-    given = [f"dora={tmp_path}/t2v.safetensors", f"few_step.lora={tmp_path}/few.safetensors", "frames=5", "height=24",
-             "width=32", "steps=1", "formats=[png]", f"guide.mask={tmp_path}/gauss_mask", "prompt=disc"]  # fmt: skip
+    given = [f"dora={tmp_path}/t2v.safetensors", f"few_step.lora={tmp_path}/few.safetensors",
+        "frames=5", "height=24",
+             "width=32", "steps=1", "formats=[png]", f"guide.mask={tmp_path}/gauss_mask",
+             "prompt=disc"]  # fmt: skip
     clips = []
     for file in ("pytorch_model.bin", "decoder.bin"):
         code, printed = run(tmp_path / file.split(".")[0], f"rgba_vae={tmp_path}/{file}", *given)
@@ -259,7 +312,10 @@ def test_prompts(tmp_path):
     ("arguments", "message"),
     [
         (["formats=[]"], r"formats=\[\]: no file would be written"),
-        (["guide.centre=[0.5]"], r"guide.centre=\[0.5\]; needed: two numbers, shares of width and height"),
+        (
+            ["guide.centre=[0.5]"],
+            r"guide.centre=\[0.5\]; needed: two numbers, shares of width and height",
+        ),
         (["guide.end_axes=0.5"], "guide.end_axes=0.5; needed: two numbers, lengths"),
         (["guide.clip=none.png"], "guide.clip=none.png does not exist"),
         (["out={file}"], "is a file. Give a folder"),
@@ -283,7 +339,11 @@ def test_settings_are_checked_before_anything_is_loaded(tmp_path, arguments, mes
 @pytest.mark.slow
 def test_bad_input_is_named(tmp_path, cached, dora, arguments, message):
     code, printed = run(
-        tmp_path / "out", 'prompt="a long red disc"', f"rgba_vae={cached[1]}", f"dora={dora}", *arguments
+        tmp_path / "out",
+        'prompt="a long red disc"',
+        f"rgba_vae={cached[1]}",
+        f"dora={dora}",
+        *arguments,
     )
     assert code != 0
     assert message in printed

@@ -13,7 +13,8 @@ from acetate.data.shards import MANIFEST, ShardError, index_shards, read_clip
 from acetate.data.writer import ShardWriter, encode_clip
 
 SETTINGS = {
-    "frames": 5, "height": 16, "width": 16, "batch_size": 4, "seed": 0, "num_workers": 0, "val_batch_size": 2,
+    "frames": 5, "height": 16, "width": 16, "batch_size": 4, "seed": 0, "num_workers": 0,
+    "val_batch_size": 2,
     "val_clips": 100, "bad_clip_budget": 0,
 }  # fmt: skip
 TRAIN, VAL = 11, 5
@@ -90,8 +91,10 @@ class Task(lightning.LightningModule):
 def fit(shards, tmp_path, steps, resume=None, trainer_settings=None, **settings):
     task, data = Task(), module(shards, **settings)
     trainer = lightning.Trainer(
-        max_steps=steps, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False, check_val_every_n_epoch=None, val_check_interval=2, default_root_dir=tmp_path,
+        max_steps=steps, accelerator="cpu", logger=False, enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False, check_val_every_n_epoch=None, val_check_interval=2,
+        default_root_dir=tmp_path,
         use_distributed_sampler=False, **(trainer_settings or {}),
     )  # fmt: skip
     trainer.fit(task, data, ckpt_path=resume)
@@ -104,14 +107,18 @@ def test_batch(shards):
     assert batch["rgb"].dtype == batch["alpha"].dtype == torch.float32
     assert batch["rgb"].min() >= -1 and batch["rgb"].max() <= 1
     assert batch["alpha"].min() >= 0 and batch["alpha"].max() <= 1
-    assert [int(prompt.split()[1]) for prompt in batch["prompt"]] == [int(key[4:]) for key in batch["key"]]
+    assert [int(prompt.split()[1]) for prompt in batch["prompt"]] == [
+        int(key[4:]) for key in batch["key"]
+    ]
     assert batch["skipped"] == []
 
 
 @pytest.mark.parametrize("start", [0, 24])
 def test_ranks_share_one_order(start):
     def global_steps(world):
-        ranks = [iter(TrainBatches(lambda: start, 12 // world, rank, world)) for rank in range(world)]
+        ranks = [
+            iter(TrainBatches(lambda: start, 12 // world, rank, world)) for rank in range(world)
+        ]
         return [sorted(position for rank in ranks for position in next(rank)) for _ in range(5)]
 
     assert global_steps(1) == global_steps(2) == global_steps(4)
@@ -131,7 +138,9 @@ def test_order_and_crops_do_not_depend_on_workers_or_shards(shards, tmp_path, wo
     torch.manual_seed(workers)  # the global generator plays no part
     for batch, wanted in zip(first(other.train_dataloader(), 5), expected, strict=True):
         assert batch["key"] == wanted["key"]
-        assert torch.equal(batch["rgb"], wanted["rgb"]) and torch.equal(batch["alpha"], wanted["alpha"])
+        assert torch.equal(batch["rgb"], wanted["rgb"]) and torch.equal(
+            batch["alpha"], wanted["alpha"]
+        )
 
 
 def test_seed_and_epoch_change_the_crops(shards):
@@ -148,10 +157,15 @@ def test_seed_and_epoch_change_the_crops(shards):
 def test_validation_is_fixed_and_split_without_repeats(shards):
     loader = ready(shards).val_dataloader()
     runs = [[(batch["key"], batch["rgb"]) for batch in loader] for _ in range(2)]
-    assert sorted(key for keys, _ in runs[0] for key in keys) == [f"clip{i:02d}" for i in range(2, 16, 3)]
+    assert sorted(key for keys, _ in runs[0] for key in keys) == [
+        f"clip{i:02d}" for i in range(2, 16, 3)
+    ]
     assert all(a == b and torch.equal(x, y) for (a, x), (b, y) in zip(*runs, strict=True))
-    few = list(ready(shards, val_clips=3, seed=9).val_dataloader())  # another seed, the same pictures
-    assert [key for batch in few for key in batch["key"]] == [key for keys, _ in runs[0] for key in keys][:3]
+    # another seed, the same pictures
+    few = list(ready(shards, val_clips=3, seed=9).val_dataloader())
+    assert [key for batch in few for key in batch["key"]] == [
+        key for keys, _ in runs[0] for key in keys
+    ][:3]
     assert torch.equal(few[0]["rgb"], runs[0][0][1])
     for world in (1, 2, 3, 8):
         parts = [list(ValBatches(5, 2, rank, world)) for rank in range(world)]
@@ -161,7 +175,8 @@ def test_validation_is_fixed_and_split_without_repeats(shards):
 def test_resume_takes_the_next_batch(shards, tmp_path):
     whole, data, _ = fit(shards, tmp_path, 12)
     assert data.consumed == 48
-    start, _, trainer = fit(shards, tmp_path, 7, num_workers=1)  # fetches ahead of what it trains on
+    # fetches ahead of what it trains on
+    start, _, trainer = fit(shards, tmp_path, 7, num_workers=1)
     trainer.save_checkpoint(tmp_path / "a.ckpt")
     state = torch.load(tmp_path / "a.ckpt", weights_only=True)["ClipDataModule"]
     assert state["consumed"] == 28
@@ -193,7 +208,11 @@ def test_short_trainer_epochs_go_on(shards, tmp_path):
     whole, _, _ = fit(shards, tmp_path, 8)
     for workers in (0, 1):
         short, _, _ = fit(
-            shards, tmp_path, 8, trainer_settings={"limit_train_batches": 3, "max_epochs": 9}, num_workers=workers
+            shards,
+            tmp_path,
+            8,
+            trainer_settings={"limit_train_batches": 3, "max_epochs": 9},
+            num_workers=workers,
         )
         assert short.seen == whole.seen
 
@@ -220,7 +239,10 @@ def test_bad_clip_leaves_its_batch(tmp_path, caplog):
         assert "clip03" not in batch["key"] and batch["skipped"][0].startswith("clip03: ")
         with caplog.at_level(logging.WARNING):
             assert data.on_before_batch_transfer(batch, 0) is batch
-    assert [record.getMessage().split(":")[0] for record in caplog.records] == ["skipped clip clip03"]  # once
+    # once
+    assert [record.getMessage().split(":")[0] for record in caplog.records] == [
+        "skipped clip clip03"
+    ]
 
 
 def test_order_of_the_others_does_not_change(tmp_path, shards):
@@ -238,7 +260,9 @@ def test_budget_of_bad_clips(tmp_path):
         break_clip(tmp_path, key)
     data = ready(tmp_path, batch_size=TRAIN, bad_clip_budget=2)
     (batch,) = first(data.train_dataloader(), 1)
-    with pytest.raises(BadDataError, match=r"3 bad clips, bad_clip_budget=2: clip0\d: .*CRC.*raise bad_clip_budget"):
+    with pytest.raises(
+        BadDataError, match=r"3 bad clips, bad_clip_budget=2: clip0\d: .*CRC.*raise bad_clip_budget"
+    ):
         data.on_before_batch_transfer(batch, 0)
 
 
@@ -264,7 +288,13 @@ def test_a_batch_without_a_good_clip_is_a_blank(tmp_path):
         for batch in data.train_dataloader():
             assert batch["key"] == [] and len(batch["skipped"]) == 4
             blank = data.on_before_batch_transfer(batch, 0)
-            assert blank["rgb"].shape == (1, 3, 5, 16, 16) and blank["alpha"].shape == (1, 1, 5, 16, 16)
+            assert blank["rgb"].shape == (1, 3, 5, 16, 16) and blank["alpha"].shape == (
+                1,
+                1,
+                5,
+                16,
+                16,
+            )
 
 
 def test_lost_tar_is_counted_at_setup(tmp_path):
@@ -280,7 +310,10 @@ def test_lost_tar_is_counted_at_setup(tmp_path):
 
 def test_values_that_are_not_finite_are_bad(shards):
     data = ready(shards, batch_size=TRAIN)
-    data.train_transform = lambda frames, _: (torch.full((3, 5, 16, 16), float("nan")), torch.zeros(1, 5, 16, 16))
+    data.train_transform = lambda frames, _: (
+        torch.full((3, 5, 16, 16), float("nan")),
+        torch.zeros(1, 5, 16, 16),
+    )
     (batch,) = first(data.train_dataloader(), 1)
     assert len(batch["skipped"]) == TRAIN and "not finite" in batch["skipped"][0]
 
@@ -293,7 +326,8 @@ def test_setup_errors(tmp_path):
     with pytest.raises(ShardError, match="at least one folder"):
         ClipDataModule(shards=[], **SETTINGS)
     with ShardWriter(tmp_path / "t", max_clips=9, max_bytes=10**9, made_by={}) as writer:
-        writer.add("a", encode_clip(clip(0), 16), split="train", prompt="", source="", licence="", lossy=False,
+        writer.add("a", encode_clip(clip(0), 16), split="train", prompt="", source="", licence="",
+            lossy=False,
                    premultiplied_source=False)  # fmt: skip
     with pytest.raises(ShardError, match="none of 1 clips is in split 'val'"):
         ready(tmp_path / "t")
@@ -316,9 +350,12 @@ def test_settings_are_checked(shards, settings, message):
 
 def test_several_folders_and_images(shards, tmp_path):
     with ShardWriter(tmp_path / "more", max_clips=9, max_bytes=10**9, made_by={}) as writer:
-        writer.add("extra", encode_clip(clip(2), 16), split="train", prompt="", source="", licence="", lossy=False,
+        writer.add("extra", encode_clip(clip(2), 16), split="train", prompt="", source="",
+            licence="", lossy=False,
                    premultiplied_source=False)  # fmt: skip
-    data = ClipDataModule(shards=[str(shards), str(tmp_path / "more")], **(SETTINGS | {"frames": 1}))
+    data = ClipDataModule(
+        shards=[str(shards), str(tmp_path / "more")], **(SETTINGS | {"frames": 1})
+    )
     data.setup()
     batches = first(data.train_dataloader(), 3)
     assert {key for batch in batches for key in batch["key"]} >= {"extra"}
@@ -328,14 +365,19 @@ def test_several_folders_and_images(shards, tmp_path):
 def test_folders_are_mixed_by_weight(shards, tmp_path):
     with ShardWriter(tmp_path / "more", max_clips=9, max_bytes=10**9, made_by={}) as writer:
         for key in ("x", "y"):
-            writer.add(key, encode_clip(clip(0), 16), split="train", prompt="", source="", licence="", lossy=False,
+            writer.add(key, encode_clip(clip(0), 16), split="train", prompt="", source="",
+                licence="", lossy=False,
                        premultiplied_source=False)  # fmt: skip
     mixed = {str(shards): 2, str(tmp_path / "more"): 1}
     data = ClipDataModule(shards=OmegaConf.create(mixed), **(SETTINGS | {"batch_size": TRAIN + 2}))
     data.setup()
     batches = first(data.train_dataloader(), 2)
     assert [sum(len(key) == 1 for key in batch["key"]) for batch in batches] == [4, 4]  # of 13
-    again = [picture for key, picture in zip(batches[0]["key"], batches[0]["rgb"], strict=True) if key == "x"]
+    again = [
+        picture
+        for key, picture in zip(batches[0]["key"], batches[0]["rgb"], strict=True)
+        if key == "x"
+    ]
     assert len(again) == 2
     other = ClipDataModule(shards=dict.fromkeys(mixed, 1), **SETTINGS)
     other.setup()
@@ -358,7 +400,11 @@ def test_cache_drops_the_least_recently_used(shards, tmp_path):
 
 def two_ranks(data, use_distributed_sampler):
     data.trainer = lightning.Trainer(
-        accelerator="cpu", devices=2, strategy="ddp", logger=False, use_distributed_sampler=use_distributed_sampler
+        accelerator="cpu",
+        devices=2,
+        strategy="ddp",
+        logger=False,
+        use_distributed_sampler=use_distributed_sampler,
     )
     return data
 

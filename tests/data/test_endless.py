@@ -7,7 +7,9 @@ from acetate.data.endless import EndlessDataModule
 
 
 def keys(rank, world, *, step=0, steps=2, batch_size=2, val=False):
-    data = EndlessDataModule(frames=1, height=8, width=8, batch_size=batch_size, val_clips=4, seed=5, num_workers=0)
+    data = EndlessDataModule(
+        frames=1, height=8, width=8, batch_size=batch_size, val_clips=4, seed=5, num_workers=0
+    )
     progress = SimpleNamespace(total=SimpleNamespace(processed=step))
     loop = SimpleNamespace(epoch_loop=SimpleNamespace(batch_progress=progress))
     data.trainer = SimpleNamespace(global_rank=rank, world_size=world, fit_loop=loop)

@@ -17,7 +17,8 @@ from acetate.data.writer import ShardTar
 from acetate.replacing import write_json
 
 SETTINGS = {
-    "batch_size": 2, "seed": 0, "num_workers": 0, "val_batch_size": 2, "val_clips": 100, "prompt_length": 6,
+    "batch_size": 2, "seed": 0, "num_workers": 0, "val_batch_size": 2, "val_clips": 100,
+    "prompt_length": 6,
     "bad_clip_budget": 0,
 }  # fmt: skip
 WIDE, TALL, LONG = (2, 2, 4), (2, 4, 2), (3, 2, 2)
@@ -30,7 +31,9 @@ def value(clip, variant):
     return float(ord(clip[0]) + variant / 8)  # exact in half precision
 
 
-def write(out, clips=None, variants=VARIANTS, tokens=None, spoil=lambda clip, tensors: tensors, tars=2):
+def write(
+    out, clips=None, variants=VARIANTS, tokens=None, spoil=lambda clip, tensors: tensors, tars=2
+):
     """Latent shards whose values tell clip and variant."""
     out.mkdir(parents=True, exist_ok=True)
     clips = (
@@ -49,20 +52,26 @@ def write(out, clips=None, variants=VARIANTS, tokens=None, spoil=lambda clip, te
                 count = (tokens or {}).get(clip, 3)
                 for variant in range(variants):
                     tensors = {
-                        "latents": torch.full((4, *shape), value(clip, variant), dtype=torch.float16),
+                        "latents": torch.full(
+                            (4, *shape), value(clip, variant), dtype=torch.float16
+                        ),
                         "ellipse": torch.full((shape[0], 5), value(clip, 0)),
-                        "prompt_embeds": torch.full((count, 8), value(clip, 0), dtype=torch.float16),
+                        "prompt_embeds": torch.full(
+                            (count, 8), value(clip, 0), dtype=torch.float16
+                        ),
                         "prompt_mask": torch.ones(count, dtype=torch.bool),
                     }
                     data = save(spoil(clip, tensors))
                     key = f"{clip}-w000-v{variant}"
                     meta = b'{"prompt": "prompt of %s"}' % clip.encode()
                     tar.write({"__key__": key, "safetensors": data, "json": meta})
-                    samples.append({"key": key, "clip": clip, "variant": variant, "split": split, "shape": list(shape),
+                    samples.append({"key": key, "clip": clip, "variant": variant, "split": split,
+                        "shape": list(shape),
                                     "tokens": count, "crc32": crc32(data)})  # fmt: skip
             shards.append({**tar.finish(), "samples": samples})
     save_file({"embeds": torch.ones(1, 8, dtype=torch.float16)}, out / EMPTY_PROMPT)
-    write_json(out / MANIFEST, {"schema": SCHEMA, "kind": "latents", "vae_sha256": "abc", "prompt_length": 6,
+    write_json(out / MANIFEST, {"schema": SCHEMA, "kind": "latents", "vae_sha256": "abc",
+        "prompt_length": 6,
                                 "geometry": {"channels": 4}, "shards": shards})  # fmt: skip
     return out
 
@@ -109,7 +118,9 @@ def test_batch(folder):
         assert all(TRAIN[clip] == shape for clip in batch["clip"])  # of one bucket
         assert batch["latents"].shape[:2] == (2, 4) and batch["ellipses"].shape == (2, shape[0], 5)
         assert batch["context"].shape == (2, 6, 8) and batch["null_context"].shape == (1, 6, 8)
-        assert batch["context"][:, 3:].abs().max() == 0 and batch["null_context"][0, :, 0].tolist() == [
+        assert batch["context"][:, 3:].abs().max() == 0 and batch["null_context"][
+            0, :, 0
+        ].tolist() == [
             1,
             0,
             0,
@@ -121,7 +132,11 @@ def test_batch(folder):
         assert all(tensor.dtype == torch.float32 for tensor in tensors)
         for i, (key, clip) in enumerate(zip(batch["key"], batch["clip"], strict=True)):
             assert batch["latents"][i].unique().tolist() == [value(clip, int(key[-1]))]
-            assert batch["ellipses"][i].unique().item() == batch["context"][i, :3].unique().item() == value(clip, 0)
+            assert (
+                batch["ellipses"][i].unique().item()
+                == batch["context"][i, :3].unique().item()
+                == value(clip, 0)
+            )
             assert batch["prompt"][i] == f"prompt of {clip}"
         assert batch["skipped"] == []
 
@@ -133,7 +148,9 @@ def test_nothing_is_dropped_and_variants_take_turns(folder):
     assert sum(map(len, counts.values())) == 126
     # 18 epochs of 7; a bucket's last few may still wait for company
     assert all(abs(len(seen) - 18) <= 2 for seen in counts.values())
-    assert all(len(set(seen[i : i + VARIANTS])) == VARIANTS for seen in counts.values() for i in range(12))
+    assert all(
+        len(set(seen[i : i + VARIANTS])) == VARIANTS for seen in counts.values() for i in range(12)
+    )
     assert len({seen[0] for seen in counts.values()}) > 1
 
 
@@ -147,7 +164,9 @@ def test_seed_decides(folder):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_order_does_not_depend_on_workers(folder, workers):
     batches = first(ready(folder, num_workers=workers).train_dataloader(), 8)
-    assert [batch["key"] for batch in batches] == [b["key"] for b in first(ready(folder).train_dataloader(), 8)]
+    assert [batch["key"] for batch in batches] == [
+        b["key"] for b in first(ready(folder).train_dataloader(), 8)
+    ]
 
 
 @pytest.mark.parametrize("world", [2, 4])
@@ -185,8 +204,10 @@ class Task(lightning.LightningModule):
 def fit(folder, tmp_path, steps, resume=None, **settings):
     task, data = Task(), module(folder, **settings)
     trainer = lightning.Trainer(
-        max_steps=steps, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False, check_val_every_n_epoch=None, val_check_interval=3, default_root_dir=tmp_path,
+        max_steps=steps, accelerator="cpu", logger=False, enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False, check_val_every_n_epoch=None, val_check_interval=3,
+        default_root_dir=tmp_path,
         use_distributed_sampler=False,
     )  # fmt: skip
     trainer.fit(task, data, ckpt_path=resume)
@@ -197,7 +218,8 @@ def test_resume_takes_the_next_batch(folder, tmp_path):
     whole, data, _ = fit(folder, tmp_path, 15)
     assert data.consumed == 30
     assert set(whole.validated) == {f"{clip}-w000-v0" for clip in VAL}
-    start, _, trainer = fit(folder, tmp_path, 8, num_workers=1)  # fetches ahead of what it trains on
+    # fetches ahead of what it trains on
+    start, _, trainer = fit(folder, tmp_path, 8, num_workers=1)
     trainer.save_checkpoint(tmp_path / "a.ckpt")
     state = torch.load(tmp_path / "a.ckpt", weights_only=True)["LatentDataModule"]
     assert (state["consumed"], state["walk"]) == (16, [[2, 8]])
@@ -210,11 +232,15 @@ def test_resume_reads_nothing_of_what_it_skips(folder, tmp_path, monkeypatch):
     _, _, trainer = fit(folder, tmp_path, 8)
     trainer.save_checkpoint(tmp_path / "a.ckpt")
     read = []
-    monkeypatch.setattr(latents, "read_latents", lambda ref: [read.append(ref.key), read_latents(ref)][1])
+    monkeypatch.setattr(
+        latents, "read_latents", lambda ref: [read.append(ref.key), read_latents(ref)][1]
+    )
     rest, _, _ = fit(folder, tmp_path, 9, resume=tmp_path / "a.ckpt")
     assert len(rest.seen) == 1
     # The trained batch, one that is fetched ahead of it, and the validation ones
-    assert [key for key in read if not key.startswith(tuple(VAL))][:2] == rest.seen[0] and len(read) <= 4 + 2 * len(VAL)
+    assert [key for key in read if not key.startswith(tuple(VAL))][:2] == rest.seen[0] and len(
+        read
+    ) <= 4 + 2 * len(VAL)
 
 
 def test_resume_with_another_batch_size_repeats_and_drops_nothing(folder, tmp_path):
@@ -246,7 +272,8 @@ def test_folders_are_mixed_by_weight(folder, tmp_path):
     assert sum(clip in more for clip in clips) == 4 * 8  # of 11 places 8.25, each epoch
     assert {clip for batch in data.val_dataloader() for clip in batch["clip"]} == {*VAL, "u"}
     with pytest.raises(
-        ShardError, match=r"key 'a-w000-v0' is in .*latents\S* and in .*again; leave one of the two out"
+        ShardError,
+        match=r"key 'a-w000-v0' is in .*latents\S* and in .*again; leave one of the two out",
     ):
         ready_of([folder, write(tmp_path / "again")])
 
@@ -254,7 +281,9 @@ def test_folders_are_mixed_by_weight(folder, tmp_path):
 def test_latents_of_another_vae_are_not_mixed_in(folder, tmp_path):
     other = write(tmp_path / "other", {"h": ("train", WIDE)})
     write_json(other / MANIFEST, read_manifest(other, "latents") | {"vae_sha256": "xyz"})
-    with pytest.raises(ShardError, match=r"other was made with vae_sha256 xyz, .* with abc; they cannot be mixed"):
+    with pytest.raises(
+        ShardError, match=r"other was made with vae_sha256 xyz, .* with abc; they cannot be mixed"
+    ):
         ready_of([folder, other])
 
 
@@ -271,7 +300,12 @@ def test_validation_is_fixed_and_of_one_bucket(folder):
 @pytest.mark.parametrize("world", [1, 2, 3, 8])
 def test_validation_is_split_without_repeats(folder, world):
     data = ready(folder)
-    places = [place for rank in range(world) for batch in data._val_batches(rank, world) for place in batch]
+    places = [
+        place
+        for rank in range(world)
+        for batch in data._val_batches(rank, world)
+        for place in batch
+    ]
     assert sorted(places) == [(0, i, 0) for i in range(len(VAL))]
 
 
@@ -296,9 +330,15 @@ def test_bad_sample_leaves_its_batch_within_the_budget(tmp_path, caplog):
         for batch in batches:
             data.on_before_batch_transfer(batch, 0)
     assert sum(bool(batch["skipped"]) for batch in batches) > 1
-    assert [record.getMessage().split(":")[0] for record in caplog.records] == ["skipped clip c-w000-v0"]  # once
+    # once
+    assert [record.getMessage().split(":")[0] for record in caplog.records] == [
+        "skipped clip c-w000-v0"
+    ]
     strict = ready(tmp_path)
-    with pytest.raises(BadDataError, match=r"1 bad clips, bad_clip_budget=0: c-w000-v0: .*CRC.*raise bad_clip_budget"):
+    with pytest.raises(
+        BadDataError,
+        match=r"1 bad clips, bad_clip_budget=0: c-w000-v0: .*CRC.*raise bad_clip_budget",
+    ):
         for batch in batches:
             strict.on_before_batch_transfer(batch, 0)
 
@@ -310,7 +350,11 @@ def test_a_batch_without_a_good_sample_is_a_blank(tmp_path):
     data = ready(tmp_path, bad_clip_budget=100)
     batches = iter(data.train_dataloader())
     blank = data.on_before_batch_transfer(next(batches), 0)
-    assert blank["key"] == [""] and blank["latents"].shape == (1, 4, *WIDE) and blank["ellipses"].shape == (1, 2, 5)
+    assert (
+        blank["key"] == [""]
+        and blank["latents"].shape == (1, 4, *WIDE)
+        and blank["ellipses"].shape == (1, 2, 5)
+    )
     assert blank["context"].shape == blank["null_context"].shape == (1, 6, 8)
     with pytest.raises(BadDataError, match=r"none of 7 clips is usable"):
         for batch in batches:
@@ -321,7 +365,11 @@ def test_a_batch_without_a_good_sample_is_a_blank(tmp_path):
 @pytest.mark.parametrize(("change", "reason"), [("nan", "not finite"), ("shape", "promised")])
 def test_wrong_tensors_are_bad(tmp_path, name, change, reason):
     def spoil(clip, tensors):
-        wrong = torch.full_like(tensors[name], float("nan")) if change == "nan" else tensors[name][..., :1].contiguous()
+        wrong = (
+            torch.full_like(tensors[name], float("nan"))
+            if change == "nan"
+            else tensors[name][..., :1].contiguous()
+        )
         return tensors | {name: wrong}
 
     (batch,) = first(ready(write(tmp_path, spoil=spoil)).train_dataloader(), 1)
@@ -362,11 +410,15 @@ def test_schema_is_checked(tmp_path):
 
 def test_longer_prompt_than_the_model_reads(tmp_path):
     write(tmp_path, tokens={"d": 6})
-    with pytest.raises(ValueError, match=r"d-w000-v0: a prompt of 6 tokens; prompt_length=5.*made for 6"):
+    with pytest.raises(
+        ValueError, match=r"d-w000-v0: a prompt of 6 tokens; prompt_length=5.*made for 6"
+    ):
         ready(tmp_path, prompt_length=5)
 
 
-@pytest.mark.parametrize(("name", "bad"), [("batch_size", 0), ("val_clips", 0), ("bad_clip_budget", -1)])
+@pytest.mark.parametrize(
+    ("name", "bad"), [("batch_size", 0), ("val_clips", 0), ("bad_clip_budget", -1)]
+)
 def test_settings_are_checked(folder, name, bad):
     with pytest.raises(ValueError, match=f"{name}={bad}; must be at least"):
         module(folder, **{name: bad})

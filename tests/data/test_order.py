@@ -29,7 +29,8 @@ def test_blocks_change_with_the_epoch_and_clips_stand_anywhere():
     assert all(sorted(epoch) == list(range(12)) for epoch in epochs)
     places = torch.tensor([epoch.index(0) for epoch in epochs]).bincount(minlength=12)
     assert places.min() > 10 and places.max() < 45  # 25 expected
-    assert len({frozenset(clip // 3 for clip in epoch[:6]) for epoch in epochs}) == 6  # pairs of four tars
+    # pairs of four tars
+    assert len({frozenset(clip // 3 for clip in epoch[:6]) for epoch in epochs}) == 6
 
 
 def test_mixed_shares_passes_and_purity():
@@ -44,7 +45,10 @@ def test_mixed_shares_passes_and_purity():
         seen = [place for place in places if place[1] in clips]
         for start in range(0, len(seen) - len(clips) + 1, len(clips)):
             one_pass = seen[start : start + len(clips)]
-            assert sorted(clip for _, clip in one_pass) == clips and len({epoch for epoch, _ in one_pass}) == 1
+            assert (
+                sorted(clip for _, clip in one_pass) == clips
+                and len({epoch for epoch, _ in one_pass}) == 1
+            )
     again = MixedOrder(sets, [1, 3], seed=0)
     assert [again[i] for i in reversed(range(70))] == places[::-1]  # whoever asks, whenever
     assert [MixedOrder(sets, [1, 3], seed=1)[i] for i in range(70)] != places

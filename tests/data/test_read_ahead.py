@@ -1,4 +1,5 @@
-"""Tars that come before their clips are asked for: by the order of events, since a server holds answers back."""
+"""Tars that come before their clips are asked for: by the order of events, since a server holds
+answers back."""
 
 import multiprocessing
 import threading
@@ -22,7 +23,9 @@ def dataset_of(server, remote, consumed=0):  # noqa: F811
     data = ClipDataModule(shards=server.url, remote=remote, shuffle_tars=1, **SETTINGS)
     data.setup()
     dataset = data.train_dataloader().dataset
-    return dataset, [dataset.refs[dataset.order[position][1]].tar.name for position in range(2 * PER_EPOCH)]
+    return dataset, [
+        dataset.refs[dataset.order[position][1]].tar.name for position in range(2 * PER_EPOCH)
+    ]
 
 
 def until(true):
@@ -96,7 +99,9 @@ def test_clips_of_other_ranks_are_passed_over(server, tmp_path):  # noqa: F811
 
 def test_latents_come_ahead_too(server, tmp_path):  # noqa: F811
     write_latents(server.source / "latents")
-    data = LatentDataModule(latents=f"{server.url}/latents", remote=quick(tmp_path), shuffle_tars=1, **LATENTS)
+    data = LatentDataModule(
+        latents=f"{server.url}/latents", remote=quick(tmp_path), shuffle_tars=1, **LATENTS
+    )
     data.setup()
     loader = data.train_dataloader()
     coming = {window[0].tar.name for window in data.train_windows}
@@ -109,13 +114,18 @@ def test_latents_come_ahead_too(server, tmp_path):  # noqa: F811
 
 @pytest.mark.parametrize("buckets", [1, 4])
 def test_tars_of_waiting_windows_stay(server, tmp_path, buckets):  # noqa: F811
-    """Batches of a bucket come from windows walked long before: their tars are known to be needed."""
-    clips = {f"{i:03}": ("train", (2, 2, 2 + i % buckets)) for i in range(96)} | {"v": ("val", (2, 2, 2))}
+    """Batches of a bucket come from windows walked long before: their tars are known to be
+    needed."""
+    clips = {f"{i:03}": ("train", (2, 2, 2 + i % buckets)) for i in range(96)} | {
+        "v": ("val", (2, 2, 2))
+    }
     folder = write_latents(server.source / "latents", clips, variants=1, tars=12)
     size = max(path.stat().st_size for path in folder.glob("*.tar"))
     remote = quick(tmp_path, cache_gb=6.5 * size / 2**30)
     settings = LATENTS | {"batch_size": 8}
-    data = LatentDataModule(latents=f"{server.url}/latents", remote=remote, shuffle_tars=2, **settings)
+    data = LatentDataModule(
+        latents=f"{server.url}/latents", remote=remote, shuffle_tars=2, **settings
+    )
     data.setup()
     loader = data.train_dataloader()
     batches = iter(loader)

@@ -77,8 +77,16 @@ def test_clips_come_back_bit_for_bit(tmp_path):
 def test_manifest_counts_and_hashes(tmp_path):
     manifest = write(tmp_path)
     assert manifest["schema"] == 1 and manifest["made_by"] == MADE_BY
-    assert (manifest["clips"], manifest["frames"], manifest["splits"]) == (4, 11, {"train": 3, "val": 1})
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["clips-000000.tar", "clips-000001.tar", MANIFEST]
+    assert (manifest["clips"], manifest["frames"], manifest["splits"]) == (
+        4,
+        11,
+        {"train": 3, "val": 1},
+    )
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "clips-000000.tar",
+        "clips-000001.tar",
+        MANIFEST,
+    ]
     for shard in manifest["shards"]:
         data = (tmp_path / shard["file"]).read_bytes()
         assert hashlib.sha256(data).hexdigest() == shard["sha256"] and len(data) == shard["bytes"]
@@ -88,12 +96,15 @@ def test_manifest_counts_and_hashes(tmp_path):
 def test_webdataset_reads_the_tars(tmp_path):
     write(tmp_path)
     tars = [str(path) for path in sorted(tmp_path.glob("*.tar"))]
-    samples = {sample["__key__"]: sample for sample in webdataset.WebDataset(tars, shardshuffle=False)}
+    samples = {
+        sample["__key__"]: sample for sample in webdataset.WebDataset(tars, shardshuffle=False)
+    }
     assert set(samples) == set(CLIPS)
     assert np.array_equal(decode_ffv1(samples["a"]["rgba.mkv"], "a")[0], CLIPS["a"])
     assert samples["b"]["rgba.png"].startswith(b"\x89PNG")
     assert json.loads(samples["b"]["json"]) == {
-        "prompt": "prompt of b: ä", "fps": 0.0, "frames": 1, "width": 7, "height": 9, "source": "test",
+        "prompt": "prompt of b: ä", "fps": 0.0, "frames": 1, "width": 7, "height": 9,
+        "source": "test",
         "licence": "CC0-1.0", "split": "train", "lossy": False, "premultiplied_source": False,
     }  # fmt: skip
 
@@ -145,7 +156,8 @@ def test_interrupted_run_looks_unfinished_and_goes_on(tmp_path):
         read_manifest(tmp_path / "cut")
     before = (tmp_path / "cut" / "clips-000001.tar").stat().st_mtime_ns
     assert write(tmp_path / "cut", max_clips=1) == whole
-    assert (tmp_path / "cut" / "clips-000001.tar").stat().st_mtime_ns == before  # kept, not made again
+    # kept, not made again
+    assert (tmp_path / "cut" / "clips-000001.tar").stat().st_mtime_ns == before
     assert not list((tmp_path / "cut").glob("*.part.json"))
 
 
@@ -193,7 +205,10 @@ def test_no_clip_leaves_no_folder(tmp_path):
         ShardWriter(tmp_path / "empty", max_clips=1, max_bytes=1, made_by=MADE_BY) as writer,
     ):
         writer.skipped["x"] = "a reason"
-    with pytest.raises(KeyError), ShardWriter(tmp_path / "raised", max_clips=1, max_bytes=1, made_by=MADE_BY):
+    with (
+        pytest.raises(KeyError),
+        ShardWriter(tmp_path / "raised", max_clips=1, max_bytes=1, made_by=MADE_BY),
+    ):
         raise KeyError
     assert not list(tmp_path.iterdir())
 
@@ -201,7 +216,10 @@ def test_no_clip_leaves_no_folder(tmp_path):
 def test_a_full_disk_is_named_and_leaves_no_half(tmp_path, small_disk):
     noise = np.random.default_rng(0).integers(0, 256, (1, 160, 160, 4), dtype=np.uint8)
     with (
-        pytest.raises(OSError, match=r"clips-000000\.tar could not be written \(.*\); [\d,]+ MiB are free there"),
+        pytest.raises(
+            OSError,
+            match=r"clips-000000\.tar could not be written \(.*\); [\d,]+ MiB are free there",
+        ),
         ShardWriter(tmp_path / "s", max_clips=9, max_bytes=10**9, made_by=MADE_BY) as writer,
     ):
         add(writer, "a", encode_clip(noise, 0))
@@ -262,7 +280,9 @@ def test_flipped_bit_is_noticed(tmp_path):
         byte = file.read(1)[0]
         file.seek(-1, 1)
         file.write(bytes([byte ^ 1]))
-    with pytest.raises(BadClip, match=r"a: clips-000000\.tar:a\.rgba\.mkv does not match the manifest's CRC"):
+    with pytest.raises(
+        BadClip, match=r"a: clips-000000\.tar:a\.rgba\.mkv does not match the manifest's CRC"
+    ):
         read_clip(ref)
 
 
@@ -278,7 +298,11 @@ def test_clip_without_alpha_or_metadata(tmp_path):
         stream = container.add_stream("ffv1", rate=10)
         stream.width, stream.height, stream.pix_fmt = 16, 16, "bgr0"
         for frame in noise(0, 2, 16, 16, 3):
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24").reformat(format="bgr0")))
+            container.mux(
+                stream.encode(
+                    av.VideoFrame.from_ndarray(frame, format="rgb24").reformat(format="bgr0")
+                )
+            )
         container.mux(stream.encode())
     opaque = (tmp_path / "a.mkv").read_bytes()
     with ShardWriter(tmp_path / "out", max_clips=9, max_bytes=10**9, made_by=MADE_BY) as writer:

@@ -18,13 +18,24 @@ def test_splits_of_few_clips():
         assert {"train", "val"} == set(values)
     assert assign_splits({"a": "a", "b": "a"}, 0.5) == {"a": "train", "b": "train"}
     assert set(assign_splits({str(i): str(i) for i in range(20)}, 0.0).values()) == {"train"}
-    assert set(assign_splits({str(i): str(i) for i in range(5)}, 0.999).values()) == {"train", "val"}
+    assert set(assign_splits({str(i): str(i) for i in range(5)}, 0.999).values()) == {
+        "train",
+        "val",
+    }
     with pytest.raises(ValueError, match=r"val_fraction=1\.0; must be in \[0, 1\)"):
         assign_splits({}, 1.0)
 
 
 def test_kinds_take_turns():
     keys = ["smoke-003", "smoke-001", "fur_a", "Smoke-2", "glass-7", "fur_b", "12"]
-    assert in_turns(keys, str) == ["smoke-003", "fur_a", "glass-7", "12", "smoke-001", "fur_b", "Smoke-2"]
+    assert in_turns(keys, str) == [
+        "smoke-003",
+        "fur_a",
+        "glass-7",
+        "12",
+        "smoke-001",
+        "fur_b",
+        "Smoke-2",
+    ]
     assert in_turns(["clip03", "clip01"], str) == ["clip03", "clip01"]
     assert in_turns([], str) == []

@@ -33,7 +33,8 @@ from tests.data.test_latents import write as write_latents
 TARS, PER_TAR = 4, 3
 KEYS = [f"clip{i:02d}" for i in range(TARS * PER_TAR)]
 SETTINGS = {
-    "frames": 5, "height": 16, "width": 16, "batch_size": 5, "seed": 0, "num_workers": 0, "val_batch_size": 2,
+    "frames": 5, "height": 16, "width": 16, "batch_size": 5, "seed": 0, "num_workers": 0,
+    "val_batch_size": 2,
     "val_clips": 2, "bad_clip_budget": 0,
 }  # fmt: skip
 
@@ -44,13 +45,15 @@ def shards(tmp_path_factory):
     with ShardWriter(out, max_clips=PER_TAR, max_bytes=10**9, made_by={}) as writer:
         for i, key in enumerate(KEYS):
             pixels = np.random.default_rng(i).integers(0, 256, (5, 16, 16, 4), dtype=np.uint8)
-            writer.add(key, encode_clip(pixels, 16), split="val" if i % PER_TAR == 2 else "train", prompt=key,
+            writer.add(key, encode_clip(pixels, 16), split="val" if i % PER_TAR == 2 else "train",
+                prompt=key,
                        source="", licence="", lossy=False, premultiplied_source=False)  # fmt: skip
     return out
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Serves `source`, a folder or the URL of another server, with the faults that wait for a file's name."""
+    """Serves `source`, a folder or the URL of another server, with the faults that wait for a
+    file's name."""
 
     def __init__(self, *args, source, faults, asked):
         self.source, self.faults, self.asked = source, faults, asked
@@ -94,10 +97,16 @@ class Handler(BaseHTTPRequestHandler):
         if isinstance(self.source, Path):
             path = self.source / self.path.lstrip("/")
             return (200, {}, path.read_bytes()) if path.exists() else (404, {}, b"")
-        request = urllib.request.Request(self.source + self.path, method=self.command, headers=dict(self.headers))
+        request = urllib.request.Request(
+            self.source + self.path, method=self.command, headers=dict(self.headers)
+        )
         try:
             with urllib.request.urlopen(request) as answer:
-                kept = {k: v for k, v in answer.headers.items() if k.lower() not in ("content-length", "connection")}
+                kept = {
+                    k: v
+                    for k, v in answer.headers.items()
+                    if k.lower() not in ("content-length", "connection")
+                }
                 return answer.status, kept, answer.read()
         except urllib.error.HTTPError as error:
             return error.code, {}, error.read()
@@ -130,7 +139,12 @@ def server(shards, tmp_path):
 
 
 def quick(tmp_path, **settings):
-    return Remote(**({"cache_dir": tmp_path / "cache", "retries": 2, "backoff": 0.01, "timeout": 5} | settings))
+    return Remote(
+        **(
+            {"cache_dir": tmp_path / "cache", "retries": 2, "backoff": 0.01, "timeout": 5}
+            | settings
+        )
+    )
 
 
 def tar_bytes(shards):
@@ -177,7 +191,9 @@ def test_remote_clips_equal_local_ones_and_each_tar_comes_once(shards, server, t
     expected = read_all(shards)
     for _ in range(2):
         found = read_all(folder)
-        assert found.keys() == expected.keys() and all(np.array_equal(found[key], expected[key]) for key in found)
+        assert found.keys() == expected.keys() and all(
+            np.array_equal(found[key], expected[key]) for key in found
+        )
     if protocol == "http":
         assert sorted(name for name in server.asked if name.endswith("tar")) == sorted(
             p.name for p in shards.glob("*.tar")
@@ -204,12 +220,15 @@ def test_the_umask_decides_who_shares_the_cache(server, tmp_path, umask):
 @pytest.mark.parametrize("fault", ["500", "cut", "stall"])
 def test_faults_are_survived(server, tmp_path, fault):
     server.faults |= {"manifest.json": [fault], "clips-000001.tar": [fault, fault]}
-    assert not reported(read_all(open_folder(server.url, quick(tmp_path, timeout=1 if fault == "stall" else 5))))
+    assert not reported(
+        read_all(open_folder(server.url, quick(tmp_path, timeout=1 if fault == "stall" else 5)))
+    )
     assert server.asked.count("clips-000001.tar") == 3
 
 
 @pytest.mark.parametrize(
-    ("fault", "reason"), [("500", "in 3 tries; .*500"), ("cut", "in 3 tries"), ("stall", "nothing came for 1 s")]
+    ("fault", "reason"),
+    [("500", "in 3 tries; .*500"), ("cut", "in 3 tries"), ("stall", "nothing came for 1 s")],
 )
 def test_past_the_retries_a_tars_clips_are_reported(server, tmp_path, fault, reason):
     server.faults["clips-000001.tar"] = [fault] * 100
@@ -227,7 +246,10 @@ def test_missing_and_damaged_tars_are_reported(server, tmp_path):
     (server.source / "clips-000002.tar").write_bytes(flipped)
     bad = reported(read_all(open_folder(server.url, quick(tmp_path))))
     assert [*bad] == KEYS[:9]
-    assert "clips-000000.tar does not exist" in bad["clip00"] and server.asked.count("clips-000000.tar") == 1
+    assert (
+        "clips-000000.tar does not exist" in bad["clip00"]
+        and server.asked.count("clips-000000.tar") == 1
+    )
     assert f"{len(whole) - 100} bytes came, the manifest says {len(whole)}" in bad["clip03"]
     assert "its SHA-256 is not the manifest's" in bad["clip06"]
     assert not list((tmp_path / "cache").glob("*.part"))
@@ -303,7 +325,9 @@ def test_more_than_was_promised_is_broken_off(server, tmp_path):
     tar.write_bytes(tar.read_bytes() * 20)
     server.faults["clips-000001.tar"] = ["slow"]
     bad = reported(read_all(open_folder(server.url, quick(tmp_path, retries=0))))
-    assert [*bad] == KEYS[3:6] and f"more than the {promised} bytes come that the manifest says" in bad["clip03"]
+    assert [*bad] == KEYS[
+        3:6
+    ] and f"more than the {promised} bytes come that the manifest says" in bad["clip03"]
 
 
 def test_processes_of_a_run_share_what_failed(server, tmp_path):
@@ -313,7 +337,8 @@ def test_processes_of_a_run_share_what_failed(server, tmp_path):
     with ThreadPoolExecutor(3) as threads:
         assert all([*reported(found)] == KEYS[3:6] for found in threads.map(read_all, folders))
     assert server.asked.count("clips-000001.tar") == 3
-    assert len(reported(read_all(open_folder(server.url, quick(tmp_path))))) == PER_TAR  # another run asks anew
+    # another run asks anew
+    assert len(reported(read_all(open_folder(server.url, quick(tmp_path))))) == PER_TAR
     assert server.asked.count("clips-000001.tar") == 6
 
 
@@ -336,19 +361,28 @@ def test_a_reference_takes_no_table_of_members_along(server, tmp_path):
 
 
 def test_options_of_one_protocol(tmp_path):
-    remote = quick(tmp_path, storage_options={"anon": True, "s3": {"key": "k"}, "http": {"headers": {"a": "b"}}})
-    assert remote._options("s3") == {"anon": True, "key": "k"} and remote._options("gs") == {"anon": True}
+    remote = quick(
+        tmp_path,
+        storage_options={"anon": True, "s3": {"key": "k"}, "http": {"headers": {"a": "b"}}},
+    )
+    assert remote._options("s3") == {"anon": True, "key": "k"} and remote._options("gs") == {
+        "anon": True
+    }
     assert remote._options("http") == {"anon": True, "headers": {"a": "b"}}
 
 
 def test_workers_share_the_cache(server, tmp_path):
-    data = ClipDataModule(shards=server.url, remote=quick(tmp_path), **(SETTINGS | {"num_workers": 2}))
+    data = ClipDataModule(
+        shards=server.url, remote=quick(tmp_path), **(SETTINGS | {"num_workers": 2})
+    )
     data.setup()
     batches = iter(data.train_dataloader())
     found = [next(batches) for _ in range(4)]
     del batches
     assert not any(batch["skipped"] for batch in found)
-    assert sorted(name for name in server.asked if name.endswith("tar")) == [f"clips-{i:06d}.tar" for i in range(TARS)]
+    assert sorted(name for name in server.asked if name.endswith("tar")) == [
+        f"clips-{i:06d}.tar" for i in range(TARS)
+    ]
 
 
 def test_remote_order_is_one_of_blocks_and_crops_equal_local_ones(shards, server, tmp_path):
@@ -361,7 +395,9 @@ def test_remote_order_is_one_of_blocks_and_crops_equal_local_ones(shards, server
     remote = quick(tmp_path)
     local, plain = epoch(str(shards))
     blocks, one = epoch(server.url, remote=remote, shuffle_tars=1)
-    assert all(torch.equal(local[key], blocks[key]) for key in local) and local.keys() == blocks.keys()
+    assert (
+        all(torch.equal(local[key], blocks[key]) for key in local) and local.keys() == blocks.keys()
+    )
     tars = [KEYS.index(key) // PER_TAR for key in blocks]
     assert all(tars[i] == tars[i + 1] for i in range(0, 8, 2))
     assert len({plain, one, epoch(server.url, remote=remote, shuffle_tars=2)[1]}) == 3
@@ -385,7 +421,9 @@ def test_an_epoch_that_goes_on_on_other_ranks_has_every_clip_once(server, tmp_pa
 
 def test_budget_counts_what_cannot_be_fetched(server, tmp_path):
     (server.source / "clips-000000.tar").unlink()
-    data = ClipDataModule(shards=server.url, remote=quick(tmp_path), **(SETTINGS | {"bad_clip_budget": 1}))
+    data = ClipDataModule(
+        shards=server.url, remote=quick(tmp_path), **(SETTINGS | {"bad_clip_budget": 1})
+    )
     data.setup()
     with pytest.raises(BadDataError, match=r"2 bad clips, bad_clip_budget=1: .*does not exist"):
         for batch in data.train_dataloader():
@@ -395,14 +433,18 @@ def test_budget_counts_what_cannot_be_fetched(server, tmp_path):
 def test_latents_come_from_a_url(server, tmp_path):
     write_latents(server.source / "latents")
     remote = quick(tmp_path)
-    data = LatentDataModule(latents=f"{server.url}/latents", remote=remote, shuffle_tars=1, **LATENTS)
+    data = LatentDataModule(
+        latents=f"{server.url}/latents", remote=remote, shuffle_tars=1, **LATENTS
+    )
     data.setup()
     local = LatentDataModule(latents=str(server.source / "latents"), **LATENTS)
     local.setup()
     batches = iter(data.train_dataloader())
     assert not any(next(batches)["skipped"] for _ in range(5))
     for batch, expected in zip(data.val_dataloader(), local.val_dataloader(), strict=True):
-        assert batch["key"] == expected["key"] and torch.equal(batch["latents"], expected["latents"])
+        assert batch["key"] == expected["key"] and torch.equal(
+            batch["latents"], expected["latents"]
+        )
 
 
 def test_setup_errors(shards, server, tmp_path):
@@ -423,7 +465,9 @@ def test_setup_errors(shards, server, tmp_path):
     two = quick(tmp_path, cache_gb=2.5 * tar_bytes(shards) / 2**30)
     data = ClipDataModule(shards=server.url, remote=two, shuffle_tars=3, **SETTINGS)
     data.setup()
-    with pytest.raises(ShardError, match=r"shuffle_tars=3 needs .*Raise remote\.cache_gb or lower shuffle_tars"):
+    with pytest.raises(
+        ShardError, match=r"shuffle_tars=3 needs .*Raise remote\.cache_gb or lower shuffle_tars"
+    ):
         data.train_dataloader()
     with pytest.raises(ValueError, match="retries=-1; must be at least 0"):
         quick(tmp_path, retries=-1)
@@ -435,7 +479,9 @@ def damaged(name, value):
     """What makes another manifest of one: a field of its first tar, or one of its own."""
 
     def damage(manifest):
-        place = manifest["shards"][0] if name in manifest["shards"][0] and name != "clips" else manifest
+        place = (
+            manifest["shards"][0] if name in manifest["shards"][0] and name != "clips" else manifest
+        )
         if value is None:
             del place[name]
         else:
@@ -456,7 +502,9 @@ def test_damaged_manifests(server, tmp_path, damage):
     manifest = json.loads(path.read_text())
     damage(manifest)
     path.write_text(json.dumps(manifest))
-    with pytest.raises(ShardError, match=r"manifest\.json is damaged \(\w+Error: .*data_prep\.shard` make"):
+    with pytest.raises(
+        ShardError, match=r"manifest\.json is damaged \(\w+Error: .*data_prep\.shard` make"
+    ):
         index_shards([open_folder(server.url, quick(tmp_path))])
 
 
@@ -470,7 +518,12 @@ def s3():
     # So small a block that pieces of each tar would be fetched at once
     yield (
         address,
-        {"key": "k", "secret": "s", "default_block_size": 1024, "config_kwargs": {"retries": {"max_attempts": 1}}},
+        {
+            "key": "k",
+            "secret": "s",
+            "default_block_size": 1024,
+            "config_kwargs": {"retries": {"max_attempts": 1}},
+        },
     )
     moto.stop()
 
@@ -478,7 +531,9 @@ def s3():
 @contextmanager
 def gs():
     pytest.importorskip("gcsfs")
-    emulator = pytest.importorskip("gcp_storage_emulator.server").create_server("127.0.0.1", 0, in_memory=True)
+    emulator = pytest.importorskip("gcp_storage_emulator.server").create_server(
+        "127.0.0.1", 0, in_memory=True
+    )
     emulator.start()
     yield f"http://127.0.0.1:{emulator._api._httpd.server_port}", {"token": "anon", "project": "p"}
     emulator.stop()
@@ -486,14 +541,19 @@ def gs():
 
 @pytest.fixture(scope="module", params=["s3", "gs"])
 def bucket(request, shards):
-    """URL of clips of which one tar is damaged and one is missing, options to read it, and the server in front of it
-    that makes mistakes."""
-    with {"s3": s3, "gs": gs}[request.param]() as (address, options), Server(address).run() as faulty:
+    """URL of clips of which one tar is damaged and one is missing, options to read it, and the
+    server in front of it that makes mistakes."""
+    with (
+        {"s3": s3, "gs": gs}[request.param]() as (address, options),
+        Server(address).run() as faulty,
+    ):
         files = fsspec.filesystem(request.param, endpoint_url=address, **options)
         files.mkdir("bucket")
         for path in shards.iterdir():
             files.pipe(f"bucket/clips/{path.name}", path.read_bytes())
-        files.pipe("bucket/clips/clips-000002.tar", (shards / "clips-000002.tar").read_bytes()[:-512])
+        files.pipe(
+            "bucket/clips/clips-000002.tar", (shards / "clips-000002.tar").read_bytes()[:-512]
+        )
         files.rm("bucket/clips/clips-000003.tar")
         yield f"{request.param}://bucket/clips", options | {"endpoint_url": faulty.url}, faulty
 
@@ -523,7 +583,9 @@ def test_workers_read_buckets(bucket, tmp_path):
     del batches
     train = [key for i, key in enumerate(KEYS) if i % PER_TAR < 2]
     assert sorted(key for batch in found for key in batch["key"]) == train[:4]
-    assert sorted(text.partition(":")[0] for batch in found for text in batch["skipped"]) == train[4:]
+    assert (
+        sorted(text.partition(":")[0] for batch in found for text in batch["skipped"]) == train[4:]
+    )
 
 
 def test_fetch_errors_are_os_errors():

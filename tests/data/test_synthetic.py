@@ -86,14 +86,18 @@ def test_half_the_size_is_the_picture_averaged(kind, seed):
     large, small = render(kind, seed, 3, 192, 256), render(kind, seed, 3, 96, 128)
     averaged = F.avg_pool2d(premultiplied(large).transpose(0, 1), 2).transpose(0, 1)
     error = (averaged - premultiplied(small)).abs()
-    limit = {"hair": 0.055, "particles": 0.04}.get(kind, 0.012)  # strands and sparks as thin as a pixel
+    # strands and sparks as thin as a pixel
+    limit = {"hair": 0.055, "particles": 0.04}.get(kind, 0.012)
     assert error.mean() < limit * averaged[3:].mean()
     assert large.prompt == small.prompt
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_wider_frame_only_adds_to_the_sides(kind):
-    wide, square = premultiplied(render(kind, 5, 2, 64, 96)), premultiplied(render(kind, 5, 2, 64, 64))
+    wide, square = (
+        premultiplied(render(kind, 5, 2, 64, 96)),
+        premultiplied(render(kind, 5, 2, 64, 64)),
+    )
     assert_close(wide[..., 16:-16], square, atol=1e-4, rtol=0)
 
 
@@ -101,12 +105,14 @@ def test_edges_of_shapes_are_one_pixel_wide():
     for seed in range(6):
         coarse, fine = (render("shape", seed, 1, size, size).alpha for size in (64, 256))
         partial = [((alpha > 0) & (alpha < 1)).float().mean() for alpha in (coarse, fine)]
-        assert 3 < partial[0] / partial[1] < 5  # an outline's share of the pixels falls with their side
+        # an outline's share of the pixels falls with their side
+        assert 3 < partial[0] / partial[1] < 5
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_subject_stands_free_of_the_border(kind):
-    alphas = torch.stack([render(kind, seed, 5, 64, 64).alpha[0] for seed in range(20)])  # (20, T, H, W)
+    # (20, T, H, W)
+    alphas = torch.stack([render(kind, seed, 5, 64, 64).alpha[0] for seed in range(20)])
     edge = torch.ones(64, 64, dtype=torch.bool)
     edge[1:-1, 1:-1] = False
     clear = (alphas[..., edge] == 0).float().mean((1, 2))
@@ -119,7 +125,9 @@ def test_the_subject_stands_free_of_the_border(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_prompts_name_transparency_and_vary(kind):
     prompts = [render(kind, seed, 1, 8, 8).prompt for seed in range(12)]
-    assert all(prompt.startswith("Transparent background, procedural animation, ") for prompt in prompts)
+    assert all(
+        prompt.startswith("Transparent background, procedural animation, ") for prompt in prompts
+    )
     assert all("close-up: " in p or "medium shot: " in p or "wide shot: " in p for p in prompts)
     assert len(set(prompts)) >= 9
 
@@ -142,7 +150,9 @@ def test_small_and_narrow_clips(kind, size):
 
 
 def test_unknown_kinds_and_empty_sizes_are_refused():
-    with pytest.raises(ValueError, match=r"'water'.*hair, glass, smoke, flame, particles, shadow, shape"):
+    with pytest.raises(
+        ValueError, match=r"'water'.*hair, glass, smoke, flame, particles, shadow, shape"
+    ):
         render("water", 0, 1, 8, 8)
     for name, size in {"frames": (0, 8, 8), "height": (1, 0, 8), "width": (1, 8, -2)}.items():
         with pytest.raises(ValueError, match=f"{name}="):

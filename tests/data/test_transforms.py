@@ -20,7 +20,9 @@ def generator(seed=0):
 
 
 def noise(frames, height, width):
-    return torch.randint(0, 256, (frames, height, width, 4), generator=generator(), dtype=torch.uint8)
+    return torch.randint(
+        0, 256, (frames, height, width, 4), generator=generator(), dtype=torch.uint8
+    )
 
 
 def gradient(frames, height, width):
@@ -34,7 +36,8 @@ def gradient(frames, height, width):
 
 def transform(train=True, **settings):
     defaults = {
-        "frames": 5, "height": 16, "width": 16, "time_stride": 4, "space_multiple": 16, "scale_range": (0.5, 1.0),
+        "frames": 5, "height": 16, "width": 16, "time_stride": 4, "space_multiple": 16,
+        "scale_range": (0.5, 1.0),
         "min_coverage": 0.0, "flip": 0.0, "pan_speed": 2.0,
     }  # fmt: skip
     return ClipTransform(**(defaults | settings), train=train)
@@ -49,7 +52,9 @@ def test_window_plays_forth_and_back():
 
 
 def test_frames_of_the_wrong_length():
-    with pytest.raises(ValueError, match=r"clip: 16 frames; Wan needs 4k\+1 \(5, 9, 13, \.\.\.\)\. Use frames=13\."):
+    with pytest.raises(
+        ValueError, match=r"clip: 16 frames; Wan needs 4k\+1 \(5, 9, 13, \.\.\.\)\. Use frames=13\."
+    ):
         transform(frames=16)
     with pytest.raises(ValueError, match=r"Use frames=1\."):
         check_frames("clip", 0, 4)
@@ -92,7 +97,8 @@ def test_pack_round_trip():
 
 
 def test_resize_does_not_bleed_hidden_colour():
-    """A white shape whose surroundings hide black: straight averages would turn the edge to grey (A20)."""
+    """A white shape whose surroundings hide black: straight averages would turn the edge to grey
+    (A20)."""
     frames = torch.zeros(1, 64, 64, 4, dtype=torch.uint8)
     y, x = torch.meshgrid(torch.arange(64.0), torch.arange(64.0), indexing="ij")
     soft = (24 - torch.hypot(x - 31.5, y - 31.5)).mul(40).clamp(0, 255).byte()
@@ -101,7 +107,12 @@ def test_resize_does_not_bleed_hidden_colour():
     for size in (32, 23, 7):
         rgb, alpha = resize(*to_float(frames), size, size)
         assert ((alpha > 0) & (alpha < 1)).any()
-        assert_close(rgb[(alpha > 0).expand_as(rgb)], torch.ones(int((alpha > 0).sum()) * 3), atol=2e-3, rtol=0)
+        assert_close(
+            rgb[(alpha > 0).expand_as(rgb)],
+            torch.ones(int((alpha > 0).sum()) * 3),
+            atol=2e-3,
+            rtol=0,
+        )
 
 
 @pytest.mark.parametrize("size", [(8, 8), (21, 13), (50, 70)])
@@ -129,12 +140,19 @@ def test_crop_pads_with_transparency():
     assert padded.shape == (2, 8, 9, 4)
     assert torch.equal(padded[:, 2:6, 1:7], frames)
     assert padded.sum() == frames.sum()
-    assert (crop(frames, 10, 10, 3, 3) == 0).all() and crop(frames, 10, 10, 3, 3).shape == (2, 3, 3, 4)
+    assert (crop(frames, 10, 10, 3, 3) == 0).all() and crop(frames, 10, 10, 3, 3).shape == (
+        2,
+        3,
+        3,
+        4,
+    )
 
 
 def test_pan_by_whole_pixels_is_a_crop():
     rgb, alpha = to_float(noise(1, 20, 20))
-    moved_rgb, moved_alpha = pan(rgb, alpha, torch.tensor([3.0, 9.0]), torch.tensor([2.0, -1.0]), 3, 8, 8)
+    moved_rgb, moved_alpha = pan(
+        rgb, alpha, torch.tensor([3.0, 9.0]), torch.tensor([2.0, -1.0]), 3, 8, 8
+    )
     for t in range(3):
         place = (..., slice(3 + 2 * t, 11 + 2 * t), slice(9 - t, 17 - t))
         assert_close(moved_alpha[:, t], alpha[:, 0][place], atol=1e-5, rtol=0)
@@ -144,7 +162,9 @@ def test_pan_by_whole_pixels_is_a_crop():
 
 def test_pan_by_half_a_pixel_stays_opaque_inside():
     rgb, alpha = to_float(gradient(1, 20, 20))
-    moved_rgb, moved_alpha = pan(rgb, alpha, torch.tensor([4.0, 4.0]), torch.tensor([0.5, 0.25]), 5, 8, 8)
+    moved_rgb, moved_alpha = pan(
+        rgb, alpha, torch.tensor([4.0, 4.0]), torch.tensor([0.5, 0.25]), 5, 8, 8
+    )
     assert (moved_alpha == 1).all()
     steps = (moved_rgb.diff(dim=1) + 1e-9) * 127.5
     assert_close(steps[0], torch.full_like(steps[0], 0.25), atol=1e-3, rtol=0)
@@ -185,7 +205,9 @@ def test_still_without_time():
 
 
 @pytest.mark.parametrize("train", [True, False])
-@pytest.mark.parametrize("shape", [(9, 40, 64), (2, 16, 16), (1, 100, 30), (7, 10, 90), (3, 3, 3), (1, 5, 300)])
+@pytest.mark.parametrize(
+    "shape", [(9, 40, 64), (2, 16, 16), (1, 100, 30), (7, 10, 90), (3, 3, 3), (1, 5, 300)]
+)
 def test_every_size_and_length_fits(train, shape):
     for seed in range(5):
         rgb, alpha = transform(train, flip=0.5)(noise(*shape), generator(seed))
@@ -227,7 +249,8 @@ def test_validation_takes_the_centre():
     assert_close(centre[1], torch.full((5,), 23.5), atol=0.01, rtol=0)
     assert_close(centre[2], torch.arange(2.0, 7.0), atol=0.01, rtol=0)
     column = (rgb[0, 0, 0] + 1) * 127.5
-    assert_close(column.diff()[1:-1], torch.full((13,), 3.0))  # 48 source pixels on 16, not mirrored
+    # 48 source pixels on 16, not mirrored
+    assert_close(column.diff()[1:-1], torch.full((13,), 3.0))
 
 
 def test_train_scales_lie_in_the_range():
@@ -245,7 +268,9 @@ def test_small_clips_keep_their_size_and_aspect():
         assert alpha.sum() == 5 * 6 * 10 and ((alpha == 0) | (alpha == 1)).all()
         rows, columns = alpha[0, 0].nonzero().T
         box = (..., slice(rows.min(), rows.max() + 1), slice(columns.min(), columns.max() + 1))
-        assert_close((rgb[box] + 1) * 127.5, frames[..., :3].permute(3, 0, 1, 2).float(), atol=1e-3, rtol=0)
+        assert_close(
+            (rgb[box] + 1) * 127.5, frames[..., :3].permute(3, 0, 1, 2).float(), atol=1e-3, rtol=0
+        )
     assert (rows.min(), columns.min()) == (5, 3)  # centred in validation
 
 
@@ -254,7 +279,10 @@ def test_crops_look_for_the_subject():
     frames[:, 100:150, 100:150] = 255
     settings = {"scale_range": (0.15, 0.25)}
     shown = [
-        sum(transform(min_coverage=least, **settings)(frames, generator(seed))[1].mean() > 0.02 for seed in range(60))
+        sum(
+            transform(min_coverage=least, **settings)(frames, generator(seed))[1].mean() > 0.02
+            for seed in range(60)
+        )
         for least in (0.0, 0.05)
     ]
     assert shown[0] < 30 and shown[1] > 45

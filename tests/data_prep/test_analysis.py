@@ -118,7 +118,10 @@ def test_still():
 
 def test_joined_clips_are_cut_where_they_were_joined():
     """But for sparks, which move as much as a cut exchanges."""
-    clips = [drawn(kind, 40 + i, 12) for i, kind in enumerate(("hair", "smoke", "shape", "shadow", "flame", "glass"))]
+    clips = [
+        drawn(kind, 40 + i, 12)
+        for i, kind in enumerate(("hair", "smoke", "shape", "shadow", "flame", "glass"))
+    ]
     found = []
     for first, second in permutations(clips, 2):
         found.append(cuts(thumbnails(np.concatenate((first, second))))[0])
@@ -132,7 +135,9 @@ def test_joined_clips_are_cut_where_they_were_joined():
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_cut_in_motion_flash_fade_and_arrival(kind):
     clip = drawn(kind, 7, 16, 48)
-    fast = np.stack([np.roll(np.pad(f, ((0, 0), (0, 48), (0, 0))), 6 * i, axis=1) for i, f in enumerate(clip)])
+    fast = np.stack(
+        [np.roll(np.pad(f, ((0, 0), (0, 48), (0, 0))), 6 * i, axis=1) for i, f in enumerate(clip)]
+    )
     flash = clip.copy()
     flash[7:9, ..., :3] = (flash[7:9, ..., :3] * 2.5).clip(0, 255)
     lit = clip.copy()

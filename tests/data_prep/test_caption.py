@@ -6,7 +6,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from acetate.data.shards import ShardError, index_shards, read_manifest, read_media, read_meta, read_meta_text
+from acetate.data.shards import (
+    ShardError,
+    index_shards,
+    read_manifest,
+    read_media,
+    read_meta,
+    read_meta_text,
+)
 from acetate.data.writer import ShardWriter, encode_clip
 from acetate.models import hub
 from data_prep.bad_clips import TooManyBad
@@ -23,8 +30,10 @@ PROMPTS = {
     "told": "Transparent background, photo, close-up: a told dog.",
 }
 SETTINGS = Settings(
-    overwrite="missing", missing="(Transparent background: .*)?", template="Transparent background, {caption}",
-    captioner=None, instruction="describe a star", look=Look(2, "several", "grey"), max_tokens=4, dtype="float32",
+    overwrite="missing", missing="(Transparent background: .*)?",
+    template="Transparent background, {caption}",
+    captioner=None, instruction="describe a star", look=Look(2, "several", "grey"), max_tokens=4,
+    dtype="float32",
 )  # fmt: skip
 
 
@@ -33,7 +42,8 @@ def source(tmp_path):
     with ShardWriter(tmp_path / "in", max_clips=3, max_bytes=10**9, made_by={}) as writer:
         for i, (key, prompt) in enumerate(PROMPTS.items()):
             frames = np.full((3, 8, 8, 4), 40 * i, np.uint8)
-            writer.add(key, encode_clip(frames, 8), split="train", prompt=prompt, source="s", licence="MIT",
+            writer.add(key, encode_clip(frames, 8), split="train", prompt=prompt, source="s",
+                licence="MIT",
                        lossy=False, premultiplied_source=False)  # fmt: skip
     return tmp_path / "in"
 
@@ -46,9 +56,19 @@ def model(tmp_path_factory):
 
 
 def run(source, out, settings=SETTINGS, prompts=None, **changes):
-    defaults = {"max_clips": 1, "max_bytes": 10**9, "bad_clip_budget": 0, "device": "cpu", "executor": "local"}
+    defaults = {
+        "max_clips": 1,
+        "max_bytes": 10**9,
+        "bad_clip_budget": 0,
+        "device": "cpu",
+        "executor": "local",
+    }
     return caption(
-        shards=[source], out=out, prompts=prompts, settings=settings, **({"workers": 0} | defaults | changes)
+        shards=[source],
+        out=out,
+        prompts=prompts,
+        settings=settings,
+        **({"workers": 0} | defaults | changes),
     )
 
 
@@ -58,7 +78,9 @@ def prompts_of(folder):
 
 def test_given_prompts_take_the_place_of_missing_ones(source, tmp_path):
     table = tmp_path / "prompts.csv"
-    table.write_text("key,caption\nfilm,A grey film.\ntold,A cat\nfilm-p001,Transparent background: Its end.\n")
+    table.write_text(
+        "key,caption\nfilm,A grey film.\ntold,A cat\nfilm-p001,Transparent background: Its end.\n"
+    )
     lines, bad = run(source, tmp_path / "out", prompts=table)
     assert bad == {} and prompts_of(tmp_path / "out") == {
         "film-p000": "Transparent background, a grey film.",
@@ -106,15 +128,23 @@ def test_prompts_of_no_clip_are_named(source, tmp_path, caplog):
     run(source, tmp_path / "out", prompts=table)
     assert "1 of 2 rows have the key of no clip: film.mkv" in caplog.text
     table.write_text("key,caption\nfilm.mkv,A film\n")
-    with pytest.raises(ValueError, match=r"1 of 1 rows .* no clip: film\.mkv\. Keys here are as film-p000"):
+    with pytest.raises(
+        ValueError, match=r"1 of 1 rows .* no clip: film\.mkv\. Keys here are as film-p000"
+    ):
         run(source, tmp_path / "none", prompts=table)
     assert not (tmp_path / "none").exists()
 
 
 def test_sentences():
     template = "Transparent background, {style}: {caption}."
-    assert sentence(template, {"caption": "The Moon", "style": "photo"}) == "Transparent background, photo: the Moon."
-    assert sentence(template, {"caption": "transparent background, as is"}) == "transparent background, as is"
+    assert (
+        sentence(template, {"caption": "The Moon", "style": "photo"})
+        == "Transparent background, photo: the Moon."
+    )
+    assert (
+        sentence(template, {"caption": "transparent background, as is"})
+        == "transparent background, as is"
+    )
     with pytest.raises(ValueError, match=r"asks for 'style'; this row has caption: A"):
         sentence(template, {"caption": "A"})
 
@@ -149,7 +179,9 @@ def counted(monkeypatch, stop_at=0):
 
 
 @pytest.mark.slow
-def test_the_captioner_sees_what_is_missing_and_a_restart_goes_on(source, model, tmp_path, monkeypatch):
+def test_the_captioner_sees_what_is_missing_and_a_restart_goes_on(
+    source, model, tmp_path, monkeypatch
+):
     settings = replace(SETTINGS, captioner=model)
     lines, _ = run(source, tmp_path / "whole", settings)
     assert [line["from"] for line in lines] == ["captioner"] * 3 + ["kept"]
@@ -207,7 +239,10 @@ def test_command(source, tmp_path, monkeypatch, capsys):
     (tmp_path / "prompts.jsonl").write_text(json.dumps({"key": "none", "prompt": "A lamp"}) + "\n")
     arguments = ("shards=in", "out=out", "prompts=prompts.jsonl")
     seen = command(capsys, *arguments, "preview=true")
-    assert "Transparent background, a lamp" in seen and "4 of 4 clips were looked at. Nothing was written." in seen
+    assert (
+        "Transparent background, a lamp" in seen
+        and "4 of 4 clips were looked at. Nothing was written." in seen
+    )
     assert not (tmp_path / "out").exists()
     assert "out: 4 prompts, 3 kept, 1 given" in command(capsys, *arguments)
     with pytest.raises(SystemExit):
@@ -216,7 +251,10 @@ def test_command(source, tmp_path, monkeypatch, capsys):
 
 
 def test_one_run_at_a_time(source, tmp_path):
-    with only_writer(tmp_path / "out"), pytest.raises(RuntimeError, match="out is being written by another process"):
+    with (
+        only_writer(tmp_path / "out"),
+        pytest.raises(RuntimeError, match="out is being written by another process"),
+    ):
         run(source, tmp_path / "out")
 
 
@@ -225,14 +263,19 @@ def test_one_run_at_a_time(source, tmp_path):
     [
         ("./nowhere", r"captioner=\./nowhere does not exist; give the folder"),
         ("{folder}", r"holds no config\.json"),
-        ("nobody/nothing", r"captioner=nobody/nothing is no folder here, .*hf download nobody/nothing\) and give"),
+        (
+            "nobody/nothing",
+            r"captioner=nobody/nothing is no folder here, .*hf download nobody/nothing\) and give",
+        ),
     ],
 )
 def test_a_captioner_that_is_not_there_ends_at_once(source, tmp_path, monkeypatch, name, message):
     """Offline, and where a server takes every question and answers none."""
     name = name.format(folder=source)
     with socket.create_server(("127.0.0.1", 0)) as silent:
-        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        monkeypatch.setattr(
+            "huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}"
+        )
         monkeypatch.setattr(hub, "SECONDS", 0.5)
         start = time.monotonic()
         with pytest.raises(FileNotFoundError, match=message):

@@ -1,4 +1,5 @@
-"""On tiny random models of real architectures: what they say is noise, how they are asked is not."""
+"""On tiny random models of real architectures: what they say is noise, how they are asked is
+not."""
 
 import numpy as np
 import pytest
@@ -16,9 +17,17 @@ def clip(frames=5, height=12, width=20):
 
 
 def test_composites():
-    grey, checker = (np.asarray(composite(clip()[4], ground)) for ground in ("grey", "checkerboard"))
-    assert grey.shape == (12, 20, 3) and grey[0, 0].tolist() == checker[0, 0].tolist() == [160, 0, 0]
-    assert grey[0, 19].tolist() == [128, 128, 128] and set(checker[:, 10:].reshape(-1).tolist()) == {153, 204}
+    grey, checker = (
+        np.asarray(composite(clip()[4], ground)) for ground in ("grey", "checkerboard")
+    )
+    assert grey.shape == (12, 20, 3) and grey[0, 0].tolist() == checker[0, 0].tolist() == [
+        160,
+        0,
+        0,
+    ]
+    assert grey[0, 19].tolist() == [128, 128, 128] and set(
+        checker[:, 10:].reshape(-1).tolist()
+    ) == {153, 204}
 
 
 def test_what_is_shown():
@@ -45,7 +54,11 @@ def test_looks_are_checked(arguments, message):
 
 
 def captioner(folder, **changes):
-    settings = {"instruction": "describe a star", "look": Look(3, "several", "grey"), "max_tokens": 5}
+    settings = {
+        "instruction": "describe a star",
+        "look": Look(3, "several", "grey"),
+        "max_tokens": 5,
+    }
     return Captioner(str(folder), **(settings | changes), dtype="float32", device="cpu")
 
 
@@ -54,7 +67,9 @@ def test_a_model_that_chats_sees_every_picture(tmp_path, monkeypatch):
     save_llava(tmp_path)
     teller, seen = captioner(tmp_path), []
     generate = teller.model.generate
-    monkeypatch.setattr(teller.model, "generate", lambda **inputs: seen.append(inputs) or generate(**inputs))
+    monkeypatch.setattr(
+        teller.model, "generate", lambda **inputs: seen.append(inputs) or generate(**inputs)
+    )
     said = teller(clip())
     assert said and said == teller(clip()) and "\n" not in said
     assert seen[0]["pixel_values"].shape == (3, 3, 16, 16)
@@ -64,7 +79,8 @@ def test_a_model_that_chats_sees_every_picture(tmp_path, monkeypatch):
     seen.clear()
     teller(clip())
     assert seen[0]["pixel_values"].shape == (1, 3, 16, 16)
-    torch.nn.init.zeros_(teller.model.lm_head.weight)  # the most likely token is now the first, padding
+    # the most likely token is now the first, padding
+    torch.nn.init.zeros_(teller.model.lm_head.weight)
     with pytest.raises(ValueError, match="the captioner said nothing"):
         teller(clip())
 

@@ -27,11 +27,13 @@ from data_prep.decisions import Decisions
 from tests.media.films import drawn
 
 SETTINGS = Settings(
-    choices={}, min_alpha=8, trim=False, max_side=None, bleed=0, fps=None, default_fps=24, max_frames=100,
+    choices={}, min_alpha=8, trim=False, max_side=None, bleed=0, fps=None, default_fps=24,
+    max_frames=100,
     empty="refuse", full="refuse", flickers="keep",
 )  # fmt: skip
 PLAIN = Decisions(
-    colour="straight", confidence=1, alpha_low=0, alpha_high=255, matte="normal", crop=None, visible=None, still=False,
+    colour="straight", confidence=1, alpha_low=0, alpha_high=255, matte="normal", crop=None,
+    visible=None, still=False,
     cuts=(),
 )  # fmt: skip
 
@@ -68,16 +70,28 @@ def test_settings_are_checked(change, message):
 
 
 def test_a_rate_that_repeats_without_end_is_refused():
-    wanted = "fps=1e+07 would make 12,500,000 frames of its 30 at 24 frames a second; at most 100,000"
+    wanted = (
+        "fps=1e+07 would make 12,500,000 frames of its 30 at 24 frames a second; at most 100,000"
+    )
     assert str(too_many(30, 24, replace(SETTINGS, fps=1e7))).startswith(wanted)
-    assert too_many(30, 24, replace(SETTINGS, fps=60)) is None and too_many(10**6, 24, SETTINGS) is None
+    assert (
+        too_many(30, 24, replace(SETTINGS, fps=60)) is None
+        and too_many(10**6, 24, SETTINGS) is None
+    )
 
 
 def test_the_command_line_decides_for_every_clip():
-    settings = replace(SETTINGS, choices=overrides(colour=True, crop="auto", alpha_low=3, cuts=False))
+    settings = replace(
+        SETTINGS, choices=overrides(colour=True, crop="auto", alpha_low=3, cuts=False)
+    )
     assert settings.choices == {"colour": "true", "alpha_low": "3", "cuts": "false"}
     decisions = settings.apply(replace(PLAIN, cuts=(4,), crop=(0, 1, 2, 3)))
-    assert (decisions.colour, decisions.alpha_low, decisions.cuts, decisions.crop) == ("black", 3, (), (0, 1, 2, 3))
+    assert (decisions.colour, decisions.alpha_low, decisions.cuts, decisions.crop) == (
+        "black",
+        3,
+        (),
+        (0, 1, 2, 3),
+    )
     assert decisions.reasons["colour"] == "chosen by the command line"
 
 
@@ -86,7 +100,9 @@ def test_refusals():
     full = replace(PLAIN, matte="full", reasons={"matte": "all of it"})
     assert SETTINGS.refusal(full) == "alpha is full: all of it. full=keep takes it in"
     assert replace(SETTINGS, full="keep").refusal(full) is None
-    assert replace(SETTINGS, flickers="refuse").refusal(replace(PLAIN, matte="flickers")) is not None
+    assert (
+        replace(SETTINGS, flickers="refuse").refusal(replace(PLAIN, matte="flickers")) is not None
+    )
 
 
 def test_what_was_done_is_told():
@@ -144,7 +160,9 @@ def test_bleed_leaves_what_is_visible_and_hides_nothing():
     seen = frames[..., 3] > 0
     for radius in (0, 1, 8, 100, None):
         grown = bleed(frames, radius)
-        assert np.array_equal(grown[seen], frames[seen]) and np.array_equal(grown[..., 3], frames[..., 3])
+        assert np.array_equal(grown[seen], frames[seen]) and np.array_equal(
+            grown[..., 3], frames[..., 3]
+        )
     assert not bleed(frames, 0)[~seen].any()
     assert np.array_equal(bleed(frames, 100), bleed(frames, None))
     assert np.array_equal(bleed(frames, 10**12), bleed(frames, None))
@@ -169,7 +187,8 @@ def test_where_alpha_is_tiny_colour_comes_from_around():
     grown = bleed(frames, 4, trusted=8)
     assert (grown[:, :, :8, :3] == (240, 120, 60)).all() and (grown[:, :, :8, 3] == 3).all()
     frames[:, :, 8:12, 3], frames[:, :, 12:, 3] = 7, 0
-    assert np.array_equal(bleed(frames, None, trusted=8)[:, :, :12], frames[:, :, :12])  # nothing better: it stays
+    # nothing better: it stays
+    assert np.array_equal(bleed(frames, None, trusted=8)[:, :, :12], frames[:, :, :12])
 
 
 @pytest.mark.slow
@@ -189,7 +208,8 @@ def test_foreground_of_a_picture_and_its_matte():
 @pytest.mark.xdist_group("matting")
 @pytest.mark.parametrize("seed", [31, 32, 33])
 def test_foreground_of_hair_before_a_scene(tmp_path, seed):
-    """A picture and its matte, as files: the colour of soft pixels, against the truth that was drawn."""
+    """A picture and its matte, as files: the colour of soft pixels, against the truth that was
+    drawn."""
     hair, scene = drawn("hair", seed, 1, 160)[0], drawn("glass", seed, 1, 160)[0][..., 2::-1]
     alpha = hair[..., 3:] / 255
     picture = np.round(alpha * hair[..., :3] + (1 - alpha) * scene).astype(np.uint8)
@@ -199,7 +219,10 @@ def test_foreground_of_hair_before_a_scene(tmp_path, seed):
     back = clean(clip.frames, analyse(clip, matte=True), SETTINGS)[0]
     soft = (hair[..., 3] > 12) & (hair[..., 3] < 243)
     before, after = (
-        np.average(np.abs(colour[soft][:, :3].astype(int) - hair[soft][:, :3]).mean(axis=-1), weights=hair[soft][:, 3])
+        np.average(
+            np.abs(colour[soft][:, :3].astype(int) - hair[soft][:, :3]).mean(axis=-1),
+            weights=hair[soft][:, 3],
+        )
         for colour in (picture, back)
     )
     assert np.array_equal(back[..., 3], hair[..., 3]) and after < 0.5 * before
@@ -220,7 +243,10 @@ def test_resample_by_time():
     assert resample(6, 12, None).tolist() == [0, 1, 2, 3, 4, 5]
     assert resample(6, 12, 6).tolist() == [0, 2, 4]
     assert resample(3, 12, 24).tolist() == [0, 0, 1, 1, 2, 2]
-    assert resample(30, 30000 / 1001, 24).tolist()[-1] <= 29 and len(resample(30, 30000 / 1001, 24)) == 24
+    assert (
+        resample(30, 30000 / 1001, 24).tolist()[-1] <= 29
+        and len(resample(30, 30000 / 1001, 24)) == 24
+    )
     assert resample(1, 12, 24).tolist() == [0]
     for fps, target in ((25, 16), (16, 25), (24, 23.976)):
         taken = resample(100, fps, target)
@@ -232,8 +258,12 @@ def test_shots_and_pieces():
     settings = replace(SETTINGS, max_frames=4)
     lengths = [len(taken) for taken in shots(20, 10, replace(PLAIN, cuts=(3, 12)), settings)]
     assert lengths == [3, 3, 3, 3, 4, 4]
-    assert np.concatenate(shots(20, 10, replace(PLAIN, cuts=(3, 12)), settings)).tolist() == list(range(20))
-    assert [taken.tolist() for taken in shots(20, 10, replace(PLAIN, still=True, cuts=(3,)), settings)] == [[0]]
+    assert np.concatenate(shots(20, 10, replace(PLAIN, cuts=(3, 12)), settings)).tolist() == list(
+        range(20)
+    )
+    assert [
+        taken.tolist() for taken in shots(20, 10, replace(PLAIN, still=True, cuts=(3,)), settings)
+    ] == [[0]]
     halves = shots(8, 10, replace(PLAIN, cuts=(3,)), replace(settings, fps=5))
     assert [taken.tolist() for taken in halves] == [[0, 2], [3, 5]]
     long = [len(taken) for taken in shots(250, 24, PLAIN, SETTINGS)]
@@ -245,7 +275,9 @@ def test_clean_applies_every_step():
     frames = np.zeros((1, 48, 32, 4), np.uint8)
     frames[..., 3] = 255  # black bars of 8 rows
     frames[:, 8:40] = mixed(inner)
-    decisions = replace(PLAIN, colour="black", crop=(0, 8, 32, 32), alpha_low=20, visible=(4, 0, 28, 48))
+    decisions = replace(
+        PLAIN, colour="black", crop=(0, 8, 32, 32), alpha_low=20, visible=(4, 0, 28, 48)
+    )
     plain = clean(frames, decisions, SETTINGS)
     assert plain.shape == (1, 32, 32, 4)
     seen = plain[..., 3] > 100

@@ -25,7 +25,13 @@ def through(frames, codec, crf, folder):
     for pictures in (frames[..., :3], np.repeat(frames[..., 3:], 3, axis=-1)):
         path = folder / "half.mkv"
         with av.open(str(path), "w") as container:
-            options = {"crf": str(crf), "b": "0", "deadline": "realtime", "cpu-used": "8", "preset": "veryfast"}
+            options = {
+                "crf": str(crf),
+                "b": "0",
+                "deadline": "realtime",
+                "cpu-used": "8",
+                "preset": "veryfast",
+            }
             stream = container.add_stream(codec, rate=16, options=options)
             stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "yuv420p"
             for picture in pictures:
@@ -33,7 +39,9 @@ def through(frames, codec, crf, folder):
                 container.mux(stream.encode(frame.reformat(format="yuv420p")))
             container.mux(stream.encode())
         with av.open(str(path)) as container:
-            halves.append(np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]))
+            halves.append(
+                np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+            )
     return np.concatenate((halves[0], halves[1][..., 1:2]), axis=-1)
 
 
@@ -96,7 +104,9 @@ def test_colour_under_alpha_0_excludes_a_mixture():
 
 def test_a_straight_format_must_be_contradicted_clearly():
     clip = mixed(soft())
-    plain, doubted = (mixtures(clip, 0, 255, False, straight)["black"].log_odds for straight in (False, True))
+    plain, doubted = (
+        mixtures(clip, 0, 255, False, straight)["black"].log_odds for straight in (False, True)
+    )
     assert plain > doubted > 0
     decisions = decided(clip, premultiplied=False)
     assert decisions.colour == "black" and "the format says straight" in decisions.reasons["colour"]
@@ -121,14 +131,23 @@ def test_broken_bounds_speak_against_by_their_number():
 
 @pytest.mark.slow
 def test_drawn_clips_through_codecs(tmp_path):
-    """At least 95 % of straight and premultiplied clips, dark ones among them; a mixture with white is harder."""
+    """At least 95 % of straight and premultiplied clips, dark ones among them; a mixture with white
+    is harder."""
     right = {"straight": [], "black": [], "white": []}
-    for i, (codec, crf) in enumerate([(None, 0), ("libx264", 18), ("libx264", 28), ("libvpx-vp9", 30)]):
+    for i, (codec, crf) in enumerate(
+        [(None, 0), ("libx264", 18), ("libx264", 28), ("libvpx-vp9", 30)]
+    ):
         for j, kind in enumerate(KINDS):
             clip = drawn(kind, 1000 + 7 * i + j)
             if (i + j) % 4 == 0:
-                clip = np.concatenate(((clip[..., :3] * 0.35).astype(np.uint8), clip[..., 3:]), axis=-1)
-            forms = [("straight", straight_forms(clip)[j % 2]), ("black", mixed(clip)), ("white", mixed(clip, 255))]
+                clip = np.concatenate(
+                    ((clip[..., :3] * 0.35).astype(np.uint8), clip[..., 3:]), axis=-1
+                )
+            forms = [
+                ("straight", straight_forms(clip)[j % 2]),
+                ("black", mixed(clip)),
+                ("white", mixed(clip, 255)),
+            ]
             for truth, frames in forms:
                 if codec:
                     frames = through(frames, codec, crf, tmp_path)
@@ -139,9 +158,12 @@ def test_drawn_clips_through_codecs(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not (MEDIA / "pairs_meta.json").exists(), reason=f"no labels, pairs_meta.json, in {MEDIA}")
+@pytest.mark.skipif(
+    not (MEDIA / "pairs_meta.json").exists(), reason=f"no labels, pairs_meta.json, in {MEDIA}"
+)
 def test_real_media():
-    """Packed videos hold source colour; pairs were made straight; cut-outs of rembg break what PNG defines."""
+    """Packed videos hold source colour; pairs were made straight; cut-outs of rembg break what PNG
+    defines."""
     origins = json.loads((MEDIA / "pairs_meta.json").read_text())
     wrong, count = [], 0
     for path in sorted((MEDIA / "packed").glob("*.mp4")):

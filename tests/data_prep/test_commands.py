@@ -1,4 +1,5 @@
-"""The programs of data_prep stand beside each other: what several of them need is a module of its own."""
+"""The programs of data_prep stand beside each other: what several of them need is a module of its
+own."""
 
 import ast
 

@@ -5,7 +5,8 @@ import pytest
 from data_prep.decisions import Decisions
 
 DECISIONS = Decisions(
-    colour="straight", confidence=0.5, alpha_low=2, alpha_high=252, matte="normal", crop=(0, 4, 32, 24),
+    colour="straight", confidence=0.5, alpha_low=2, alpha_high=252, matte="normal", crop=(0, 4, 32,
+    24),
     visible=(1, 2, 3, 4), still=False, cuts=(3, 9), reasons={"colour": "measured"},
 )  # fmt: skip
 
@@ -17,13 +18,22 @@ def test_json_holds_everything():
 
 
 def test_a_person_decides():
-    chosen = DECISIONS.overridden("the table", {"colour": "True", "cuts": "5", "crop": "false", "still": "auto"})
+    chosen = DECISIONS.overridden(
+        "the table", {"colour": "True", "cuts": "5", "crop": "false", "still": "auto"}
+    )
     assert (chosen.colour, chosen.confidence, chosen.cuts, chosen.crop) == ("black", 1, (5,), None)
     assert chosen.still is False and chosen.alpha_low == 2
     assert chosen.reasons == dict.fromkeys(("colour", "cuts", "crop"), "chosen by the table")
     assert DECISIONS.overridden("x", {"colour": "", "alpha_low": "auto"}) is DECISIONS
-    changed = DECISIONS.overridden("x", {"crop": "1 2 3 4", "alpha_high": "240", "still": "true", "matte": "full"})
-    assert (changed.crop, changed.alpha_high, changed.still, changed.matte) == ((1, 2, 3, 4), 240, True, "full")
+    changed = DECISIONS.overridden(
+        "x", {"crop": "1 2 3 4", "alpha_high": "240", "still": "true", "matte": "full"}
+    )
+    assert (changed.crop, changed.alpha_high, changed.still, changed.matte) == (
+        (1, 2, 3, 4),
+        240,
+        True,
+        "full",
+    )
 
 
 @pytest.mark.parametrize(

@@ -83,13 +83,17 @@ def test_state_is_made_once_in_each_process():
     found = call(range(12), number_and_process, workers=2, setup=int)
     assert [item for _, _, item in found] == list(range(12))
     assert {number for number, _, _ in found} <= {0, 1}
-    assert len({pid for _, pid, _ in found} - {os.getpid()}) == len({number for number, _, _ in found})
+    assert len({pid for _, pid, _ in found} - {os.getpid()}) == len(
+        {number for number, _, _ in found}
+    )
     assert call([5], number_and_process, workers=0, setup=int) == [(0, os.getpid(), 5)]
 
 
 def test_items_are_taken_as_they_are_needed():
     taken = []
-    with closing(parallel(act, (taken.append(i) or i for i in range(10**9)), executor="local", workers=1)) as results:
+    with closing(
+        parallel(act, (taken.append(i) or i for i in range(10**9)), executor="local", workers=1)
+    ) as results:
         assert [next(results) for _ in range(3)] == ["0 done", "1 done", "2 done"]
         assert len(taken) <= 3 + AHEAD
 
@@ -123,7 +127,9 @@ def test_results_that_cannot_travel():
         call(["lambda"])
 
 
-@pytest.mark.parametrize(("item", "reason"), [("kill", "SIGKILL.*memory.*fewer workers"), ("exit", "exit code 3")])
+@pytest.mark.parametrize(
+    ("item", "reason"), [("kill", "SIGKILL.*memory.*fewer workers"), ("exit", "exit code 3")]
+)
 def test_a_dead_worker_names_its_item(item, reason):
     with pytest.raises(WorkerLost, match=f"clip {item}: its worker process .*{reason}"):
         call(["a", item, "b"], workers=2, name="clip {}".format)
@@ -139,11 +145,16 @@ def test_lost_items_can_be_replaced_and_the_worker_goes_on():
 def test_an_item_whose_process_was_killed_from_outside_is_tried_again(tmp_path):
     found = call([tmp_path / "item", "b"], workers=2, lost="{}: {}".format)
     assert found == ["second time", "b done"]
-    assert call([5], number_and_process, setup=partial(die_once, tmp_path / "setup"))[0][::2] == (0, 5)
+    assert call([5], number_and_process, setup=partial(die_once, tmp_path / "setup"))[0][::2] == (
+        0,
+        5,
+    )
 
 
 def test_a_process_that_dies_in_its_setup_is_nobodys_fault():
-    with pytest.raises(WorkerLost, match=r"5: its worker process was ended by SIGKILL.* at its start"):
+    with pytest.raises(
+        WorkerLost, match=r"5: its worker process was ended by SIGKILL.* at its start"
+    ):
         call([5], number_and_process, setup=die, lost="{}: {}".format)
 
 
@@ -158,9 +169,8 @@ def test_processes_end_with_a_parent_that_was_killed(tmp_path):
     gate = tmp_path / "gate"
     os.mkfifo(gate)
     code = (
-        "from data_prep.executor import parallel\n"
-        "from tests.data_prep.test_executor import say_pid\n"
-        f"list(parallel(say_pid, [{str(gate)!r}], executor='local', workers=1))"
+        "from data_prep.executor import parallel\nfrom tests.data_prep.test_executor import "
+        f"say_pid\nlist(parallel(say_pid, [{str(gate)!r}], executor='local', workers=1))"
     )
     parent = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
     pid = int(gate.read_text())
@@ -205,9 +215,11 @@ def test_settings_are_checked_at_once(settings, message):
 
 def test_without_ray_the_error_says_what_to_do():
     code = (
-        "import sys; sys.modules['ray'] = None\n"
-        "from data_prep.executor import parallel\n"
-        "parallel(str, [1], executor='ray', workers=1)"
+        "import sys; sys.modules['ray'] = None\nfrom data_prep.executor import "
+        "parallel\nparallel(str, [1], executor='ray', workers=1)"
     )
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert "ImportError: executor=ray:" in run.stderr and "pip install -e '.[ray]'; or use executor=local" in run.stderr
+    assert (
+        "ImportError: executor=ray:" in run.stderr
+        and "pip install -e '.[ray]'; or use executor=local" in run.stderr
+    )

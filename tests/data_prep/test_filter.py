@@ -33,7 +33,8 @@ CLIPS = {
 
 
 def add(writer, key, frames):
-    writer.add(key, encode_clip(frames, 8), split="train", prompt=key, source="s", licence="CC0-1.0", lossy=False,
+    writer.add(key, encode_clip(frames, 8), split="train", prompt=key, source="s",
+        licence="CC0-1.0", lossy=False,
                premultiplied_source=False)  # fmt: skip
 
 
@@ -54,14 +55,19 @@ def run(source, out, **changes):
 
 
 def contents(folder):
-    return {ref.key: (read_media(ref), read_meta_text(ref), ref.split, ref.crc32) for ref in index_shards([folder])}
+    return {
+        ref.key: (read_media(ref), read_meta_text(ref), ref.split, ref.crc32)
+        for ref in index_shards([folder])
+    }
 
 
 def test_kept_clips_are_the_same_bytes_and_the_rest_has_reasons(source, tmp_path):
     lines, rejected, bad = run(source, tmp_path / "out")
     before, after = contents(source), contents(tmp_path / "out")
     assert after == {key: before[key] for key in ("good", "other")} and bad == {}
-    assert lines == read_journal(tmp_path / "out" / SCORES_FILE) and [line["key"] for line in lines] == sorted(CLIPS)
+    assert lines == read_journal(tmp_path / "out" / SCORES_FILE) and [
+        line["key"] for line in lines
+    ] == sorted(CLIPS)
     assert rejected == read_journal(tmp_path / "out" / REJECTED_FILE)
     assert [(line["key"], line["score"], line["rule"]) for line in rejected] == [
         ("empty", "coverage", "0.1 to 0.9"),
@@ -174,7 +180,10 @@ def test_a_clip_that_broke_after_it_was_measured_is_counted(source, tmp_path):
 @pytest.mark.parametrize(
     ("rules", "message"),
     [
-        ({"colour": {"min": 0}}, r"rules\.colour: no such score; known: frames, short_side, long_side, coverage"),
+        (
+            {"colour": {"min": 0}},
+            r"rules\.colour: no such score; known: frames, short_side, long_side, coverage",
+        ),
         ({"motion": 3}, r"rules\.motion=3; give \{min: NUMBER\}"),
         ({"motion": {"least": 3}}, "give {min: NUMBER}"),
         ({"motion": {"min": "much"}}, "give {min: NUMBER}"),
@@ -188,7 +197,11 @@ def test_rules_are_checked(rules, message):
 
 def test_rules_and_duplicates():
     assert parse_rules({"motion": None, "semi": {"min": 0.25}}) == {"semi": Rule(min=0.25)}
-    assert [str(rule) for rule in (Rule(min=0.25), Rule(max=2), Rule(1, 2))] == [">= 0.25", "<= 2", "1 to 2"]
+    assert [str(rule) for rule in (Rule(min=0.25), Rule(max=2), Rule(1, 2))] == [
+        ">= 0.25",
+        "<= 2",
+        "1 to 2",
+    ]
     with pytest.raises(ValueError, match="choose best or first"):
         Duplicates(6, 32, "last")
     with pytest.raises(ValueError, match="0 to 32 of 128 bits"):
@@ -198,7 +211,9 @@ def test_rules_and_duplicates():
 
 
 def test_rules_that_keep_nothing(source, tmp_path):
-    with pytest.raises(ShardError, match=r"the rules reject all 5 clips \(short_side: 5\); loosen them"):
+    with pytest.raises(
+        ShardError, match=r"the rules reject all 5 clips \(short_side: 5\); loosen them"
+    ):
         run(source, tmp_path / "out", rules={"short_side": Rule(min=1000)})
     assert not (tmp_path / "out" / "manifest.json").exists()
 
@@ -224,5 +239,8 @@ def test_command(source, tmp_path, monkeypatch, capsys):
 
 
 def test_one_run_at_a_time(source, tmp_path):
-    with only_writer(tmp_path / "out"), pytest.raises(RuntimeError, match="out is being written by another process"):
+    with (
+        only_writer(tmp_path / "out"),
+        pytest.raises(RuntimeError, match="out is being written by another process"),
+    ):
         run(source, tmp_path / "out")

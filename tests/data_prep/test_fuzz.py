@@ -1,4 +1,5 @@
-"""Truncated, bit-flipped and mislabelled files: each is refused with a reason or ingested; nothing crashes or hangs.
+"""Truncated, bit-flipped and mislabelled files: each is refused with a reason or ingested; nothing
+crashes or hangs.
 
 ACETATE_FUZZ=500 makes that many; the seed is fixed.
 """
@@ -40,9 +41,16 @@ def originals(folder):
         ("h.png", "png", "rgba64be"), ("i.tif", "tiff", "rgba64le"), ("j.exr", "exr", "gbrapf32le"),
     ):  # fmt: skip
         context = av.CodecContext.create(codec, "w")
-        context.width, context.height, context.pix_fmt, context.time_base = 32, 24, pixels, Fraction(1)
+        context.width, context.height, context.pix_fmt, context.time_base = (
+            32,
+            24,
+            pixels,
+            Fraction(1),
+        )
         frame = av.VideoFrame.from_ndarray(frames[0], format="rgba").reformat(format=pixels)
-        (folder / name).write_bytes(b"".join(map(bytes, context.encode(frame) + context.encode(None))))
+        (folder / name).write_bytes(
+            b"".join(map(bytes, context.encode(frame) + context.encode(None)))
+        )
     write(folder / "k.mov", frames, "prores_ks", "yuva444p10le")
     write(folder / "l.mov", frames, "qtrle", "argb")
     write(folder / "m.webm", frames, "libvpx-vp9", "yuva420p")
@@ -70,7 +78,8 @@ def damaged(data, other, random):
 
 
 def ingested(folder, out):
-    """What `ingest` says of the files, and the most memory, in KiB, that one of its workers held."""
+    """What `ingest` says of the files, and the most memory, in KiB, that one of its workers
+    held."""
     result = ingest(
         source=folder, out=out, bad_clip_budget=FILES, workers=2,
         settings=Settings(memory_gb=2, seconds=SECONDS, max_pixels=2**24, max_frames=2000),
@@ -97,8 +106,9 @@ def test_damaged_files_are_refused_or_ingested(tmp_path):
     assert peak < 2 * 2**20
     said = "\n".join(result.bad.values())
     print(
-        f"{len(result.clips)} ingested, {len(result.bad)} refused, {said.count('its time')} for their time, "
-        f"{said.count('ended the process')} crashed, {said.count('memory_gb')} for memory; peak {peak / 2**20:.2f} GiB"
+        f"{len(result.clips)} ingested, {len(result.bad)} refused, {said.count('its time')} for "
+        f"their time, {said.count('ended the process')} crashed, {said.count('memory_gb')} for "
+        f"memory; peak {peak / 2**20:.2f} GiB"
     )
     assert "ended the process" not in said and "its time" not in said
 
@@ -106,4 +116,5 @@ def test_damaged_files_are_refused_or_ingested(tmp_path):
 def test_valid_files_of_every_format_are_ingested(tmp_path):
     good = originals(tmp_path / "good")
     result = ingest(source=tmp_path / "good", out=tmp_path / "found.jsonl", bad_clip_budget=1)
-    assert len(result.clips) == len(good) - 1 and list(result.bad) == ["p"]  # packed, its colour is without outlines
+    # packed, its colour is without outlines
+    assert len(result.clips) == len(good) - 1 and list(result.bad) == ["p"]

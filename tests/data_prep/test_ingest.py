@@ -44,12 +44,18 @@ def film(path, frames=3, height=16, width=32, codec="libx264", pixels="yuv420p")
         stream = container.add_stream(codec, rate=10)
         stream.width, stream.height, stream.pix_fmt = width, height, pixels
         for picture in noise(frames, height, width, 4):
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgba").reformat(format=pixels)))
+            container.mux(
+                stream.encode(
+                    av.VideoFrame.from_ndarray(picture, format="rgba").reformat(format=pixels)
+                )
+            )
         container.mux(stream.encode())
 
 
 def run(source, budget=0, **changes):
-    result = ingest(source=source, out=source.parent / "found.jsonl", bad_clip_budget=budget, **changes)
+    result = ingest(
+        source=source, out=source.parent / "found.jsonl", bad_clip_budget=budget, **changes
+    )
     return {clip.key: clip for clip in result.clips}, result.bad
 
 
@@ -67,11 +73,21 @@ def test_every_kind(source):
     film(source / "jump_pha.mp4")
     film(source / "gift.mp4", width=48)
     (source / "rects.json").write_text(
-        json.dumps({"gift": {"rgb_rect": [0, 0, 32, 16], "alpha_rect": [32, 0, 16, 8], "packed_size": [48, 16]}})
+        json.dumps(
+            {
+                "gift": {
+                    "rgb_rect": [0, 0, 32, 16],
+                    "alpha_rect": [32, 0, 16, 8],
+                    "packed_size": [48, 16],
+                }
+            }
+        )
     )
     clips, bad = run(source)
     assert not bad
-    assert {key: (clip.kind, clip.frames, clip.width, clip.height) for key, clip in clips.items()} == {
+    assert {
+        key: (clip.kind, clip.frames, clip.width, clip.height) for key, clip in clips.items()
+    } == {
         "gift": ("packed", 3, 32, 16),
         "jump": ("pair", 3, 32, 16),
         "stills-red_fox": ("still", 1, 10, 8),
@@ -103,15 +119,22 @@ def test_tables_and_sidecars_describe(source):
     for name in ("a", "b", "c", "d"):
         still(source / f"{name}.png")
     (source / "index.csv").write_text(
-        "file,caption,licence,source,premultiplied,group\n"
-        "a.png,a red ball,MIT,me/here,true,x\n"
-        "b.png,from the table,,,,\n"
+        "file,caption,licence,source,premultiplied,group\na.png,a red "
+        "ball,MIT,me/here,true,x\nb.png,from the table,,,,\n"
     )
-    (source / "more.jsonl").write_text(json.dumps({"path": "c.png", "prompt": "a cup", "license": "CC0"}) + "\n")
+    (source / "more.jsonl").write_text(
+        json.dumps({"path": "c.png", "prompt": "a cup", "license": "CC0"}) + "\n"
+    )
     (source / "b.txt").write_text("from the sidecar\n")
     clips, _ = run(source)
     a, b, c, d = (clips[name] for name in "abcd")
-    assert (a.prompt, a.licence, a.source, a.premultiplied, a.group) == ("a red ball", "MIT", "me/here", True, "x")
+    assert (a.prompt, a.licence, a.source, a.premultiplied, a.group) == (
+        "a red ball",
+        "MIT",
+        "me/here",
+        True,
+        "x",
+    )
     assert (b.prompt, b.licence, b.source, b.premultiplied, b.group) == (
         "from the sidecar", "unknown", "unknown", False, "b",
     )  # fmt: skip
@@ -189,12 +212,21 @@ def test_bad_files_are_named(source):
     film(source / "packed.mp4")
     still(source / "sound.png")
     (source / "r.json").write_text(
-        json.dumps({"packed": {"rgb_rect": [0, 0, 8, 8], "alpha_rect": [8, 0, 8, 8], "packed_size": [64, 64]}})
+        json.dumps(
+            {
+                "packed": {
+                    "rgb_rect": [0, 0, 8, 8],
+                    "alpha_rect": [8, 0, 8, 8],
+                    "packed_size": [64, 64],
+                }
+            }
+        )
     )
     clips, bad = run(source, budget=4)
     assert list(clips) == ["sound"] and len(bad) == 4
     text = "\n".join(bad.values())
-    for reason in ("opaque.png has no alpha", "opaque.mp4 has no alpha", "broken.webm: cannot be decoded",
+    for reason in ("opaque.png has no alpha", "opaque.mp4 has no alpha",
+        "broken.webm: cannot be decoded",
                    "packed.mp4 is 32x16, its rectangles are for 64x64"):  # fmt: skip
         assert reason in text
 
@@ -204,7 +236,12 @@ def test_rectangles_given_in_a_table_and_found(source):
     source.mkdir()
     for name in ("given", "found"):
         write(source / f"{name}.mp4", frames, "libx264", "yuv420p")
-    write(source / "grey.mp4", frames.mean(-1, keepdims=True).repeat(3, -1).astype(np.uint8), "libx264", "yuv420p")
+    write(
+        source / "grey.mp4",
+        frames.mean(-1, keepdims=True).repeat(3, -1).astype(np.uint8),
+        "libx264",
+        "yuv420p",
+    )
     (source / "t.csv").write_text("file,colour_rect,alpha_rect\ngiven.mp4,0 0 64 64,160 0 64 64\n")
     clips, bad = run(source, budget=3)
     assert {key: (clip.kind, clip.colour_rect, clip.alpha_rect) for key, clip in clips.items()} == {
@@ -227,7 +264,9 @@ def test_what_a_person_decides(source):
         "told.mkv,true,3,250,full,1 2 30 40,true,2 4,white\n"
         "wrong.mkv,,,,,1 2 3,,,\n"
     )
-    clips, bad = run(source, budget=1, settings=Settings(choices={"alpha_low": "7", "still": "false"}))
+    clips, bad = run(
+        source, budget=1, settings=Settings(choices={"alpha_low": "7", "still": "false"})
+    )
     assert "wrong.mkv: its table says crop=(1, 2, 3); a rectangle is" in bad["wrong"]
     plain, told = (Decisions.of_json(clips[name].decisions) for name in ("plain", "told"))
     assert (plain.alpha_low, plain.still, plain.crop, plain.cuts) == (7, False, None, ())
@@ -237,8 +276,10 @@ def test_what_a_person_decides(source):
     assert set(told.reasons.values()) == {"chosen by the table"}
     (source / "t.csv").write_text("file,premultiplied\nplain.mkv,no\ntold.mkv,yes\n")
     clips, _ = run(source)
-    assert [(clips[n].premultiplied, clips[n].decisions["colour"], clips[n].decisions["reasons"]["colour"])
-            for n in ("plain", "told")] == [(False, "straight", "declared"), (True, "black", "declared")]  # fmt: skip
+    assert [(clips[n].premultiplied, clips[n].decisions["colour"],
+        clips[n].decisions["reasons"]["colour"])
+            for n in ("plain", "told")] == [(False, "straight", "declared"), (True, "black",
+            "declared")]  # fmt: skip
 
 
 def test_preview_writes_nothing_and_says_the_same(source, tmp_path):
@@ -262,9 +303,12 @@ def test_the_report_accounts_for_every_file(source, tmp_path):
     report = json.loads((tmp_path / "found.report.json").read_text())
     said = {line.pop("file"): line for line in report["files"]}
     refused = said.pop("opaque.png")["refused"]
-    assert "has no alpha" in refused and report["bad"] == {"opaque": refused} and report["clips"] == 3
+    assert (
+        "has no alpha" in refused and report["bad"] == {"opaque": refused} and report["clips"] == 3
+    )
     assert said == {
-        "LICENCE": {"ignored": "a licence or a note"}, "a.png": {"ingested as": "a"}, "a.txt": {"prompt of": "a"},
+        "LICENCE": {"ignored": "a licence or a note"}, "a.png": {"ingested as": "a"},
+        "a.txt": {"prompt of": "a"},
         "b_fgr.mp4": {"ingested as": "b"}, "b_pha.mp4": {"part of": "b"},
         "walk/0.png": {"part of": "walk"}, "walk/1.png": {"part of": "walk"},
     }  # fmt: skip
@@ -286,7 +330,9 @@ def test_a_reader_that_waits_for_ever_is_ended(source):
     os.mkfifo(source / "b_pha.mp4")  # whoever opens it waits
     clips, bad = run(source, budget=1, workers=1, settings=Settings(seconds=0.3))
     assert list(clips) == ["a", "c"] and list(bad) == ["b"]
-    assert bad["b"].startswith("took more than its time, seconds=0.3 and 1 more for every 4 megapixels")
+    assert bad["b"].startswith(
+        "took more than its time, seconds=0.3 and 1 more for every 4 megapixels"
+    )
 
 
 @pytest.mark.slow
@@ -314,9 +360,17 @@ def test_a_killed_run_goes_on(source, tmp_path):
     whole = slow.read_bytes()
     slow.unlink()
     os.mkfifo(slow)
-    command = [sys.executable, "-m", "data_prep.ingest", f"source={source}", f"out={tmp_path / 'found.jsonl'}"]
+    command = [
+        sys.executable,
+        "-m",
+        "data_prep.ingest",
+        f"source={source}",
+        f"out={tmp_path / 'found.jsonl'}",
+    ]
     program = subprocess.Popen([*command, "workers=1"], cwd=ROOT, start_new_session=True)
-    while program.poll() is None and not (journal.exists() and journal.read_text().count("\n") == 2):
+    while program.poll() is None and not (
+        journal.exists() and journal.read_text().count("\n") == 2
+    ):
         time.sleep(0.05)
     os.killpg(program.pid, signal.SIGKILL)
     assert program.wait() == -signal.SIGKILL and not (tmp_path / "found.jsonl").exists()
@@ -325,7 +379,8 @@ def test_a_killed_run_goes_on(source, tmp_path):
     known = [json.loads(line) for line in journal.read_text().splitlines()]
     known[0]["outcome"]["found"]["prompt"] = "from the journal"
     journal.write_text("".join(json.dumps(line) + "\n" for line in known))
-    same = {"workers": 1, "settings": Settings(choices=dict.fromkeys(OVERRIDES, "auto"))}  # the command's
+    # the command's
+    same = {"workers": 1, "settings": Settings(choices=dict.fromkeys(OVERRIDES, "auto"))}
     assert run(source, **same)[0]["a"].prompt == "from the journal" and not journal.exists()
     lines = (tmp_path / "found.jsonl").read_text()
     run(source)
@@ -356,9 +411,14 @@ def test_a_file_that_changes_during_the_run_is_decoded_again_by_the_next(source,
 def test_one_run_at_a_time(source):
     still(source / "a.png")
     out = source / "found.jsonl"  # among the material
-    with only_writer(out), pytest.raises(RuntimeError, match="jsonl is being written by another process"):
+    with (
+        only_writer(out),
+        pytest.raises(RuntimeError, match="jsonl is being written by another process"),
+    ):
         ingest(source=source, out=out, bad_clip_budget=0)
-    assert [file["file"] for file in ingest(source=source, out=out, bad_clip_budget=0).files] == ["a.png"]
+    assert [file["file"] for file in ingest(source=source, out=out, bad_clip_budget=0).files] == [
+        "a.png"
+    ]
 
 
 def test_keys_are_plain_and_unique(source):
@@ -375,7 +435,11 @@ def test_keys_are_plain_and_unique(source):
 
 def test_damage_of_a_few_bytes_is_refused(source):
     still(source / "good.png")
-    for suffix, body in ((".exr", b"v/1\x01ab"), (".tif", b"II*\0"), (".png", b"\x89PNG\r\n\x1a\n")):
+    for suffix, body in (
+        (".exr", b"v/1\x01ab"),
+        (".tif", b"II*\0"),
+        (".png", b"\x89PNG\r\n\x1a\n"),
+    ):
         for length in range(1, len(body) + 1):
             (source / f"{suffix[1:]}{length}x{suffix}").write_bytes(body[:length])
     clips, bad = run(source, 100)
@@ -387,9 +451,15 @@ def test_a_folder_named_by_a_dot(source, monkeypatch, caplog):
     for i in range(2):
         still(source / "walk" / f"{i}.png")
     monkeypatch.chdir(source)
-    assert {key: clip.kind for key, clip in run(Path("."))[0].items()} == {"a": "still", "walk": "sequence"}
+    assert {key: clip.kind for key, clip in run(Path("."))[0].items()} == {
+        "a": "still",
+        "walk": "sequence",
+    }
     monkeypatch.chdir(source / "walk")
-    assert {key: clip.kind for key, clip in run(Path("."))[0].items()} == {"0": "still", "1": "still"}
+    assert {key: clip.kind for key, clip in run(Path("."))[0].items()} == {
+        "0": "still",
+        "1": "still",
+    }
     assert "walk: its numbered images are read as stills" in caplog.text
     (source / "walk/index.csv").write_text("file\n.\n")
     assert {key: clip.kind for key, clip in run(Path("."))[0].items()} == {"walk": "sequence"}
@@ -422,7 +492,9 @@ def test_alpha_of_its_own_is_not_given_up_for_a_mask(source):
     assert {key: clip.kind for key, clip in clips.items()} == {
         "hero": "still", "logo-x": "still", "logo_alpha": "still"
     }  # fmt: skip
-    assert clips["hero"].notes == ["hero_mask.png beside it is not used: the picture has alpha of its own"]
+    assert clips["hero"].notes == [
+        "hero_mask.png beside it is not used: the picture has alpha of its own"
+    ]
 
 
 def test_what_ingest_wrote_is_no_material(source):
@@ -445,20 +517,24 @@ def test_names_with_brackets_are_printed(capsys):
 
 
 def test_keys_keep_letters_of_all_scripts(source):
-    for name in ("É.png", "火の輪.png", "e\u0301lan.png", "кот/кот.png"):  # the third as macOS writes it
+    # the third as macOS writes it
+    for name in ("É.png", "火の輪.png", "e\u0301lan.png", "кот/кот.png"):
         still(source / name)
     assert sorted(run(source)[0]) == ["É", "élan", "кот-кот", "火の輪"]
 
 
 def test_nothing_found_is_an_error_and_leaves_nothing(source):
     source.mkdir()
-    with pytest.raises(ValueError, match=r"media holds no files; looked for \.png.*NAME_fgr \+ NAME_pha"):
+    with pytest.raises(
+        ValueError, match=r"media holds no files; looked for \.png.*NAME_fgr \+ NAME_pha"
+    ):
         run(source)
     assert [path.name for path in source.parent.iterdir()] == ["media"]
     still(source / "opaque.png", channels=3)
     (source / "notes.xyz").write_text("")
     with pytest.raises(
-        ValueError, match=r"none of its 2 files became a clip \(opaque: .*no alpha.*report\.json has all"
+        ValueError,
+        match=r"none of its 2 files became a clip \(opaque: .*no alpha.*report\.json has all",
     ):
         run(source, budget=5)
     assert not (source.parent / "found.jsonl").exists()
@@ -469,7 +545,9 @@ def test_out_is_checked_before_anything_is_decoded(source, monkeypatch):
     monkeypatch.setattr("data_prep.ingest.survey", None)
     with pytest.raises(IsADirectoryError, match=r"out=.*media is a folder; name a file"):
         ingest(source=source, out=source, bad_clip_budget=0)
-    with pytest.raises(NotADirectoryError, match=r"a\.png is a file, so that nothing can be made in it"):
+    with pytest.raises(
+        NotADirectoryError, match=r"a\.png is a file, so that nothing can be made in it"
+    ):
         ingest(source=source, out=source / "a.png" / "x.jsonl", bad_clip_budget=0)
     assert [path.name for path in source.parent.rglob("*")] == ["media", "a.png"]
 
@@ -481,7 +559,10 @@ def test_prompts_that_are_file_names_are_said(source, capsys):
     result = ingest(source=source, out=source.parent / "found.jsonl", bad_clip_budget=0)
     print_summary(Console(width=200), source, None, result)
     said = capsys.readouterr().out
-    assert '2 of 3 prompts are made of file names ("ae premult", "frame")' in said and "data_prep.caption" in said
+    assert (
+        '2 of 3 prompts are made of file names ("ae premult", "frame")' in said
+        and "data_prep.caption" in said
+    )
 
 
 def test_source_must_be_a_folder(tmp_path):
@@ -497,17 +578,20 @@ def test_prompt_from_name():
 @pytest.mark.slow
 @pytest.mark.skipif(not MEDIA.is_dir(), reason=f"no real media at {MEDIA}; set ACETATE_MEDIA")
 def test_all_real_media(tmp_path):
-    """Every file is a clip's, or is refused or ignored with a reason, which is not that it is opaque where PIL sees
-    transparency."""
+    """Every file is a clip's, or is refused or ignored with a reason, which is not that it is
+    opaque where PIL sees transparency."""
     result = ingest(source=MEDIA, out=tmp_path / "found.jsonl", bad_clip_budget=10**6, workers=2)
     said = {file["file"]: file for file in result.files}
-    assert said.keys() == {str(path.relative_to(MEDIA)) for path in MEDIA.rglob("*") if path.is_file()}
+    assert said.keys() == {
+        str(path.relative_to(MEDIA)) for path in MEDIA.rglob("*") if path.is_file()
+    }
     assert all(len(reason) > 20 for reason in result.bad.values())
     assert not [reason for reason in result.bad.values() if "ended the process" in reason]
     opaque = [
         name
         for name, entry in said.items()
-        if Path(name).suffix.lower() in IMAGES and ("ignored" in entry or NO_ALPHA in entry.get("refused", ""))
+        if Path(name).suffix.lower() in IMAGES
+        and ("ignored" in entry or NO_ALPHA in entry.get("refused", ""))
     ]
     assert not [name for name in opaque if has_alpha(MEDIA / name)]
     clips = {clip.key: clip for clip in result.clips}
@@ -515,7 +599,9 @@ def test_all_real_media(tmp_path):
         assert Counter(clip.kind for clip in result.clips) == {
             "still": 163, "pair": 17, "video": 16, "packed": 5, "sequence": 1,
         }  # fmt: skip
-        assert all(clip.licence != "unknown" for clip in result.clips if clip.kind in ("still", "pair"))
+        assert all(
+            clip.licence != "unknown" for clip in result.clips if clip.kind in ("still", "pair")
+        )
         assert len({clip.group for key, clip in clips.items() if "vap_globe" in key}) == 1
 
 

@@ -14,10 +14,13 @@ from data_prep.report import COLOURS, Bucket, Entry, Picture, Report, bars, rend
 from tests.compose import called
 from tests.paths import ROOT
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+CHROMIUM = (
+    shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+)
 HOSTILE = '<script>document.body.dataset.hacked = 1</script> "quoted" & ä'
 SETTINGS = {
-    "sample": 99, "seed": 0, "frames": 4, "side": 24, "vae": str(ROOT / "assets/wan-tiny"), "lengths": [5],
+    "sample": 99, "seed": 0, "frames": 4, "side": 24, "vae": str(ROOT / "assets/wan-tiny"),
+    "lengths": [5],
     "area": 32 * 32, "max_aspect": 2.0, "executor": "local", "workers": 0,
 }  # fmt: skip
 
@@ -37,7 +40,8 @@ def source(tmp_path_factory):
             writer.add(
                 key, encode_clip(ramp(*shape), 12), split="val" if key == "tall" else "train",
                 prompt=HOSTILE if key == "wide" else f"glass {key}", source="here",
-                licence="MIT" if key == "still" else "CC0-1.0", lossy=False, premultiplied_source=False,
+                licence="MIT" if key == "still" else "CC0-1.0", lossy=False,
+                premultiplied_source=False,
             )  # fmt: skip
         writer.skipped["lost"] = "was <never> there"
     ref = {ref.key: ref for ref in index_shards([out])}["broken"]
@@ -56,7 +60,11 @@ def page(source, tmp_path_factory):
 
 def test_report(source):
     report = inspect(shards=[source], **SETTINGS)
-    assert {entry.key: entry.kind for entry in report.entries} == {"wide": "video", "tall": "video", "still": "still"}
+    assert {entry.key: entry.kind for entry in report.entries} == {
+        "wide": "video",
+        "tall": "video",
+        "still": "still",
+    }
     assert report.buckets == {
         (5, 32, 32): Bucket(windows=1, clips=1, enlarged=1, most_enlarged=1.6, looped=0, held=1),
         (5, 40, 24): Bucket(windows=1, clips=1, enlarged=1, most_enlarged=1.5, looped=0, held=0),
@@ -127,20 +135,36 @@ def test_numbers_in_words():
 def test_many_clips_are_a_stated_sample():
     alpha = (1.0, *[0.0] * 255)
     entries = [
-        Entry(f"k{i}", "train", 1, 8, 8, 0, "p", "MIT", "s", Picture(b"x", 1, alpha) if i < 3 else None)
+        Entry(
+            f"k{i}",
+            "train",
+            1,
+            8,
+            8,
+            0,
+            "p",
+            "MIT",
+            "s",
+            Picture(b"x", 1, alpha) if i < 3 else None,
+        )
         for i in range(1200)
     ]
     report = Report("t", "m", 10, entries, {(1, 8, 8): Bucket(1200, 1200, 0, 1.0, 0, 0)}, 64, 7, {})
-    assert "A sample of 3 of 1,200, drawn with seed 7" in render(report) and "Skipped" not in render(report)
+    assert "A sample of 3 of 1,200, drawn with seed 7" in render(
+        report
+    ) and "Skipped" not in render(report)
 
 
 def chromium(page, folder, fragment=""):
     """The page's DOM after its script, and what the console said."""
     done = subprocess.run(
         [
-            CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-sync",
-            "--disable-background-networking", "--disable-component-update", f"--user-data-dir={folder}",
-            "--enable-logging=stderr", "--virtual-time-budget=3000", "--dump-dom", f"{page.as_uri()}#{fragment}",
+            CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run",
+            "--disable-sync",
+            "--disable-background-networking", "--disable-component-update",
+            f"--user-data-dir={folder}",
+            "--enable-logging=stderr", "--virtual-time-budget=3000", "--dump-dom",
+            f"{page.as_uri()}#{fragment}",
         ],
         capture_output=True, text=True, timeout=120, check=True,
     )  # fmt: skip
@@ -163,17 +187,29 @@ def test_page_in_a_browser(page, tmp_path, fragment, shown, ground):
     assert console == []
     tags = Tags(dom).tags
     cards = [attrs for tag, attrs in tags if tag == "article"]
-    assert {attrs["data-text"].split()[0] for attrs in cards if "hidden" not in attrs} == shown and len(cards) == 3
-    assert next(attrs for _, attrs in tags if attrs.get("class") == "cards")["data-ground"] == ground
-    assert ("hidden" in next(attrs for _, attrs in tags if attrs.get("class") == "none")) == bool(shown)
-    assert "data-hacked" not in dom.replace("dataset.hacked", "") and "was &lt;never&gt; there" in dom
+    assert {
+        attrs["data-text"].split()[0] for attrs in cards if "hidden" not in attrs
+    } == shown and len(cards) == 3
+    assert (
+        next(attrs for _, attrs in tags if attrs.get("class") == "cards")["data-ground"] == ground
+    )
+    assert ("hidden" in next(attrs for _, attrs in tags if attrs.get("class") == "none")) == bool(
+        shown
+    )
+    assert (
+        "data-hacked" not in dom.replace("dataset.hacked", "") and "was &lt;never&gt; there" in dom
+    )
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium to open the page with")
 def test_a_broken_script_is_seen(page, tmp_path):
     broken = tmp_path / "broken.html"
-    broken.write_text(page.read_text(encoding="utf-8").replace("function show() {", "function show() { nowhere();"))
+    broken.write_text(
+        page.read_text(encoding="utf-8").replace(
+            "function show() {", "function show() { nowhere();"
+        )
+    )
     assert "nowhere is not defined" in "".join(chromium(broken, tmp_path / "profile")[1])
 
 
@@ -189,13 +225,21 @@ def test_command(source, tmp_path, monkeypatch, capsys):
     assert not list(tmp_path.iterdir())
     with pytest.raises(SystemExit):
         command(capsys, f"shards={source}", "out=.")
-    assert "out=. is a folder; name a file" in capsys.readouterr().err and not list(tmp_path.iterdir())
+    assert "out=. is a folder; name a file" in capsys.readouterr().err and not list(
+        tmp_path.iterdir()
+    )
     seen = command(capsys, f"shards={source}", "out=report.html", "sample=2")
-    assert "Alpha is of a sample of" in seen and [path.name for path in tmp_path.iterdir()] == ["report.html"]
+    assert "Alpha is of a sample of" in seen and [path.name for path in tmp_path.iterdir()] == [
+        "report.html"
+    ]
     with pytest.raises(SystemExit):
         command(capsys, "--help")
     assert "python -m data_prep.inspect" in capsys.readouterr().out
 
 
 def test_the_palette_is_the_one_of_training():
-    assert tuple(COLOURS) == PALETTE_NAMES and COLOURS["yellow"] == "#ffff00" and COLOURS["key"] == "#000000"
+    assert (
+        tuple(COLOURS) == PALETTE_NAMES
+        and COLOURS["yellow"] == "#ffff00"
+        and COLOURS["key"] == "#000000"
+    )

@@ -65,8 +65,8 @@ def test_the_umask_decides_the_mode_of_the_lock(tmp_path, umask):
 
 def test_a_writer_that_was_killed_is_none(tmp_path):
     code = (
-        "from pathlib import Path; from data_prep.journal import only_writer\n"
-        f"with only_writer(Path({str(tmp_path / 'out')!r})): print('held', flush=True); input()"
+        "from pathlib import Path; from data_prep.journal import only_writer\nwith "
+        f"only_writer(Path({str(tmp_path / 'out')!r})): print('held', flush=True); input()"
     )
     streams = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, **streams) as other:

@@ -16,7 +16,15 @@ from data_prep.bad_clips import TooManyBad
 from data_prep.executor import AHEAD, WorkerLost, parallel
 from data_prep.ingest import ingest
 from data_prep.synthesize import synthesize
-from tests.data_prep.test_cache_latents import adapters, cached, clips, files, make, manifest_of, sources  # noqa: F401
+from tests.data_prep.test_cache_latents import (  # noqa: F401
+    adapters,
+    cached,
+    clips,
+    files,
+    make,
+    manifest_of,
+    sources,
+)
 from tests.data_prep.test_executor import Unlucky, act, fail_to_load, number_and_process
 from tests.data_prep.test_ingest import film, still
 from tests.data_prep.test_shard import (  # noqa: F401
@@ -36,7 +44,13 @@ pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("ray")]
 @pytest.fixture(scope="module", autouse=True)
 def cluster():
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    ray.init("local", num_cpus=2, include_dashboard=False, object_store_memory=100 * 2**20, logging_level="warning")
+    ray.init(
+        "local",
+        num_cpus=2,
+        include_dashboard=False,
+        object_store_memory=100 * 2**20,
+        logging_level="warning",
+    )
     yield
     ray.shutdown()
 
@@ -65,13 +79,19 @@ def test_lost_items_have_the_reasons_of_one_machine(caplog):
     settings = {"workers": 1, "time_limit": 2, "lost": "{}: {}".format}
     found = call(items, **settings)
     assert found == list(parallel(act, items, executor="local", **settings))
-    assert found[1].startswith("kill: its worker process was ended by SIGKILL") and found[-1] == "b done"
+    assert (
+        found[1].startswith("kill: its worker process was ended by SIGKILL")
+        and found[-1] == "b done"
+    )
     with pytest.raises(WorkerLost, match="clip kill: its worker process was ended by SIGKILL"):
         call(["kill"], name="clip {}".format)
 
 
 def test_an_item_whose_worker_was_killed_from_outside_is_tried_again(tmp_path):
-    assert call([tmp_path / "item", "b"], workers=1, lost="{}: {}".format) == ["second time", "b done"]
+    assert call([tmp_path / "item", "b"], workers=1, lost="{}: {}".format) == [
+        "second time",
+        "b done",
+    ]
     items = [tmp_path / "actor", "b"]
     assert call(items, kill_ray_once, workers=1, lost="{}: {}".format) == ["second time", "b done"]
 
@@ -94,7 +114,10 @@ def test_without_a_place_work_goes_to_those_that_have_one(monkeypatch, caplog):
     finally:
         ray.kill(other)
     assert found == [*range(6)]
-    assert "no room on the Ray cluster for worker" in caplog.text and "2 of 2 CPUs are taken" in caplog.text
+    assert (
+        "no room on the Ray cluster for worker" in caplog.text
+        and "2 of 2 CPUs are taken" in caplog.text
+    )
 
 
 def slowly(item):
@@ -106,16 +129,29 @@ def test_a_cluster_without_room_is_waited_for(monkeypatch):
     monkeypatch.setattr(on_ray, "PATIENCE", 1)
     other = ray.remote(on_ray.RayProcess).options(num_cpus=2).remote({}, ".", b"")
     ray.get(other.ready.remote())
-    monkeypatch.setattr(on_ray.log, "warning", lambda *said: ray.kill(other))  # as soon as it is said
+    # as soon as it is said
+    monkeypatch.setattr(on_ray.log, "warning", lambda *said: ray.kill(other))
     assert call(["a"], workers=1) == ["a done"]
 
 
 def test_a_driver_in_another_folder(tmp_path):
-    """With a relative path; Ray's workers know neither that folder nor, by themselves, the package."""
-    synthesize(out=tmp_path / "clips", clips=4, frames=1, sizes=[64], seed=0, val_fraction=0.5, max_clips=9,
+    """With a relative path; Ray's workers know neither that folder nor, by themselves, the
+    package."""
+    synthesize(out=tmp_path / "clips", clips=4, frames=1, sizes=[64], seed=0, val_fraction=0.5,
+        max_clips=9,
                max_bytes=10**9)  # fmt: skip
-    command = ["shards=clips", "out=kept", "duplicates=null", "rules={}", "executor=ray", "workers=1"]
-    there = {"RAY_ADDRESS": ray.get_runtime_context().gcs_address, "PYTHONPATH": os.pathsep.join(on_ray.ROOTS)}
+    command = [
+        "shards=clips",
+        "out=kept",
+        "duplicates=null",
+        "rules={}",
+        "executor=ray",
+        "workers=1",
+    ]
+    there = {
+        "RAY_ADDRESS": ray.get_runtime_context().gcs_address,
+        "PYTHONPATH": os.pathsep.join(on_ray.ROOTS),
+    }
     driver = [sys.executable, "-m", "data_prep.filter", *command]
     subprocess.run(driver, cwd=tmp_path, env={**os.environ, **there}, check=True)
     assert read_manifest(tmp_path / "kept")["clips"] == 4
@@ -132,17 +168,24 @@ def test_an_address_where_nothing_listens_is_named(monkeypatch):
 
 def test_leaving_early_frees_the_cluster():
     taken = []
-    with closing(parallel(act, (taken.append(i) or i for i in range(10**9)), executor="ray", workers=2)) as results:
+    with closing(
+        parallel(act, (taken.append(i) or i for i in range(10**9)), executor="ray", workers=2)
+    ) as results:
         assert next(results) == "0 done" and len(taken) <= 1 + 2 * AHEAD
     assert call(["a"]) == ["a done"]
 
 
 def test_more_workers_than_the_cluster_has(caplog):
     found = call(range(12), number_and_process, workers=5, setup=int)
-    assert [item for _, _, item in found] == list(range(12)) and {number for number, _, _ in found} <= {0, 1}
-    assert "workers=5; this Ray cluster (2 CPUs, 0 GPUs) has room for 2, which are used" in caplog.text
+    assert [item for _, _, item in found] == list(range(12)) and {
+        number for number, _, _ in found
+    } <= {0, 1}
+    assert (
+        "workers=5; this Ray cluster (2 CPUs, 0 GPUs) has room for 2, which are used" in caplog.text
+    )
     with pytest.raises(
-        ValueError, match=r"A worker needs 1 CPU and 0\.5 GPUs of one node; this Ray cluster has 2 CPUs"
+        ValueError,
+        match=r"A worker needs 1 CPU and 0\.5 GPUs of one node; this Ray cluster has 2 CPUs",
     ):
         call([], workers=1, gpus=0.5)
 

@@ -6,7 +6,17 @@ from PIL import Image
 
 from acetate.data import synthetic
 from acetate.data.shards import Clip
-from data_prep.scores import SCORES, colours, colours_apart, look, over_time, repeats, score, semi, sharpness
+from data_prep.scores import (
+    SCORES,
+    colours,
+    colours_apart,
+    look,
+    over_time,
+    repeats,
+    score,
+    semi,
+    sharpness,
+)
 from data_prep.synthesize import stored
 
 
@@ -19,8 +29,14 @@ def test_every_score_of_a_still_subject():
     frames[:, :, 12:, 3] = 0
     values, _, _ = score(Clip(frames, "", 16))
     assert values.keys() == SCORES.keys()
-    assert (values["frames"], values["short_side"], values["long_side"], values["coverage"]) == (5, 16, 24, 0.5)
-    assert values["semi"] == pytest.approx(1 / 3, abs=1e-6)  # columns of cells: opaque, cut through the middle, empty
+    assert (values["frames"], values["short_side"], values["long_side"], values["coverage"]) == (
+        5,
+        16,
+        24,
+        0.5,
+    )
+    # columns of cells: opaque, cut through the middle, empty
+    assert values["semi"] == pytest.approx(1 / 3, abs=1e-6)
     assert values["motion"] == values["flicker"] == 0
 
 
@@ -52,7 +68,9 @@ def test_sharpness_falls_with_blur():
     rng = np.random.default_rng(0)
     noise = solid(1, 64, 64)[0]
     noise[..., :3] = rng.integers(0, 256, (64, 64, 1))
-    soft = np.asarray(Image.fromarray(noise).resize((16, 16), Image.Resampling.BOX).resize((64, 64)))
+    soft = np.asarray(
+        Image.fromarray(noise).resize((16, 16), Image.Resampling.BOX).resize((64, 64))
+    )
     assert sharpness(noise) > 2 * sharpness(soft) > 0
     assert sharpness(solid(1)[0]) == sharpness(solid(1, rgba=(9, 9, 9, 0))[0]) == 0
 
@@ -116,4 +134,5 @@ def test_colours_of_what_is_seen_whatever_its_size():
     ]  # fmt: skip
     assert colours(np.zeros((1, 1, 4), np.uint8)) == [[0, 0, 0, 0]] * 5
     turned = np.array([colours(frame[::-1, ::-1])])
-    assert colours_apart(np.array(colours(frame)), turned).tolist() == [200]  # the whole is the same, the places not
+    # the whole is the same, the places not
+    assert colours_apart(np.array(colours(frame)), turned).tolist() == [200]

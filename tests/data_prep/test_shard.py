@@ -26,7 +26,8 @@ from tests.paths import ROOT
 
 MEDIA = Path(os.environ.get("ACETATE_MEDIA", Path(__file__).parents[3] / "shared" / "media"))
 SETTINGS = Settings(
-    choices={}, min_alpha=8, trim=False, max_side=None, bleed=0, fps=None, default_fps=24, max_frames=100,
+    choices={}, min_alpha=8, trim=False, max_side=None, bleed=0, fps=None, default_fps=24,
+    max_frames=100,
     empty="refuse", full="refuse", flickers="keep",
 )  # fmt: skip
 
@@ -66,7 +67,11 @@ def make(source, out, settings=SETTINGS, **changes):
 
 def test_folder_to_shards(source, tmp_path):
     manifest = make(source, tmp_path / "out")
-    assert (manifest["clips"], manifest["frames"], manifest["skipped"]) == (8, 4 + 3 + 4 + 5 + 6, {})
+    assert (manifest["clips"], manifest["frames"], manifest["skipped"]) == (
+        8,
+        4 + 3 + 4 + 5 + 6,
+        {},
+    )
     assert min(manifest["splits"].values()) >= 1
     refs = {ref.key: ref for ref in index_shards([tmp_path / "out"])}
     wanted = soft()
@@ -94,15 +99,24 @@ def with_decisions(source, lines_of_clips):
 
 
 def kill_in_the_middle(source, out, executor, env):
-    """The command on 2 processes of `executor`, killed as it reads the last film, which is then not there yet."""
+    """The command on 2 processes of `executor`, killed as it reads the last film, which is then not
+    there yet."""
     last = source / "film3.mkv"
     film = last.read_bytes()
     last.unlink()
     os.mkfifo(last)  # whoever opens it waits
-    settings = [f"manifest={source.parent / 'found.jsonl'}", f"out={out}", "max_clips=2", "val_fraction=0.2"]
+    settings = [
+        f"manifest={source.parent / 'found.jsonl'}",
+        f"out={out}",
+        "max_clips=2",
+        "val_fraction=0.2",
+    ]
     where = [f"executor={executor}", "workers=2"]
     program = subprocess.Popen(
-        [sys.executable, "-m", "data_prep.shard", *settings, *where], cwd=ROOT, env=env, start_new_session=True
+        [sys.executable, "-m", "data_prep.shard", *settings, *where],
+        cwd=ROOT,
+        env=env,
+        start_new_session=True,
     )
     while program.poll() is None and not (out / "clips-000000.part.json").exists():
         time.sleep(0.05)
@@ -121,7 +135,9 @@ def test_a_killed_command_goes_on(source, tmp_path):
     with_decisions(source, lines_of(tmp_path / "first"))
     whole = make(source, tmp_path / "whole", settings, max_clips=2, max_bytes=2**30)
     kill_in_the_middle(source, tmp_path / "cut", "local", os.environ)
-    assert make(source, tmp_path / "cut", settings, max_clips=2, max_bytes=2**30, workers=1) == whole
+    assert (
+        make(source, tmp_path / "cut", settings, max_clips=2, max_bytes=2**30, workers=1) == whole
+    )
 
 
 def test_restart_goes_on(source, tmp_path, monkeypatch):
@@ -158,7 +174,10 @@ def test_what_a_kill_left_beside_the_manifest_goes(source, tmp_path):
 
 
 def test_one_run_at_a_time(source, tmp_path):
-    with only_writer(tmp_path / "out"), pytest.raises(RuntimeError, match="out is being written by another process"):
+    with (
+        only_writer(tmp_path / "out"),
+        pytest.raises(RuntimeError, match="out is being written by another process"),
+    ):
         make(source, tmp_path / "out")
     with pytest.raises(ValueError, match="executor=slurm; choose local or ray"):
         make(source, tmp_path / "out", executor="slurm")
@@ -169,7 +188,10 @@ def test_bad_clips_are_skipped_within_the_budget(source, tmp_path):
     make(source, tmp_path / "first")  # ingests
     (source / "film1.mkv").write_bytes(b"broken since")
     (source / "film2.mkv").write_bytes(encode_ffv1(soft(frames=2), 12))
-    with pytest.raises(TooManyBad, match=r"2 bad clips, bad_clip_budget=1: film1: .*cannot be decoded.*; film2: has 2"):
+    with pytest.raises(
+        TooManyBad,
+        match=r"2 bad clips, bad_clip_budget=1: film1: .*cannot be decoded.*; film2: has 2",
+    ):
         make(source, tmp_path / "out", bad_clip_budget=1)
     manifest = make(source, tmp_path / "out", bad_clip_budget=2)
     assert manifest["clips"] == 6 and list(manifest["skipped"]) == ["film1", "film2"]
@@ -195,7 +217,10 @@ def test_pieces_of_long_names_are_all_kept(tmp_path):
 
 def test_clips_that_would_share_a_key_are_an_error(source, tmp_path):
     (source / "film3-p001.mkv").write_bytes(encode_ffv1(soft(frames=2), 12))
-    with pytest.raises(ValueError, match=r"'film3-p001' and 'film3' would both write 'film3-p001'.* rename its file"):
+    with pytest.raises(
+        ValueError,
+        match=r"'film3-p001' and 'film3' would both write 'film3-p001'.* rename its file",
+    ):
         make(source, tmp_path / "out", replace(SETTINGS, max_frames=3))
     assert not list((tmp_path / "out").glob("*.tar*"))
 
@@ -203,8 +228,13 @@ def test_clips_that_would_share_a_key_are_an_error(source, tmp_path):
 def test_prompts_may_hold_any_line_end(source, tmp_path):
     make(source, tmp_path / "first")  # ingests
     found = source.parent / "found.jsonl"
-    lines = [{**json.loads(text), "prompt": "a\u2028b\u2029c\x85d"} for text in found.read_bytes().split(b"\n")[:-1]]
-    found.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
+    lines = [
+        {**json.loads(text), "prompt": "a\u2028b\u2029c\x85d"}
+        for text in found.read_bytes().split(b"\n")[:-1]
+    ]
+    found.write_text(
+        "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8"
+    )
     assert {line.prompt for line in read_lines(found)} == {"a\u2028b\u2029c\x85d"}
 
 
@@ -218,7 +248,9 @@ def test_no_clip_at_all_is_an_error(source, tmp_path):
     make(source, tmp_path / "first")  # ingests
     for path in source.iterdir():
         path.write_bytes(b"broken since")
-    with pytest.raises(ShardError, match=r"none of the 8 clips of .*found\.jsonl became a shard \(film0: "):
+    with pytest.raises(
+        ShardError, match=r"none of the 8 clips of .*found\.jsonl became a shard \(film0: "
+    ):
         make(source, tmp_path / "out", bad_clip_budget=8)
     assert not (tmp_path / "out" / MANIFEST).exists()
 
@@ -245,7 +277,9 @@ def test_long_clips_are_cut_into_equal_pieces(source, tmp_path):
 
 
 def lines_of(out):
-    return {line["key"]: line for line in map(json.loads, (out / DECISIONS).read_text().splitlines())}
+    return {
+        line["key"]: line for line in map(json.loads, (out / DECISIONS).read_text().splitlines())
+    }
 
 
 def test_decisions_are_reported(source, tmp_path):
@@ -253,7 +287,10 @@ def test_decisions_are_reported(source, tmp_path):
     (source / "frozen.mkv").write_bytes(encode_ffv1(np.repeat(soft(1), 5, axis=0), 12))
     (source / "opaque.mkv").write_bytes(encode_ffv1(soft(alpha=255), 12))
     manifest = make(source, tmp_path / "out", bad_clip_budget=0)  # what is refused is not bad
-    assert list(manifest["skipped"]) == ["opaque"] and "full=keep takes it in" in manifest["skipped"]["opaque"]
+    assert (
+        list(manifest["skipped"]) == ["opaque"]
+        and "full=keep takes it in" in manifest["skipped"]["opaque"]
+    )
     told = lines_of(tmp_path / "out")
     assert list(told) == [line.key for line in read_lines(source.parent / "found.jsonl")]
     assert "black taken out (premultiplied: sure" in told["glow"]["done"]["colour"]
@@ -265,7 +302,9 @@ def test_decisions_are_reported(source, tmp_path):
     with open(refs["glow"].tar, "rb") as file:
         file.seek(refs["glow"].meta[0])
         assert json.loads(file.read(refs["glow"].meta[1]))["done"] == told["glow"]["done"]
-    kept = make(source, tmp_path / "kept", replace(SETTINGS, full="keep", choices={"still": "false"}))
+    kept = make(
+        source, tmp_path / "kept", replace(SETTINGS, full="keep", choices={"still": "false"})
+    )
     assert kept["skipped"] == {}
     assert {ref.key: ref.frames for ref in index_shards([tmp_path / "kept"])}["frozen"] == 5
 
@@ -280,7 +319,10 @@ def test_lines_of_the_manifest_decide(source, tmp_path):
     make(source, tmp_path / "same")
     for name in [path.name for path in (tmp_path / "first").glob("*.tar")] + [DECISIONS]:
         assert (tmp_path / "first" / name).read_bytes() == (tmp_path / "same" / name).read_bytes()
-    next(line for line in lines if line["key"] == "glow")["decisions"] |= {"colour": "straight", "cuts": [5]}
+    next(line for line in lines if line["key"] == "glow")["decisions"] |= {
+        "colour": "straight",
+        "cuts": [5],
+    }
     found.write_text("".join(json.dumps(line) + "\n" for line in lines))
     make(source, tmp_path / "edited")
     refs = {ref.key: ref for ref in index_shards([tmp_path / "edited"])}
@@ -288,7 +330,9 @@ def test_lines_of_the_manifest_decide(source, tmp_path):
     assert abs(int(read_clip(refs["glow-p000"]).frames[0, 0, 16, 0]) - 124) <= 2
     lines[0]["decisions"]["colour"] = "purple"
     found.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    with pytest.raises(ValueError, match=r"found\.jsonl:1: .*colour='purple'; choose straight, black, white, matte"):
+    with pytest.raises(
+        ValueError, match=r"found\.jsonl:1: .*colour='purple'; choose straight, black, white, matte"
+    ):
         make(source, tmp_path / "wrong")
 
 
@@ -318,7 +362,8 @@ def test_what_was_measured_of_another_file_does_not_count(source, tmp_path):
     journal = tmp_path / "measured.jsonl"
     decide(lines, SETTINGS, journal, executor="local", workers=0)
     Image.fromarray(soft(1, alpha=255)[0]).save(source / "still0.png")
-    lines[2] = replace(lines[2], files=lines[1].files, kind=lines[1].kind)  # another line under the old key
+    # another line under the old key
+    lines[2] = replace(lines[2], files=lines[1].files, kind=lines[1].kind)
     plans, _ = decide(lines, SETTINGS, journal, executor="local", workers=0)
     again = [entry["key"] for entry in read_journal(journal)[len(lines) :]]
     assert again == [lines[2].key, "still0"]
@@ -330,9 +375,14 @@ def test_preview_writes_nothing(source, tmp_path, capsys):
     before = sorted(path for path in tmp_path.rglob("*"))
     (source / "glow.mkv").write_bytes(encode_ffv1(premultiplied(soft()), 12))
     ingest(source=source, out=source.parent / "found.jsonl", bad_clip_budget=0)
-    preview(source.parent / "found.jsonl", replace(SETTINGS, max_frames=4), executor="local", workers=0)
+    preview(
+        source.parent / "found.jsonl", replace(SETTINGS, max_frames=4), executor="local", workers=0
+    )
     text = capsys.readouterr().out
-    assert "glow  8 x 32 x 32, colour premultiplied: sure" in text and "colour: black taken out" in text
+    assert (
+        "glow  8 x 32 x 32, colour premultiplied: sure" in text
+        and "colour: black taken out" in text
+    )
     assert "pieces: 2, of 4, 4 frames" in text and "made straight" in text
     assert sorted(path for path in tmp_path.rglob("*") if path.name != "glow.mkv") == before
 
@@ -352,16 +402,24 @@ def test_real_media(tmp_path):
     """One or two of every kind and trap."""
     ingest(source=MEDIA, out=tmp_path / "all.jsonl", bad_clip_budget=0)
     wanted = (
-        "packed-yyeva_ring", "pairs-vap_wings_trunk", "anims-variant_vap_globe_vp9alpha", "stills-gfm-am2k_sample1",
-        "anims-variant_alphaplayer_heartbeats_prores4444", "anims-apngkit_ball", "anims-yyimage_wall-e_12f",
+        "packed-yyeva_ring", "pairs-vap_wings_trunk", "anims-variant_vap_globe_vp9alpha",
+        "stills-gfm-am2k_sample1",
+        "anims-variant_alphaplayer_heartbeats_prores4444", "anims-apngkit_ball",
+        "anims-yyimage_wall-e_12f",
         "anims-vap_simple_demo_seq", "stills-kenney-particle-pack-smoke_04",
     )  # fmt: skip
-    lines = [line for line in (tmp_path / "all.jsonl").read_text().splitlines() if json.loads(line)["key"] in wanted]
+    lines = [
+        line
+        for line in (tmp_path / "all.jsonl").read_text().splitlines()
+        if json.loads(line)["key"] in wanted
+    ]
     assert len(lines) == len(wanted)
     (tmp_path / "some.jsonl").write_text("\n".join(lines) + "\n")
     manifest = shard(
-        manifest=tmp_path / "some.jsonl", out=tmp_path / "out", settings=replace(SETTINGS, max_side=192),
-        val_fraction=0.2, max_clips=100, max_bytes=10**9, bad_clip_budget=0, executor="local", workers=0,
+        manifest=tmp_path / "some.jsonl", out=tmp_path / "out", settings=replace(SETTINGS,
+        max_side=192),
+        val_fraction=0.2, max_clips=100, max_bytes=10**9, bad_clip_budget=0, executor="local",
+        workers=0,
     )  # fmt: skip
     assert manifest["clips"] == len(wanted) and not manifest["skipped"]
     assert read_manifest(tmp_path / "out")["splits"]["val"] >= 1

@@ -12,7 +12,15 @@ from data_prep.journal import only_writer
 from data_prep.synthesize import draw
 from tests.compose import called
 
-SETTINGS = {"clips": 16, "frames": 5, "sizes": [16], "seed": 0, "val_fraction": 0.2, "max_clips": 6, "max_bytes": 10**9}
+SETTINGS = {
+    "clips": 16,
+    "frames": 5,
+    "sizes": [16],
+    "seed": 0,
+    "val_fraction": 0.2,
+    "max_clips": 6,
+    "max_bytes": 10**9,
+}
 
 
 def make(out, **settings):
@@ -53,7 +61,10 @@ def test_pictures_are_the_synthetic_ones():
 
 def test_sizes_take_turns_over_all_kinds(tmp_path):
     make(tmp_path, sizes=[16, 24], clips=2 * len(KINDS))
-    sizes = {kind: [ref.width for ref in index_shards([tmp_path]) if ref.key.startswith(kind)] for kind in KINDS}
+    sizes = {
+        kind: [ref.width for ref in index_shards([tmp_path]) if ref.key.startswith(kind)]
+        for kind in KINDS
+    }
     assert all(sorted(widths) == [16, 24] for widths in sizes.values())
 
 
@@ -102,7 +113,8 @@ def test_memory_does_not_grow_with_the_clips(tmp_path, monkeypatch):
         make(tmp_path / str(clips), clips=clips, frames=1, max_clips=500)
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
-    assert (peaks[1] - peaks[0]) / 2_000 < 40  # bytes a clip; its line in the manifest alone has 130
+    # bytes a clip; its line in the manifest alone has 130
+    assert (peaks[1] - peaks[0]) / 2_000 < 40
 
 
 def test_finished_work_is_left_alone(tmp_path):
@@ -125,7 +137,10 @@ def test_what_a_kill_left_beside_the_manifest_goes(tmp_path):
 
 
 def test_one_run_at_a_time(tmp_path):
-    with only_writer(tmp_path / "out"), pytest.raises(RuntimeError, match="out is being written by another process"):
+    with (
+        only_writer(tmp_path / "out"),
+        pytest.raises(RuntimeError, match="out is being written by another process"),
+    ):
         make(tmp_path / "out")
     with pytest.raises(ValueError, match="Ray needs at least workers=1"):
         make(tmp_path / "out", executor="ray")
@@ -134,7 +149,9 @@ def test_one_run_at_a_time(tmp_path):
 
 def test_command(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    called("prep synthesize", "out=shards", "clips=7", "frames=5", "size=[16,24]", "val_fraction=0.3")
+    called(
+        "prep synthesize", "out=shards", "clips=7", "frames=5", "size=[16,24]", "val_fraction=0.3"
+    )
     assert read_manifest(tmp_path / "shards")["clips"] == 7
     assert "clips to train and" in capsys.readouterr().out
     assert [path.name for path in tmp_path.iterdir()] == ["shards"]  # no log, no .hydra folder
@@ -142,7 +159,16 @@ def test_command(tmp_path, monkeypatch, capsys):
 
 def test_preview_writes_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    called("prep synthesize", "out=shards", "clips=1000000", "frames=5", "size=[[16,24]]", "preview=true")
+    called(
+        "prep synthesize",
+        "out=shards",
+        "clips=1000000",
+        "frames=5",
+        "size=[[16,24]]",
+        "preview=true",
+    )
     text = capsys.readouterr().out
-    assert "shape-000006" in text and "1000000 clips: about" in text and "Nothing was written" in text
+    assert (
+        "shape-000006" in text and "1000000 clips: about" in text and "Nothing was written" in text
+    )
     assert not list(tmp_path.iterdir())

@@ -25,7 +25,8 @@ GLOBAL_BATCH = 4
 
 
 class Losses(Callback):
-    """Of every step, the mean over all ranks; and the bytes of the weights that this rank holds between steps."""
+    """Of every step, the mean over all ranks; and the bytes of the weights that this rank holds
+    between steps."""
 
     def __init__(self):
         self.losses: list[float] = []
@@ -41,21 +42,35 @@ def local(parameter):
     return parameter.to_local() if hasattr(parameter, "to_local") else parameter
 
 
-def fit(folder: Path, trainer: str, overrides: Sequence[str], resume: Path | None = None) -> dict[str, Any]:
+def fit(
+    folder: Path, trainer: str, overrides: Sequence[str], resume: Path | None = None
+) -> dict[str, Any]:
     """A run that writes below the folder, always on the same global batches."""
     config = composed(
-        folder, f"trainer={trainer}", "trainer.accelerator=cpu", "trainer.enable_progress_bar=false",
+        folder, f"trainer={trainer}", "trainer.accelerator=cpu",
+        "trainer.enable_progress_bar=false",
         "trainer.enable_model_summary=false", "callbacks.throughput=null",
-        "callbacks.progress=null", "data.num_workers=0", f"data.batch_size={GLOBAL_BATCH // dist.get_world_size()}",
+        "callbacks.progress=null", "data.num_workers=0",
+        f"data.batch_size={GLOBAL_BATCH // dist.get_world_size()}",
         *overrides,
     )  # fmt: skip
     seed_everything(0, verbose=False)
     losses = Losses()
-    callbacks = [losses, *(callback for callback in instantiate(config.callbacks).values() if callback is not None)]
+    callbacks = [
+        losses,
+        *(callback for callback in instantiate(config.callbacks).values() if callback is not None),
+    ]
     run: Trainer = instantiate(config.trainer, callbacks=callbacks, logger=MetricsFile(str(folder)))
     run.fit(instantiate(config.task), instantiate(config.data), ckpt_path=resume, weights_only=True)
-    metrics = {name: float(value) for name, value in run.callback_metrics.items() if name.startswith("val")}
-    return {"losses": losses.losses, "metrics": metrics, "held": losses.held, "logged": logged(folder)}
+    metrics = {
+        name: float(value) for name, value in run.callback_metrics.items() if name.startswith("val")
+    }
+    return {
+        "losses": losses.losses,
+        "metrics": metrics,
+        "held": losses.held,
+        "logged": logged(folder),
+    }
 
 
 def logged(folder: Path) -> list[dict[str, float]]:
@@ -63,7 +78,10 @@ def logged(folder: Path) -> list[dict[str, float]]:
     if dist.get_rank() > 0:
         return []
     with (folder / "metrics.csv").open() as file:
-        return [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(file)]
+        return [
+            {name: float(value) for name, value in row.items() if value}
+            for row in csv.DictReader(file)
+        ]
 
 
 def fits(runs: dict[str, tuple]) -> dict[str, dict[str, Any]]:
@@ -101,17 +119,21 @@ class Seen(LightningModule):
 
 
 def keys(folders: Sequence[Path], workers: int, batches: int, batch_size: int) -> list[tuple]:
-    """For each folder of shards, what this rank's loaders give in training and in one validation."""
+    """For each folder of shards, what this rank's loaders give in training and in one
+    validation."""
     found = []
     for folder in folders:
         seen = Seen()
         data = ClipDataModule(
-            shards=str(folder), frames=5, height=16, width=16, batch_size=batch_size, seed=0, num_workers=workers,
+            shards=str(folder), frames=5, height=16, width=16, batch_size=batch_size, seed=0,
+            num_workers=workers,
             val_batch_size=1, val_clips=100, bad_clip_budget=0, space_multiple=8,
         )  # fmt: skip
         Trainer(
-            accelerator="cpu", devices=dist.get_world_size(), strategy="ddp", max_steps=batches, max_epochs=-1,
-            val_check_interval=batches, check_val_every_n_epoch=None, num_sanity_val_steps=0, logger=False,
+            accelerator="cpu", devices=dist.get_world_size(), strategy="ddp", max_steps=batches,
+            max_epochs=-1,
+            val_check_interval=batches, check_val_every_n_epoch=None, num_sanity_val_steps=0,
+            logger=False,
             use_distributed_sampler=False, enable_checkpointing=False, enable_progress_bar=False,
             enable_model_summary=False,
         ).fit(seen, data)  # fmt: skip
@@ -120,16 +142,22 @@ def keys(folders: Sequence[Path], workers: int, batches: int, batch_size: int) -
 
 
 def anonymous() -> int:
-    """Bytes in memory of this process that are no pages of files, which the system takes back when it needs them."""
+    """Bytes in memory of this process that are no pages of files, which the system takes back when
+    it needs them."""
     status = Path("/proc/self/status").read_text()
     return 1024 * int(status.split("RssAnon:")[1].split()[0])
 
 
 def peak_of_loading(folder: Path) -> int:
-    """Bytes by which this rank's memory grows at most while it makes its part of the folder's DiT, with DoRA."""
-    config = composed(folder, "experiment=dit_dora", "rgba_vae=x", f"wan.transformer={folder}", "task.rank=4")
+    """Bytes by which this rank's memory grows at most while it makes its part of the folder's DiT,
+    with DoRA."""
+    config = composed(
+        folder, "experiment=dit_dora", "rgba_vae=x", f"wan.transformer={folder}", "task.rank=4"
+    )
     task = instantiate(config.task)
-    task._device_mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("data_parallel",))
+    task._device_mesh = init_device_mesh(
+        "cpu", (dist.get_world_size(),), mesh_dim_names=("data_parallel",)
+    )
     before, seen, done = anonymous(), [], threading.Event()
 
     def watch() -> None:
@@ -145,11 +173,16 @@ def peak_of_loading(folder: Path) -> int:
 
 
 def full_disk(folder: Path) -> tuple[str, list[str], Any]:
-    """A sharded checkpoint, then one for which there is no room: its error, what is there, and its step."""
+    """A sharded checkpoint, then one for which there is no room: its error, what is there, and its
+    step."""
     path = folder / "last.ckpt"
-    write_sharded({"state_dict": {"w": torch.zeros(10)}, "optimizer_states": [], "global_step": 1}, path)
+    write_sharded(
+        {"state_dict": {"w": torch.zeros(10)}, "optimizer_states": [], "global_step": 1}, path
+    )
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (64 * 1024, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+    resource.setrlimit(
+        resource.RLIMIT_FSIZE, (64 * 1024, resource.getrlimit(resource.RLIMIT_FSIZE)[1])
+    )
     large = {"state_dict": {"w": torch.zeros(10**6)}, "optimizer_states": [], "global_step": 2}
     try:
         write_sharded(large, path)
@@ -160,12 +193,17 @@ def full_disk(folder: Path) -> tuple[str, list[str], Any]:
 
 
 def unwritten(folder: Path) -> list[str]:
-    """The errors of a sharded checkpoint of which each rank writes its part to a disk of its own, and of one with
-    what cannot be written at all."""
-    state = {"state_dict": {"v": torch.zeros(10), "w": torch.zeros(10)}, "optimizer_states": [], "global_step": 1}
+    """The errors of a sharded checkpoint of which each rank writes its part to a disk of its own,
+    and of one with what cannot be written at all."""
+    state = {
+        "state_dict": {"v": torch.zeros(10), "w": torch.zeros(10)},
+        "optimizer_states": [],
+        "global_step": 1,
+    }
     said = []
     for path, checkpoint in (
-        (folder / str(dist.get_rank()) / "last.ckpt", state), (folder / "last.ckpt", {**state, "more": lambda: None}),
+        (folder / str(dist.get_rank()) / "last.ckpt", state), (folder / "last.ckpt", {**state,
+        "more": lambda: None}),
     ):  # fmt: skip
         try:
             write_sharded(checkpoint, path)

@@ -19,7 +19,8 @@ from tests.distributed import runs
 from tests.processes import launch
 
 STEPS, MIDDLE = 10, 5
-COMMON = [f"trainer.max_steps={STEPS}", f"trainer.val_check_interval={MIDDLE}", "callbacks.checkpoint.save_top_k=-1",
+COMMON = [f"trainer.max_steps={STEPS}", f"trainer.val_check_interval={MIDDLE}",
+    "callbacks.checkpoint.save_top_k=-1",
           "trainer.log_every_n_steps=2", "data.val_batch_size=1", "data.val_clips=4",
           "callbacks.ema.decay=0.5"]  # fmt: skip
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("ranks")]
@@ -29,7 +30,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("ranks")]
 def clips(tmp_path_factory):
     out = tmp_path_factory.mktemp("clips") / "demo"
     synthesize(
-        out=out, clips=20, frames=5, sizes=[24], seed=0, val_fraction=0.5, max_clips=100, max_bytes=10**9
+        out=out, clips=20, frames=5, sizes=[24], seed=0, val_fraction=0.5, max_clips=100,
+        max_bytes=10**9
     )  # fmt: skip
     return out
 
@@ -39,14 +41,19 @@ def stages(clips, tmp_path_factory):
     latents, adapters = cache_demo(clips, tmp_path_factory.mktemp("cached"))
     return {
         "vae": [
-            "experiment=vae_rgba", "callbacks=ema", "callbacks.panels=null", f"data.shards={clips}", "data.frames=5",
-            "data.height=16", "data.width=16", "loss.diffusion.mode=bidirectional", "model.lora_rank=4",
+            "experiment=vae_rgba", "callbacks=ema", "callbacks.panels=null", f"data.shards={clips}",
+            "data.frames=5",
+            "data.height=16", "data.width=16", "loss.diffusion.mode=bidirectional",
+            "model.lora_rank=4",
             "task.moment_weight=0.1", *COMMON,
         ],
         "dit": [
-            "experiment=dit_dora", "callbacks=ema", f"data.latents={latents}", f"rgba_vae={adapters}",
-            "task.checkpointing=true", "task.rank=4", "callbacks.samples.frames=5", "callbacks.samples.height=24",
-            "callbacks.samples.width=24", "callbacks.samples.prompts=[a star]", "callbacks.samples.solver.steps=1",
+            "experiment=dit_dora", "callbacks=ema", f"data.latents={latents}",
+            f"rgba_vae={adapters}",
+            "task.checkpointing=true", "task.rank=4", "callbacks.samples.frames=5",
+            "callbacks.samples.height=24",
+            "callbacks.samples.width=24", "callbacks.samples.prompts=[a star]",
+            "callbacks.samples.solver.steps=1",
             *COMMON,
         ],
     }  # fmt: skip
@@ -54,7 +61,8 @@ def stages(clips, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def found(stages, tmp_path_factory):
-    """(stage, kind of run) -> losses, validation and held bytes of rank 0; and the folder of each run."""
+    """(stage, kind of run) -> losses, validation and held bytes of rank 0; and the folder of each
+    run."""
     root = tmp_path_factory.mktemp("ranks")
     folders = {
         (stage, kind): root / f"{stage}_{kind}"
@@ -110,7 +118,8 @@ def test_a_sharded_checkpoint_exports_as_a_whole_one(found, stage, ema):
     assert whole.path.is_file()
     assert sharded.path.is_dir()
     assert whole.facts == sharded.facts
-    # AdamW divides by the size of gradients, so where they are no more than rounding, weights differ by a share of lr
+    # AdamW divides by the size of gradients, so where they are no more than rounding, weights
+    # differ by a share of lr
     assert_close(sharded.state, whole.state, rtol=1e-4, atol=1e-4)
     if ema:
         beside = read_trained(str(sharded.path.with_suffix(".safetensors")))
@@ -130,14 +139,19 @@ def test_bad_clips_weigh_nothing(stages, clips, tmp_path, stage):
     """On one process they leave a batch of four, on four a rank has no other clip."""
     data = {"vae": clips, "dit": clips_of(stages["dit"])}[stage]
     copy = shutil.copytree(data, tmp_path / "data")
-    refs = index_shards([copy]) if stage == "vae" else index_latents(copy, read_manifest(copy, "latents"))
+    refs = (
+        index_shards([copy])
+        if stage == "vae"
+        else index_latents(copy, read_manifest(copy, "latents"))
+    )
     bad = next(ref for ref in refs if ref.split == "train")
     with open(bad.tar, "r+b") as file:
         file.seek(bad.media[0] + bad.media[1] // 2)
         file.write(bytes(8))
     place = {"vae": "data.shards", "dit": "data.latents"}[stage]
     settings = [
-        *stages[stage], f"{place}={copy}", "trainer.max_steps=6", "data.bad_clip_budget=3", "callbacks.checkpoint=null",
+        *stages[stage], f"{place}={copy}", "trainer.max_steps=6", "data.bad_clip_budget=3",
+        "callbacks.checkpoint=null",
         *(["loss.diffusion.mode=off", "task.moment_weight=0"] if stage == "vae" else []),
     ]  # fmt: skip
     one = launch(1, runs.fit, tmp_path / "one", "default", settings)[0]
@@ -157,14 +171,20 @@ def test_every_clip_once_an_epoch(tmp_path, world):
     for tars in (2 * world, 2 * world + 1):
         folder = tmp_path / f"of_{tars}"
         synthesize(
-            out=folder, clips=2 * tars + 4, frames=5, sizes=[16], seed=0, val_fraction=0.5, max_clips=2, max_bytes=10**9
+            out=folder, clips=2 * tars + 4, frames=5, sizes=[16], seed=0, val_fraction=0.5,
+            max_clips=2, max_bytes=10**9
         )  # fmt: skip
         folders.append(folder)
     batches, batch_size = 9, 2
     ranks = launch(world, runs.keys, folders, 2, batches, batch_size)
     for parts in zip(*ranks, strict=True):
         trained, validated = zip(*parts, strict=True)
-        order = [key for batch in zip(*trained, strict=True) for place in zip(*batch, strict=True) for key in place]
+        order = [
+            key
+            for batch in zip(*trained, strict=True)
+            for place in zip(*batch, strict=True)
+            for key in place
+        ]
         count = len(set(order))
         assert len(order) == world * batches * batch_size
         for start in range(0, len(order) // count * count, count):
@@ -174,7 +194,10 @@ def test_every_clip_once_an_epoch(tmp_path, world):
 
 def test_uneven_validation_of_a_sharded_model_is_refused(stages, tmp_path):
     for said in launch(2, runs.refused, tmp_path, "fsdp", [*stages["vae"], "data.val_clips=3"]):
-        assert "unequal numbers of batches on 2 ranks, 1 to 2; a sharded model needs equal ones" in said
+        assert (
+            "unequal numbers of batches on 2 ranks, 1 to 2; a sharded model needs equal ones"
+            in said
+        )
         assert "val_clips" in said
 
 
@@ -182,7 +205,8 @@ def test_no_rank_holds_a_whole_model(tmp_path):
     """One of 330 MB in fp32: two ranks take about half of it each, read from its file."""
     with init_empty_weights():
         model = WanTransformer3DModel(
-            num_attention_heads=8, attention_head_dim=64, in_channels=16, out_channels=16, text_dim=64, freq_dim=64,
+            num_attention_heads=8, attention_head_dim=64, in_channels=16, out_channels=16,
+            text_dim=64, freq_dim=64,
             ffn_dim=2048, num_layers=19, rope_max_seq_len=64,
         )  # fmt: skip
     model.save_config(tmp_path / "transformer")
@@ -207,6 +231,9 @@ def test_a_checkpoint_that_is_not_whole_is_refused_by_all_ranks(tmp_path):
     (tmp_path / "0").mkdir()
     (tmp_path / "1").mkdir()
     for apart, other in launch(2, runs.unwritten, tmp_path):
-        assert "no __1_0.distcp, which another rank has written: all machines must share the folder" in apart
+        assert (
+            "no __1_0.distcp, which another rank has written: all machines must share the folder"
+            in apart
+        )
         assert "last.ckpt could not be written" in other and "lambda" in other
     assert not list(tmp_path.glob("**/last.ckpt"))

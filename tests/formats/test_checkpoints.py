@@ -1,4 +1,5 @@
-"""Every kind of checkpoint that a run writes, read back; the sharded one is written by two ranks."""
+"""Every kind of checkpoint that a run writes, read back; the sharded one is written by two
+ranks."""
 
 import json
 import os
@@ -26,7 +27,8 @@ from acetate.tasks.optim import adamw_with_warmup
 from tests.processes import launch
 
 CHANNELS, WIDTH = 4, 24
-FACTS = {"schema": ADAPTER_SCHEMA, "kind": "dit_dora", "base": "tiny", "transformer_sha256": "0", "rank": 3, "alpha": 6,
+FACTS = {"schema": ADAPTER_SCHEMA, "kind": "dit_dora", "base": "tiny", "transformer_sha256": "0",
+    "rank": 3, "alpha": 6,
          "mean_shift": 1.0}  # fmt: skip
 
 
@@ -42,7 +44,8 @@ class DoRA(AdapterTask):
             return
         torch.manual_seed(0)
         self.transformer = WanTransformer3DModel(
-            num_attention_heads=2, attention_head_dim=WIDTH // 2, in_channels=CHANNELS, out_channels=CHANNELS,
+            num_attention_heads=2, attention_head_dim=WIDTH // 2, in_channels=CHANNELS,
+            out_channels=CHANNELS,
             text_dim=8, freq_dim=8, ffn_dim=32, num_layers=2, rope_max_seq_len=16,
         )  # fmt: skip
         add_dora(self.transformer, FACTS["rank"], FACTS["alpha"])
@@ -53,7 +56,11 @@ class DoRA(AdapterTask):
 
     def training_step(self, batch, batch_idx):
         context = torch.ones(len(batch), 3, 8)
-        return velocity(self.transformer, batch, torch.full((len(batch),), 500.0), context).square().mean()
+        return (
+            velocity(self.transformer, batch, torch.full((len(batch),), 500.0), context)
+            .square()
+            .mean()
+        )
 
     def configure_optimizers(self):
         return adamw_with_warmup(self.parameters(), lr=0.1, warmup_steps=0)
@@ -65,7 +72,8 @@ class DoRA(AdapterTask):
 def fit(folder, *callbacks, **settings):
     task = DoRA()
     trainer = StepTrainer(
-        accelerator="cpu", max_steps=3, logger=False, enable_progress_bar=False, enable_model_summary=False,
+        accelerator="cpu", max_steps=3, logger=False, enable_progress_bar=False,
+        enable_model_summary=False,
         enable_checkpointing=any(isinstance(callback, AdapterCheckpoint) for callback in callbacks),
         default_root_dir=folder, callbacks=list(callbacks), **settings,
     )  # fmt: skip
@@ -83,7 +91,11 @@ def run(tmp_path_factory):
     folder, ema = tmp_path_factory.mktemp("run"), EMA(0.5)
     keep = AdapterCheckpoint(dirpath=folder / "checkpoints", save_last=True, every_n_train_steps=3)
     _, task = fit(folder, ema, keep)
-    return folder, task, {name.removeprefix("transformer."): value for name, value in ema.average.items()}
+    return (
+        folder,
+        task,
+        {name.removeprefix("transformer."): value for name, value in ema.average.items()},
+    )
 
 
 def assert_same(state, expected):
@@ -112,7 +124,9 @@ def test_adapter_file(run, tmp_path):
     found = read_trained(str(file))
     assert_same(found.state, average)
     assert found.facts["averaged"]
-    with pytest.raises(ValueError, match=r"last\.safetensors holds the average; ema=false needs the \.ckpt"):
+    with pytest.raises(
+        ValueError, match=r"last\.safetensors holds the average; ema=false needs the \.ckpt"
+    ):
         read_trained(str(file), ema=False)
     alone = tmp_path / "checkpoints/last.safetensors"  # where the .ckpt was not kept
     alone.parent.mkdir()
@@ -146,13 +160,18 @@ def test_bad_files_are_named(run, tmp_path):
     with pytest.raises(ValueError, match=r"cut\.ckpt cannot be read \("):
         read_trained(str(tmp_path / "cut.ckpt"))
     torch.save({"state_dict": {}, "global_step": 1}, tmp_path / "old.ckpt")
-    with pytest.raises(ValueError, match=r"old\.ckpt does not say what model it belongs to.*\.safetensors beside"):
+    with pytest.raises(
+        ValueError, match=r"old\.ckpt does not say what model it belongs to.*\.safetensors beside"
+    ):
         read_trained(str(tmp_path / "old.ckpt"))
     torch.save([1], tmp_path / "list.ckpt")
     with pytest.raises(ValueError, match=r"list\.ckpt holds a list"):
         read_trained(str(tmp_path / "list.ckpt"))
     save_file({"a": torch.zeros(1)}, tmp_path / "other.safetensors", {"kind": '"lora"'})
-    with pytest.raises(ValueError, match=r"other\.safetensors is of kind 'lora', schema None; needed: rgba_vae or dit"):
+    with pytest.raises(
+        ValueError,
+        match=r"other\.safetensors is of kind 'lora', schema None; needed: rgba_vae or dit",
+    ):
         read_trained(str(tmp_path / "other.safetensors"))
     torch.save({"state_dict": Hostile(tmp_path / "ran")}, tmp_path / "bad.ckpt")
     with pytest.raises(ValueError, match=r"bad\.ckpt cannot be read"):
@@ -173,11 +192,20 @@ def damaged(run, tmp_path, change):
         (lambda held: held.pop("global_step"), "has no global_step"),
         (lambda held: held["adapter_metadata"].pop("rank"), "its metadata has no rank"),
         (lambda held: held["adapter_metadata"].update(alpha="null"), "its metadata has alpha=None"),
-        (lambda held: held["adapter_metadata"].update(rank="{"), "adapter_metadata are not names and JSON"),
-        (lambda held: held.update(adapter_metadata=None), "adapter_metadata are not names and JSON"),
+        (
+            lambda held: held["adapter_metadata"].update(rank="{"),
+            "adapter_metadata are not names and JSON",
+        ),
+        (
+            lambda held: held.update(adapter_metadata=None),
+            "adapter_metadata are not names and JSON",
+        ),
         (lambda held: held.pop("state_dict"), "has no state_dict"),
         (lambda held: held["state_dict"].update(lr=0.1), "holds lr: no tensor"),
-        (lambda held: held["state_dict"].clear(), r"no whole dit_dora: 30 missing: blocks\.0\.attn1\.to_q\.lora_A"),
+        (
+            lambda held: held["state_dict"].clear(),
+            r"no whole dit_dora: 30 missing: blocks\.0\.attn1\.to_q\.lora_A",
+        ),
     ],
 )
 def test_damaged_checkpoints(run, tmp_path, change, message):
@@ -245,7 +273,11 @@ def test_sharded_checkpoint_without_tensors(tmp_path):
 @pytest.mark.parametrize("index", ["code", "cut", "number"])
 def test_bad_index_of_a_sharded_checkpoint(tmp_path, index):
     (tmp_path / "meta.pt").touch()
-    content = {"code": pickle.dumps(Hostile(tmp_path / "ran")), "cut": b"\x80\x04", "number": pickle.dumps(7)}[index]
+    content = {
+        "code": pickle.dumps(Hostile(tmp_path / "ran")),
+        "cut": b"\x80\x04",
+        "number": pickle.dumps(7),
+    }[index]
     (tmp_path / ".metadata").write_bytes(content)
     with pytest.raises(ValueError, match="cannot be read as a sharded checkpoint"):
         read_trained(str(tmp_path))
@@ -256,13 +288,18 @@ def train_sharded(out):
     """On the ranks of one process group; the first writes what trained, and its average, whole."""
     ema = EMA(0.5)
     strategy = ModelParallelStrategy(
-        data_parallel_size=2, tensor_parallel_size=1, save_distributed_checkpoint=True, process_group_backend="gloo"
+        data_parallel_size=2,
+        tensor_parallel_size=1,
+        save_distributed_checkpoint=True,
+        process_group_backend="gloo",
     )
     keep = AdapterCheckpoint(dirpath=out / "checkpoints", save_last=True, every_n_train_steps=3)
     trainer, task = fit(out, ema, keep, devices=2, strategy=strategy)
     expected = {
         "raw": {name: value.full_tensor() for name, value in trained(task).items()},
-        "average": {name.removeprefix("transformer."): v.full_tensor() for name, v in ema.average.items()},
+        "average": {
+            name.removeprefix("transformer."): v.full_tensor() for name, v in ema.average.items()
+        },
     }
     if trainer.is_global_zero:
         torch.save(expected, out / "expected.pt")
@@ -272,7 +309,10 @@ def train_sharded(out):
 @pytest.mark.xdist_group("ranks")
 def test_sharded_checkpoint_is_read_whole(tmp_path):
     launch(2, train_sharded, tmp_path)
-    folder, expected = tmp_path / "checkpoints/last.ckpt", torch.load(tmp_path / "expected.pt", weights_only=True)
+    folder, expected = (
+        tmp_path / "checkpoints/last.ckpt",
+        torch.load(tmp_path / "expected.pt", weights_only=True),
+    )
     assert len(list(folder.glob("*.distcp"))) == 2
     raw, average = (read_trained(str(tmp_path), ema=ema) for ema in (False, True))
     assert raw.path == folder

@@ -23,14 +23,17 @@ def test_a_delta_of_the_rank_is_exact(shape):
 
 
 def test_error_is_the_best_of_the_rank():
-    """Eckart and Young: what the left singular values hold, here to the noise of the randomised SVD."""
+    """Eckart and Young: what the left singular values hold, here to the noise of the randomised
+    SVD."""
     deltas = {"a": torch.randn(40, 60), "b": 3 * torch.randn(50, 20)}
     low = svd_lora(deltas.items(), 8, torch.float32)
     for layer, delta in deltas.items():
         values = torch.linalg.svdvals(delta)
         best = (values[8:].norm() / values.norm()).item()
         assert best - 1e-6 <= low.errors[layer] <= 1.01 * best
-        assert_close((delta - product(low, layer)).norm() / delta.norm(), torch.tensor(low.errors[layer]))
+        assert_close(
+            (delta - product(low, layer)).norm() / delta.norm(), torch.tensor(low.errors[layer])
+        )
     missed = sum((low.errors[layer] * delta.norm()).square() for layer, delta in deltas.items())
     whole = sum(delta.norm().square() for delta in deltas.values())
     assert low.error == pytest.approx((missed / whole).sqrt().item(), rel=1e-5)
@@ -54,7 +57,8 @@ def test_nothing_trained_and_bad_ranks():
 
 
 def test_native_dora_in_the_names_and_shapes_that_comfyui_reads(make_transformer):
-    """Its arithmetic by hand: (W + alpha / rank B A) times dora_scale (out, 1) over the norm of its rows."""
+    """Its arithmetic by hand: (W + alpha / rank B A) times dora_scale (out, 1) over the norm of its
+    rows."""
     transformer = make_transformer()
     add_dora(transformer, 2, 4)
     torch.manual_seed(0)
@@ -65,7 +69,8 @@ def test_native_dora_in_the_names_and_shapes_that_comfyui_reads(make_transformer
     for name, layer in dora_layers(transformer).items():
         key = f"{PREFIX}{original_layer(name)}"
         up, down, alpha, scale = (
-            tensors[f"{key}.{part}"] for part in ("lora_B.weight", "lora_A.weight", "alpha", "dora_scale")
+            tensors[f"{key}.{part}"]
+            for part in ("lora_B.weight", "lora_A.weight", "alpha", "dora_scale")
         )
         assert scale.shape == (len(up), 1)
         adapted = layer.get_base_layer().weight + alpha.item() / len(down) * up @ down

@@ -31,7 +31,9 @@ def test_other_files_are_never_replaced(tmp_path):
     out.mkdir()
     write_export(out, {"a.txt": text("a")}, {})
     (out / "notes.txt").write_text("mine")
-    with pytest.raises(FileExistsError, match=r"\(notes\.txt\); only an earlier export is replaced"):
+    with pytest.raises(
+        FileExistsError, match=r"\(notes\.txt\); only an earlier export is replaced"
+    ):
         check_replaceable(out)
     with pytest.raises(FileExistsError, match=r"mine\.txt holds what no export wrote"):
         check_replaceable(tmp_path / "mine.txt")
@@ -53,7 +55,11 @@ def test_a_mark_of_others_replaces_nothing(tmp_path, mark):
 def test_a_full_disk_leaves_the_earlier_export(tmp_path, small_disk, kind):
     out, big = tmp_path / "out", {"w": torch.zeros(10**6)}
     write_export(out, {"a.txt": text("before")}, {})
-    writer = (lambda path: save_file(big, path)) if kind == "safetensors" else (lambda path: torch.save(big, path))
+    writer = (
+        (lambda path: save_file(big, path))
+        if kind == "safetensors"
+        else (lambda path: torch.save(big, path))
+    )
     with pytest.raises(OSError, match=r"out could not be written .* MiB are free there.*untouched"):
         write_export(out, {"a.txt": text("after"), "w": writer}, {})
     assert (out / "a.txt").read_text() == "before"

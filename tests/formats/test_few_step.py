@@ -12,7 +12,9 @@ Q, WIDTH, RANK = "blocks.1.self_attn.q", 24, 3
 @pytest.fixture
 def matrices():
     generator = torch.Generator().manual_seed(0)
-    return torch.randn(RANK, WIDTH, generator=generator), torch.randn(WIDTH, RANK, generator=generator)
+    return torch.randn(RANK, WIDTH, generator=generator), torch.randn(
+        WIDTH, RANK, generator=generator
+    )
 
 
 def change(base, flat, strength=1.0):
@@ -32,13 +34,17 @@ def change(base, flat, strength=1.0):
 )
 @pytest.mark.parametrize("alpha", [None, 1.5])
 def test_matrices(make_transformer, matrices, prefix, names, alpha):
-    flat = {f"{prefix}{Q}.{name}.weight": value for name, value in zip(names, matrices, strict=True)}
+    flat = {
+        f"{prefix}{Q}.{name}.weight": value for name, value in zip(names, matrices, strict=True)
+    }
     if alpha is not None:
         flat[f"{prefix}{Q}.alpha"] = torch.tensor(alpha)
     ((name, delta),) = change(make_transformer(), flat, 0.5).items()
     assert name == "blocks.1.attn1.to_q.weight"
     down, up = matrices
-    assert_close(delta, 0.5 * (1 if alpha is None else alpha / RANK) * up @ down, rtol=1e-4, atol=1e-5)
+    assert_close(
+        delta, 0.5 * (1 if alpha is None else alpha / RANK) * up @ down, rtol=1e-4, atol=1e-5
+    )
 
 
 def test_differences(make_transformer):
@@ -65,7 +71,10 @@ def test_kohyas_names(make_transformer, matrices):
     down, up = matrices
     flat = {}
     for layer in ("self_attn_q", "cross_attn_o"):
-        flat |= {f"lora_unet_blocks_1_{layer}.lora_down.weight": down, f"lora_unet_blocks_1_{layer}.lora_up.weight": up}
+        flat |= {
+            f"lora_unet_blocks_1_{layer}.lora_down.weight": down,
+            f"lora_unet_blocks_1_{layer}.lora_up.weight": up,
+        }
         flat[f"lora_unet_blocks_1_{layer}.alpha"] = torch.tensor(1.0)
     flat["lora_unet_blocks_0_ffn_0.lora_down.weight"] = torch.ones(2, WIDTH)
     flat["lora_unet_blocks_0_ffn_0.lora_up.weight"] = torch.ones(32, 2)
@@ -81,22 +90,54 @@ def test_kohyas_names(make_transformer, matrices):
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("text_model.weight", torch.zeros(2), r"few\.safetensors: text_model\.weight: no tensors of a few-step LoRA"),
-        ("lora_unet_head_head.lora_up.weight", torch.zeros(2, 2), r"lora_unet_head_head\.weight does not exist"),
-        ("blocks.9.self_attn.q.diff", torch.zeros(2), r"blocks\.9\.attn1\.to_q\.weight does not exist in this DiT"),
-        ("blocks.0.self_attn.q.diff", torch.zeros(2), r"blocks\.0\.attn1\.to_q\.weight is \(24, 24\), .* has \(2,\)"),
-        ("blocks.0.ffn.0.diff", torch.zeros(24, 32), r"ffn\.net\.0\.proj\.weight is \(32, 24\), .* has \(24, 32\)"),
+        (
+            "text_model.weight",
+            torch.zeros(2),
+            r"few\.safetensors: text_model\.weight: no tensors of a few-step LoRA",
+        ),
+        (
+            "lora_unet_head_head.lora_up.weight",
+            torch.zeros(2, 2),
+            r"lora_unet_head_head\.weight does not exist",
+        ),
+        (
+            "blocks.9.self_attn.q.diff",
+            torch.zeros(2),
+            r"blocks\.9\.attn1\.to_q\.weight does not exist in this DiT",
+        ),
+        (
+            "blocks.0.self_attn.q.diff",
+            torch.zeros(2),
+            r"blocks\.0\.attn1\.to_q\.weight is \(24, 24\), .* has \(2,\)",
+        ),
+        (
+            "blocks.0.ffn.0.diff",
+            torch.zeros(24, 32),
+            r"ffn\.net\.0\.proj\.weight is \(32, 24\), .* has \(24, 32\)",
+        ),
         (
             "blocks.0.self_attn.k.lora_up.weight",
             torch.zeros(24, 2),
             r"to_k\.weight needs a down and an up .* has block",
         ),
-        (f"{Q}.lora_up.weight", torch.zeros(24, 2), r"has a down matrix of rank 3 and an up matrix of 2"),
+        (
+            f"{Q}.lora_up.weight",
+            torch.zeros(24, 2),
+            r"has a down matrix of rank 3 and an up matrix of 2",
+        ),
         (f"{Q}.lora_up.weight", torch.zeros(32, 3), r"is \(24, 24\), .* has \(32, 24\)"),
         (f"{Q}.lora_up.weight", torch.zeros(24), r"no matrices"),
         (f"{Q}.alpha", torch.zeros(24), r"alpha has 24 values"),
-        (f"diffusion_model.{Q}.lora_B.weight", torch.zeros(24, 3), r"lora_B.* and .*lora_up.*: one tensor under two"),
-        ("blocks.0.self_attn.q.diff", torch.zeros(24, 24).to(torch.float8_e4m3fn), r"q\.diff is torch\.float8_e4m3fn"),
+        (
+            f"diffusion_model.{Q}.lora_B.weight",
+            torch.zeros(24, 3),
+            r"lora_B.* and .*lora_up.*: one tensor under two",
+        ),
+        (
+            "blocks.0.self_attn.q.diff",
+            torch.zeros(24, 24).to(torch.float8_e4m3fn),
+            r"q\.diff is torch\.float8_e4m3fn",
+        ),
     ],
 )
 def test_keys_without_a_place_change_nothing(make_transformer, matrices, key, value, message):

@@ -14,7 +14,9 @@ from acetate.formats.gauss_mask import read_gauss_mask
 
 @pytest.fixture
 def mask():
-    ellipses = torch.tensor([[[5.0, 3.0, 6.0, 4.0, 20.0], [7.0, 4.0, 6.0, 4.0, 0.0], [9.0, 4.0, 4.0, 4.0, 0.0]]])
+    ellipses = torch.tensor(
+        [[[5.0, 3.0, 6.0, 4.0, 20.0], [7.0, 4.0, 6.0, 4.0, 0.0], [9.0, 4.0, 4.0, 4.0, 0.0]]]
+    )
     return regions.gaussian(ellipses, 8, 16)[0, 0]
 
 
@@ -66,19 +68,33 @@ def test_numpy_1_wrote_other_names(mask, tmp_path):
 def test_sides_are_resized_as_the_released_inference_does(mask, tmp_path):
     write(tmp_path / "gauss_mask", mask)
     guide = read_gauss_mask(tmp_path / "gauss_mask", (3, 4, 8))
-    expected = torch.nn.functional.interpolate(mask[:, None], size=(4, 8), mode="bilinear", align_corners=False)
+    expected = torch.nn.functional.interpolate(
+        mask[:, None], size=(4, 8), mode="bilinear", align_corners=False
+    )
     assert_close(guide[0, 0], expected[:, 0], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(
     ("held", "message"),
     [
-        (torch.zeros(2, 8, 16), r"gauss_mask has 2 frames, this clip 3 latent frames\. Make a mask of 3 frames"),
-        (torch.zeros(8, 16), r"gauss_mask is \(8, 16\) of torch\.float32; a Gaussian mask is \(frames, h, w\)"),
+        (
+            torch.zeros(2, 8, 16),
+            r"gauss_mask has 2 frames, this clip 3 latent frames\. Make a mask of 3 frames",
+        ),
+        (
+            torch.zeros(8, 16),
+            r"gauss_mask is \(8, 16\) of torch\.float32; a Gaussian mask is \(frames, h, w\)",
+        ),
         (torch.zeros(3, 8, 16, dtype=torch.uint8), r"of torch\.uint8; a Gaussian mask is"),
         (torch.zeros(3, 0, 16), r"gauss_mask is \(3, 0, 16\) of torch\.float32; .* not empty"),
-        (torch.zeros(3, 8, 16).to(torch.float8_e4m3fn), r"of torch\.float8_e4m3fn; a Gaussian mask is .* 16 bits"),
-        (torch.zeros(3, 8, 16).to_sparse(), r"of torch\.float32, sparse_coo; a Gaussian mask is .* dense"),
+        (
+            torch.zeros(3, 8, 16).to(torch.float8_e4m3fn),
+            r"of torch\.float8_e4m3fn; a Gaussian mask is .* 16 bits",
+        ),
+        (
+            torch.zeros(3, 8, 16).to_sparse(),
+            r"of torch\.float32, sparse_coo; a Gaussian mask is .* dense",
+        ),
         (torch.full((3, 8, 16), 1.5), r"from 1\.5 to 1\.5; a Gaussian mask is in \[0, 1\]"),
         (torch.full((3, 8, 16), float("nan")), r"a Gaussian mask is in \[0, 1\]"),
         ({"mask": torch.zeros(3, 8, 16)}, r"cannot be read as a Gaussian mask"),
@@ -98,7 +114,10 @@ def test_nothing_runs(mask, tmp_path):
     array = np.empty(1, object)
     array[0] = Hostile(target)
     for held in (Hostile(target), [mask, Hostile(target)], array):
-        for path, data in ((tmp_path / "a", None), (tmp_path / "b", pickle.dumps(held, protocol=2))):
+        for path, data in (
+            (tmp_path / "a", None),
+            (tmp_path / "b", pickle.dumps(held, protocol=2)),
+        ):
             write(path, held if data is None else mask, data)
             with pytest.raises(ValueError, match="Nothing in it was run"):
                 read_gauss_mask(path, (3, 8, 16))

@@ -3,9 +3,18 @@
 import pytest
 import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
-from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers, convert_wan_vae_to_diffusers
+from diffusers.loaders.single_file_utils import (
+    convert_wan_transformer_to_diffusers,
+    convert_wan_vae_to_diffusers,
+)
 
-from acetate.formats.names import dit_name, original_dit_name, original_layer, original_vae_name, vae_name
+from acetate.formats.names import (
+    dit_name,
+    original_dit_name,
+    original_layer,
+    original_vae_name,
+    vae_name,
+)
 
 
 def conv(name, out, *rest):
@@ -15,15 +24,18 @@ def conv(name, out, *rest):
 def residual(name, into, out):
     shortcut = conv(f"{name}.shortcut", out, into, 1, 1, 1) if into != out else {}
     return {
-        f"{name}.residual.0.gamma": (into, 1, 1, 1), **conv(f"{name}.residual.2", out, into, 3, 3, 3),
-        f"{name}.residual.3.gamma": (out, 1, 1, 1), **conv(f"{name}.residual.6", out, out, 3, 3, 3), **shortcut,
+        f"{name}.residual.0.gamma": (into, 1, 1, 1), **conv(f"{name}.residual.2", out, into, 3, 3,
+        3),
+        f"{name}.residual.3.gamma": (out, 1, 1, 1), **conv(f"{name}.residual.6", out, out, 3, 3, 3),
+        **shortcut,
     }  # fmt: skip
 
 
 def coder(name, into, first, last, out):
     return {
         **conv(f"{name}.conv1", first, into, 3, 3, 3), **residual(f"{name}.middle.0", 384, 384),
-        f"{name}.middle.1.norm.gamma": (384, 1, 1), **conv(f"{name}.middle.1.to_qkv", 1152, 384, 1, 1),
+        f"{name}.middle.1.norm.gamma": (384, 1, 1), **conv(f"{name}.middle.1.to_qkv", 1152, 384, 1,
+        1),
         **conv(f"{name}.middle.1.proj", 384, 384, 1, 1), **residual(f"{name}.middle.2", 384, 384),
         f"{name}.head.0.gamma": (last, 1, 1, 1), **conv(f"{name}.head.2", out, last, 3, 3, 3),
     }  # fmt: skip
@@ -33,26 +45,34 @@ def wan21_vae():
     """Every tensor of Wan2.1_VAE.pth and its shape."""
     table = {**conv("conv1", 32, 32, 1, 1, 1), **conv("conv2", 16, 16, 1, 1, 1)}
     table |= coder("encoder", 3, 96, 384, 32) | coder("decoder", 16, 384, 96, 3)
-    sides = {0: (96, 96), 1: (96, 96), 3: (96, 192), 4: (192, 192), 6: (192, 384), 7: (384, 384), 9: (384, 384),
+    sides = {0: (96, 96), 1: (96, 96), 3: (96, 192), 4: (192, 192), 6: (192, 384), 7: (384, 384),
+        9: (384, 384),
              10: (384, 384)}  # fmt: skip
     for place, (into, out) in sides.items():
         table |= residual(f"encoder.downsamples.{place}", into, out)
     for place, width in {2: 96, 5: 192, 8: 384}.items():
         table |= conv(f"encoder.downsamples.{place}.resample.1", width, width, 3, 3)
-        table |= conv(f"encoder.downsamples.{place}.time_conv", width, width, 3, 1, 1) if place > 2 else {}
+        table |= (
+            conv(f"encoder.downsamples.{place}.time_conv", width, width, 3, 1, 1)
+            if place > 2
+            else {}
+        )
     for place in (0, 1, 2, 4, 5, 6, 8, 9, 10, 12, 13, 14):
         width = (384, 384, 192, 96)[place // 4]
         table |= residual(f"decoder.upsamples.{place}", 192 if place == 4 else width, width)
     for place, width in {3: 384, 7: 384, 11: 192}.items():
         table |= conv(f"decoder.upsamples.{place}.resample.1", width // 2, width, 3, 3)
-        table |= conv(f"decoder.upsamples.{place}.time_conv", 768, 384, 3, 1, 1) if place < 11 else {}
+        table |= (
+            conv(f"decoder.upsamples.{place}.time_conv", 768, 384, 3, 1, 1) if place < 11 else {}
+        )
     return table
 
 
 def wan21_dit(layers, d, ffn):
     """Every tensor of a text-to-video DiT and its shape."""
     table = {**conv("patch_embedding", d, 16, 1, 2, 2), **conv("text_embedding.0", d, 4096),
-             **conv("text_embedding.2", d, d), **conv("time_embedding.0", d, 256), **conv("time_embedding.2", d, d),
+             **conv("text_embedding.2", d, d), **conv("time_embedding.0", d, 256),
+             **conv("time_embedding.2", d, d),
              **conv("time_projection.1", 6 * d, d), **conv("head.head", 64, d),
              "head.modulation": (1, 2, d)}  # fmt: skip
     for block in (f"blocks.{index}" for index in range(layers)):
@@ -96,22 +116,36 @@ def test_the_vae_names_are_those_that_diffusers_converts(make_vae):
 def test_places_of_another_decoder():
     """Two stages of one residual block and one more, then an upsampling: 0, 1, 2 and 3, 4."""
     assert (
-        original_vae_name("decoder.up_blocks.0.upsamplers.0.time_conv.bias", 1) == "decoder.upsamples.2.time_conv.bias"
+        original_vae_name("decoder.up_blocks.0.upsamplers.0.time_conv.bias", 1)
+        == "decoder.upsamples.2.time_conv.bias"
     )
-    assert original_vae_name("decoder.up_blocks.1.resnets.1.norm2.gamma", 1) == "decoder.upsamples.4.residual.3.gamma"
-    assert vae_name("decoder.upsamples.3.shortcut.bias", 1) == "decoder.up_blocks.1.resnets.0.conv_shortcut.bias"
+    assert (
+        original_vae_name("decoder.up_blocks.1.resnets.1.norm2.gamma", 1)
+        == "decoder.upsamples.4.residual.3.gamma"
+    )
+    assert (
+        vae_name("decoder.upsamples.3.shortcut.bias", 1)
+        == "decoder.up_blocks.1.resnets.0.conv_shortcut.bias"
+    )
 
 
 def test_every_dit_tensor_there_and_back(make_transformer):
     transformer = make_transformer()
     state = named(transformer, original_dit_name)
-    assert convert_wan_transformer_to_diffusers(dict(state)).keys() == transformer.state_dict().keys()
-    assert all(convert_wan_transformer_to_diffusers({original: 0}) == {dit_name(original): 0} for original in state)
+    assert (
+        convert_wan_transformer_to_diffusers(dict(state)).keys() == transformer.state_dict().keys()
+    )
+    assert all(
+        convert_wan_transformer_to_diffusers({original: 0}) == {dit_name(original): 0}
+        for original in state
+    )
     assert original_dit_name("blocks.11.norm2.weight") == "blocks.11.norm3.weight"
     assert original_layer("blocks.3.attn2.to_out.0") == "blocks.3.cross_attn.o"
 
 
-@pytest.mark.parametrize("name", ["decoder.up_blocks.0.resnets.0.conv3.weight", "encoder.extra", "middle.0.weight"])
+@pytest.mark.parametrize(
+    "name", ["decoder.up_blocks.0.resnets.0.conv3.weight", "encoder.extra", "middle.0.weight"]
+)
 def test_unknown_vae_names(name):
     with pytest.raises(ValueError, match=r"not a tensor of Wan2\.1's VAE"):
         original_vae_name(name)
@@ -135,7 +169,9 @@ def test_full_size_vae():
 def test_full_size_dit(size):
     layers, heads, ffn, tensors, parameters = DITS[size]
     with torch.device("meta"):
-        transformer = WanTransformer3DModel(num_layers=layers, num_attention_heads=heads, ffn_dim=ffn)
+        transformer = WanTransformer3DModel(
+            num_layers=layers, num_attention_heads=heads, ffn_dim=ffn
+        )
     state, d = named(transformer, original_dit_name), 128 * heads
     assert len(state) == tensors
     assert sum(value.numel() for value in state.values()) == parameters

@@ -1,4 +1,5 @@
-"""Damaged checkpoints are found out without the base that they were trained on, whatever they are exported to."""
+"""Damaged checkpoints are found out without the base that they were trained on, whatever they are
+exported to."""
 
 import json
 
@@ -51,21 +52,38 @@ def replaced(name, value):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (only_some, r"file is no whole dit_dora: 23 missing: blocks\.0\..*\. It is damaged: give another"),
+        (
+            only_some,
+            r"file is no whole dit_dora: 23 missing: blocks\.0\..*\. It is damaged: give another",
+        ),
         (lambda state: state.clear(), r"30 missing"),
-        (lambda state: state.pop(f"{Q}.lora_B.default.weight"), rf"1 missing: {Q}\.lora_B\.default\.weight\. It"),
-        (replaced(f"{Q}.lora_A.default.weight", lambda a: a[:2]), rf"{Q}\.lora_A.* is \(2, 24\), the model has \(3, "),
-        (replaced(f"{Q}.lora_B.default.weight", lambda b: b.T), rf"{Q}\.lora_B.* is \(3, 24\), the model has \(3, 3"),
+        (
+            lambda state: state.pop(f"{Q}.lora_B.default.weight"),
+            rf"1 missing: {Q}\.lora_B\.default\.weight\. It",
+        ),
+        (
+            replaced(f"{Q}.lora_A.default.weight", lambda a: a[:2]),
+            rf"{Q}\.lora_A.* is \(2, 24\), the model has \(3, ",
+        ),
+        (
+            replaced(f"{Q}.lora_B.default.weight", lambda b: b.T),
+            rf"{Q}\.lora_B.* is \(3, 24\), the model has \(3, 3",
+        ),
         (replaced(f"{Q}.lora_A.default.weight", lambda a: a[0, 0]), rf"{Q}\.lora_A.* is \(\)"),
         (
             replaced(f"{Q}.lora_magnitude_vector.default.weight", lambda m: m.to(torch.int8)),
             rf"1 of another type: {Q}\.lora_magnitude_vector\.default\.weight is int8",
         ),
         (lambda state: state.update({"text.weight": torch.ones(1)}), r"1 not used: text\.weight"),
-        (renamed(f"{Q}.lora_A.default.weight", "blocks.1.attn1.norm_q.lora_A.default.weight"), r"not used: .*norm_q"),
+        (
+            renamed(f"{Q}.lora_A.default.weight", "blocks.1.attn1.norm_q.lora_A.default.weight"),
+            r"not used: .*norm_q",
+        ),
         (
             lambda state: [
-                renamed(name, name.replace("s.1.", "s.7."))(state) for name in list(state) if "s.1." in name
+                renamed(name, name.replace("s.1.", "s.7."))(state)
+                for name in list(state)
+                if "s.1." in name
             ],
             r"30 missing: blocks\.1\.",
         ),
@@ -90,9 +108,18 @@ def test_damaged_dora(tmp_path, dora, change, message):
         ),
         (replaced(f"{LORA}.A", lambda a: torch.cat([a, a])), rf"{LORA}\.A is \(4, "),
         (replaced(f"{LORA}.A", lambda a: a[0, 0, 0, 0, 0]), rf"{LORA}\.A is \(\)"),
-        (replaced("merge.conv_in.weight", lambda a: a.to(torch.int8)), r"merge\.conv_in\.weight is int8"),
-        (replaced("merge.norm_out.gamma", lambda a: a[:1]), r"merge\.norm_out\.gamma is \(1, 1, 1, 1\)"),
-        (lambda state: state.update({"encoder.weight": torch.ones(1)}), r"1 not used: encoder\.weight"),
+        (
+            replaced("merge.conv_in.weight", lambda a: a.to(torch.int8)),
+            r"merge\.conv_in\.weight is int8",
+        ),
+        (
+            replaced("merge.norm_out.gamma", lambda a: a[:1]),
+            r"merge\.norm_out\.gamma is \(1, 1, 1, 1\)",
+        ),
+        (
+            lambda state: state.update({"encoder.weight": torch.ones(1)}),
+            r"1 not used: encoder\.weight",
+        ),
         (renamed(f"{LORA}.A", LORA.replace("conv1", "conv9") + ".A"), r"not used: .*conv9"),
     ],
 )
@@ -121,13 +148,19 @@ def test_facts(tmp_path, kind, change, message):
         check_facts(tmp_path / "file", kind, facts | change)
     for name in facts:
         with pytest.raises(ValueError, match=rf"file: its metadata has no {name}\. "):
-            check_facts(tmp_path / "file", kind, {other: facts[other] for other in facts if other != name})
+            check_facts(
+                tmp_path / "file", kind, {other: facts[other] for other in facts if other != name}
+            )
 
 
 def test_adapter_files_are_checked(tmp_path, dora):
     only_some(dora)
     facts = {**DORA, "schema": ADAPTER_SCHEMA, "kind": "dit_dora"}
     state = {f"transformer.{name}": value for name, value in dora.items()}
-    save_file(state, tmp_path / "cut.safetensors", {name: json.dumps(value) for name, value in facts.items()})
+    save_file(
+        state,
+        tmp_path / "cut.safetensors",
+        {name: json.dumps(value) for name, value in facts.items()},
+    )
     with pytest.raises(ValueError, match=r"cut\.safetensors is no whole dit_dora"):
         read_trained(str(tmp_path / "cut.safetensors"))

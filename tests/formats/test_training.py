@@ -16,7 +16,9 @@ def test_round_trip(tmp_path):
 def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path, small_disk):
     path = tmp_path / "last.ckpt"
     WholeCheckpointIO().save_checkpoint({"step": 1}, path)
-    with pytest.raises(OSError, match=r"last\.ckpt could not be written .* MiB are free there.* resume=last"):
+    with pytest.raises(
+        OSError, match=r"last\.ckpt could not be written .* MiB are free there.* resume=last"
+    ):
         WholeCheckpointIO().save_checkpoint({"w": torch.zeros(10**6)}, path)
     assert torch.load(path, weights_only=True) == {"step": 1}
     assert os.listdir(tmp_path) == ["last.ckpt"]

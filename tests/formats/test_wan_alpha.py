@@ -24,7 +24,9 @@ from tests.original import MERGE, replaced
 
 @pytest.fixture(scope="module")
 def trainable(make_vae):
-    return trainable_state(RGBAVAE(vae=make_vae(), merge_init="scratch", lora_rank=2, lora_alpha=1.0))
+    return trainable_state(
+        RGBAVAE(vae=make_vae(), merge_init="scratch", lora_rank=2, lora_alpha=1.0)
+    )
 
 
 def test_the_whole_merge_block_has_a_place(trainable):
@@ -42,7 +44,10 @@ def test_the_whole_merge_block_has_a_place(trainable):
     [
         ("vae_fgr.decoder.conv1.conv3D.lora_A.default.weight", "decoder_rgb.net.conv_in"),
         ("vae_fgr.decoder.conv1.lora_A.weight", "decoder_rgb.net.conv_in"),
-        ("vae_pha.decoder.middle.1.to_qkv.lora_A.default.weight", "decoder_alpha.net.mid_block.attentions.0.to_qkv"),
+        (
+            "vae_pha.decoder.middle.1.to_qkv.lora_A.default.weight",
+            "decoder_alpha.net.mid_block.attentions.0.to_qkv",
+        ),
         (
             "vae_pha.decoder.upsamples.4.shortcut.conv3D.lora_A.default.weight",
             "decoder_alpha.net.up_blocks.1.resnets.0.conv_shortcut",
@@ -67,12 +72,18 @@ def test_lora_names(trainable, released, ours):
 def test_lora_b_loses_its_kernel_of_one():
     value = torch.arange(6.0).view(3, 2, 1, 1, 1)
     for kernel in ((1, 1, 1), (1, 1)):
-        state = trainable_from_wan_alpha({"vae_fgr.decoder.conv1.lora_B.default.weight": value.view(3, 2, *kernel)})
+        state = trainable_from_wan_alpha(
+            {"vae_fgr.decoder.conv1.lora_B.default.weight": value.view(3, 2, *kernel)}
+        )
         assert_close(state["decoder_rgb.net.conv_in.parametrizations.weight.0.B"], value.view(3, 2))
 
 
 def test_frozen_tensors_are_left_out():
-    frozen = ("vae.encoder.conv1.weight", "vae_fgr.decoder.conv1.conv3D.weight", "dit.blocks.0.norm3.weight")
+    frozen = (
+        "vae.encoder.conv1.weight",
+        "vae_fgr.decoder.conv1.conv3D.weight",
+        "dit.blocks.0.norm3.weight",
+    )
     assert trainable_from_wan_alpha(dict.fromkeys(frozen, torch.zeros(1))) == {}
 
 
@@ -93,35 +104,49 @@ def test_keys_without_a_place_are_errors(key):
 
 
 LAYER = "blocks.1.cross_attn.o"
-PARTS = {"lora_A": torch.ones(2, 3), "lora_B": torch.ones(3, 2), "lora_magnitude_vector": torch.ones(3)}
+PARTS = {
+    "lora_A": torch.ones(2, 3),
+    "lora_B": torch.ones(3, 2),
+    "lora_magnitude_vector": torch.ones(3),
+}
 
 
 @pytest.mark.parametrize("prefix", ["", "diffusion_model.", "pipe.dit."])
 @pytest.mark.parametrize("adapter", [".default", ""])
 def test_dora_names(prefix, adapter):
     flat = {f"{prefix}{LAYER}.{part}{adapter}.weight": value for part, value in PARTS.items()}
-    assert dora_from_wan_alpha(flat) == {f"blocks.1.attn2.to_out.0.{p}.default.weight": v for p, v in PARTS.items()}
+    assert dora_from_wan_alpha(flat) == {
+        f"blocks.1.attn2.to_out.0.{p}.default.weight": v for p, v in PARTS.items()
+    }
 
 
 def test_dora_keys_without_a_place():
     flat = {f"{LAYER}.dora_scale": torch.ones(3, 1), f"{LAYER}.alpha": torch.ones(1)}
-    with pytest.raises(ValueError, match=rf"t2v: {LAYER}\.dora_scale, {LAYER}\.alpha: names that Wan-Alpha does not"):
+    with pytest.raises(
+        ValueError,
+        match=rf"t2v: {LAYER}\.dora_scale, {LAYER}\.alpha: names that Wan-Alpha does not",
+    ):
         dora_from_wan_alpha(flat, "t2v")
-    twice = {f"{prefix}{LAYER}.lora_A.weight": torch.ones(2, 3) for prefix in ("", "diffusion_model.")}
+    twice = {
+        f"{prefix}{LAYER}.lora_A.weight": torch.ones(2, 3) for prefix in ("", "diffusion_model.")
+    }
     with pytest.raises(ValueError, match="the same tensor under two names"):
         dora_from_wan_alpha(twice)
 
 
 @pytest.mark.parametrize("layout", ["wan21", "tiny"])
 def test_trainable_there_and_back(make_vae, layout):
-    """Bit for bit where alpha is a power of two; B takes alpha in, since the released scale is 1 / rank."""
+    """Bit for bit where alpha is a power of two; B takes alpha in, since the released scale is 1 /
+    rank."""
     vae = RGBAVAE(vae=make_vae(layout), merge_init="scratch", lora_rank=2, lora_alpha=4.0)
     state = {name: torch.randn_like(value) for name, value in trainable_state(vae).items()}
     blocks = make_vae(layout).config.num_res_blocks
     back = trainable_from_wan_alpha(trainable_to_wan_alpha(state, 4.0, blocks), blocks)
     check_fit(state, back, "there and back")
     for name, value in back.items():
-        assert_close(value, (4 * state[name] if name.endswith(".B") else state[name]), rtol=0, atol=0)
+        assert_close(
+            value, (4 * state[name] if name.endswith(".B") else state[name]), rtol=0, atol=0
+        )
 
 
 def test_names_of_the_released_file(trainable):
@@ -131,7 +156,12 @@ def test_names_of_the_released_file(trainable):
     assert all("decoder" in name and ".lora_" in name for name in decoder)
     assert set(flat) - set(decoder) == {name for name in flat if name.startswith("middle.block.")}
     assert flat["vae_pha.decoder.middle.1.to_qkv.lora_B.default.weight"].shape[1:] == (2, 1, 1)
-    assert flat["vae_fgr.decoder.upsamples.3.time_conv.conv3D.lora_B.default.weight"].shape[1:] == (2, 1, 1, 1)
+    assert flat["vae_fgr.decoder.upsamples.3.time_conv.conv3D.lora_B.default.weight"].shape[1:] == (
+        2,
+        1,
+        1,
+        1,
+    )
     with pytest.raises(ValueError, match=r"vae\.merge\.x: no trained tensor"):
         trainable_to_wan_alpha({"vae.merge.x": torch.zeros(1)}, 1.0)
 
@@ -144,7 +174,12 @@ def test_dora_there_and_back(make_transformer):
     back = dora_from_wan_alpha(dora_to_wan_alpha(state, 2.0))
     check_fit(state, back, "there and back")
     for name, value in back.items():
-        assert_close(value, (2 * state[name] if ".lora_B." in name else state[name]).bfloat16(), rtol=0, atol=0)
+        assert_close(
+            value,
+            (2 * state[name] if ".lora_B." in name else state[name]).bfloat16(),
+            rtol=0,
+            atol=0,
+        )
     with pytest.raises(ValueError, match="no DoRA tensor"):
         dora_to_wan_alpha({"blocks.0.attn1.to_q.weight": torch.zeros(1)}, 1.0)
 
@@ -157,16 +192,22 @@ def test_full_size_vae_file():
             if isinstance(layer, (nn.Conv2d, nn.Conv3d)):
                 lora = MergedLoRA(layer.weight, 128, 1.0)
                 for decoder, matrix in product(("decoder_rgb", "decoder_alpha"), "AB"):
-                    state[f"{decoder}.net.{name}.parametrizations.weight.0.{matrix}"] = getattr(lora, matrix)
+                    state[f"{decoder}.net.{name}.parametrizations.weight.0.{matrix}"] = getattr(
+                        lora, matrix
+                    )
         flat = trainable_to_wan_alpha(state, 1.0)
     table = wan_alpha_vae()
     assert {name: tuple(value.shape) for name, value in flat.items()} == table
-    counts = [[prod(shape) for name, shape in table.items() if name.startswith(part)] for part in PARTS_OF_FILE]
+    counts = [
+        [prod(shape) for name, shape in table.items() if name.startswith(part)]
+        for part in PARTS_OF_FILE
+    ]
     assert [(len(numbers), sum(numbers)) for numbers in counts] == list(PARTS_OF_FILE.values())
 
 
 PARTS_OF_FILE = {  # tensors and parameters
-    "middle.": (33, 25_537_552), "vae_fgr.decoder.": (76, 30_013_824), "vae_pha.decoder.": (76, 30_013_824)
+    "middle.": (33, 25_537_552), "vae_fgr.decoder.": (76, 30_013_824), "vae_pha.decoder.": (76,
+    30_013_824)
 }  # fmt: skip
 
 
@@ -199,9 +240,13 @@ def test_full_size_dora():
     assert len(flat) == 1200
     assert {value.dtype for value in flat.values()} == {torch.bfloat16}
     expected = {}
-    for block, part in product(range(40), [*product(("self_attn", "cross_attn"), "qkvo"), ("ffn", "0"), ("ffn", "2")]):
+    for block, part in product(
+        range(40), [*product(("self_attn", "cross_attn"), "qkvo"), ("ffn", "0"), ("ffn", "2")]
+    ):
         layer = f"blocks.{block}.{'.'.join(part)}"
-        out, into = {("ffn", "0"): (13824, 5120), ("ffn", "2"): (5120, 13824)}.get(part, (5120, 5120))
+        out, into = {("ffn", "0"): (13824, 5120), ("ffn", "2"): (5120, 13824)}.get(
+            part, (5120, 5120)
+        )
         expected[f"{layer}.lora_A.default.weight"] = (32, into)
         expected[f"{layer}.lora_B.default.weight"] = (out, 32)
         expected[f"{layer}.lora_magnitude_vector.default.weight"] = (out,)

@@ -40,7 +40,8 @@ def noise():
 
 @pytest.fixture
 def alpha():
-    """Cell (0, 0, 0, 0) and the later ones of column 2 of clip 0 are opaque: three; the rest is empty or mixed."""
+    """Cell (0, 0, 0, 0) and the later ones of column 2 of clip 0 are opaque: three; the rest is
+    empty or mixed."""
     alpha = torch.zeros(2, 1, 5, 4, 6)
     alpha[0, :, 0, :2, :2] = 1
     alpha[0, :, 1:, :, 4:] = 1
@@ -49,7 +50,8 @@ def alpha():
 
 
 def off_by(error, latents, noise):
-    """A velocity field whose squared error is `error` (broadcast over cells), as a function of its input."""
+    """A velocity field whose squared error is `error` (broadcast over cells), as a function of its
+    input."""
 
     def field(x_t, timestep):
         return x_t - x_t.detach() + (noise - latents).detach() + error.sqrt()
@@ -58,7 +60,8 @@ def off_by(error, latents, noise):
 
 
 def cellwise(opaque, other):
-    """Squared error by cell (2, 1, 2, 2, 3): `opaque` in alpha's opaque cells, `other` elsewhere."""
+    """Squared error by cell (2, 1, 2, 2, 3): `opaque` in alpha's opaque cells, `other`
+    elsewhere."""
     error = torch.full((2, 1, 2, 2, 3), float(other))
     error[0, 0, 0, 0, 0] = opaque[0]
     error[0, 0, 1, :, 2] = torch.tensor(opaque[1:])
@@ -87,7 +90,9 @@ def test_opaque_by_hand(latents, noise, alpha):
     """Three opaque cells of 12, errors 1, 2 and 6: their mean is 3, whatever the others are."""
     field = off_by(cellwise([1.0, 2.0, 6.0], 100), latents, noise)
     assert run(loss(), latents, alpha, noise, field).item() == pytest.approx(3, rel=1e-5)
-    assert run(loss(weight=0.1), latents, alpha, noise, field).item() == pytest.approx(0.3, rel=1e-5)
+    assert run(loss(weight=0.1), latents, alpha, noise, field).item() == pytest.approx(
+        0.3, rel=1e-5
+    )
 
 
 def test_opaque_without_an_opaque_cell_is_exactly_zero(latents, noise, alpha):
@@ -108,7 +113,9 @@ def test_eps_counts_lossy_cells_as_opaque(latents, noise, alpha):
     field = off_by(cellwise([1.0, 2.0, 6.0], 100), latents, noise)
     lossy = alpha * 254 / 255
     assert run(loss(), latents, lossy, noise, field).item() == 0
-    assert run(loss(eps=1.5 / 255), latents, lossy, noise, field).item() == pytest.approx(3, rel=1e-5)
+    assert run(loss(eps=1.5 / 255), latents, lossy, noise, field).item() == pytest.approx(
+        3, rel=1e-5
+    )
 
 
 def test_bidirectional_by_hand(latents, noise, alpha):
@@ -170,12 +177,15 @@ def test_timestep_weight(latents, noise, alpha):
     field = off_by(cellwise([1.0, 2.0, 6.0], 0), latents, noise)
     weighted = run(loss(timestep_weight=True), latents, alpha, noise, field)
     assert weighted.item() == pytest.approx(3 * flow.schedule().weights[100].item(), rel=1e-5)
-    other = run(loss(timestep_weight=True), latents, alpha, noise, field, ids=torch.tensor([0, 500]))
+    other = run(
+        loss(timestep_weight=True), latents, alpha, noise, field, ids=torch.tensor([0, 500])
+    )
     assert other.item() == 0  # w(1000) = 0
 
 
 def test_upstream_is_one_sided(latents, noise, alpha):
-    """Its clamp takes value and gradient from all cells but the opaque ones, and from errors above 1 / w."""
+    """Its clamp takes value and gradient from all cells but the opaque ones, and from errors above
+    1 / w."""
     field = off_by(cellwise([0.01, 0.02, 100.0], 0.01), latents, noise)
     term = loss(mode="upstream", timestep_weight=True)
     value = run(term, latents, alpha, noise, field)
@@ -189,8 +199,12 @@ def test_upstream_is_one_sided(latents, noise, alpha):
 @pytest.mark.parametrize("mode", ["opaque", "bidirectional", "upstream"])
 def test_gradients_reach_the_latents_and_not_the_dit(make_transformer, mode):
     transformer = make_transformer()
-    field = VelocityField(transformer, torch.randn(1, 3, 16, generator=torch.Generator().manual_seed(0)))
-    latents, noise = (torch.randn(2, 16, 2, 4, 4, generator=torch.Generator().manual_seed(s)) for s in (0, 1))
+    field = VelocityField(
+        transformer, torch.randn(1, 3, 16, generator=torch.Generator().manual_seed(0))
+    )
+    latents, noise = (
+        torch.randn(2, 16, 2, 4, 4, generator=torch.Generator().manual_seed(s)) for s in (0, 1)
+    )
     latents = (latents * 0.1).requires_grad_()
     alpha = torch.ones(2, 1, 5, 8, 8)
     alpha[1, ..., 4:] = 0

@@ -29,7 +29,9 @@ def vgg_file(tmp_path_factory):
         features = vgg16(weights=None).features[:9]
     state = {f"features.{n}": torch.randn(v.shape) * 0.05 for n, v in features.state_dict().items()}
     file = tmp_path_factory.mktemp("vgg") / "vgg16.safetensors"
-    save_file(state | {"features.28.bias": torch.zeros(2), "classifier.0.bias": torch.zeros(2)}, file)
+    save_file(
+        state | {"features.28.bias": torch.zeros(2), "classifier.0.bias": torch.zeros(2)}, file
+    )
     return str(file)
 
 
@@ -83,7 +85,9 @@ def test_encoder_features_of_a_bf16_encoder(make_vae):
     half = WanEncoder(make_vae("tiny").requires_grad_(False).bfloat16())
     x_hat, x = video(0).requires_grad_(), video(1)
     value = EncoderFeatures(stages=3)(x_hat, x, half.feature_maps)
-    assert_close(value.float(), EncoderFeatures(stages=3)(x_hat, x, exact.feature_maps), rtol=0.02, atol=0)
+    assert_close(
+        value.float(), EncoderFeatures(stages=3)(x_hat, x, exact.feature_maps), rtol=0.02, atol=0
+    )
     value.backward()
     assert x_hat.grad.dtype == torch.float32
     assert x_hat.grad.abs().max() > 0
@@ -103,7 +107,9 @@ def test_vgg_ends_at_relu2_2(vgg):
 
 def test_imagenet_norm_is_an_affine_map_of_the_input(vgg):
     x_hat, x = video(0), video(1)
-    mean, std = (torch.tensor(v).view(1, 3, 1, 1, 1) for v in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
+    mean, std = (
+        torch.tensor(v).view(1, 3, 1, 1, 1) for v in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+    )
 
     def affine(video):
         return ((video + 1) / 2 - mean) / std * 2 - 1
@@ -121,7 +127,9 @@ def test_vgg_trains_the_prediction_alone(vgg):
 
 
 def test_vgg_file_that_is_not_there(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"vgg\.pth do not exist.*loss\.perceptual\.weights"):
+    with pytest.raises(
+        FileNotFoundError, match=r"vgg\.pth do not exist.*loss\.perceptual\.weights"
+    ):
         load_vgg16(str(tmp_path / "vgg.pth"), "choose another")
 
 

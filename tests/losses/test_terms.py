@@ -36,7 +36,8 @@ def test_l1_by_hand():
 
 
 def test_sobel_of_a_ramp_is_its_slope():
-    """Normalised Sobel: the slope inside, half of it at the two replicated borders; 1e-6 stands under the root."""
+    """Normalised Sobel: the slope inside, half of it at the two replicated borders; 1e-6 stands
+    under the root."""
     flat = torch.zeros(1, 3, 1, 4, 6)
     inside, border = ((slope**2 + 1e-6) ** 0.5 - 1e-3 for slope in (0.2, 0.1))
     expected = torch.tensor((4 * inside + 2 * border) / 6)
@@ -61,7 +62,8 @@ def test_sobel_sees_colour_edges_of_equal_luma():
 
 
 def test_central_difference_by_hand():
-    """Two pixels apart without halving: a ramp of grey has twice the slope times the luma weights' sum."""
+    """Two pixels apart without halving: a ramp of grey has twice the slope times the luma weights'
+    sum."""
     magnitude = central_difference_magnitude(ramp(0.1, channels=1))
     assert_close(magnitude[0, 0, 1:-1, 1:-1], torch.full((2, 4), (0.2**2 + 1e-6) ** 0.5))
     grey = central_difference_magnitude(ramp(0.1))

@@ -53,7 +53,8 @@ def test_identity_is_zero(kind):
 def test_each_view_by_hand():
     """Colour 0.1 at alpha 0.8 for colour 0.5 at alpha 1.
 
-    Alpha in [-1, 1]: 0.6 for 1. Soft over black: 0.8 * 0.1 - 0.2 = -0.12 for 0.5. Hard: colour alone.
+    Alpha in [-1, 1]: 0.6 for 1. Soft over black: 0.8 * 0.1 - 0.2 = -0.12 for 0.5. Hard: colour
+    alone.
     """
     total, parts = loss()(flat(0.1), flat(0.8, 1), flat(0.5), flat(1.0, 1), KEY, RED, None)
     assert values(parts) == {"alpha/l1": 0.4, "soft/l1": 0.62, "hard/l1": 0.4}
@@ -100,11 +101,17 @@ def test_three_channel_alpha():
 
 def test_parts_are_weighted_and_add_up():
     arguments = (noise(0), noise(1, 1), noise(2), noise(3, 1), RED, BLUE, 1.0)
-    one, ones = loss(l1_weight=1.0, edge_weight=1.0, perceptual_weight=1.0, perceptual=SquaredError())(*arguments)
-    total, parts = loss(l1_weight=2.0, edge_weight=3.0, perceptual_weight=5.0, perceptual=SquaredError())(*arguments)
+    one, ones = loss(
+        l1_weight=1.0, edge_weight=1.0, perceptual_weight=1.0, perceptual=SquaredError()
+    )(*arguments)
+    total, parts = loss(
+        l1_weight=2.0, edge_weight=3.0, perceptual_weight=5.0, perceptual=SquaredError()
+    )(*arguments)
     assert_close(sum(ones.values()), one)
     assert_close(sum(parts.values()), total)
-    assert sorted(parts) == [f"{view}/{term}" for view in ("alpha", "hard", "soft") for term in TERMS]
+    assert sorted(parts) == [
+        f"{view}/{term}" for view in ("alpha", "hard", "soft") for term in TERMS
+    ]
     for name, value in parts.items():
         assert_close(value, {"l1": 2, "edge": 3, "perceptual": 5}[name.split("/")[1]] * ones[name])
 
@@ -121,7 +128,9 @@ def test_feature_maps_go_to_the_perceptual_term():
 
 
 def test_terms_of_weight_zero_are_not_computed():
-    _, parts = loss(perceptual=SquaredError())(noise(0), noise(1, 1), noise(2), noise(3, 1), RED, BLUE, None)
+    _, parts = loss(perceptual=SquaredError())(
+        noise(0), noise(1, 1), noise(2), noise(3, 1), RED, BLUE, None
+    )
     assert sorted(parts) == ["alpha/l1", "hard/l1", "soft/l1"]
 
 

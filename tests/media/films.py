@@ -38,7 +38,9 @@ def write(path, frames, codec, pixels, fps=10, trc=None, primaries=None, **optio
             stream.codec_context.color_trc, stream.codec_context.color_primaries = trc, primaries
         for frame in frames:
             name = "rgba" if frames.shape[-1] == 4 else "rgb24"
-            picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format=name).reformat(format=pixels)
+            picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format=name).reformat(
+                format=pixels
+            )
             if trc is not None:
                 picture.color_trc, picture.color_primaries = trc, primaries
             container.mux(stream.encode(picture))
@@ -57,4 +59,17 @@ def ffmpeg(*arguments, pipe=b""):
 def by_ffmpeg(frames, *arguments, fps=10):
     """RGBA frames (T, H, W, 4) into whatever the arguments name."""
     size = f"{frames.shape[2]}x{frames.shape[1]}"
-    ffmpeg("-f", "rawvideo", "-pix_fmt", "rgba", "-s", size, "-r", fps, "-i", "-", *arguments, pipe=frames.tobytes())
+    ffmpeg(
+        "-f",
+        "rawvideo",
+        "-pix_fmt",
+        "rgba",
+        "-s",
+        size,
+        "-r",
+        fps,
+        "-i",
+        "-",
+        *arguments,
+        pipe=frames.tobytes(),
+    )

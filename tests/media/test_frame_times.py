@@ -22,7 +22,8 @@ def test_a_rounding_clock_is_a_constant_rate(delays):
 def test_long_frames_repeat_and_short_ones_go():
     found = rate([0.1, 0.1, 0.3, 0.02, 0.1, 0.08])
     assert found.fps == pytest.approx(10)
-    assert found.indices.tolist() == [0, 1, 2, 2, 2, 4, 5]  # 0.7 s; frame 3 is never shown in a middle
+    # 0.7 s; frame 3 is never shown in a middle
+    assert found.indices.tolist() == [0, 1, 2, 2, 2, 4, 5]
     assert "20 to 300 ms" in found.note and "6 frames became 7, 1 dropped" in found.note
 
 
@@ -37,7 +38,9 @@ def test_a_missing_frame_is_repeated():
 
 
 def test_absurd_durations_are_refused_before_frames_are_made():
-    with pytest.raises(MediaError, match=r"a\.webp: its frames last up to 3\.6e\+06 s.*max_frames=1000"):
+    with pytest.raises(
+        MediaError, match=r"a\.webp: its frames last up to 3\.6e\+06 s.*max_frames=1000"
+    ):
         rate([0.04, 0.04, 3.6e6])
 
 

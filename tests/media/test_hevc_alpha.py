@@ -17,7 +17,8 @@ def units(data):
 
 
 def encoded(planes):
-    """One HEVC packet per frame, parameter sets first, of 4:2:0 full-range frames given by their luma."""
+    """One HEVC packet per frame, parameter sets first, of 4:2:0 full-range frames given by their
+    luma."""
     context = av.CodecContext.create("libx265", "w")
     context.width, context.height, context.pix_fmt = planes.shape[2], planes.shape[1], "yuv420p"
     context.time_base, context.framerate, context.color_range = Fraction(1, 10), Fraction(10), 2
@@ -26,14 +27,17 @@ def encoded(planes):
     for i, plane in enumerate(planes):
         frame = av.VideoFrame(planes.shape[2], planes.shape[1], "yuv420p")
         frame.pts, frame.color_range = i, 2
-        for part, values in zip(frame.planes, (plane, np.uint8([[128]]), np.uint8([[128]])), strict=True):
+        for part, values in zip(
+            frame.planes, (plane, np.uint8([[128]]), np.uint8([[128]])), strict=True
+        ):
             np.frombuffer(part, np.uint8).reshape(part.height, -1)[:, : part.width] = values
         packets += context.encode(frame)
     return [bytes(packet) for packet in packets + context.encode(None)]
 
 
 def layered(path, luma, alpha, claim=1):
-    """A MOV as Apple writes it: NAL units of alpha carry layer 1; an SEI message says how colour is mixed."""
+    """A MOV as Apple writes it: NAL units of alpha carry layer 1; an SEI message says how colour is
+    mixed."""
     sei = bytes((78, 1, 165, 4, claim << 4, 0, 0x7F, 0x90, 0x80))
     packets = list(zip(encoded(luma), encoded(alpha), strict=True))
     with av.open(str(path), "w", format="mov") as container:
@@ -54,7 +58,8 @@ def test_the_second_layer_is_alpha(tmp_path):
     frames = card(3, 64, 64)
     path = layered(tmp_path / "a.mov", np.full((3, 64, 64), 90, np.uint8), frames[..., 3])
     with av.open(str(path)) as container:
-        assert next(container.decode(video=0)).format.name.startswith("yuv")  # the trap: FFmpeg says nothing
+        # the trap: FFmpeg says nothing
+        assert next(container.decode(video=0)).format.name.startswith("yuv")
     clip = read_video(path)
     assert describe_video(path).alpha and clip.frames.shape == (3, 64, 64, 4)
     assert np.abs(clip.frames[..., 3].astype(int) - frames[..., 3]).max() <= 6
@@ -64,7 +69,9 @@ def test_the_second_layer_is_alpha(tmp_path):
 
 def test_what_the_file_claims(tmp_path):
     for claim, premultiplied in ((0, False), (1, True)):
-        path = layered(tmp_path / "a.mov", np.full((1, 64, 64), 90, np.uint8), card(1, 64, 64)[..., 3], claim)
+        path = layered(
+            tmp_path / "a.mov", np.full((1, 64, 64), 90, np.uint8), card(1, 64, 64)[..., 3], claim
+        )
         with av.open(str(path)) as container:
             assert AlphaLayer.of(path, container.streams.video[0]).premultiplied is premultiplied
 

@@ -17,29 +17,41 @@ def noise(*shape, dtype=np.uint8):
 
 
 def encode(path, pixels, codec, name):
-    """One picture by FFmpeg's encoder; `pixels` as bytes of format `name`, planes one after the other."""
+    """One picture by FFmpeg's encoder; `pixels` as bytes of format `name`, planes one after the
+    other."""
     height, width = pixels.shape[-3:-1] if name.startswith(("rgba", "ya")) else pixels.shape[-2:]
     context = av.CodecContext.create(codec, "w")
-    context.width, context.height, context.pix_fmt, context.time_base = width, height, name, Fraction(1)
+    context.width, context.height, context.pix_fmt, context.time_base = (
+        width,
+        height,
+        name,
+        Fraction(1),
+    )
     frame = av.VideoFrame(width, height, name)
     planes = [pixels.reshape(height, -1)] if frame.format.is_planar is False else list(pixels)
     for plane, values in zip(frame.planes, planes, strict=True):
         rows = np.frombuffer(plane, values.dtype).reshape(height, -1)
         rows[:, : values.shape[1]] = values
-    path.write_bytes(b"".join(bytes(packet) for packet in context.encode(frame) + context.encode(None)))
+    path.write_bytes(
+        b"".join(bytes(packet) for packet in context.encode(frame) + context.encode(None))
+    )
     return path
 
 
 def tiff(path, pixels, extra, kind, orientation=1):
-    """An uncompressed little-endian TIFF of (H, W, 4) with the given ExtraSamples; kind: 1 integers, 3 floats."""
+    """An uncompressed little-endian TIFF of (H, W, 4) with the given ExtraSamples; kind: 1
+    integers, 3 floats."""
     height, width, _ = pixels.shape
     bits = pixels.dtype.itemsize * 8
     data = pixels.tobytes()
-    tags = [(256, 4, 1, width), (257, 4, 1, height), (258, 3, 4, 8), (259, 3, 1, 1), (262, 3, 1, 2), (273, 4, 1, 24),
-            (274, 3, 1, orientation), (277, 3, 1, 4), (278, 4, 1, height), (279, 4, 1, len(data)), (338, 3, 1, extra),
+    tags = [(256, 4, 1, width), (257, 4, 1, height), (258, 3, 4, 8), (259, 3, 1, 1), (262, 3, 1, 2),
+        (273, 4, 1, 24),
+            (274, 3, 1, orientation), (277, 3, 1, 4), (278, 4, 1, height), (279, 4, 1, len(data)),
+            (338, 3, 1, extra),
             (339, 3, 4, 16)]  # fmt: skip
     head = struct.pack("<4H4H", *[bits] * 4, *[kind] * 4)
-    entries = [struct.pack("<HHII", *entry) for entry in tags]  # little-endian: a short is an int's first half
+    # little-endian: a short is an int's first half
+    entries = [struct.pack("<HHII", *entry) for entry in tags]
     directory = struct.pack("<H", len(tags)) + b"".join(entries) + bytes(4)
     path.write_bytes(struct.pack("<2sHI", b"II", 42, 24 + len(data)) + head + data + directory)
     return path
@@ -53,7 +65,9 @@ def test_sixteen_bit_png_is_rounded_not_cut(tmp_path):
     pixels = noise(9, 7, 4, dtype=np.uint16)
     path = encode(tmp_path / "a.png", pixels.astype(">u2"), "png", "rgba64be")
     clip = read_image(path)
-    assert np.array_equal(clip.frames[0], rounded(pixels)) and clip.notes == ("16 bits rounded to 8",)
+    assert np.array_equal(clip.frames[0], rounded(pixels)) and clip.notes == (
+        "16 bits rounded to 8",
+    )
     assert (clip.premultiplied, clip.lossy, describe_image(path).alpha, image_size(path)) == (
         False,
         False,
@@ -84,7 +98,10 @@ def test_tiff_says_whether_colour_is_multiplied(tmp_path, dtype, extra, name):
         stored[..., :3] *= stored[..., 3:]
     top = 1 if dtype == np.float32 else np.iinfo(dtype).max
     path = tiff(
-        tmp_path / "a.tif", (stored * top).round(0 if top > 1 else 9).astype(dtype), extra, 3 if top == 1 else 1
+        tmp_path / "a.tif",
+        (stored * top).round(0 if top > 1 else 9).astype(dtype),
+        extra,
+        3 if top == 1 else 1,
     )
     if top == 1:
         straight[..., :3] = encode_srgb(straight[..., :3])
@@ -94,7 +111,10 @@ def test_tiff_says_whether_colour_is_multiplied(tmp_path, dtype, extra, name):
 
 
 def test_tiff_with_an_unnamed_channel_is_refused(tmp_path):
-    for dtype, reason in ((np.uint8, "mode RGB has no alpha"), (np.uint16, "no channel that ExtraSamples calls alpha")):
+    for dtype, reason in (
+        (np.uint8, "mode RGB has no alpha"),
+        (np.uint16, "no channel that ExtraSamples calls alpha"),
+    ):
         with pytest.raises(MediaError, match=reason):
             read_image(tiff(tmp_path / "a.tif", noise(4, 4, 4, dtype=dtype), 0, 1))
 
@@ -104,19 +124,28 @@ def test_exr_is_linear_and_premultiplied(tmp_path):
     straight[0, 0] = (0.5, 0.25, 1, 0)  # light without alpha
     stored = np.concatenate((straight[..., :3] * straight[..., 3:], straight[..., 3:]), axis=-1)
     stored[0, 0, :3] = 7
-    path = encode(tmp_path / "a.exr", np.moveaxis(stored[..., [1, 2, 0, 3]], -1, 0).copy(), "exr", "gbrapf32le")
+    path = encode(
+        tmp_path / "a.exr",
+        np.moveaxis(stored[..., [1, 2, 0, 3]], -1, 0).copy(),
+        "exr",
+        "gbrapf32le",
+    )
     clip = read_image(path)
     wanted = np.concatenate((encode_srgb(straight[..., :3]), straight[..., 3:]), axis=-1) * 255
     wanted[0, 0] = 0
     assert np.abs(clip.frames[0] - wanted).max() <= 0.51 and "linear" in clip.notes[0]
     assert clip.premultiplied is False and image_size(path) == (8, 6)
-    opaque = encode(tmp_path / "b.exr", np.moveaxis(stored[..., [1, 2, 0]], -1, 0).copy(), "exr", "gbrpf32le")
+    opaque = encode(
+        tmp_path / "b.exr", np.moveaxis(stored[..., [1, 2, 0]], -1, 0).copy(), "exr", "gbrpf32le"
+    )
     with pytest.raises(MediaError, match="no alpha channel"):
         read_image(opaque)
 
 
 def test_srgb_curve():
-    assert encode_srgb(np.float32([0, 0.0031308, 0.214041, 1])) == pytest.approx([0, 0.04045, 0.5, 1], abs=1e-4)
+    assert encode_srgb(np.float32([0, 0.0031308, 0.214041, 1])) == pytest.approx(
+        [0, 0.04045, 0.5, 1], abs=1e-4
+    )
 
 
 def test_gif_disposal_and_delays(tmp_path):
@@ -126,7 +155,13 @@ def test_gif_disposal_and_delays(tmp_path):
         image = Image.new("RGBA", (32, 16))
         ImageDraw.Draw(image).rectangle((6 * i, 4, 6 * i + 5, 9), fill=(255, 0, 0, 255))
         images.append(image)
-    images[0].save(tmp_path / "a.gif", save_all=True, append_images=images[1:], duration=[50, 50, 100, 50], disposal=2)
+    images[0].save(
+        tmp_path / "a.gif",
+        save_all=True,
+        append_images=images[1:],
+        duration=[50, 50, 100, 50],
+        disposal=2,
+    )
     clip = read_image(tmp_path / "a.gif")
     assert clip.fps == 20 and len(clip.frames) == 5
     for frame, i in zip(clip.frames, (0, 1, 2, 2, 3), strict=True):
@@ -151,7 +186,8 @@ def chunk(kind, data):
 # EXIF's orientations: what is shown of the stored pixels.
 SHOWN = {
     1: lambda p: p, 2: lambda p: p[:, ::-1], 3: lambda p: p[::-1, ::-1], 4: lambda p: p[::-1],
-    5: lambda p: p.swapaxes(0, 1), 6: lambda p: p[::-1].swapaxes(0, 1), 7: lambda p: p[::-1, ::-1].swapaxes(0, 1),
+    5: lambda p: p.swapaxes(0, 1), 6: lambda p: p[::-1].swapaxes(0, 1), 7: lambda p: p[::-1,
+    ::-1].swapaxes(0, 1),
     8: lambda p: p[:, ::-1].swapaxes(0, 1),
 }  # fmt: skip
 
@@ -187,7 +223,8 @@ def png_of(width, height):
 
 
 def apng(path, frames, hidden=None):
-    """frames: (pixels, x, y, dispose, blend), of which the first fills the picture; hidden: a default image."""
+    """frames: (pixels, x, y, dispose, blend), of which the first fills the picture; hidden: a
+    default image."""
     height, width, _ = frames[0][0].shape
     depth = 8 * frames[0][0].dtype.itemsize
     parts, number = [chunk(b"acTL", struct.pack(">II", len(frames), 0))], 0
@@ -200,7 +237,9 @@ def apng(path, frames, hidden=None):
         parts.append(chunk(b"IDAT", packed(hidden)))
     for pixels, x, y, dispose, blend in frames:
         size = pixels.shape[1], pixels.shape[0]
-        parts.append(chunk(b"fcTL", struct.pack(">5I2H2B", number, *size, x, y, 1, 20, dispose, blend)))
+        parts.append(
+            chunk(b"fcTL", struct.pack(">5I2H2B", number, *size, x, y, 1, 20, dispose, blend))
+        )
         number += 1
         if len(parts) == 2:
             parts.append(chunk(b"IDAT", packed(pixels)))
@@ -215,7 +254,15 @@ def apng(path, frames, hidden=None):
 
 
 # x, y, dispose (1: to nothing, 2: to what was there), blend (1: over)
-STEPS = [(0, 0, 0, 0), (3, 2, 0, 1), (1, 1, 1, 1), (4, 3, 2, 1), (0, 4, 0, 0), (2, 0, 1, 0), (1, 2, 0, 1)]
+STEPS = [
+    (0, 0, 0, 0),
+    (3, 2, 0, 1),
+    (1, 1, 1, 1),
+    (4, 3, 2, 1),
+    (0, 4, 0, 0),
+    (2, 0, 1, 0),
+    (1, 2, 0, 1),
+]
 
 
 def partial_frames(dtype=np.uint8):
@@ -230,7 +277,9 @@ def test_apng_of_partial_soft_frames(tmp_path, hidden):
     path = apng(tmp_path / "a.apng", partial_frames(), hidden)
     clip = read_image(path)
     theirs = ffmpeg("-i", path, "-vsync", "passthrough", "-f", "rawvideo", "-pix_fmt", "rgba", "-")
-    difference = np.abs(np.frombuffer(theirs, np.uint8).reshape(clip.frames.shape).astype(int) - clip.frames)
+    difference = np.abs(
+        np.frombuffer(theirs, np.uint8).reshape(clip.frames.shape).astype(int) - clip.frames
+    )
     assert difference[..., 3].max() <= 1 and difference[clip.frames[..., 3] > 64].max() <= 3
     assert (clip.fps, clip.notes, describe_image(path).frames) == (20, (), len(STEPS))
 
@@ -247,7 +296,9 @@ def test_apng_of_sixteen_bits_is_rounded(tmp_path):
 def test_apng_with_palette(tmp_path):
     images = [Image.fromarray(noise(9, 7, 4)).quantize(16) for _ in range(2)]
     images[1].paste(3, (2, 2, 5, 5))
-    images[0].save(tmp_path / "a.png", format="PNG", save_all=True, append_images=images[1:], duration=50)
+    images[0].save(
+        tmp_path / "a.png", format="PNG", save_all=True, append_images=images[1:], duration=50
+    )
     expected = np.stack([np.asarray(image.convert("RGBA")) for image in images])
     assert np.array_equal(read_image(tmp_path / "a.png").frames, expected)
 
@@ -261,7 +312,8 @@ def test_damaged_apng(tmp_path):
     for broken, reason in (
         (data[:-12], "the file is cut off"),
         (data[:-40] + bytes((data[-40] ^ 1,)) + data[-39:], "checksum of chunk b'fdAT' is wrong"),
-        (data.replace(chunk(b"acTL", struct.pack(">II", 3, 0)), chunk(b"acTL", struct.pack(">II", 5, 0))),
+        (data.replace(chunk(b"acTL", struct.pack(">II", 3, 0)), chunk(b"acTL", struct.pack(">II", 5,
+        0))),
          "announces 5 frames and holds 3"),
     ):  # fmt: skip
         (tmp_path / "b.apng").write_bytes(broken)
@@ -270,7 +322,10 @@ def test_damaged_apng(tmp_path):
 
 
 def test_bombs_are_refused_from_their_headers(tmp_path):
-    for side, reason in ((9000, "9000x9000; a picture has at most max_pixels"), (60000, "DecompressionBombError")):
+    for side, reason in (
+        (9000, "9000x9000; a picture has at most max_pixels"),
+        (60000, "DecompressionBombError"),
+    ):
         (tmp_path / "a.png").write_bytes(png_of(side, side))
         with pytest.raises(MediaError, match=reason):
             read_image(tmp_path / "a.png")
@@ -293,5 +348,7 @@ def test_content_decides_not_the_suffix(tmp_path):
     (tmp_path / "a.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n")
     with pytest.raises(MediaError, match="cannot be decoded"):
         read_image(tmp_path / "a.png")
-    Image.fromarray(noise(4, 4, 4)).save(tmp_path / "b.png", format="WEBP", lossless=True, exact=True)
+    Image.fromarray(noise(4, 4, 4)).save(
+        tmp_path / "b.png", format="WEBP", lossless=True, exact=True
+    )
     assert np.array_equal(read_image(tmp_path / "b.png").frames[0], noise(4, 4, 4))

@@ -10,7 +10,8 @@ SIDE = 160
 
 
 def packed(clip, layout, half=False, gutter=0):
-    """RGB frames with colour, black under alpha 0, and alpha beside it; and the rectangles of both."""
+    """RGB frames with colour, black under alpha 0, and alpha beside it; and the rectangles of
+    both."""
     colour, alpha = clip[..., :3] * (clip[..., 3:] > 0), clip[..., 3]
     if half:
         alpha = np.stack([np.asarray(Image.fromarray(a).reduce(2)) for a in alpha])
@@ -49,7 +50,8 @@ def beside(*pictures):
 @pytest.mark.parametrize("kind", ["flame", "glass"])
 @pytest.mark.parametrize(
     ("layout", "half", "gutter"),
-    [("right", False, 0), ("below", False, 8), ("left", False, 8), ("above", False, 0), ("right", True, 0),
+    [("right", False, 0), ("below", False, 8), ("left", False, 8), ("above", False, 0),
+     ("right", True, 0),
      ("below", True, 8)],
 )  # fmt: skip
 def test_rectangles_are_found(kind, layout, half, gutter):
@@ -57,7 +59,9 @@ def test_rectangles_are_found(kind, layout, half, gutter):
     found = find_packing(list(frames))
     assert found is not None and found.confidence >= SURE
     # A gutter is not told from a margin that is empty in both
-    assert min(overlap(found.colour, colour), overlap(found.alpha, alpha)) >= (0.85 if gutter else 0.99)
+    assert min(overlap(found.colour, colour), overlap(found.alpha, alpha)) >= (
+        0.85 if gutter else 0.99
+    )
 
 
 def test_a_packed_video_comes_back(tmp_path):
@@ -67,7 +71,11 @@ def test_a_packed_video_comes_back(tmp_path):
     frames, colour, alpha = packed(clip, "right")
     path = write(tmp_path / "a.mp4", frames, "libx264", "yuv420p", crf="28")
     found = measure_packing(path)
-    assert found is not None and found.confidence >= SURE and (found.colour, found.alpha) == (colour, alpha)
+    assert (
+        found is not None
+        and found.confidence >= SURE
+        and (found.colour, found.alpha) == (colour, alpha)
+    )
     back = read_packed(path, found.colour, found.alpha)
     assert np.abs(back.frames[..., 3].astype(int) - clip[..., 3]).mean() < 3
 
@@ -91,7 +99,9 @@ def test_ordinary_videos_are_not_packed(kind):
         "on black": list(over(clip, 0)),
         "two eyes": beside(scene[:, :, 8:], scene[:, :, :-8]),
         "with its grey copy": beside(scene, grey),
-        "with its grey copy, after a codec": beside(scene, (grey + noise).clip(0, 255).astype(np.uint8)),
+        "with its grey copy, after a codec": beside(
+            scene, (grey + noise).clip(0, 255).astype(np.uint8)
+        ),
         "beside another": beside(scene, over(drawn("glass", 25, 4, SIDE), 90)),
     }
     for name, pictures in videos.items():

@@ -1,8 +1,10 @@
-"""Drawn clips through every format that is read, as acetate and as the ffmpeg program write it, and back.
+"""Drawn clips through every format that is read, as acetate and as the ffmpeg program write it, and
+back.
 
-Alpha comes back to the bit from formats that keep it. From others it is, within a step of 255, what a decoder that is
-not ours makes of the file, and no further from the source than was measured with Debian 12's FFmpeg 5.1, by a third.
-HEVC with alpha is in test_hevc_alpha.py, for this ffmpeg writes none.
+Alpha comes back to the bit from formats that keep it. From others it is, within a step of 255, what
+a decoder that is not ours makes of the file, and no further from the source than was measured with
+Debian 12's FFmpeg 5.1, by a third. HEVC with alpha is in test_hevc_alpha.py, for this ffmpeg writes
+none.
 """
 
 import subprocess
@@ -24,9 +26,10 @@ AVIF = "-c:v libaom-av1 -cpu-used 8 -pix_fmt:0 yuv444p -pix_fmt:1 gray -color_ra
 
 
 class Format(NamedTuple):
-    """file and options: of the ffmpeg program. plane: the codec's pixels, where the program's scaler would take a step
-    off alpha on the way to them. loss: steps of 255 that alpha is off at most; 0: the format keeps it. colour: mean
-    error of what is seen, in steps; None: it means another colour, or its own is 4:2:0."""
+    """file and options: of the ffmpeg program. plane: the codec's pixels, where the program's
+    scaler would take a step off alpha on the way to them. loss: steps of 255 that alpha is off at
+    most; 0: the format keeps it. colour: mean error of what is seen, in steps; None: it means
+    another colour, or its own is 4:2:0."""
 
     file: str
     options: str
@@ -50,11 +53,21 @@ FORMATS = {
     "apng, 16 bit": Format("a.apng", "-plays 0 -pix_fmt rgba64be", colour=1),
     "animated webp, lossless": Format("a.webp", "-c:v libwebp_anim -lossless 1"),
     "animated webp, lossy": Format("a.webp", "-c:v libwebp_anim -quality 90", lossy=True, colour=6),
-    "vp8": Format("a.webm", "-c:v libvpx -crf 4 -b:v 2M -auto-alt-ref 0", "yuva420p", 12, True, None, "libvpx"),
-    "vp9": Format("a.webm", "-c:v libvpx-vp9 -crf 10 -b:v 0", "yuva420p", 12, True, None, "libvpx-vp9"),
-    "vp9, lossless": Format("a.mkv", "-c:v libvpx-vp9 -lossless 1", "yuva420p", lossy=True, colour=None),
-    "prores 4444": Format("a.mov", "-c:v prores_ks -profile:v 4444 -alpha_bits 16", "yuva444p10le", 0, True, 1.5),
-    "prores 4444, 8-bit alpha": Format("a.mov", "-c:v prores_ks -alpha_bits 8", "yuva444p10le", 1, True, 1.5),
+    "vp8": Format(
+        "a.webm", "-c:v libvpx -crf 4 -b:v 2M -auto-alt-ref 0", "yuva420p", 12, True, None, "libvpx"
+    ),
+    "vp9": Format(
+        "a.webm", "-c:v libvpx-vp9 -crf 10 -b:v 0", "yuva420p", 12, True, None, "libvpx-vp9"
+    ),
+    "vp9, lossless": Format(
+        "a.mkv", "-c:v libvpx-vp9 -lossless 1", "yuva420p", lossy=True, colour=None
+    ),
+    "prores 4444": Format(
+        "a.mov", "-c:v prores_ks -profile:v 4444 -alpha_bits 16", "yuva444p10le", 0, True, 1.5
+    ),
+    "prores 4444, 8-bit alpha": Format(
+        "a.mov", "-c:v prores_ks -alpha_bits 8", "yuva444p10le", 1, True, 1.5
+    ),
     "cineform": Format("a.mov", "-c:v cfhd", "gbrap12le", 3, True, 1.5),
     "hap alpha": Format("a.mov", "-c:v hap -format hap_alpha", loss=24, lossy=True, colour=8),
     "quicktime animation": Format("a.mov", "-c:v qtrle -pix_fmt argb"),
@@ -77,7 +90,9 @@ def frames(request):
 
 
 def encoders():
-    listed = subprocess.run(["ffmpeg", "-hide_banner", "-encoders"], capture_output=True, text=True).stdout
+    listed = subprocess.run(
+        ["ffmpeg", "-hide_banner", "-encoders"], capture_output=True, text=True
+    ).stdout
     return {line.split()[1] for line in listed.splitlines() if line.startswith(" V")}
 
 
@@ -129,7 +144,9 @@ def test_written_by_the_program(tmp_path, frames, name):
 
 
 @needs_ffmpeg
-@pytest.mark.parametrize(("suffix", "pixels"), [("png", "rgba"), ("png", "rgba64be"), ("exr", "gbrapf32le")])
+@pytest.mark.parametrize(
+    ("suffix", "pixels"), [("png", "rgba"), ("png", "rgba64be"), ("exr", "gbrapf32le")]
+)
 def test_sequence_by_the_program(tmp_path, frames, suffix, pixels):
     by_ffmpeg(frames, "-pix_fmt", pixels, tmp_path / f"%04d.{suffix}")
     check(read_rgba(tmp_path), describe(tmp_path), frames, 0, False, None if suffix == "exr" else 1)
@@ -156,8 +173,12 @@ def test_avif_by_the_program(tmp_path, frames, still, quality, loss):
     by_ffmpeg(frames, "-filter_complex", split, "-map", "[c]", "-map", "[m]", *options, path)
     clip = read_rgba(path)
     check(clip, describe(path), frames[:1] if still else frames, loss, True, 8)
-    with av.open(str(path)) as container:  # another demuxer, another decoder; alpha is the last track
-        grey = [frame.to_ndarray(format="gray") for frame in container.decode(container.streams.video[-1])]
+    # another demuxer, another decoder; alpha is the last track
+    with av.open(str(path)) as container:
+        grey = [
+            frame.to_ndarray(format="gray")
+            for frame in container.decode(container.streams.video[-1])
+        ]
     assert difference(clip.frames[..., 3], np.stack(grey)) <= 1
 
 
@@ -169,7 +190,10 @@ def test_pair_by_the_program(tmp_path, frames):
     by_ffmpeg(frames, *halves, "-map", "[c]", *H264.split(), fgr, "-map", "[m]", *H264.split(), pha)
     clip = read_pair(fgr, pha)
     assert difference(clip.frames[..., 3], alpha_of(pha, "null")) <= 1
-    assert difference(clip.frames[..., 3], frames[..., 3]) <= 1 and (clip.fps, clip.lossy) == (10, True)
+    assert difference(clip.frames[..., 3], frames[..., 3]) <= 1 and (clip.fps, clip.lossy) == (
+        10,
+        True,
+    )
 
 
 @needs_ffmpeg
@@ -183,13 +207,17 @@ def test_packed_by_the_program(tmp_path, frames, layout):
     x, y = (width, 0) if layout == "hstack" else (0, height)
     clip = read_packed(path, (0, 0, width, height), (x, y, width, height))
     assert difference(clip.frames[..., 3], alpha_of(path, f"crop={width}:{height}:{x}:{y}")) <= 1
-    assert difference(clip.frames[..., 3], frames[..., 3]) <= 1 and (clip.fps, clip.lossy) == (10, True)
+    assert difference(clip.frames[..., 3], frames[..., 3]) <= 1 and (clip.fps, clip.lossy) == (
+        10,
+        True,
+    )
 
 
 @pytest.mark.parametrize(
     ("name", "loss", "lossy"),
     [
-        ("png", 0, False), ("apng", 0, False), ("webp", 0, False), ("prores", 0, True), ("webm", 12, True),
+        ("png", 0, False), ("apng", 0, False), ("webp", 0, False), ("prores", 0, True),
+        ("webm", 12, True),
         ("pair", 12, True), ("ffv1", 0, False),
     ],
 )  # fmt: skip

@@ -13,7 +13,8 @@ from tests.media.films import by_ffmpeg, card, ffmpeg, needs_ffmpeg, write
 @pytest.mark.parametrize(("matrix", "height"), [(1, 32), (6, 32), (9, 32), (2, 32), (2, 600)])
 @pytest.mark.parametrize("full", [False, True])
 def test_matrix_and_range(tmp_path, matrix, height, full):
-    """FFV1 keeps the planes, so that only our reading of them is tested. 2: the file does not say."""
+    """FFV1 keeps the planes, so that only our reading of them is tested. 2: the file does not
+    say."""
     weights = {1: (0.2126, 0.0722), 6: (0.299, 0.114), 9: (0.2627, 0.0593)}
     red, blue = weights[matrix if matrix != 2 else 1 if height > 576 else 6]
     rgb = np.array([0.8, 0.3, 0.2])
@@ -37,13 +38,29 @@ def test_matrix_and_range(tmp_path, matrix, height, full):
 
 @pytest.mark.parametrize("trc", [ColorTrc.SMPTE2084, ColorTrc.ARIB_STD_B67])
 def test_hdr_is_refused(tmp_path, trc):
-    path = write(tmp_path / "a.mov", card(), "prores_ks", "yuva444p10le", trc=trc, primaries=ColorPrimaries.BT2020)
-    with pytest.raises(MediaError, match=r"a\.mov: (PQ|HLG) \(HDR\) has no one rendering.*tone-map"):
+    path = write(
+        tmp_path / "a.mov",
+        card(),
+        "prores_ks",
+        "yuva444p10le",
+        trc=trc,
+        primaries=ColorPrimaries.BT2020,
+    )
+    with pytest.raises(
+        MediaError, match=r"a\.mov: (PQ|HLG) \(HDR\) has no one rendering.*tone-map"
+    ):
         read_video(path)
 
 
 def test_wide_colours_become_bt709(tmp_path):
-    path = write(tmp_path / "a.mov", card(), "prores_ks", "yuva444p10le", trc=14, primaries=ColorPrimaries.BT2020)
+    path = write(
+        tmp_path / "a.mov",
+        card(),
+        "prores_ks",
+        "yuva444p10le",
+        trc=14,
+        primaries=ColorPrimaries.BT2020,
+    )
     clip = read_video(path)
     assert clip.notes == ("BT.2020 colours brought into BT.709",)
     assert np.abs(clip.frames[..., 3].astype(int) - card()[..., 3]).max() <= 2
@@ -58,16 +75,22 @@ def test_rotation_pixel_shape_and_interlacing(tmp_path):
     turned = read_video(tmp_path / "turned.mov")
     header = describe_video(tmp_path / "turned.mov")
     assert turned.frames.shape[1:3] == (header.height, header.width) == (48, 32)
-    ffmpeg("-i", tmp_path / "turned.mov", "-c:v", "qtrle", tmp_path / "upright.mov")  # its player turns it, too
+    # its player turns it, too
+    ffmpeg("-i", tmp_path / "turned.mov", "-c:v", "qtrle", tmp_path / "upright.mov")
     assert np.array_equal(turned.frames, read_video(tmp_path / "upright.mov").frames)
     assert len(turned.notes) == 1 and "as the file says" in turned.notes[0]
     ffmpeg("-i", plain, "-vf", "setsar=2/1", "-c:v", "qtrle", tmp_path / "wide.mov")
     wide = read_video(tmp_path / "wide.mov")
     assert wide.frames.shape[1:3] == (32, 96) and wide.notes == ("pixels of 2:1 made square",)
-    assert (wide.frames[:, 8:24, 18:78, 3] == 255).all() and (wide.frames[:, 8:24, 84:, 3] == 0).all()
-    ffmpeg("-i", plain, "-vf", "setfield=tff", "-c:v", "prores_ks", "-flags", "+ildct", "-profile:v", "4444",
+    assert (wide.frames[:, 8:24, 18:78, 3] == 255).all() and (
+        wide.frames[:, 8:24, 84:, 3] == 0
+    ).all()
+    ffmpeg("-i", plain, "-vf", "setfield=tff", "-c:v", "prores_ks", "-flags", "+ildct",
+        "-profile:v", "4444",
            "-pix_fmt", "yuva444p10le", tmp_path / "woven.mov")  # fmt: skip
-    assert read_video(tmp_path / "woven.mov").notes == ("interlaced: its fields are left woven together",)
+    assert read_video(tmp_path / "woven.mov").notes == (
+        "interlaced: its fields are left woven together",
+    )
 
 
 def test_variable_frame_times(tmp_path):
@@ -121,7 +144,8 @@ def test_limits(tmp_path):
 
 
 def test_playlists_are_not_followed(tmp_path):
-    """A list of files, as FFmpeg reads them, is not a video: it could name any file of the machine."""
+    """A list of files, as FFmpeg reads them, is not a video: it could name any file of the
+    machine."""
     write(tmp_path / "b.mov", card(), "qtrle", "argb")
     (tmp_path / "a.mov").write_text("ffconcat version 1.0\nfile b.mov\n")
     with pytest.raises(MediaError, match=r"a\.mov: cannot be decoded"):

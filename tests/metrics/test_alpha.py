@@ -4,7 +4,13 @@ import torch.distributed as dist
 from torch import nn
 from torch.testing import assert_close
 
-from acetate.metrics.alpha import AlphaQuality, border_mean, cells_to_pixels, centre_of_mass, highest_cell
+from acetate.metrics.alpha import (
+    AlphaQuality,
+    border_mean,
+    cells_to_pixels,
+    centre_of_mass,
+    highest_cell,
+)
 from acetate.regions import cells
 from tests.processes import launch
 
@@ -132,4 +138,6 @@ def test_two_ranks_with_unequal_shares_equal_one_process():
     for seed in range(4):
         alone.update(*clips(1 + seed, seed))
     for together in launch(2, of_shares):
-        assert together == pytest.approx({name: float(value) for name, value in alone.compute().items()}, rel=1e-6)
+        assert together == pytest.approx(
+            {name: float(value) for name, value in alone.compute().items()}, rel=1e-6
+        )

@@ -53,7 +53,8 @@ def test_mean_runs_over_frames_not_pixels():
 def test_alpha_error_shows_on_every_color():
     grey, alpha = torch.zeros(1, 3, 1, 16, 16), torch.full((1, 1, 1, 16, 16), 0.5)
     quality = CompositeQuality(lpips=False)
-    quality.update(grey, alpha + 0.2, grey, alpha)  # grey is 1 away from each colour: 0.2 in [-1, 1]
+    # grey is 1 away from each colour: 0.2 in [-1, 1]
+    quality.update(grey, alpha + 0.2, grey, alpha)
     assert_close(quality.compute()["psnr"], torch.tensor(20.0))
 
 
@@ -81,7 +82,10 @@ def test_ssim_is_the_mean_over_all_eight_colors():
     rgb_hat, alpha_hat = rgb_hat.clamp(-1, 1), alpha_hat.clamp(0, 1)
     scores = []
     for color in PALETTE[:, :, None, None, None]:
-        x_hat, x = (frames(over(*layers, color)) / 2 + 0.5 for layers in ((rgb_hat, alpha_hat), (rgb, alpha)))
+        x_hat, x = (
+            frames(over(*layers, color)) / 2 + 0.5
+            for layers in ((rgb_hat, alpha_hat), (rgb, alpha))
+        )
         scores.append(frame_ssim(x_hat, x).mean())
     assert_close(quality.compute()["ssim"], torch.stack(scores).mean())
 
@@ -103,7 +107,9 @@ def test_ssim_of_constant_frames():
 def test_ssim_is_the_standard_one_from_11_pixels(count: int):
     generator = torch.Generator().manual_seed(3)
     x_hat, x = torch.rand(2, count, 3, 11, 12, generator=generator)
-    assert_close(frame_ssim(x_hat, x).mean(), structural_similarity_index_measure(x_hat, x, data_range=1.0))
+    assert_close(
+        frame_ssim(x_hat, x).mean(), structural_similarity_index_measure(x_hat, x, data_range=1.0)
+    )
 
 
 @pytest.mark.parametrize("side", [1, 2, 3, 5, 8, 10])
@@ -134,7 +140,8 @@ def test_nan_is_not_hidden():
 
 
 class MeanDifference(nn.Module):
-    """Stands where LPIPS stands; 64 weights, all 1/64, so that what it says can be computed by hand."""
+    """Stands where LPIPS stands; 64 weights, all 1/64, so that what it says can be computed by
+    hand."""
 
     def __init__(self):
         super().__init__()
@@ -171,7 +178,9 @@ def test_missing_vgg_weights_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     monkeypatch.setattr(torch.hub, "urlopen", unreachable)
     place = tmp_path / "checkpoints" / "vgg16-397923af.pth"
-    with pytest.raises(FileNotFoundError, match=f"not at {place}, or damaged.*no route to host.*lpips=false"):
+    with pytest.raises(
+        FileNotFoundError, match=f"not at {place}, or damaged.*no route to host.*lpips=false"
+    ):
         CompositeQuality(lpips=True)
 
 
@@ -208,4 +217,6 @@ def test_two_ranks_with_unequal_shares_equal_one_process():
     for seed in range(4):
         alone.update(*clips(1 + seed, seed))
     for together in launch(2, of_shares):
-        assert together == pytest.approx({name: float(value) for name, value in alone.compute().items()}, rel=1e-6)
+        assert together == pytest.approx(
+            {name: float(value) for name, value in alone.compute().items()}, rel=1e-6
+        )

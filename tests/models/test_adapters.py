@@ -77,7 +77,9 @@ def test_scale_is_alpha_over_rank():
 def test_names_every_convolution_and_nothing_else():
     module = nn.ModuleDict(
         {
-            "inner": nn.Sequential(nn.Conv2d(2, 2, 1), nn.SiLU(), WanCausalConv3d(2, 2, 3, padding=1)),
+            "inner": nn.Sequential(
+                nn.Conv2d(2, 2, 1), nn.SiLU(), WanCausalConv3d(2, 2, 3, padding=1)
+            ),
             "linear": nn.Linear(2, 2),
             "norm": nn.GroupNorm(1, 2),
         }
@@ -167,7 +169,10 @@ def test_names_what_does_not_fit_and_loads_nothing(small):
     assert message.startswith("run.safetensors does not fit the model: ")
     assert "2 missing: 0.parametrizations.weight.0.A, 0.parametrizations.weight.0.B" in message
     assert "1 not used: 0.lora_A" in message
-    assert "1 of another shape: 1.parametrizations.weight.0.B is (3, 5), the model has (3, 2)" in message
+    assert (
+        "1 of another shape: 1.parametrizations.weight.0.B is (3, 5), the model has (3, 2)"
+        in message
+    )
     for name, parameter in trainable_state(small).items():
         assert_close(parameter.data, before[name].data, rtol=0, atol=0)
 
@@ -183,6 +188,9 @@ def test_errors_list_all_names_up_to_twenty():
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.float8_e4m3fn, torch.bool])
 def test_quantised_tensors_do_not_fit(dtype):
-    with pytest.raises(ValueError, match=rf"1 of another type: w is {str(dtype)[6:]}, needed: a float of 16 bits"):
+    with pytest.raises(
+        ValueError, match=rf"1 of another type: w is {str(dtype)[6:]}, needed: a float of 16 bits"
+    ):
         check_fit({"w": torch.zeros(2)}, {"w": torch.zeros(2).to(dtype)}, "file")
-    check_fit({"w": torch.zeros(2, dtype=torch.int64)}, {"w": torch.zeros(2).to(dtype)}, "file")  # what is no float
+    # what is no float
+    check_fit({"w": torch.zeros(2, dtype=torch.int64)}, {"w": torch.zeros(2).to(dtype)}, "file")

@@ -21,7 +21,9 @@ def test_every_clip_has_its_own_timestep(field, latents):
     velocity = field(latents, timesteps)
     assert velocity.shape == latents.shape
     for i in range(3):
-        assert_close(field(latents[i : i + 1], timesteps[i : i + 1])[0], velocity[i], rtol=0, atol=1e-5)
+        assert_close(
+            field(latents[i : i + 1], timesteps[i : i + 1])[0], velocity[i], rtol=0, atol=1e-5
+        )
     assert (field(latents, timesteps.flip(0)) - velocity)[0].abs().max() > 0.01
 
 
@@ -69,7 +71,9 @@ def test_latent_grid(make_transformer):
     """Patches of 2x2 latents of 8x8 pixels: multiples of 16."""
     transformer = make_transformer()
     check_latent_grid(transformer, 480, 832, space_stride=8)
-    with pytest.raises(ValueError, match=r"height 472.*multiples of 16 pixels.*8 x patch 2.*height=464"):
+    with pytest.raises(
+        ValueError, match=r"height 472.*multiples of 16 pixels.*8 x patch 2.*height=464"
+    ):
         check_latent_grid(transformer, 472, 832, space_stride=8)
     with pytest.raises(ValueError, match=r"width 8;.*width=16"):
         check_latent_grid(transformer, 16, 8, space_stride=8)

@@ -49,8 +49,11 @@ def test_diffusers_transformer(wan_folder, make_transformer, part):
     transformer = load_transformer(str(wan_folder / part))
     assert_same_weights(transformer, make_transformer())
     x, t, context = torch.randn(1, 16, 1, 4, 4), torch.tensor([500.0]), torch.randn(1, 3, 16)
-    ours, expected = (m(x, t, context, return_dict=False)[0] for m in (transformer, make_transformer()))
-    assert_close(ours, expected, rtol=1e-5, atol=1e-5)  # what is no weight, the rotary table, is right too
+    ours, expected = (
+        m(x, t, context, return_dict=False)[0] for m in (transformer, make_transformer())
+    )
+    # what is no weight, the rotary table, is right too
+    assert_close(ours, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_config_comes_along(folder, make_vae):
@@ -72,7 +75,9 @@ def test_shards_of_a_folder(weights, make_vae):
     weights.unlink()
     assert_same_weights(load_vae(str(weights.parent)), make_vae("tiny"))
     file.unlink()
-    with pytest.raises(ValueError, match=r"tiny holds 1 of 2 shards: diffusion_pytorch_model-00001-of-00002"):
+    with pytest.raises(
+        ValueError, match=r"tiny holds 1 of 2 shards: diffusion_pytorch_model-00001-of-00002"
+    ):
         load_vae(str(weights.parent))
 
 
@@ -85,12 +90,20 @@ def test_original_vae(make_vae, tmp_path, suffix):
     save_file(state, file) if suffix == ".safetensors" else torch.save(state, file)
     loaded = load_vae(str(file))
     assert_same_weights(loaded, vae)
-    for key in ("base_dim", "z_dim", "dim_mult", "num_res_blocks", "temperal_downsample", "latents_mean"):
+    for key in (
+        "base_dim",
+        "z_dim",
+        "dim_mult",
+        "num_res_blocks",
+        "temperal_downsample",
+        "latents_mean",
+    ):
         assert loaded.config[key] == vae.config[key], key
 
 
 def test_original_names_of_a_smaller_vae(make_vae, tmp_path):
-    """Two residual blocks to a decoder stage in the place of Wan2.1's three; such a file lacks the latent constants."""
+    """Two residual blocks to a decoder stage in the place of Wan2.1's three; such a file lacks the
+    latent constants."""
     vae = make_vae("tiny")
     state = original_vae_state(vae)
     assert state["decoder.upsamples.2.resample.1.weight"].ndim == 4
@@ -101,7 +114,9 @@ def test_original_names_of_a_smaller_vae(make_vae, tmp_path):
 @pytest.mark.parametrize("prefix", ["", "diffusion_model.", "model.diffusion_model."])
 def test_original_transformer(make_transformer, tmp_path, prefix):
     transformer = make_transformer()
-    state = {f"{prefix}{name}": value for name, value in original_transformer_state(transformer).items()}
+    state = {
+        f"{prefix}{name}": value for name, value in original_transformer_state(transformer).items()
+    }
     assert f"{prefix}blocks.1.cross_attn.norm_q.weight" in state
     save_file(state, tmp_path / "diffusion_pytorch_model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps({"num_heads": 2, "_class_name": "WanModel"}))
@@ -115,7 +130,9 @@ def test_original_transformer(make_transformer, tmp_path, prefix):
 def test_original_transformer_without_head_count(make_transformer, tmp_path):
     file = tmp_path / "wan.safetensors"
     save_file(original_transformer_state(make_transformer()), file)
-    with pytest.raises(ValueError, match=r"width 24 is no multiple of 128.*config\.json with num_heads"):
+    with pytest.raises(
+        ValueError, match=r"width 24 is no multiple of 128.*config\.json with num_heads"
+    ):
         load_transformer(str(file))
 
 
@@ -127,7 +144,10 @@ def test_folder_of_the_original_release(make_vae, make_transformer, wan_folder, 
     umt5 = UMT5EncoderModel.from_pretrained(wan_folder / "text_encoder")
     torch.save(original_umt5_state(umt5), tmp_path / "models_t5_umt5-xxl-enc-bf16.pth")
     shutil.copytree(wan_folder / "tokenizer", tmp_path / "google/umt5-xxl")
-    save_file(original_transformer_state(make_transformer()), tmp_path / "diffusion_pytorch_model.safetensors")
+    save_file(
+        original_transformer_state(make_transformer()),
+        tmp_path / "diffusion_pytorch_model.safetensors",
+    )
     (tmp_path / "config.json").write_text(json.dumps({"num_heads": 2, "dim": 24}))
     assert_same_weights(load_transformer(str(tmp_path)), make_transformer())
     assert_same_weights(load_vae(str(tmp_path)), make_vae("wan21"))
@@ -161,7 +181,9 @@ def test_hash_is_of_the_numbers(folder, weights, make_vae, tmp_path):
 @pytest.mark.parametrize("source", ["/nowhere/wan", "./wan", "wan", "a/b/c"])
 def test_no_such_source(source, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(FileNotFoundError, match=rf"^{re.escape(source)} does not exist.*diffusers folder"):
+    with pytest.raises(
+        FileNotFoundError, match=rf"^{re.escape(source)} does not exist.*diffusers folder"
+    ):
         load_vae(source)
 
 
@@ -173,7 +195,8 @@ def test_hub_name_without_network(tmp_path, monkeypatch, error):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(hub.HfApi, "model_info", offline)
     with pytest.raises(
-        FileNotFoundError, match=r"^wan\.vae=Wan-AI/Wan2\.1 is no folder here.*cannot be reached.*hf downl"
+        FileNotFoundError,
+        match=r"^wan\.vae=Wan-AI/Wan2\.1 is no folder here.*cannot be reached.*hf downl",
     ):
         load_vae("Wan-AI/Wan2.1")
 
@@ -209,7 +232,9 @@ def test_folder_without_weights(folder, weights):
 
 def test_weights_without_config(folder):
     (folder / "config.json").unlink()
-    with pytest.raises(FileNotFoundError, match=r"config\.json does not exist; .* need it beside them"):
+    with pytest.raises(
+        FileNotFoundError, match=r"config\.json does not exist; .* need it beside them"
+    ):
         load_vae(str(folder))
 
 
@@ -251,7 +276,8 @@ def test_pth_that_is_no_state_dict(tmp_path, content, message):
 
 
 @pytest.mark.parametrize(
-    ("text", "message"), [("{", r"config\.json is not JSON"), ("[1]", r"config\.json holds a list; a config is an")]
+    ("text", "message"),
+    [("{", r"config\.json is not JSON"), ("[1]", r"config\.json holds a list; a config is an")],
 )
 def test_broken_config(folder, text, message):
     (folder / "config.json").write_text(text)
@@ -264,7 +290,9 @@ def test_half_precision_keeps_what_wan_computes_in_fp32(wan_folder):
     dtypes = {name: p.dtype for name, p in transformer.named_parameters()}
     assert dtypes["condition_embedder.time_embedder.linear_1.weight"] == torch.float32
     assert dtypes["scale_shift_table"] == dtypes["blocks.0.norm2.weight"] == torch.float32
-    assert dtypes["blocks.0.attn1.to_q.weight"] == dtypes["patch_embedding.weight"] == torch.bfloat16
+    assert (
+        dtypes["blocks.0.attn1.to_q.weight"] == dtypes["patch_embedding.weight"] == torch.bfloat16
+    )
 
 
 class Hostile:
@@ -311,7 +339,9 @@ def test_names_missing_unused_and_misshapen_tensors(folder, weights):
 def test_config_of_another_shape(folder):
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"base_dim": 16}))
-    with pytest.raises(ValueError, match=r"of another shape: encoder\.conv_in\.weight is \(8, 3, 3, 3, 3\)"):
+    with pytest.raises(
+        ValueError, match=r"of another shape: encoder\.conv_in\.weight is \(8, 3, 3, 3, 3\)"
+    ):
         load_vae(str(folder))
 
 
@@ -335,7 +365,10 @@ def test_a_dit_is_known_by_its_file_in_every_precision(wan_folder):
 def test_one_tensor_under_two_names_is_refused(wan_folder, tmp_path):
     state = load_file(wan_folder / "transformer/diffusion_pytorch_model.safetensors")
     name = next(iter(state))
-    save_file(state | {f"model.diffusion_model.{name}": torch.zeros_like(state[name])}, tmp_path / "dit.safetensors")
+    save_file(
+        state | {f"model.diffusion_model.{name}": torch.zeros_like(state[name])},
+        tmp_path / "dit.safetensors",
+    )
     shutil.copy(wan_folder / "transformer/config.json", tmp_path)
     with pytest.raises(ValueError, match="the same tensor under two names"):
         load_transformer(str(tmp_path / "dit.safetensors"))

@@ -104,7 +104,9 @@ def test_only_merge_and_adapters_train(build):
     adapters = {name for name in names if name.endswith((".A", ".B"))}
     assert {name.partition(".")[0] for name in adapters} == {"decoder_rgb", "decoder_alpha"}
     assert names.keys() - adapters == {f"merge.{name}" for name, _ in vae.merge.named_parameters()}
-    convolutions = [m for m in vae.decoder_rgb.net.modules() if isinstance(m, (nn.Conv2d, nn.Conv3d))]
+    convolutions = [
+        m for m in vae.decoder_rgb.net.modules() if isinstance(m, (nn.Conv2d, nn.Conv3d))
+    ]
     size = sum(3 * (m.weight.shape[0] + m.weight[0].numel()) for m in convolutions)
     assert sum(names[name].numel() for name in adapters) == 2 * size
 
@@ -168,12 +170,20 @@ def test_checkpointing_changes_no_gradient(build, clip):
         backward(vae, clip)
         gradients.append({name: p.grad for name, p in trainable_state(vae).items()})
     for name, expected in gradients[0].items():
-        assert_close(gradients[1][name], expected, rtol=1e-5, atol=1e-6 * expected.abs().max().item(), msg=name)
+        assert_close(
+            gradients[1][name],
+            expected,
+            rtol=1e-5,
+            atol=1e-6 * expected.abs().max().item(),
+            msg=name,
+        )
 
 
 def test_the_two_decoders_share_nothing(build):
     vae = build()
-    pointers = [{p.data_ptr() for p in d.parameters()} for d in (vae.decoder_rgb, vae.decoder_alpha)]
+    pointers = [
+        {p.data_ptr() for p in d.parameters()} for d in (vae.decoder_rgb, vae.decoder_alpha)
+    ]
     assert pointers[0].isdisjoint(pointers[1])
 
 
@@ -181,7 +191,9 @@ def test_bf16_base_keeps_fp32_what_trains(build, clip):
     rgb, alpha = clip
     vae, reference = build(awake=True, frozen_dtype="bfloat16"), build(awake=True)
     for name, parameter in vae.named_parameters():
-        assert parameter.dtype == (torch.float32 if parameter.requires_grad else torch.bfloat16), name
+        assert parameter.dtype == (torch.float32 if parameter.requires_grad else torch.bfloat16), (
+            name
+        )
     raw = vae.encode(rgb, alpha)
     outputs = (raw, *vae.decode(raw))
     expected = reference.encode(rgb, alpha)
@@ -189,14 +201,19 @@ def test_bf16_base_keeps_fp32_what_trains(build, clip):
         assert ours.dtype == torch.float32
         assert (ours - exact).square().mean() < 0.01 * exact.var()
     backward(vae, clip)
-    assert all(p.grad.isfinite().all() and p.grad.dtype == torch.float32 for p in trainable_state(vae).values())
+    assert all(
+        p.grad.isfinite().all() and p.grad.dtype == torch.float32
+        for p in trainable_state(vae).values()
+    )
 
 
 def test_normalise_with_the_bases_constants(build):
     vae = build("tiny")
     raw = torch.randn(2, 4, 3, 2, 2, generator=torch.Generator().manual_seed(0))
     normalised = vae.normalise(raw)
-    for channel, (mean, std) in enumerate(zip([0.5, -0.25, 0.0, 1.0], [2.0, 0.5, 1.0, 1.5], strict=True)):
+    for channel, (mean, std) in enumerate(
+        zip([0.5, -0.25, 0.0, 1.0], [2.0, 0.5, 1.0, 1.5], strict=True)
+    ):
         assert_close(normalised[:, channel], (raw[:, channel] - mean) / std)
     assert_close(vae.denormalise(normalised), raw)
     assert_close(vae.normalise(vae.denormalise(raw)), raw)

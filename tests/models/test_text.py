@@ -18,7 +18,9 @@ def test_prompt_embedding(wan_folder, tmp_path):
     from transformers import AutoTokenizer, UMT5EncoderModel
 
     embeds = embed_prompt("a red disc", str(wan_folder), 40, str(tmp_path))
-    tokens = AutoTokenizer.from_pretrained(wan_folder / "tokenizer")("a red disc", return_tensors="pt")
+    tokens = AutoTokenizer.from_pretrained(wan_folder / "tokenizer")(
+        "a red disc", return_tensors="pt"
+    )
     count = tokens.input_ids.shape[1]
     assert tokens.input_ids[0, -1] == 1  # </s>
     encoder = UMT5EncoderModel.from_pretrained(wan_folder / "text_encoder")
@@ -48,14 +50,18 @@ def test_prompt_is_embedded_once(wan_folder, tmp_path, monkeypatch):
 
 def test_prompts_are_cleaned_as_wan_does(wan_folder):
     text = TextEncoder(str(wan_folder), 64)
-    assert_close(text("  a red\n disc &amp;amp; smoke "), text("a red disc & smoke"), rtol=0, atol=0)
+    assert_close(
+        text("  a red\n disc &amp;amp; smoke "), text("a red disc & smoke"), rtol=0, atol=0
+    )
     for prompt in ("“a” red\n disc &amp; smoke", "the ﬂame of a candle  "):
         assert_close(text(prompt), text(prompt_clean(prompt)), rtol=0, atol=0)
     assert text("a red disc").shape != text("a red disc & smoke").shape
 
 
 def test_prompt_that_is_too_long(wan_folder, tmp_path):
-    with pytest.raises(ValueError, match=r"A prompt of \d+ tokens; this model reads 3. Shorten: 'smoke over"):
+    with pytest.raises(
+        ValueError, match=r"A prompt of \d+ tokens; this model reads 3. Shorten: 'smoke over"
+    ):
         embed_prompt("smoke over a blue sea", str(wan_folder), 3, str(tmp_path))
     assert not list(tmp_path.glob("*.safetensors"))
 
@@ -66,7 +72,9 @@ def test_prompt_cache_follows_its_text_encoder(wan_folder, tmp_path):
     shutil.copytree(wan_folder, source)
     first = embed_prompt("smoke", str(source), 20, str(tmp_path / "cache"))
     weights = source / "text_encoder" / "model.safetensors"
-    save_file({name: value + 0.1 for name, value in load_file(weights).items()}, weights, {"format": "pt"})
+    save_file(
+        {name: value + 0.1 for name, value in load_file(weights).items()}, weights, {"format": "pt"}
+    )
     second = embed_prompt("smoke", str(source), 20, str(tmp_path / "cache"))
     assert (first - second).abs().max() > 0.01
 
@@ -74,14 +82,21 @@ def test_prompt_cache_follows_its_text_encoder(wan_folder, tmp_path):
 def test_prompt_cache_names():
     names = {
         prompt_cache(*key, "cache")
-        for key in [("a", "wan", 8), ("b", "wan", 8), ("a", "other", 8), ("a", "wan", 9), ("", "wan", 8)]
+        for key in [
+            ("a", "wan", 8),
+            ("b", "wan", 8),
+            ("a", "other", 8),
+            ("a", "wan", 9),
+            ("", "wan", 8),
+        ]
     }
     assert len(names) == 5
     assert prompt_cache("a", "wan", 8, "cache") in names
 
 
 def wan_forward(state, ids, heads):
-    """The encoder as Wan's own code runs it: no scaling, a position bias in every block, gated GELU (tanh)."""
+    """The encoder as Wan's own code runs it: no scaling, a position bias in every block, gated GELU
+    (tanh)."""
 
     def norm(x, gain):
         return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * gain
@@ -89,7 +104,10 @@ def wan_forward(state, ids, heads):
     def position_bias(weight, length):
         distance = torch.arange(length)[None] - torch.arange(length)[:, None]
         buckets, exact = weight.shape[0] // 2, weight.shape[0] // 4
-        far = exact + (torch.log(distance.abs() / exact) / math.log(128 / exact) * (buckets - exact)).long()
+        far = (
+            exact
+            + (torch.log(distance.abs() / exact) / math.log(128 / exact) * (buckets - exact)).long()
+        )
         far = far.clamp(max=buckets - 1)
         place = (distance > 0) * buckets + torch.where(distance.abs() < exact, distance.abs(), far)
         return weight[place].permute(2, 0, 1)
@@ -97,9 +115,15 @@ def wan_forward(state, ids, heads):
     x = state["token_embedding.weight"][ids]
     count = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks."))
     for n in range(count):
-        w = {k.removeprefix(f"blocks.{n}.").removesuffix(".weight"): v for k, v in state.items() if f"blocks.{n}." in k}
+        w = {
+            k.removeprefix(f"blocks.{n}.").removesuffix(".weight"): v
+            for k, v in state.items()
+            if f"blocks.{n}." in k
+        }
         y = norm(x, w["norm1"])
-        q, k, v = ((y @ w[f"attn.{part}"].T).unflatten(-1, (heads, -1)).transpose(0, 1) for part in "qkv")
+        q, k, v = (
+            (y @ w[f"attn.{part}"].T).unflatten(-1, (heads, -1)).transpose(0, 1) for part in "qkv"
+        )
         scores = q @ k.transpose(1, 2) + position_bias(w["pos_embedding.embedding"], len(ids))
         x = x + (scores.softmax(-1) @ v).transpose(0, 1).flatten(1) @ w["attn.o"].T
         y = norm(x, w["norm2"])
@@ -171,10 +195,15 @@ def test_umt5_that_does_not_fit(original):
 
 def test_source_without_text_encoder(original, tmp_path):
     shutil.rmtree(original / "google")
-    with pytest.raises(FileNotFoundError, match=r"umt5-xxl does not exist; models_t5.* needs its tokenizer beside it"):
+    with pytest.raises(
+        FileNotFoundError,
+        match=r"umt5-xxl does not exist; models_t5.* needs its tokenizer beside it",
+    ):
         embed_prompt("smoke", str(original), 8, str(tmp_path / "cache"))
     (original / "models_t5_umt5-xxl-enc-bf16.pth").unlink()
-    with pytest.raises(FileNotFoundError, match=r"has no folder tokenizer/, and no models_t5\*\.pth"):
+    with pytest.raises(
+        FileNotFoundError, match=r"has no folder tokenizer/, and no models_t5\*\.pth"
+    ):
         embed_prompt("smoke", str(original), 8, str(tmp_path / "cache"))
 
 

@@ -9,7 +9,15 @@ from diffusers import AutoencoderKLWan
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d
 from torch.testing import assert_close
 
-from acetate.models.wan import Geometry, WanDecoder, WanEncoder, WanHead, causal_conv, replace_folder, save_vae
+from acetate.models.wan import (
+    Geometry,
+    WanDecoder,
+    WanEncoder,
+    WanHead,
+    causal_conv,
+    replace_folder,
+    save_vae,
+)
 
 SIZE = (16, 24)  # height, width
 
@@ -47,7 +55,9 @@ def test_geometry(make_vae):
     assert tiny.latent_shape(1, 8, 12) == (4, 1, 2, 3)
 
 
-@pytest.mark.parametrize("setting", [{"is_residual": True}, {"patch_size": 2, "in_channels": 12, "out_channels": 12}])
+@pytest.mark.parametrize(
+    "setting", [{"is_residual": True}, {"patch_size": 2, "in_channels": 12, "out_channels": 12}]
+)
 def test_wan22_is_refused(setting):
     with torch.device("meta"):
         vae = AutoencoderKLWan(base_dim=8, **setting)
@@ -80,7 +90,10 @@ def test_decode_is_diffusers_own(vae, frames):
 @pytest.mark.parametrize("chunk", [1, 2, 3])
 def test_chunks_agree_with_the_whole_clip(exact, frames, chunk):
     encoder, decoder = WanEncoder(exact), WanDecoder(exact)
-    video, latents = video_for(exact, frames, torch.float64), latents_for(exact, frames, torch.float64)
+    video, latents = (
+        video_for(exact, frames, torch.float64),
+        latents_for(exact, frames, torch.float64),
+    )
     assert_close(encoder(video, chunk), encoder(video), rtol=0, atol=1e-11)
     assert_close(decoder(latents, chunk), decoder(latents), rtol=0, atol=1e-11)
 
@@ -90,7 +103,9 @@ def gradients(coder, x, **kwargs):
     x = x.clone().requires_grad_()
     output = coder(x, **kwargs)
     parameters = [p for p in coder.net.parameters() if p.requires_grad]
-    return torch.autograd.grad((output * random(*output.shape, seed=2)).sum(), [x, *parameters], allow_unused=True)
+    return torch.autograd.grad(
+        (output * random(*output.shape, seed=2)).sum(), [x, *parameters], allow_unused=True
+    )
 
 
 def is_head(name):
@@ -109,7 +124,9 @@ def test_gradients_of_chunks_agree_with_the_whole_clip(exact, coder):
             assert expected is gradient is None  # Wan's head is a module of its own
             continue
         assert expected.abs().max() > 0, name
-        assert_close(gradient, expected, rtol=1e-9, atol=1e-11 * expected.abs().max().item(), msg=name)
+        assert_close(
+            gradient, expected, rtol=1e-9, atol=1e-11 * expected.abs().max().item(), msg=name
+        )
 
 
 @pytest.mark.parametrize("coder", [WanEncoder, WanDecoder])

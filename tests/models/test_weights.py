@@ -53,11 +53,16 @@ def test_sharded_transformer(make_transformer, tmp_path, layout):
     """The 14B as it is downloaded, with a file beside it that its index does not name."""
     transformer = make_transformer()
     if layout == "original":
-        state, config = original_transformer_state(transformer), {"num_heads": 2, "_class_name": "WanModel"}
+        state, config = (
+            original_transformer_state(transformer),
+            {"num_heads": 2, "_class_name": "WanModel"},
+        )
     else:
         state, config = transformer.state_dict(), dict(transformer.config)
     write_shards(tmp_path, state)
-    save_file({"blocks.0.self_attn.q.lora_A.weight": torch.zeros(2, 2)}, tmp_path / "t2v.safetensors")
+    save_file(
+        {"blocks.0.self_attn.q.lora_A.weight": torch.zeros(2, 2)}, tmp_path / "t2v.safetensors"
+    )
     (tmp_path / "config.json").write_text(json.dumps(config))
     loaded = load_transformer(str(tmp_path))
     for name, value in transformer.state_dict().items():
@@ -76,19 +81,26 @@ def test_values_of_all_shards(small):
 def test_index_that_names_a_file_that_is_not_there(small):
     folder, _, _, weight_map = small
     (folder / weight_map["layer1.weight"]).unlink()
-    with pytest.raises(ValueError, match=rf"lacks {weight_map['layer1.weight']}, which {STEM}.*index.json names"):
+    with pytest.raises(
+        ValueError, match=rf"lacks {weight_map['layer1.weight']}, which {STEM}.*index.json names"
+    ):
         open_weights(folder)
 
 
 def test_index_against_its_files(small):
     folder, _, index, weight_map = small
-    index.write_text(json.dumps({"weight_map": weight_map | {"layer9.weight": weight_map["layer0.weight"]}}))
+    index.write_text(
+        json.dumps({"weight_map": weight_map | {"layer9.weight": weight_map["layer0.weight"]}})
+    )
     with pytest.raises(ValueError, match=r"-00001-of-00003.safetensors lacks layer9.weight, which"):
         open_weights(folder)
     moved = dict(weight_map)
     del moved["layer0.weight"]
     index.write_text(json.dumps({"weight_map": moved}))
-    with pytest.raises(ValueError, match=r"-00001-of-00003.safetensors holds layer0.weight, which .* does not place"):
+    with pytest.raises(
+        ValueError,
+        match=r"-00001-of-00003.safetensors holds layer0.weight, which .* does not place",
+    ):
         open_weights(folder)
 
 
@@ -96,7 +108,9 @@ def test_index_against_its_files(small):
 def test_index_that_leaves_its_folder(small, file):
     folder, _, index, weight_map = small
     index.write_text(json.dumps({"weight_map": weight_map | {"layer0.weight": file}}))
-    with pytest.raises(ValueError, match=r"index\.json: its weight_map must give a file of the same folder"):
+    with pytest.raises(
+        ValueError, match=r"index\.json: its weight_map must give a file of the same folder"
+    ):
         open_weights(folder)
 
 
@@ -128,10 +142,13 @@ def test_folders_without_an_index(small):
     index.unlink()
     assert open_weights(folder).meta.keys() == state.keys()  # all shards of one set
     save_file({"layer0.weight": torch.zeros(2, 3)}, folder / weight_map["layer1.weight"])
-    with pytest.raises(ValueError, match=r"layer0\.weight: in .*-00001-of-.* and in .*-00002-of-.* too"):
+    with pytest.raises(
+        ValueError, match=r"layer0\.weight: in .*-00001-of-.* and in .*-00002-of-.* too"
+    ):
         open_weights(folder)
     save_file(state, folder / f"{STEM}.safetensors")
-    assert set(open_weights(folder).files.values()) == {folder / f"{STEM}.safetensors"}  # the standard name
+    # the standard name
+    assert set(open_weights(folder).files.values()) == {folder / f"{STEM}.safetensors"}
     (folder / f"{STEM}.safetensors").rename(folder / "mine.safetensors")
     with pytest.raises(ValueError, match=r"holds .*mine\.safetensors, and no index. Name the file"):
         open_weights(folder)
@@ -146,9 +163,13 @@ def test_other_suffixes(tmp_path, name):
 
 def test_state_dict_of_a_training_checkpoint(tmp_path):
     file = tmp_path / "last.ckpt"
-    torch.save({"state_dict": {"a": torch.ones(1)}, "epoch": 3, "hyper_parameters": {"lr": 0.1}}, file)
+    torch.save(
+        {"state_dict": {"a": torch.ones(1)}, "epoch": 3, "hyper_parameters": {"lr": 0.1}}, file
+    )
     assert read_weights(file, wrapped=True).keys() == {"a"}
-    with pytest.raises(ValueError, match=r"last\.ckpt holds state_dict, epoch, hyper_parameters: no tensor"):
+    with pytest.raises(
+        ValueError, match=r"last\.ckpt holds state_dict, epoch, hyper_parameters: no tensor"
+    ):
         read_weights(file)
 
 
@@ -156,7 +177,9 @@ def test_pickles_are_refused_by_name(tmp_path):
     """Neither run nor recommended to be run."""
     file = tmp_path / "Wan2.1_VAE.pth"
     torch.save({"a": torch.zeros(1), "encoder.conv1.weight": Hostile(tmp_path / "run")}, file)
-    with pytest.raises(ValueError, match=r"it holds (posix|nt)\.mkdir, code rather than tensors") as error:
+    with pytest.raises(
+        ValueError, match=r"it holds (posix|nt)\.mkdir, code rather than tensors"
+    ) as error:
         open_weights(file)
     assert "weights_only" not in str(error.value)
     file.write_bytes(pickle.dumps(Hostile(tmp_path / "run")))
@@ -177,7 +200,9 @@ def test_truncated_and_scrambled_pickles(tmp_path, cut):
 
 
 def test_one_tensor_under_two_names():
-    with pytest.raises(ValueError, match=r"diffusion_model\.a and a are the same tensor under two names"):
+    with pytest.raises(
+        ValueError, match=r"diffusion_model\.a and a are the same tensor under two names"
+    ):
         renamed(["a", "diffusion_model.a"], lambda name: name.removeprefix("diffusion_model."))
 
 
@@ -189,7 +214,8 @@ def test_quantised_weights_are_refused(make_vae, tmp_path, dtype):
     state["decoder.conv_in.weight"] = state["decoder.conv_in.weight"].to(dtype)
     save_file(state, file)
     with pytest.raises(
-        ValueError, match=rf"{file.name} does not fit .*type: decoder\.conv_in\.weight is {str(dtype)[6:]}"
+        ValueError,
+        match=rf"{file.name} does not fit .*type: decoder\.conv_in\.weight is {str(dtype)[6:]}",
     ):
         load_vae(str(tmp_path))
 
@@ -197,11 +223,19 @@ def test_quantised_weights_are_refused(make_vae, tmp_path, dtype):
 def test_errors_name_the_shard(small):
     folder, *_ = small
     with torch.device("meta"):
-        model = nn.ModuleDict({f"layer{i}": nn.Linear(3, 2 + (i == 4), bias=False) for i in range(7)})
+        model = nn.ModuleDict(
+            {f"layer{i}": nn.Linear(3, 2 + (i == 4), bias=False) for i in range(7)}
+        )
     with pytest.raises(
-        ValueError, match=r"layer4\.weight in .*-00002-of-00003\.safetensors is \(2, 3\), the model has"
+        ValueError,
+        match=r"layer4\.weight in .*-00002-of-00003\.safetensors is \(2, 3\), the model has",
     ):
-        assign(model, open_weights(folder), {f"layer{i}.weight": f"layer{i}.weight" for i in range(7)}, lambda _: None)
+        assign(
+            model,
+            open_weights(folder),
+            {f"layer{i}.weight": f"layer{i}.weight" for i in range(7)},
+            lambda _: None,
+        )
     assert all(p.is_meta for p in model.parameters())
 
 
@@ -242,16 +276,21 @@ print((resident("VmHWM") - before) / size)
 @pytest.mark.slow
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
 @pytest.mark.parametrize(
-    ("stored", "wanted"), [("bfloat16", "bfloat16"), ("bfloat16", "float32"), ("float32", "bfloat16")]
+    ("stored", "wanted"),
+    [("bfloat16", "bfloat16"), ("bfloat16", "float32"), ("float32", "bfloat16")],
 )
 def test_no_second_copy_in_memory(tmp_path, suffix, stored, wanted):
     """256 M parameters: 512 MiB or 1 GiB. Pages of the file count here as memory."""
     file = tmp_path / f"model{suffix}"
-    state = {f"{i}.weight": torch.zeros(4096, 1024, dtype=getattr(torch, stored)) for i in range(64)}
+    state = {
+        f"{i}.weight": torch.zeros(4096, 1024, dtype=getattr(torch, stored)) for i in range(64)
+    }
     save_file(state, file) if suffix == ".safetensors" else torch.save(state, file)
     del state
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", MEMORY, str(file), wanted]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, env=environment)
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=300, env=environment
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     assert float(done.stdout) < 1.2

@@ -1,6 +1,7 @@
 """Golden vectors: numbers that the released Wan-Alpha code produced on tiny random weights.
 
-ACETATE_REFERENCE names another folder of the same files; every size, name and setting is read from them.
+ACETATE_REFERENCE names another folder of the same files; every size, name and setting is read from
+them.
 """
 
 import json
@@ -27,7 +28,11 @@ class Golden:
     def under(self, prefix: str) -> dict[str, Tensor]:
         """Tensors below `prefix/`, as float32, without the prefix."""
         start = f"{prefix}/"
-        return {name[len(start) :]: value.float() for name, value in self.tensors.items() if name.startswith(start)}
+        return {
+            name[len(start) :]: value.float()
+            for name, value in self.tensors.items()
+            if name.startswith(start)
+        }
 
 
 def reference_folder() -> Path:

@@ -42,19 +42,27 @@ def weights(transformer, file, prefix):
 @pytest.mark.parametrize("training", [True, False])
 def test_training_forward(adapted, training):
     file, transformer = adapted
-    assert_close(output(file, transformer.train(training)), file["io/output_dora"], rtol=0, atol=1e-4)
+    assert_close(
+        output(file, transformer.train(training)), file["io/output_dora"], rtol=0, atol=1e-4
+    )
 
 
 def test_targets_are_the_released_ones(adapted):
     file, transformer = adapted
-    ours = {name.split(".lora_A")[0] for name, _ in transformer.named_parameters() if ".lora_A." in name}
-    assert ours == {dit_name(f"{layer}.weight").removesuffix(".weight") for layer in file.metadata["targets"]}
+    ours = {
+        name.split(".lora_A")[0] for name, _ in transformer.named_parameters() if ".lora_A." in name
+    }
+    assert ours == {
+        dit_name(f"{layer}.weight").removesuffix(".weight") for layer in file.metadata["targets"]
+    }
 
 
 def test_released_file_comes_out_as_it_went_in(golden):
     file = golden("dora")
     released = file.under("dora")
-    ours = dora_to_wan_alpha(dora_from_wan_alpha(released), file.metadata["lora_alpha"] / file.metadata["rank"])
+    ours = dora_to_wan_alpha(
+        dora_from_wan_alpha(released), file.metadata["lora_alpha"] / file.metadata["rank"]
+    )
     assert ours.keys() == released.keys()
     for name, value in ours.items():
         assert_close(value, released[name].bfloat16(), rtol=0, atol=0, msg=name)
@@ -67,7 +75,9 @@ def test_merged_weights_and_few_step_lora(adapted):
     merge_dora(transformer, file.metadata["ratio"])
     weights(transformer, file, "merged")
     assert_close(output(file, transformer), file["io/output_dora"], rtol=0, atol=1e-4)
-    changed = merge_few_step(transformer, file.under("lightx2v"), file.metadata["lightx2v_strength"])
+    changed = merge_few_step(
+        transformer, file.under("lightx2v"), file.metadata["lightx2v_strength"]
+    )
     assert changed == len(file.metadata["changed_by_lightx2v"])
     weights(transformer, file, "merged_lightx2v")
     assert_close(output(file, transformer), file["io/output_dora_lightx2v"], rtol=0, atol=1e-4)
@@ -93,15 +103,24 @@ def test_two_timesteps_in_one_batch_are_the_two_alone(adapted):
 
 
 def few_step_only(file, folder):
-    return [f"few_step.lora={folder}/few_step.safetensors", f"few_step.strength={file.metadata['lightx2v_strength']}"]
+    return [
+        f"few_step.lora={folder}/few_step.safetensors",
+        f"few_step.strength={file.metadata['lightx2v_strength']}",
+    ]
 
 
 @pytest.mark.parametrize(
     ("released", "expected"),
-    [((), "base"), (("dora",), "dora"), (("dora", "few"), "dora_lightx2v"), (("few",), "lightx2v_only")],
+    [
+        ((), "base"),
+        (("dora",), "dora"),
+        (("dora", "few"), "dora_lightx2v"),
+        (("few",), "lightx2v_only"),
+    ],
 )
 def test_released_files_through_the_sample_command(golden, tmp_path, released, expected):
-    """Sharded base, t2v.safetensors and the few-step LoRA on top of it, as `acetate.commands.sample` loads them."""
+    """Sharded base, t2v.safetensors and the few-step LoRA on top of it, as
+    `acetate.commands.sample` loads them."""
     file = golden("dora")
     names = sorted(base := file.under("base"))
     shards = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
@@ -115,7 +134,13 @@ def test_released_files_through_the_sample_command(golden, tmp_path, released, e
     dora = [f"dora={tmp_path}/t2v.safetensors" if "dora" in released else "dora=null"]
     few = few_step_only(file, tmp_path) if "few" in released else []
     with initialize_config_dir(str(ROOT / "conf"), version_base=None):
-        overrides = [f"paths.root={ROOT}", f"wan.transformer={tmp_path}", "wan.dtype=float32", *dora, *few]
+        overrides = [
+            f"paths.root={ROOT}",
+            f"wan.transformer={tmp_path}",
+            "wan.dtype=float32",
+            *dora,
+            *few,
+        ]
         config = compose("command/sample", overrides)
     transformer, _ = load_dit(config, "cpu")
     assert_close(output(file, transformer), file[f"io/output_{expected}"], rtol=0, atol=1e-4)

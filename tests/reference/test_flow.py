@@ -27,7 +27,9 @@ def test_interpolate_and_velocity(golden, levels):
     assert_close(flow.velocity(latents, noise), file["target"], rtol=1e-6, atol=1e-6)
     for step in file.metadata["ids"]:
         sigma = levels.sigmas[[step]].expand(len(latents))
-        assert_close(flow.interpolate(latents, noise, sigma), file[f"add_noise/{step}"], rtol=1e-6, atol=1e-6)
+        assert_close(
+            flow.interpolate(latents, noise, sigma), file[f"add_noise/{step}"], rtol=1e-6, atol=1e-6
+        )
 
 
 def test_bfloat16_timesteps(golden):
@@ -43,13 +45,21 @@ def test_upstream_loss_and_gradient(golden, levels, monkeypatch):
     file = golden("flow_matching")
     monkeypatch.setattr("acetate.released.judge.three_valued_map", lambda *_: file["rgb_mask"])
     loss = DiffusionLoss(
-        mode="upstream", weight=1.0, margin=1.0, latents="raw", timestep_weight=True, eps=0.0, build_judge=None
+        mode="upstream",
+        weight=1.0,
+        margin=1.0,
+        latents="raw",
+        timestep_weight=True,
+        eps=0.0,
+        build_judge=None,
     )
     assert_close(loss.levels.sigmas, levels.sigmas, rtol=0, atol=0)
     for step in file.metadata["ids"]:
         prediction = file["prediction"].clone().requires_grad_()
         ids = torch.full((len(prediction),), step)
-        value = loss(file["latents"], file["rgb_mask"], file["noise"], ids, lambda *_, p=prediction: p, 4, 8)
+        value = loss(
+            file["latents"], file["rgb_mask"], file["noise"], ids, lambda *_, p=prediction: p, 4, 8
+        )
         (gradient,) = torch.autograd.grad(value, prediction)
         assert_close(value, file[f"vae_loss/{step}"].squeeze(), rtol=1e-5, atol=1e-7)
         expected = file[f"vae_loss_grad/{step}"]
@@ -57,7 +67,8 @@ def test_upstream_loss_and_gradient(golden, levels, monkeypatch):
 
 
 def test_mean_shift_and_dit_loss(golden, levels):
-    """The released DiT stage: shifted noise is both in x_t and in the target; the loss is w(t) times the mean."""
+    """The released DiT stage: shifted noise is both in x_t and in the target; the loss is w(t)
+    times the mean."""
     file = golden("flow_matching")
     guide, shift = file["gauss_mask"][None, None], file.metadata["mean_shift"]
     latents, prediction = file["latents"][:1], file["prediction"][:1]
@@ -74,12 +85,15 @@ def test_mean_shift_and_dit_loss(golden, levels):
         (gradient,) = torch.autograd.grad(loss, v)
         assert_close(loss, file[f"dit_loss/{step}"].squeeze(), rtol=1e-5, atol=1e-7)
         expected = file[f"dit_loss_grad/{step}"]
-        assert_close(gradient, expected, rtol=0, atol=1e-4 * max(expected.abs().max().item(), 1e-12))
+        assert_close(
+            gradient, expected, rtol=0, atol=1e-4 * max(expected.abs().max().item(), 1e-12)
+        )
 
 
 @pytest.mark.parametrize("name", ["euler", "unipc"])
 def test_inference_levels(golden, name):
-    """Euler takes the released noise levels; UniPC's, which diffusers sets, start and end close to them."""
+    """Euler takes the released noise levels; UniPC's, which diffusers sets, start and end close to
+    them."""
     file = golden("flow_matching")
     for levels in (n for n in file.tensors if n.startswith("infer") and n.endswith("/sigmas")):
         steps = len(file[levels])

@@ -28,7 +28,9 @@ def test_edges(golden):
         assert_close(value, file[f"{pair}/sobel"].squeeze(), rtol=1e-5, atol=1e-7)
         assert_close(gradient, expected, rtol=0, atol=1e-4 * expected.abs().max().item())
         if f"{pair}/sobel_map_target" in file.tensors:
-            assert_close(central_difference_magnitude(x), file[f"{pair}/sobel_map_target"], rtol=0, atol=1e-6)
+            assert_close(
+                central_difference_magnitude(x), file[f"{pair}/sobel_map_target"], rtol=0, atol=1e-6
+            )
         if f"{pair}/sobel_frame0_4d" in file.tensors:
             first = central_difference_l1(x_hat[:, :, :1], x[:, :, :1])
             assert_close(first, file[f"{pair}/sobel_frame0_4d"].squeeze(), rtol=1e-5, atol=1e-7)

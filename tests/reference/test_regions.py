@@ -23,9 +23,13 @@ def test_every_case(golden):
 
 def test_batch(golden):
     file = golden("alpha_region_mask")
-    alpha = torch.cat([to_alpha(file[f"{case}/alpha_u8"]) for case in file.metadata["batch2_members"]])
+    alpha = torch.cat(
+        [to_alpha(file[f"{case}/alpha_u8"]) for case in file.metadata["batch2_members"]]
+    )
     (name,) = [n for n in file.tensors if n.startswith("batch2") and n.endswith("/mask")]
-    assert_close(three_valued_map(alpha, *strides(file)).flatten(), file[name].flatten(), rtol=0, atol=0)
+    assert_close(
+        three_valued_map(alpha, *strides(file)).flatten(), file[name].flatten(), rtol=0, atol=0
+    )
 
 
 def test_alpha_off_the_8_bit_grid(golden):
@@ -34,7 +38,9 @@ def test_alpha_off_the_8_bit_grid(golden):
     for name in names:
         alpha = (file[name] + 1) / 2
         expected = file[name.replace("/alpha", "/mask")]
-        assert_close(three_valued_map(alpha, *strides(file)).flatten(), expected.flatten(), rtol=0, atol=0)
+        assert_close(
+            three_valued_map(alpha, *strides(file)).flatten(), expected.flatten(), rtol=0, atol=0
+        )
 
 
 def test_our_opaque_cells_are_the_released_ones(golden):
@@ -68,7 +74,9 @@ def test_ellipse_fits_and_masks(golden, stage):
     file = golden("gauss_ellipse")
     for case in file.metadata["cases"]:
         alpha, threshold, enlargements = ellipse_alpha(file, case, stage)
-        ellipses = fit_ellipses(alpha, *strides(file), threshold=threshold, raster="opencv", enlargements=enlargements)
+        ellipses = fit_ellipses(
+            alpha, *strides(file), threshold=threshold, raster="opencv", enlargements=enlargements
+        )
         expected, valid = file[f"{case}/{stage}/fit"].double(), file[f"{case}/{stage}/valid"].bool()
         ours = ellipses[0]
         assert_close((ours[:, 2] > 0), valid, msg=case)

@@ -15,5 +15,12 @@ def test_soft_and_hard(golden, source, color):
     file = golden("rendering")
     rgb, alpha = file[f"{source}fgr"], (file[f"{source}pha"] + 1) / 2
     background = palette_colors(torch.full((len(rgb),), color))
-    assert_close(over(rgb, alpha, background), file[f"{source}soft/{color}"].expand_as(rgb), rtol=0, atol=1e-6)
-    assert_close(over(rgb, harden(alpha), background), file[f"{source}hard/{color}"], rtol=0, atol=1e-6)
+    assert_close(
+        over(rgb, alpha, background),
+        file[f"{source}soft/{color}"].expand_as(rgb),
+        rtol=0,
+        atol=1e-6,
+    )
+    assert_close(
+        over(rgb, harden(alpha), background), file[f"{source}hard/{color}"], rtol=0, atol=1e-6
+    )

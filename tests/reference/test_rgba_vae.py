@@ -1,4 +1,5 @@
-"""The RGBA-VAE and the whole released training step, through the real task under reproduce=upstream."""
+"""The RGBA-VAE and the whole released training step, through the real task under
+reproduce=upstream."""
 
 import json
 
@@ -22,12 +23,15 @@ from tests.compose import composed
 
 @pytest.fixture
 def task(golden, tmp_path):
-    """The task as `train.py experiment=vae_rgba reproduce=upstream` builds it, on the golden weights' own files."""
+    """The task as `train.py experiment=vae_rgba reproduce=upstream` builds it, on the golden
+    weights' own files."""
     torch.save(golden("wan_vae").under("weights"), tmp_path / "Wan2.1_VAE.pth")
     dit, rgba = golden("dit"), golden("rgba_vae")
     (tmp_path / "dit").mkdir()
     save_file(dit.under("weights"), tmp_path / "dit/diffusion_pytorch_model.safetensors")
-    (tmp_path / "dit/config.json").write_text(json.dumps({key: dit.metadata[key] for key in ("num_heads", "eps")}))
+    (tmp_path / "dit/config.json").write_text(
+        json.dumps({key: dit.metadata[key] for key in ("num_heads", "eps")})
+    )
     save_file(golden("recon_losses").under("weights"), tmp_path / "vgg16.safetensors")
     context = golden("vae_training_step")["context"]
     cache = prompt_cache("", "text", context.shape[1], str(tmp_path))
@@ -47,7 +51,9 @@ def task(golden, tmp_path):
     task = instantiate(composed(tmp_path, *overrides).task)
     task.diffusion.levels = flow.schedule()  # the golden step was run without rounding its timestep
     task.configure_model()
-    load_trainable(task.vae, trainable_from_wan_alpha(rgba.under("weights")), "rgba_vae.safetensors")
+    load_trainable(
+        task.vae, trainable_from_wan_alpha(rgba.under("weights")), "rgba_vae.safetensors"
+    )
     return task
 
 
@@ -69,7 +75,9 @@ def test_encode_and_decode(golden, task, chunk):
     _, alpha = inputs(golden)
     vae.chunk = chunk
     with torch.no_grad():
-        features = vae.encoder(torch.cat([file["encoder_input"], (alpha * 2 - 1).expand(-1, 3, -1, -1, -1)]), chunk)
+        features = vae.encoder(
+            torch.cat([file["encoder_input"], (alpha * 2 - 1).expand(-1, 3, -1, -1, -1)]), chunk
+        )
         raw = vae.encode(file["encoder_input"], alpha)
         rgb_hat, alpha_hat = vae.decode(file["latents_raw"])
     expected = torch.cat([file["features_fgr"], file["features_pha"]])
@@ -86,7 +94,9 @@ def test_merged_weights(golden, task):
     """What the parametrised convolutions run with is what the released inference merges."""
     file = golden("rgba_vae")
     for key, expected in file.under("merged").items():
-        probe = trainable_from_wan_alpha({f"{key.removesuffix('.weight')}.lora_A.default.weight": torch.empty(1, 1)})
+        probe = trainable_from_wan_alpha(
+            {f"{key.removesuffix('.weight')}.lora_A.default.weight": torch.empty(1, 1)}
+        )
         (name,) = probe
         conv = task.vae.get_submodule(name.split(".parametrizations")[0])
         assert_close(conv.weight, expected, rtol=0, atol=1e-6)
@@ -95,7 +105,9 @@ def test_merged_weights(golden, task):
 def test_released_file_comes_out_as_it_went_in(golden):
     """Every name, shape and bit of what trains; and the VAE's own names are the released ones."""
     released = golden("rgba_vae").under("weights")
-    ours = trainable_to_wan_alpha(trainable_from_wan_alpha(released), golden("rgba_vae").metadata["lora_alpha"])
+    ours = trainable_to_wan_alpha(
+        trainable_from_wan_alpha(released), golden("rgba_vae").metadata["lora_alpha"]
+    )
     assert ours.keys() == released.keys()
     for name, value in ours.items():
         assert_close(value, released[name], rtol=0, atol=0, msg=name)
@@ -144,7 +156,9 @@ def test_whole_training_step(golden, task, monkeypatch):
     parameters = trainable_state(task.vae)
     for key, expected in file.under("grad").items():
         ((name, like),) = trainable_from_wan_alpha({key: expected}).items()
-        assert_close(parameters[name].grad, like, rtol=0, atol=1e-4 * expected.abs().max().item(), msg=key)
+        assert_close(
+            parameters[name].grad, like, rtol=0, atol=1e-4 * expected.abs().max().item(), msg=key
+        )
     for key, norm in file.metadata["grad_norms"].items():
         (name,) = trainable_from_wan_alpha({key: torch.empty(1, 1)})
         assert parameters[name].grad.norm().item() == pytest.approx(norm, rel=1e-3), key
@@ -152,15 +166,18 @@ def test_whole_training_step(golden, task, monkeypatch):
 
 
 def released(golden, folder, layout):
-    """The golden weights in a file of the layout, beside Wan2.1_VAE.pth: (base, what load_rgba_vae is given)."""
+    """The golden weights in a file of the layout, beside Wan2.1_VAE.pth: (base, what load_rgba_vae
+    is given)."""
     wan, rgba = golden("wan_vae").under("weights"), golden("rgba_vae")
     torch.save(wan, folder / "Wan2.1_VAE.pth")
     trained = rgba.under("weights")
     frozen = {name: wan[key] for name, key in rgba.metadata["frozen_from_wan_vae"].items()}
     lora = {name: value for name, value in trained.items() if ".lora_" in name}
-    file = folder / {"flat": "pytorch_model.bin", "lightning": "last.ckpt", "decoder.bin": "decoder.bin"}.get(
-        layout, ""
-    )
+    file = folder / {
+        "flat": "pytorch_model.bin",
+        "lightning": "last.ckpt",
+        "decoder.bin": "decoder.bin",
+    }.get(layout, "")
     if layout == "flat":
         torch.save(frozen | trained, file)
     elif layout == "lightning":
@@ -173,7 +190,10 @@ def released(golden, folder, layout):
             for name, down in lora.items():
                 if name.startswith(part) and ".lora_A." in name:
                     up = lora[name.replace(".lora_A.", ".lora_B.")]
-                    key = name.removeprefix(f"{part}.").split(".lora_A")[0].removesuffix(".conv3D") + ".weight"
+                    key = (
+                        name.removeprefix(f"{part}.").split(".lora_A")[0].removesuffix(".conv3D")
+                        + ".weight"
+                    )
                     delta = (up.flatten(1) @ down.flatten(1)).view_as(wan[key])
                     whole[key] = wan[key] + rgba.metadata["lora_scale"] * delta
             for key, expected in rgba.under("merged").items():
@@ -192,12 +212,17 @@ def test_inference_from_released_files(golden, tmp_path, layout):
     latents = file["infer/latents_normalised"]
     with torch.no_grad():
         rgb_hat, alpha_hat = vae.decode(vae.denormalise(latents[:1]))
-        vae.average_alpha = False  # the released inference averages the channels of its files, not of its model
+        # the released inference averages the channels of its files, not of its model
+        vae.average_alpha = False
         _, channels = vae.decode(vae.denormalise(latents))
         if layout in ("flat", "lightning"):
             raw = vae.encode(file["encoder_input"], inputs(golden)[1])
             assert_close(vae.normalise(raw), latents, rtol=0, atol=3e-5)
     assert_close(rgb_hat.clamp(-1, 1), file["infer/decoded_fgr"], rtol=0, atol=1e-4)
-    assert_close(channels[:1].mul(2).sub(1).clamp(-1, 1), file["infer/decoded_pha"], rtol=0, atol=1e-4)
+    assert_close(
+        channels[:1].mul(2).sub(1).clamp(-1, 1), file["infer/decoded_pha"], rtol=0, atol=1e-4
+    )
     assert_close(channels * 2 - 1, file["decoded_pha"], rtol=0, atol=1e-4)
-    assert_close(alpha_hat, (file["decoded_pha"][:1].mean(1, keepdim=True) + 1) / 2, rtol=0, atol=1e-4)
+    assert_close(
+        alpha_hat, (file["decoded_pha"][:1].mean(1, keepdim=True) + 1) / 2, rtol=0, atol=1e-4
+    )

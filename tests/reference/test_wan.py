@@ -48,7 +48,9 @@ def test_dit(golden, tmp_path):
     transformer = load_transformer(str(tmp_path))
     for case in (f"case{i}" for i in range(file.metadata["n_cases"])):
         latents = file[f"{case}/latents"].requires_grad_()
-        output = transformer(latents, file[f"{case}/timestep"], file[f"{case}/context"], return_dict=False)[0]
+        output = transformer(
+            latents, file[f"{case}/timestep"], file[f"{case}/context"], return_dict=False
+        )[0]
         (gradient,) = torch.autograd.grad(output.square().mean(), latents)
         expected = file[f"{case}/grad_latents_of_mean_square"]
         assert_close(output, file[f"{case}/output"], rtol=0, atol=1e-4)

@@ -42,7 +42,13 @@ def config_for(run, cached, *overrides):
     latents, adapters = cached
     samples = ["callbacks.samples=null"] if not any("samples" in o for o in overrides) else []
     return composed(
-        run, "experiment=dit_dora", f"data.latents={latents}", f"rgba_vae={adapters}", *SMALL, *samples, *overrides
+        run,
+        "experiment=dit_dora",
+        f"data.latents={latents}",
+        f"rgba_vae={adapters}",
+        *SMALL,
+        *samples,
+        *overrides,
     )
 
 
@@ -51,14 +57,20 @@ def fit(config, *, resume=None, logger=False, extra=()):
     torch.manual_seed(config.seed)
     task, data = instantiate(config.task), instantiate(config.data)
     skipped = ("progress", "learning_rate")
-    callbacks = [c for name, c in instantiate(config.callbacks).items() if name not in skipped and c is not None]
+    callbacks = [
+        c
+        for name, c in instantiate(config.callbacks).items()
+        if name not in skipped and c is not None
+    ]
     trainer = instantiate(config.trainer, callbacks=[*callbacks, record, *extra], logger=logger)
     trainer.fit(task, data, ckpt_path=resume, weights_only=True)
     return trainer, task, record
 
 
 def test_logs_loss_by_timestep_and_fixed_validation(tmp_path, cached):
-    trainer, _, _ = fit(config_for(tmp_path, cached, "trainer.max_steps=4", "trainer.log_every_n_steps=1"))
+    trainer, _, _ = fit(
+        config_for(tmp_path, cached, "trainer.max_steps=4", "trainer.log_every_n_steps=1")
+    )
     names = set(trainer.callback_metrics)
     assert {"train/loss", "train/mse", "val/loss"} <= names
     assert len([name for name in names if name.startswith("val_t/")]) == 4
@@ -77,8 +89,13 @@ class Logged(CSVLogger):
 
 def test_loss_by_timestep_counts_every_clip_once(tmp_path, cached):
     logger = Logged(tmp_path)
-    fit(config_for(tmp_path, cached, "trainer.max_steps=5", "trainer.log_every_n_steps=2"), logger=logger)
-    bins = [(step, row) for step, row in logger.rows if any(name.startswith("train_t/") for name in row)]
+    fit(
+        config_for(tmp_path, cached, "trainer.max_steps=5", "trainer.log_every_n_steps=2"),
+        logger=logger,
+    )
+    bins = [
+        (step, row) for step, row in logger.rows if any(name.startswith("train_t/") for name in row)
+    ]
     assert [step for step, _ in bins] == [2, 4]
     found = [len([name for name in row if name.startswith("train_t/")]) for _, row in bins]
     assert all(1 <= count <= 4 for count in found)  # of two steps with two clips each
@@ -111,10 +128,15 @@ def test_what_is_logged_is_of_the_whole_step(tmp_path, cached):
 def test_resume_is_exact(tmp_path, cached):
     whole = fit(config_for(tmp_path / "a", cached, "trainer.max_steps=4"))
     fit(config_for(tmp_path / "b", cached, "trainer.max_steps=2", "task.decay_steps=4"))
-    rest = fit(config_for(tmp_path / "b", cached, "trainer.max_steps=4"), resume=tmp_path / "b/checkpoints/last.ckpt")
+    rest = fit(
+        config_for(tmp_path / "b", cached, "trainer.max_steps=4"),
+        resume=tmp_path / "b/checkpoints/last.ckpt",
+    )
     assert rest[2].losses == whole[2].losses[2:]
     assert rest[2].keys == whole[2].keys[2:]
-    for (name, a), b in zip(trainable_state(whole[1]).items(), trainable_state(rest[1]).values(), strict=True):
+    for (name, a), b in zip(
+        trainable_state(whole[1]).items(), trainable_state(rest[1]).values(), strict=True
+    ):
         assert_close(a, b, rtol=0, atol=0, msg=name)
 
 
@@ -131,14 +153,24 @@ class Rates(Callback):
 def test_a_run_from_a_checkpoint_takes_its_own_settings(tmp_path, cached):
     """From the end of a cosine, where the rate was 0, into the middle of a longer one."""
     fit(config_for(tmp_path / "a", cached, "trainer.max_steps=2"))
-    config = config_for(tmp_path / "b", cached, "trainer.max_steps=4", "task.lr=5e-5", "task.weight_decay=0.1")
+    config = config_for(
+        tmp_path / "b", cached, "trainer.max_steps=4", "task.lr=5e-5", "task.weight_decay=0.1"
+    )
     rates = Rates()
     with pytest.warns(match="initial_lr 0.003 of the checkpoint is now 5e-05"):
         trainer, _, _ = fit(config, resume=tmp_path / "a/checkpoints/last.ckpt", extra=[rates])
     steps = torch.tensor([2, 3])
-    expected = 5e-5 * (steps + 1) / (config.task.warmup_steps + 1) * 0.5 * (1 + torch.cos(math.pi * steps / 4))
+    expected = (
+        5e-5
+        * (steps + 1)
+        / (config.task.warmup_steps + 1)
+        * 0.5
+        * (1 + torch.cos(math.pi * steps / 4))
+    )
     assert_close(torch.tensor(rates.rates), expected)
-    longer = config_for(tmp_path / "c", cached, "trainer.max_steps=3", "task.decay_steps=9", "task.warmup_steps=3")
+    longer = config_for(
+        tmp_path / "c", cached, "trainer.max_steps=3", "task.decay_steps=9", "task.warmup_steps=3"
+    )
     with pytest.warns() as said:
         fit(longer, resume=tmp_path / "a/checkpoints/last.ckpt")
     for change in ("task.decay_steps 2", "task.warmup_steps 50", "trainer.max_steps 2"):
@@ -157,7 +189,8 @@ class Gradients(Callback):
 
 
 def gradients(folder, cached, *overrides):
-    """At weights that stay as they start: B = 0, so that only its gradient and the magnitude's are not zero."""
+    """At weights that stay as they start: B = 0, so that only its gradient and the magnitude's are
+    not zero."""
     record = Gradients()
     fit(config_for(folder, cached, "task.lr=0", *overrides), extra=[record])
     return record.steps
@@ -165,7 +198,9 @@ def gradients(folder, cached, *overrides):
 
 def test_accumulated_gradients_are_the_mean_of_their_batches(tmp_path, cached):
     first, second = gradients(tmp_path / "a", cached, "trainer.max_steps=2")
-    (both,) = gradients(tmp_path / "b", cached, "trainer.max_steps=1", "trainer.accumulate_grad_batches=2")
+    (both,) = gradients(
+        tmp_path / "b", cached, "trainer.max_steps=1", "trainer.accumulate_grad_batches=2"
+    )
     assert sum(value.abs().sum() for value in both.values()) > 0
     for name, value in both.items():
         assert_close(value, (first[name] + second[name]) / 2, rtol=1e-5, atol=1e-7, msg=name)
@@ -173,7 +208,9 @@ def test_accumulated_gradients_are_the_mean_of_their_batches(tmp_path, cached):
 
 def test_recomputed_blocks_give_the_same_gradients(tmp_path, cached):
     (plain,) = gradients(tmp_path / "a", cached, "trainer.max_steps=1")
-    (recomputed,) = gradients(tmp_path / "b", cached, "trainer.max_steps=1", "task.checkpointing=true")
+    (recomputed,) = gradients(
+        tmp_path / "b", cached, "trainer.max_steps=1", "task.checkpointing=true"
+    )
     for name, value in plain.items():
         assert_close(recomputed[name], value, rtol=1e-5, atol=1e-7, msg=name)
 
@@ -185,7 +222,9 @@ def test_average_of_the_adapters_is_what_is_exported(tmp_path, cached):
     assert saved.keys() == trained.keys()
     name = next(name for name in trained if ".lora_B." in name)
     assert not torch.equal(saved[name], trained[name])
-    average = torch.load(tmp_path / "checkpoints/last.ckpt", weights_only=True)["callbacks"]["EMA"]["average"]
+    average = torch.load(tmp_path / "checkpoints/last.ckpt", weights_only=True)["callbacks"]["EMA"][
+        "average"
+    ]
     assert_close(saved[name], average[name], rtol=0, atol=0)
 
 
@@ -208,7 +247,9 @@ def test_other_latents_are_refused_on_resume(tmp_path, cached):
     checkpoint = torch.load(path, weights_only=True)
     checkpoint["adapter_metadata"]["vae_sha256"] = '"other"'
     torch.save(checkpoint, path)
-    with pytest.raises(ValueError, match=r"checkpoint was trained with vae_sha256 'other', now '\w{64}'\. Give"):
+    with pytest.raises(
+        ValueError, match=r"checkpoint was trained with vae_sha256 'other', now '\w{64}'\. Give"
+    ):
         fit(config_for(tmp_path, cached, "trainer.max_steps=4"), resume=path)
 
 
@@ -240,31 +281,49 @@ def test_error_is_the_published_one(tmp_path, cached):
 
 def test_captions_are_dropped_for_a_share_of_the_clips(tmp_path, cached):
     with pytest.raises(Exception, match="caption_dropout 2; a share"):
-        instantiate(config_for(tmp_path, cached, "trainer.max_steps=1", "task.caption_dropout=2").task)
+        instantiate(
+            config_for(tmp_path, cached, "trainer.max_steps=1", "task.caption_dropout=2").task
+        )
 
 
 def test_latents_of_another_shape_are_refused(tmp_path, cached):
     task, batch = ready(tmp_path, cached)
     with pytest.raises(ValueError, match="reads 16 latent channels, the cached samples have 8"):
-        task.errors({**batch, "latents": batch["latents"][:, :8]}, batch["latents"], torch.tensor([1, 2]), None)
+        task.errors(
+            {**batch, "latents": batch["latents"][:, :8]},
+            batch["latents"],
+            torch.tensor([1, 2]),
+            None,
+        )
 
 
 @pytest.mark.slow
 def test_overfits_eight_clips(tmp_path, cached):
     """The loss at the validation timesteps falls below a quarter of its start."""
-    config = config_for(tmp_path, cached, "trainer.max_steps=1", "data.batch_size=8", "task.rank=32", "task.alpha=32")
+    config = config_for(
+        tmp_path,
+        cached,
+        "trainer.max_steps=1",
+        "data.batch_size=8",
+        "task.rank=32",
+        "task.alpha=32",
+    )
     task, data = instantiate(config.task), instantiate(config.data)
     data.setup()
     task.configure_model()
     batch = next(iter(data.train_dataloader()))
     ids = task.val_ids.repeat(2)
-    noise = ClipDraws(batch["key"], 0, "val", device=torch.device("cpu")).normal(batch["latents"].shape[1:])
+    noise = ClipDraws(batch["key"], 0, "val", device=torch.device("cpu")).normal(
+        batch["latents"].shape[1:]
+    )
     parameters = list(trainable_state(task).values())
     optimizer = torch.optim.AdamW(parameters, lr=1e-2, betas=(0.9, 0.99), weight_decay=0)
     steps, losses = 800, []
     for step in range(steps):
         for group in optimizer.param_groups:
-            group["lr"] = 1e-2 * min(1, (step + 1) / 20) * 0.5 * (1 + math.cos(math.pi * step / steps))
+            group["lr"] = (
+                1e-2 * min(1, (step + 1) / 20) * 0.5 * (1 + math.cos(math.pi * step / steps))
+            )
         optimizer.zero_grad()
         loss = task.errors(batch, noise, ids, batch["context"]).mean()
         loss.backward()

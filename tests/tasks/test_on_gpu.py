@@ -1,4 +1,5 @@
-"""The tasks on a GPU, which a machine without one can say this much about: nothing mixes devices or generators."""
+"""The tasks on a GPU, which a machine without one can say this much about: nothing mixes devices or
+generators."""
 
 import pytest
 import torch
@@ -13,7 +14,11 @@ from tests.compose import composed
 from tests.fake_gpu import fake_gpu
 
 CHOICES = {
-    "vae_rgba": ["loss.diffusion.mode=bidirectional", "task.moment_weight=0.1", "model.checkpointing=true"],
+    "vae_rgba": [
+        "loss.diffusion.mode=bidirectional",
+        "task.moment_weight=0.1",
+        "model.checkpointing=true",
+    ],
     "dit_dora": ["data.latents=x", "rgba_vae=x", "task.checkpointing=true"],
 }
 RELEASED = {
@@ -25,11 +30,17 @@ RELEASED = {
 @pytest.mark.parametrize("released", [False, True])
 @pytest.mark.parametrize("experiment", CHOICES)
 def test_a_step_on_one_gpu(experiment, released, tmp_path):
-    """From the base's files to the loss in bf16: configure_model as Lightning calls it, where the GPU is the default
-    device, then training_step."""
-    config = composed(tmp_path, f"experiment={experiment}", *CHOICES[experiment], *(RELEASED[experiment] * released))
+    """From the base's files to the loss in bf16: configure_model as Lightning calls it, where the
+    GPU is the default device, then training_step."""
+    config = composed(
+        tmp_path,
+        f"experiment={experiment}",
+        *CHOICES[experiment],
+        *(RELEASED[experiment] * released),
+    )
     task, wan = instantiate(config.task), config.wan
-    embed_prompt("", wan.text_encoder, wan.prompt_length, config.paths.cache)  # the judge's, whose tokens have numbers
+    # the judge's, whose tokens have numbers
+    embed_prompt("", wan.text_encoder, wan.prompt_length, config.paths.cache)
     task.trainer = Trainer(accelerator="cpu", logger=False, log_every_n_steps=0)
     load = memory.Load(batch_size=2, frames=5, height=32, width=32, prompt_length=wan.prompt_length)
     with fake_gpu():

@@ -47,16 +47,23 @@ def fit(config, *, resume=None, logger=False, extra=()):
     record = Record()
     torch.manual_seed(config.seed)
     task, data = instantiate(config.task), instantiate(config.data)
-    callbacks = [c for name, c in instantiate(config.callbacks).items() if name not in ("progress", "learning_rate")]
+    callbacks = [
+        c
+        for name, c in instantiate(config.callbacks).items()
+        if name not in ("progress", "learning_rate")
+    ]
     trainer = instantiate(config.trainer, callbacks=[*callbacks, record, *extra], logger=logger)
     trainer.fit(task, data, ckpt_path=resume, weights_only=True)
     return trainer, task, record
 
 
 def test_training_logs_every_part_and_validation_is_deterministic(tmp_path, shards):
-    trainer, task, _ = fit(config_for(tmp_path, shards, "trainer.max_steps=2", "trainer.log_every_n_steps=1"))
+    trainer, task, _ = fit(
+        config_for(tmp_path, shards, "trainer.max_steps=2", "trainer.log_every_n_steps=1")
+    )
     names = set(trainer.callback_metrics)
-    views = {f"{stage}/{view}/{term}" for stage in ("train", "val") for view in ("alpha", "soft", "hard")
+    views = {f"{stage}/{view}/{term}" for stage in ("train", "val") for view in ("alpha", "soft",
+        "hard")
              for term in ("l1", "perceptual", "edge")}  # fmt: skip
     assert views <= names
     assert {"train/diffusion", "val/diffusion", "latents/mean", "z/std_00"} <= names
@@ -75,7 +82,9 @@ def test_one_clip_draws_the_same_in_any_batch(tmp_path, shards):
     for together, single in zip(whole, alone, strict=True):
         assert_close(together[1:2], single)
     assert not torch.equal(whole.noise, task.draw(batch, "train", 8).noise)
-    per_batch = instantiate(config_for(tmp_path, shards, "trainer.max_steps=1", "task.background_per=batch").task)
+    per_batch = instantiate(
+        config_for(tmp_path, shards, "trainer.max_steps=1", "task.background_per=batch").task
+    )
     per_batch.configure_model()
     colors = per_batch.draw({**batch, "key": [str(i) for i in range(3)]}, "train", 1).soft
     assert_close(colors, colors[:1].expand_as(colors))
@@ -83,13 +92,20 @@ def test_one_clip_draws_the_same_in_any_batch(tmp_path, shards):
 
 @pytest.mark.slow
 def test_resume_is_exact(tmp_path, shards):
-    """Four steps, then four more from the checkpoint, are the eight of one run: losses, clips, weights."""
+    """Four steps, then four more from the checkpoint, are the eight of one run: losses, clips,
+    weights."""
     steps = "trainer.max_steps={}"
-    overrides = ["task.decay_steps=null", "callbacks=ema", "callbacks.checkpoint.every_n_train_steps=4"]
+    overrides = [
+        "task.decay_steps=null",
+        "callbacks=ema",
+        "callbacks.checkpoint.every_n_train_steps=4",
+    ]
     _, whole, expected = fit(config_for(tmp_path / "a", shards, steps.format(8), *overrides))
     fit(config_for(tmp_path / "b", shards, steps.format(4), *overrides))
     resume = str(tmp_path / "b/checkpoints/last.ckpt")
-    _, resumed, record = fit(config_for(tmp_path / "c", shards, steps.format(8), *overrides), resume=resume)
+    _, resumed, record = fit(
+        config_for(tmp_path / "c", shards, steps.format(8), *overrides), resume=resume
+    )
     assert record.keys == expected.keys[4:]
     assert record.losses == expected.losses[4:]
     for name, value in trainable_state(whole).items():
@@ -113,7 +129,9 @@ def test_checkpoint_of_another_model_is_refused(tmp_path, shards):
     """Also where names and shapes are the same."""
     fit(config_for(tmp_path, shards, "trainer.max_steps=2", "model.lora_alpha=16"))
     other = ["model.lora_rank=2", "model.lora_alpha=99", "model.merge_init=scratch"]
-    with pytest.raises(ValueError, match=r"merge_init 'residual', now 'scratch'; lora_alpha 16, now 99\. Give"):
+    with pytest.raises(
+        ValueError, match=r"merge_init 'residual', now 'scratch'; lora_alpha 16, now 99\. Give"
+    ):
         fit(
             config_for(tmp_path / "b", shards, "trainer.max_steps=4", *other),
             resume=str(tmp_path / "checkpoints/last.ckpt"),
@@ -123,9 +141,12 @@ def test_checkpoint_of_another_model_is_refused(tmp_path, shards):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["data.height=18", "data.space_multiple=1"], "height 18; this VAE needs multiples of 4. Use height=16"),
-        (["data.width=20", "data.space_multiple=1"], "width 20; the DiT needs multiples of 8 pixels"),
-        (["data.frames=7", "data.time_stride=1"], r"7 frames; this VAE needs 4k\+1 frames .*Use frames=5"),
+        (["data.height=18", "data.space_multiple=1"], "height 18; this VAE needs multiples of 4. "
+                                                      "Use height=16"),
+        (["data.width=20", "data.space_multiple=1"], "width 20; the DiT needs multiples of 8 "
+                                                     "pixels"),
+        (["data.frames=7", "data.time_stride=1"], r"7 frames; this VAE needs 4k\+1 frames .*Use "
+                                                  r"frames=5"),
         (["data.frames=7"], r"7 frames; Wan needs 4k\+1"),
         (["loss.diffusion.mode=opque"], "'opque'; known: off, opaque"),
         (["model.merge_init=zero"], "'zero'; known: residual, scratch"),
@@ -144,9 +165,15 @@ def test_without_a_judge_no_dit_is_loaded(tmp_path, shards):
 
 
 def test_moment_penalty_pulls_latents_to_the_base(tmp_path, shards):
-    task = instantiate(config_for(tmp_path, shards, "trainer.max_steps=1", "task.moment_weight=1.0").task)
+    task = instantiate(
+        config_for(tmp_path, shards, "trainer.max_steps=1", "task.moment_weight=1.0").task
+    )
     task.configure_model()
-    batch = {"rgb": torch.zeros(1, 3, 5, 16, 16), "alpha": torch.ones(1, 1, 5, 16, 16), "key": ["a"]}
+    batch = {
+        "rgb": torch.zeros(1, 3, 5, 16, 16),
+        "alpha": torch.ones(1, 1, 5, 16, 16),
+        "key": ["a"],
+    }
     _, parts, *_, latents = task.step(batch, task.draw(batch, "train", 0))
     mean, variance = latents.mean((0, 2, 3, 4)), latents.var((0, 2, 3, 4))
     assert_close(parts["moments"], (mean**2 + (variance - 1) ** 2).mean())
@@ -162,7 +189,9 @@ def test_validation_is_the_same_for_any_batches(tmp_path, shards):
     batch = {"rgb": torch.rand(3, 3, 5, 16, 16) * 2 - 1, "alpha": alpha, "key": ["a", "b", "c"]}
     loss, parts, *_ = task.step(batch, task.draw(batch, "val", 0))
     each = [{name: values[i : i + 1] for name, values in batch.items()} for i in range(3)]
-    losses, of_each, *_ = zip(*(task.step(clip, task.draw(clip, "val", 0)) for clip in each), strict=True)
+    losses, of_each, *_ = zip(
+        *(task.step(clip, task.draw(clip, "val", 0)) for clip in each), strict=True
+    )
     assert_close(loss, torch.stack(losses).mean())
     for name, value in parts.items():
         assert_close(value, torch.stack([parts[name] for parts in of_each]).mean())
@@ -178,5 +207,7 @@ class Poison(Callback):
 
 def test_non_finite_loss_names_step_and_clips(tmp_path, shards):
     config = config_for(tmp_path, shards, "trainer.max_steps=3")
-    with pytest.raises(FloatingPointError, match=r"training step 1, clips \w+-\d+, \w+-\d+: not finite: loss"):
+    with pytest.raises(
+        FloatingPointError, match=r"training step 1, clips \w+-\d+, \w+-\d+: not finite: loss"
+    ):
         fit(config, extra=[Poison()])

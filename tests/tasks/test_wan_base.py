@@ -26,7 +26,9 @@ TINY = {
 
 
 def data(frames=5):
-    return EndlessDataModule(frames=frames, height=16, width=16, batch_size=2, val_clips=3, seed=0, num_workers=0)
+    return EndlessDataModule(
+        frames=frames, height=16, width=16, batch_size=2, val_clips=3, seed=0, num_workers=0
+    )
 
 
 def trainer(folder, steps, val_every=None, **settings):
@@ -48,7 +50,13 @@ def trainer(folder, steps, val_every=None, **settings):
 
 def vae_task(save_to, vae=None, **settings):
     torch.manual_seed(0)
-    settings = {"lr": 1e-3, "warmup_steps": 0, "edge_weight": 0.02, "kl_weight": 1e-4, "seed": 0} | settings
+    settings = {
+        "lr": 1e-3,
+        "warmup_steps": 0,
+        "edge_weight": 0.02,
+        "kl_weight": 1e-4,
+        "seed": 0,
+    } | settings
     return WanVAETask(vae=vae or AutoencoderKLWan(**TINY), save_to=str(save_to), **settings)
 
 
@@ -64,7 +72,9 @@ def trained(tmp_path_factory):
 
 def test_every_tensor_of_the_vae_trains(trained):
     _, task, before = trained
-    assert [name for name, value in task.vae.state_dict().items() if torch.equal(value, before[name])] == []
+    assert [
+        name for name, value in task.vae.state_dict().items() if torch.equal(value, before[name])
+    ] == []
     assert task.trainer.global_step == 4
 
 
@@ -104,9 +114,16 @@ def test_going_on_from_a_saved_vae(trained, tmp_path):
 
 def test_sanity_check_saves_nothing(tmp_path):
     task = vae_task(tmp_path / "vae")
-    settings = {"max_steps": 1, "val_check_interval": 10, "check_val_every_n_epoch": None, "num_sanity_val_steps": 1}
+    settings = {
+        "max_steps": 1,
+        "val_check_interval": 10,
+        "check_val_every_n_epoch": None,
+        "num_sanity_val_steps": 1,
+    }
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-    Trainer(accelerator="cpu", enable_model_summary=False, **settings, **quiet).fit(task, data(frames=1))
+    Trainer(accelerator="cpu", enable_model_summary=False, **settings, **quiet).fit(
+        task, data(frames=1)
+    )
     assert not (tmp_path / "vae").exists()
 
 
@@ -193,14 +210,24 @@ def dit_task(tmp_path_factory):
 def test_dit_trains_with_its_text_encoder_on_a_frozen_vae(dit_task):
     task, _, before = dit_task
     frozen = ("encoder.", "head.")
-    trained = {name.split(".")[0] for name, p in task.named_parameters() if not torch.equal(p, before[name])}
+    trained = {
+        name.split(".")[0]
+        for name, p in task.named_parameters()
+        if not torch.equal(p, before[name])
+    }
     assert trained == {"transformer", "text_encoder"}
-    assert all(torch.equal(p, before[n]) for n, p in task.named_parameters() if n.startswith(frozen))
+    assert all(
+        torch.equal(p, before[n]) for n, p in task.named_parameters() if n.startswith(frozen)
+    )
 
 
 def test_dit_is_saved_as_it_was_trained(dit_task):
     task, folder, _ = dit_task
-    assert sorted(path.name for path in folder.iterdir()) == ["text_encoder", "tokenizer", "transformer"]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "text_encoder",
+        "tokenizer",
+        "transformer",
+    ]
     saved = load_transformer(str(folder))
     for name, value in task.transformer.state_dict().items():
         assert_close(saved.state_dict()[name], value.half().float(), rtol=0, atol=0, msg=name)
@@ -208,7 +235,8 @@ def test_dit_is_saved_as_it_was_trained(dit_task):
 
 @pytest.mark.parametrize("prompt", ["", "a teal ring that turns", "smoke"])
 def test_saved_text_encoder_reads_prompts_as_in_training(dit_task, tmp_path, prompt):
-    """Alone and unpadded at inference, padded in a batch in training: the same embedding, then zeros."""
+    """Alone and unpadded at inference, padded in a batch in training: the same embedding, then
+    zeros."""
     task, folder, _ = dit_task
     task.eval()
     with torch.no_grad():

@@ -20,32 +20,38 @@ from acetate.steps import StepTrainer
 
 
 class StepCheckpoint(SteeredCheckpoint):
-    """Checkpoints that a run goes on from exactly, every `every_n_train_steps` optimizer steps, before
-    every validation, and at the end.
+    """Checkpoints that a run goes on from exactly, every `every_n_train_steps` optimizer steps,
+    before every validation, and at the end.
 
     A run that goes on from one begins with the validation that was due there, also when there is no
     step left. What was logged is noted, so that metrics.csv has every row once. With `monitor`, the
     `save_top_k` best are chosen after the validation that measured them.
 
-    best: a validation's metric; best.ckpt is the checkpoint of the step at which it was best so far, and
-    best.json its name, value and step. best_mode: min or max; None: max of PSNR and SSIM, else min.
+    best: a validation's metric; best.ckpt is the checkpoint of the step at which it was best so
+    far, and best.json its name, value and step. best_mode: min or max; None: max of PSNR and SSIM,
+    else min.
     """
 
-    def __init__(self, *, best: str | None = None, best_mode: str | None = None, **settings: Any) -> None:
+    def __init__(
+        self, *, best: str | None = None, best_mode: str | None = None, **settings: Any
+    ) -> None:
         super().__init__(**settings)
         if best_mode not in (None, "min", "max"):
             raise ValueError(
-                f"callbacks.checkpoint.best_mode={best_mode}; known: min, max, or null to go by the metric."
+                f"callbacks.checkpoint.best_mode={best_mode}; known: min, max, or null to go by "
+                "the metric."
             )
         self.best, self.best_mode = best, best_mode or direction(best or "")
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage == "fit":  # before they load it, for which ranks of a sharded model wait for each other
+        # before they load it, for which ranks of a sharded model wait for each other
+        if stage == "fit":
             _check_same(trainer, f"checkpoint {trainer.ckpt_path}")
         super().setup(trainer, pl_module, stage)
         self._rows: list[int] = []
         if trainer.is_global_zero and stage == "fit":
-            for left in Path(str(self.dirpath)).glob(".*.tmp"):  # by a process that was killed while it wrote
+            # by a process that was killed while it wrote
+            for left in Path(str(self.dirpath)).glob(".*.tmp"):
                 left.unlink() if left.is_file() else shutil.rmtree(left)
 
     def save(self, trainer: Trainer) -> None:
@@ -93,7 +99,9 @@ class StepCheckpoint(SteeredCheckpoint):
         measured = trainer.callback_metrics
         if metric not in measured:
             known = ", ".join(sorted(name for name in measured if name.startswith("val")))
-            raise ValueError(f"objective={metric} is not what a validation measures: {known}. Name one, or null.")
+            raise ValueError(
+                f"objective={metric} is not what a validation measures: {known}. Name one, or null."
+            )
         value, folder = float(measured[metric]), Path(str(self.dirpath))
         if not trainer.is_global_zero or value != value or self.saved_step != trainer.global_step:
             return
@@ -104,7 +112,12 @@ class StepCheckpoint(SteeredCheckpoint):
             if value >= old if self.best_mode == "min" else value <= old:
                 return
         folder.mkdir(parents=True, exist_ok=True)
-        facts = {"metric": metric, "mode": self.best_mode, "value": value, "step": trainer.global_step}
+        facts = {
+            "metric": metric,
+            "mode": self.best_mode,
+            "value": value,
+            "step": trainer.global_step,
+        }
         self._copy(Path(self.saved_path), folder / "best.ckpt", facts)
         temporary = folder / ".best.json.tmp"
         temporary.write_text(json.dumps(facts))
@@ -123,11 +136,16 @@ class StepCheckpoint(SteeredCheckpoint):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.save(trainer)
 
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
         checkpoint["metrics"] = {"rows": [logger.rows() for logger in _metrics_files(trainer)]}
 
-    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        self._rows = checkpoint.get("metrics", {"rows": []})["rows"]  # older ones know nothing of it
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        # older ones know nothing of it
+        self._rows = checkpoint.get("metrics", {"rows": []})["rows"]
 
     def may_save(self, trainer: Trainer) -> bool:
         return super().may_save(trainer) and step_is_due(trainer)
@@ -154,33 +172,47 @@ def _check_same(trainer: Trainer, own: str) -> None:
     for rank, other in enumerate(found):
         if other != found[0]:
             raise ValueError(
-                f"rank 0 goes on from {found[0]}, rank {rank} from {other}. All machines must see the same files in a "
-                "run's folder: let paths.outputs, or resume, lie on a file system that they share."
+                f"rank 0 goes on from {found[0]}, rank {rank} from {other}. All machines must see "
+                "the same files in a run's folder: let paths.outputs, or resume, lie on a file "
+                "system that they share."
             )
 
 
 def _metrics_files(trainer: Trainer) -> list[MetricsFile]:
     """On rank 0, which writes them."""
-    return [logger for logger in trainer.loggers if isinstance(logger, MetricsFile) and trainer.is_global_zero]
+    return [
+        logger
+        for logger in trainer.loggers
+        if isinstance(logger, MetricsFile) and trainer.is_global_zero
+    ]
 
 
 class AdapterCheckpoint(StepCheckpoint):
-    """Beside every checkpoint NAME.ckpt a NAME.safetensors with what trains (its average where EMA runs).
+    """Beside every checkpoint NAME.ckpt a NAME.safetensors with what trains (its average where EMA
+    runs).
 
-    Its metadata is the module's `adapter_metadata()`, str -> str: enough to build the model again, and step and
-    whether it is the average. The file's tensors are named as in the module. It comes first: a run that is killed
-    between the two goes on from the checkpoint before, and writes both again.
+    Its metadata is the module's `adapter_metadata()`, str -> str: enough to build the model again,
+    and step and whether it is the average. The file's tensors are named as in the module. It comes
+    first: a run that is killed between the two goes on from the checkpoint before, and writes both
+    again.
     """
 
     def write(self, trainer: Trainer, path: str) -> None:
-        averaged, state = _adapters(trainer, trainer.lightning_module)  # all ranks: they gather shards
+        # all ranks: they gather shards
+        averaged, state = _adapters(trainer, trainer.lightning_module)
         if trainer.is_global_zero:
             self._save_adapters(trainer, Path(path).with_suffix(".safetensors"), averaged, state)
         super().write(trainer, path)
 
-    def _save_adapters(self, trainer: Trainer, path: Path, averaged: bool, state: dict[str, Tensor]) -> None:
+    def _save_adapters(
+        self, trainer: Trainer, path: Path, averaged: bool, state: dict[str, Tensor]
+    ) -> None:
         module = trainer.lightning_module
-        metadata = {**_metadata(module), "step": str(trainer.global_step), "averaged": json.dumps(averaged)}
+        metadata = {
+            **_metadata(module),
+            "step": str(trainer.global_step),
+            "averaged": json.dumps(averaged),
+        }
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.tmp")
         try:
@@ -211,10 +243,15 @@ class AdapterCheckpoint(StepCheckpoint):
 
 
 def _adapters(trainer: Trainer, module: LightningModule) -> tuple[bool, dict[str, Tensor]]:
-    """Whether they are averages, and what trains, whole; on other ranks than the first without tensors."""
+    """Whether they are averages, and what trains, whole; on other ranks than the first without
+    tensors."""
     averages = [callback.average for callback in trainer.callbacks if isinstance(callback, EMA)]  # pyright: ignore
     averaged = bool(averages and averages[0])
-    trained = averages[0] if averaged else {name: p for name, p in module.named_parameters() if p.requires_grad}
+    trained = (
+        averages[0]
+        if averaged
+        else {name: p for name, p in module.named_parameters() if p.requires_grad}
+    )
     state: dict[str, Tensor] = {}
     for name, value in trained.items():
         whole = value.detach().full_tensor() if isinstance(value, DTensor) else value.detach()

@@ -51,7 +51,9 @@ class Curves(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._draw(trainer)
 
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
         self._draw(trainer)
 
     def _draw(self, trainer: Trainer) -> None:
@@ -61,7 +63,11 @@ class Curves(Callback):
             if isinstance(logger, MetricsFile):
                 logger.save()
         try:
-            draw(read_metrics(self.directory / "metrics.csv"), self.directory / "curves.png", _title(self.directory))
+            draw(
+                read_metrics(self.directory / "metrics.csv"),
+                self.directory / "curves.png",
+                _title(self.directory),
+            )
         except Exception as error:  # a picture is worth less than the run
             rank_zero_warn(f"curves.png is not drawn: {error}")
 
@@ -129,7 +135,15 @@ def _draw_panel(axis: "Axes", panel: Panel, metrics: Mapping[str, Points], last:
             label = "of the mean alpha"
         elif measured(name):
             best = (max if direction(name) == "max" else min)(points, key=lambda point: point[1])
-            axis.plot(*best, "*", markersize=12, color=colour, markeredgecolor="white", zorder=5, clip_on=False)
+            axis.plot(
+                *best,
+                "*",
+                markersize=12,
+                color=colour,
+                markeredgecolor="white",
+                zorder=5,
+                clip_on=False,
+            )
             label = f"{label}  {best[1]:.{4 if abs(best[1]) >= 1 else 3}g}"
             if len(x) <= 60:
                 style |= {"marker": "o", "markersize": 3.2}

@@ -55,9 +55,21 @@ class WandbRun(WandbLogger):
         notes: str | None = None,
         log_model: bool | str = False,
     ) -> None:
-        about = {"entity": entity, "group": group, "job_type": job_type, "tags": list(tags), "notes": notes}
+        about = {
+            "entity": entity,
+            "group": group,
+            "job_type": job_type,
+            "tags": list(tags),
+            "notes": notes,
+        }
         super().__init__(
-            name=name, save_dir=save_dir, id=id, offline=offline, project=project, log_model=log_model, **about
+            name=name,
+            save_dir=save_dir,
+            id=id,
+            offline=offline,
+            project=project,
+            log_model=log_model,
+            **about,
         )  # type: ignore[arg-type]
         self._wandb_init.pop("anonymous", None)  # wandb warns of it, whatever its value
         self.finish_timeout = finish_timeout
@@ -79,8 +91,14 @@ class WandbRun(WandbLogger):
         if not offline and reason is None:
             try:
                 return self._begin(self._init(None))
-            except Exception as error:  # of wandb, of its process, of the network: none of them may stop training
-                reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            except (
+                Exception
+            ) as error:  # of wandb, of its process, of the network: none of them may stop training
+                reason = (
+                    str(error).strip().splitlines()[0]
+                    if str(error).strip()
+                    else type(error).__name__
+                )
                 wandb.teardown()  # it holds the half of a run under the same id
         if reason is not None:
             log.warning(
@@ -90,7 +108,9 @@ class WandbRun(WandbLogger):
         return self._begin(self._init("offline" if self._offline or reason is not None else None))
 
     def _init(self, mode: str | None) -> wandb.Run:
-        settings = wandb.Settings(silent=True, init_timeout=START, finish_timeout=self.finish_timeout)
+        settings = wandb.Settings(
+            silent=True, init_timeout=START, finish_timeout=self.finish_timeout
+        )
         with _command_without_secrets():
             return wandb.init(**self._wandb_init, mode=mode, settings=settings)  # type: ignore[arg-type]
 
@@ -107,7 +127,9 @@ class WandbRun(WandbLogger):
     def _define(self, run: wandb.Run, name: str) -> None:
         if measured(name) and name not in self._defined:
             self._defined.add(name)
-            run.define_metric(name, step_metric=STEP, step_sync=True, summary=f"{direction(name)},last")
+            run.define_metric(
+                name, step_metric=STEP, step_sync=True, summary=f"{direction(name)},last"
+            )
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
@@ -115,7 +137,8 @@ class WandbRun(WandbLogger):
         for name in metrics:
             self._define(run, name)
         super().log_metrics(metrics, step)
-        for name, value in metrics.items():  # wandb knows what this process has logged, not what one before it has
+        # wandb knows what this process has logged, not what one before it has
+        for name, value in metrics.items():
             before = self._best.get(name)
             if before is not None and not better(name, value, before):
                 run.summary.update({name: {direction(name): before, "last": float(value)}})
@@ -145,7 +168,10 @@ class WandbRun(WandbLogger):
         thread.start()
         thread.join(self.finish_timeout + GRACE)
         if thread.is_alive() and process is not None:
-            log.warning("wandb does not end; its process is killed. What it has not sent is in %s", self._save_dir)
+            log.warning(
+                "wandb does not end; its process is killed. What it has not sent is in %s",
+                self._save_dir,
+            )
             process.kill()
             thread.join(GRACE)
 
@@ -161,7 +187,9 @@ class TensorBoardRun(TensorBoardLogger):
     def log_hyperparams(self, params: Mapping[str, Any], *args: object, **settings: object) -> None:
         """Lightning's also logs a metric of its own, at a step that has none."""
         text = yaml.safe_dump(dict(params), sort_keys=False, allow_unicode=True)
-        self.experiment.add_text("config", "\n".join(f"    {line}" for line in text.splitlines()), 0)
+        self.experiment.add_text(
+            "config", "\n".join(f"    {line}" for line in text.splitlines()), 0
+        )
         writer = self.experiment._get_file_writer()
         for summary in hparams(_flat(params), {self.objective: 0} if self.objective else {}):
             writer.add_summary(summary, 0)
@@ -174,7 +202,10 @@ class TensorBoardRun(TensorBoardLogger):
 
 def unreachable() -> str | None:
     """Why wandb's server would not take a run with the present key; None where nothing says so."""
-    url = str(wandb_setup.singleton().settings.base_url or os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai"))
+    url = str(
+        wandb_setup.singleton().settings.base_url
+        or os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
+    )
     key = os.environ.get("WANDB_API_KEY")
     try:
         answer = requests.post(
@@ -186,7 +217,10 @@ def unreachable() -> str | None:
     except requests.RequestException as error:
         return f"{url} cannot be reached ({_cause(error)})"
     if answer.status_code in (401, 403):
-        return f"{url} does not take the key (status {answer.status_code}); `wandb login --relogin` sets another"
+        return (
+            f"{url} does not take the key (status {answer.status_code}); `wandb login --relogin` "
+            "sets another"
+        )
     return None if answer.ok else f"{url} answers with status {answer.status_code}"
 
 
@@ -217,5 +251,7 @@ def _flat(params: Mapping[str, Any], name: str = "") -> dict[str, str | float | 
         if isinstance(value, Mapping):
             found |= _flat(value, f"{name}{key}.")
         else:
-            found[f"{name}{key}"] = value if isinstance(value, str | int | float | bool) else str(value)
+            found[f"{name}{key}"] = (
+                value if isinstance(value, str | int | float | bool) else str(value)
+            )
     return found

@@ -11,8 +11,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 class EMA(Callback):
     """ema <- d * ema + (1 - d) * w after each step, d = min(decay, (1 + step) / (10 + step)).
 
-    Validation and adapter files see the average; training and the optimizer never do. Kept in fp32 in the
-    checkpoint, and whole where weights are sharded, so that a resumed run goes on with it.
+    Validation and adapter files see the average; training and the optimizer never do. Kept in fp32
+    in the checkpoint, and whole where weights are sharded, so that a resumed run goes on with it.
     """
 
     def __init__(self, decay: float):
@@ -56,7 +56,10 @@ class EMA(Callback):
                 parameter.copy_(self._training.pop(name))
 
     def state_dict(self) -> dict[str, Any]:
-        whole = {n: value.full_tensor() if isinstance(value, DTensor) else value for n, value in self.average.items()}
+        whole = {
+            n: value.full_tensor() if isinstance(value, DTensor) else value
+            for n, value in self.average.items()
+        }
         return {"average": {name: value.cpu() for name, value in whole.items()}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -64,7 +67,10 @@ class EMA(Callback):
 
 
 def _assign(target: Tensor, value: Tensor) -> Tensor:
-    """target with the value, which is whole where it comes from a checkpoint; each rank then takes its part."""
+    """target with the value, which is whole where it comes from a checkpoint; each rank then takes
+    its part."""
     if isinstance(target, DTensor) and not isinstance(value, DTensor):
-        value = distribute_tensor(value.to(target.device), target.device_mesh, target.placements, src_data_rank=None)
+        value = distribute_tensor(
+            value.to(target.device), target.device_mesh, target.placements, src_data_rank=None
+        )
     return target.copy_(value)

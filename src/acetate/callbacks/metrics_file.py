@@ -121,8 +121,8 @@ class MetricsWriter(ExperimentWriter):
 class MetricsFile(CSVLogger):
     """`save_dir`/metrics.csv, of rank 0.
 
-    A checkpoint notes how many rows there are (callbacks.checkpoints); the rows that a killed run has written since are
-    dropped when it goes on, because it writes them again.
+    A checkpoint notes how many rows there are (callbacks.checkpoints); the rows that a killed run
+    has written since are dropped when it goes on, because it writes them again.
     """
 
     def __init__(self, save_dir: str):

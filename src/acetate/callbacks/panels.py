@@ -1,4 +1,5 @@
-"""Pictures and videos of the first validation clips: what was given, what came back, where alpha is wrong."""
+"""Pictures and videos of the first validation clips: what was given, what came back, where alpha is
+wrong."""
 
 import math
 import os
@@ -35,7 +36,8 @@ GROUND, INK = (34, 34, 38), (235, 235, 235)
 
 @dataclass(frozen=True)
 class Clip:
-    """One validation clip on the CPU, uint8: rgb (3, T, H, W), alpha (1, T, H, W); and its own figures."""
+    """One validation clip on the CPU, uint8: rgb (3, T, H, W), alpha (1, T, H, W); and its own
+    figures."""
 
     key: str
     rgb: Tensor
@@ -52,7 +54,8 @@ class Clip:
 
 
 def quality(rgb_hat: Tensor, alpha_hat: Tensor, rgb: Tensor, alpha: Tensor) -> tuple[float, float]:
-    """A clip's share of the validation's rgb/psnr and alpha/mae; (C, T, H, W) each, predictions unclamped."""
+    """A clip's share of the validation's rgb/psnr and alpha/mae; (C, T, H, W) each, predictions
+    unclamped."""
     rgb_hat, alpha_hat = rgb_hat.float().clamp(-1, 1), alpha_hat.float().clamp(0, 1)
     rgb, alpha = rgb.float(), alpha.float()
     errors = [
@@ -70,9 +73,11 @@ def to_bytes(x: Tensor, low: float) -> Tensor:
 
 
 def heat(error: Tensor) -> Tensor:
-    """|error| (1, H, W) in [0, 1] to black-red-yellow-white (3, H, W) in [-1, 1], by its square root.
+    """|error| (1, H, W) in [0, 1] to black-red-yellow-white (3, H, W) in [-1, 1], by its square
+    root.
 
-    The scale is fixed, so that steps compare; the root keeps both 1/255 and 1 apart from their neighbours.
+    The scale is fixed, so that steps compare; the root keeps both 1/255 and 1 apart from their
+    neighbours.
     """
     x = 3 * error.sqrt()
     return torch.cat([x, x - 1, x - 2]).clamp(0, 1) * 2 - 1
@@ -86,7 +91,8 @@ def tile_size(height: int, width: int) -> tuple[int, int]:
 
 
 def picture(tile: Tensor, height: int, width: int) -> Image.Image:
-    """(3, H, W) in [-1, 1] to height x width: pixels stay square when enlarged, are averaged when reduced."""
+    """(3, H, W) in [-1, 1] to height x width: pixels stay square when enlarged, are averaged when
+    reduced."""
     if tile.shape[1:] != (height, width):
         mode = "nearest" if height > tile.shape[1] else "area"
         tile = F.interpolate(tile[None], (height, width), mode=mode)[0]
@@ -112,7 +118,12 @@ class Frame:
 
     def columns(self) -> tuple[Tensor, ...]:
         alpha, alpha_hat = (x.expand(3, -1, -1) * 2 - 1 for x in (self.alpha, self.alpha_hat))
-        return (*self.composites("checker"), alpha, alpha_hat, heat((self.alpha_hat - self.alpha).abs()))
+        return (
+            *self.composites("checker"),
+            alpha,
+            alpha_hat,
+            heat((self.alpha_hat - self.alpha).abs()),
+        )
 
 
 @lru_cache
@@ -123,7 +134,8 @@ def _has_glyph(character: str) -> bool:
 
 
 def drawable(text: str) -> str:
-    """On one line, in characters that the font has: accents go, all others that it lacks become boxes."""
+    """On one line, in characters that the font has: accents go, all others that it lacks become
+    boxes."""
     drawn = []
     for character in " ".join(text.split()):
         if unicodedata.category(character) in ("Mn", "Cc", "Cf"):  # marks, control codes, joiners
@@ -145,7 +157,8 @@ def wrapped(text: str, font: Any, width: float, lines: int) -> list[str]:
             found.append(rest[:count].rstrip() + "…")
             break
         if count < len(rest):
-            count = rest.rfind(" ", 0, count + 1) + 1 or count  # between words, where there is a space
+            # between words, where there is a space
+            count = rest.rfind(" ", 0, count + 1) + 1 or count
         found.append(rest[:count].rstrip())
         rest = rest[count:].lstrip()
     return found or [""]
@@ -185,9 +198,17 @@ class Sheet:
         self.write(x, 3.2 * self.text, text)
 
     def paste(
-        self, tile: Tensor, x: int, y: int, height: int, width: int, guide: Tensor | None = None, t: int = 0
+        self,
+        tile: Tensor,
+        x: int,
+        y: int,
+        height: int,
+        width: int,
+        guide: Tensor | None = None,
+        t: int = 0,
     ) -> None:
-        """A tile (3, H, W) in [-1, 1], y counted from where the tiles begin; guide at t as of `draw_guide`."""
+        """A tile (3, H, W) in [-1, 1], y counted from where the tiles begin; guide at t as of
+        `draw_guide`."""
         shown = picture(tile, height, width)
         if guide is not None:
             draw_guide(shown, guide, t)
@@ -205,8 +226,8 @@ class Sheet:
 def strip(clip: Clip, rows: int, step: int) -> Image.Image:
     """One row per time, spread from the first frame to the last.
 
-    Source and reconstruction over a checkerboard, alpha, alpha_hat and the alpha error; then, at half the
-    size, the reconstruction over every background with the source beneath it.
+    Source and reconstruction over a checkerboard, alpha, alpha_hat and the alpha error; then, at
+    half the size, the reconstruction over every background with the source beneath it.
     """
     times = sorted({round(float(t)) for t in np.linspace(0, clip.rgb.shape[1] - 1, rows)})
     height, width = tile_size(*clip.rgb.shape[-2:])
@@ -235,7 +256,8 @@ def strip(clip: Clip, rows: int, step: int) -> Image.Image:
 
 
 def movie(clip: Clip, fps: float, step: int) -> NDArray[np.uint8]:
-    """The large columns and two backgrounds over time, uint8 (T, H, W, 3) with even sides for yuv420."""
+    """The large columns and two backgrounds over time, uint8 (T, H, W, 3) with even sides for
+    yuv420."""
     height, width = tile_size(*clip.rgb.shape[-2:])
     labels = (*COLUMNS, *(f"over {name}" for name in VIDEO_BACKGROUNDS))
     frames = []
@@ -244,7 +266,9 @@ def movie(clip: Clip, fps: float, step: int) -> NDArray[np.uint8]:
         sheet.heat_bar(4 * (width + GAP), width)
         frame = Frame(clip, t)
         composites = (frame.composites(name)[1] for name in VIDEO_BACKGROUNDS)
-        for i, (label, tile) in enumerate(zip(labels, (*frame.columns(), *composites), strict=True)):
+        for i, (label, tile) in enumerate(
+            zip(labels, (*frame.columns(), *composites), strict=True)
+        ):
             sheet.label(i * (width + GAP) + width / 2, label)
             sheet.paste(tile, i * (width + GAP), 0, height, width)
         frames.append(np.asarray(sheet.image))
@@ -252,17 +276,21 @@ def movie(clip: Clip, fps: float, step: int) -> NDArray[np.uint8]:
 
 
 class Panels(Callback):
-    """Draws the first `clips` clips that rank 0 validates, at every validation run; the sanity run is step 0.
+    """Draws the first `clips` clips that rank 0 validates, at every validation run; the sanity run
+    is step 0.
 
-    Files: `<directory, or the trainer's default_root_dir>/panels/step_00001000/<key>.png` and, for clips of
-    more than one frame, `.mp4`. wandb gets both, TensorBoard the picture (its video needs moviepy below 2);
-    other loggers have the files. The task's validation_step returns rgb_hat and alpha_hat, unclamped.
+    Files: `<directory, or the trainer's default_root_dir>/panels/step_00001000/<key>.png` and, for
+    clips of more than one frame, `.mp4`. wandb gets both, TensorBoard the picture (its video needs
+    moviepy below 2); other loggers have the files. The task's validation_step returns rgb_hat and
+    alpha_hat, unclamped.
     """
 
     def __init__(self, clips: int, fps: float, rows: int = 3, directory: str | None = None):
         for name, value in (("clips", clips), ("fps", fps), ("rows", rows)):
             if value <= 0:
-                raise ValueError(f"{name}={value}; must be positive. Leave Panels out to draw nothing.")
+                raise ValueError(
+                    f"{name}={value}; must be positive. Leave Panels out to draw nothing."
+                )
         self.clips, self.fps, self.rows, self.directory = clips, fps, rows, directory
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -280,7 +308,8 @@ class Panels(Callback):
         if not trainer.is_global_zero or dataloader_idx > 0:
             return
         for i, key in enumerate(batch["key"]):
-            # A sampler that pads the last batch repeats clips; one without a key stands in for bad ones.
+            # A sampler that pads the last batch repeats clips; one without a key stands in for bad
+            # ones.
             if key and len(self._drawn) < self.clips and key not in self._drawn:
                 self._drawn.add(key)
                 self._draw(trainer, _clip(outputs, batch, i))
@@ -304,8 +333,8 @@ def _clip(outputs: Any, batch: Any, index: int) -> Clip:
     missing = [name for name in ("rgb_hat", "alpha_hat") if name not in (outputs or {})]
     if missing:
         raise KeyError(
-            f"validation_step returned no {' and no '.join(missing)}; Panels draws reconstructions. "
-            "Return them from the task, or take Panels out of the callbacks."
+            f"validation_step returned no {' and no '.join(missing)}; Panels draws "
+            "reconstructions. Return them from the task, or take Panels out of the callbacks."
         )
     rgb, alpha = batch["rgb"][index], batch["alpha"][index]
     rgb_hat, alpha_hat = outputs["rgb_hat"][index], outputs["alpha_hat"][index]
@@ -321,11 +350,15 @@ def _clip(outputs: Any, batch: Any, index: int) -> Clip:
     )
 
 
-def _log(logger: Logger, key: str, sheet: Image.Image, image: Path, video: Path | None, step: int) -> None:
+def _log(
+    logger: Logger, key: str, sheet: Image.Image, image: Path, video: Path | None, step: int
+) -> None:
     caption = f"{key}, step {step}"
     if isinstance(logger, WandbLogger):
         logger.log_image(f"panels/{key}", [str(image)], step=step, caption=[caption])
         if video:
-            logger.log_video(f"panels_video/{key}", [str(video)], step=step, caption=[caption], format=["mp4"])
+            logger.log_video(
+                f"panels_video/{key}", [str(video)], step=step, caption=[caption], format=["mp4"]
+            )
     elif isinstance(logger, TensorBoardLogger):
         logger.experiment.add_image(f"panels/{key}", np.asarray(sheet), step, dataformats="HWC")

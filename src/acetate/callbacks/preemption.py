@@ -28,40 +28,48 @@ class Preempted(SystemExit):
 
 
 class Preemption(Checkpoint):
-    """On one of `signals`, at any rank, all ranks finish the optimizer step, save a checkpoint and end: rank 0 with
-    exit code 75, the others with 0. On one of `requeue`, which are signals, too, rank 0 also puts the SLURM job back
-    into the queue (`scontrol requeue`). The last step of training ends as ever.
+    """On one of `signals`, at any rank, all ranks finish the optimizer step, save a checkpoint and
+    end: rank 0 with exit code 75, the others with 0. On one of `requeue`, which are signals, too,
+    rank 0 also puts the SLURM job back into the queue (`scontrol requeue`). The last step of
+    training ends as ever.
 
-    torchrun's agent hands SIGTERM on to its ranks, kills those that have not ended 30 s later (`--shutdown-timeout`),
-    and ends with 1. SIGUSR1 and SIGUSR2 kill it, unless `--signals-to-handle=SIGTERM,SIGUSR1,SIGUSR2` has it hand them
-    on. Ranks of srun without torchrun get every signal themselves.
+    torchrun's agent hands SIGTERM on to its ranks, kills those that have not ended 30 s later
+    (`--shutdown-timeout`), and ends with 1. SIGUSR1 and SIGUSR2 kill it, unless
+    `--signals-to-handle=SIGTERM,SIGUSR1,SIGUSR2` has it hand them on. Ranks of srun without
+    torchrun get every signal themselves.
 
-    The first SIGINT (Ctrl-C) does the same, with exit code 130; where no step has begun, it ends the process, and so
-    does a second one at any time. Of the last step it leaves `interrupted`, as nothing of this run is left to save.
+    The first SIGINT (Ctrl-C) does the same, with exit code 130; where no step has begun, it ends
+    the process, and so does a second one at any time. Of the last step it leaves `interrupted`, as
+    nothing of this run is left to save.
 
-    Another signal while the model is loaded, during a validation or a checkpoint waits for the end of
-    the step after it. A Checkpoint to Lightning, so that it comes after all callbacks that a step
-    changes.
+    Another signal while the model is loaded, during a validation or a checkpoint waits for the end
+    of the step after it. A Checkpoint to Lightning, so that it comes after all callbacks that a
+    step changes.
     """
 
     def __init__(self, signals: Sequence[str], requeue: Sequence[str]):
         names = {item.name: item for item in signal.Signals}
         unknown = [name for name in (*signals, *requeue) if name not in names]
         if unknown:
-            raise ValueError(f"preemption: {unknown[0]!r} is no signal; such are SIGTERM, SIGUSR1, SIGUSR2.")
-        self.asks = {names[name]: STOP for name in signals} | {names[name]: REQUEUE for name in requeue}
+            raise ValueError(
+                f"preemption: {unknown[0]!r} is no signal; such are SIGTERM, SIGUSR1, SIGUSR2."
+            )
+        self.asks = {names[name]: STOP for name in signals} | {
+            names[name]: REQUEUE for name in requeue
+        }
         self.asked, self.begun, self.pressed = 0, False, 0.0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Listens from here on, in the place of Lightning, whose handlers save amid a step and broadcast amid other
-        collectives."""
+        """Listens from here on, in the place of Lightning, whose handlers save amid a step and
+        broadcast amid other collectives."""
         if stage != "fit":
             return
         self.asked, self.begun, self.pressed = 0, False, 0.0
         leave_signals_alone(trainer)
         for number in self.asks:
             signal.signal(number, self._note)
-        if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as nohup and a shell's & have it
+        # as nohup and a shell's & have it
+        if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
             signal.signal(signal.SIGINT, self._interrupt)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -85,12 +93,17 @@ class Preemption(Checkpoint):
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.asked = max(self.asked, self.asks[signal.Signals(number)])
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: object) -> None:
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, *args: object
+    ) -> None:
         if not step_is_due(trainer) or trainer.global_step >= trainer.max_steps:
             return
         asked = self.asked
-        if trainer.world_size > 1:  # one rank's signal may come before, another's after the end of a step
-            ranks = trainer.strategy.reduce(torch.tensor(asked, device=pl_module.device), reduce_op="max")
+        # one rank's signal may come before, another's after the end of a step
+        if trainer.world_size > 1:
+            ranks = trainer.strategy.reduce(
+                torch.tensor(asked, device=pl_module.device), reduce_op="max"
+            )
             asked = int(torch.as_tensor(ranks))
         if not asked:
             return
@@ -115,4 +128,6 @@ def requeue() -> None:
         subprocess.run(command, check=True, capture_output=True, text=True)
     except (OSError, subprocess.CalledProcessError) as error:
         said = error.stderr if isinstance(error, subprocess.CalledProcessError) else error
-        log.error("%s failed: %s. Start the job again by hand, with resume=last.", " ".join(command), said)
+        log.error(
+            "%s failed: %s. Start the job again by hand, with resume=last.", " ".join(command), said
+        )

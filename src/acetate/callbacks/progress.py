@@ -12,7 +12,8 @@ from tqdm import tqdm
 
 log = logging.getLogger(__name__)
 
-FIRST_LINE, LATER_LINES = 10.0, 60.0  # seconds; the later ones at most one in a tenth of the time so far
+# seconds; the later ones at most one in a tenth of the time so far
+FIRST_LINE, LATER_LINES = 10.0, 60.0
 
 
 class Progress(TQDMProgressBar):
@@ -90,8 +91,13 @@ class Progress(TQDMProgressBar):
 
     def _line(self, trainer: Trainer, step: int, seconds: float) -> str:
         rate = (step - self._first) / seconds
-        parts = [f"step {step:,}" + (f" of {self._total:,}" if self._total else ""), self._loss(trainer)]
-        parts.append(f"{rate:.3g} steps/s" if rate >= 1 else f"{1 / rate:.3g} s a step" if rate else "")
+        parts = [
+            f"step {step:,}" + (f" of {self._total:,}" if self._total else ""),
+            self._loss(trainer),
+        ]
+        parts.append(
+            f"{rate:.3g} steps/s" if rate >= 1 else f"{1 / rate:.3g} s a step" if rate else ""
+        )
         if self._total and rate:
             parts.append(f"{tqdm.format_interval((self._total - step) / rate)} left")
         return "   ".join(filter(None, parts))

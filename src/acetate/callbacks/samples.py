@@ -23,9 +23,11 @@ CAPTIONS = 4  # of validation clips, where no prompts are given
 LABEL_LINES, LABEL_SIZE = 4, 0.85  # at most; of the size of titles
 
 
-def contact_sheet(clips: Sequence[tuple[str, Tensor, Tensor]], title: str, guide: Tensor | None = None) -> Image.Image:
-    """One row per clip (label, rgb (3, T, H, W), alpha (1, T, H, W)): frames over a checkerboard, then
-    their alpha, then the label on as many lines as it takes, LABEL_LINES at most.
+def contact_sheet(
+    clips: Sequence[tuple[str, Tensor, Tensor]], title: str, guide: Tensor | None = None
+) -> Image.Image:
+    """One row per clip (label, rgb (3, T, H, W), alpha (1, T, H, W)): frames over a checkerboard,
+    then their alpha, then the label on as many lines as it takes, LABEL_LINES at most.
 
     guide (T, N, 2): the outline that all of them were sampled with, drawn on every tile.
     """
@@ -63,14 +65,17 @@ def save_picture(image: Image.Image, path: Path) -> None:
 
 
 class Samples(Callback):
-    """Samples `prompts` at every `every_n_validations`-th validation, by the same seeds and guide each time.
+    """Samples `prompts` at every `every_n_validations`-th validation, by the same seeds and guide
+    each time.
 
-    prompts None: captions of the first validation clips, which are of different kinds; the data module's `captions`.
+    prompts None: captions of the first validation clips, which are of different kinds; the data
+    module's `captions`.
 
-    Memory: the text encoder is loaded once, before training, on rank 0, and dropped; the VAE waits on the CPU, and
-    decodes one clip at a time. Files: `<directory, or default_root_dir>/samples/step_00001000/<number>.webm` and a
-    contact sheet; wandb gets both, TensorBoard the sheet. The task has `transformer`, `mean_shift` and `cache`. Raises
-    ValueError for a VAE or a text encoder that the latents were not cached with.
+    Memory: the text encoder is loaded once, before training, on rank 0, and dropped; the VAE waits
+    on the CPU, and decodes one clip at a time. Files: `<directory, or
+    default_root_dir>/samples/step_00001000/<number>.webm` and a contact sheet; wandb gets both,
+    TensorBoard the sheet. The task has `transformer`, `mean_shift` and `cache`. Raises ValueError
+    for a VAE or a text encoder that the latents were not cached with.
     """
 
     def __init__(
@@ -92,8 +97,8 @@ class Samples(Callback):
     ) -> None:
         if prompts is not None and not prompts:
             raise ValueError(
-                "samples.prompts=[]; name at least one, null for captions of validation clips, or leave the callback "
-                "out."
+                "samples.prompts=[]; name at least one, null for captions of validation clips, or "
+                "leave the callback out."
             )
         self.build_vae, self.build_text = build_vae, build_text
         self.prompts, self.negative_prompt, self.seed = prompts, negative_prompt, seed
@@ -106,16 +111,20 @@ class Samples(Callback):
         self.shown, self.context, self.negative, text_sha256 = trainer.strategy.broadcast(embedded)
         self.vae = self.build_vae()
         cache: dict[str, Any] = pl_module.cache  # type: ignore[assignment]
-        for name, found in (("vae_sha256", self.vae.latents_sha256()), ("text_encoder_sha256", text_sha256)):
+        for name, found in (
+            ("vae_sha256", self.vae.latents_sha256()),
+            ("text_encoder_sha256", text_sha256),
+        ):
             if found is not None and cache[name] != found:  # None of files that only decode
                 raise ValueError(
-                    f"samples: {name} is {found[:12]}, the latents were cached with {cache[name][:12]}. Give the "
-                    "rgba_vae= and wan= that they were cached with, or leave callbacks.samples out."
+                    f"samples: {name} is {found[:12]}, the latents were cached with "
+                    f"{cache[name][:12]}. Give the rgba_vae= and wan= that they were cached with, "
+                    "or leave callbacks.samples out."
                 )
 
     def _embed(self, trainer: Trainer) -> tuple[list[str], Tensor, Tensor, str]:
-        """Prompts, their context, the negative one's, and the encoder's hash. On one rank alone: UMT5 takes
-        11 GB, and the next model comes after it."""
+        """Prompts, their context, the negative one's, and the encoder's hash. On one rank alone:
+        UMT5 takes 11 GB, and the next model comes after it."""
         datamodule: Any = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
         prompts = datamodule.captions(CAPTIONS) if self.prompts is None else list(self.prompts)
         text = self.build_text()
@@ -136,9 +145,12 @@ class Samples(Callback):
         shift: Any = pl_module.mean_shift
         ellipses = None if self.guide is None or not shift else self.guide.ellipses(*grid)
         guide = None if ellipses is None else regions.gaussian(ellipses, *grid[1:])
-        self.outline = None if ellipses is None else regions.outlines(ellipses[0], *grid[1:], self.size[0])
+        self.outline = (
+            None if ellipses is None else regions.outlines(ellipses[0], *grid[1:], self.size[0])
+        )
         clips = []
-        for index, prompt in enumerate(self.shown):  # one at a time: training holds most of the memory
+        # one at a time: training holds most of the memory
+        for index, prompt in enumerate(self.shown):
             made = sample_clips(
                 pl_module.transformer,  # type: ignore[arg-type]
                 self.vae,
@@ -164,7 +176,9 @@ class Samples(Callback):
         sheet = contact_sheet(clips, f"step {step}", self.outline)
         save_picture(sheet, folder / "sheet.png")
         for index, (prompt, rgb, alpha) in enumerate(clips):
-            files = write_clip(folder / f"{index:02d}", rgb, alpha, self.fps, ("webm", "preview"), self.outline)
+            files = write_clip(
+                folder / f"{index:02d}", rgb, alpha, self.fps, ("webm", "preview"), self.outline
+            )
             for logger in trainer.loggers:
                 _log_video(logger, index, prompt, files[1], step)
         for logger in trainer.loggers:
@@ -173,7 +187,9 @@ class Samples(Callback):
 
 def _log_video(logger: Logger, index: int, prompt: str, video: Path, step: int) -> None:
     if isinstance(logger, WandbLogger):
-        logger.log_video(f"samples/{index:02d}", [str(video)], step=step, caption=[prompt], format=["mp4"])
+        logger.log_video(
+            f"samples/{index:02d}", [str(video)], step=step, caption=[prompt], format=["mp4"]
+        )
 
 
 def _log_sheet(logger: Logger, sheet: Image.Image, path: Path, step: int) -> None:

@@ -13,17 +13,26 @@ from tqdm import tqdm
 from acetate.callbacks.metrics_file import Best, MetricsFile, best_of, direction, read_metrics
 
 log = logging.getLogger(__name__)
-to_file = logging.getLogger("acetate.file")  # train.log alone: tracebacks, of which the console has the message
+# train.log alone: tracebacks, of which the console has the message
+to_file = logging.getLogger("acetate.file")
 
-FIGURES = ("val/loss", "val/rgb/psnr", "val/rgb/ssim", "val/alpha/mae", "val/alpha/psnr", "val/psnr", "val/ssim")
+FIGURES = (
+    "val/loss",
+    "val/rgb/psnr",
+    "val/rgb/ssim",
+    "val/alpha/mae",
+    "val/alpha/psnr",
+    "val/psnr",
+    "val/ssim",
+)
 
 
 class Story(Callback):
     """Of rank 0. name, folder, data, device: as a reader knows them.
 
     settings: what loggers are told, to which it adds the numbers of parameters. commands: what can
-    be done next, {what: command line}; `go on` of a finished run gets a number of steps. objective: the metric
-    whose best value is told at the end.
+    be done next, {what: command line}; `go on` of a finished run gets a number of steps. objective:
+    the metric whose best value is told at the end.
     """
 
     def __init__(
@@ -65,9 +74,15 @@ class Story(Callback):
         if not trainer.is_global_zero:
             return
         self._told = _lines_of(Path(trainer.default_root_dir) / "train.log")
-        rows = {"run": self.folder, "trains on": self._trains_on(trainer), "parameters": self._parameters()}
+        rows = {
+            "run": self.folder,
+            "trains on": self._trains_on(trainer),
+            "parameters": self._parameters(),
+        }
         rows["steps"] = self._steps(trainer)
-        rows["device"] = self.device + (f", {trainer.world_size} processes" if trainer.world_size > 1 else "")
+        rows["device"] = self.device + (
+            f", {trainer.world_size} processes" if trainer.world_size > 1 else ""
+        )
         rows["device"] += f", {trainer.precision}"
         rows |= self._places(trainer)
         _say(self.name, rows)
@@ -78,7 +93,8 @@ class Story(Callback):
         found = {name: float(value) for name, value in trainer.callback_metrics.items()}
         shown = [name for name in (*FIGURES, self.objective) if name in found]
         figures = "   ".join(
-            f"{name.removeprefix('val/')} {_digits(name, found[name])}" for name in dict.fromkeys(shown)
+            f"{name.removeprefix('val/')} {_digits(name, found[name])}"
+            for name in dict.fromkeys(shown)
         )
         line = f"step {trainer.global_step:,}   validation   {figures}"
         if line not in self._told:  # a run that goes on begins with the validation that was due
@@ -89,15 +105,24 @@ class Story(Callback):
             done = trainer.max_steps > 0 and trainer.global_step >= trainer.max_steps
             self._end(trainer, "finished" if done else "ended")
 
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
         if not trainer.is_global_zero:
             return
-        told = f"{type(exception).__name__}: {exception}" if str(exception) else type(exception).__name__
+        told = (
+            f"{type(exception).__name__}: {exception}"
+            if str(exception)
+            else type(exception).__name__
+        )
         if isinstance(exception, SystemExit | KeyboardInterrupt):
             self._end(trainer, "stopped")
         else:
             to_file.error("failed at step %d: %s", trainer.global_step, told, exc_info=exception)
-            _say(f"{self.name} failed at step {trainer.global_step:,}", {"look at": f"{self.folder}/train.log"})
+            _say(
+                f"{self.name} failed at step {trainer.global_step:,}",
+                {"look at": f"{self.folder}/train.log"},
+            )
         warnings.showwarning = self._showwarning
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -145,7 +170,9 @@ class Story(Callback):
 
     def _parameters(self) -> str:
         total, trainable = self._counts["total"], self._counts["trainable"]
-        return f"{_count(total)}, " + ("all of them train" if total == trainable else f"{_count(trainable)} train")
+        return f"{_count(total)}, " + (
+            "all of them train" if total == trainable else f"{_count(trainable)} train"
+        )
 
     def _steps(self, trainer: Trainer) -> str:
         first, last = trainer.global_step, trainer.max_steps
@@ -161,7 +188,9 @@ class Story(Callback):
 def _say(title: str, rows: Mapping[str, str]) -> None:
     """A title and aligned lines below it."""
     width = max(map(len, rows))
-    log.info("%s", "\n".join([title, *(f"  {name:{width}}  {value}" for name, value in rows.items())]))
+    log.info(
+        "%s", "\n".join([title, *(f"  {name:{width}}  {value}" for name, value in rows.items())])
+    )
 
 
 def _to_log(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
@@ -179,7 +208,13 @@ def _best(name: str, best: Best) -> str:
 
 
 def _digits(name: str, value: float) -> str:
-    return f"{value:.2f}" if name.endswith("psnr") else f"{value:.4f}" if 0.01 <= abs(value) < 1e4 else f"{value:.3g}"
+    return (
+        f"{value:.2f}"
+        if name.endswith("psnr")
+        else f"{value:.4f}"
+        if 0.01 <= abs(value) < 1e4
+        else f"{value:.3g}"
+    )
 
 
 def _count(number: int) -> str:

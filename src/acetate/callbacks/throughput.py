@@ -12,31 +12,37 @@ from acetate.lightning_seams import log_row, step_is_due
 
 
 class Throughput(Callback):
-    """Logs means over each window of `every_n_steps` optimizer steps; time around validation is left out.
+    """Logs means over each window of `every_n_steps` optimizer steps; time around validation is
+    left out.
 
-    perf/clips_per_s, perf/frames_per_s (all ranks together; frames only where the batch holds video),
-    perf/step_s (its batches, each from batch in hand to batch done), perf/data_wait_share (between
-    batches: loading, transfer, checkpoints; in [0, 1] of the window), perf/peak_gpu_gib (allocated
-    since the start) or, without a GPU, perf/peak_rss_gib (this process). The device is synchronised
-    once per window only, so where batches are queued ahead of the GPU the share reads too high,
-    never too low.
+    perf/clips_per_s, perf/frames_per_s (all ranks together; frames only where the batch holds
+    video), perf/step_s (its batches, each from batch in hand to batch done), perf/data_wait_share
+    (between batches: loading, transfer, checkpoints; in [0, 1] of the window), perf/peak_gpu_gib
+    (allocated since the start) or, without a GPU, perf/peak_rss_gib (this process). The device is
+    synchronised once per window only, so where batches are queued ahead of the GPU the share reads
+    too high, never too low.
     """
 
     def __init__(self, every_n_steps: int):
         if every_n_steps < 1:
-            raise ValueError(f"every_n_steps={every_n_steps}; a window holds at least 1 step. Use 50.")
+            raise ValueError(
+                f"every_n_steps={every_n_steps}; a window holds at least 1 step. Use 50."
+            )
         self.every_n_steps = every_n_steps
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._started = perf_counter()
-        self._ended: float | None = None  # end of the last batch; None where the wait is not the loader's
+        # end of the last batch; None where the wait is not the loader's
+        self._ended: float | None = None
         self._open_window()
 
     def _open_window(self) -> None:
         self._steps = self._clips = self._frames = 0
         self._busy = self._wait = 0.0
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         self._started = perf_counter()
         if self._ended is not None:
             self._wait += self._started - self._ended

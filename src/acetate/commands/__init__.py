@@ -51,9 +51,11 @@ SHIPPED = (
 
 
 def root() -> str:
-    """Where outputs and data lie: ACETATE_ROOT, else the clone, whatever folder a command is started in; for an
-    installed package, which has none, that folder."""
-    return os.environ.get("ACETATE_ROOT") or str(HOME if (HOME / "train.py").exists() else Path.cwd())
+    """Where outputs and data lie: ACETATE_ROOT, else the clone, whatever folder a command is
+    started in; for an installed package, which has none, that folder."""
+    return os.environ.get("ACETATE_ROOT") or str(
+        HOME if (HOME / "train.py").exists() else Path.cwd()
+    )
 
 
 # ${root:}, ${assets:}
@@ -84,7 +86,8 @@ OmegaConf.register_new_resolver("run_id", runs.run_id, replace=True)
 
 
 def _launched(what: str) -> str | int:
-    """`devices` or `nodes` of the processes that torchrun or srun started; else all devices of one machine."""
+    """`devices` or `nodes` of the processes that torchrun or srun started; else all devices of one
+    machine."""
     env = os.environ
     if "LOCAL_WORLD_SIZE" in env and "WORLD_SIZE" in env:
         local, world = int(env["LOCAL_WORLD_SIZE"]), int(env["WORLD_SIZE"])

@@ -1,10 +1,11 @@
 """acetate benchmark [name=value ...]: the speed of a VAE-stage step and of reading clips.
 
-`reader` is in benchmark_reader. `step`, a VAE-stage step timed as we run it and as released, is the hard-rendered rgb
-and alpha through the frozen encoder, the merge block, two decoders, L1, and the backward pass to what trains. `ours` is
-RGBAVAE. `released` is an RGBAVAE of the same weights whose parts run the way Wan-Alpha's training code runs them:
-diffusers' own forward passes on chunks of frames with feature caches, and LoRA as a second convolution path. No speed
-is printed unless both give the same loss and gradients.
+`reader` is in benchmark_reader. `step`, a VAE-stage step timed as we run it and as released, is the
+hard-rendered rgb and alpha through the frozen encoder, the merge block, two decoders, L1, and the
+backward pass to what trains. `ours` is RGBAVAE. `released` is an RGBAVAE of the same weights whose
+parts run the way Wan-Alpha's training code runs them: diffusers' own forward passes on chunks of
+frames with feature caches, and LoRA as a second convolution path. No speed is printed unless both
+give the same loss and gradients.
 """
 
 import multiprocessing
@@ -66,7 +67,13 @@ class Workload:
     seed: int
 
     def __post_init__(self) -> None:
-        at_least(1, base_dim=self.base_dim, lora_rank=self.lora_rank, batch_size=self.batch_size, threads=self.threads)
+        at_least(
+            1,
+            base_dim=self.base_dim,
+            lora_rank=self.lora_rank,
+            batch_size=self.batch_size,
+            threads=self.threads,
+        )
         for name, known in (("precision", tuple(DTYPES)), ("device", ("cpu", "cuda"))):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}={getattr(self, name)}; known: {', '.join(known)}.")
@@ -82,7 +89,8 @@ def at_least(least: int, **values: int) -> None:
 
 
 class FactoredLoRA(nn.Module):
-    """y = conv(x) + (alpha / rank) * B(A(x)); A has conv's kernel, stride and causal padding, B is 1x1."""
+    """y = conv(x) + (alpha / rank) * B(A(x)); A has conv's kernel, stride and causal padding, B is
+    1x1."""
 
     def __init__(self, conv: nn.Conv2d | nn.Conv3d, lora: MergedLoRA) -> None:
         super().__init__()
@@ -98,11 +106,14 @@ class FactoredLoRA(nn.Module):
             x = F.pad(x, (width, width, height, height, before, 0))
         low = convolve(x, self.A, None, conv.stride, conv.padding)
         pointwise = self.B.view(*self.B.shape, *[1] * (x.dim() - 2))
-        return convolve(x, conv.weight, conv.bias, conv.stride, conv.padding) + self.scale * convolve(low, pointwise)
+        return convolve(
+            x, conv.weight, conv.bias, conv.stride, conv.padding
+        ) + self.scale * convolve(low, pointwise)
 
 
 def in_chunks(net: nn.Module, x: Tensor, size: int) -> Tensor:
-    """Frame 0, then `size` frames at a time; the cache holds the last frames that each convolution has seen."""
+    """Frame 0, then `size` frames at a time; the cache holds the last frames that each convolution
+    has seen."""
     cache = defaultdict(lambda: None)
     first, *others = x.split([1] + [size] * ((x.shape[2] - 1) // size), 2)
     out = net(first, feat_cache=cache, feat_idx=[0])
@@ -114,10 +125,18 @@ def in_chunks(net: nn.Module, x: Tensor, size: int) -> Tensor:
 def run_as_released(vae: RGBAVAE) -> None:
     """Gives encoder, merge block and decoders the released forward passes."""
     encoder, time_stride = vae.encoder.net, vae.encoder.time_stride
-    encoder.norm_out, encoder.nonlinearity, encoder.conv_out = nn.Identity(), nn.Identity(), nn.Identity()  # no head
+    # no head
+    encoder.norm_out, encoder.nonlinearity, encoder.conv_out = (
+        nn.Identity(),
+        nn.Identity(),
+        nn.Identity(),
+    )
     encoder.conv_out.forward = lambda x, cache_x: x
-    vae.encoder.forward = lambda both, chunk: torch.cat([in_chunks(encoder, x, time_stride) for x in both.chunk(2)])
-    merge = WanEncoder3d(dim=1, dim_mult=[1], num_res_blocks=0)  # it has the layers of one without down blocks
+    vae.encoder.forward = lambda both, chunk: torch.cat(
+        [in_chunks(encoder, x, time_stride) for x in both.chunk(2)]
+    )
+    # it has the layers of one without down blocks
+    merge = WanEncoder3d(dim=1, dim_mult=[1], num_res_blocks=0)
     merge.conv_in, merge.mid_block = vae.merge.conv_in, vae.merge.blocks
     merge.norm_out, merge.conv_out = vae.merge.norm_out, vae.merge.conv_out
     vae.merge.forward = lambda *features: in_chunks(merge, torch.cat(features, 1), 1)
@@ -128,7 +147,9 @@ def run_as_released(vae: RGBAVAE) -> None:
                     lora = conv.parametrizations.weight[0]
                     parametrize.remove_parametrizations(conv, "weight", leave_parametrized=False)
                     setattr(parent, name, FactoredLoRA(conv, lora))
-        decoder.forward = lambda raw, chunk, of=decoder: in_chunks(of.net, of.post_quant_conv(raw), 1)
+        decoder.forward = lambda raw, chunk, of=decoder: in_chunks(
+            of.net, of.post_quant_conv(raw), 1
+        )
     vae.to(memory_format=torch.contiguous_format)  # pyright: ignore[reportCallIssue]
 
 
@@ -138,7 +159,9 @@ def build(way: str, load: Workload) -> RGBAVAE:
     torch.backends.cudnn.allow_tf32 = False  # float32 means float32
     torch.manual_seed(load.seed)
     base = AutoencoderKLWan(base_dim=load.base_dim)
-    vae = RGBAVAE(vae=base, merge_init="scratch", lora_rank=load.lora_rank, lora_alpha=load.lora_alpha)
+    vae = RGBAVAE(
+        vae=base, merge_init="scratch", lora_rank=load.lora_rank, lora_alpha=load.lora_alpha
+    )
     for module in vae.modules():
         if isinstance(module, MergedLoRA):
             nn.init.normal_(module.B)
@@ -171,24 +194,35 @@ def step_loss(vae: RGBAVAE, clip: tuple[Tensor, Tensor, Tensor], precision: str)
 
 
 def check_agreement(vaes: list[RGBAVAE], clip: tuple[Tensor, Tensor, Tensor]) -> dict[str, Any]:
-    """Largest differences of loss and gradients, in fp32. Raises DisagreementError past the tolerances."""
+    """Largest differences of loss and gradients, in fp32. Raises DisagreementError past the
+    tolerances."""
     losses, gradients = [], []
     for vae in vaes:
         losses.append(step_loss(vae, clip, "float32"))
         losses[-1].backward()
-        gradients.append({name: p.grad for name, p in trainable_state(vae).items() if p.grad is not None})
+        gradients.append(
+            {name: p.grad for name, p in trainable_state(vae).items() if p.grad is not None}
+        )
         vae.zero_grad()
     loss = ((losses[0] - losses[1]).abs() / losses[0].abs()).item()
-    pairs = zip(gradients[0].items(), gradients[1].values(), strict=True)  # named otherwise, in the same order
+    # named otherwise, in the same order
+    pairs = zip(gradients[0].items(), gradients[1].values(), strict=True)
     difference = {name: ((a - b).abs().max() / a.abs().max()).item() for (name, a), b in pairs}
     worst = max(difference, key=lambda name: difference[name])
-    if not (loss <= LOSS_TOLERANCE and all(value <= GRADIENT_TOLERANCE for value in difference.values())):
+    if not (
+        loss <= LOSS_TOLERANCE and all(value <= GRADIENT_TOLERANCE for value in difference.values())
+    ):
         raise DisagreementError(
             f"Loss differs by {loss:.1e} (rule: {LOSS_TOLERANCE:.0e}), the gradient of {worst} by "
-            f"{difference[worst]:.1e} of its largest value (rule: {GRADIENT_TOLERANCE:.0e}): one way computes "
-            "another step. Run the tests of models/."
+            f"{difference[worst]:.1e} of its largest value (rule: {GRADIENT_TOLERANCE:.0e}): one "
+            "way computes another step. Run the tests of models/."
         )
-    return {"loss": loss, "gradient": difference[worst], "gradient_of": worst, "gradients": len(difference)}
+    return {
+        "loss": loss,
+        "gradient": difference[worst],
+        "gradient_of": worst,
+        "gradients": len(difference),
+    }
 
 
 def now(device: str) -> float:
@@ -198,13 +232,19 @@ def now(device: str) -> float:
 
 
 def time_parts(vae: RGBAVAE, device: str) -> dict[str, float]:
-    """Seconds by part of the forward pass: hooks add to them from now on, the caller clears them."""
+    """Seconds by part of the forward pass: hooks add to them from now on, the caller clears
+    them."""
     seconds: dict[str, float] = defaultdict(float)
 
     def add(part: str, sign: int) -> None:
         seconds[part] += sign * now(device)
 
-    parts = ("encode", vae.encoder), ("merge", vae.merge), ("decode", vae.decoder_rgb), ("decode", vae.decoder_alpha)
+    parts = (
+        ("encode", vae.encoder),
+        ("merge", vae.merge),
+        ("decode", vae.decoder_rgb),
+        ("decode", vae.decoder_alpha),
+    )
     for part, module in parts:
         module.register_forward_pre_hook(lambda *_, part=part: add(part, -1))
         module.register_forward_hook(lambda *_, part=part: add(part, 1))
@@ -212,7 +252,8 @@ def time_parts(vae: RGBAVAE, device: str) -> dict[str, float]:
 
 
 def peak_memory(way: str, load: Workload) -> int | None:
-    """Bytes that a step takes at its peak beyond what is held before it. For a process of its own."""
+    """Bytes that a step takes at its peak beyond what is held before it. For a process of its
+    own."""
     vae, clip = freeze_in(build(way, load), load.precision), draw_clip(load)
     if load.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -227,7 +268,8 @@ def peak_memory(way: str, load: Workload) -> int | None:
 
 
 def benchmark(load: Workload, warmup: int, repeats: int) -> dict[str, Any]:
-    """Agreement, and per way seconds of every timed step and peak memory in bytes; progress on stderr."""
+    """Agreement, and per way seconds of every timed step and peak memory in bytes; progress on
+    stderr."""
     at_least(0, warmup=warmup)
     at_least(1, repeats=repeats)
     clip, vaes = draw_clip(load), {way: build(way, load) for way in WAYS}
@@ -235,7 +277,10 @@ def benchmark(load: Workload, warmup: int, repeats: int) -> dict[str, Any]:
     with tqdm(desc="check", total=2 * (2 + warmup + repeats), unit="step") as progress:
         results["agreement"] = check_agreement(list(vaes.values()), clip)
         progress.update(2)
-        parts = {way: time_parts(freeze_in(vae, load.precision), load.device) for way, vae in vaes.items()}
+        parts = {
+            way: time_parts(freeze_in(vae, load.precision), load.device)
+            for way, vae in vaes.items()
+        }
         for turn in range(-warmup, repeats):
             for way, vae in vaes.items():
                 progress.set_description(f"{'warm up' if turn < 0 else 'time'} {way}")
@@ -247,7 +292,9 @@ def benchmark(load: Workload, warmup: int, repeats: int) -> dict[str, Any]:
                 loss.backward()
                 end = now(load.device)
                 if turn >= 0:
-                    results[way]["seconds"].append({"step": end - start, **parts[way], "backward": end - middle})
+                    results[way]["seconds"].append(
+                        {"step": end - start, **parts[way], "backward": end - middle}
+                    )
                 progress.update()
         for way in WAYS:
             progress.set_description(f"memory of {way}")
@@ -267,7 +314,9 @@ def summarise(results: dict[str, Any]) -> dict[str, list[float]]:
         if part == "step":
             rows["step, min, s"] = [min(column) for column in columns]
     if results["ours"]["peak_memory"] is not None:
-        rows["peak memory beyond the weights, GiB"] = [results[way]["peak_memory"] / 2**30 for way in WAYS]
+        rows["peak memory beyond the weights, GiB"] = [
+            results[way]["peak_memory"] / 2**30 for way in WAYS
+        ]
     return rows
 
 
@@ -276,7 +325,9 @@ def main(config: DictConfig) -> None:
         check_out(Path(config.out))
     parts = config.parts
     if not OmegaConf.is_list(parts) or not parts or not set(parts) <= set(PARTS):
-        raise ValueError(f"parts={parts}; a list of {', '.join(PARTS)}, one at least, as in parts=[step]")
+        raise ValueError(
+            f"parts={parts}; a list of {', '.join(PARTS)}, one at least, as in parts=[step]"
+        )
     if config.device == "auto":
         config.device = "cuda" if torch.cuda.is_available() else "cpu"
     config.threads = config.threads or os.cpu_count()
@@ -300,16 +351,23 @@ def print_step(results: dict[str, Any], load: Workload) -> None:
     for row, (ours, released) in results["summary"].items():
         table.add_row(row, f"{ours:.3f}", f"{released:.3f}", f"{released / ours:.2f}")
     console.print(
-        f"torch {torch.__version__}, {torch.cuda.get_device_name() if load.device == 'cuda' else 'CPU'}, {load}\nBoth "
-        f"ways agree: loss to {agreement['loss']:.0e}, gradients to {agreement['gradient']:.0e} of a tensor's largest."
+        f"torch {torch.__version__}, "
+        f"{torch.cuda.get_device_name() if load.device == 'cuda' else 'CPU'}, {load}\nBoth ways "
+        f"agree: loss to {agreement['loss']:.0e}, gradients to {agreement['gradient']:.0e} of a "
+        "tensor's largest."
     )
     console.print(table)
 
 
 def print_reader(results: dict[str, Any], load: ReaderLoad) -> None:
     console = Console(width=120)
-    console.print(f"{load}; per core: of processor time. `datamodule` is one worker with transform and collation.")
-    table = Table("shard", "way", "clips/s/core", "frames/s/core", "clips/s by the clock", "time / plain")
+    console.print(
+        f"{load}; per core: of processor time. `datamodule` is one worker with transform and "
+        "collation."
+    )
+    table = Table(
+        "shard", "way", "clips/s/core", "frames/s/core", "clips/s by the clock", "time / plain"
+    )
     for row in rows_of({kind: ways for kind, ways in results.items() if kind != "workload"}):
         table.add_row(*row)
     console.print(table)

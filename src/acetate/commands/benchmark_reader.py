@@ -1,10 +1,12 @@
-"""How quickly clips are read, for commands.benchmark: what shards add to decoding, and what a whole worker gives.
+"""How quickly clips are read, for commands.benchmark: what shards add to decoding, and what a whole
+worker gives.
 
-Seconds are those of the processor, all threads of this process together, so that they are per core and other work on
-the machine does not count; the quickest pass stands, since that work still slows the processor. `plain` decodes the
-same bytes in memory: FFV1 clips with PyAV, PNG stills with PIL, which takes half of the time of `PyAV`. `local` reads
-them as training does, from tars, with checks. `http` is the same through the cache from a server on this machine: the
-first pass fetches the tars, later ones find them there. `datamodule` adds the transform and the collation.
+Seconds are those of the processor, all threads of this process together, so that they are per core
+and other work on the machine does not count; the quickest pass stands, since that work still slows
+the processor. `plain` decodes the same bytes in memory: FFV1 clips with PyAV, PNG stills with PIL,
+which takes half of the time of `PyAV`. `local` reads them as training does, from tars, with checks.
+`http` is the same through the cache from a server on this machine: the first pass fetches the tars,
+later ones find them there. `datamodule` adds the transform and the collation.
 """
 
 import io
@@ -76,17 +78,35 @@ def draw_shards(out: Path, load: ReaderLoad, frames: int) -> None:
     with ShardWriter(out, max_clips=clips, max_bytes=2**40, made_by={}) as writer:
         for i in tqdm(range(clips + 1), desc=f"draw {out.name}", unit="clip"):
             clip = render(KINDS[i % len(KINDS)], load.seed + i, frames, load.size, load.size)
-            pixels = torch.cat(((clip.rgb + 1) / 2, clip.alpha)).permute(1, 2, 3, 0).mul(255).round().byte().numpy()
+            pixels = (
+                torch.cat(((clip.rgb + 1) / 2, clip.alpha))
+                .permute(1, 2, 3, 0)
+                .mul(255)
+                .round()
+                .byte()
+                .numpy()
+            )
             encoded = encode_clip(pixels * (pixels[..., 3:] > 0), fps=16)
             split = "train" if i < clips else "val"
-            writer.add(f"clip{i:06d}", encoded, split=split, prompt=clip.prompt, source="", licence="", lossy=False,
+            writer.add(f"clip{i:06d}", encoded, split=split, prompt=clip.prompt, source="",
+                licence="", lossy=False,
                        premultiplied_source=False)  # fmt: skip
 
 
 @contextmanager
 def serve(folder: Path) -> Iterator[str]:
     """URL of a server of its own process, so that its work is not ours."""
-    command = [sys.executable, "-u", "-m", "http.server", "0", "--bind", "127.0.0.1", "--directory", str(folder)]
+    command = [
+        sys.executable,
+        "-u",
+        "-m",
+        "http.server",
+        "0",
+        "--bind",
+        "127.0.0.1",
+        "--directory",
+        str(folder),
+    ]
     server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     try:
         assert server.stdout is not None
@@ -102,14 +122,18 @@ def time_ways(shards: Path, url: str, cache: Path, load: ReaderLoad) -> dict[str
     training = batches_of(shards, load)
     passes: dict[str, list[dict[str, float]]] = defaultdict(list)
     for turn in tqdm(range(load.repeats), desc=f"read {shards.name}", unit="pass"):
-        remote = train_clips(index_shards([open_folder(url, Remote(cache_dir=cache / f"{shards.name}{turn}"))]))
+        remote = train_clips(
+            index_shards([open_folder(url, Remote(cache_dir=cache / f"{shards.name}{turn}"))])
+        )
         ways: dict[str, Callable[[], Any]] = {
             "plain": lambda: [decode_png(one) if still else decode_with_av(one) for one in data],
             **({"PyAV": lambda: [decode_with_av(one) for one in data]} if still else {}),
             "local": lambda: [read_clip(ref) for ref in local],
             "http, first": lambda remote=remote: [read_clip(ref) for ref in remote],
             "http, cached": lambda remote=remote: [read_clip(ref) for ref in remote],
-            "datamodule": lambda: [next(training) for _ in range(-(-load.clips // load.batch_size))],
+            "datamodule": lambda: [
+                next(training) for _ in range(-(-load.clips // load.batch_size))
+            ],
         }
         for way, read in ways.items():
             seconds, wall = time.process_time(), time.perf_counter()
@@ -117,7 +141,9 @@ def time_ways(shards: Path, url: str, cache: Path, load: ReaderLoad) -> dict[str
             seconds, wall = time.process_time() - seconds, time.perf_counter() - wall
             passes[way].append({"seconds": seconds, "wall_seconds": wall})
     trained = -(-load.clips // load.batch_size) * load.batch_size
-    counts = {way: {"clips": len(local), "frames": sum(ref.frames for ref in local)} for way in passes}
+    counts = {
+        way: {"clips": len(local), "frames": sum(ref.frames for ref in local)} for way in passes
+    }
     counts["datamodule"] = {"clips": trained, "frames": trained * load.frames}
     return {
         way: {
@@ -163,7 +189,8 @@ def batches_of(shards: Path, load: ReaderLoad) -> Iterator[dict[str, Any]]:
 
 
 def rows_of(results: dict[str, dict[str, dict[str, float]]]) -> Iterator[tuple[str, ...]]:
-    """Shard, way, clips/s and frames/s of a core, clips/s by the clock, and seconds over those of `plain`."""
+    """Shard, way, clips/s and frames/s of a core, clips/s by the clock, and seconds over those of
+    `plain`."""
     for kind, ways in results.items():
         for way, one in ways.items():
             clip = one["seconds"] / one["clips"]

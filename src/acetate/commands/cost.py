@@ -15,7 +15,16 @@ from acetate import memory
 from acetate.cli import run
 from acetate.commands import as_on_gpu
 from acetate.commands.estimate import blank_task, footprint
-from acetate.cost import Assumptions, Cost, Gpu, Strategy, cost, latent_sample_bytes, payload, trained_groups
+from acetate.cost import (
+    Assumptions,
+    Cost,
+    Gpu,
+    Strategy,
+    cost,
+    latent_sample_bytes,
+    payload,
+    trained_groups,
+)
 from acetate.models.wan import Geometry
 from acetate.replacing import check_out, write_json
 
@@ -30,36 +39,47 @@ def card(config: DictConfig) -> Gpu:
 
 
 def sample_bytes(config: DictConfig, load: memory.Load) -> float:
-    """That a GPU reads for each clip: of the latent cache, or the whole clip in its shard, whatever is cut from it."""
+    """That a GPU reads for each clip: of the latent cache, or the whole clip in its shard, whatever
+    is cut from it."""
     if "latents" not in config.data:
         return config.cost.clip_mb * 1e6
-    shape = Geometry.of(memory.blank_vae(config.wan.vae)).latent_shape(load.frames, load.height, load.width)
+    shape = Geometry.of(memory.blank_vae(config.wan.vae)).latent_shape(
+        load.frames, load.height, load.width
+    )
     text_dim = memory.blank_transformer(config.wan.transformer, torch.float32).config.text_dim
     return latent_sample_bytes(shape, min(config.cost.prompt_tokens, load.prompt_length), text_dim)
 
 
 def limit(at: Callable[[int], Cost], least: float) -> Cost | None:
-    """The first of 1, 2, 4, ... GPUs where less of a step computes; None: not up to the last of them."""
+    """The first of 1, 2, 4, ... GPUs where less of a step computes; None: not up to the last of
+    them."""
     return next((one for one in map(at, DOUBLINGS) if one.scaling < least), None)
 
 
 def shares(batch: int, batch_size: int, gpus: Iterable[int]) -> dict[int, int]:
-    """Numbers of GPUs that share a batch of clips in whole passes -> passes of each GPU; the last is the most."""
+    """Numbers of GPUs that share a batch of clips in whole passes -> passes of each GPU; the last
+    is the most."""
     most = batch // batch_size
     return {n: most // n for n in sorted({*gpus, most}) if most % n == 0}
 
 
-def verdicts(bad: Cost | None, fixed: list[Cost], least: float, batch: int, batch_size: int) -> tuple[str, str]:
+def verdicts(
+    bad: Cost | None, fixed: list[Cost], least: float, batch: int, batch_size: int
+) -> tuple[str, str]:
     """Where a run stops scaling, with a batch for every GPU and with one over all of them."""
     if bad is None:
         weak = f"at least {least:.0%} of a step computes up to {DOUBLINGS[-1]:,} GPUs"
     else:
-        weak = f"stops scaling at {bad.gpus:,} GPUs: {bad.scaling:.1%} of a step computes, less than {least:.0%}"
+        weak = (
+            f"stops scaling at {bad.gpus:,} GPUs: {bad.scaling:.1%} of a step computes, less than "
+            f"{least:.0%}"
+        )
     times = ", ".join(f"{digits(one.step)} s on {one.gpus:,}" for one in fixed)
     most, left = fixed[-1].gpus, "no clip" if batch_size == 1 else f"no {batch_size} clips"
     return (
         f"with {batch_size} clip{'s' * (batch_size > 1)} a pass for every GPU: {weak}",
-        f"with {batch:,} clips in all (cost.global_batch): a step of {times}; stops at {most:,}, one more has {left}",
+        f"with {batch:,} clips in all (cost.global_batch): a step of {times}; stops at {most:,}, "
+        f"one more has {left}",
     )
 
 
@@ -69,11 +89,13 @@ def digits(value: float) -> str:
 
 
 def table(costs: list[Cost]) -> Table:
-    view = Table("GPUs", "step, s", "compute, s", "communication, s", "sent per GPU, GB", "clips/s", "computes",
+    view = Table("GPUs", "step, s", "compute, s", "communication, s", "sent per GPU, GB", "clips/s",
+        "computes",
                  "data per node, MB/s", "fits")  # fmt: skip
     for one in costs:
         view.add_row(
-            str(one.gpus), digits(one.step), digits(one.compute), digits(one.communication), digits(one.sent / 1e9),
+            str(one.gpus), digits(one.step), digits(one.compute), digits(one.communication),
+            digits(one.sent / 1e9),
             digits(one.clips_per_second), f"{one.scaling:.0%}", digits(one.data_per_node / 1e6),
             "yes" if one.fits else "no",
         )  # fmt: skip
@@ -93,9 +115,13 @@ def check(config: DictConfig) -> None:
         raise ValueError(f"cost.strategies={chosen}; a list of {', '.join(known)}, one at least")
     gpus = settings.gpus
     if not OmegaConf.is_list(gpus) or not gpus or not all(counts(n) for n in gpus):
-        raise ValueError(f"cost.gpus={gpus}; a list of whole numbers from 1 on, as in cost.gpus=[1,8]")
+        raise ValueError(
+            f"cost.gpus={gpus}; a list of whole numbers from 1 on, as in cost.gpus=[1,8]"
+        )
     if not OmegaConf.is_dict(settings.gpu):
-        raise ValueError(f"cost.gpu={settings.gpu}; a preset is chosen with gpu@cost.gpu={settings.gpu}")
+        raise ValueError(
+            f"cost.gpu={settings.gpu}; a preset is chosen with gpu@cost.gpu={settings.gpu}"
+        )
     for name in ("cost.clips", "cost.samples_per_clip", "cost.prompt_tokens", "data.batch_size",
                  "trainer.accumulate_grad_batches"):  # fmt: skip
         if not counts(value := OmegaConf.select(config, name)):
@@ -103,12 +129,24 @@ def check(config: DictConfig) -> None:
     batch, size = settings.global_batch, config.data.batch_size
     if batch is not None and (not counts(batch) or batch % size):
         raise ValueError(
-            f"cost.global_batch={batch}; a multiple of data.batch_size={size}, the clips of a GPU, or null for a node's"
+            f"cost.global_batch={batch}; a multiple of data.batch_size={size}, the clips of a GPU, "
+            "or null for a node's"
         )
     if not settings.clip_mb or not settings.clip_mb > 0:
         raise ValueError(f"cost.clip_mb={settings.clip_mb}; megabytes above 0")
     if not 0 <= settings.least_scaling <= 1:
         raise ValueError(f"cost.least_scaling={settings.least_scaling}; a share in [0, 1]")
+
+
+def storage(config: DictConfig, sample: float) -> tuple[float, str]:
+    """Bytes of a data set of `cost.clips` clips, and what it is in words; sample: bytes of one."""
+    clips, each = config.cost.clips, digits(sample / 1e6)
+    if "latents" in config.data:
+        samples = config.cost.samples_per_clip
+        windows = f"{samples} (cost.samples_per_clip: windows times variants) of a clip"
+        return clips * samples * sample, f"latent cache: {each} MB a sample, {windows}"
+    named = "cost.clip_mb; 81 frames at 480x832 take about 13 in FFV1"
+    return clips * sample, f"clip shards: {each} MB a clip ({named}), read whole for every crop"
 
 
 @as_on_gpu()
@@ -125,11 +163,13 @@ def main(config: DictConfig) -> None:
     read = sample_bytes(config, load)
     console = Console(width=120, highlight=False)
     console.print(
-        f"{config.name} on {gpu.name}: {found.flops / 1e12:,.2f} TFLOP a step and GPU ({load.batch_size} clip"
-        f"{'s' * (load.batch_size > 1)} of {load.frames} frames, {load.height}x{load.width}; recomputation included)\n"
-        f"assumed: {assumed.efficiency:.0%} of {gpu.peak_tflops:g} TFLOP/s ({config.trainer.precision}), "
-        f"{assumed.bandwidth_share:.0%} of {gpu.link_gb_s:g} GB/s in a node and {gpu.node_gb_s:g} GB/s between nodes "
-        f"of {gpu.gpus_per_node}, communication hidden under {assumed.overlap:.0%} of the compute"
+        f"{config.name} on {gpu.name}: {found.flops / 1e12:,.2f} TFLOP a step and GPU "
+        f"({load.batch_size} clip{'s' * (load.batch_size > 1)} of {load.frames} frames, "
+        f"{load.height}x{load.width}; recomputation included)\nassumed: {assumed.efficiency:.0%} "
+        f"of {gpu.peak_tflops:g} TFLOP/s ({config.trainer.precision}), "
+        f"{assumed.bandwidth_share:.0%} of {gpu.link_gb_s:g} GB/s in a node and {gpu.node_gb_s:g} "
+        f"GB/s between nodes of {gpu.gpus_per_node}, communication hidden under "
+        f"{assumed.overlap:.0%} of the compute"
     )
     passes = config.trainer.accumulate_grad_batches
     batch = settings.global_batch or load.batch_size * passes * gpu.gpus_per_node
@@ -137,11 +177,15 @@ def main(config: DictConfig) -> None:
     for strategy in settings.strategies:
         sent = payload(found, strategy, trained)
         at = partial(
-            cost, found=found, strategy=strategy, sent=sent, gpu=gpu, assumed=assumed, batch_size=load.batch_size,
+            cost, found=found, strategy=strategy, sent=sent, gpu=gpu, assumed=assumed,
+            batch_size=load.batch_size,
             clip_bytes=read,
         )  # fmt: skip
         costs = [at(gpus, accumulate=passes) for gpus in sorted(settings.gpus)]
-        fixed = [at(gpus, accumulate=n) for gpus, n in shares(batch, load.batch_size, settings.gpus).items()]
+        fixed = [
+            at(gpus, accumulate=n)
+            for gpus, n in shares(batch, load.batch_size, settings.gpus).items()
+        ]
         bad = limit(partial(at, accumulate=passes), settings.least_scaling)
         view = table(costs)
         view.title = {"ddp": "DDP", "fsdp": "FSDP2"}[strategy]
@@ -151,18 +195,16 @@ def main(config: DictConfig) -> None:
         results[strategy] = [{**asdict(one), "scaling": one.scaling} for one in costs]
         results["limit"][strategy] = bad and bad.gpus
         results["fixed_batch"][strategy] = [asdict(one) for one in fixed]
-    if "latents" in config.data:
-        stored = settings.samples_per_clip * read
-        windows = f"{settings.samples_per_clip} (cost.samples_per_clip: windows times variants) of a clip"
-        kind = f"latent cache: {digits(read / 1e6)} MB a sample, {windows}"
-    else:
-        stored = read
-        named = "cost.clip_mb; 81 frames at 480x832 take about 13 in FFV1"
-        kind = f"clip shards: {digits(read / 1e6)} MB a clip ({named}), read whole for every crop"
-    console.print(f"{kind}, {digits(settings.clips * stored / 1e12)} TB for {settings.clips:,} clips")
+    stored, kind = storage(config, read)
+    console.print(f"{kind}, {digits(stored / 1e12)} TB for {settings.clips:,} clips")
     if config.out is not None:
-        figures = {"gpu": asdict(gpu), **asdict(assumed), "flops": found.flops, "sample_bytes": read}
-        figures["stored_bytes"] = settings.clips * stored
+        figures = {
+            "gpu": asdict(gpu),
+            **asdict(assumed),
+            "flops": found.flops,
+            "sample_bytes": read,
+        }
+        figures["stored_bytes"] = stored
         write_json(Path(config.out), {"name": config.name, **asdict(load), **figures, **results})
 
 

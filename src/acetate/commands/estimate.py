@@ -1,4 +1,5 @@
-"""acetate estimate experiment=NAME [...]: parameters and memory per GPU, before a run is started."""
+"""acetate estimate experiment=NAME [...]: parameters and memory per GPU, before a run is
+started."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -37,13 +38,16 @@ def blank_task(config: DictConfig) -> MeasuredTask:
     """Of the run that the config composes, built without weights."""
     settings = without_weights(OmegaConf.to_container(config.task, resolve=True))
     unused = {"lpips": False, "init_from": None}  # a metric, and weights of the same shape
-    task = instantiate(settings | {name: value for name, value in unused.items() if name in settings})
+    task = instantiate(
+        settings | {name: value for name, value in unused.items() if name in settings}
+    )
     memory.build(task)
     return task
 
 
 def footprint(config: DictConfig) -> tuple[memory.Load, memory.Footprint]:
-    """Of a training step of the run that the config composes. Downloads nothing, reads configs only.
+    """Of a training step of the run that the config composes. Downloads nothing, reads configs
+    only.
 
     Raises ValueError for a batch without clips.
     """
@@ -78,20 +82,29 @@ def table(found: memory.Footprint) -> Table:
 
 
 def verdict(found: memory.Footprint, card: int) -> str:
-    """Of a card: how many GPUs it takes, or the share of the activations that the most of them have room for."""
+    """Of a card: how many GPUs it takes, or the share of the activations that the most of them have
+    room for."""
     enough = [n for n in GPUS if found.per_gpu(n)["total"] <= memory.room(card)]
     if enough:
-        return "fits one GPU" if enough[0] == 1 else f"does not fit one GPU; fits {enough[0]}, {SHARDED}"
+        return (
+            "fits one GPU"
+            if enough[0] == 1
+            else f"does not fit one GPU; fits {enough[0]}, {SHARDED}"
+        )
     most = found.per_gpu(GPUS[-1])
     clip = most["activations"] + most["working peak"]
     room = memory.room(card) - (most["total"] - clip)
     if room <= 0:
         return f"does not fit {GPUS[-1]}: the weights alone are too large"
-    return f"does not fit {GPUS[-1]}, even sharded: room for {room / clip:.0%} of activations and working peak"
+    return (
+        f"does not fit {GPUS[-1]}, even sharded: room for {room / clip:.0%} of activations and "
+        "working peak"
+    )
 
 
 def remedies(config: DictConfig, load: memory.Load) -> list[str]:
-    """What would take less memory, largest effect first; activations grow with clips, frames and pixels."""
+    """What would take less memory, largest effect first; activations grow with clips, frames and
+    pixels."""
     found = []
     for part in ("task", "model"):
         if (config.get(part) or {}).get("checkpointing") is False:
@@ -113,13 +126,14 @@ def main(config: DictConfig) -> None:
     verdicts = {card: verdict(found, card) for card in CARDS}
     console = Console(width=120, highlight=False)
     console.print(
-        f"{config.name}: {found.parameters:,} parameters, {found.trainable_parameters:,} of them train\n"
-        f"a step per GPU: {load.batch_size} clip{'s' * (load.batch_size > 1)} of {load.frames} frames, {load.height}x"
-        f"{load.width}, {config.trainer.precision}"
+        f"{config.name}: {found.parameters:,} parameters, {found.trainable_parameters:,} of them "
+        f"train\na step per GPU: {load.batch_size} clip{'s' * (load.batch_size > 1)} of "
+        f"{load.frames} frames, {load.height}x{load.width}, {config.trainer.precision}"
     )
     console.print(table(found))
     console.print(
-        "trainer=ddp: however many GPUs, each holds column 1 and the gradients again. trainer=fsdp shards weights, "
+        "trainer=ddp: however many GPUs, each holds column 1 and the gradients again. "
+        "trainer=fsdp shards weights, "
         "gradients, optimizer and average: the other columns."
     )
     for card, text in verdicts.items():
@@ -129,7 +143,13 @@ def main(config: DictConfig) -> None:
         per_gpu = {str(n): found.per_gpu(n) for n in GPUS}
         write_json(
             Path(config.out),
-            {"name": config.name, **asdict(load), **asdict(found), "bytes_per_gpu": per_gpu, "cards": verdicts},
+            {
+                "name": config.name,
+                **asdict(load),
+                **asdict(found),
+                "bytes_per_gpu": per_gpu,
+                "cards": verdicts,
+            },
         )
 
 

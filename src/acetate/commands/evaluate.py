@@ -1,7 +1,8 @@
 """acetate evaluate run=outputs/mine: a checkpoint beside what it started from, and the ceiling.
 
-Of an RGBA-VAE three rows on the same validation clips: the frozen base VAE on the same composites as plain RGB (the
-ceiling), the untrained RGBA-VAE (step 0), and the checkpoint. Of a DoRA two: the base DiT, and the checkpoint.
+Of an RGBA-VAE three rows on the same validation clips: the frozen base VAE on the same composites
+as plain RGB (the ceiling), the untrained RGBA-VAE (step 0), and the checkpoint. Of a DoRA two: the
+base DiT, and the checkpoint.
 """
 
 import logging
@@ -48,7 +49,11 @@ def table(rows: dict[str, dict[str, float]]) -> Table:
     view = Table("", *(COLUMNS.get(name, name) for name in names))
     for row, values in rows.items():
         cells = [
-            f"{values[name]:.2f}" if name.endswith("psnr") else f"{values[name]:.4f}" if name in values else ""
+            f"{values[name]:.2f}"
+            if name.endswith("psnr")
+            else f"{values[name]:.4f}"
+            if name in values
+            else ""
             for name in names
         ]
         view.add_row(row, *cells)
@@ -56,14 +61,17 @@ def table(rows: dict[str, dict[str, float]]) -> Table:
 
 
 def checkpoint_of(config: DictConfig) -> str | None:
-    """Path of the checkpoint that is asked for; None for step 0 alone. Raises FileNotFoundError and ValueError."""
+    """Path of the checkpoint that is asked for; None for step 0 alone. Raises FileNotFoundError and
+    ValueError."""
     run = Path(config.paths.run)
     if config.run is None:
         return checkpoint_to_resume(config.resume, run)
     if config.checkpoint == "last":
         path = standing(run / LAST)
         if not path.exists():
-            raise FileNotFoundError(f"checkpoint=last: no {LAST} in {run}. Train it, or give checkpoint=PATH.")
+            raise FileNotFoundError(
+                f"checkpoint=last: no {LAST} in {run}. Train it, or give checkpoint=PATH."
+            )
         return str(path)
     if config.checkpoint == "best":
         return str(read_trained(f"{run}@best").path)
@@ -74,7 +82,10 @@ def changed_data(config: DictConfig, run: Path) -> list[str]:
     """`data` settings that decide which clips are measured, where they are not those of the run."""
     if not (run / RECORD / "config.yaml").is_file():
         return []
-    before, now = (OmegaConf.to_container(part, resolve=True) for part in (recorded_config(run).data, config.data))
+    before, now = (
+        OmegaConf.to_container(part, resolve=True)
+        for part in (recorded_config(run).data, config.data)
+    )
     assert isinstance(before, dict) and isinstance(now, dict)
     names = [name for name in now if name not in OF_THE_MACHINE and not str(name).startswith("_")]
     return [f"data.{name}={now[name]} ({before.get(name)} of the run)" for name in names
@@ -90,8 +101,11 @@ def _places(value: Any) -> Any:
     return {_places(key): item for key, item in value.items()} if isinstance(value, dict) else value
 
 
-def file_for(folder: Path, checkpoint: str | None, config: DictConfig, changed: Sequence[str]) -> Path:
-    """evaluation.json of the last checkpoint on the run's own data; of others, a name that says what they are."""
+def file_for(
+    folder: Path, checkpoint: str | None, config: DictConfig, changed: Sequence[str]
+) -> Path:
+    """evaluation.json of the last checkpoint on the run's own data; of others, a name that says
+    what they are."""
     parts = []
     if checkpoint is not None and Path(checkpoint).stem.removeprefix(".old-") != "last":
         parts.append(Path(checkpoint).stem)
@@ -99,7 +113,11 @@ def file_for(folder: Path, checkpoint: str | None, config: DictConfig, changed: 
     for text in changed:
         name = text.partition("=")[0].removeprefix("data.")
         value = data if name in ("shards", "latents") else f"{name}-{config.data[name]}"
-        text = Path(value).name if isinstance(value, str) else "_".join(Path(str(item)).name for item in value)
+        text = (
+            Path(value).name
+            if isinstance(value, str)
+            else "_".join(Path(str(item)).name for item in value)
+        )
         parts.append(re.sub(r"[^\w.-]+", "_", text)[:60])
     return folder / "_".join(["evaluation", *parts, ""]).rstrip("_")
 
@@ -113,21 +131,28 @@ def measure(config: DictConfig, checkpoint: str | None) -> dict[str, dict[str, f
     rows = {}
     if isinstance(task, RGBAVAETask):
         base = PlainVAETask(vae=load_vae(config.wan.vae), lpips=config.task.lpips)
-        plain = instantiate(config.trainer, strategy="auto", **quiet)  # nothing of the base is sharded
+        # nothing of the base is sharded
+        plain = instantiate(config.trainer, strategy="auto", **quiet)
         rows["base VAE, plain RGB"] = plain.validate(base, data, verbose=False)[0]
         untrained, trained = "RGBA-VAE, step 0", "RGBA-VAE"
     elif isinstance(task, DoRATask):
         untrained, trained = "base DiT, without DoRA", "DoRA"
     else:
         raise ValueError(
-            f"experiment={config.name} trains a base, which evaluate does not measure: its figures are in the run's "
-            "metrics.csv. Give a run of experiment=vae_rgba or dit_dora."
+            f"experiment={config.name} trains a base, which evaluate does not measure: its figures "
+            "are in the run's metrics.csv. Give a run of experiment=vae_rgba or dit_dora."
         )
     rows[untrained] = trainer.validate(task, data, verbose=False)[0]
     if checkpoint is not None:
-        found = trainer.validate(task, data, ckpt_path=checkpoint, verbose=False, weights_only=True)[0]
-        rows[f"{trained}, {Path(checkpoint).name}{', average' if average and average.average else ''}"] = found
-    return {row: {name.removeprefix("val/"): value for name, value in values.items()} for row, values in rows.items()}
+        found = trainer.validate(
+            task, data, ckpt_path=checkpoint, verbose=False, weights_only=True
+        )[0]
+        averaged = ", average" if average and average.average else ""
+        rows[f"{trained}, {Path(checkpoint).name}{averaged}"] = found
+    return {
+        row: {name.removeprefix("val/"): value for name, value in values.items()}
+        for row, values in rows.items()
+    }
 
 
 def main(config: DictConfig) -> None:
@@ -137,14 +162,20 @@ def main(config: DictConfig) -> None:
     changed = changed_data(config, folder)
     path = file_for(folder, checkpoint, config, changed).with_suffix(".json")
     if changed:
-        print(f"WARNING: not the data of {folder}: {'; '.join(changed)}. The figures go to {path.name}.")
+        print(
+            f"WARNING: not the data of {folder}: {'; '.join(changed)}. The figures go to "
+            f"{path.name}."
+        )
     lightning.seed_everything(0, verbose=False)
     rows = measure(config, checkpoint)
     write_json(path, rows)
     console = Console(width=180)
     console.print(table(rows))
     pictures = next((part for part in ("panels", "samples") if (folder / part).is_dir()), "panels")
-    console.print(f"{pictures:11s} {folder / pictures}\nmetrics     {path}\ncheckpoint  {checkpoint}", soft_wrap=True)
+    console.print(
+        f"{pictures:11s} {folder / pictures}\nmetrics     {path}\ncheckpoint  {checkpoint}",
+        soft_wrap=True,
+    )
 
 
 if __name__ == "__main__":

@@ -50,11 +50,13 @@ OF_A_KIND: dict[tuple[str, str], tuple[str, ...]] = {  # settings that change wh
 }
 WORST = 5  # layers of an SVD LoRA that are printed
 HEADS = 128  # ComfyUI takes every Wan DiT's heads to be so wide
-VAE_SHAPE = ([1, 2, 4, 4], 2)  # dim_mult and num_res_blocks of the one Wan2.1 VAE that ComfyUI builds
+# dim_mult and num_res_blocks of the one Wan2.1 VAE that ComfyUI builds
+VAE_SHAPE = ([1, 2, 4, 4], 2)
 
 
 class Export(NamedTuple):
-    """What fills each path below the output folder, what to tell its user, and what export.json records besides."""
+    """What fills each path below the output folder, what to tell its user, and what export.json
+    records besides."""
 
     writers: dict[str, Callable[[Path], object]]
     notes: list[str]
@@ -64,13 +66,17 @@ class Export(NamedTuple):
 def tensor_file(state: dict[str, Tensor], facts: dict[str, Any]) -> Callable[[Path], None]:
     """Writes a .safetensors whose metadata are the facts, each as JSON."""
     whole = {name: value.detach().cpu().contiguous() for name, value in state.items()}
-    return partial(write_tensors, whole, metadata={name: json.dumps(value) for name, value in facts.items()})
+    return partial(
+        write_tensors, whole, metadata={name: json.dumps(value) for name, value in facts.items()}
+    )
 
 
 def trained_vae(trained: Trained, config: DictConfig) -> tuple[RGBAVAE, AutoencoderKLWan]:
     """The RGBA-VAE as it was trained, and its base. Raises ValueError for another base."""
     base, facts = load_vae(config.wan.vae), trained.facts
-    settings = {name: facts[name] for name in ("merge_init", "lora_rank", "lora_alpha", "average_alpha")}
+    settings = {
+        name: facts[name] for name in ("merge_init", "lora_rank", "lora_alpha", "average_alpha")
+    }
     model = RGBAVAE(vae=base, **settings)
     check_base(trained, "base_sha256", model.base_sha256)
     load_trainable(model, trained.state, str(trained.path))
@@ -79,7 +85,10 @@ def trained_vae(trained: Trained, config: DictConfig) -> tuple[RGBAVAE, Autoenco
 
 def merged_vaes(model: RGBAVAE, base: AutoencoderKLWan) -> dict[str, AutoencoderKLWan]:
     """For colour and for alpha, the base with the trained decoder in the place of its own."""
-    return {"rgb": merged_vae(base, model.decoder_rgb), "alpha": merged_vae(base, model.decoder_alpha)}
+    return {
+        "rgb": merged_vae(base, model.decoder_rgb),
+        "alpha": merged_vae(base, model.decoder_alpha),
+    }
 
 
 def trained_dit(trained: Trained, config: DictConfig) -> WanTransformer3DModel:
@@ -94,8 +103,9 @@ def trained_dit(trained: Trained, config: DictConfig) -> WanTransformer3DModel:
 def check_base(trained: Trained, name: str, found: str) -> None:
     if trained.facts[name] != found:
         raise ValueError(
-            f"{trained.path} was trained on another base ({trained.facts['base']}, {name} {trained.facts[name][:12]}) "
-            f"than this one ({found[:12]}). {wan_for(trained.facts)}, or its files as wan.vae= and wan.transformer=."
+            f"{trained.path} was trained on another base ({trained.facts['base']}, {name} "
+            f"{trained.facts[name][:12]}) than this one ({found[:12]}). {wan_for(trained.facts)}, "
+            "or its files as wan.vae= and wan.transformer=."
         )
 
 
@@ -113,16 +123,21 @@ def vae_to_wan_alpha(trained: Trained, config: DictConfig) -> Export:
     model, base = trained_vae(trained, config)
     if model.merge_init != "scratch" and not config.decoder_only:
         raise ValueError(
-            f"{trained.path}: a merge block of merge_init={model.merge_init} adds to Wan's own latents; Wan-Alpha's "
-            "stands alone and would encode wrongly. Give decoder_only=true for what its inference reads, or train "
-            "with model.merge_init=scratch."
+            f"{trained.path}: a merge block of merge_init={model.merge_init} adds to Wan's own "
+            "latents; Wan-Alpha's stands alone and would encode wrongly. Give decoder_only=true "
+            "for what its inference reads, or train with model.merge_init=scratch."
         )
-    flat = trainable_to_wan_alpha(trainable_state(model), model.lora_alpha, base.config.num_res_blocks)
+    flat = trainable_to_wan_alpha(
+        trainable_state(model), model.lora_alpha, base.config.num_res_blocks
+    )
     notes = ["decoder.bin: the decoders' LoRA, for Wan-Alpha's inference (--vae_lora_checkpoint)"]
     writers = {"decoder.bin": partial(torch.save, _whole(decoder_of(flat)))}
     if not config.decoder_only:
         writers["pytorch_model.bin"] = partial(torch.save, _whole(flat))
-        notes.append("pytorch_model.bin: merge block and LoRA, for Wan-Alpha's DiT stage; Wan2.1_VAE.pth goes with it")
+        notes.append(
+            "pytorch_model.bin: merge block and LoRA, for Wan-Alpha's DiT stage; Wan2.1_VAE.pth "
+            "goes with it"
+        )
     return Export(writers, notes)
 
 
@@ -144,25 +159,34 @@ def vae_to_comfyui(trained: Trained, config: DictConfig) -> Export:
         state = {original_vae_name(name, blocks): value for name, value in vae.state_dict().items()}
         writers[f"acetate_vae_{channel}_channel.safetensors"] = tensor_file(state, trained.facts)
     notes = [
-        "both files: ComfyUI/models/vae; two VAELoader and two VAEDecode on the same latents give colour and matte"
+        "both files: ComfyUI/models/vae; two VAELoader and two VAEDecode on the same latents give "
+        "colour and matte"
     ]
     if (list(base.config.dim_mult), blocks) != VAE_SHAPE:
-        notes.append(f"NOTE: ComfyUI builds Wan2.1's VAE only; this base has {_shape_of(base)} and does not load there")
+        notes.append(
+            f"NOTE: ComfyUI builds Wan2.1's VAE only; this base has {_shape_of(base)} and does not "
+            "load there"
+        )
     return Export(writers, notes)
 
 
 def _shape_of(vae: AutoencoderKLWan) -> str:
-    return f"dim_mult {list(vae.config.dim_mult)}, {vae.config.num_res_blocks} residual blocks a stage"
+    return (
+        f"dim_mult {list(vae.config.dim_mult)}, {vae.config.num_res_blocks} residual blocks a stage"
+    )
 
 
 def dit_to_comfyui(trained: Trained, config: DictConfig) -> Export:
-    notes = ["sample with the noise's mean shifted as in training (mean_shift in the metadata), shift 5"]
+    notes = [
+        "sample with the noise's mean shifted as in training (mean_shift in the metadata), shift 5"
+    ]
     if config.dit == "dora":
         tensors = native_dora(trained.state, trained.facts["alpha"])
         notes = [
             "dit_dora.safetensors: ComfyUI/models/loras, LoraLoaderModelOnly at strength 1",
-            "WARNING: ComfyUI's versions disagree on DoRA: older ones normalise per input column, others divide by |W| "
-            "rather than |W + BA|. Compare with dit=merged before use, or give dit=svd-lora.",
+            "WARNING: ComfyUI's versions disagree on DoRA: older ones normalise per input column, "
+            "others divide by |W| rather than |W + BA|. Compare with dit=merged before use, or "
+            "give dit=svd-lora.",
             *notes,
         ]
         return Export({"dit_dora.safetensors": tensor_file(tensors, trained.facts)}, notes)
@@ -170,27 +194,40 @@ def dit_to_comfyui(trained: Trained, config: DictConfig) -> Export:
     if transformer.config.attention_head_dim != HEADS:
         width = transformer.config.attention_head_dim
         notes.append(
-            f"NOTE: ComfyUI takes heads to be {HEADS} wide, this base's are {width}: it computes wrongly there"
+            f"NOTE: ComfyUI takes heads to be {HEADS} wide, this base's are {width}: it computes "
+            "wrongly there"
         )
     if config.dit == "svd-lora":
         return _svd_lora(transformer, trained, config, notes)
     merge_dora(transformer)
     state = {original_dit_name(name): value for name, value in transformer.state_dict().items()}
-    notes = ["dit.safetensors: ComfyUI/models/diffusion_models, UNETLoader; the DoRA is in its weights", *notes]
+    notes = [
+        "dit.safetensors: ComfyUI/models/diffusion_models, UNETLoader; the DoRA is in its weights",
+        *notes,
+    ]
     return Export({"dit.safetensors": tensor_file(state, trained.facts)}, notes)
 
 
-def _svd_lora(transformer: WanTransformer3DModel, trained: Trained, config: DictConfig, notes: list[str]) -> Export:
+def _svd_lora(
+    transformer: WanTransformer3DModel, trained: Trained, config: DictConfig, notes: list[str]
+) -> Export:
     device = device_of(config)
 
     def deltas() -> Iterator[tuple[str, Tensor]]:
-        for name, layer in tqdm(dora_layers(transformer).items(), desc="SVD", unit="layer", delay=2, leave=False):
+        for name, layer in tqdm(
+            dora_layers(transformer).items(), desc="SVD", unit="layer", delay=2, leave=False
+        ):
             weight = cast(Tensor, layer.get_base_layer().weight).to(device, torch.float32)
             yield original_layer(name), merged_weight(layer, device=device) - weight
 
     low = svd_lora(deltas(), config.rank, getattr(torch, config.dtype))
     worst = sorted(low.errors, key=lambda layer: low.errors[layer], reverse=True)[:WORST]
-    facts = {**trained.facts, "lora_rank": config.rank, "error": low.error, "error_of_layer": low.errors}
+    facts = {
+        **trained.facts,
+        "lora_rank": config.rank,
+        "error": low.error,
+        "error_of_layer": low.errors,
+    }
     file = f"dit_lora_rank{config.rank}.safetensors"
     notes = [
         f"{file}: ComfyUI/models/loras, LoraLoaderModelOnly; LoRA loaders of diffusers read it too",
@@ -198,10 +235,17 @@ def _svd_lora(transformer: WanTransformer3DModel, trained: Trained, config: Dict
         + ", ".join(f"{layer} {low.errors[layer]:.4f}" for layer in worst),
         *notes,
     ]
-    return Export({file: tensor_file(low.tensors, facts)}, notes, {"error": low.error, "error_of_layer": low.errors})
+    return Export(
+        {file: tensor_file(low.tensors, facts)},
+        notes,
+        {"error": low.error, "error_of_layer": low.errors},
+    )
 
 
-TWO_VAES = "vae/, vae_alpha/: decode the same latents with both; alpha = (mean of vae_alpha's three channels + 1) / 2"
+TWO_VAES = (
+    "vae/, vae_alpha/: decode the same latents with both; alpha = (mean of vae_alpha's three "
+    "channels + 1) / 2"
+)
 
 
 def vae_to_diffusers(trained: Trained, config: DictConfig) -> Export:
@@ -218,23 +262,37 @@ def dit_to_diffusers(trained: Trained, config: DictConfig) -> Export:
     notes = ["adapter/: PEFT's DoRA, PeftModel.from_pretrained(transformer of the base, folder)"]
     if config.rgba_vae is None:
         writers["transformer"] = transformer.save_pretrained
-        notes.append("transformer/: WanTransformer3DModel.from_pretrained, DoRA merged; rgba_vae=... makes a pipeline")
+        notes.append(
+            "transformer/: WanTransformer3DModel.from_pretrained, DoRA merged; rgba_vae=... makes "
+            "a pipeline"
+        )
         return Export(writers, notes)
-    second = read_trained(config.rgba_vae, None if config.ema else config.ema)  # it may have kept no average
+    # it may have kept no average
+    second = read_trained(config.rgba_vae, None if config.ema else config.ema)
     if second.kind != "rgba_vae":
-        raise ValueError(f"rgba_vae={config.rgba_vae} holds a {second.kind}; give a checkpoint of experiment=vae_rgba.")
+        raise ValueError(
+            f"rgba_vae={config.rgba_vae} holds a {second.kind}; give a checkpoint of "
+            "experiment=vae_rgba."
+        )
     model, base = trained_vae(second, config)
     text = TextEncoder(config.wan.text_encoder, config.wan.prompt_length)
     check_models(trained.facts, model, text.sha256())
     vaes = merged_vaes(model, base)
-    pipeline = wan_pipeline(transformer, vaes["rgb"], text, Solver(shift=config.shift).scheduler("cpu"))
+    pipeline = wan_pipeline(
+        transformer, vaes["rgb"], text, Solver(shift=config.shift).scheduler("cpu")
+    )
     writers.update({".": pipeline.save_pretrained, "vae_alpha": vaes["alpha"].save_pretrained})
     notes += [
-        f"the folder: WanPipeline.from_pretrained, called with max_sequence_length={config.wan.prompt_length} and "
-        f"latents= the noise, its mean shifted by {trained.facts['mean_shift']} outside of the subject's ellipse",
+        "the folder: WanPipeline.from_pretrained, called with "
+        f"max_sequence_length={config.wan.prompt_length} and latents= the noise, its mean shifted "
+        f"by {trained.facts['mean_shift']} outside of the subject's ellipse",
         TWO_VAES,
     ]
-    return Export(writers, notes, {"rgba_vae": str(second.path), "rgba_vae_averaged": second.facts["averaged"]})
+    return Export(
+        writers,
+        notes,
+        {"rgba_vae": str(second.path), "rgba_vae_averaged": second.facts["averaged"]},
+    )
 
 
 EXPORTS: dict[tuple[str, str], Callable[[Trained, DictConfig], Export]] = {
@@ -250,7 +308,8 @@ EXPORTS: dict[tuple[str, str], Callable[[Trained, DictConfig], Export]] = {
 
 
 def default_folder(trained: Trained, config: DictConfig) -> Path:
-    """outputs/exports/NAME-TIME-step-00000500_FORMAT: NAME-TIME of the run, else the file's name."""
+    """outputs/exports/NAME-TIME-step-00000500_FORMAT: NAME-TIME of the run, else the file's
+    name."""
     run = run_of(str(trained.path))
     name = trained.path.stem if run is None else f"{run.parent.name}-{run.name}"
     if isinstance(trained.facts.get("step"), int):
@@ -261,8 +320,8 @@ def default_folder(trained: Trained, config: DictConfig) -> Path:
 
 
 def free_folder(folder: Path, facts: Mapping[str, Any]) -> Path:
-    """The folder, or FOLDER_2, ...: the first that is not there, or holds an export of the same with the same
-    settings, which is replaced."""
+    """The folder, or FOLDER_2, ...: the first that is not there, or holds an export of the same
+    with the same settings, which is replaced."""
     for number in range(1, 10**6):
         path = folder if number == 1 else folder.with_name(f"{folder.name}_{number}")
         try:
@@ -279,10 +338,18 @@ def main(config: DictConfig) -> None:
         if config[name] not in known:
             raise ValueError(f"{name}={config[name]}; known: {', '.join(known)}.")
     if not (math.isfinite(config.shift) and config.shift > 0):
-        raise ValueError(f"shift={config.shift}; a finite number above 0. Wan2.1 is sampled with 3 to 8, mostly 5.")
+        raise ValueError(
+            f"shift={config.shift}; a finite number above 0. Wan2.1 is sampled with 3 to 8, mostly "
+            "5."
+        )
     trained = read_trained(config.checkpoint, config.ema)
     settings = {name: config[name] for name in ("to", *OF_A_KIND[config.to, trained.kind])}
-    facts = {"checkpoint": str(trained.path), **trained.facts, "settings": settings, "to": config.to}
+    facts = {
+        "checkpoint": str(trained.path),
+        **trained.facts,
+        "settings": settings,
+        "to": config.to,
+    }
     if config.out is None:
         out = free_folder(default_folder(trained, config).resolve(), json.loads(json.dumps(facts)))
     else:
@@ -292,7 +359,9 @@ def main(config: DictConfig) -> None:
     facts = {**facts, **export.facts}
     sizes = write_export(out, export.writers, facts)
     weights = "the average" if trained.facts["averaged"] else "raw weights"
-    print(f"{trained.kind} of {trained.path} ({weights}, step {trained.facts.get('step')}) -> {out}")
+    print(
+        f"{trained.kind} of {trained.path} ({weights}, step {trained.facts.get('step')}) -> {out}"
+    )
     for name, size in sizes.items():
         print(f"  {size / 2**20:10.2f} MiB  {name}")
     print("\n".join(export.notes))

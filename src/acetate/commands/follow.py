@@ -25,9 +25,11 @@ BORDER, SUBJECT = 0.1, 0.8  # alpha: at most on the border, at least in some cel
 def held_out(
     paths: Sequence[EllipsePath], frames: int, height: int, width: int, space_stride: int
 ) -> list[synthetic.SyntheticClip]:
-    """For each guide a clip that no demo shard holds, and that has a subject when it is as small as the guide.
+    """For each guide a clip that no demo shard holds, and that has a subject when it is as small as
+    the guide.
 
-    Sparks and thin glass often have no cell above 0.8, so that a sample that is true to their prompts has none either.
+    Sparks and thin glass often have no cell above 0.8, so that a sample that is true to their
+    prompts has none either.
     """
     kinds, clips, number = synthetic.KINDS, [], count(10**6)
     for path in paths:
@@ -45,7 +47,10 @@ def placed(alpha: Tensor, path: EllipsePath) -> Tensor:
     height, width = alpha.shape[-2:]
     rows, columns = round(path.axes[0] * height), round(path.axes[0] * width)
     small = F.interpolate(alpha.transpose(0, 1), (rows, columns), mode="area").transpose(0, 1)
-    left, top = round(path.centre[0] * width - columns / 2), round(path.centre[1] * height - rows / 2)
+    left, top = (
+        round(path.centre[0] * width - columns / 2),
+        round(path.centre[1] * height - rows / 2),
+    )
     return F.pad(small, (left, width - left - columns, top, height - top - rows))
 
 
@@ -58,8 +63,13 @@ def random_paths(count: int, seed: int) -> list[EllipsePath]:
 
 
 def figures(alpha: Tensor, centres: Tensor, space_stride: int) -> dict[str, float]:
-    """alpha (B, 1, T, H, W) in [0, 1]; centres (B, 2) of the guides as shares of width and height."""
-    border, cell, mass = border_mean(alpha), highest_cell(alpha, space_stride), centre_of_mass(alpha)
+    """alpha (B, 1, T, H, W) in [0, 1]; centres (B, 2) of the guides as shares of width and
+    height."""
+    border, cell, mass = (
+        border_mean(alpha),
+        highest_cell(alpha, space_stride),
+        centre_of_mass(alpha),
+    )
     right = (border < BORDER) & (cell > SUBJECT)
     x, y = (torch.corrcoef(torch.stack([mass[:, i], centres[:, i]]))[0, 1].item() for i in (0, 1))
     return {
@@ -79,7 +89,9 @@ def main(config: DictConfig) -> None:
         raise ValueError(f"count={config.count}; a correlation needs at least 3 clips.")
     pipeline = RGBAPipeline(config)
     paths = random_paths(config.count, config.seed)
-    clips = held_out(paths, config.frames, config.height, config.width, pipeline.vae.geometry.space_stride)
+    clips = held_out(
+        paths, config.frames, config.height, config.width, pipeline.vae.geometry.space_stride
+    )
     guide = paths if config.guided and pipeline.mean_shift else None
     sampled = pipeline([clip.prompt for clip in clips], guide=guide)
     alphas = torch.stack([clip.alpha.clamp(0, 1) for clip in sampled])

@@ -17,7 +17,8 @@ from acetate.cli import Program, conf
 WIDTH, COLUMN = 100, 32  # of a line, and where comments begin
 KEY = re.compile(r"( *)(\w+):(?: |$)(.*)")
 GROUP = re.compile(r"  - (?:optional |override )*(/?[\w/]+(?:@[\w.]+)?): ([^#]*)(?:# (.*))?")
-COMMENT = re.compile(r"""((?:"[^"]*"|'[^']*'|[^#"']|(?<!\s)#)*)(?:# ?(.*))?$""")  # `value # comment`
+# `value # comment`
+COMMENT = re.compile(r"""((?:"[^"]*"|'[^']*'|[^#"']|(?<!\s)#)*)(?:# ?(.*))?$""")
 
 
 @dataclass
@@ -60,7 +61,8 @@ def read(file: Path) -> Documented:
 
 
 def help_of(program: Program, given: Sequence[str]) -> str:
-    """The whole text for a program; `given` are the overrides beside --help, which choose what is shown."""
+    """The whole text for a program; `given` are the overrides beside --help, which choose what is
+    shown."""
     file = conf() / f"{program.config}.yaml"
     found = read(file)
     lines = list(paragraphs(found.about))
@@ -78,7 +80,8 @@ def paragraphs(about: Sequence[str]) -> Iterator[str]:
 
 
 def rows(settings: Sequence[tuple[str, str, str]]) -> Iterator[str]:
-    """`name=value   comment`, wrapped; mappings without a comment of their own have rows for what is in them."""
+    """`name=value   comment`, wrapped; mappings without a comment of their own have rows for what
+    is in them."""
     for name, value, comment in settings:
         if not name:
             yield from ("", f"  {comment}")
@@ -108,7 +111,9 @@ def groups() -> Iterator[str]:
     """The other groups of a run and their options."""
     yield from ("", "Groups (GROUP=OPTION)")
     apart = {"command", "prep", "experiment", "hydra", "paths", "gpu"}
-    for folder in sorted(path for path in conf().iterdir() if path.is_dir() and path.name not in apart):
+    for folder in sorted(
+        path for path in conf().iterdir() if path.is_dir() and path.name not in apart
+    ):
         for group in (folder, *sorted(path for path in folder.iterdir() if path.is_dir())):
             options = sorted(file.stem for file in group.glob("*.yaml"))
             if options:
@@ -116,7 +121,8 @@ def groups() -> Iterator[str]:
 
 
 def chosen(program: Program, given: Sequence[str]) -> Iterator[str]:
-    """Those settings of the composed config that have a comment or are the experiment's own, with their values."""
+    """Those settings of the composed config that have a comment or are the experiment's own, with
+    their values."""
     from acetate.commands.program import composed
 
     try:
@@ -124,11 +130,19 @@ def chosen(program: Program, given: Sequence[str]) -> Iterator[str]:
     except (HydraException, OmegaConfBaseException) as error:
         yield f"The settings of {' '.join(given)}: {str(error).splitlines()[0]}"
         return
-    choices = {str(group): str(option) for group, option in config.hydra.runtime.choices.items() if option}
+    choices = {
+        str(group): str(option) for group, option in config.hydra.runtime.choices.items() if option
+    }
     values: Any = OmegaConf.to_container(config, resolve=False)
-    comments = {name: comment for name, _, comment in read(conf() / f"{program.config}.yaml").settings if comment}
+    comments = {
+        name: comment
+        for name, _, comment in read(conf() / f"{program.config}.yaml").settings
+        if comment
+    }
     first = ("experiment", "data", "model", "loss")
-    for group in sorted(choices, key=lambda name: (name not in first, first.index(name) if name in first else 0)):
+    for group in sorted(
+        choices, key=lambda name: (name not in first, first.index(name) if name in first else 0)
+    ):
         for file in _files(group.partition("@")[0], choices[group]):
             package = _package(file, group)
             for name, value, comment in read(file).settings:
@@ -142,7 +156,14 @@ def chosen(program: Program, given: Sequence[str]) -> Iterator[str]:
 
 def _files(group: str, option: str) -> Iterator[Path]:
     """A group's option, and those that it begins with."""
-    file = next((path for root in (conf(), Path("conf")) if (path := root / group / f"{option}.yaml").is_file()), None)
+    file = next(
+        (
+            path
+            for root in (conf(), Path("conf"))
+            if (path := root / group / f"{option}.yaml").is_file()
+        ),
+        None,
+    )
     if file is None or group.startswith("hydra"):
         return
     yield file
@@ -159,11 +180,14 @@ def _package(file: Path, group: str) -> str:
 
 
 def _shown(values: Any, name: str) -> str | None:
-    """The value at a dotted path as YAML has it on one line; None where there is none, "" for a mapping."""
+    """The value at a dotted path as YAML has it on one line; None where there is none, "" for a
+    mapping."""
     for part in name.split("."):
         if not isinstance(values, dict) or part not in values:
             return None
         values = values[part]
     if isinstance(values, dict):
         return ""
-    return yaml.safe_dump(values, default_flow_style=True, width=10**6).removesuffix("\n...\n").strip()
+    return (
+        yaml.safe_dump(values, default_flow_style=True, width=10**6).removesuffix("\n...\n").strip()
+    )

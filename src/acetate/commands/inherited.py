@@ -1,4 +1,5 @@
-"""Settings that a command takes over from the run, or the clip, that it is given; those of its own command line win."""
+"""Settings that a command takes over from the run, or the clip, that it is given; those of its own
+command line win."""
 
 import json
 import os
@@ -18,16 +19,21 @@ from acetate.commands.recorded import (
 from acetate.commands.runs import RECORD
 
 SIZE = {
-    name: (f"callbacks.samples.{name}", f"wan.{name}") for name in ("frames", "height", "width", "fps")
+    name: (f"callbacks.samples.{name}", f"wan.{name}")
+    for name in ("frames", "height", "width", "fps")
 }  # of a run's clips, in its config
 
 
 def sample(given: Sequence[str]) -> list[str]:
-    """What `settings=CLIP.json` holds, then what the run of `dora=`, or of `rgba_vae=`, recorded."""
+    """What `settings=CLIP.json` holds, then what the run of `dora=`, or of `rgba_vae=`,
+    recorded."""
     first: list[str] = []
     file = value_of(given, "settings")
     if file not in (None, "null"):
-        first = [f"{name}={quoted(value)}" for name, value in read_settings(Path(str(file)).expanduser()).items()]
+        first = [
+            f"{name}={quoted(value)}"
+            for name, value in read_settings(Path(str(file)).expanduser()).items()
+        ]
         first = without(first, given)
         given = [*first, *given]
     dora, vae = value_of(given, "dora") or _demo(given), value_of(given, "rgba_vae")
@@ -42,7 +48,11 @@ def follow(given: Sequence[str]) -> list[str]:
     """What the run of `dora=` recorded."""
     dora = value_of(given, "dora") or _demo(given)
     size = {name: places for name, places in SIZE.items() if name != "fps"}
-    return [] if dora == "null" else as_trained(dora, "dora", given, {"rgba_vae": ("rgba_vae",), **size})
+    return (
+        []
+        if dora == "null"
+        else as_trained(dora, "dora", given, {"rgba_vae": ("rgba_vae",), **size})
+    )
 
 
 def evaluate(given: Sequence[str]) -> list[str]:
@@ -52,15 +62,19 @@ def evaluate(given: Sequence[str]) -> list[str]:
         return []
     clashing = [text for text in given if name_of(text) in ("experiment", "name", "resume")]
     if clashing:
-        raise ValueError(f"run={source} and {clashing[0]} are both given. run= knows the others; leave them out.")
+        raise ValueError(
+            f"run={source} and {clashing[0]} are both given. run= knows the others; leave them out."
+        )
     run = run_of(str(source))
     if run is None:
         raise FileNotFoundError(
-            f"run={source}: no run there that recorded its settings ({RECORD}/config.yaml). Give a run's folder or a "
-            "name's, such as outputs/demo, or experiment=... name=... resume=last."
+            f"run={source}: no run there that recorded its settings ({RECORD}/config.yaml). Give a "
+            "run's folder or a name's, such as outputs/demo, or experiment=... name=... "
+            "resume=last."
         )
     print(f"run={source}: settings as recorded in {run / RECORD}")
-    # The folder in the place of a name's: what `last` and `best` mean must not change while this runs
+    # The folder in the place of a name's: what `last` and `best` mean must not change while this
+    # runs
     return [*without(recorded_overrides(run), [*given, "run="]), f"paths.run={quoted(str(run))}"]
 
 
@@ -73,14 +87,21 @@ def export(given: Sequence[str]) -> list[str]:
 def read_settings(path: Path) -> dict[str, Any]:
     """Of the clip that this JSON stands beside. Raises FileNotFoundError and ValueError."""
     if not path.is_file():
-        raise FileNotFoundError(f"settings={path} does not exist; it is the .json beside a sampled clip.")
+        raise FileNotFoundError(
+            f"settings={path} does not exist; it is the .json beside a sampled clip."
+        )
     try:
         held = json.loads(path.read_text())
         settings = {name: value for name, value in held.items() if name != "made_with"}
     except (ValueError, AttributeError, RecursionError) as error:
-        raise ValueError(f"settings={path} is no JSON of a sampled clip ({error}). Give another one.") from error
+        raise ValueError(
+            f"settings={path} is no JSON of a sampled clip ({error}). Give another one."
+        ) from error
     if not {"prompt", "seed", "frames", "height", "width", "steps"} <= settings.keys():
-        raise ValueError(f"settings={path} has no prompt, seed, frames, ...: it is not the JSON of a sampled clip.")
+        raise ValueError(
+            f"settings={path} has no prompt, seed, frames, ...: it is not the JSON of a sampled "
+            "clip."
+        )
     return settings
 
 

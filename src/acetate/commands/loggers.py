@@ -83,7 +83,10 @@ def about(config: DictConfig) -> dict[str, Any]:
         "device": _device(config),
         "processes": int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", "1"))),
         "host": platform.node(),
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+        "versions": {
+            "python": platform.python_version(),
+            **{name: version(name) for name in PACKAGES},
+        },
     }
     return {**redacted(settings), "run": run}
 
@@ -164,7 +167,11 @@ def _commands(config: DictConfig) -> dict[str, str]:
 
 
 def _line(overrides: list[str], *without: str) -> str:
-    return shlex.join(redacted([text for text in overrides if not text.startswith(("resume=", "init=", *without))]))
+    return shlex.join(
+        redacted(
+            [text for text in overrides if not text.startswith(("resume=", "init=", *without))]
+        )
+    )
 
 
 def _data(config: DictConfig) -> str:
@@ -181,7 +188,9 @@ def _device(config: DictConfig) -> str:
     """Of this process."""
     if config.trainer.accelerator in ("auto", "cuda", "gpu") and torch.cuda.is_available():
         return torch.cuda.get_device_name()
-    return "CPU" if config.trainer.accelerator in ("auto", "cpu") else str(config.trainer.accelerator)
+    return (
+        "CPU" if config.trainer.accelerator in ("auto", "cpu") else str(config.trainer.accelerator)
+    )
 
 
 def _git() -> tuple[str | None, bool | None]:
@@ -192,7 +201,11 @@ def _git() -> tuple[str | None, bool | None]:
     for command in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"]):
         try:
             done = subprocess.run(
-                ["git", "-C", str(SOURCE), *command], capture_output=True, text=True, timeout=10, check=True
+                ["git", "-C", str(SOURCE), *command],
+                capture_output=True,
+                text=True,
+                timeout=10,
+                check=True,
             )
         except (OSError, subprocess.SubprocessError):
             return None, None

@@ -29,8 +29,9 @@ import acetate
 import data_prep
 from acetate.cli import HELP, Program, conf
 from acetate.commands import as_on_gpu, inherited, runs
+from acetate.commands.checks import check_settings, rule_of, settings_of
 from acetate.commands.recorded import quoted, run_to_continue, value_of, with_recorded
-from acetate.commands.rules import LITERAL, RULES, check_settings, rule_of, settings_of
+from acetate.commands.rules import LITERAL, RULES
 from acetate.settings import SettingError, shown
 
 CONF = str(conf())
@@ -42,13 +43,15 @@ Overrides = Sequence[str]
 
 
 def start(program: Program, arguments: Overrides) -> Any:
-    """Runs main(config) of a program's module with the settings of its config, as hydra.main does, and beyond it:
+    """Runs main(config) of a program's module with the settings of its config, as hydra.main does,
+    and beyond it:
 
-    A command that is given a run starts from the settings that the run recorded, and its own win. Prompts and other
-    texts are taken to the letter. Every setting is checked before the module is imported. An error is one message
-    without a traceback, unless HYDRA_FULL_ERROR=1 or ACETATE_TRACEBACK=1 asks for it or it is a fault of the
-    program. A run that failed before it had trained leaves no folder. A folder conf/ where the command is started
-    may hold configs of one's own beside those of acetate.
+    A command that is given a run starts from the settings that the run recorded, and its own win.
+    Prompts and other texts are taken to the letter. Every setting is checked before the module is
+    imported. An error is one message without a traceback, unless HYDRA_FULL_ERROR=1 or
+    ACETATE_TRACEBACK=1 asks for it or it is a fault of the program. A run that failed before it had
+    trained leaves no folder. A folder conf/ where the command is started may hold configs of one's
+    own beside those of acetate.
     """
     given = list(sys.argv)
     if set(HELP) & set(arguments):
@@ -114,7 +117,8 @@ def own_configs() -> None:
 
 
 def command_line(program: Program, arguments: Overrides) -> list[str]:
-    """What Hydra is given for the arguments of a user: for training also its folder, which is made here."""
+    """What Hydra is given for the arguments of a user: for training also its folder, which is made
+    here."""
     name = program.short
     many = "-m" in arguments or "--multirun" in arguments
     read = [to_the_letter(name, argument, many) for argument in arguments]
@@ -126,12 +130,19 @@ def command_line(program: Program, arguments: Overrides) -> list[str]:
     if name != "train" and value_of(own, "resume") in (None, "null"):
         return read
     config = composed(program.config, [text for text in own if not many or not _sweeps(text)])
-    if not many and (run := run_to_continue(config.paths.outputs, config.get("name"), config.resume)):
+    if not many and (
+        run := run_to_continue(config.paths.outputs, config.get("name"), config.resume)
+    ):
         read = with_recorded(run, read)
         if name != "train":
             read.append(f"paths.run={quoted(str(run))}")
-        elif config.resume != "last" and not str(config.resume).endswith(".ckpt") and value_of(own, "name") is None:
-            return [*read, f"hydra.run.dir={quoted(str(run.absolute()))}"]  # a run's folder: it goes on there
+        elif (
+            config.resume != "last"
+            and not str(config.resume).endswith(".ckpt")
+            and value_of(own, "name") is None
+        ):
+            # a run's folder: it goes on there
+            return [*read, f"hydra.run.dir={quoted(str(run.absolute()))}"]
     place = "hydra.sweep.dir" if many else "hydra.run.dir"
     if name != "train" or any(text.startswith(f"{place}=") for text in own):
         return read
@@ -139,7 +150,8 @@ def command_line(program: Program, arguments: Overrides) -> list[str]:
     folder = runs.sweep_folder if many else runs.run_folder
     now = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
     overrides = [text for text in read if not text.startswith(("-", "hydra."))]
-    return [*read, f"{place}={quoted(folder(config.paths.outputs, config.name, config.resume, overrides, now))}"]
+    chosen = folder(config.paths.outputs, config.name, config.resume, overrides, now)
+    return [*read, f"{place}={quoted(chosen)}"]
 
 
 def _sweeps(argument: str) -> bool:
@@ -158,7 +170,8 @@ def composed(config_name: str, overrides: Sequence[str], hydra: bool = False) ->
 
 
 def to_the_letter(name: str, argument: str, many: bool = False) -> str:
-    """The same argument, its value in quotes where the setting takes text that Hydra would read as something else.
+    """The same argument, its value in quotes where the setting takes text that Hydra would read as
+    something else.
 
     many: jobs of a sweep, where a comma stands between values.
     """
@@ -189,10 +202,14 @@ def tell(error: BaseException, program: Program, arguments: Overrides) -> None:
     """Prints what went wrong, with the traceback where no text was meant for users."""
     if not _meant_for_users(error):
         traceback.print_exception(error)
-    print(f"{program.name}: {in_words(error, program.config, arguments)}", file=sys.stderr, flush=True)
+    print(
+        f"{program.name}: {in_words(error, program.config, arguments)}", file=sys.stderr, flush=True
+    )
 
 
-def in_words(error: BaseException, config_name: str = "config", arguments: Sequence[str] = ()) -> str:
+def in_words(
+    error: BaseException, config_name: str = "config", arguments: Sequence[str] = ()
+) -> str:
     """The message for users."""
     if isinstance(error, InstantiationException):
         cause, place = error.__cause__, re.search(r"full_key: (\S+)", str(error))
@@ -200,20 +217,31 @@ def in_words(error: BaseException, config_name: str = "config", arguments: Seque
             return _one_line(error)
         return f"{place[1]}: {cause}" if place else str(cause)
     inner: BaseException | None = error
-    while inner is not None and not isinstance(inner, SettingError):  # it is wrapped where a reference led to it
+    # it is wrapped where a reference led to it
+    while inner is not None and not isinstance(inner, SettingError):
         inner = inner.__cause__ or inner.__context__
     if inner is not None:
         error = inner
         default = _defaults(config_name, arguments).get(inner.name)
-        return f"{error}" if default is None or default == inner.value else f"{error} The default is {shown(default)}."
+        return (
+            f"{error}"
+            if default is None or default == inner.value
+            else f"{error} The default is {shown(default)}."
+        )
     text = _one_line(error)
     if found := re.search(r"Could not override '([^']+)'\. To append", text):
         return (
-            f"{found[1]} is no setting here{_nearest(found[1], _defaults(config_name, arguments))}. --help lists them."
+            f"{found[1]} is no setting "
+            f"here{_nearest(found[1], _defaults(config_name, arguments))}. --help lists them."
         )
-    if found := re.search(r"Could not find '([^']+)/([^'/]+)' Available options in '[^']+': (.*)", text):
+    if found := re.search(
+        r"Could not find '([^']+)/([^'/]+)' Available options in '[^']+': (.*)", text
+    ):
         options = found[3].partition(" Config search path")[0].split()
-        return f"{found[1]}={found[2]} is unknown{_nearest(found[2], options)}; there are {', '.join(options)}."
+        return (
+            f"{found[1]}={found[2]} is unknown{_nearest(found[2], options)}; there are "
+            f"{', '.join(options)}."
+        )
     return text or type(error).__name__
 
 
@@ -223,7 +251,9 @@ def _traceback_asked() -> bool:
 
 def _one_line(error: BaseException) -> str:
     lines = (line.strip() for line in str(error).splitlines())
-    return " ".join(line for line in lines if line and not line.startswith(("full_key:", "object_type=")))
+    return " ".join(
+        line for line in lines if line and not line.startswith(("full_key:", "object_type="))
+    )
 
 
 def _nearest(name: str, known: Sequence[str] | dict[str, Any]) -> str:
@@ -236,7 +266,9 @@ def _nearest(name: str, known: Sequence[str] | dict[str, Any]) -> str:
 
 def _defaults(config_name: str, arguments: Sequence[str]) -> dict[str, Any]:
     """What settings are where only groups of them, such as experiment=, are chosen."""
-    chosen = [text for text in arguments if (Path(CONF) / text.lstrip("+").partition("=")[0]).is_dir()]
+    chosen = [
+        text for text in arguments if (Path(CONF) / text.lstrip("+").partition("=")[0]).is_dir()
+    ]
     try:
         config = composed(config_name, [text for text in chosen if "=" in text])
     except (HydraException, OmegaConfBaseException):
@@ -266,7 +298,8 @@ def _meant_for_users(error: BaseException) -> bool:
 def _clear_up() -> None:
     """Takes away the folder of a run that is new and holds nothing but the notes of its start."""
     config = HydraConfig.get()
-    if config.mode == RunMode.MULTIRUN or config.output_subdir != runs.RECORD:  # or it goes on, or is another rank's
+    # or it goes on, or is another rank's
+    if config.mode == RunMode.MULTIRUN or config.output_subdir != runs.RECORD:
         return
     folder = Path(config.runtime.output_dir)
     notes = {runs.RECORD, runs.LOCK, runs.FINISHED, f"{config.job.name}.log"}

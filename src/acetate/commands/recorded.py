@@ -14,16 +14,28 @@ from acetate.commands import root
 from acetate.commands.runs import RECORD, newest, rank
 from acetate.formats.layout import is_sharded
 
-PLACES = {"shards", "latents", "rgba_vae", "vae", "transformer", "text_encoder", "save_to", "init_from", "weights"}
+PLACES = {
+    "shards",
+    "latents",
+    "rgba_vae",
+    "vae",
+    "transformer",
+    "text_encoder",
+    "save_to",
+    "init_from",
+    "weights",
+}
 # Of `data`: what changes no clip
 OF_THE_MACHINE = (
-    "remote", "batch_size", "val_batch_size", "num_workers", "cache_mb", "bad_clip_budget", "shuffle_tars",
+    "remote", "batch_size", "val_batch_size", "num_workers", "cache_mb", "bad_clip_budget",
+    "shuffle_tars",
 )  # fmt: skip
 CHOSEN = re.compile(r"@(best|last)$")  # which checkpoint of a run, behind its path
 
 
 def run_of(source: str) -> Path | None:
-    """The run's folder that weights are of: its own, that of a checkpoint in it, or the newest run below a folder.
+    """The run's folder that weights are of: its own, that of a checkpoint in it, or the newest run
+    below a folder.
 
     None where there is none that recorded its settings.
     """
@@ -51,8 +63,11 @@ def recorded_overrides(run: Path) -> list[str]:
     """
     records = list(run.glob(f"{RECORD}/**/overrides.yaml"))
     if not records:
-        raise FileNotFoundError(f"{run / RECORD} has no overrides.yaml: what {run} was started with is not known.")
-    newest = max(records, key=lambda path: (path.parent.name != RECORD, path.parent.name))  # RECORD/TIME, later ones
+        raise FileNotFoundError(
+            f"{run / RECORD} has no overrides.yaml: what {run} was started with is not known."
+        )
+    # RECORD/TIME, later ones
+    newest = max(records, key=lambda path: (path.parent.name != RECORD, path.parent.name))
     started = _started_in(newest.parent)
     found = []
     for override in map(str, OmegaConf.load(newest)):
@@ -68,18 +83,24 @@ def recorded_overrides(run: Path) -> list[str]:
 def _started_in(record: Path) -> Path:
     """The folder in which a run was started."""
     notes = record / "hydra.yaml"
-    return Path(str(OmegaConf.select(OmegaConf.load(notes), "hydra.runtime.cwd"))) if notes.is_file() else Path()
+    return (
+        Path(str(OmegaConf.select(OmegaConf.load(notes), "hydra.runtime.cwd")))
+        if notes.is_file()
+        else Path()
+    )
 
 
 def run_to_continue(outputs: str, name: str | None, resume: str | None) -> Path | None:
-    """The run whose settings a command with `resume` starts from: not for `auto`, which repeats its own command."""
+    """The run whose settings a command with `resume` starts from: not for `auto`, which repeats its
+    own command."""
     if resume in (None, "auto"):
         return None
     return newest(Path(outputs) / str(name)) if resume == "last" else run_of(resume)
 
 
 def with_recorded(run: Path, arguments: Sequence[str]) -> list[str]:
-    """The arguments of a command after those that a run recorded, each setting once; what changes is said."""
+    """The arguments of a command after those that a run recorded, each setting once; what changes
+    is said."""
     own = [argument for argument in arguments if not argument.startswith("-")]
     recorded = recorded_overrides(run)
     before = {name_of(override): override.partition("=")[2] for override in recorded}
@@ -90,8 +111,14 @@ def with_recorded(run: Path, arguments: Sequence[str]) -> list[str]:
         for name, value in ((name_of(text), text.partition("=")[2]) for text in own):
             was = before.get(name, "the default")
             part = name.removeprefix("data.").partition(".")[0]
-            if name.startswith(("data", "wan", "experiment")) and part not in OF_THE_MACHINE and was != value:
-                print(f"ATTENTION: {name} is now {value}, the run so far has {was}", file=sys.stderr)
+            if (
+                name.startswith(("data", "wan", "experiment"))
+                and part not in OF_THE_MACHINE
+                and was != value
+            ):
+                print(
+                    f"ATTENTION: {name} is now {value}, the run so far has {was}", file=sys.stderr
+                )
     return [*kept, *arguments]
 
 
@@ -116,21 +143,27 @@ def quoted(value: Any) -> str:
     """A value in the grammar of overrides, whatever it holds."""
     if isinstance(value, str):
         for sign, escaped in ((r"\$\{", r"\${"), ("'", r"\'"), (r"\Z", "")):
-            value = re.sub(rf"(\\*){sign}", lambda match, end=escaped: 2 * match[1] + end, value, count=0)
+            value = re.sub(
+                rf"(\\*){sign}", lambda match, end=escaped: 2 * match[1] + end, value, count=0
+            )
         return f"'{value}'"
     if isinstance(value, Mapping):
         return "{" + ",".join(f"{name}:{quoted(item)}" for name, item in value.items()) + "}"
     if isinstance(value, Sequence):
         return "[" + ",".join(map(quoted, value)) + "]"
-    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+    return (
+        "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+    )
 
 
-def as_trained(source: str, setting: str, given: Sequence[str], also: Mapping[str, Sequence[str]]) -> list[str]:
-    """Overrides of `wan`, and of the settings `also`, by what the run of `source` recorded of them; none of those
-    that are given. Prints what is taken from where.
+def as_trained(
+    source: str, setting: str, given: Sequence[str], also: Mapping[str, Sequence[str]]
+) -> list[str]:
+    """Overrides of `wan`, and of the settings `also`, by what the run of `source` recorded of them;
+    none of those that are given. Prints what is taken from where.
 
-    setting: what `source` was given as. also: name -> places in the run's config, of which the first that has a value
-    counts. Of a file without its run, the base that its metadata names.
+    setting: what `source` was given as. also: name -> places in the run's config, of which the
+    first that has a value counts. Of a file without its run, the base that its metadata names.
     """
     run = run_of(source)
     wan_given = any(name_of(text) == "wan" for text in given)
@@ -150,7 +183,10 @@ def as_trained(source: str, setting: str, given: Sequence[str], also: Mapping[st
     if any(text.startswith("wan.") for text in overrides):
         shown.insert(0, f"wan={_choice(run)}")
     if shown:
-        print(f"{setting}={source}: {', '.join(shown).replace(chr(39), '')}, as recorded in {run / RECORD}")
+        print(
+            f"{setting}={source}: {', '.join(shown).replace(chr(39), '')}, as recorded in "
+            f"{run / RECORD}"
+        )
     return overrides
 
 
@@ -170,7 +206,11 @@ def _in_place(value: Any, run: Path) -> Any:
 def _choice(run: Path) -> str:
     """What `wan=` a run was started with."""
     record = run / RECORD / "hydra.yaml"
-    chosen = OmegaConf.select(OmegaConf.load(record), "hydra.runtime.choices.wan") if record.is_file() else None
+    chosen = (
+        OmegaConf.select(OmegaConf.load(record), "hydra.runtime.choices.wan")
+        if record.is_file()
+        else None
+    )
     return str(chosen or "that of the run")
 
 
@@ -209,5 +249,8 @@ def _base_of(source: str, setting: str, given: Sequence[str]) -> list[str]:
         return [f"wan={preset}"]
     if not Path(base).is_dir():
         return []
-    print(f"{setting}={source}: wan.vae, transformer and text_encoder {base}, the base that its metadata name")
+    print(
+        f"{setting}={source}: wan.vae, transformer and text_encoder {base}, the base that its "
+        "metadata name"
+    )
     return [f"wan.{part}={quoted(base)}" for part in ("vae", "transformer", "text_encoder")]

@@ -26,27 +26,52 @@ from acetate.sampling import EllipsePath, Solver
 from acetate.video_out import SUFFIXES, check_formats, write_clip
 
 ON_SHEET = 8  # clips
-OF_THE_CALL = ("prompts", "count", "batch_size", "offload", "device", "out", "overwrite", "settings", "paths")
+OF_THE_CALL = (
+    "prompts",
+    "count",
+    "batch_size",
+    "offload",
+    "device",
+    "out",
+    "overwrite",
+    "settings",
+    "paths",
+)
 
 
 def check_settings(config: DictConfig) -> None:
     """What shows before anything is loaded. Raises ValueError and FileNotFoundError."""
     check_formats(config.formats)
     if not config.formats:
-        raise ValueError("formats=[]: no file would be written. Name some of formats=[png,webm,preview].")
+        raise ValueError(
+            "formats=[]: no file would be written. Name some of formats=[png,webm,preview]."
+        )
     for name, value in config.guide.items():
         pair = str(name).removeprefix("end_") in ("centre", "axes")
         if pair and value is not None and (isinstance(value, str | int | float) or len(value) != 2):
-            what = "shares of width and height" if "centre" in str(name) else "lengths, shares of the shorter side"
-            raise ValueError(f"guide.{name}={value}; needed: two numbers, {what}. Example: guide.{name}=[0.5,0.5]")
+            what = (
+                "shares of width and height"
+                if "centre" in str(name)
+                else "lengths, shares of the shorter side"
+            )
+            raise ValueError(
+                f"guide.{name}={value}; needed: two numbers, {what}. Example: "
+                f"guide.{name}=[0.5,0.5]"
+            )
     for name in ("mask", "clip"):
         if config.guide[name] is not None and not Path(config.guide[name]).expanduser().exists():
-            raise FileNotFoundError(f"guide.{name}={config.guide[name]} does not exist. Give a file, or leave it out.")
+            raise FileNotFoundError(
+                f"guide.{name}={config.guide[name]} does not exist. Give a file, or leave it out."
+            )
     if config.out is not None:
         out = Path(config.out).expanduser()
-        file = next((path for path in (out, *out.parents) if path.exists() and not path.is_dir()), None)
+        file = next(
+            (path for path in (out, *out.parents) if path.exists() and not path.is_dir()), None
+        )
         if file is not None:
-            raise ValueError(f"out={config.out}: {file} is a file. Give a folder, which need not exist.")
+            raise ValueError(
+                f"out={config.out}: {file} is a file. Give a folder, which need not exist."
+            )
 
 
 def read_prompts(config: DictConfig) -> list[str]:
@@ -56,11 +81,15 @@ def read_prompts(config: DictConfig) -> list[str]:
         return [mended(str(config.prompt))]
     path = Path(config.prompts).expanduser()
     if not path.is_file():
-        raise FileNotFoundError(f"prompts={path} does not exist; it is a text file with one prompt per line.")
+        raise FileNotFoundError(
+            f"prompts={path} does not exist; it is a text file with one prompt per line."
+        )
     try:
         lines = path.read_text("utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
-        raise ValueError(f"prompts={path} is not UTF-8 ({error}). Save it as UTF-8 text.") from error
+        raise ValueError(
+            f"prompts={path} is not UTF-8 ({error}). Save it as UTF-8 text."
+        ) from error
     prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
         raise ValueError(f"prompts={path} is empty; it is a text file with one prompt per line.")
@@ -84,20 +113,26 @@ def targets(names: Sequence[str], formats: Sequence[str]) -> list[str]:
 
 
 def check_new(out: Path, names: Sequence[str], settings: Mapping[str, Any]) -> None:
-    """Raises FileExistsError that says what of another call is there, and what was set otherwise in it."""
+    """Raises FileExistsError that says what of another call is there, and what was set otherwise in
+    it."""
     found = next((out / name for name in names if (out / name).exists()), None)
     if found is None:
         return
     try:
-        before = json.loads(next(out / name for name in names if name.endswith(".json")).read_text())
-        changed = [f"{name} {before[name]}, now {settings[name]}" for name in sorted(before.keys() & settings.keys())
-                   if name not in ("prompt", "seed", "mean_shift") and before[name] != settings[name]]  # fmt: skip
+        before = json.loads(
+            next(out / name for name in names if name.endswith(".json")).read_text()
+        )
+        changed = [
+            f"{name} {before[name]}, now {settings[name]}"
+            for name in sorted((before.keys() & settings.keys()) - {"prompt", "seed", "mean_shift"})
+            if before[name] != settings[name]
+        ]
     except (OSError, ValueError, AttributeError):
         changed = []
     why = f", made with {'; '.join(changed)[:300]}" if changed else ""
     raise FileExistsError(
-        f"{found} exists{why}. Nothing is overwritten unasked: give another out= or seed=, leave out= away "
-        "for a new folder, or overwrite=true."
+        f"{found} exists{why}. Nothing is overwritten unasked: give another out= or seed=, leave "
+        "out= away for a new folder, or overwrite=true."
     )
 
 
@@ -122,7 +157,9 @@ def origin(source: Any, kind: str) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    return {"python": platform.python_version()} | {name: version(name) for name in ("acetate", "torch", "diffusers")}
+    return {"python": platform.python_version()} | {
+        name: version(name) for name in ("acetate", "torch", "diffusers")
+    }
 
 
 def main(config: DictConfig) -> None:
@@ -130,11 +167,15 @@ def main(config: DictConfig) -> None:
     prompts = [prompt for prompt in read_prompts(config) for _ in range(config.count)]
     guide, solver = guide_from(config.guide), solver_of(config)
     settings = {
-        **{name: value for name, value in OmegaConf.to_container(config, resolve=True).items()  # type: ignore
+        **{name: value for name, value in OmegaConf.to_container(config,
+        resolve=True).items()  # type: ignore
            if name not in OF_THE_CALL},
-        "solver": solver.name, "steps": solver.steps, "guidance": solver.guidance, "shift": solver.shift,
+        "solver": solver.name, "steps": solver.steps, "guidance": solver.guidance,
+        "shift": solver.shift,
     }  # fmt: skip
-    names = [file_name(n // config.count, prompt, config.seed + n) for n, prompt in enumerate(prompts)]
+    names = [
+        file_name(n // config.count, prompt, config.seed + n) for n, prompt in enumerate(prompts)
+    ]
     if config.out is not None and not config.overwrite:
         check_new(Path(config.out).expanduser(), targets(names, config.formats), settings)
     pipeline = RGBAPipeline(config)
@@ -148,7 +189,10 @@ def main(config: DictConfig) -> None:
         files = write_clip(out / name, clip.rgb, clip.alpha, clip.fps, config.formats, clip.guide)
         own = {"prompt": clip.prompt, "seed": clip.seed, "mean_shift": pipeline.mean_shift}
         write_json(out / f"{name}.json", {**settings, **own, "made_with": made_with})
-        shown = [*shown, (f"seed {clip.seed}: {clip.prompt or '(empty prompt)'}", clip.rgb, clip.alpha)][:ON_SHEET]
+        shown = [
+            *shown,
+            (f"seed {clip.seed}: {clip.prompt or '(empty prompt)'}", clip.rgb, clip.alpha),
+        ][:ON_SHEET]
         tqdm.write(f"{files[0]} ({time.perf_counter() - started:.1f} s)")
         started = time.perf_counter()
     assert out is not None
@@ -158,17 +202,26 @@ def main(config: DictConfig) -> None:
 
 
 def guide_from(settings: DictConfig) -> Guide | None:
-    """Of `guide.*`: a mask file, an alpha clip, an ellipse, or none. Raises ValueError for two of them."""
-    given: dict[str, Any] = {name: value for name, value in OmegaConf.to_container(settings).items()  # type: ignore
+    """Of `guide.*`: a mask file, an alpha clip, an ellipse, or none. Raises ValueError for two of
+    them."""
+    given: dict[str, Any] = {name: value for name,
+        value in OmegaConf.to_container(settings).items()  # type: ignore
                              if value is not None}  # fmt: skip
     for name, kind in (("mask", MaskGuide), ("clip", ClipGuide)):
         if name in given:
             if others := [other for other in given if other != name]:
-                raise ValueError(f"guide.{name} and guide.{others[0]} are both given; the guide is one of them.")
+                raise ValueError(
+                    f"guide.{name} and guide.{others[0]} are both given; the guide is one of them."
+                )
             return kind(Path(given[name]))
     if not given:
         return None
-    return EllipsePath(**{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})
+    return EllipsePath(
+        **{
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in given.items()
+        }
+    )
 
 
 def origins(pipeline: RGBAPipeline, guide: Guide | None) -> dict[str, Any]:
@@ -197,17 +250,24 @@ def warn_of_others(path: Path, made_with: Mapping[str, Any]) -> None:
     before = json.loads(path.read_text()).get("made_with", {})
     for name in ("dora", "rgba_vae", "versions", "device"):
         if before.get(name) != made_with[name]:
-            warnings.warn(f"{path}: {name} was {before.get(name)}, is {made_with[name]} now.", stacklevel=2)
+            warnings.warn(
+                f"{path}: {name} was {before.get(name)}, is {made_with[name]} now.", stacklevel=2
+            )
 
 
 def sheet_name(out: Path, overwrite: bool) -> Path:
     """Of this call: one of an earlier call stays."""
-    names = (out / ("sheet.png" if number == 1 else f"sheet_{number}.png") for number in range(1, 10**6))
+    names = (
+        out / ("sheet.png" if number == 1 else f"sheet_{number}.png") for number in range(1, 10**6)
+    )
     return out / "sheet.png" if overwrite else next(path for path in names if not path.exists())
 
 
 def title_of(config: DictConfig, solver: Solver) -> str:
-    return f"{solver.name}, {solver.steps} steps, guidance {solver.guidance:g}, {config.height}x{config.width}"
+    return (
+        f"{solver.name}, {solver.steps} steps, guidance {solver.guidance:g}, "
+        f"{config.height}x{config.width}"
+    )
 
 
 if __name__ == "__main__":

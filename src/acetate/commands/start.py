@@ -23,7 +23,8 @@ MADE_WITH = ("vae_sha256", "text_encoder_sha256")
 
 
 class StartFrom(Callback):
-    """Puts the adapters of `source` in the place of fresh ones, before the first step; all else starts anew.
+    """Puts the adapters of `source` in the place of fresh ones, before the first step; all else
+    starts anew.
 
     read(source, kind) gives their tensors, named as in the task, what is known of them, and their
     file. Raises ValueError for another base, rank or scale, with the settings to give.
@@ -47,7 +48,8 @@ class StartFrom(Callback):
         for name in BASE:
             if name in own and facts.get(name, own[name]) != own[name]:
                 raise ValueError(
-                    f"init={self.source}: {file} was trained on another base ({facts.get('base')}). Choose its wan=."
+                    f"init={self.source}: {file} was trained on another base "
+                    f"({facts.get('base')}). Choose its wan=."
                 )
         settings = STRUCTURE[own["kind"]]
         if changed := [name for name in settings if facts.get(name, own[name]) != own[name]]:
@@ -57,6 +59,6 @@ class StartFrom(Callback):
         for name in MADE_WITH:
             if name in own and facts.get(name, own[name]) != own[name]:
                 rank_zero_warn(
-                    f"{file} was trained on latents of another model ({name} {facts[name][:12]}) than these "
-                    f"({own[name][:12]}): it starts further from its aim."
+                    f"{file} was trained on latents of another model ({name} {facts[name][:12]}) "
+                    f"than these ({own[name][:12]}): it starts further from its aim."
                 )

@@ -19,7 +19,8 @@ from acetate.formats.starting import read_start
 
 
 def main(config: DictConfig) -> float | None:
-    """Trains, and returns the value of the metric `objective` at the last validation, None where there was none."""
+    """Trains, and returns the value of the metric `objective` at the last validation, None where
+    there was none."""
     lightning.seed_everything(config.seed, workers=True, verbose=False)
     run = Path(config.paths.run)
     checkpoint = checkpoint_to_resume(_in_a_sweep(config.resume), run)
@@ -27,12 +28,17 @@ def main(config: DictConfig) -> float | None:
         return None
     task = instantiate(config.task)
     data = instantiate(config.data)
-    callbacks = [callback for callback in instantiate(config.callbacks).values() if callback is not None]
+    callbacks = [
+        callback for callback in instantiate(config.callbacks).values() if callback is not None
+    ]
     if config.init is not None and checkpoint is None:
         callbacks.append(StartFrom(config.init, read_start))
     loggers = build_loggers(config)
-    trainer = instantiate(config.trainer, callbacks=[*callbacks, build_story(config)], logger=loggers)
-    trainer.ckpt_path = checkpoint  # callbacks, which compare the ranks' in setup, do not know an argument of fit
+    trainer = instantiate(
+        config.trainer, callbacks=[*callbacks, build_story(config)], logger=loggers
+    )
+    # callbacks, which compare the ranks' in setup, do not know an argument of fit
+    trainer.ckpt_path = checkpoint
     with only_writer(run) if trainer.is_global_zero else nullcontext():
         failed = True
         try:
@@ -45,8 +51,10 @@ def main(config: DictConfig) -> float | None:
             finish_loggers(loggers, failed)
         _close_process_group()
     if any(isinstance(callback, Preemption) and callback.interrupted for callback in callbacks):
-        raise Preempted(INTERRUPTED)  # in its last step: the run is whole, and a sweep begins no other
-    objective = trainer.callback_metrics.get(config.objective)  # a run that had ended before has measured nothing
+        # in its last step: the run is whole, and a sweep begins no other
+        raise Preempted(INTERRUPTED)
+    # a run that had ended before has measured nothing
+    objective = trainer.callback_metrics.get(config.objective)
     return None if objective is None else float(objective)
 
 
@@ -56,17 +64,22 @@ def _in_a_sweep(resume: str | None) -> str | None:
 
 
 def _is_over(config: DictConfig, run: Path, checkpoint: str) -> bool:
-    """Whether there is nothing left to train: so in a sweep, which goes on with its next job; else SystemExit."""
+    """Whether there is nothing left to train: so in a sweep, which goes on with its next job; else
+    SystemExit."""
     own = Path(checkpoint).resolve().parents[1] == run.resolve()
     step = step_of(Path(checkpoint))
     if step < config.trainer.max_steps or (own and not (run / FINISHED).exists()):
         return False
-    said = f"{checkpoint} stands at step {step}, trainer.max_steps={config.trainer.max_steps}: nothing to train"
+    said = (
+        f"{checkpoint} stands at step {step}, trainer.max_steps={config.trainer.max_steps}: "
+        "nothing to train"
+    )
     if HydraConfig.get().mode == RunMode.MULTIRUN:
         print(said)
         return True
     raise ValueError(
-        f"{said}. Give a larger trainer.max_steps, or init={Path(checkpoint).parents[1]} to start a new run from it."
+        f"{said}. Give a larger trainer.max_steps, or init={Path(checkpoint).parents[1]} to start "
+        "a new run from it."
     )
 
 

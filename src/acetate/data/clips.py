@@ -1,4 +1,5 @@
-"""The clip datamodule: which clip comes when, what happens to a bad one, and where a resumed run goes on."""
+"""The clip datamodule: which clip comes when, what happens to a bad one, and where a resumed run
+goes on."""
 
 import logging
 from collections import OrderedDict
@@ -29,8 +30,9 @@ Sample = dict[str, Any]  # rgb (3, T, H, W), alpha (1, T, H, W), prompt, key
 class TrainBatches(Sampler[list[int]]):
     """Positions of this rank, a batch at a time, without end.
 
-    A global batch is `batch_size * world` consecutive positions; rank r takes r, r + world, ... of them.
-    `start` is asked anew at every iteration: a loader that is iterated again goes on where training stands.
+    A global batch is `batch_size * world` consecutive positions; rank r takes r, r + world, ... of
+    them. `start` is asked anew at every iteration: a loader that is iterated again goes on where
+    training stands.
     """
 
     def __init__(self, start: Callable[[], int], batch_size: int, rank: int, world: int):
@@ -47,7 +49,8 @@ class ValBatches(Sampler[list[int]]):
     """This rank's part of `count` clips, each exactly once over all ranks."""
 
     def __init__(self, count: int, batch_size: int, rank: int, world: int):
-        # One piece each, so that the first clips, of which rank 0 draws pictures, are of as many kinds as there are
+        # One piece each, so that the first clips, of which rank 0 draws pictures, are of as many
+        # kinds as there are
         own = torch.arange(count).tensor_split(world)[rank]
         self.batches = list(own.split(batch_size)) if len(own) else []
 
@@ -120,7 +123,8 @@ class ClipDataset(Dataset[Sample | BadClip]):
 
 
 def collate(samples: Sequence[Sample | BadClip]) -> dict[str, Any]:
-    """rgb (B, 3, T, H, W), alpha (B, 1, T, H, W), prompt, key of the good; "key: reason" of the bad."""
+    """rgb (B, 3, T, H, W), alpha (B, 1, T, H, W), prompt, key of the good; "key: reason" of the
+    bad."""
     good = [sample for sample in samples if not isinstance(sample, BadClip)]
     return {
         "rgb": torch.stack([sample["rgb"] for sample in good]) if good else torch.empty(0),
@@ -132,12 +136,13 @@ def collate(samples: Sequence[Sample | BadClip]) -> dict[str, Any]:
 
 
 class ClipDataModule(ShardDataModule):
-    """Batches of rgb (B, 3, T, H, W) in [-1, 1], alpha (B, 1, T, H, W) in [0, 1], prompt, key, skipped.
+    """Batches of rgb (B, 3, T, H, W) in [-1, 1], alpha (B, 1, T, H, W) in [0, 1], prompt, key,
+    skipped.
 
-    shards: folders or URLs; a mapping from them to weights mixes them as MixedOrder does. Remote ones, order, position
-    and bad clips as in ShardDataModule. resize `straight` bleeds hidden colour, random_validation
-    draws other crops each time: both only to reproduce the released code. Raises ShardError where the shards cannot
-    be used.
+    shards: folders or URLs; a mapping from them to weights mixes them as MixedOrder does. Remote
+    ones, order, position and bad clips as in ShardDataModule. resize `straight` bleeds hidden
+    colour, random_validation draws other crops each time: both only to reproduce the released code.
+    Raises ShardError where the shards cannot be used.
     """
 
     def __init__(
@@ -204,26 +209,34 @@ class ClipDataModule(ShardDataModule):
         self._count_bad([f"{ref.key}: {ref.problem}" for ref in refs if ref.problem])
         self.train_refs = [ref for ref in refs if ref.split == "train"]
         val = [ref for ref in refs if ref.split == "val"]
-        self.val_refs = validation_draw(val, self.val_clips, name=attrgetter("key"), key=attrgetter("key"))
+        self.val_refs = validation_draw(
+            val, self.val_clips, name=attrgetter("key"), key=attrgetter("key")
+        )
         for split, found in (("train", self.train_refs), ("val", self.val_refs)):
             if not found:
                 raise ShardError(
-                    f"{self._where()}: none of {len(refs)} clips is in split {split!r}. Re-shard with "
-                    "another val_fraction, or add clips."
+                    f"{self._where()}: none of {len(refs)} clips is in split {split!r}. Re-shard "
+                    "with another val_fraction, or add clips."
                 )
 
     def train_dataloader(self) -> DataLoader:
         rank, world = self._rank_and_world()
         self._start()
-        dataset = ClipDataset(self.train_refs, self.train_transform, self.seed, self.cache_bytes, self._order(), world)
-        return self._loader(dataset, TrainBatches(lambda: self.consumed, self.batch_size, rank, world), collate)
+        dataset = ClipDataset(
+            self.train_refs, self.train_transform, self.seed, self.cache_bytes, self._order(), world
+        )
+        return self._loader(
+            dataset, TrainBatches(lambda: self.consumed, self.batch_size, rank, world), collate
+        )
 
     def val_dataloader(self) -> DataLoader:
         rank, world = self._rank_and_world()
         # Seed 0: runs of different seeds are measured on the same pictures.
         seed = self._finished_batches() if self.random_validation else 0
         dataset = ClipDataset(self.val_refs, self.val_transform, seed, self.cache_bytes, order=None)
-        parts = [ValBatches(len(self.val_refs), self.val_batch_size, r, world) for r in range(world)]
+        parts = [
+            ValBatches(len(self.val_refs), self.val_batch_size, r, world) for r in range(world)
+        ]
         self._check_even([len(part) for part in parts], len(self.val_refs), "clips")
         return self._loader(dataset, parts[rank], collate)
 
@@ -236,10 +249,17 @@ class ClipDataModule(ShardDataModule):
     def _blank(self) -> dict[str, Any]:
         transform = self.train_transform
         shape = (transform.frames, transform.height, transform.width)
-        return {"rgb": torch.zeros(1, 3, *shape), "alpha": torch.zeros(1, 1, *shape), "prompt": [""], "key": [""]}
+        return {
+            "rgb": torch.zeros(1, 3, *shape),
+            "alpha": torch.zeros(1, 1, *shape),
+            "prompt": [""],
+            "key": [""],
+        }
 
     def _fingerprint(self) -> int:
-        return stable_hash(self.seed, *(ref.key for ref in self.train_refs), *self._order().fingerprint)
+        return stable_hash(
+            self.seed, *(ref.key for ref in self.train_refs), *self._order().fingerprint
+        )
 
     def _order(self) -> Order:
         return self._order_of([ref.tar for ref in self.train_refs])

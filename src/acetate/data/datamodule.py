@@ -1,4 +1,5 @@
-"""What both datamodules share: batches without end, the position that a resumed run goes on from, bad clips."""
+"""What both datamodules share: batches without end, the position that a resumed run goes on from,
+bad clips."""
 
 import logging
 import os
@@ -22,9 +23,11 @@ log = logging.getLogger(__name__)
 
 
 def apart_from_signals(worker: int) -> None:
-    """A signal to a job's processes must not end a data worker before the trainer has saved a checkpoint.
+    """A signal to a job's processes must not end a data worker before the trainer has saved a
+    checkpoint.
 
-    Those to the process group no longer reach it; of those to itself, the trainer's own SIGTERM ends it.
+    Those to the process group no longer reach it; of those to itself, the trainer's own SIGTERM
+    ends it.
     """
     os.setpgid(0, 0)
     for name in (signal.SIGUSR1, signal.SIGUSR2):
@@ -49,7 +52,8 @@ def weights_of(folders: Mapping[str, Any]) -> list[float]:
     for folder, weight in folders.items():
         if not isinstance(weight, int | float):
             raise ValueError(
-                f"{folder}: weight {weight!r} is no number. On a command line, a colon in a URL needs a backslash: "
+                f"{folder}: weight {weight!r} is no number. On a command line, a colon in a URL "
+                "needs a backslash: "
                 r"data.shards='{data/mine: 1, s3\://bucket/clips: 3}'"
             )
     weights = [float(weight) for weight in folders.values()]
@@ -59,15 +63,16 @@ def weights_of(folders: Mapping[str, Any]) -> list[float]:
 
 
 class ShardDataModule(LightningDataModule):
-    """Training batches have no end and no length: the trainer's max_steps ends them. Their order depends on
-    (seed, epoch) alone; where it goes on is the number of clips that training has consumed, on all ranks.
-    A bad clip leaves its batch, which gets smaller, or is a blank that counts for nothing; past `bad_clip_budget`
-    distinct ones in a process, training stops with BadDataError.
+    """Training batches have no end and no length: the trainer's max_steps ends them. Their order
+    depends on (seed, epoch) alone; where it goes on is the number of clips that training has
+    consumed, on all ranks. A bad clip leaves its batch, which gets smaller, or is a blank that
+    counts for nothing; past `bad_clip_budget` distinct ones in a process, training stops with
+    BadDataError.
 
-    Folders may be URLs, which `remote` reads: every machine fetches every tar of the training split once an epoch,
-    unless its cache holds them all; the next ones while clips are read (ReadAhead). If any is one, clips are shuffled
-    within blocks of `shuffle_tars` tars (block_shuffle), which the cache must hold; else fully. A mapping gives each
-    folder a weight (MixedOrder).
+    Folders may be URLs, which `remote` reads: every machine fetches every tar of the training split
+    once an epoch, unless its cache holds them all; the next ones while clips are read (ReadAhead).
+    If any is one, clips are shuffled within blocks of `shuffle_tars` tars (block_shuffle), which
+    the cache must hold; else fully. A mapping gives each folder a weight (MixedOrder).
     """
 
     def __init__(
@@ -84,11 +89,14 @@ class ShardDataModule(LightningDataModule):
         shuffle_tars: int = 8,
     ):
         super().__init__()
-        least = {"batch_size": 1, "val_batch_size": 1, "val_clips": 1, "num_workers": 0, "bad_clip_budget": 0,
+        least = {"batch_size": 1, "val_batch_size": 1, "val_clips": 1, "num_workers": 0,
+            "bad_clip_budget": 0,
                  "shuffle_tars": 1}  # fmt: skip
         for name, value in (
-            ("batch_size", batch_size), ("val_batch_size", val_batch_size), ("val_clips", val_clips),
-            ("num_workers", num_workers), ("bad_clip_budget", bad_clip_budget), ("shuffle_tars", shuffle_tars),
+            ("batch_size", batch_size), ("val_batch_size", val_batch_size), ("val_clips",
+            val_clips),
+            ("num_workers", num_workers), ("bad_clip_budget", bad_clip_budget), ("shuffle_tars",
+            shuffle_tars),
         ):  # fmt: skip
             if value < least[name]:
                 raise ValueError(f"{name}={value}; must be at least {least[name]}")
@@ -121,22 +129,30 @@ class ShardDataModule(LightningDataModule):
 
     def _order_of(self, tars: Sequence[Path | RemoteTar]) -> Order:
         """Of the training clips, from the tar of each."""
-        names = [str(tar) for tar in tars] if any(isinstance(tar, RemoteTar) for tar in tars) else None
+        names = (
+            [str(tar) for tar in tars] if any(isinstance(tar, RemoteTar) for tar in tars) else None
+        )
         if self.weights is None:
             self._check_window([tars])
             return ClipOrder(len(tars), self.seed, tars=names, shuffle_tars=self.shuffle_tars)
-        sets = [[i for i, tar in enumerate(tars) if tar.parent == folder] for folder in self.folders]
+        sets = [
+            [i for i, tar in enumerate(tars) if tar.parent == folder] for folder in self.folders
+        ]
         for folder, weight, clips in zip(self.folders, self.weights, sets, strict=True):
             if weight and not clips:
-                raise ShardError(f"{folder} has weight {weight:g} and no training clip; leave it out.")
+                raise ShardError(
+                    f"{folder} has weight {weight:g} and no training clip; leave it out."
+                )
         used = [clips for clips, weight in zip(sets, self.weights, strict=True) if weight]
         self._check_window([[tars[clip] for clip in clips] for clips in used])
-        order = MixedOrder(sets, self.weights, self.seed, tars=names, shuffle_tars=self.shuffle_tars)
+        order = MixedOrder(
+            sets, self.weights, self.seed, tars=names, shuffle_tars=self.shuffle_tars
+        )
         for folder, weight, quota in zip(self.folders, self.weights, order.quotas, strict=True):
             if weight and not quota:
                 raise ShardError(
-                    f"{folder} has weight {weight:g} of {sum(self.weights):g}, which is none of the {order.count} "
-                    "places of an epoch. Give it a larger one, or 0."
+                    f"{folder} has weight {weight:g} of {sum(self.weights):g}, which is none of "
+                    f"the {order.count} places of an epoch. Give it a larger one, or 0."
                 )
         return order
 
@@ -148,13 +164,15 @@ class ShardDataModule(LightningDataModule):
             needed += sum(sorted(sizes.values())[-self.shuffle_tars :])
         if self.remote and needed > self.remote.max_bytes:
             raise ShardError(
-                f"shuffle_tars={self.shuffle_tars} needs {needed / 2**30:.3g} GiB of tars at a time, the cache holds "
-                f"{self.remote.max_bytes / 2**30:.3g}. Raise remote.cache_gb or lower shuffle_tars."
+                f"shuffle_tars={self.shuffle_tars} needs {needed / 2**30:.3g} GiB of tars at a "
+                f"time, the cache holds {self.remote.max_bytes / 2**30:.3g}. Raise remote.cache_gb "
+                "or lower shuffle_tars."
             )
 
     @property
     def consumed(self) -> int:
-        """Clips of all ranks in finished training batches; what a loader has fetched ahead does not count."""
+        """Clips of all ranks in finished training batches; what a loader has fetched ahead does not
+        count."""
         if self.trainer is None or self._batches is None:
             return self._consumed
         _, world = self._rank_and_world()
@@ -169,11 +187,13 @@ class ShardDataModule(LightningDataModule):
         return {"consumed": self.consumed, "order": self._fingerprint()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Other ranks or another batch size go on at the same clip; other clips or another seed cannot."""
+        """Other ranks or another batch size go on at the same clip; other clips or another seed
+        cannot."""
         self._consumed, self._batches = state_dict["consumed"], None
         if state_dict["order"] != self._fingerprint():
             log.warning(
-                "the checkpoint knows other clips or another seed; position %d is taken in a new order",
+                "the checkpoint knows other clips or another seed; position %d is taken in a new "
+                "order",
                 self._consumed,
             )
 
@@ -182,19 +202,21 @@ class ShardDataModule(LightningDataModule):
         self._consumed = self.consumed
         self._batches = self._finished_batches() if self.trainer else None
 
-    def on_before_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
+    def on_before_batch_transfer(
+        self, batch: dict[str, Any], dataloader_idx: int
+    ) -> dict[str, Any]:
         """Counts the bad clips of a batch; BadDataError past the budget, or if no clip is good.
 
-        In the place of a batch whose clips are all bad comes one blank clip without a key: other ranks wait for this
-        one's step, which must count for nothing.
+        In the place of a batch whose clips are all bad comes one blank clip without a key: other
+        ranks wait for this one's step, which must count for nothing.
         """
         self._count_bad(batch["skipped"])
         if batch["key"]:
             return batch
         if all(ref.key in self.bad for ref in self._training_refs()):
             raise BadDataError(
-                f"none of {len(self.bad)} clips is usable: {batch['skipped'][0]}. "
-                f"Repair or re-make the shards in {self._where()}."
+                f"none of {len(self.bad)} clips is usable: {batch['skipped'][0]}. Repair or "
+                f"re-make the shards in {self._where()}."
             )
         return batch | self._blank()
 
@@ -206,8 +228,9 @@ class ShardDataModule(LightningDataModule):
                 log.warning("skipped clip %s: %s", key, reason)
         if len(self.bad) > self.bad_clip_budget:
             raise BadDataError(
-                f"{len(self.bad)} bad clips, bad_clip_budget={self.bad_clip_budget}: {first_reasons(self.bad)}. "
-                f"Repair or re-make the shards in {self._where()}, or raise bad_clip_budget."
+                f"{len(self.bad)} bad clips, bad_clip_budget={self.bad_clip_budget}: "
+                f"{first_reasons(self.bad)}. Repair or re-make the shards in {self._where()}, or "
+                "raise bad_clip_budget."
             )
 
     def _where(self) -> str:
@@ -218,12 +241,14 @@ class ShardDataModule(LightningDataModule):
         return batches_done(self.trainer)  # not fetched: an interrupted step counts as not done
 
     def _rank_and_world(self) -> tuple[int, int]:
-        """Of the data-parallel group: under tensor parallelism several processes share their clips."""
+        """Of the data-parallel group: under tensor parallelism several processes share their
+        clips."""
         if self.trainer is None or self.trainer.world_size == 1:
             return 0, 1
         if replaces_samplers(self.trainer):
             raise ValueError(
-                "use_distributed_sampler=True lets Lightning replace the order of the clips, which ends "
+                "use_distributed_sampler=True lets Lightning replace the order of the clips, "
+                "which ends "
                 "exact resume. Set trainer.use_distributed_sampler=false."
             )
         place = self.trainer.distributed_sampler_kwargs or {"rank": 0, "num_replicas": 1}
@@ -232,22 +257,32 @@ class ShardDataModule(LightningDataModule):
     def _check_even(self, batches: Sequence[int], count: int, kind: str, advice: str = "") -> None:
         """Checks the numbers of validation batches that `count` clips or windows make on each rank.
 
-        ValueError where a rank has none, which would leave out what the others do together, and where they differ on
-        a sharded model, which would wait for ever; other models only pay for the slowest rank.
+        ValueError where a rank has none, which would leave out what the others do together, and
+        where they differ on a sharded model, which would wait for ever; other models only pay for
+        the slowest rank.
         """
         ranks, what = len(batches), f"{count} validation {kind}"
-        even = f"val_clips={count // ranks * ranks}" if count >= ranks else f"at most {count} GPUs, or more clips"
+        even = (
+            f"val_clips={count // ranks * ranks}"
+            if count >= ranks
+            else f"at most {count} GPUs, or more clips"
+        )
         remedy = advice + even
         if not min(batches):
             raise ValueError(f"{what} leave some of {ranks} ranks without one. Use {remedy}.")
         if len(set(batches)) == 1:
             return
-        said = f"{what} make unequal numbers of batches on {ranks} ranks, {min(batches)} to {max(batches)}"
+        said = (
+            f"{what} make unequal numbers of batches on {ranks} ranks, {min(batches)} to "
+            f"{max(batches)}"
+        )
         if self.trainer is not None and isinstance(self.trainer.strategy, ModelParallelStrategy):
             raise ValueError(f"{said}; a sharded model needs equal ones. Use {remedy}.")
         log.warning("%s; a sharded model (trainer=fsdp) could not run it. Use %s.", said, remedy)
 
-    def _loader(self, dataset: Dataset, batches: Iterable[list[Any]], collate: Callable) -> DataLoader:
+    def _loader(
+        self, dataset: Dataset, batches: Iterable[list[Any]], collate: Callable
+    ) -> DataLoader:
         return DataLoader(
             dataset,
             batch_sampler=batches,  # pyright: ignore[reportArgumentType]  torch's stub wants a Sampler

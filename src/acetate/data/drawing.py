@@ -1,7 +1,8 @@
-"""What procedural clips are drawn with: a canvas of coordinates, layers, random parameters, signed distances.
+"""What procedural clips are drawn with: a canvas of coordinates, layers, random parameters, signed
+distances.
 
-Space: x right, y down, origin at the centre of the frame, the short side is 1. Time: seconds at 16 frames/s.
-Fields broadcast as (C, T, H, W), colour in [0, 1].
+Space: x right, y down, origin at the centre of the frame, the short side is 1. Time: seconds at 16
+frames/s. Fields broadcast as (C, T, H, W), colour in [0, 1].
 """
 
 import hashlib
@@ -15,11 +16,22 @@ from torch import Tensor
 
 FPS = 16
 COLOURS = {  # in order of hue
-    "crimson": "c8203c", "coral": "ff6f59", "orange": "f58a1f", "golden": "f2b632", "lime": "9ccc3c",
-    "emerald": "1f9d6b", "teal": "159a9c", "sky blue": "4db5ee", "royal blue": "2f55d4", "violet": "7d4be0",
+    "crimson": "c8203c", "coral": "ff6f59", "orange": "f58a1f", "golden": "f2b632",
+    "lime": "9ccc3c",
+    "emerald": "1f9d6b", "teal": "159a9c", "sky blue": "4db5ee", "royal blue": "2f55d4",
+    "violet": "7d4be0",
     "magenta": "d63bb0", "pink": "f78fb3",
 }  # fmt: skip
-CORNERS = {"disc": 0, "ring": 0, "heart": 0, "flower": 0, "triangle": 3, "square": 4, "hexagon": 6, "star": 5}
+CORNERS = {
+    "disc": 0,
+    "ring": 0,
+    "heart": 0,
+    "flower": 0,
+    "triangle": 3,
+    "square": 4,
+    "hexagon": 6,
+    "star": 5,
+}
 TEXTURES = ("plain", "plain", "striped", "dotted", "ringed")
 WHITE = torch.ones(())
 
@@ -65,9 +77,12 @@ class Dice:
         return list(COLOURS)[i], colour(codes[i]), colour(codes[near]), colour(codes[far])
 
     def noise(self, channels: int, slope: float = 1.6, cycles: int = 14, size: int = 128) -> Tensor:
-        """Periodic, amplitude f^-slope up to `cycles` a side, about [0, 1]: (1, C, size + 1, size + 1)."""
+        """Periodic, amplitude f^-slope up to `cycles` a side, about [0, 1]: (1, C, size + 1, size +
+        1)."""
         white = torch.randn(channels, size, size, generator=self.generator)
-        f = torch.hypot(torch.fft.fftfreq(size, 1 / size)[:, None], torch.fft.rfftfreq(size, 1 / size))
+        f = torch.hypot(
+            torch.fft.fftfreq(size, 1 / size)[:, None], torch.fft.rfftfreq(size, 1 / size)
+        )
         amplitude = f.clamp(min=1) ** -slope * ((f > 0) & (f <= cycles))
         tile = torch.fft.irfft2(torch.fft.rfft2(white) * amplitude, s=(size, size))
         tile = 0.5 + 0.2 * tile / tile.std(dim=(1, 2), keepdim=True)
@@ -106,7 +121,8 @@ def inside(distance: Tensor, px: float) -> Tensor:
 
 
 def stack(bottom: Layer, top: Layer) -> Layer:
-    """Porter and Duff 1984, straight alpha; the bottom's colour extends to where nothing is drawn."""
+    """Porter and Duff 1984, straight alpha; the bottom's colour extends to where nothing is
+    drawn."""
     alpha = top.alpha + bottom.alpha * (1 - top.alpha)
     share = torch.where(alpha > 0, top.alpha / alpha.clamp(min=1e-12), 0)
     return Layer(mix(bottom.rgb, top.rgb, share), alpha)
@@ -121,13 +137,15 @@ def look_up(tile: Tensor, u: Tensor, v: Tensor) -> Tensor:
 
 
 def splat(canvas: Canvas, px: Tensor, py: Tensor, radius: Tensor, weight: Tensor) -> Tensor:
-    """Sum of bumps cos^2 x cos^2 of compact support: (N, T) each, weight (C, N, T) -> (C, T, H, W)."""
+    """Sum of bumps cos^2 x cos^2 of compact support: (N, T) each, weight (C, N, T) -> (C, T, H,
+    W)."""
 
     def bump(axis: Tensor, centre: Tensor) -> Tensor:
         d = (axis - centre[..., None]) / radius[..., None]
         return (d.clamp(-1, 1) * (math.pi / 2)).cos().square() * (d.abs() < 1)
 
-    columns, rows = bump(canvas.x.squeeze(2), px), bump(canvas.y.squeeze(3), py)  # (N, T, W), (N, T, H)
+    # (N, T, W), (N, T, H)
+    columns, rows = bump(canvas.x.squeeze(2), px), bump(canvas.y.squeeze(3), py)
     return torch.einsum("cnt,nth,ntw->cthw", weight, rows, columns)
 
 
@@ -140,7 +158,9 @@ def rotate(x: Tensor, y: Tensor, angle: Tensor | float) -> tuple[Tensor, Tensor]
 def box(x: Tensor, y: Tensor, a: float, b: float, corner: float) -> Tensor:
     """Signed distance to a rounded box with half sides a and b."""
     dx, dy = x.abs() - (a - corner), y.abs() - (b - corner)
-    return torch.hypot(dx.clamp(min=0), dy.clamp(min=0)) + torch.maximum(dx, dy).clamp(max=0) - corner
+    return (
+        torch.hypot(dx.clamp(min=0), dy.clamp(min=0)) + torch.maximum(dx, dy).clamp(max=0) - corner
+    )
 
 
 def figure(shape: str, x: Tensor, y: Tensor) -> Tensor:
@@ -156,7 +176,8 @@ def figure(shape: str, x: Tensor, y: Tensor) -> Tensor:
     angle = torch.atan2(x, -y)
     if shape == "flower":
         return (r - 0.82 - 0.18 * (6 * angle).cos()) * 0.75
-    # Fold to half a corner; the edge runs from the outer vertex (1, 0) to the inner one, (1 + ex, ey).
+    # Fold to half a corner; the edge runs from the outer vertex (1, 0) to the inner one, (1 + ex,
+    # ey).
     inner = 0.45 if shape == "star" else math.cos(math.pi / n)
     a = ((angle + math.pi / n).remainder(2 * math.pi / n) - math.pi / n).abs()
     ex, ey = inner * math.cos(math.pi / n) - 1, inner * math.sin(math.pi / n)
@@ -179,7 +200,9 @@ def textured(dice: Dice) -> tuple[str, Callable[[Tensor, Tensor, float], Tensor]
         if style == "dotted":
             edge = torch.hypot((2 * x).remainder(1) - 0.5, (2 * y).remainder(1) - 0.5) - 0.27
         else:
-            edge = ((2 * (x if style == "striped" else torch.hypot(x, y))).remainder(1) - 0.5).abs() - 0.25
+            edge = (
+                (2 * (x if style == "striped" else torch.hypot(x, y))).remainder(1) - 0.5
+            ).abs() - 0.25
         return mix(first, far, inside(edge / 2, px))
 
     return name if style == "plain" else f"{style} {name}", paint

@@ -1,4 +1,5 @@
-"""Endless synthetic clips over moving backgrounds, drawn on the fly: what the tiny base model is trained on."""
+"""Endless synthetic clips over moving backgrounds, drawn on the fly: what the tiny base model is
+trained on."""
 
 import math
 import sys
@@ -18,9 +19,12 @@ from acetate.lightning_seams import batches_done
 
 
 class EndlessClips(Dataset):
-    """Clip i is a function of (seed, i) alone, so that order and resume need no state; this one has every step-th."""
+    """Clip i is a function of (seed, i) alone, so that order and resume need no state; this one has
+    every step-th."""
 
-    def __init__(self, *, seed: int, start: int, length: int, step: int, frames: int, height: int, width: int) -> None:
+    def __init__(
+        self, *, seed: int, start: int, length: int, step: int, frames: int, height: int, width: int
+    ) -> None:
         self.seed, self.start, self.length, self.step = seed, start, length, step
         self.frames, self.height, self.width = frames, height, width
 
@@ -31,7 +35,9 @@ class EndlessClips(Dataset):
         """{video (3, T, H, W) in [-1, 1], prompt, key}."""
         number = self.start + index * self.step
         generator = generator_for("endless", self.seed, number)
-        kind_draw, view_draw, color_draw, seed_draw = torch.randint(2**31, (4,), generator=generator).tolist()
+        kind_draw, view_draw, color_draw, seed_draw = torch.randint(
+            2**31, (4,), generator=generator
+        ).tolist()
         kind = synthetic.KINDS[kind_draw % len(synthetic.KINDS)]
         size = (self.frames, self.height, self.width)
         clip = synthetic.render(kind, seed_draw, *size)
@@ -42,8 +48,11 @@ class EndlessClips(Dataset):
         }
 
     @staticmethod
-    def _view(clip: synthetic.SyntheticClip, view: int, color: int, size: tuple[int, int, int]) -> Tensor:
-        """What an RGB model is shown later: pictures (5 of 10), hard (2) and soft (1) renders, mattes (2)."""
+    def _view(
+        clip: synthetic.SyntheticClip, view: int, color: int, size: tuple[int, int, int]
+    ) -> Tensor:
+        """What an RGB model is shown later: pictures (5 of 10), hard (2) and soft (1) renders,
+        mattes (2)."""
         plain = PALETTE[color % 8].view(3, 1, 1, 1)
         if view < 5:
             return over(clip.rgb, clip.alpha, background(color, *size))
@@ -57,7 +66,8 @@ class EndlessClips(Dataset):
 class EndlessDataModule(LightningDataModule):
     """frames = time_stride * k + 1; validation clips come from another part of the seed space.
 
-    Rank r of n draws the clips r, r + n, ...; batch_size is per rank, val_clips are of all ranks together.
+    Rank r of n draws the clips r, r + n, ...; batch_size is per rank, val_clips are of all ranks
+    together.
     """
 
     def __init__(
@@ -81,12 +91,21 @@ class EndlessDataModule(LightningDataModule):
         if self.trainer is not None:
             rank, world = self.trainer.global_rank, self.trainer.world_size
             finished = batches_done(self.trainer)
-        batches = TrainBatches(lambda: finished * self.batch_size * world, self.batch_size, rank, world)
+        batches = TrainBatches(
+            lambda: finished * self.batch_size * world, self.batch_size, rank, world
+        )
         clips = self._clips(start=0, length=sys.maxsize, step=1)
-        return DataLoader(clips, batch_sampler=batches, num_workers=self.num_workers, worker_init_fn=apart_from_signals)
+        return DataLoader(
+            clips,
+            batch_sampler=batches,
+            num_workers=self.num_workers,
+            worker_init_fn=apart_from_signals,
+        )
 
     def val_dataloader(self) -> DataLoader:
-        rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        rank, world = (
+            (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        )
         share = max(1, self.val_clips // world)
         clips = self._clips(start=2**31 + rank, length=share, step=world)
         return DataLoader(
@@ -111,7 +130,9 @@ class EndlessDataModule(LightningDataModule):
 def background(seed: int, frames: int, height: int, width: int) -> Tensor:
     """Opaque moving backgrounds with a natural spread of scales: (3, T, H, W) in [-1, 1]."""
     canvas, dice = canvas_of(frames, height, width), Dice("background", seed)
-    style = dice.pick(("plain", "gradient", "stripes", "noise", "noise", "noise", "blobs", "blobs", "checker"))
+    style = dice.pick(
+        ("plain", "gradient", "stripes", "noise", "noise", "noise", "blobs", "blobs", "checker")
+    )
     first, second, third = dice.reals(9, 0, 1).view(3, 3, 1, 1, 1)
     vivid = dice.real(0.1, 1)
     first, second, third = (mix(colour.mean(), colour, vivid) for colour in (first, second, third))
@@ -127,7 +148,9 @@ def background(seed: int, frames: int, height: int, width: int) -> Tensor:
     elif style == "gradient":
         rgb = mix(first, second, 0.5 + 0.5 * (2 * u).sin())
     elif style == "stripes":
-        rgb = mix(first, second, inside((((u / step).remainder(1) - 0.5).abs() - 0.25) * step, canvas.px))
+        rgb = mix(
+            first, second, inside((((u / step).remainder(1) - 0.5).abs() - 0.25) * step, canvas.px)
+        )
     elif style == "checker":
         edge = (math.pi * u / step).sin() * (math.pi * v / step).sin() * step / math.pi
         rgb = mix(first, second, inside(edge, canvas.px))
@@ -138,7 +161,9 @@ def background(seed: int, frames: int, height: int, width: int) -> Tensor:
         rgb = first + splat(canvas, px, py, (radius.abs() + 0.1).expand(12, frames), weight)
     else:
         field = look_up(tile, 0.5 * u, 0.5 * v + 0.1 * canvas.t)
-        rgb = mix(mix(first, second, 1.8 * field[:1] - 0.4), third, (2.5 * field[1:2] - 1).clamp(0, 1))
+        rgb = mix(
+            mix(first, second, 1.8 * field[:1] - 0.4), third, (2.5 * field[1:2] - 1).clamp(0, 1)
+        )
     grain = look_up(tile[:, 2:], u, v) - 0.5
     rgb = rgb + dice.real(0, 0.3) * grain[:1] + dice.real(0, 0.1) * (first - second) * grain[1:]
     return (rgb.clamp(0, 1) * 2 - 1).expand(3, frames, height, width).contiguous()

@@ -8,12 +8,15 @@ LONGEST_KEY = 80  # bytes of UTF-8: a tar's plain header holds 100 of a member's
 
 
 def plain_key(name: str) -> str:
-    """The name in Unicode's NFC, with _ for everything but letters, marks and digits of any script, _ and -.
+    """The name in Unicode's NFC, with _ for everything but letters, marks and digits of any script,
+    _ and -.
 
     webdataset cuts names at a dot.
     """
     name = unicodedata.normalize("NFC", name)
-    kept = (char if char in "_-" or unicodedata.category(char)[0] in "LMN" else "." for char in name)
+    kept = (
+        char if char in "_-" or unicodedata.category(char)[0] in "LMN" else "." for char in name
+    )
     return re.sub(r"\.+", "_", "".join(kept))
 
 
@@ -21,8 +24,8 @@ def check_key(key: str) -> None:
     """ValueError unless a sample can have this key."""
     if not key or plain_key(key) != key or len(key.encode()) > LONGEST_KEY:
         raise ValueError(
-            f"key {key!r}; keys are 1 to {LONGEST_KEY} bytes of letters and digits of any script in "
-            "Unicode's NFC, _ and -"
+            f"key {key!r}; keys are 1 to {LONGEST_KEY} bytes of letters and digits of any script "
+            "in Unicode's NFC, _ and -"
         )
 
 

@@ -1,4 +1,5 @@
-"""Reads latent shards: webdataset tars of `<key>.safetensors` and `<key>.json`, and the embedding of an empty prompt.
+"""Reads latent shards: webdataset tars of `<key>.safetensors` and `<key>.json`, and the embedding
+of an empty prompt.
 
 The manifest beside them is as that of clip shards, with `kind` and what the latents were made with.
 """
@@ -46,7 +47,9 @@ def index_latents(folder: Folder, manifest: dict[str, Any]) -> list[LatentRef]:
     refs = []
     with blame_manifest(folder, "latents"):
         for shard in manifest["shards"]:
-            places = find_samples(folder, shard, [(entry["key"], "safetensors") for entry in shard["samples"]])
+            places = find_samples(
+                folder, shard, [(entry["key"], "safetensors") for entry in shard["samples"]]
+            )
             for entry, place in zip(shard["samples"], places, strict=True):
                 facts = {**entry, **place, "shape": tuple(entry["shape"])}
                 refs.append(LatentRef(**facts, kind="safetensors"))
@@ -63,8 +66,12 @@ def read_latents(ref: LatentRef) -> Sample:
             raise ValueError(str(error)) from error
         found, frames = tuple(sample["latents"].shape[1:]), ref.shape[0]
         if found != ref.shape or sample["ellipse"].shape != (frames, 5):
-            raise ValueError(f"latents {found}, ellipse {tuple(sample['ellipse'].shape)}; promised {ref.shape}")
-        if not all(sample[name].isfinite().all() for name in ("latents", "ellipse", "prompt_embeds")):
+            raise ValueError(
+                f"latents {found}, ellipse {tuple(sample['ellipse'].shape)}; promised {ref.shape}"
+            )
+        if not all(
+            sample[name].isfinite().all() for name in ("latents", "ellipse", "prompt_embeds")
+        ):
             raise ValueError("values that are not finite")
     return sample | {"prompt": meta["prompt"], "ref": ref}
 
@@ -74,4 +81,6 @@ def read_empty_prompt(folder: Folder) -> Tensor:
     try:
         return safetensors.torch.load(read_file(folder, EMPTY_PROMPT))["embeds"]
     except (OSError, SafetensorError, KeyError) as error:
-        raise ShardError(f"{folder}/{EMPTY_PROMPT} cannot be read ({error}). {HOW_TO_MAKE['latents']}") from error
+        raise ShardError(
+            f"{folder}/{EMPTY_PROMPT} cannot be read ({error}). {HOW_TO_MAKE['latents']}"
+        ) from error

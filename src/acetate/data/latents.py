@@ -15,7 +15,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from acetate.data.datamodule import ShardDataModule
-from acetate.data.latent_shards import LatentRef, Sample, index_latents, read_empty_prompt, read_latents
+from acetate.data.latent_shards import (
+    LatentRef,
+    Sample,
+    index_latents,
+    read_empty_prompt,
+    read_latents,
+)
 from acetate.data.order import BucketWalk, Order
 from acetate.data.read_ahead import ReadAhead
 from acetate.data.shards import HOW_TO_MAKE, BadClip, ShardError, by_key, read_manifest
@@ -24,7 +30,14 @@ from acetate.data.store import Remote, RemoteTar
 from acetate.draws import stable_hash
 
 # What latents were made with: folders are mixed, and a run goes on, only where all of it is equal
-MADE_WITH = ("vae_sha256", "base_sha256", "text_encoder_sha256", "prompt_length", "ellipse", "geometry")
+MADE_WITH = (
+    "vae_sha256",
+    "base_sha256",
+    "text_encoder_sha256",
+    "prompt_length",
+    "ellipse",
+    "geometry",
+)
 log = logging.getLogger(__name__)
 
 Step = tuple[int, int, int]  # epoch, window, and how far the walk through the order has come
@@ -33,7 +46,8 @@ Step = tuple[int, int, int]  # epoch, window, and how far the walk through the o
 class BucketBatches(Sampler[list[Step]]):
     """This rank's part of every global batch: r, r + world, ... of it.
 
-    `walk` is asked anew at every iteration: a loader that is iterated again goes on where training stands.
+    `walk` is asked anew at every iteration: a loader that is iterated again goes on where training
+    stands.
     """
 
     def __init__(self, walk: Callable[[], BucketWalk], batch_size: int, rank: int, world: int):
@@ -49,11 +63,14 @@ class BucketBatches(Sampler[list[Step]]):
 class LatentDataset(Dataset[Sample | BadClip]):
     """Step -> sample, or the BadClip that it would have been; never another clip in its place.
 
-    The variants of a window take turns from epoch to epoch, from one that its key and the seed choose. batches: those
-    of training on this rank, from no later than the first step that is asked for.
+    The variants of a window take turns from epoch to epoch, from one that its key and the seed
+    choose. batches: those of training on this rank, from no later than the first step that is asked
+    for.
     """
 
-    def __init__(self, windows: Sequence[Sequence[LatentRef]], seed: int, batches: BucketBatches | None):
+    def __init__(
+        self, windows: Sequence[Sequence[LatentRef]], seed: int, batches: BucketBatches | None
+    ):
         self.windows, self.seed, self.batches = windows, seed, batches
         remote = batches and any(isinstance(window[0].tar, RemoteTar) for window in windows)
         self.ahead = ReadAhead(self._coming, len(windows)) if remote else None
@@ -79,7 +96,9 @@ class LatentDataset(Dataset[Sample | BadClip]):
                 yield place, self._variant(epoch, index).tar
 
 
-def collate(samples: Sequence[Sample | BadClip], *, prompt_length: int, null_context: Tensor) -> dict[str, Any]:
+def collate(
+    samples: Sequence[Sample | BadClip], *, prompt_length: int, null_context: Tensor
+) -> dict[str, Any]:
     """The good samples of a batch, in fp32, and "key: reason" of the bad; see LatentDataModule."""
     good = [sample for sample in samples if not isinstance(sample, BadClip)]
 
@@ -104,15 +123,16 @@ def pad(embeds: Tensor, length: int) -> Tensor:
 
 
 class LatentDataModule(ShardDataModule):
-    """Batches of one bucket: latents (B, C, F, h, w) normalised, ellipses (B, F, 5) in latent cells (fit_ellipses),
-    context (B, prompt_length, D) and null_context (1, prompt_length, D) zero-padded, all fp32; prompt, key, clip
-    (lists of B) and skipped.
+    """Batches of one bucket: latents (B, C, F, h, w) normalised, ellipses (B, F, 5) in latent cells
+    (fit_ellipses), context (B, prompt_length, D) and null_context (1, prompt_length, D)
+    zero-padded, all fp32; prompt, key, clip (lists of B) and skipped.
 
-    latents: folders or URLs; a mapping from them to weights mixes them as MixedOrder does. Remote ones, order, position
-    and bad clips as in ShardDataModule; the position counts samples, and resuming walks there again,
-    also from a run with another number of ranks or another batch size. batch_size is per rank; val_clips counts
-    windows. `manifest` is that of the first folder, after setup. Raises ShardError where folders cannot be used, or not
-    together, and ValueError naming the sample whose prompt is longer than prompt_length.
+    latents: folders or URLs; a mapping from them to weights mixes them as MixedOrder does. Remote
+    ones, order, position and bad clips as in ShardDataModule; the position counts samples, and
+    resuming walks there again, also from a run with another number of ranks or another batch size.
+    batch_size is per rank; val_clips counts windows. `manifest` is that of the first folder, after
+    setup. Raises ShardError where folders cannot be used, or not together, and ValueError naming
+    the sample whose prompt is longer than prompt_length.
     """
 
     def __init__(
@@ -144,11 +164,13 @@ class LatentDataModule(ShardDataModule):
         self.manifest: dict[str, Any] = {}
         self.train_windows: list[list[LatentRef]] = []
         self.val_windows: list[list[LatentRef]] = []
-        self._past: list[list[int]] = []  # [global batch, batches] of the runs that this one goes on from
+        # [global batch, batches] of the runs that this one goes on from
+        self._past: list[list[int]] = []
 
     @property
     def vae_sha256(self) -> str:
-        """RGBAVAE.latents_sha256() of the VAE that made the latents; other hashes are in the manifest."""
+        """RGBAVAE.latents_sha256() of the VAE that made the latents; other hashes are in the
+        manifest."""
         return self.manifest["vae_sha256"]
 
     def setup(self, stage: str | None = None) -> None:
@@ -157,25 +179,35 @@ class LatentDataModule(ShardDataModule):
         manifests = [read_manifest(folder, "latents") for folder in self.folders]
         self._check_alike(manifests)
         pairs = zip(self.folders, manifests, strict=True)
-        refs = by_key(ref for folder, manifest in pairs for ref in index_latents(folder, manifest)).values()
+        refs = by_key(
+            ref for folder, manifest in pairs for ref in index_latents(folder, manifest)
+        ).values()
         refs = sorted(refs, key=lambda ref: (ref.window, ref.variant))
         longest = max(refs, key=lambda ref: ref.tokens, default=None)
         if longest and longest.tokens > self.prompt_length:
             raise ValueError(
-                f"{longest.key}: a prompt of {longest.tokens} tokens; prompt_length={self.prompt_length}. "
-                f"{self._where()}: made for {manifests[0]['prompt_length']}; set that, or cache with shorter prompts."
+                f"{longest.key}: a prompt of {longest.tokens} tokens; "
+                f"prompt_length={self.prompt_length}. {self._where()}: made for "
+                f"{manifests[0]['prompt_length']}; set that, or cache with shorter prompts."
             )
         self._count_bad([f"{ref.key}: {ref.problem}" for ref in refs if ref.problem])
         windows = [list(group) for _, group in groupby(refs, key=lambda ref: ref.window)]
-        train, val = ([window for window in windows if window[0].split == split] for split in ("train", "val"))
+        train, val = (
+            [window for window in windows if window[0].split == split] for split in ("train", "val")
+        )
         for split, found in (("train", train), ("val", val)):
             if not found:
                 raise ShardError(
-                    f"{self._where()}: none of {len(refs)} samples is in split {split!r}. Add clips of that split to "
-                    f"the clip shards and cache them anew. {HOW_TO_MAKE['latents']}"
+                    f"{self._where()}: none of {len(refs)} samples is in split {split!r}. Add "
+                    "clips of that split to the clip shards and cache them anew. "
+                    f"{HOW_TO_MAKE['latents']}"
                 )
-        val = validation_draw(val, self.val_clips, name=lambda w: w[0].window, key=lambda w: w[0].clip)
-        self.null_context = pad(read_empty_prompt(self.folders[0]).float(), self.prompt_length)[None]
+        val = validation_draw(
+            val, self.val_clips, name=lambda w: w[0].window, key=lambda w: w[0].clip
+        )
+        self.null_context = pad(read_empty_prompt(self.folders[0]).float(), self.prompt_length)[
+            None
+        ]
         self.train_windows, self.val_windows = train, [window[:1] for window in val]
         self.manifest = manifests[0]
 
@@ -184,13 +216,14 @@ class LatentDataModule(ShardDataModule):
             for folder, manifest in zip(self.folders, manifests, strict=True):
                 if manifest.get(name) != manifests[0].get(name):
                     raise ShardError(
-                        f"{folder} was made with {name} {manifest.get(name)}, {self.folders[0]} with "
-                        f"{manifests[0].get(name)}; they cannot be mixed. Cache one of them anew, with the settings of "
-                        "the other, or leave it out."
+                        f"{folder} was made with {name} {manifest.get(name)}, {self.folders[0]} "
+                        f"with {manifests[0].get(name)}; they cannot be mixed. Cache one of them "
+                        "anew, with the settings of the other, or leave it out."
                     )
 
     def captions(self, count: int) -> list[str]:
-        """Prompts of validation clips, at most so many and all different, of as many kinds as there are; after setup.
+        """Prompts of validation clips, at most so many and all different, of as many kinds as there
+        are; after setup.
 
         Unreadable clips are passed over. One empty prompt where the clips have none.
         """
@@ -233,23 +266,33 @@ class LatentDataModule(ShardDataModule):
         self._start()
         walk = self._walk()
         self._check_buckets(walk.buckets, self.batch_size * world)
-        dataset = LatentDataset(self.train_windows, self.seed, BucketBatches(walk.copy, self.batch_size, rank, world))
-        return self._loader(dataset, BucketBatches(self._walk, self.batch_size, rank, world), self._collate())
+        dataset = LatentDataset(
+            self.train_windows, self.seed, BucketBatches(walk.copy, self.batch_size, rank, world)
+        )
+        return self._loader(
+            dataset, BucketBatches(self._walk, self.batch_size, rank, world), self._collate()
+        )
 
     def val_dataloader(self) -> DataLoader:
         rank, world = self._rank_and_world()
         parts = [self._val_batches(r, world) for r in range(world)]
         self._check_even(
-            [len(part) for part in parts], len(self.val_windows), "windows in buckets", "val_batch_size=1 and "
+            [len(part) for part in parts],
+            len(self.val_windows),
+            "windows in buckets",
+            "val_batch_size=1 and ",
         )
-        return self._loader(LatentDataset(self.val_windows, seed=0, batches=None), parts[rank], self._collate())
+        return self._loader(
+            LatentDataset(self.val_windows, seed=0, batches=None), parts[rank], self._collate()
+        )
 
     def _check_buckets(self, buckets: Sequence[Hashable], size: int) -> None:
         """Warns of those too rare for a batch of `size` different windows."""
         if rare := {bucket: count for bucket, count in Counter(buckets).items() if count < size}:
             log.warning(
-                "%d of %d buckets have fewer windows than the %d of a batch, so that its batches repeat some; the "
-                "smallest has %d. Cache latents in fewer buckets, or train with smaller batches.",
+                "%d of %d buckets have fewer windows than the %d of a batch, so that its batches "
+                "repeat some; the smallest has %d. Cache latents in fewer buckets, or train with "
+                "smaller batches.",
                 len(rare), len(set(buckets)), size, min(rare.values()),
             )  # fmt: skip
 
@@ -259,7 +302,10 @@ class LatentDataModule(ShardDataModule):
         batches: list[list[Step]] = []
         for _, group in groupby(by_bucket[rank::world], key=lambda i: self.val_windows[i][0].shape):
             steps = [(0, index, 0) for index in group]
-            batches += [steps[i : i + self.val_batch_size] for i in range(0, len(steps), self.val_batch_size)]
+            batches += [
+                steps[i : i + self.val_batch_size]
+                for i in range(0, len(steps), self.val_batch_size)
+            ]
         return batches
 
     def _training_refs(self) -> Iterator[LatentRef]:

@@ -1,4 +1,5 @@
-"""Which clip comes when: infinite orders that are pure functions of (seed, position), so that any rank can ask."""
+"""Which clip comes when: infinite orders that are pure functions of (seed, position), so that any
+rank can ask."""
 
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Hashable, Sequence
@@ -30,13 +31,25 @@ class LastTwo(Generic[T]):
 class ClipOrder:
     """The infinite order of N clips: position p is clip permutation(seed, p // N)[p % N].
 
-    The permutation is a full one; with tars, where tars[i] names that of clip i, it is block_shuffle's.
+    The permutation is a full one; with tars, where tars[i] names that of clip i, it is
+    block_shuffle's.
     """
 
-    def __init__(self, count: int, seed: int, *, tars: Sequence[Hashable] | None = None, shuffle_tars: int = 1):
+    def __init__(
+        self,
+        count: int,
+        seed: int,
+        *,
+        tars: Sequence[Hashable] | None = None,
+        shuffle_tars: int = 1,
+    ):
         self.count, self.seed, self.shuffle_tars = count, seed, shuffle_tars
         numbers: dict[Hashable, int] = {}
-        self.tars = None if tars is None else torch.tensor([numbers.setdefault(tar, len(numbers)) for tar in tars])
+        self.tars = (
+            None
+            if tars is None
+            else torch.tensor([numbers.setdefault(tar, len(numbers)) for tar in tars])
+        )
         self.epochs = LastTwo(self._epoch)
 
     def __getitem__(self, position: int) -> tuple[int, int]:
@@ -57,12 +70,13 @@ class ClipOrder:
 
 
 def block_shuffle(tars: Tensor, width: int, generator: Generator) -> Tensor:
-    """Clips (N,) from the number of each one's tar (N,): the tars in a random order, cut into blocks of `width`; the
-    clips of a block, jointly, in a random order.
+    """Clips (N,) from the number of each one's tar (N,): the tars in a random order, cut into
+    blocks of `width`; the clips of a block, jointly, in a random order.
 
-    Reading it touches at most `width` tars at a time, two blocks at a border. Two clips of one tar are always within a
-    block, so at most `width` tars' clips apart; a clip's neighbours are a uniform draw from `width` uniformly drawn
-    tars. Blocks are made anew each epoch. From as many tars as there are on, this is a full permutation.
+    Reading it touches at most `width` tars at a time, two blocks at a border. Two clips of one tar
+    are always within a block, so at most `width` tars' clips apart; a clip's neighbours are a
+    uniform draw from `width` uniformly drawn tars. Blocks are made anew each epoch. From as many
+    tars as there are on, this is a full permutation.
     """
     rank = torch.randperm(int(tars.max()) + 1, generator=generator)
     block = rank[tars] // width
@@ -73,10 +87,11 @@ def block_shuffle(tars: Tensor, width: int, generator: Generator) -> Tensor:
 class MixedOrder:
     """Several data sets, by weight.
 
-    An epoch has as many places as there are clips in all. Data set d gets the share weights[d] / sum(weights) of them,
-    to the nearest whole clip, the same number every epoch, at places drawn by (seed, epoch). It fills them from an
-    order of its own that goes on from epoch to epoch: all of its clips come before one comes again, and then they are
-    shuffled anew. sets[d]: the clips of data set d; tars and shuffle_tars as in ClipOrder.
+    An epoch has as many places as there are clips in all. Data set d gets the share weights[d] /
+    sum(weights) of them, to the nearest whole clip, the same number every epoch, at places drawn by
+    (seed, epoch). It fills them from an order of its own that goes on from epoch to epoch: all of
+    its clips come before one comes again, and then they are shuffled anew. sets[d]: the clips of
+    data set d; tars and shuffle_tars as in ClipOrder.
     """
 
     def __init__(
@@ -114,7 +129,9 @@ class MixedOrder:
         """The data set of every place, and how many places of it come before."""
         labels = torch.tensor(self.quotas)
         labels = torch.arange(len(labels)).repeat_interleave(labels)
-        chosen = labels[torch.randperm(self.count, generator=generator_for("mix", self.seed, epoch))]
+        chosen = labels[
+            torch.randperm(self.count, generator=generator_for("mix", self.seed, epoch))
+        ]
         turns = torch.empty_like(chosen)
         for which, quota in enumerate(self.quotas):
             turns[chosen == which] = torch.arange(quota)
@@ -123,14 +140,19 @@ class MixedOrder:
     @property
     def fingerprint(self) -> tuple[object, ...]:
         """What decides the order beside the seed and the number of clips."""
-        return (*self.weights, *map(tuple, self.sets), *(order.fingerprint for order in self.orders))
+        return (
+            *self.weights,
+            *map(tuple, self.sets),
+            *(order.fingerprint for order in self.orders),
+        )
 
 
 Order = ClipOrder | MixedOrder
 
 
 def whole_shares(count: int, weights: Sequence[float]) -> list[int]:
-    """Whole numbers in the proportion of the weights that sum to `count`: the largest remainders are rounded up."""
+    """Whole numbers in the proportion of the weights that sum to `count`: the largest remainders
+    are rounded up."""
     exact = [count * weight / sum(weights) for weight in weights]
     shares = [int(share) for share in exact]
     by_remainder = sorted(range(len(weights)), key=lambda i: (shares[i] - exact[i], i))
@@ -142,8 +164,9 @@ def whole_shares(count: int, weights: Sequence[float]) -> list[int]:
 class BucketWalk:
     """Global batches of one bucket each, without end.
 
-    Walks the infinite order of all windows and puts each into its bucket's queue; a queue that holds a batch
-    gives it away. What is left in the queues stays for the next epoch, so that nothing is dropped.
+    Walks the infinite order of all windows and puts each into its bucket's queue; a queue that
+    holds a batch gives it away. What is left in the queues stays for the next epoch, so that
+    nothing is dropped.
     """
 
     def __init__(self, buckets: Sequence[Hashable], order: Order):

@@ -10,20 +10,25 @@ from queue import SimpleQueue
 
 from acetate.data.store import RemoteTar
 
-AHEAD = 0.75  # share of the cache for tars that are known to be needed; the rest is for ranks behind and validation
+# share of the cache for tars that are known to be needed; the rest is for ranks behind and
+# validation
+AHEAD = 0.75
 LOOK = 100  # samples that a reader looks through at a time for the next tar
 
 
 class ReadAhead:
-    """Fetches the tars of the samples to come, one at a time in a thread, while a process decodes those before them.
+    """Fetches the tars of the samples to come, one at a time in a thread, while a process decodes
+    those before them.
 
-    coming: place -> (place, tar) of the samples from there on, in the order in which this process's rank reads them;
-    places only grow. horizon: places that are looked ahead at most. Tars that are needed from the place reached on take
-    at most AHEAD of the cache, and outlive there those that are not. One that does not come is met, with its reason, by
-    whoever reads a sample of it.
+    coming: place -> (place, tar) of the samples from there on, in the order in which this process's
+    rank reads them; places only grow. horizon: places that are looked ahead at most. Tars that are
+    needed from the place reached on take at most AHEAD of the cache, and outlive there those that
+    are not. One that does not come is met, with its reason, by whoever reads a sample of it.
     """
 
-    def __init__(self, coming: "Callable[[int], Iterator[tuple[int, Path | RemoteTar]]]", horizon: int):
+    def __init__(
+        self, coming: "Callable[[int], Iterator[tuple[int, Path | RemoteTar]]]", horizon: int
+    ):
         self.coming, self.horizon = coming, horizon
         self.place = 0
         self.samples: Iterator[tuple[int, Path | RemoteTar]] | None = None
@@ -41,13 +46,18 @@ class ReadAhead:
         self.place = place
         self.needed = {tar: last for tar, last in self.needed.items() if last >= place}
         for _ in range(LOOK):
-            if self.next[0] >= place + self.horizon or (self.fetch is not None and not self.fetch.done()):
+            if self.next[0] >= place + self.horizon or (
+                self.fetch is not None and not self.fetch.done()
+            ):
                 return
             last, tar = self.next
             if isinstance(tar, RemoteTar):
                 if tar not in self.needed:
                     remote = tar.parent.remote
-                    if sum(other.size for other in self.needed) + tar.size > AHEAD * remote.max_bytes:
+                    if (
+                        sum(other.size for other in self.needed) + tar.size
+                        > AHEAD * remote.max_bytes
+                    ):
                         return
                     if not remote.has(tar):
                         remote.keep(self.needed)

@@ -1,4 +1,5 @@
-"""Reads clip shards: webdataset tars of `<key>.rgba.mkv` (FFV1) or `<key>.rgba.png` (a still) and `<key>.json`.
+"""Reads clip shards: webdataset tars of `<key>.rgba.mkv` (FFV1) or `<key>.rgba.png` (a still) and
+`<key>.json`.
 
 `manifest.json` beside them is written last, so a folder without one is unfinished and never read.
 """
@@ -91,7 +92,8 @@ class ClipRef(TarRef):
 
 
 def read_manifest(folder: Folder, kind: Literal["clips", "latents"] = "clips") -> dict[str, Any]:
-    """The manifest of a folder of shards; ShardError if it is missing, of another schema or of another kind."""
+    """The manifest of a folder of shards; ShardError if it is missing, of another schema or of
+    another kind."""
     path, advice = f"{folder}/{MANIFEST}", HOW_TO_MAKE[kind]
     try:
         manifest = json.loads(read_file(folder, MANIFEST))
@@ -117,14 +119,18 @@ def read_head(folder: Path) -> dict[str, Any]:
     """A manifest that ShardWriter wrote, without its list of clips, which may be a million
     lines."""
     with open(folder / MANIFEST) as file:
-        lines = takewhile(lambda line: line != SHARDS[2:] + "[\n" and line != SHARDS[2:] + "[]\n", file)
+        lines = takewhile(
+            lambda line: line != SHARDS[2:] + "[\n" and line != SHARDS[2:] + "[]\n", file
+        )
         return json.loads("".join(lines).rstrip().removesuffix(",") + "}")
 
 
 def index_shards(folders: Sequence[Folder]) -> list[ClipRef]:
-    """Every clip that the manifests promise, sorted by key; a clip that its local tar lacks carries a `problem`.
+    """Every clip that the manifests promise, sorted by key; a clip that its local tar lacks carries
+    a `problem`.
 
-    Raises ShardError for a folder without a readable manifest, one without clips, or a key that comes twice.
+    Raises ShardError for a folder without a readable manifest, one without clips, or a key that
+    comes twice.
     """
     refs = by_key(ref for folder in folders for ref in _index(folder))
     return [refs[key] for key in sorted(refs)]
@@ -136,8 +142,12 @@ def _index(folder: Folder) -> Iterator[ClipRef]:
         if not manifest["clips"]:
             raise ShardError(f"{folder} holds 0 clips. {HOW_TO_MAKE['clips']}")
         for shard in manifest["shards"]:
-            places = find_samples(folder, shard, [(clip["key"], clip["kind"]) for clip in shard["clips"]])
-            yield from (ClipRef(**clip, **place) for clip, place in zip(shard["clips"], places, strict=True))
+            places = find_samples(
+                folder, shard, [(clip["key"], clip["kind"]) for clip in shard["clips"]]
+            )
+            yield from (
+                ClipRef(**clip, **place) for clip, place in zip(shard["clips"], places, strict=True)
+            )
 
 
 @contextmanager
@@ -149,7 +159,9 @@ def blame_manifest(folder: Folder, kind: Literal["clips", "latents"]) -> Iterato
         raise
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         reason = f"{type(error).__name__}: {error}"
-        raise ShardError(f"{folder}/{MANIFEST} is damaged ({reason}). {HOW_TO_MAKE[kind]}") from error
+        raise ShardError(
+            f"{folder}/{MANIFEST} is damaged ({reason}). {HOW_TO_MAKE[kind]}"
+        ) from error
 
 
 def by_key(refs: Iterable[Ref]) -> dict[str, Ref]:
@@ -158,19 +170,27 @@ def by_key(refs: Iterable[Ref]) -> dict[str, Ref]:
     for ref in refs:
         if ref.key in found:
             other = found[ref.key].tar.parent
-            raise ShardError(f"key {ref.key!r} is in {other} and in {ref.tar.parent}; leave one of the two out.")
+            raise ShardError(
+                f"key {ref.key!r} is in {other} and in {ref.tar.parent}; leave one of the two out."
+            )
         found[ref.key] = ref
     return found
 
 
-def find_samples(folder: Folder, shard: Mapping[str, Any], samples: Sequence[tuple[str, str]]) -> list[dict[str, Any]]:
-    """tar, media, meta and problem of a TarRef, for every (key, kind); remote tars are not looked into."""
+def find_samples(
+    folder: Folder, shard: Mapping[str, Any], samples: Sequence[tuple[str, str]]
+) -> list[dict[str, Any]]:
+    """tar, media, meta and problem of a TarRef, for every (key, kind); remote tars are not looked
+    into."""
     if not SHA256.fullmatch(shard["sha256"]):
         raise ValueError(f"sha256 {shard['sha256']!r}")
     if not isinstance(folder, Path):
         tar = RemoteTar(folder, shard["file"], shard["bytes"], shard["sha256"])
         if tar.size > folder.remote.max_bytes:
-            raise ShardError(f"{tar} has {tar.size / 2**30:.3g} GiB, more than the cache may hold; raise cache_gb.")
+            raise ShardError(
+                f"{tar} has {tar.size / 2**30:.3g} GiB, more than the cache may hold; raise "
+                "cache_gb."
+            )
         return [{"tar": tar}] * len(samples)
     tar = folder / shard["file"]
     members: dict[str, Span] = {}
@@ -183,8 +203,12 @@ def find_samples(folder: Folder, shard: Mapping[str, Any], samples: Sequence[tup
     places = []
     for key, kind in samples:
         media, meta = members.get(f"{key}.{kind}"), members.get(f"{key}.json")
-        missing = None if media and meta else f"not in {tar}{broken}; the tar is damaged or was cut off"
-        places.append({"tar": tar, "media": media or (0, 0), "meta": meta or (0, 0), "problem": missing})
+        missing = (
+            None if media and meta else f"not in {tar}{broken}; the tar is damaged or was cut off"
+        )
+        places.append(
+            {"tar": tar, "media": media or (0, 0), "meta": meta or (0, 0), "problem": missing}
+        )
     return places
 
 
@@ -221,9 +245,12 @@ def read_media(ref: TarRef) -> bytes:
         raise BadClip(ref.key, ref.problem)
     with blame(ref):
         data = _read(ref, ref.kind, ref.media)
-    # FFV1 hides a damaged slice behind the frame before it, so the bytes are checked, not the picture.
+    # FFV1 hides a damaged slice behind the frame before it, so the bytes are checked, not the
+    # picture.
     if zlib.crc32(data) != ref.crc32:
-        raise BadClip(ref.key, f"{ref.name} does not match the manifest's CRC; the shard is damaged")
+        raise BadClip(
+            ref.key, f"{ref.name} does not match the manifest's CRC; the shard is damaged"
+        )
     return data
 
 
@@ -236,8 +263,14 @@ def read_clip(ref: ClipRef) -> Clip:
         else:
             frames, fps = decode_ffv1(data, ref.name)
     if frames.shape[:3] != (ref.frames, ref.height, ref.width):
-        found, promised = "x".join(map(str, frames.shape[:3])), f"{ref.frames}x{ref.height}x{ref.width}"
-        raise BadClip(ref.key, f"{ref.name} is {found} (frames x height x width), the manifest says {promised}")
+        found, promised = (
+            "x".join(map(str, frames.shape[:3])),
+            f"{ref.frames}x{ref.height}x{ref.width}",
+        )
+        raise BadClip(
+            ref.key,
+            f"{ref.name} is {found} (frames x height x width), the manifest says {promised}",
+        )
     return Clip(frames, read_meta(ref)["prompt"], fps)
 
 

@@ -20,8 +20,8 @@ def assign_splits(groups: Mapping[str, str], val_fraction: float) -> dict[str, S
 def split_rule(groups: Iterable[str], val_fraction: float) -> Callable[[str], Split]:
     """Group -> split. The groups are gone through once and not kept.
 
-    A group's side depends on its name alone, so that a clip keeps its side when others are added. With two
-    groups and val_fraction > 0 at least one is in val; at least one is always in train.
+    A group's side depends on its name alone, so that a clip keeps its side when others are added.
+    With two groups and val_fraction > 0 at least one is in val; at least one is always in train.
     """
     if not 0 <= val_fraction < 1:
         raise ValueError(f"val_fraction={val_fraction}; must be in [0, 1)")
@@ -51,8 +51,9 @@ def validation_draw(
 
 
 def in_turns(items: Sequence[Item], key: Callable[[Item], str]) -> list[Item]:
-    """The same items, those of different kinds before the second one of any, else in their order: pictures of the
-    first few then show what there is. A kind is the word that keys begin with, as in `smoke-000012`."""
+    """The same items, those of different kinds before the second one of any, else in their order:
+    pictures of the first few then show what there is. A kind is the word that keys begin with, as
+    in `smoke-000012`."""
     kinds: dict[str, list[Item]] = {}
     for item in items:
         word = re.match("[A-Za-z]*", key(item))

@@ -1,4 +1,5 @@
-"""Where shards lie: a local folder, read in place, or a URL of fsspec's, whose tars are fetched whole into a cache."""
+"""Where shards lie: a local folder, read in place, or a URL of fsspec's, whose tars are fetched
+whole into a cache."""
 
 import fcntl
 import hashlib
@@ -24,7 +25,8 @@ FORGET = 300.0  # seconds in which a process does not ask again for a tar that i
 STALE = 600.0  # seconds for which a download waits for room, others of which may end
 POLL = 0.1  # seconds
 INDEXED = 64  # tars of which a process remembers where their members lie
-TAR, PART = re.compile(r"[0-9a-f]{64}\.tar"), re.compile(r"[0-9a-f]{32}\.(\d+)\.part")  # others are no files of ours
+# others are no files of ours
+TAR, PART = re.compile(r"[0-9a-f]{64}\.tar"), re.compile(r"[0-9a-f]{32}\.(\d+)\.part")
 
 T = TypeVar("T")
 Span = tuple[int, int]  # offset and size in a tar
@@ -35,13 +37,15 @@ class FetchError(OSError):
 
 
 class Remote:
-    """How shards behind a URL are read: a tar goes whole into `cache_dir` and is checked against its SHA-256.
+    """How shards behind a URL are read: a tar goes whole into `cache_dir` and is checked against
+    its SHA-256.
 
-    All processes of a machine, also of several runs with the same cache_gb, share the cache: it never holds more than
-    cache_gb * 2**30 bytes, downloads under way included; tars that were not read for longest go first. What fails,
-    comes damaged or brings nothing for `timeout` seconds is tried again `retries` times, after about `backoff`
-    seconds, then twice as long each time; a file that does not exist is not. A tar that did not come is not asked for
-    again for FORGET seconds, by any process of the run. storage_options: of fsspec's file systems; below the name of a
+    All processes of a machine, also of several runs with the same cache_gb, share the cache: it
+    never holds more than cache_gb * 2**30 bytes, downloads under way included; tars that were not
+    read for longest go first. What fails, comes damaged or brings nothing for `timeout` seconds is
+    tried again `retries` times, after about `backoff` seconds, then twice as long each time; a file
+    that does not exist is not. A tar that did not come is not asked for again for FORGET seconds,
+    by any process of the run. storage_options: of fsspec's file systems; below the name of a
     protocol, as {s3: {...}}, of that one alone.
     """
 
@@ -68,7 +72,8 @@ class Remote:
         self.made = time.time()
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"members": {}}  # a reference to a clip that goes to another process takes it along
+        # a reference to a clip that goes to another process takes it along
+        return self.__dict__ | {"members": {}}
 
     def read(self, url: str) -> bytes:
         """A small file. FileNotFoundError where there is none, FetchError past the retries."""
@@ -129,7 +134,8 @@ class Remote:
                 raise FetchError(self._failure(tar).read_text())
 
     def _open_cached(self, tar: "RemoteTar") -> BinaryIO:
-        """FileNotFoundError also for what is shorter: the machine lost its power as it was written."""
+        """FileNotFoundError also for what is shorter: the machine lost its power as it was
+        written."""
         file = open(self._path(tar), "rb")  # noqa: SIM115  for the caller
         if os.fstat(file.fileno()).st_size != tar.size:
             file.close()
@@ -153,23 +159,28 @@ class Remote:
                 return self._open_cached(tar)
 
     def _persist(self, once: Callable[[], T], what: str) -> T:
-        """`once`, tried again with pauses that are drawn, so that many machines do not come back at the same time."""
+        """`once`, tried again with pauses that are drawn, so that many machines do not come back at
+        the same time."""
         reason = ""
         for attempt in range(self.retries + 1):
             if attempt:
                 # Not the global generator, on which others may rely
-                time.sleep(self.backoff * 2 ** (attempt - 1) * random.SystemRandom().uniform(0.5, 1.5))
+                time.sleep(
+                    self.backoff * 2 ** (attempt - 1) * random.SystemRandom().uniform(0.5, 1.5)
+                )
             try:
                 return once()
             except FileNotFoundError as error:
                 raise FileNotFoundError(f"{what} does not exist") from error
             except Exception as error:  # every file system has its own
                 reason = f"{type(error).__name__}: {error}"
-        raise FetchError(f"{what} could not be fetched in {self.retries + 1} tries; the last: {reason}")
+        raise FetchError(
+            f"{what} could not be fetched in {self.retries + 1} tries; the last: {reason}"
+        )
 
     def _download(self, url: str, part: Path, size: float = float("inf")) -> None:
-        """TimeoutError once the file has not grown for `timeout` seconds, FetchError once it has more than `size`
-        bytes."""
+        """TimeoutError once the file has not grown for `timeout` seconds, FetchError once it has
+        more than `size` bytes."""
         # The instance is made here, since fsspec keeps one for every thread that asks.
         protocol = url.split("://")[0]
         options, arguments = in_one_stream(protocol, self.timeout)
@@ -186,7 +197,8 @@ class Remote:
             if given_up.is_set():
                 part.unlink(missing_ok=True)  # which it may have made anew
 
-        # Not every file system knows timeouts: a thread that hangs is left behind, with a file that nobody reads.
+        # Not every file system knows timeouts: a thread that hangs is left behind, with a file that
+        # nobody reads.
         threading.Thread(target=work, daemon=True).start()
         try:
             grown, since = 0, time.monotonic()
@@ -214,8 +226,9 @@ class Remote:
 
     @contextmanager
     def _part(self, size: int) -> Iterator[Path]:
-        """A file whose name takes its bytes out of what the cache has left, for one try: one that was left behind may
-        still write. It is gone afterwards, also where the process ends meanwhile."""
+        """A file whose name takes its bytes out of what the cache has left, for one try: one that
+        was left behind may still write. It is gone afterwards, also where the process ends
+        meanwhile."""
         since = time.monotonic()
         while (file := self._reserve(size)) is None:
             if time.monotonic() - since > STALE:
@@ -230,7 +243,8 @@ class Remote:
                 drop()
 
     def _reserve(self, size: int) -> BinaryIO | None:
-        """The file, which this process locks as long as it has it open; None where downloads leave too little room."""
+        """The file, which this process locks as long as it has it open; None where downloads leave
+        too little room."""
         with self._lock("cache"):
             if not self._make_room(size):
                 return None
@@ -265,7 +279,8 @@ class Remote:
 
 
 def _left_behind(part: Path, written: float, timeout: float) -> bool:
-    """Whether the process that downloaded it is gone; where there are no locks, whether it stands still for long."""
+    """Whether the process that downloaded it is gone; where there are no locks, whether it stands
+    still for long."""
     try:
         with part.open("r+b") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -277,17 +292,19 @@ def _left_behind(part: Path, written: float, timeout: float) -> bool:
 
 
 def in_one_stream(protocol: str, timeout: float) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Storage options, and arguments of get_file, that make fsspec write a file from its start to its end, so that its
-    size tells how far it is.
+    """Storage options, and arguments of get_file, that make fsspec write a file from its start to
+    its end, so that its size tells how far it is.
 
-    Left alone, s3fs and gcsfs fetch pieces at once into a file that has its whole length from the start, and aiohttp
-    ends whatever takes longer than five minutes.
+    Left alone, s3fs and gcsfs fetch pieces at once into a file that has its whole length from the
+    start, and aiohttp ends whatever takes longer than five minutes.
     """
     if protocol in ("http", "https"):
         from aiohttp import ClientTimeout
 
         # Later than _download's own, which says more
-        return {"timeout": ClientTimeout(total=None, sock_connect=2 * timeout, sock_read=2 * timeout)}, {}
+        return {
+            "timeout": ClientTimeout(total=None, sock_connect=2 * timeout, sock_read=2 * timeout)
+        }, {}
     if protocol == "s3":
         return {"max_concurrency": 1}, {}
     return {}, {"concurrency": 1} if protocol == "gs" else {}
@@ -327,11 +344,14 @@ def listed(folders: str | Iterable[str]) -> list[str]:
 
 
 def open_folder(place: str | Path, remote: Remote | None) -> Folder:
-    """A path, or a URL with `://`; ValueError for a URL without `remote` or one that fsspec cannot read."""
+    """A path, or a URL with `://`; ValueError for a URL without `remote` or one that fsspec cannot
+    read."""
     if "://" not in str(place):
         return Path(place)
     if remote is None:
-        raise ValueError(f"{place}: shards behind a URL need `remote`, which says where their tars are cached")
+        raise ValueError(
+            f"{place}: shards behind a URL need `remote`, which says where their tars are cached"
+        )
     try:
         fsspec.get_filesystem_class(str(place).split("://")[0])
     except (ImportError, ValueError) as error:
@@ -351,7 +371,8 @@ def read_file(folder: Folder, name: str) -> bytes:
 
 
 def find_members(file: BinaryIO, size: int) -> Iterator[tuple[str, Span]]:
-    """Name and place of what lies whole within a tar's `size` bytes; tarfile.TarError where its headers break."""
+    """Name and place of what lies whole within a tar's `size` bytes; tarfile.TarError where its
+    headers break."""
     with tarfile.open(fileobj=file, mode="r:") as archive:
         for member in archive:
             if member.offset_data + member.size <= size:

@@ -1,7 +1,7 @@
 """Procedural RGBA clips with exact straight colour and exact alpha, drawn without any background.
 
-Space: x right, y down, origin at the centre of the frame, the short side is 1. Time: seconds at 16 frames/s.
-Fields broadcast as (C, T, H, W); colour stays in [0, 1] until the end of `render`.
+Space: x right, y down, origin at the centre of the frame, the short side is 1. Time: seconds at 16
+frames/s. Fields broadcast as (C, T, H, W); colour stays in [0, 1] until the end of `render`.
 """
 
 import math
@@ -47,7 +47,8 @@ FLAMES = {  # from cold to hot
     "violet": ("3a0a7a", "8a3cf0", "e58cff", "fff0ff"),
 }
 SPARKS = {
-    "fountain": "fountain of sparks", "burst": "firework bursting", "swirl": "swirl of glowing motes",
+    "fountain": "fountain of sparks", "burst": "firework bursting",
+    "swirl": "swirl of glowing motes",
     "drift": "fireflies drifting upwards",
 }  # fmt: skip
 
@@ -63,7 +64,8 @@ class SyntheticClip:
 
 
 def render(kind: str, seed: int, frames: int, height: int, width: int) -> SyntheticClip:
-    """Deterministic in (kind, seed); another size or length shows the same subject, frame k at k/16 s."""
+    """Deterministic in (kind, seed); another size or length shows the same subject, frame k at k/16
+    s."""
     if kind not in KINDS:
         raise ValueError(f"kind={kind!r} is not a synthetic kind; known kinds: {', '.join(KINDS)}")
     x, y, t, px = canvas_of(frames, height, width)
@@ -75,15 +77,19 @@ def render(kind: str, seed: int, frames: int, height: int, width: int) -> Synthe
     alpha = layer.alpha.expand(1, frames, height, width).clamp(0, 1)
     return SyntheticClip(
         rgb=(layer.rgb.expand(3, frames, height, width) * 2 - 1).clamp(-1, 1),
-        # What 8 bits round to nothing is nothing, so that a clip and its stored copy have one support.
+        # What 8 bits round to nothing is nothing, so that a clip and its stored copy have one
+        # support.
         alpha=alpha * (alpha >= 1 / 510),
         prompt=f"Transparent background, procedural animation, {shot}: {subject}.",
         kind=kind,
     )
 
 
-def _strands(dice: Dice, place: Tensor, along: Tensor, spacing: Tensor, half: float, px: float) -> Layer:
-    """Tapered strands, one a unit of `place`; `along`: 0 at roots, 1 at the longest tip; rgb: brightness."""
+def _strands(
+    dice: Dice, place: Tensor, along: Tensor, spacing: Tensor, half: float, px: float
+) -> Layer:
+    """Tapered strands, one a unit of `place`; `along`: 0 at roots, 1 at the longest tip; rgb:
+    brightness."""
     lengths, shades = dice.reals(64, 0.55, 1), dice.reals(64, 0.72, 1.15)
     strand = place.floor()
     index = strand.long() % 64
@@ -101,7 +107,12 @@ def _hair(dice: Dice, canvas: Canvas) -> tuple[Layer, str]:
 def _fur(dice: Dice, canvas: Canvas) -> tuple[Layer, str]:
     x, y, t, px = canvas
     name, radius, length = dice.pick(list(HAIR)), 0.18, dice.real(0.14, 0.22)
-    wind, speed, phase, curl = dice.pick((-1, 1)), dice.real(5, 9), dice.real(0, 6), dice.real(0.2, 1.4)
+    wind, speed, phase, curl = (
+        dice.pick((-1, 1)),
+        dice.real(5, 9),
+        dice.real(0, 6),
+        dice.real(0.2, 1.4),
+    )
     ball = torch.hypot(x, y)
     bend = ((ball - 0.1) / (0.08 + length)).clamp(0, 1.2).square() * length
     qx = x - bend * wind * (0.15 + 0.3 * (speed * t + phase).sin())
@@ -113,7 +124,9 @@ def _fur(dice: Dice, canvas: Canvas) -> tuple[Layer, str]:
         wave = curl * (dice.real(2, 5) * along + dice.real(0, 6) + dice.real(3, 6) * t).sin()
         place = 64 * (turn + dice.real(0, 1)) + wave * along.clamp(min=0)
         layer = stack(layer, _strands(dice, place, along, r * (math.pi / 32), 0.009, px))
-    light = layer.rgb * (1.22 - 0.3 * torch.hypot(x / radius + 0.5, y / radius + 0.6).clamp(max=1.7))
+    light = layer.rgb * (
+        1.22 - 0.3 * torch.hypot(x / radius + 0.5, y / radius + 0.6).clamp(max=1.7)
+    )
     layer = Layer((colour(HAIR[name]) * light).clamp(0, 1), layer.alpha)
     look = 0.1 * wind * (0.4 * speed * t).sin()
     for side in (-1, 1):
@@ -123,13 +136,21 @@ def _fur(dice: Dice, canvas: Canvas) -> tuple[Layer, str]:
         eye = mix(mix(colour("fbfaf5"), colour("16131c"), pupil), WHITE, glint)
         layer = stack(layer, Layer(eye, inside(torch.hypot(ex, ey) - 0.33, size)))
     pace = "quickly" if speed > 7 else "gently"
-    return layer, f"furry creature with {name} hair swaying {pace} to the {'left' if wind < 0 else 'right'}"
+    return (
+        layer,
+        f"furry creature with {name} hair swaying {pace} to the {'left' if wind < 0 else 'right'}",
+    )
 
 
 def _lock(dice: Dice, canvas: Canvas) -> tuple[Layer, str]:
     x, y, t, px = canvas
     name, (ribbon, silk, *_) = dice.pick(list(HAIR)), dice.colours()
-    wind, speed, phase, curl = dice.pick((-1, 1)), dice.real(4, 8), dice.real(0, 6), dice.real(0.2, 1.8)
+    wind, speed, phase, curl = (
+        dice.pick((-1, 1)),
+        dice.real(4, 8),
+        dice.real(0, 6),
+        dice.real(0.2, 1.8),
+    )
     y = y + 0.28
     h = y / 0.72
     low = h.clamp(0, 1.1)
@@ -162,9 +183,12 @@ def _glass(dice: Dice, canvas: Canvas) -> tuple[Layer, str]:
     t, size = canvas.t, 0.38
     name, tint, near, far = dice.colours()
     shape = dice.pick(("sphere", "goblet", "bottle", "bubble"))
-    x, y = rotate(canvas.x / size, canvas.y / size, 0.2 * (dice.real(3, 6) * t + dice.real(0, 6)).sin())
+    x, y = rotate(
+        canvas.x / size, canvas.y / size, 0.2 * (dice.real(3, 6) * t + dice.real(0, 6)).sin()
+    )
     px, glide, thin = canvas.px / size, 0.12 * (4 * t).sin(), 0.16 if shape == "bubble" else 0.3
-    # A solid of revolution with half width w(y): n = |x| / w is the sine of its angle to the viewer.
+    # A solid of revolution with half width w(y): n = |x| / w is the sine of its angle to the
+    # viewer.
     if shape in ("sphere", "bubble"):
         n = torch.hypot(x, y)
         distance = n - 1
@@ -189,7 +213,9 @@ def _glass(dice: Dice, canvas: Canvas) -> tuple[Layer, str]:
     if shape in ("goblet", "bottle"):
         level = (-0.5 if shape == "goblet" else 0) + 0.25 * (6 * t).sin() * x
         drink = (distance + 0.07).maximum(level - y).maximum(y - (0.3 if shape == "goblet" else 1))
-        layer = stack(Layer(near * (1.05 - 0.3 * (y - level)).clamp(max=1), 0.8 * inside(drink, px)), layer)
+        layer = stack(
+            Layer(near * (1.05 - 0.3 * (y - level)).clamp(max=1), 0.8 * inside(drink, px)), layer
+        )
     return layer, f"{name} glass {shape} tilting, with bright rim and moving highlights"
 
 
@@ -202,7 +228,9 @@ def _smoke(dice: Dice, canvas: Canvas) -> tuple[Layer, str]:
     u, v = x + 0.2 * swirl[:1], y + 0.2 * swirl[1:2]
     grain = look_up(tile[:, 2:], 1.3 * u, 1.3 * v + speed * t)
     born = torch.arange(count).view(-1, 1, 1, 1, 1) / count
-    side, jitter = (dice.reals(count, *span).view(-1, 1, 1, 1, 1) for span in ((-1, 1), (0.85, 1.25)))
+    side, jitter = (
+        dice.reals(count, *span).view(-1, 1, 1, 1, 1) for span in ((-1, 1), (0.85, 1.25))
+    )
     age = (born + speed * t) % 1  # puffs leave one after another: (count, 1, T, 1, 1)
     if style == "plume":
         fade = smoothstep(0, 0.08, age) * smoothstep(0, 0.55, 1 - age)
@@ -219,7 +247,9 @@ def _smoke(dice: Dice, canvas: Canvas) -> tuple[Layer, str]:
         body, lit = body + puff, lit - puff * (0.5 * du + 0.6 * dv)
     alpha = 0.92 * smoothstep(0, thick, body * (0.4 + 1.2 * grain) - 0.35 * (1 - grain))
     light = 0.8 + 0.5 * lit / body.clamp(min=0.05) + 0.4 * (grain - 0.5)
-    motion = f"{'rising' if style == 'plume' else 'drifting'} {'quickly' if speed > 0.55 else 'slowly'}"
+    motion = (
+        f"{'rising' if style == 'plume' else 'drifting'} {'quickly' if speed > 0.55 else 'slowly'}"
+    )
     subject = f"{style} of {shade} smoke {motion} to the {'left' if way < 0 else 'right'}"
     return Layer((colour(SMOKE[shade]) * light).clamp(0, 1), alpha), subject
 
@@ -250,7 +280,10 @@ def _flame(dice: Dice, canvas: Canvas) -> tuple[Layer, str]:
     if style == "candle":
         wick = Layer(colour("3a2c28"), inside(box(x, y - 0.04, 0.008, 0.05, 0.004), px))
         wax = colour("f6ead2") * (1.02 - 0.35 * (10 * x + 0.3).square() + (0.2 - y).clamp(0, 0.15))
-        layer = stack(stack(wick, layer), Layer(wax.clamp(0, 1), inside(box(x, y - 0.26, 0.09, 0.18, 0.02), px)))
+        layer = stack(
+            stack(wick, layer),
+            Layer(wax.clamp(0, 1), inside(box(x, y - 0.26, 0.09, 0.18, 0.02), px)),
+        )
     if style == "campfire":
         for turn in (-0.3, 0.3):
             u, v = rotate(x, y - 0.35, turn)
@@ -265,7 +298,9 @@ def _particles(dice: Dice, canvas: Canvas) -> tuple[Layer, str]:
     name, tint, *others = dice.colours()
     second, count, style = dice.pick(others), dice.integer(32, 64), dice.pick(list(SPARKS))
     trail = 6  # every spark is drawn again a little later and fainter behind itself
-    angle, reach, born, size, hue = (dice.reals(count, 0, 1).repeat(trail)[:, None] for _ in range(5))
+    angle, reach, born, size, hue = (
+        dice.reals(count, 0, 1).repeat(trail)[:, None] for _ in range(5)
+    )
     delay = torch.arange(trail).repeat_interleave(count)[:, None] / trail
     angle, clock = 2 * math.pi * angle, canvas.t.view(1, -1) - delay / 10  # (N, 1), (N, T)
     if style == "burst":
@@ -306,29 +341,46 @@ def _shadow(dice: Dice, canvas: Canvas) -> tuple[Layer, str]:
     else:
         radius, turn = 0.2, 2.5 * side * t + phase
         top, spread = 0.1 - 0.26 * lift, radius * (1 + 0.45 * lift)
-        dark = 1 - smoothstep(0.1, 1.3, torch.hypot((x - 0.1 * side * lift) / spread, (y - 0.3) / (0.33 * spread)))
+        dark = 1 - smoothstep(
+            0.1, 1.3, torch.hypot((x - 0.1 * side * lift) / spread, (y - 0.3) / (0.33 * spread))
+        )
     u, v, size = x / radius, (y - top) / radius, px / radius
     p, q = rotate(u, v, turn)
     caster = Layer(lit(paint(p, q, size), u, v), inside(figure(shape, p, q), size))
     layer = stack(Layer(colour("15131f"), (0.75 - 0.3 * lift) * dark), caster)
     return (
         layer,
-        f"{look} {shape} {'floating over its drop shadow' if drop else 'bouncing over its soft shadow'}",
+        f"{look} {shape} "
+        f"{'floating over its drop shadow' if drop else 'bouncing over its soft shadow'}",
     )
 
 
 def _shape(dice: Dice, canvas: Canvas) -> tuple[Layer, str]:
-    count, spin, start = dice.pick((1, 1, 2, 3)), dice.pick((-1, 1)) * dice.real(1, 4), dice.real(0, 6)
+    count, spin, start = (
+        dice.pick((1, 1, 2, 3)),
+        dice.pick((-1, 1)) * dice.real(1, 4),
+        dice.real(0, 6),
+    )
     layers, words = [], []
     for i in range(count):
-        (look, paint), shape, radius = textured(dice), dice.pick(list(CORNERS)), (0.36, 0.22, 0.19)[count - 1]
-        place, away = start + 2 * math.pi * i / count + 0.6 * spin * canvas.t, (0, 0.2, 0.23)[count - 1]
+        (look, paint), shape, radius = (
+            textured(dice),
+            dice.pick(list(CORNERS)),
+            (0.36, 0.22, 0.19)[count - 1],
+        )
+        place, away = (
+            start + 2 * math.pi * i / count + 0.6 * spin * canvas.t,
+            (0, 0.2, 0.23)[count - 1],
+        )
         x, y = (canvas.x - away * place.cos()) / radius, (canvas.y - away * place.sin()) / radius
         u, v = rotate(x, y, spin * canvas.t + dice.real(-0.5, 0.5))
         size = canvas.px / radius
         layers.append(Layer(lit(paint(u, v, size), x, y), inside(figure(shape, u, v), size)))
         words.append(f"{look} {shape}")
-    turn = f"turning {'fast' if abs(spin) > 2.5 else 'slowly'} {'clockwise' if spin > 0 else 'anticlockwise'}"
+    turn = (
+        f"turning {'fast' if abs(spin) > 2.5 else 'slowly'} "
+        f"{'clockwise' if spin > 0 else 'anticlockwise'}"
+    )
     return reduce(stack, layers), f"{' and '.join(words)} {turn}"
 
 

@@ -1,4 +1,5 @@
-"""From stored frames to a training clip. rgb (3, T, H, W) straight in [-1, 1], alpha (1, T, H, W) in [0, 1].
+"""From stored frames to a training clip. rgb (3, T, H, W) straight in [-1, 1], alpha (1, T, H, W)
+in [0, 1].
 
 Filtering happens on premultiplied colour, so the colour that a transparent pixel hides never shows.
 """
@@ -11,7 +12,8 @@ from torch import Generator, Tensor
 
 from acetate.alpha import premultiply, unpremultiply
 
-SNAP = 1e-4  # a filter's weights add up to 1 only within rounding; closer than this to 0 or 1 is exact
+# a filter's weights add up to 1 only within rounding; closer than this to 0 or 1 is exact
+SNAP = 1e-4
 CROP_TRIES = 8
 SPACES = ("premultiplied", "straight")  # what filters see; straight is the released choice
 
@@ -22,7 +24,8 @@ def check_frames(name: str, frames: int, time_stride: int) -> None:
         examples = ", ".join(str(1 + time_stride * k) for k in (1, 2, 3))
         nearest = max(1, frames - (frames - 1) % time_stride)
         raise ValueError(
-            f"{name}: {frames} frames; Wan needs {time_stride}k+1 ({examples}, ...). Use frames={nearest}."
+            f"{name}: {frames} frames; Wan needs {time_stride}k+1 ({examples}, ...). Use "
+            f"frames={nearest}."
         )
 
 
@@ -30,18 +33,22 @@ def check_side(name: str, side: int, space_multiple: int) -> None:
     """Raises ValueError unless a side is a positive multiple of what the model's grid needs."""
     if side < 1 or side % space_multiple:
         nearest = max(space_multiple, round(side / space_multiple) * space_multiple)
-        raise ValueError(f"{name}={side}; sides are multiples of {space_multiple}. Use {name}={nearest}.")
+        raise ValueError(
+            f"{name}={side}; sides are multiples of {space_multiple}. Use {name}={nearest}."
+        )
 
 
 def window(count: int, frames: int, start: int) -> Tensor:
-    """Indices (frames,) of a window into `count` frames that plays forth and back past the last one."""
+    """Indices (frames,) of a window into `count` frames that plays forth and back past the last
+    one."""
     period = max(1, 2 * (count - 1))
     phase = torch.arange(start, start + frames) % period
     return torch.where(phase < count, phase, period - phase)
 
 
 def to_float(frames: Tensor) -> tuple[Tensor, Tensor]:
-    """uint8 (T, H, W, 4) -> rgb (3, T, H, W), alpha (1, T, H, W); what alpha = 0 hides becomes black."""
+    """uint8 (T, H, W, 4) -> rgb (3, T, H, W), alpha (1, T, H, W); what alpha = 0 hides becomes
+    black."""
     rgb, alpha = frames.permute(3, 0, 1, 2).float().div(255).split((3, 1))
     return (rgb * 2 - 1).masked_fill(alpha == 0, -1), alpha
 
@@ -54,7 +61,8 @@ def to_uint8(rgb: Tensor, alpha: Tensor) -> Tensor:
 
 
 def pack(rgb: Tensor, alpha: Tensor, space: str = "premultiplied") -> Tensor:
-    """Colour, premultiplied unless space is `straight`, and alpha: (T, 4, H, W) in [0, 1]; zeros are transparent."""
+    """Colour, premultiplied unless space is `straight`, and alpha: (T, 4, H, W) in [0, 1]; zeros
+    are transparent."""
     colour = rgb if space == "straight" else premultiply(rgb, alpha)
     return torch.cat(((colour + 1) / 2, alpha)).transpose(0, 1)
 
@@ -68,15 +76,20 @@ def unpack(packed: Tensor, space: str = "premultiplied") -> tuple[Tensor, Tensor
     return unpremultiply(colour * 2 - 1, alpha, min_alpha=SNAP), alpha
 
 
-def resize(rgb: Tensor, alpha: Tensor, height: int, width: int, space: str = "premultiplied") -> tuple[Tensor, Tensor]:
+def resize(
+    rgb: Tensor, alpha: Tensor, height: int, width: int, space: str = "premultiplied"
+) -> tuple[Tensor, Tensor]:
     """Antialiased resize; opaque stays exactly 1 and empty exactly 0.
 
-    A triangle filter: its weights are never negative, so no colour can ring past what its alpha allows.
+    A triangle filter: its weights are never negative, so no colour can ring past what its alpha
+    allows.
     """
     if rgb.shape[-2:] == (height, width):
         return rgb, alpha
     packed = pack(rgb, alpha, space)
-    packed = F.interpolate(packed, (height, width), mode="bilinear", antialias=True, align_corners=False)
+    packed = F.interpolate(
+        packed, (height, width), mode="bilinear", antialias=True, align_corners=False
+    )
     return unpack(packed, space)
 
 
@@ -110,25 +123,32 @@ def pan(
 ) -> tuple[Tensor, Tensor]:
     """A window that moves over a still: (3, 1, H, W), (1, 1, H, W) -> (3, T, h, w), (1, T, h, w).
 
-    start: (y, x) of the window's corner in the first frame; step: (y, x) pixels a frame. Both may be
-    fractions: bilinear. Outside of the still is transparent.
+    start: (y, x) of the window's corner in the first frame; step: (y, x) pixels a frame. Both may
+    be fractions: bilinear. Outside of the still is transparent.
     """
     packed = pack(rgb, alpha, space)
     rows, columns = packed.shape[-2:]
     corner = start + step * torch.arange(frames)[:, None]  # (T, 2)
     y = (corner[:, :1] + torch.arange(height) + 0.5) / rows * 2 - 1  # (T, h)
     x = (corner[:, 1:] + torch.arange(width) + 0.5) / columns * 2 - 1  # (T, w)
-    grid = torch.stack((x[:, None].expand(-1, height, -1), y[:, :, None].expand(-1, -1, width)), dim=-1)
+    grid = torch.stack(
+        (x[:, None].expand(-1, height, -1), y[:, :, None].expand(-1, -1, width)), dim=-1
+    )
     still = packed.expand(frames, -1, -1, -1)
-    return unpack(F.grid_sample(still, grid, mode="bilinear", padding_mode="zeros", align_corners=False), space)
+    return unpack(
+        F.grid_sample(still, grid, mode="bilinear", padding_mode="zeros", align_corners=False),
+        space,
+    )
 
 
 class ClipTransform:
-    """Frames of any length and size -> rgb (3, frames, height, width) and alpha (1, frames, height, width).
+    """Frames of any length and size -> rgb (3, frames, height, width) and alpha (1, frames, height,
+    width).
 
-    train: random window, scale, crop and mirror image; otherwise the centre of all. A clip that is shorter
-    plays forth and back, a smaller one is surrounded by transparency, a still becomes a slow pan. Nothing
-    is enlarged, and nothing is stretched: the crop is at most half a source pixel off the target's aspect.
+    train: random window, scale, crop and mirror image; otherwise the centre of all. A clip that is
+    shorter plays forth and back, a smaller one is surrounded by transparency, a still becomes a
+    slow pan. Nothing is enlarged, and nothing is stretched: the crop is at most half a source pixel
+    off the target's aspect.
     """
 
     def __init__(
@@ -139,12 +159,14 @@ class ClipTransform:
         width: int,
         time_stride: int,
         space_multiple: int,
-        scale_range: tuple[float, float],  # side of the crop over that of the largest that fits, log-uniform
+        # side of the crop over that of the largest that fits, log-uniform
+        scale_range: tuple[float, float],
         min_coverage: float,  # mean alpha that a random crop should reach
         flip: float,  # probability of a mirror image
         pan_speed: float,  # pixels a frame that the window moves over a still, at most
         train: bool,
-        resize: str = "premultiplied",  # or straight, as the released code, which bleeds hidden colour
+        # or straight, as the released code, which bleeds hidden colour
+        resize: str = "premultiplied",
     ):
         check_frames("clip", frames, time_stride)
         check_side("height", height, space_multiple)
@@ -164,7 +186,8 @@ class ClipTransform:
         self.pan_speed, self.space = pan_speed, resize
 
     def __call__(self, frames: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
-        """frames: uint8 (T, H, W, 4), straight colour. The result depends on frames and generator alone."""
+        """frames: uint8 (T, H, W, 4), straight colour. The result depends on frames and generator
+        alone."""
         if len(frames) > 1 or self.frames == 1:
             frames = frames[self._window(len(frames), generator)]
             clip = to_float(crop(frames, *self._box(frames, generator)))
@@ -188,7 +211,11 @@ class ClipTransform:
         rows, columns = frames.shape[1:3]
         best, best_coverage = (0, 0, 0, 0), -1.0
         for _ in range(CROP_TRIES if self.train else 1):
-            share = math.exp(_uniform(generator, *map(math.log, self.scale_range))) if self.train else 1.0
+            share = (
+                math.exp(_uniform(generator, *map(math.log, self.scale_range)))
+                if self.train
+                else 1.0
+            )
             shrink = max(1.0, share * min(rows / self.height, columns / self.width))
             height, width = round(self.height * shrink), round(self.width * shrink)
             box = (
@@ -206,20 +233,26 @@ class ClipTransform:
         return best
 
     def _place(self, spare: int, generator: Generator) -> int:
-        """Offset of a box along a side with `spare` pixels left; negative where the box is the larger one."""
+        """Offset of a box along a side with `spare` pixels left; negative where the box is the
+        larger one."""
         if not self.train:
             return spare // 2
         return int(torch.randint(min(spare, 0), max(spare, 0) + 1, (), generator=generator))
 
     def _pan(self, frames: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
-        """A still under a window that moves evenly through the box, in any direction with equal odds."""
+        """A still under a window that moves evenly through the box, in any direction with equal
+        odds."""
         top, left, height, width = self._box(frames, generator)
-        shrink = torch.tensor([height / self.height, width / self.width])  # (y, x) source pixels per pixel
-        rows, columns = (torch.tensor(frames.shape[1:3]) / shrink).round().clamp_min(1).int().tolist()
+        # (y, x) source pixels per pixel
+        shrink = torch.tensor([height / self.height, width / self.width])
+        rows, columns = (
+            (torch.tensor(frames.shape[1:3]) / shrink).round().clamp_min(1).int().tolist()
+        )
         rgb, alpha = resize(*to_float(frames), rows, columns, self.space)
         spare = torch.tensor([rows - self.height, columns - self.width])
         angle, speed = _uniform(generator, 0, 2 * math.pi), _uniform(generator, 0, self.pan_speed)
-        # The same bound for both signs, and only then the place, so that borders favour no direction.
+        # The same bound for both signs, and only then the place, so that borders favour no
+        # direction.
         path = torch.tensor([math.sin(angle), math.cos(angle)]) * speed * (self.frames - 1)
         path = path.clamp(-spare.abs(), spare.abs())
         reach = path.abs() / 2

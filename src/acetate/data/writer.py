@@ -29,9 +29,11 @@ Kind = Literal["rgba.mkv", "rgba.png"]
 
 
 class ShardTar:
-    """A tar of samples that takes its name when it is finished; as a context manager it goes if anything is raised.
+    """A tar of samples that takes its name when it is finished; as a context manager it goes if
+    anything is raised.
 
-    temporary: where it is written until then, beside `path`. Raises OSError as acetate.replacing.writing does.
+    temporary: where it is written until then, beside `path`. Raises OSError as
+    acetate.replacing.writing does.
     """
 
     def __init__(self, path: Path, temporary: Path):
@@ -76,7 +78,9 @@ def part_of(tar: Path) -> Path:
     return tar.with_suffix(".part.json")
 
 
-def write_part(tar: Path, made_by: Mapping[str, Any], shard: Mapping[str, Any], **more: Any) -> None:
+def write_part(
+    tar: Path, made_by: Mapping[str, Any], shard: Mapping[str, Any], **more: Any
+) -> None:
     """Notes that a tar is finished. shard: what the manifest says of it and its samples."""
     write_json(part_of(tar), {"schema": SCHEMA, "made_by": made_by, "shard": shard, **more})
 
@@ -115,16 +119,20 @@ def encode_clip(frames: NDArray[np.uint8], fps: float) -> EncodedClip:
 
 
 class ShardWriter:
-    """Writes tars of at most `max_clips` clips and about `max_bytes` bytes, and the manifest at `close`.
+    """Writes tars of at most `max_clips` clips and about `max_bytes` bytes, and the manifest at
+    `close`.
 
-    made_by: {"command", "settings"}, what decides the content. A run that was interrupted and comes back with
-    the same made_by keeps its finished tars (`key in writer`); with another, they are removed. As a context
-    manager it closes only if nothing was raised. Raises OSError as acetate.replacing.writing does.
+    made_by: {"command", "settings"}, what decides the content. A run that was interrupted and comes
+    back with the same made_by keeps its finished tars (`key in writer`); with another, they are
+    removed. As a context manager it closes only if nothing was raised. Raises OSError as
+    acetate.replacing.writing does.
     """
 
     def __init__(self, out: Path, *, max_clips: int, max_bytes: int, made_by: Mapping[str, Any]):
         if (out / MANIFEST).exists():
-            raise ShardError(f"{out} already holds finished shards; name another folder or remove it first.")
+            raise ShardError(
+                f"{out} already holds finished shards; name another folder or remove it first."
+            )
         self.out, self.max_clips, self.max_bytes = out, max_clips, max_bytes
         self.made_by = json.loads(json.dumps(made_by))
         self.pending: list[dict[str, Any]] = []
@@ -133,7 +141,8 @@ class ShardWriter:
         self.tars = self.clips = self.frames = 0
         self.splits = {"train": 0, "val": 0}
         self.hashes = np.empty(0, np.int64)  # of the finished tars' keys, sorted: 8 bytes a clip
-        self.skipped: dict[str, str] = {}  # key -> reason, for the manifest; whoever fills the shards keeps it
+        # key -> reason, for the manifest; whoever fills the shards keeps it
+        self.skipped: dict[str, str] = {}
         with writing(out):
             out.mkdir(parents=True, exist_ok=True)
         self._find_finished()
@@ -171,12 +180,19 @@ class ShardWriter:
     ) -> None:
         """done: step -> what was done to the clip and why; it goes into the clip's own JSON."""
         size = {"frames": clip.frames, "width": clip.width, "height": clip.height}
-        meta = {"prompt": prompt, "fps": clip.fps, **size, "source": source, "licence": licence, "split": split,
+        meta = {"prompt": prompt, "fps": clip.fps, **size, "source": source, "licence": licence,
+            "split": split,
                 "lossy": lossy, "premultiplied_source": premultiplied_source}  # fmt: skip
         if done:
             meta["done"] = dict(done)
         text = json.dumps(meta, ensure_ascii=False, sort_keys=True).encode()
-        entry = {"key": key, "split": split, **size, "kind": clip.kind, "crc32": zlib.crc32(clip.media)}
+        entry = {
+            "key": key,
+            "split": split,
+            **size,
+            "kind": clip.kind,
+            "crc32": zlib.crc32(clip.media),
+        }
         self.write(entry, clip.media, text)
 
     def copy(self, ref: ClipRef, media: bytes, meta: bytes) -> None:
@@ -189,7 +205,9 @@ class ShardWriter:
         key = entry["key"]
         check_key(key)
         if key in self:
-            raise ValueError(f"key {key!r} was already written; keys are unique in a folder of shards")
+            raise ValueError(
+                f"key {key!r} was already written; keys are unique in a folder of shards"
+            )
         if self.pending and self.pending_bytes + len(media) > self.max_bytes:
             self._finish_tar()
         if self.tar is None:
@@ -220,7 +238,9 @@ class ShardWriter:
             "skipped": self.skipped,
         }
         with written(self.out / MANIFEST) as file:
-            file.write(json.dumps(head, ensure_ascii=False, indent=1).removesuffix("\n}") + SHARDS + "[")
+            file.write(
+                json.dumps(head, ensure_ascii=False, indent=1).removesuffix("\n}") + SHARDS + "["
+            )
             for number in range(self.tars):  # one at a time: a million clips are a gigabyte of them
                 shard = json.loads(part_of(self._tar(number)).read_text())["shard"]
                 text = json.dumps(shard, ensure_ascii=False, indent=1)

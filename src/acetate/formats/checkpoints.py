@@ -10,7 +10,13 @@ from torch import Tensor
 from acetate.formats.layout import is_sharded
 from acetate.formats.sharded import REST, read_sharded
 from acetate.formats.trained import check_facts, check_trained
-from acetate.models.adapters import ADAPTER_SCHEMA, best_of, listed, place_and_which, read_adapter_file
+from acetate.models.adapters import (
+    ADAPTER_SCHEMA,
+    best_of,
+    listed,
+    place_and_which,
+    read_adapter_file,
+)
 from acetate.models.weights import load_data
 from acetate.replacing import standing
 
@@ -19,7 +25,8 @@ KINDS = ("rgba_vae", "dit_dora")
 
 @dataclass(frozen=True)
 class Trained:
-    """Tensors named as in the model (RGBAVAE, or the DiT with PEFT's adapters), and what the run says of them."""
+    """Tensors named as in the model (RGBAVAE, or the DiT with PEFT's adapters), and what the run
+    says of them."""
 
     path: Path
     kind: str  # rgba_vae or dit_dora
@@ -28,11 +35,12 @@ class Trained:
 
 
 def read_trained(source: str, ema: bool | None = None) -> Trained:
-    """What `source` trained: a .ckpt file or sharded folder, an adapter .safetensors, or a folder of runs: the
-    newest, its last checkpoint or, with @best after the folder's name, its best.
+    """What `source` trained: a .ckpt file or sharded folder, an adapter .safetensors, or a folder
+    of runs: the newest, its last checkpoint or, with @best after the folder's name, its best.
 
-    ema: True the average, False the raw weights, None the average where there is one. Raises FileNotFoundError
-    (nothing there) and ValueError (not readable, damaged, no average, another kind of file), naming the file.
+    ema: True the average, False the raw weights, None the average where there is one. Raises
+    FileNotFoundError (nothing there) and ValueError (not readable, damaged, no average, another
+    kind of file), naming the file.
     """
     place, which = place_and_which(source)
     path = _newest(standing(place))
@@ -44,16 +52,20 @@ def read_trained(source: str, ema: bool | None = None) -> Trained:
         if ema is not None and ema != averaged:
             holds = "the average" if averaged else "no average, but the raw weights"
             raise ValueError(
-                f"{path} holds {holds}; ema={str(ema).lower()} needs the .ckpt beside it, or leave out ema."
+                f"{path} holds {holds}; ema={str(ema).lower()} needs the .ckpt beside it, or leave "
+                "out ema."
             )
     else:
-        checkpoint = read_sharded(path, parts=("state_dict",)) if path.is_dir() else read_whole(path)
+        checkpoint = (
+            read_sharded(path, parts=("state_dict",)) if path.is_dir() else read_whole(path)
+        )
         state, facts, averaged = _choose(checkpoint, path, ema)
     kind = facts.get("kind")
     if kind not in KINDS or facts.get("schema") != ADAPTER_SCHEMA:
         raise ValueError(
-            f"{path} is of kind {kind!r}, schema {facts.get('schema')!r}; needed: {' or '.join(KINDS)}, schema "
-            f"{ADAPTER_SCHEMA}. Give a checkpoint of experiment=vae_rgba or dit_dora."
+            f"{path} is of kind {kind!r}, schema {facts.get('schema')!r}; needed: "
+            f"{' or '.join(KINDS)}, schema {ADAPTER_SCHEMA}. Give a checkpoint of "
+            "experiment=vae_rgba or dit_dora."
         )
     check_facts(path, kind, facts)
     prefix = "vae." if kind == "rgba_vae" else "transformer."
@@ -75,34 +87,45 @@ def _newest(path: Path) -> Path:
     found = [file for file in found if file.suffix in (".ckpt", ".safetensors")]
     if not found:
         raise FileNotFoundError(
-            f"{path}: no checkpoint there. Give a .ckpt (a file or a sharded folder), the .safetensors beside it, or "
-            "the folder of a run, which has checkpoints/last.ckpt."
+            f"{path}: no checkpoint there. Give a .ckpt (a file or a sharded folder), the "
+            ".safetensors beside it, or the folder of a run, which has checkpoints/last.ckpt."
         )
     whole = standing(found[-1].with_suffix(".ckpt"))  # holds the raw weights and the average
     return whole if whole.exists() else found[-1]
 
 
-def _choose(checkpoint: dict[str, Any], path: Path, ema: bool | None) -> tuple[dict[str, Tensor], dict[str, Any], bool]:
+def _choose(
+    checkpoint: dict[str, Any], path: Path, ema: bool | None
+) -> tuple[dict[str, Tensor], dict[str, Any], bool]:
     """State, facts, and whether the state is the average."""
     if "adapter_metadata" not in checkpoint:
         raise ValueError(
-            f"{path} does not say what model it belongs to: it is of another task, or older than acetate's "
-            "adapter_metadata. Give the .safetensors beside it."
+            f"{path} does not say what model it belongs to: it is of another task, or older than "
+            "acetate's adapter_metadata. Give the .safetensors beside it."
         )
     try:
         facts = {name: json.loads(value) for name, value in checkpoint["adapter_metadata"].items()}
     except (AttributeError, TypeError, ValueError) as error:
-        raise ValueError(f"{path}: its adapter_metadata are not names and JSON ({error}). Give another one.") from error
+        raise ValueError(
+            f"{path}: its adapter_metadata are not names and JSON ({error}). Give another one."
+        ) from error
     if not isinstance(checkpoint.get("global_step"), int):
-        raise ValueError(f"{path} has no global_step: not written by a run of acetate. Give another one.")
+        raise ValueError(
+            f"{path} has no global_step: not written by a run of acetate. Give another one."
+        )
     facts["step"] = checkpoint["global_step"]
     average = _part(checkpoint, "callbacks", "EMA", "average")  # where callbacks.ema.EMA keeps it
     if ema and not average:
-        raise ValueError(f"{path} holds no average: its run had no EMA (callbacks=ema). Leave out ema, or ema=false.")
+        raise ValueError(
+            f"{path} holds no average: its run had no EMA (callbacks=ema). Leave out ema, or "
+            "ema=false."
+        )
     averaged = bool(average) and ema is not False
     state = average if averaged else _part(checkpoint, "state_dict")
     if not isinstance(state, dict):
-        raise ValueError(f"{path} has no state_dict of tensors by name. Give another one of its run.")
+        raise ValueError(
+            f"{path} has no state_dict of tensors by name. Give another one of its run."
+        )
     if others := [str(name) for name, value in state.items() if not isinstance(value, Tensor)]:
         raise ValueError(f"{path} holds {listed(others)}: no tensor. Give another one of its run.")
     return state, facts, averaged
@@ -119,5 +142,8 @@ def read_whole(path: Path) -> dict[str, Any]:
     """A checkpoint that is one file. Raises ValueError for what is none, or cannot be read."""
     checkpoint = load_data(path)
     if not isinstance(checkpoint, dict):
-        raise ValueError(f"{path} holds a {type(checkpoint).__name__}; a checkpoint is a dict. Give a run's .ckpt.")
+        raise ValueError(
+            f"{path} holds a {type(checkpoint).__name__}; a checkpoint is a dict. Give a run's "
+            ".ckpt."
+        )
     return checkpoint

@@ -14,7 +14,8 @@ OVERSAMPLING = 16  # extra directions of the randomised SVD
 
 
 class LowRank(NamedTuple):
-    """A LoRA under ComfyUI's names, and what it leaves out: |D - B A| / |D| (Frobenius) per layer and over all."""
+    """A LoRA under ComfyUI's names, and what it leaves out: |D - B A| / |D| (Frobenius) per layer
+    and over all."""
 
     tensors: dict[str, Tensor]
     errors: dict[str, float]
@@ -22,10 +23,12 @@ class LowRank(NamedTuple):
 
 
 def svd_lora(deltas: Iterable[tuple[str, Tensor]], rank: int, dtype: torch.dtype) -> LowRank:
-    """The closest B A of `rank` to every D = W' - W (Eckart and Young 1936), as lora_B, lora_A and no alpha: scale 1.
+    """The closest B A of `rank` to every D = W' - W (Eckart and Young 1936), as lora_B, lora_A and
+    no alpha: scale 1.
 
-    deltas: (original layer name, D (out, in) fp32). Randomised SVD with power iterations (Halko et al. 2011), the same
-    for the same input; errors are measured on the tensors as stored, rounding included.
+    deltas: (original layer name, D (out, in) fp32). Randomised SVD with power iterations (Halko et
+    al. 2011), the same for the same input; errors are measured on the tensors as stored, rounding
+    included.
     """
     if rank < 1:
         raise ValueError(f"rank={rank}; a LoRA has at least rank 1. 64 or 128 are usual.")

@@ -1,4 +1,5 @@
-"""The folder that an export writes: whole or not there, and never over files that are not its own."""
+"""The folder that an export writes: whole or not there, and never over files that are not its
+own."""
 
 import json
 import shutil
@@ -14,7 +15,8 @@ MARK = "export.json"  # says what the folder holds
 
 
 def check_replaceable(folder: Path) -> None:
-    """Raises FileExistsError unless `folder` is new, empty, or an earlier export to which nothing was added."""
+    """Raises FileExistsError unless `folder` is new, empty, or an earlier export to which nothing
+    was added."""
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
     listed = _listed(folder / MARK)
@@ -22,16 +24,18 @@ def check_replaceable(folder: Path) -> None:
     if others or not listed:
         shown = f" ({', '.join(others[:3])}{', ...' if len(others) > 3 else ''})" if others else ""
         raise FileExistsError(
-            f"out={folder} holds what no export wrote{shown}; only an earlier export is replaced. Give another out=, "
-            "or move those files away."
+            f"out={folder} holds what no export wrote{shown}; only an earlier export is replaced. "
+            "Give another out=, or move those files away."
         )
 
 
-def write_export(folder: Path, writers: dict[str, Callable[[Path], object]], facts: dict[str, Any]) -> dict[str, int]:
+def write_export(
+    folder: Path, writers: dict[str, Callable[[Path], object]], facts: dict[str, Any]
+) -> dict[str, int]:
     """Each writer fills its path below `folder`, which appears when all are done; bytes by file.
 
-    Raises FileExistsError as `check_replaceable`, and OSError that says how much room there is; what stood at
-    `folder` is then as it was.
+    Raises FileExistsError as `check_replaceable`, and OSError that says how much room there is;
+    what stood at `folder` is then as it was.
     """
     check_replaceable(folder)
     sizes: dict[str, int] = {}
@@ -46,11 +50,15 @@ def write_export(folder: Path, writers: dict[str, Callable[[Path], object]], fac
 
     try:
         replace_folder(folder, write)
-    except (OSError, RuntimeError, SafetensorError) as error:  # torch turns a full disk into a RuntimeError
+    except (
+        OSError,
+        RuntimeError,
+        SafetensorError,
+    ) as error:  # torch turns a full disk into a RuntimeError
         free = shutil.disk_usage(folder.parent).free / 2**20
         raise OSError(
-            f"{folder} could not be written ({error}); {free:.0f} MiB are free there. What stood there before is "
-            "untouched: make room, or give another out=."
+            f"{folder} could not be written ({error}); {free:.0f} MiB are free there. What stood "
+            "there before is untouched: make room, or give another out=."
         ) from error
     return sizes
 
@@ -66,6 +74,10 @@ def _listed(mark: Path) -> dict[str, int]:
 
 def _files(folder: Path) -> dict[str, int]:
     """Bytes by name of every file but the mark."""
-    files = {str(path.relative_to(folder)): path.stat().st_size for path in sorted(folder.rglob("*")) if path.is_file()}
+    files = {
+        str(path.relative_to(folder)): path.stat().st_size
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
     files.pop(MARK, None)
     return files

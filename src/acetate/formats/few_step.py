@@ -13,7 +13,8 @@ from acetate.models.adapters import is_float, listed
 FEW_STEP_KEY = re.compile(
     r"(diffusion_model\.)?(?P<layer>.+?)\.(?P<part>lora_(down|up|A|B)(\.default)?\.weight|alpha|diff(_b|_m)?)"
 )
-KOHYA_KEY = re.compile(r"lora_unet_blocks_(\d+)_(self_attn|cross_attn|ffn)_([qkvo]|\d)\.")  # musubi's and kohya's names
+# musubi's and kohya's names
+KOHYA_KEY = re.compile(r"lora_unet_blocks_(\d+)_(self_attn|cross_attn|ffn)_([qkvo]|\d)\.")
 MATRICES = {"A": "down", "down": "down", "B": "up", "up": "up"}
 DIFFERENCES = {"diff": "weight", "diff_b": "bias", "diff_m": "modulation"}
 Parts = dict[str, tuple[str, Tensor]]  # down, up, alpha, diff -> key and tensor in the file
@@ -26,25 +27,37 @@ def merge_few_step(
     strength: float = 1.0,
     source: str = "the few-step LoRA",
 ) -> int:
-    """Adds a LightX2V-style file to the weights, in fp32; DoRA must be merged before. Returns the tensors changed.
+    """Adds a LightX2V-style file to the weights, in fp32; DoRA must be merged before. Returns the
+    tensors changed.
 
-    Takes lora_down/up or lora_A/B (times alpha / rank where the file has alpha), and differences of weights
-    (.diff), biases (.diff_b) and modulation (.diff_m). One weight at a time is in fp32. source: named by errors. Raises
-    ValueError, and changes nothing, for keys that have no place in this DiT, or tensors of another shape.
+    Takes lora_down/up or lora_A/B (times alpha / rank where the file has alpha), and differences of
+    weights (.diff), biases (.diff_b) and modulation (.diff_m). One weight at a time is in fp32.
+    source: named by errors. Raises ValueError, and changes nothing, for keys that have no place in
+    this DiT, or tensors of another shape.
     """
     changes, target = read_changes(flat, source), dict(transformer.named_parameters())
     if foreign := [name for name in changes if name not in target]:
-        raise ValueError(f"{source}: {listed(foreign)} does not exist in this DiT. Give the LoRA of this model.")
-    problems = [problem for name, parts in changes.items() for problem in misfits(name, target[name].shape, parts)]
+        raise ValueError(
+            f"{source}: {listed(foreign)} does not exist in this DiT. Give the LoRA of this model."
+        )
+    problems = [
+        problem
+        for name, parts in changes.items()
+        for problem in misfits(name, target[name].shape, parts)
+    ]
     if problems:
         raise ValueError(f"{source}: {listed(problems)}. Give the LoRA of this model.")
     for name, parts in changes.items():
         weight = target[name]
         changed = weight.float()
         if "diff" in parts:
-            changed = changed + strength * parts["diff"][1].float().view_as(weight).to(weight.device)
+            changed = changed + strength * parts["diff"][1].float().view_as(weight).to(
+                weight.device
+            )
         if "up" in parts:
-            down, up = (parts[part][1].float().flatten(1).to(weight.device) for part in ("down", "up"))
+            down, up = (
+                parts[part][1].float().flatten(1).to(weight.device) for part in ("down", "up")
+            )
             scale = float(parts["alpha"][1]) / len(down) if "alpha" in parts else 1.0
             changed = changed + (strength * scale * (up @ down)).view_as(weight)
         weight.copy_(changed)
@@ -52,8 +65,8 @@ def merge_few_step(
 
 
 def read_changes(flat: dict[str, Tensor], source: str) -> dict[str, Parts]:
-    """Parameter of the diffusers DiT -> what changes it. Raises ValueError for keys of other kinds and for two keys of
-    one part."""
+    """Parameter of the diffusers DiT -> what changes it. Raises ValueError for keys of other kinds
+    and for two keys of one part."""
     changes: dict[str, Parts] = {}
     foreign, quantised, double = [], [], []
     for key, value in flat.items():
@@ -64,7 +77,11 @@ def read_changes(flat: dict[str, Tensor], source: str) -> dict[str, Parts]:
         if not is_float(value) and match["part"] != "alpha":
             quantised.append(f"{key} is {value.dtype}")
         difference = DIFFERENCES.get(match["part"])
-        part = "diff" if difference else MATRICES.get(match["part"].split(".")[0].removeprefix("lora_"), "alpha")
+        part = (
+            "diff"
+            if difference
+            else MATRICES.get(match["part"].split(".")[0].removeprefix("lora_"), "alpha")
+        )
         parts = changes.setdefault(dit_name(f"{match['layer']}.{difference or 'weight'}"), {})
         if part in parts:
             double.append(f"{key} and {parts[part][0]}")
@@ -75,22 +92,33 @@ def read_changes(flat: dict[str, Tensor], source: str) -> dict[str, Parts]:
             "(lora_down, lora_up, alpha, diff, diff_b, diff_m)."
         )
     if quantised:
-        raise ValueError(f"{source}: {listed(quantised)}. Give a file in bf16, fp16 or fp32, not a quantised one.")
+        raise ValueError(
+            f"{source}: {listed(quantised)}. Give a file in bf16, fp16 or fp32, not a quantised "
+            "one."
+        )
     if double:
-        raise ValueError(f"{source}: {listed(double)}: one tensor under two names. Remove one of them.")
+        raise ValueError(
+            f"{source}: {listed(double)}: one tensor under two names. Remove one of them."
+        )
     return changes
 
 
 def misfits(name: str, shape: torch.Size, parts: Parts) -> Iterator[str]:
     """What keeps these parts from changing a parameter of this shape."""
     key, value = parts.get("diff", ("", None))
-    if value is not None and tuple(value.shape) not in (tuple(shape), tuple(shape)[1:] if shape[0] == 1 else None):
+    if value is not None and tuple(value.shape) not in (
+        tuple(shape),
+        tuple(shape)[1:] if shape[0] == 1 else None,
+    ):
         yield f"{name} is {tuple(shape)}, {key} has {tuple(value.shape)}"
     pair = [parts[part][1] for part in ("down", "up") if part in parts]
     if parts.keys() == {"diff"}:
         return
     if len(pair) < 2:
-        yield f"{name} needs a down and an up matrix, the file has {', '.join(key for key, _ in parts.values())}"
+        yield (
+            f"{name} needs a down and an up matrix, the file has "
+            f"{', '.join(key for key, _ in parts.values())}"
+        )
         return
     (down_key, down), (up_key, up) = parts["down"], parts["up"]
     if min(down.ndim, up.ndim) < 2 or min(down.numel(), up.numel()) < 1:

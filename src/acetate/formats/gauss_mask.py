@@ -1,4 +1,5 @@
-"""The released inference's Gaussian mask: a guide G, saved by torch.save as a tensor or a numpy array."""
+"""The released inference's Gaussian mask: a guide G, saved by torch.save as a tensor or a numpy
+array."""
 
 import pickle
 from collections.abc import Sequence
@@ -15,7 +16,8 @@ FLOATS = ("f2", "f4", "f8")
 
 
 class _Given:
-    """Stands in for numpy's constructors while a file is unpickled, so that none of them runs on a stranger's data."""
+    """Stands in for numpy's constructors while a file is unpickled, so that none of them runs on a
+    stranger's data."""
 
     state: tuple = ()
 
@@ -27,32 +29,46 @@ class _Given:
 
 
 # All that the pickle of a plain array names, in numpy 1 and in numpy 2
-NUMPY = ("numpy.ndarray", "numpy.dtype", "numpy._core.multiarray._reconstruct", "numpy.core.multiarray._reconstruct")
+NUMPY = (
+    "numpy.ndarray",
+    "numpy.dtype",
+    "numpy._core.multiarray._reconstruct",
+    "numpy.core.multiarray._reconstruct",
+)
 
 
 def read_gauss_mask(path: Path, grid: Sequence[int]) -> Tensor:
     """(1, 1, F, h, w) in [0, 1], for a latent grid (F, h, w).
 
-    The file's frames must be F; h and w are resized bilinearly, as the released inference does. Nothing is run: a
-    file of anything but one tensor or array of floats raises ValueError, as do values outside of [0, 1].
+    The file's frames must be F; h and w are resized bilinearly, as the released inference does.
+    Nothing is run: a file of anything but one tensor or array of floats raises ValueError, as do
+    values outside of [0, 1].
     """
     if not path.is_file():
-        raise FileNotFoundError(f"guide.mask={path} does not exist; it is a file of torch.save, (frames, h, w).")
+        raise FileNotFoundError(
+            f"guide.mask={path} does not exist; it is a file of torch.save, (frames, h, w)."
+        )
     mask = _load(path)
     if mask.ndim != 3 or not mask.numel() or not is_float(mask) or mask.layout != torch.strided:
-        layout = "" if mask.layout == torch.strided else f", {str(mask.layout).removeprefix('torch.')}"
+        layout = (
+            "" if mask.layout == torch.strided else f", {str(mask.layout).removeprefix('torch.')}"
+        )
         raise ValueError(
-            f"{path} is {tuple(mask.shape)} of {mask.dtype}{layout}; a Gaussian mask is (frames, h, w) of floats of 16 "
-            "bits or more, dense and not empty."
+            f"{path} is {tuple(mask.shape)} of {mask.dtype}{layout}; a Gaussian mask is (frames, "
+            "h, w) of floats of 16 bits or more, dense and not empty."
         )
     if len(mask) != grid[0]:
         raise ValueError(
-            f"{path} has {len(mask)} frames, this clip {grid[0]} latent frames. Make a mask of {grid[0]} frames, or a "
-            f"clip of {len(mask)} latent frames."
+            f"{path} has {len(mask)} frames, this clip {grid[0]} latent frames. Make a mask of "
+            f"{grid[0]} frames, or a clip of {len(mask)} latent frames."
         )
     if not (mask.isfinite().all() and mask.min() >= 0 and mask.max() <= 1):
-        raise ValueError(f"{path} is from {mask.min():.3g} to {mask.max():.3g}; a Gaussian mask is in [0, 1].")
-    resized = F.interpolate(mask.float()[:, None], size=tuple(grid[1:]), mode="bilinear", align_corners=False)
+        raise ValueError(
+            f"{path} is from {mask.min():.3g} to {mask.max():.3g}; a Gaussian mask is in [0, 1]."
+        )
+    resized = F.interpolate(
+        mask.float()[:, None], size=tuple(grid[1:]), mode="bilinear", align_corners=False
+    )
     return resized.transpose(0, 1)[None]
 
 
@@ -61,10 +77,18 @@ def _load(path: Path) -> Tensor:
         with torch.serialization.safe_globals([(_Given, name) for name in NUMPY]):
             held = torch.load(path, map_location="cpu", weights_only=True)
         return held if isinstance(held, Tensor) else _array(held)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (
+        pickle.UnpicklingError,
+        RuntimeError,
+        EOFError,
+        ValueError,
+        TypeError,
+        KeyError,
+        AttributeError,
+    ) as error:
         raise ValueError(
-            f"{path} cannot be read as a Gaussian mask: no file of torch.save with one tensor or numpy array. Nothing "
-            "in it was run."
+            f"{path} cannot be read as a Gaussian mask: no file of torch.save with one tensor or "
+            "numpy array. Nothing in it was run."
         ) from error
 
 

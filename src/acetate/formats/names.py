@@ -14,7 +14,9 @@ def original_vae_name(name: str, res_blocks: int = RES_BLOCKS) -> str:
     if match := re.fullmatch(r"encoder\.down_blocks\.(\d+)\.(.+)", name):
         place, part = int(match[1]), match[2]
         list_name = "encoder.downsamples"
-    elif match := re.fullmatch(r"decoder\.up_blocks\.(\d+)\.(resnets|upsamplers)\.(\d+)\.(.+)", name):
+    elif match := re.fullmatch(
+        r"decoder\.up_blocks\.(\d+)\.(resnets|upsamplers)\.(\d+)\.(.+)", name
+    ):
         place, part = int(match[1]) * (res_blocks + 2), match[4]
         place += int(match[3]) if match[2] == "resnets" else res_blocks + 1
         list_name = "decoder.upsamples"
@@ -24,7 +26,8 @@ def original_vae_name(name: str, res_blocks: int = RES_BLOCKS) -> str:
 
 
 def original_dit_name(name: str) -> str:
-    """The inverse of `dit_name`. Raises ValueError for a name that Wan2.1's text-to-video DiT does not have."""
+    """The inverse of `dit_name`. Raises ValueError for a name that Wan2.1's text-to-video DiT does
+    not have."""
     if match := re.fullmatch(r"blocks\.(\d+)\.(.+)", name):
         return f"blocks.{match[1]}.{_known(match[2], DIT_IN_BLOCKS, 'DiT')}"
     return _known(name, DIT_OUTSIDE_BLOCKS, "DiT")
@@ -53,12 +56,14 @@ VAE_IN_BLOCKS = {
 }
 CODERS = ("encoder", "decoder")
 CODER = [
-    *_layers("conv1", "head.2", "middle.1.to_qkv", "middle.1.proj"), "head.0.gamma", "middle.1.norm.gamma",
+    *_layers("conv1", "head.2", "middle.1.to_qkv", "middle.1.proj"), "head.0.gamma",
+    "middle.1.norm.gamma",
     *(f"middle.{place}.{part}" for place, part in product((0, 2), RESIDUAL)),
 ]  # fmt: skip
 VAE_OUTSIDE_BLOCKS = {
     vae_name(original): original
-    for original in [*_layers("conv1", "conv2"), *(f"{coder}.{part}" for coder, part in product(CODERS, CODER))]
+    for original in [*_layers("conv1", "conv2"), *(f"{coder}.{part}" for coder,
+    part in product(CODERS, CODER))]
 }  # fmt: skip
 ATTENTION = [*_layers("q", "k", "v", "o"), "norm_q.weight", "norm_k.weight"]
 DIT_IN_BLOCKS = {
@@ -71,7 +76,8 @@ DIT_IN_BLOCKS = {
 DIT_OUTSIDE_BLOCKS = {
     dit_name(original): original
     for original in [
-        *_layers("patch_embedding", "text_embedding.0", "text_embedding.2", "time_embedding.0", "time_embedding.2",
+        *_layers("patch_embedding", "text_embedding.0", "text_embedding.2", "time_embedding.0",
+        "time_embedding.2",
                  "time_projection.1", "head.head"), "head.modulation",
     ]
 }  # fmt: skip

@@ -12,11 +12,18 @@ from acetate.replacing import write_tensors
 
 
 def wan_pipeline(
-    transformer: WanTransformer3DModel, vae: AutoencoderKLWan, text: TextEncoder, scheduler: UniPCMultistepScheduler
+    transformer: WanTransformer3DModel,
+    vae: AutoencoderKLWan,
+    text: TextEncoder,
+    scheduler: UniPCMultistepScheduler,
 ) -> WanPipeline:
     """`save_pretrained` of it writes the folder that `WanPipeline.from_pretrained` reads."""
     return WanPipeline(
-        tokenizer=text.tokenizer, text_encoder=text.model, vae=vae, scheduler=scheduler, transformer=transformer
+        tokenizer=text.tokenizer,
+        text_encoder=text.model,
+        vae=vae,
+        scheduler=scheduler,
+        transformer=transformer,
     )
 
 
@@ -26,10 +33,13 @@ class PEFTAdapter:
     def __init__(self, transformer: WanTransformer3DModel) -> None:
         self.config = cast(LoraConfig, transformer.peft_config["default"])
         state = get_peft_model_state_dict(transformer, adapter_name="default")
-        self.state: dict[str, Tensor] = {f"base_model.model.{name}": value.cpu() for name, value in state.items()}
+        self.state: dict[str, Tensor] = {
+            f"base_model.model.{name}": value.cpu() for name, value in state.items()
+        }
 
     def save_pretrained(self, folder: Path) -> None:
-        """adapter_config.json and adapter_model.safetensors, for `PeftModel.from_pretrained(transformer, folder)`."""
+        """adapter_config.json and adapter_model.safetensors, for
+        `PeftModel.from_pretrained(transformer, folder)`."""
         self.config.inference_mode = True
         self.config.save_pretrained(str(folder))
         write_tensors(self.state, folder / "adapter_model.safetensors", {"format": "pt"})

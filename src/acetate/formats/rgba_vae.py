@@ -1,4 +1,5 @@
-"""A trained RGBA-VAE from any file that holds one: acetate's adapters, Wan-Alpha's releases, ComfyUI's pair."""
+"""A trained RGBA-VAE from any file that holds one: acetate's adapters, Wan-Alpha's releases,
+ComfyUI's pair."""
 
 import copy
 from collections.abc import Sequence
@@ -16,7 +17,8 @@ from acetate.models.loading import load_vae
 from acetate.models.rgba_vae import RGBAVAE, RGBADecoders
 from acetate.models.weights import SUFFIXES, read_weights
 
-# What the released VAE was trained with; its files do not say. Its inference averages alpha's three channels.
+# What the released VAE was trained with; its files do not say. Its inference averages alpha's three
+# channels.
 RELEASED = {"merge_init": "scratch", "lora_alpha": 1.0, "average_alpha": True, "eps": 0.0}
 CHANNELS = ("rgb", "alpha")  # of ComfyUI's pair, in the names of its files
 
@@ -29,12 +31,13 @@ def load_rgba_vae(
     frozen_dtype: str = "float32",
     checkpointing: bool = False,
 ) -> RGBADecoders:
-    """Base `vae` with `adapters`, frozen: an RGBAVAE, or where the files hold no merge block what only decodes.
+    """Base `vae` with `adapters`, frozen: an RGBAVAE, or where the files hold no merge block what
+    only decodes.
 
-    adapters: a file of experiment=vae_rgba or the newest one below a folder; the released VAE checkpoint (flat, or in a
-    training checkpoint's state_dict); its decoder.bin; or ComfyUI's merged pair, as a folder or as [rgb, alpha].
-    Raises FileNotFoundError without a file, and ValueError for one of another kind, of another base, or that does not
-    fit.
+    adapters: a file of experiment=vae_rgba or the newest one below a folder; the released VAE
+    checkpoint (flat, or in a training checkpoint's state_dict); its decoder.bin; or ComfyUI's
+    merged pair, as a folder or as [rgb, alpha]. Raises FileNotFoundError without a file, and
+    ValueError for one of another kind, of another base, or that does not fit.
     """
     base = load_vae(vae)
     settings: dict[str, Any] = {"checkpointing": checkpointing, "chunk": chunk}
@@ -49,11 +52,17 @@ def load_rgba_vae(
             model = RGBAVAE(vae=base, **{name: facts[name] for name in names}, **settings)
             if model.base_sha256 != facts.get("base_sha256", model.base_sha256):
                 raise ValueError(
-                    f"{path} was trained on another base VAE ({facts['base']}, sha256 {facts['base_sha256'][:12]}) "
-                    f"than {vae} ({model.base_sha256[:12]}). Choose the wan= it was trained with."
+                    f"{path} was trained on another base VAE ({facts['base']}, sha256 "
+                    f"{facts['base_sha256'][:12]}) than {vae} ({model.base_sha256[:12]}). Choose "
+                    "the wan= it was trained with."
                 )
         else:
-            model = RGBADecoders(rgb=base, alpha=copy.deepcopy(base), average_alpha=facts["average_alpha"], **settings)
+            model = RGBADecoders(
+                rgb=base,
+                alpha=copy.deepcopy(base),
+                average_alpha=facts["average_alpha"],
+                **settings,
+            )
             model.adapt(facts["lora_rank"], facts["lora_alpha"])
         load_trainable(model, state, str(path))
     model.cast_frozen(frozen_dtype)
@@ -61,10 +70,14 @@ def load_rgba_vae(
     return model.eval()
 
 
-def read_rgba_vae(source: str, res_blocks: int = 2) -> tuple[Path, dict[str, Tensor], dict[str, Any]]:
-    """Path, trainable tensors in RGBAVAE's names, and what is known of them: merge_init, lora_rank, eps, ...
+def read_rgba_vae(
+    source: str, res_blocks: int = 2
+) -> tuple[Path, dict[str, Tensor], dict[str, Any]]:
+    """Path, trainable tensors in RGBAVAE's names, and what is known of them: merge_init, lora_rank,
+    eps, ...
 
-    res_blocks: of the base VAE's config, on which released names depend. Raises as `load_rgba_vae` does.
+    res_blocks: of the base VAE's config, on which released names depend. Raises as `load_rgba_vae`
+    does.
     """
     path = Path(source).expanduser()
     if path.suffix in SUFFIXES and path.is_file() and not _is_acetate(path):
@@ -72,7 +85,10 @@ def read_rgba_vae(source: str, res_blocks: int = 2) -> tuple[Path, dict[str, Ten
         state = trainable_from_wan_alpha(flat, res_blocks, str(path))
         ranks = [len(value) for name, value in state.items() if name.endswith(".A")]
         if not ranks or min(ranks) < 1:
-            raise ValueError(f"{path}: no lora_A in it, or an empty one; every lora_B needs its own. Fetch it anew.")
+            raise ValueError(
+                f"{path}: no lora_A in it, or an empty one; every lora_B needs its own. Fetch it "
+                "anew."
+            )
         return path, state, RELEASED | {"lora_rank": ranks[0]}
     path, state, facts = read_adapters(source, kind="rgba_vae")
     check_facts(path, "rgba_vae", facts)
@@ -87,19 +103,22 @@ def comfyui_pair(adapters: str | Sequence[str]) -> tuple[Path, Path] | None:
         rgb, alpha = (Path(file).expanduser() for file in adapters)
         return rgb, alpha
     folder = Path(adapters).expanduser()
-    rgb, alpha = (sorted(folder.glob(f"*vae_{channel}_channel*.safetensors")) for channel in CHANNELS)
+    rgb, alpha = (
+        sorted(folder.glob(f"*vae_{channel}_channel*.safetensors")) for channel in CHANNELS
+    )
     if not rgb and not alpha:
         return None
     if (len(rgb), len(alpha)) != (1, 1):
         raise ValueError(
-            f"{folder} holds {len(rgb)} files *vae_rgb_channel* and {len(alpha)} *vae_alpha_channel*; needed: one of "
-            "each. Name them as rgba_vae=[RGB,ALPHA]."
+            f"{folder} holds {len(rgb)} files *vae_rgb_channel* and {len(alpha)} "
+            "*vae_alpha_channel*; needed: one of each. Name them as rgba_vae=[RGB,ALPHA]."
         )
     return rgb[0], alpha[0]
 
 
 def _is_acetate(path: Path) -> bool:
-    """Whether the file says so itself, or is too damaged to say anything, which `read_adapters` reports."""
+    """Whether the file says so itself, or is too damaged to say anything, which `read_adapters`
+    reports."""
     if path.suffix != ".safetensors":
         return False
     try:
@@ -115,7 +134,8 @@ def _like(vae: AutoencoderKLWan, base: AutoencoderKLWan, file: Path) -> Autoenco
     ours, theirs = vae.config, base.config
     if any(ours[name] != theirs[name] for name in ("z_dim", "dim_mult", "temperal_downsample")):
         raise ValueError(
-            f"{file}: latents of another shape than those of {theirs.get('_name_or_path')}. Choose its wan=."
+            f"{file}: latents of another shape than those of {theirs.get('_name_or_path')}. Choose "
+            "its wan=."
         )
     vae.register_to_config(**constants)
     return vae

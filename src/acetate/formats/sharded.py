@@ -1,7 +1,8 @@
-"""A training checkpoint as a folder that all ranks write: shards of its tensors, and one file of all the rest.
+"""A training checkpoint as a folder that all ranks write: shards of its tensors, and one file of
+all the rest.
 
-In memory it is the one of a single file, `state_dict` and `optimizer_states` by name and number of the parameter, so
-that either kind goes on on any number of ranks, sharded or not.
+In memory it is the one of a single file, `state_dict` and `optimizer_states` by name and number of
+the parameter, so that either kind goes on on any number of ranks, sharded or not.
 """
 
 import os
@@ -29,14 +30,16 @@ from acetate.models.sharding import shard_like
 from acetate.models.weights import load_data, reason
 from acetate.replacing import rename_over, unwritten
 
-UNREADABLE = (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, AttributeError, KeyError, IndexError,
+UNREADABLE = (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, AttributeError,
+    KeyError, IndexError,
               TypeError)  # fmt: skip
-Like = Callable[[str], Tensor | None]  # name in the index -> the tensor in whose manner it is sharded
+# name in the index -> the tensor in whose manner it is sharded
+Like = Callable[[str], Tensor | None]
 
 
 def write_sharded(checkpoint: dict[str, Any], folder: Path) -> None:
-    """All ranks call it; the folder has its name when everything is in it, and an older one is there until then
-    (`replacing.standing`).
+    """All ranks call it; the folder has its name when everything is in it, and an older one is
+    there until then (`replacing.standing`).
 
     Raises OSError on all ranks.
     """
@@ -48,9 +51,15 @@ def write_sharded(checkpoint: dict[str, Any], folder: Path) -> None:
         temporary.mkdir(parents=True)
 
     def finish() -> None:
-        shards = {place.relative_path for place in _SafeReader(temporary).read_metadata().storage_data.values()}
+        shards = {
+            place.relative_path
+            for place in _SafeReader(temporary).read_metadata().storage_data.values()
+        }
         if missing := [name for name in sorted(shards) if not (temporary / name).exists()]:
-            raise OSError(f"no {listed(missing)}, which another rank has written: all machines must share the folder")
+            raise OSError(
+                f"no {listed(missing)}, which another rank has written: all machines must share "
+                "the folder"
+            )
         with (temporary / REST).open("wb") as file:
             torch.save(rest, file)
             file.flush()
@@ -81,12 +90,15 @@ def _on_first_rank(action: Callable[[], None]) -> None:
 
 
 def split(checkpoint: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors of the model and its optimizers, named as in the index, and all the rest; `join` puts them together."""
+    """Tensors of the model and its optimizers, named as in the index, and all the rest; `join` puts
+    them together."""
     tensors = {f"state_dict.{name}": value for name, value in checkpoint["state_dict"].items()}
     optimizers = []
     for number, optimizer in enumerate(checkpoint.get("optimizer_states", [])):
         for index, values in optimizer["state"].items():
-            tensors |= {f"optimizer_states.{number}.{index}.{key}": value for key, value in values.items()}
+            tensors |= {
+                f"optimizer_states.{number}.{index}.{key}": value for key, value in values.items()
+            }
         optimizers.append({**optimizer, "state": {}})
     return tensors, {**checkpoint, "state_dict": {}, "optimizer_states": optimizers}
 
@@ -107,13 +119,21 @@ def shard_whole(checkpoint: dict[str, Any], like: Like) -> dict[str, Any]:
     """A checkpoint of whole tensors, of which this rank keeps its shards."""
     tensors, rest = split(checkpoint)
     likes = {name: like(name) for name in tensors}
-    return join({n: v if likes[n] is None else shard_like(v, likes[n]) for n, v in tensors.items()}, rest)
+    return join(
+        {n: v if likes[n] is None else shard_like(v, likes[n]) for n, v in tensors.items()}, rest
+    )
 
 
-def read_sharded(folder: Path, like: Like | None = None, parts: Iterable[str] = ("state_dict", "optimizer_states")):
-    """The checkpoint: whole in this one process, or, where all ranks call it with `like`, in shards as those.
+def read_sharded(
+    folder: Path,
+    like: Like | None = None,
+    parts: Iterable[str] = ("state_dict", "optimizer_states"),
+):
+    """The checkpoint: whole in this one process, or, where all ranks call it with `like`, in shards
+    as those.
 
-    parts: which tensors. Raises ValueError for a folder that cannot be read, or would run code on the way.
+    parts: which tensors. Raises ValueError for a folder that cannot be read, or would run code on
+    the way.
     """
     reader = _SafeReader(folder)
     try:
@@ -127,7 +147,10 @@ def read_sharded(folder: Path, like: Like | None = None, parts: Iterable[str] = 
             raise ValueError(f"{INDEX} names no tensor of a state_dict")
         if holes := [name for name, entry in found.items() if not _covered(entry)]:
             raise ValueError(f"{INDEX} has no shards for all of {listed(holes)}")
-        tensors = {name: _empty(entry, None if like is None else like(name)) for name, entry in found.items()}
+        tensors = {
+            name: _empty(entry, None if like is None else like(name))
+            for name, entry in found.items()
+        }
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is disabled")  # as intended
             dcp.load(tensors, storage_reader=reader, no_dist=like is None)
@@ -137,12 +160,18 @@ def read_sharded(folder: Path, like: Like | None = None, parts: Iterable[str] = 
         ) from error
     rest = load_data(folder / REST)
     if not isinstance(rest, dict):
-        raise ValueError(f"{folder / REST} holds a {type(rest).__name__}, no dict. Give another checkpoint.")
+        raise ValueError(
+            f"{folder / REST} holds a {type(rest).__name__}, no dict. Give another checkpoint."
+        )
     return join(tensors, rest)
 
 
 def _cause(error: Exception) -> object:
-    cause = next(iter(error.failures.values()))[0] if isinstance(error, dcp.CheckpointException) else error
+    cause = (
+        next(iter(error.failures.values()))[0]
+        if isinstance(error, dcp.CheckpointException)
+        else error
+    )
     return f"{type(cause).__name__}: {reason(cause)}" if isinstance(cause, Exception) else cause
 
 
@@ -153,10 +182,13 @@ def _empty(entry: TensorStorageMetadata, like: Tensor | None) -> Tensor:
 
 
 def _covered(entry: TensorStorageMetadata) -> bool:
-    """Whether its shards leave out no number: what they leave out would be whatever was in memory."""
+    """Whether its shards leave out no number: what they leave out would be whatever was in
+    memory."""
     covered = torch.zeros(entry.size, dtype=torch.bool)
     for chunk in entry.chunks:
-        covered[tuple(slice(at, at + size) for at, size in zip(chunk.offsets, chunk.sizes, strict=True))] = True
+        covered[
+            tuple(slice(at, at + size) for at, size in zip(chunk.offsets, chunk.sizes, strict=True))
+        ] = True
     return bool(covered.all())
 
 
@@ -173,13 +205,16 @@ class _SafeReader(FileSystemReader):
 
 
 class _IndexUnpickler(pickle.Unpickler):
-    METADATA = ("Metadata", "TensorStorageMetadata", "TensorProperties", "BytesStorageMetadata", "ChunkStorageMetadata",
+    METADATA = ("Metadata", "TensorStorageMetadata", "TensorProperties", "BytesStorageMetadata",
+        "ChunkStorageMetadata",
                 "MetadataIndex", "StorageMeta", "_MEM_FORMAT_ENCODING")  # fmt: skip
 
     def find_class(self, module: str, name: str) -> Any:
         if module == sharded_metadata.__name__ and name in self.METADATA:
             return getattr(sharded_metadata, name)
-        if module == "torch" and (name == "Size" or isinstance(getattr(torch, name, None), torch.dtype)):
+        if module == "torch" and (
+            name == "Size" or isinstance(getattr(torch, name, None), torch.dtype)
+        ):
             return getattr(torch, name)
         if module.partition(".")[0] == "pathlib" and name in ("PosixPath", "WindowsPath"):
             return pathlib.PurePath
@@ -188,5 +223,7 @@ class _IndexUnpickler(pickle.Unpickler):
             (_StorageInfo.__module__, "_StorageInfo"): _StorageInfo,
         }
         if (module, name) not in known:
-            raise pickle.UnpicklingError(f"{INDEX} names {module}.{name}, which is no part of an index")
+            raise pickle.UnpicklingError(
+                f"{INDEX} names {module}.{name}, which is no part of an index"
+            )
         return known[module, name]

@@ -16,7 +16,8 @@ PREFIX = {"rgba_vae": "vae.", "dit_dora": "transformer."}
 
 
 def read_start(source: str, kind: str) -> tuple[dict[str, Tensor], dict[str, Any], str]:
-    """Tensors named as in a task of this kind (`rgba_vae`, `dit_dora`), what is known of them, and their file.
+    """Tensors named as in a task of this kind (`rgba_vae`, `dit_dora`), what is known of them, and
+    their file.
 
     source: a run or a checkpoint of acetate, an adapter file, or a released Wan-Alpha file. Raises
     FileNotFoundError and ValueError as `read_trained` and `read_rgba_vae` do.
@@ -33,7 +34,10 @@ def read_start(source: str, kind: str) -> tuple[dict[str, Tensor], dict[str, Any
             return _named(state, kind), facts, str(path)
     trained = read_trained(source)
     if trained.kind != kind:
-        raise ValueError(f"init={source} holds a {trained.kind}, this experiment trains a {kind}. Give another one.")
+        raise ValueError(
+            f"init={source} holds a {trained.kind}, this experiment trains a {kind}. Give another "
+            "one."
+        )
     return _named(trained.state, kind), trained.facts, str(trained.path)
 
 

@@ -1,4 +1,5 @@
-"""A run's own checkpoints, as one file or sharded: whole or not there, and read by either kind of run."""
+"""A run's own checkpoints, as one file or sharded: whole or not there, and read by either kind of
+run."""
 
 import os
 from pathlib import Path
@@ -18,9 +19,12 @@ from acetate.replacing import rename_over, unwritten
 
 
 class WholeCheckpointIO(TorchCheckpointIO):
-    """Writes to a temporary sibling, syncs, then renames: a full disk leaves the previous checkpoint as it was."""
+    """Writes to a temporary sibling, syncs, then renames: a full disk leaves the previous
+    checkpoint as it was."""
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None
+    ) -> None:
         """Raises OSError that says how much room there is."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -31,7 +35,10 @@ class WholeCheckpointIO(TorchCheckpointIO):
                 file.flush()
                 os.fsync(file.fileno())
             rename_over(temporary, path)
-        except (OSError, RuntimeError) as error:  # torch's zip writer turns a full disk into a RuntimeError
+        except (
+            OSError,
+            RuntimeError,
+        ) as error:  # torch's zip writer turns a full disk into a RuntimeError
             raise unwritten(path, error) from error
         finally:
             temporary.unlink(missing_ok=True)
@@ -49,7 +56,8 @@ class WholeCheckpointIO(TorchCheckpointIO):
 
 
 class ShardedStrategy(ModelParallelStrategy):
-    """FSDP2 over all ranks. Checkpoints are folders of shards that hold only what the module saves."""
+    """FSDP2 over all ranks. Checkpoints are folders of shards that hold only what the module
+    saves."""
 
     def setup_environment(self) -> None:
         share_data_among_all(self)
@@ -61,7 +69,8 @@ class ShardedStrategy(ModelParallelStrategy):
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         assert self.lightning_module is not None
-        return self.lightning_module.state_dict()  # shards; Lightning's own copies the frozen base to the CPU
+        # shards; Lightning's own copies the frozen base to the CPU
+        return self.lightning_module.state_dict()
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         return Strategy.optimizer_state(self, optimizer)
@@ -69,14 +78,19 @@ class ShardedStrategy(ModelParallelStrategy):
     def load_optimizer_state_dict(self, checkpoint: Any) -> None:
         Strategy.load_optimizer_state_dict(self, checkpoint)
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None
+    ) -> None:
         write_sharded(checkpoint, Path(self.broadcast(filepath)))
 
-    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+    def load_checkpoint(
+        self, checkpoint_path: Any, weights_only: bool | None = None
+    ) -> dict[str, Any]:
         """A folder, or the file of a run without shards."""
         path = Path(self.broadcast(checkpoint_path))
         if is_sharded(path):
-            parts = ("state_dict", "optimizer_states") if self.optimizers else ("state_dict",)  # to train, or validate
+            # to train, or validate
+            parts = ("state_dict", "optimizer_states") if self.optimizers else ("state_dict",)
             return read_sharded(path, self._owners(), parts)
         return shard_whole(read_whole(path), self._owners())
 
@@ -84,7 +98,10 @@ class ShardedStrategy(ModelParallelStrategy):
         """The parameter that a tensor of a checkpoint belongs to, by its name in the index."""
         assert self.lightning_module is not None
         named = dict(self.lightning_module.named_parameters())
-        optimized = [[p for group in optimizer.param_groups for p in group["params"]] for optimizer in self.optimizers]
+        optimized = [
+            [p for group in optimizer.param_groups for p in group["params"]]
+            for optimizer in self.optimizers
+        ]
 
         def owner(name: str) -> Tensor | None:
             part, _, name = name.partition(".")

@@ -11,37 +11,49 @@ from acetate.models.adapters import listed
 from acetate.models.loading import renamed
 
 DECODERS = {"vae_fgr": "decoder_rgb", "vae_pha": "decoder_alpha"}
-LORA_KEY = re.compile(r"(vae_fgr|vae_pha)\.decoder\.(?P<path>.+?)(\.conv3D)?\.lora_(?P<matrix>[AB])(\.\w+)?\.weight")
+LORA_KEY = re.compile(
+    r"(vae_fgr|vae_pha)\.decoder\.(?P<path>.+?)(\.conv3D)?\.lora_(?P<matrix>[AB])(\.\w+)?\.weight"
+)
 DORA_KEY = re.compile(
     r"(diffusion_model\.|pipe\.dit\.)?(?P<layer>.+)\.lora_(?P<part>A|B|magnitude_vector)(\.\w+)?\.weight"
 )
 WRAPPED = re.compile(r"(?P<prefix>(?:\w+\.)*?)vae_(?:fgr|pha)\.decoder\..*\.lora_[AB]\.")
-MODULES = ("vae_fgr.", "vae_pha.", "middle.", "perceptual_loss.", "sobel_edge_loss.", "pipe.")  # of the training module
+# of the training module
+MODULES = ("vae_fgr.", "vae_pha.", "middle.", "perceptual_loss.", "sobel_edge_loss.", "pipe.")
 RESIDUAL_PARTS = {"0": "norm1", "2": "conv1", "3": "norm2", "6": "conv2"}
 MERGE_PARTS = {"conv1": "conv_in", "head.0": "norm_out", "head.2": "conv_out"}
-OUR_LORA_KEY = re.compile(r"(decoder_rgb|decoder_alpha)\.net\.(.+)\.parametrizations\.weight\.0\.([AB])")
+OUR_LORA_KEY = re.compile(
+    r"(decoder_rgb|decoder_alpha)\.net\.(.+)\.parametrizations\.weight\.0\.([AB])"
+)
 
 
 def unwrapped(held: dict[str, Tensor], source: str) -> dict[str, Tensor]:
-    """The VAE's training checkpoint or decoder.bin without the prefix that a wrapper put before all of its names.
+    """The VAE's training checkpoint or decoder.bin without the prefix that a wrapper put before all
+    of its names.
 
-    Raises ValueError for a file without decoder LoRA, for one with two such prefixes, and for tensors of no part of
-    the released training module.
+    Raises ValueError for a file without decoder LoRA, for one with two such prefixes, and for
+    tensors of no part of the released training module.
     """
     found = {match["prefix"] for name in held if (match := WRAPPED.match(name))}
     if len(found) != 1:
         prefixes = f" under {len(found)} prefixes ({listed(sorted(found))})" if found else ""
         wan = "decoder.conv1.weight" in held
-        hint = "It is one whole Wan VAE; of ComfyUI's pair give both: rgba_vae=[RGB,ALPHA]." if wan else "Give another."
+        hint = (
+            "It is one whole Wan VAE; of ComfyUI's pair give both: rgba_vae=[RGB,ALPHA]."
+            if wan
+            else "Give another."
+        )
         raise ValueError(
-            f"{source}: {'several' if found else 'no'} decoder LoRAs{prefixes}; Wan-Alpha's VAE files hold "
-            f"vae_fgr.decoder.*.lora_A and vae_pha's. {hint}"
+            f"{source}: {'several' if found else 'no'} decoder LoRAs{prefixes}; Wan-Alpha's VAE "
+            f"files hold vae_fgr.decoder.*.lora_A and vae_pha's. {hint}"
         )
     (prefix,) = found
-    if foreign := [name for name in held if not name.startswith(tuple(prefix + part for part in MODULES))]:
+    if foreign := [
+        name for name in held if not name.startswith(tuple(prefix + part for part in MODULES))
+    ]:
         raise ValueError(
-            f"{source}: {len(foreign)} not used: {listed(foreign)}. Wan-Alpha's VAE files hold {', '.join(MODULES)} "
-            "and nothing else."
+            f"{source}: {len(foreign)} not used: {listed(foreign)}. Wan-Alpha's VAE files hold "
+            f"{', '.join(MODULES)} and nothing else."
         )
     return {name.removeprefix(prefix): value for name, value in held.items()}
 
@@ -51,23 +63,35 @@ def trainable_from_wan_alpha(
 ) -> dict[str, Tensor]:
     """The released flat training checkpoint -> RGBAVAE's trainable parameters.
 
-    Takes the merge block (`middle.*`) and both decoders' LoRA; frozen tensors in the file are Wan's own and left
-    out. The reference scales LoRA by alpha / rank with alpha 1: build RGBAVAE with lora_alpha=1. res_blocks: of the
-    base VAE's config; source: named by errors. Raises ValueError for LoRA or merge keys that have no place here.
+    Takes the merge block (`middle.*`) and both decoders' LoRA; frozen tensors in the file are Wan's
+    own and left out. The reference scales LoRA by alpha / rank with alpha 1: build RGBAVAE with
+    lora_alpha=1. res_blocks: of the base VAE's config; source: named by errors. Raises ValueError
+    for LoRA or merge keys that have no place here.
     """
     ours = [key for key in flat if key.startswith("middle.") or ".lora_" in key]
     names = _placed(ours, lambda key: _trainable_name(key, res_blocks), source)
     if flattened := [key for key in ours if ".lora_" in key and flat[key].ndim < 2]:
-        raise ValueError(f"{source}: {listed(flattened)}: a LoRA matrix has two dimensions or more. Fetch it anew.")
+        raise ValueError(
+            f"{source}: {listed(flattened)}: a LoRA matrix has two dimensions or more. Fetch it "
+            "anew."
+        )
     # B is 1x1(x1) there
-    return {name: flat[key].flatten(1) if name.endswith(".B") else flat[key] for name, key in names.items()}
+    return {
+        name: flat[key].flatten(1) if name.endswith(".B") else flat[key]
+        for name, key in names.items()
+    }
 
 
-def _placed(keys: Iterable[str], name_of: Callable[[str], str | None], source: str) -> dict[str, str]:
-    """Our name -> theirs. Raises ValueError for all keys without one, and for two keys of one name."""
+def _placed(
+    keys: Iterable[str], name_of: Callable[[str], str | None], source: str
+) -> dict[str, str]:
+    """Our name -> theirs. Raises ValueError for all keys without one, and for two keys of one
+    name."""
     names = {key: name_of(key) for key in keys}
     if foreign := [key for key, name in names.items() if name is None]:
-        raise ValueError(f"{source}: {listed(foreign)}: names that Wan-Alpha does not use for what it trains.")
+        raise ValueError(
+            f"{source}: {listed(foreign)}: names that Wan-Alpha does not use for what it trains."
+        )
     return renamed(names, lambda key: str(names[key]))
 
 
@@ -77,12 +101,17 @@ def _trainable_name(key: str, res_blocks: int) -> str | None:
     match = LORA_KEY.fullmatch(key)
     if match is None:
         return None
-    conv = vae_name(f"decoder.{match['path']}.weight", res_blocks).removeprefix("decoder.").removesuffix(".weight")
+    conv = (
+        vae_name(f"decoder.{match['path']}.weight", res_blocks)
+        .removeprefix("decoder.")
+        .removesuffix(".weight")
+    )
     return f"{DECODERS[match[1]]}.net.{conv}.parametrizations.weight.0.{match['matrix']}"
 
 
 def _merge_name(key: str) -> str | None:
-    """`middle.block.*` -> `merge.*`; residual blocks stand at even places, attention at odd ones."""
+    """`middle.block.*` -> `merge.*`; residual blocks stand at even places, attention at odd
+    ones."""
     place = key.removeprefix("middle.block.")
     for old, new in MERGE_PARTS.items():
         if place.startswith(f"{old}."):
@@ -97,10 +126,11 @@ def _merge_name(key: str) -> str | None:
 def trainable_to_wan_alpha(
     state: dict[str, Tensor], lora_alpha: float, res_blocks: int = RES_BLOCKS
 ) -> dict[str, Tensor]:
-    """RGBAVAE's trainable parameters -> the released flat training checkpoint: `trainable_from_wan_alpha` backwards.
+    """RGBAVAE's trainable parameters -> the released flat training checkpoint:
+    `trainable_from_wan_alpha` backwards.
 
-    lora_alpha: what they were trained with; it goes into B, since every released reader scales by 1 / rank. Raises
-    ValueError for a tensor that has no place there.
+    lora_alpha: what they were trained with; it goes into B, since every released reader scales by 1
+    / rank. Raises ValueError for a tensor that has no place there.
     """
     flat: dict[str, Tensor] = {}
     released = {ours: theirs for theirs, ours in DECODERS.items()}
@@ -114,7 +144,8 @@ def trainable_to_wan_alpha(
         decoder, conv, matrix = match.groups()
         kernel = state[f"{name[:-1]}A"].ndim - 2
         place = original_vae_name(f"decoder.{conv}.weight", res_blocks).removesuffix(".weight")
-        place += ".conv3D" if kernel == 3 else ""  # the released class wraps its causal convolutions
+        # the released class wraps its causal convolutions
+        place += ".conv3D" if kernel == 3 else ""
         if matrix == "B":
             value = (lora_alpha * value).view(*value.shape, *[1] * kernel)
         flat[f"{released[decoder]}.{place}.lora_{matrix}.default.weight"] = value
@@ -136,14 +167,23 @@ def _released_merge_name(name: str) -> str:
 
 
 def decoder_of(flat: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What the released inference reads (decoder.bin) of a flat training checkpoint: the decoders' LoRA."""
-    return {name: value for name, value in flat.items() if name.startswith(tuple(f"{part}." for part in DECODERS))}
+    """What the released inference reads (decoder.bin) of a flat training checkpoint: the decoders'
+    LoRA."""
+    return {
+        name: value
+        for name, value in flat.items()
+        if name.startswith(tuple(f"{part}." for part in DECODERS))
+    }
 
 
-def dora_from_wan_alpha(flat: dict[str, Tensor], source: str = "the DoRA file") -> dict[str, Tensor]:
-    """The released t2v.safetensors -> PEFT's names on the diffusers DiT, for `models.dit.add_dora` with alpha = rank.
+def dora_from_wan_alpha(
+    flat: dict[str, Tensor], source: str = "the DoRA file"
+) -> dict[str, Tensor]:
+    """The released t2v.safetensors -> PEFT's names on the diffusers DiT, for `models.dit.add_dora`
+    with alpha = rank.
 
-    source: named by errors. Raises ValueError for keys that are no DoRA tensors, and for one tensor under two names.
+    source: named by errors. Raises ValueError for keys that are no DoRA tensors, and for one tensor
+    under two names.
     """
     return {name: flat[key] for name, key in _placed(flat, _dora_name, source).items()}
 
@@ -157,10 +197,11 @@ def _dora_name(key: str) -> str | None:
 
 
 def dora_to_wan_alpha(state: dict[str, Tensor], scaling: float) -> dict[str, Tensor]:
-    """PEFT's DoRA on the diffusers DiT -> the released t2v.safetensors, bf16: `dora_from_wan_alpha` backwards.
+    """PEFT's DoRA on the diffusers DiT -> the released t2v.safetensors, bf16: `dora_from_wan_alpha`
+    backwards.
 
-    scaling: alpha / rank; it goes into B, since the released loader has no such factor. Raises ValueError for a
-    tensor that is no DoRA.
+    scaling: alpha / rank; it goes into B, since the released loader has no such factor. Raises
+    ValueError for a tensor that is no DoRA.
     """
     flat: dict[str, Tensor] = {}
     for layer, part, value in dora_parts(state):

@@ -13,10 +13,12 @@ MODES = ("off", "opaque", "bidirectional", "upstream")
 
 
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
-    """Mean of values (B, ...) over a boolean mask; exactly 0, with zero gradient, where the mask is empty.
+    """Mean of values (B, ...) over a boolean mask; exactly 0, with zero gradient, where the mask is
+    empty.
 
-    In training it is that of all ranks, which must call this together, however unevenly the mask falls. Where no
-    gradients are kept, in validation, it is the mean of each clip's own: the same for any batches, on any ranks.
+    In training it is that of all ranks, which must call this together, however unevenly the mask
+    falls. Where no gradients are kept, in validation, it is the mean of each clip's own: the same
+    for any batches, on any ranks.
     """
     if not torch.is_grad_enabled():
         totals, counts = torch.where(mask, values, 0).flatten(1).sum(1), mask.flatten(1).sum(1)
@@ -26,16 +28,19 @@ def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
 
 
 class DiffusionLoss(nn.Module):
-    """weight * |DiT(x_t) - velocity|^2 over regions of the latent grid; gradients reach the latents only.
+    """weight * |DiT(x_t) - velocity|^2 over regions of the latent grid; gradients reach the latents
+    only.
 
-    mode `opaque`: mean over opaque cells. `bidirectional`: that, minus the mean of min(l, margin) over all
-    other cells. `upstream`: clamp(map * w(t) * l, 0, 1).mean() with the released map, whose clamp makes it
-    one-sided. `off`: nothing. latents: the DiT was trained on `normalised` ones; `raw` is the released choice.
-    timestep_weight: multiply l by w(t); `upstream` always does. eps: of the region thresholds.
-    build_judge(mesh=) loads the DiT as a velocity field, where the mode needs one.
+    mode `opaque`: mean over opaque cells. `bidirectional`: that, minus the mean of min(l, margin)
+    over all other cells. `upstream`: clamp(map * w(t) * l, 0, 1).mean() with the released map,
+    whose clamp makes it one-sided. `off`: nothing. latents: the DiT was trained on `normalised`
+    ones; `raw` is the released choice. timestep_weight: multiply l by w(t); `upstream` always does.
+    eps: of the region thresholds. build_judge(mesh=) loads the DiT as a velocity field, where the
+    mode needs one.
     """
 
-    levels = flow.schedule()  # plain tensors, not buffers: a module-wide cast to bf16 must not reach them
+    # plain tensors, not buffers: a module-wide cast to bf16 must not reach them
+    levels = flow.schedule()
 
     def __init__(
         self,
@@ -49,7 +54,10 @@ class DiffusionLoss(nn.Module):
         build_judge: Callable[..., nn.Module],
     ) -> None:
         super().__init__()
-        for name, value, known in (("mode", mode, MODES), ("latents", latents, ("normalised", "raw"))):
+        for name, value, known in (
+            ("mode", mode, MODES),
+            ("latents", latents, ("normalised", "raw")),
+        ):
             if value not in known:
                 raise ValueError(f"loss.diffusion.{name} {value!r}; known: {', '.join(known)}.")
         self.mode, self.weight, self.margin = mode, weight, margin
@@ -68,7 +76,8 @@ class DiffusionLoss(nn.Module):
     ) -> Tensor:
         """Scalar loss.
 
-        latents, noise (B, 16, F, h, w); alpha (B, 1, T, H, W) in [0, 1]; ids (B,) drawn from the levels'.
+        latents, noise (B, 16, F, h, w); alpha (B, 1, T, H, W) in [0, 1]; ids (B,) drawn from the
+        levels'.
         """
         ids = self.levels.seen(ids)
         error = flow.squared_error(latents, noise, self.levels, ids, velocity_field)

@@ -1,4 +1,5 @@
-"""Perceptual terms. All compare two videos (B, 3, T, H, W) in [-1, 1], unclamped; the target needs no gradient.
+"""Perceptual terms. All compare two videos (B, 3, T, H, W) in [-1, 1], unclamped; the target needs
+no gradient.
 
 Each takes `feature_maps`, the frozen Wan encoder's stages, which only EncoderFeatures uses.
 """
@@ -19,12 +20,16 @@ RELU2_2 = 9  # torchvision's vgg16.features[:9] ends with relu2_2
 
 
 class EncoderFeatures(nn.Module):
-    """Mean over the first `stages` stages of |phi(x_hat) - phi(x)|_1, phi the frozen Wan encoder; no download."""
+    """Mean over the first `stages` stages of |phi(x_hat) - phi(x)|_1, phi the frozen Wan encoder;
+    no download."""
 
     def __init__(self, *, stages: int) -> None:
         super().__init__()
         if stages < 1:
-            raise ValueError(f"loss.perceptual.stages={stages}; compare at least 1 stage, or set its weight to 0.")
+            raise ValueError(
+                f"loss.perceptual.stages={stages}; compare at least 1 stage, or set its weight to "
+                "0."
+            )
         self.stages = stages
 
     def forward(self, x_hat: Tensor, x: Tensor, feature_maps: FeatureMaps) -> Tensor:
@@ -37,11 +42,13 @@ class EncoderFeatures(nn.Module):
 class VGGFeatures(nn.Module):
     """Mean squared error of VGG16's relu2_2 (Johnson et al. 2016).
 
-    imagenet_norm False is the released variant. weights: a file of VGG16 weights, else torchvision's cache.
-    pretrained False leaves the network on the meta device, to measure with.
+    imagenet_norm False is the released variant. weights: a file of VGG16 weights, else
+    torchvision's cache. pretrained False leaves the network on the meta device, to measure with.
     """
 
-    def __init__(self, *, imagenet_norm: bool, weights: str | None = None, pretrained: bool = True) -> None:
+    def __init__(
+        self, *, imagenet_norm: bool, weights: str | None = None, pretrained: bool = True
+    ) -> None:
         super().__init__()
         with torch.device("meta"):
             self.features = vgg16(weights=None).features[:RELU2_2]
@@ -72,7 +79,8 @@ class VGGFeatures(nn.Module):
 
 
 class LPIPSFeatures(nn.Module):
-    """LPIPS-VGG 0.1 (Zhang et al. 2018), mean over frames. pretrained False: without numbers, to measure with."""
+    """LPIPS-VGG 0.1 (Zhang et al. 2018), mean over frames. pretrained False: without numbers, to
+    measure with."""
 
     def __init__(self, *, pretrained: bool = True) -> None:
         super().__init__()

@@ -8,10 +8,11 @@ from acetate.losses.terms import l1, sobel_l1
 
 
 class VAELoss(nn.Module):
-    """For alpha, soft and hard render: L = w1 |x_hat - x|_1 + w2 perceptual + w3 |edge(x_hat) - edge(x)|_1.
+    """For alpha, soft and hard render: L = w1 |x_hat - x|_1 + w2 perceptual + w3 |edge(x_hat) -
+    edge(x)|_1.
 
-    The alpha view is the matte as a grey picture in [-1, 1], so that all three share a range. The hard render shows
-    a prediction where the target's alpha is above eps.
+    The alpha view is the matte as a grey picture in [-1, 1], so that all three share a range. The
+    hard render shows a prediction where the target's alpha is above eps.
     """
 
     edge = staticmethod(sobel_l1)
@@ -28,9 +29,14 @@ class VAELoss(nn.Module):
         super().__init__()
         if perceptual is None and perceptual_weight:
             raise ValueError(
-                "loss.perceptual is null but its weight is not 0. Set loss.reconstruction.perceptual_weight=0."
+                "loss.perceptual is null but its weight is not 0. Set "
+                "loss.reconstruction.perceptual_weight=0."
             )
-        self.l1_weight, self.perceptual_weight, self.edge_weight = l1_weight, perceptual_weight, edge_weight
+        self.l1_weight, self.perceptual_weight, self.edge_weight = (
+            l1_weight,
+            perceptual_weight,
+            edge_weight,
+        )
         self.perceptual, self.eps = perceptual, eps
 
     def hard_support(self, alpha_hat: Tensor, alpha: Tensor) -> Tensor:
@@ -38,9 +44,16 @@ class VAELoss(nn.Module):
         return harden(alpha, self.eps)
 
     def views(
-        self, rgb_hat: Tensor, alpha_hat: Tensor, rgb: Tensor, alpha: Tensor, soft: Tensor, hard: Tensor
+        self,
+        rgb_hat: Tensor,
+        alpha_hat: Tensor,
+        rgb: Tensor,
+        alpha: Tensor,
+        soft: Tensor,
+        hard: Tensor,
     ) -> dict[str, tuple[Tensor, Tensor]]:
-        """name -> (prediction, target), each (B, 3, T, H, W); soft and hard are backgrounds (B, 3, 1, 1, 1)."""
+        """name -> (prediction, target), each (B, 3, T, H, W); soft and hard are backgrounds (B, 3,
+        1, 1, 1)."""
         support, support_hat = harden(alpha, self.eps), self.hard_support(alpha_hat, alpha)
         return {
             "alpha": ((alpha_hat * 2 - 1).expand_as(rgb), (alpha * 2 - 1).expand_as(rgb)),
@@ -63,7 +76,9 @@ class VAELoss(nn.Module):
         for name, (x_hat, x) in self.views(rgb_hat, alpha_hat, rgb, alpha, soft, hard).items():
             parts[f"{name}/l1"] = self.l1_weight * l1(x_hat, x)
             if self.perceptual is not None and self.perceptual_weight:
-                parts[f"{name}/perceptual"] = self.perceptual_weight * self.perceptual(x_hat, x, feature_maps)
+                parts[f"{name}/perceptual"] = self.perceptual_weight * self.perceptual(
+                    x_hat, x, feature_maps
+                )
             if self.edge_weight:
                 parts[f"{name}/edge"] = self.edge_weight * self.edge(x_hat, x)
         return sum(parts.values()), parts  # type: ignore[return-value]

@@ -1,4 +1,5 @@
-"""APNG, composed from its chunks: what PIL's blending (12.0, 13.0) leaves of soft alpha over anything is wrong.
+"""APNG, composed from its chunks: what PIL's blending (12.0, 13.0) leaves of soft alpha over
+anything is wrong.
 
 It mixes alpha like a colour, so that 128 over nothing becomes 64; and it cuts 16 bits down to 8.
 """
@@ -18,7 +19,8 @@ Unit = NDArray[np.float32]
 
 
 class Control(NamedTuple):
-    """A frame's fcTL chunk (PNG specification, third edition, 11.3.6.2), behind its sequence number."""
+    """A frame's fcTL chunk (PNG specification, third edition, 11.3.6.2), behind its sequence
+    number."""
 
     width: int
     height: int
@@ -35,14 +37,17 @@ class Control(NamedTuple):
 
 
 def chunks(data: bytes) -> Iterator[tuple[bytes, bytes]]:
-    """Kind and contents, in order. ValueError where a checksum is wrong or the file is cut off before IEND."""
+    """Kind and contents, in order. ValueError where a checksum is wrong or the file is cut off
+    before IEND."""
     at, kind = len(SIGNATURE), b""
     while kind != b"IEND":
         if at + 12 > len(data):
             raise ValueError("the file is cut off")
         (length,) = struct.unpack_from(">I", data, at)
         kind, contents = data[at + 4 : at + 8], data[at + 8 : at + 8 + length]
-        if data[at + 8 + length : at + 12 + length] != struct.pack(">I", zlib.crc32(kind + contents)):
+        if data[at + 8 + length : at + 12 + length] != struct.pack(
+            ">I", zlib.crc32(kind + contents)
+        ):
             raise ValueError(f"the checksum of chunk {kind!r} is wrong")
         yield kind, contents
         at += 12 + length
@@ -51,7 +56,8 @@ def chunks(data: bytes) -> Iterator[tuple[bytes, bytes]]:
 def composed(data: bytes, decode: Callable[[bytes], Unit]) -> Iterator[tuple[Unit, float]]:
     """What an APNG shows, (H, W, 4) in [0, 1], and for how many milliseconds.
 
-    decode: a PNG file as (h, w, 4). ValueError for damage and for a frame that does not lie inside of the picture.
+    decode: a PNG file as (h, w, 4). ValueError for damage and for a frame that does not lie inside
+    of the picture.
     """
     header = next(contents for kind, contents in chunks(data) if kind == b"IHDR")
     width, height = struct.unpack_from(">II", header)
@@ -59,7 +65,9 @@ def composed(data: bytes, decode: Callable[[bytes], Unit]) -> Iterator[tuple[Uni
     for control, file in _frames(data, header):
         x, y = control.x, control.y
         if x + control.width > width or y + control.height > height:
-            raise ValueError(f"a frame of {control.width}x{control.height} at {x}, {y} in {width}x{height}")
+            raise ValueError(
+                f"a frame of {control.width}x{control.height} at {x}, {y} in {width}x{height}"
+            )
         before = canvas.copy()
         region = canvas[y : y + control.height, x : x + control.width]
         picture = decode(file)
@@ -72,7 +80,8 @@ def composed(data: bytes, decode: Callable[[bytes], Unit]) -> Iterator[tuple[Uni
 
 
 def _frames(data: bytes, header: bytes) -> Iterator[tuple[Control, bytes]]:
-    """Each as a PNG file of its own. The default image is one of them only if it has a control chunk before it."""
+    """Each as a PNG file of its own. The default image is one of them only if it has a control
+    chunk before it."""
     shared: list[tuple[bytes, bytes]] = []  # palette and its transparency
     control: Control | None = None
     body = b""
@@ -80,8 +89,13 @@ def _frames(data: bytes, header: bytes) -> Iterator[tuple[Control, bytes]]:
         if kind in (b"fcTL", b"IEND"):
             if control is not None and body:
                 size = struct.pack(">II", control.width, control.height)
-                yield control, _file([(b"IHDR", size + header[8:]), *shared, (b"IDAT", body), (b"IEND", b"")])
-            control = Control(*struct.unpack_from(">4I2H2B", contents, 4)) if kind == b"fcTL" else None
+                yield (
+                    control,
+                    _file([(b"IHDR", size + header[8:]), *shared, (b"IDAT", body), (b"IEND", b"")]),
+                )
+            control = (
+                Control(*struct.unpack_from(">4I2H2B", contents, 4)) if kind == b"fcTL" else None
+            )
             body = b""
         elif kind in (b"IDAT", b"fdAT"):
             body += contents if kind == b"IDAT" else contents[4:]
@@ -91,7 +105,10 @@ def _frames(data: bytes, header: bytes) -> Iterator[tuple[Control, bytes]]:
 
 def _file(parts: list[tuple[bytes, bytes]]) -> bytes:
     return SIGNATURE + b"".join(
-        struct.pack(">I", len(contents)) + kind + contents + struct.pack(">I", zlib.crc32(kind + contents))
+        struct.pack(">I", len(contents))
+        + kind
+        + contents
+        + struct.pack(">I", zlib.crc32(kind + contents))
         for kind, contents in parts
     )
 

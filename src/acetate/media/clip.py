@@ -16,19 +16,22 @@ Rect = tuple[int, int, int, int]  # x, y, width, height in pixels
 
 # Every way in which FFmpeg and PIL report a damaged file.
 DECODER_ERRORS = (
-    FFmpegError, OSError, SyntaxError, ValueError, TypeError, ArithmeticError, IndexError, KeyError, AttributeError,
+    FFmpegError, OSError, SyntaxError, ValueError, TypeError, ArithmeticError, IndexError, KeyError,
+    AttributeError,
     EOFError, StopIteration, RuntimeError, NotImplementedError, Image.DecompressionBombError,
     struct.error, zlib.error,
 )  # fmt: skip
 
 
 class MediaError(ValueError):
-    """A file that cannot be read as RGBA; the text names the file, what is wrong and the way out."""
+    """A file that cannot be read as RGBA; the text names the file, what is wrong and the way
+    out."""
 
 
 @dataclass(frozen=True)
 class RGBAClip:
-    """frames: uint8 (T, H, W, 4). fps: None for stills and sequences. premultiplied: None if not defined.
+    """frames: uint8 (T, H, W, 4). fps: None for stills and sequences. premultiplied: None if not
+    defined.
 
     notes: what was done to the file's pictures on the way, in words.
     """
@@ -70,17 +73,22 @@ class Limits:
             raise MediaError(f"{size}; the file is empty or damaged")
         if width * height > self.max_pixels:
             raise MediaError(
-                f"{size}; a picture has at most max_pixels={self.max_pixels}. Scale it or raise max_pixels"
+                f"{size}; a picture has at most max_pixels={self.max_pixels}. Scale it or raise "
+                "max_pixels"
             )
         if frames > self.max_frames:
-            raise MediaError(f"{size}; a clip has at most max_frames={self.max_frames}. Cut it or raise max_frames")
+            raise MediaError(
+                f"{size}; a clip has at most max_frames={self.max_frames}. Cut it or raise "
+                "max_frames"
+            )
 
     def check_memory(self, name: object, frames: int, bytes_per_frame: int) -> None:
         """MediaError if what is kept of the decoded frames is more."""
         if frames * bytes_per_frame > self.max_bytes:
             raise MediaError(
-                f"{name}: {frames} frames are {frames * bytes_per_frame / 2**30:.1f} GiB decoded; the limit is "
-                f"{self.max_bytes / 2**30:.1f} GiB. Cut or scale it, or allow more memory"
+                f"{name}: {frames} frames are {frames * bytes_per_frame / 2**30:.1f} GiB decoded; "
+                f"the limit is {self.max_bytes / 2**30:.1f} GiB. Cut or scale it, or allow more "
+                "memory"
             )
 
 
@@ -88,7 +96,8 @@ LIMITS = Limits()
 
 
 def joined(name: object, frames: Iterable[Frames], expected: int) -> Frames:
-    """The frames as one array, (T, ...), which is filled as they come, so that the clip is not held twice.
+    """The frames as one array, (T, ...), which is filled as they come, so that the clip is not held
+    twice.
 
     expected: how many there probably are. MediaError if there is none, or if their sizes differ.
     """
@@ -97,7 +106,9 @@ def joined(name: object, frames: Iterable[Frames], expected: int) -> Frames:
         if count == 0:
             whole = np.empty((max(expected, 1), *frame.shape), np.uint8)
         if frame.shape != whole.shape[1:]:
-            raise MediaError(f"{name}: the size changes between frames; split the file where it does")
+            raise MediaError(
+                f"{name}: the size changes between frames; split the file where it does"
+            )
         if count == len(whole):
             whole = np.concatenate((whole, np.empty((1 + count // 2, *frame.shape), np.uint8)))
         whole[count] = frame
@@ -122,6 +133,8 @@ def decoding(name: object) -> Iterator[None]:
     except FileNotFoundError as error:
         raise MediaError(f"{name}: no such file") from error
     except MemoryError as error:
-        raise MediaError(f"{name}: does not fit into memory; cut or scale it, or allow more memory") from error
+        raise MediaError(
+            f"{name}: does not fit into memory; cut or scale it, or allow more memory"
+        ) from error
     except DECODER_ERRORS as error:
         raise MediaError(f"{name}: cannot be decoded ({type(error).__name__}: {error})") from error

@@ -6,14 +6,17 @@ from acetate.media.clip import MediaError
 
 
 def exr_size(head: bytes) -> tuple[int, int, set[str]]:
-    """Width and height of the display window, and the channels' names. MediaError if it is none that we read.
+    """Width and height of the display window, and the channels' names. MediaError if it is none
+    that we read.
 
     Layout: magic, version, then attributes of name, type, length and value, until an empty name
     (openexr.com, "OpenEXR File Layout").
     """
     (version,) = struct.unpack_from("<I", head, 4)
     if version & 0x1800:
-        raise MediaError("an OpenEXR file with several parts or deep pixels; save one flat RGBA picture")
+        raise MediaError(
+            "an OpenEXR file with several parts or deep pixels; save one flat RGBA picture"
+        )
     size, channels, at = None, set[str](), 8
     while at < len(head) and head[at]:
         name, at = _text(head, at)

@@ -1,7 +1,8 @@
-"""HEVC with alpha, as Apple writes it: a second layer in the same stream, which FFmpeg's decoder skips in silence.
+"""HEVC with alpha, as Apple writes it: a second layer in the same stream, which FFmpeg's decoder
+skips in silence.
 
-The alpha layer depends on no other (Apple, "HEVC Video with Alpha Interoperability Profile"), so that its NAL units,
-once they say layer 0, are an HEVC stream of their own, whose luma is alpha.
+The alpha layer depends on no other (Apple, "HEVC Video with Alpha Interoperability Profile"), so
+that its NAL units, once they say layer 0, are an HEVC stream of their own, whose luma is alpha.
 """
 
 from collections.abc import Iterator
@@ -16,12 +17,15 @@ PARAMETER_SETS = (32, 33, 34)  # video, sequence and picture
 SEI = 39
 ALPHA_CHANNEL_INFORMATION = 165
 START = b"\0\0\0\1"
-PLANES = {"yuv420p": ("yuva420p", 8), "yuvj420p": ("yuva420p", 8), "yuv420p10le": ("yuva420p10le", 10),
-          "yuv422p": ("yuva422p", 8), "yuv444p": ("yuva444p", 8), "yuv444p10le": ("yuva444p10le", 10)}  # fmt: skip
+PLANES = {"yuv420p": ("yuva420p", 8), "yuvj420p": ("yuva420p", 8), "yuv420p10le": ("yuva420p10le",
+    10),
+          "yuv422p": ("yuva422p", 8), "yuv444p": ("yuva444p", 8), "yuv444p10le": ("yuva444p10le",
+          10)}  # fmt: skip
 
 
 class AlphaLayer:
-    """The alpha of one HEVC stream. premultiplied: what its SEI message claims; None if it says nothing."""
+    """The alpha of one HEVC stream. premultiplied: what its SEI message claims; None if it says
+    nothing."""
 
     def __init__(self, sets: list[bytes], length_size: int, premultiplied: bool | None):
         self.sets, self.length_size, self.premultiplied = sets, length_size, premultiplied
@@ -40,9 +44,13 @@ class AlphaLayer:
             return None
         sets = [*_hvcc(bytes(extra), 22), *_lhvc(path)]
         sei = [unit for unit in (*sets, *units) if _type(unit) == SEI]
-        return cls([s for s in sets if _type(s) in PARAMETER_SETS], length_size, _premultiplied(sei))
+        return cls(
+            [s for s in sets if _type(s) in PARAMETER_SETS], length_size, _premultiplied(sei)
+        )
 
-    def frames(self, container: av.container.InputContainer, stream: av.VideoStream) -> Iterator[av.VideoFrame]:
+    def frames(
+        self, container: av.container.InputContainer, stream: av.VideoStream
+    ) -> Iterator[av.VideoFrame]:
         """Colour with its alpha as one more plane."""
         alpha_decoder = cast(av.VideoCodecContext, av.CodecContext.create("hevc", "r"))
         alpha_decoder.thread_count = 1
@@ -50,7 +58,11 @@ class AlphaLayer:
         colours: list[av.VideoFrame] = []
         alphas: list[av.VideoFrame] = []
         for packet in container.demux(stream):
-            units = [START + _as_base(u) for u in _units(bytes(packet), self.length_size) if _layer(u) == 1]
+            units = [
+                START + _as_base(u)
+                for u in _units(bytes(packet), self.length_size)
+                if _layer(u) == 1
+            ]
             if units:
                 mine = av.Packet(head + b"".join(units))
                 mine.pts, mine.dts, mine.time_base = packet.pts, packet.dts, packet.time_base
@@ -62,18 +74,29 @@ class AlphaLayer:
             while colours and alphas:
                 yield with_alpha(colours.pop(0), alphas.pop(0))
         if colours or alphas:
-            raise ValueError(f"{len(colours)} pictures too many in one of its layers, colour and alpha")
+            raise ValueError(
+                f"{len(colours)} pictures too many in one of its layers, colour and alpha"
+            )
 
     def _alpha_sets(self) -> list[bytes]:
         """Layer 1's, and layer 0's video parameter set."""
-        return [s for s in self.sets if _layer(s) == 1 or (_type(s) == PARAMETER_SETS[0] and _layer(s) == 0)]
+        return [
+            s
+            for s in self.sets
+            if _layer(s) == 1 or (_type(s) == PARAMETER_SETS[0] and _layer(s) == 0)
+        ]
 
 
 def with_alpha(colour: av.VideoFrame, alpha: av.VideoFrame) -> av.VideoFrame:
     """A frame with the colour's planes and the luma of `alpha`, in full range, as the fourth."""
-    if colour.format.name not in PLANES or (colour.width, colour.height) != (alpha.width, alpha.height):
-        raise ValueError(f"colour is {colour.width}x{colour.height} {colour.format.name}, alpha {alpha.width}x"
-                         f"{alpha.height}; layers have one size, 4:2:0 or 4:4:4, and 8 or 10 bits")  # fmt: skip
+    if colour.format.name not in PLANES or (colour.width, colour.height) != (
+        alpha.width,
+        alpha.height,
+    ):
+        raise ValueError(
+            f"colour is {colour.width}x{colour.height} {colour.format.name}, alpha "
+            f"{alpha.width}x{alpha.height}; layers have one size, 4:2:0 or 4:4:4, and 8 or 10 bits"
+        )
     pixels, bits = PLANES[colour.format.name]
     frame = av.VideoFrame(colour.width, colour.height, pixels)
     for theirs, mine in zip(colour.planes, frame.planes, strict=False):
@@ -95,7 +118,8 @@ def _rows(plane: av.video.plane.VideoPlane, bits: int) -> np.ndarray:
 
 
 def _units(data: bytes, length_size: int) -> Iterator[bytes]:
-    """NAL units, each behind its length; what a damaged length cuts off is left to the decoder to miss."""
+    """NAL units, each behind its length; what a damaged length cuts off is left to the decoder to
+    miss."""
     at = 0
     while at + length_size < len(data):
         length = int.from_bytes(data[at : at + length_size], "big")
@@ -118,7 +142,8 @@ def _as_base(unit: bytes) -> bytes:
 
 
 def _hvcc(record: bytes, at: int) -> list[bytes]:
-    """The NAL units of a decoder configuration record whose number of arrays stands at `at` (ISO 14496-15, 8.3.3)."""
+    """The NAL units of a decoder configuration record whose number of arrays stands at `at` (ISO
+    14496-15, 8.3.3)."""
     units, arrays, at = [], record[at], at + 1
     for _ in range(arrays):
         count, at = int.from_bytes(record[at + 1 : at + 3], "big"), at + 3
@@ -130,14 +155,16 @@ def _hvcc(record: bytes, at: int) -> list[bytes]:
 
 
 def _lhvc(path: Path) -> list[bytes]:
-    """Of the further layers: a box beside hvcC (ISO 14496-15, 9.6.3), which FFmpeg does not hand out."""
+    """Of the further layers: a box beside hvcC (ISO 14496-15, 9.6.3), which FFmpeg does not hand
+    out."""
     data = path.read_bytes()
     at = data.find(b"lhvC")
     return _hvcc(data[at + 4 : at + int.from_bytes(data[at - 4 : at], "big")], 5) if at > 4 else []
 
 
 def _premultiplied(sei: list[bytes]) -> bool | None:
-    """alpha_channel_use_idc, ITU-T H.265 F.14.3.8: 0: colour is to be multiplied by alpha; 1: it has been."""
+    """alpha_channel_use_idc, ITU-T H.265 F.14.3.8: 0: colour is to be multiplied by alpha; 1: it
+    has been."""
     for unit in sei:
         if len(unit) > 4 and unit[2] == ALPHA_CHANNEL_INFORMATION and not unit[4] & 0x80:
             return {0: False, 1: True}.get(unit[4] >> 4 & 7)

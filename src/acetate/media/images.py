@@ -24,17 +24,47 @@ from PIL.TiffImagePlugin import (
 )
 
 from acetate.media.apng import SIGNATURE, chunks, composed
-from acetate.media.clip import LIMITS, Description, Frames, Limits, MediaError, RGBAClip, decoding, joined, to_uint8
+from acetate.media.clip import (
+    LIMITS,
+    Description,
+    Frames,
+    Limits,
+    MediaError,
+    RGBAClip,
+    decoding,
+    joined,
+    to_uint8,
+)
 from acetate.media.exr_header import exr_size
 from acetate.media.frame_times import Rate, constant_rate, delays_as_shown
 
-IMAGES = (".png", ".apng", ".webp", ".gif", ".avif", ".avifs", ".tif", ".tiff", ".exr", ".tga", ".bmp")
+IMAGES = (
+    ".png",
+    ".apng",
+    ".webp",
+    ".gif",
+    ".avif",
+    ".avifs",
+    ".tif",
+    ".tiff",
+    ".exr",
+    ".tga",
+    ".bmp",
+)
 OPAQUE_IMAGES = (".jpg", ".jpeg")  # good for either half of a pair
 # By content, whatever the suffix says; without the formats for which PIL starts other programs.
 FORMATS = ("PNG", "WEBP", "GIF", "AVIF", "TIFF", "JPEG", "TGA", "BMP")
 NO_ALPHA = "save it as RGBA, or give a matte as NAME_fgr + NAME_pha"
 # EXIF orientation -> counterclockwise quarter turns, after a mirror image where it says so.
-TURNS = {2: (0, True), 3: (2, False), 4: (2, True), 5: (1, True), 6: (3, False), 7: (3, True), 8: (1, False)}
+TURNS = {
+    2: (0, True),
+    3: (2, False),
+    4: (2, True),
+    5: (1, True),
+    6: (3, False),
+    7: (3, True),
+    8: (1, False),
+}
 ROUNDED = "16 bits rounded to 8"
 UNPREMULTIPLIED_FLOOR = 1e-6  # alpha below it carries no colour
 Unit = NDArray[np.float32]
@@ -42,7 +72,8 @@ Pixels = TypeVar("Pixels", Frames, Unit)
 
 
 class Deep(NamedTuple):
-    """A still of more than 8 bits a channel, from its header. decoder: FFmpeg's; it keeps them all, PIL does not."""
+    """A still of more than 8 bits a channel, from its header. decoder: FFmpeg's; it keeps them all,
+    PIL does not."""
 
     decoder: str
     bits: int  # 16: integers; 32: floating point, of 16 or 32 bits
@@ -56,10 +87,10 @@ class Deep(NamedTuple):
 def read_image(path: Path, limits: Limits = LIMITS) -> RGBAClip:
     """Animations are composed (partial frames, dispose, blend) and come out at a constant rate.
 
-    PNG, WebP, GIF and AVIF are straight by definition. TIFF says so itself (ExtraSamples). OpenEXR is premultiplied
-    and linear by definition: colour is divided by alpha, cut off at 1 and encoded as sRGB; light without alpha (a glow
-    that adds) has no straight colour and is lost. Floating-point TIFF is taken as linear too. More than 8 bits are
-    rounded. Raises MediaError.
+    PNG, WebP, GIF and AVIF are straight by definition. TIFF says so itself (ExtraSamples). OpenEXR
+    is premultiplied and linear by definition: colour is divided by alpha, cut off at 1 and encoded
+    as sRGB; light without alpha (a glow that adds) has no straight colour and is lost.
+    Floating-point TIFF is taken as linear too. More than 8 bits are rounded. Raises MediaError.
     """
     with decoding(path):
         deep = deep_header(path)
@@ -87,11 +118,14 @@ def read_image(path: Path, limits: Limits = LIMITS) -> RGBAClip:
                     image.seek(i)
                     rgba = np.asarray(image.convert("RGBA"))
                     yield rgba if count > 1 else _upright(rgba, _orientation(image))
-                    delays.append(float(image.info.get("duration") or 0))  # of WebP known once the frame is decoded
+                    # of WebP known once the frame is decoded
+                    delays.append(float(image.info.get("duration") or 0))
 
             clip = joined(path, shown(), count)
             if len(clip) < count:
-                raise MediaError(f"{path}: announces {count} frames and holds {len(clip)}; the file is cut off")
+                raise MediaError(
+                    f"{path}: announces {count} frames and holds {len(clip)}; the file is cut off"
+                )
             lossy, is_gif = _lossy(path, image), image.format == "GIF"
         if is_gif and clip[..., 3].min() == 255:
             raise MediaError(f"{path}: no pixel of any frame is transparent; {NO_ALPHA}")
@@ -122,7 +156,8 @@ def describe_image(path: Path, limits: Limits = LIMITS) -> Description:
 
 
 def image_size(path: Path) -> tuple[int, int]:
-    """Width and height from the header; nothing is decoded. MediaError for what is not one still."""
+    """Width and height from the header; nothing is decoded. MediaError for what is not one
+    still."""
     with decoding(path):
         deep = deep_header(path)
         if deep is not None:
@@ -152,7 +187,9 @@ def image_halves(path: Path, limits: Limits = LIMITS) -> tuple[Frames, Frames]:
 def encode_srgb(linear: Unit) -> Unit:
     """IEC 61966-2-1, [0, 1] to [0, 1]."""
     linear = linear.clip(0, 1)
-    return np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055).astype(np.float32)
+    return np.where(
+        linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055
+    ).astype(np.float32)
 
 
 def deep_header(path: Path) -> Deep | None:
@@ -164,7 +201,9 @@ def deep_header(path: Path) -> Deep | None:
         return _deep("exr", 32, (width, height), "A" in channels, True, 1)
     if _sixteen_bits(path) and b"acTL" not in head[: head.find(b"IDAT")]:
         width, height, colour_type = struct.unpack(">II", head[16:24]) + (head[25],)
-        exif = next((contents for kind, contents in chunks(path.read_bytes()) if kind == b"eXIf"), b"")
+        exif = next(
+            (contents for kind, contents in chunks(path.read_bytes()) if kind == b"eXIf"), b""
+        )
         alpha = colour_type >= 4 or b"tRNS" in head[: head.find(b"IDAT")]
         return _deep("png", 16, (width, height), alpha, False, _in_exif(exif))
     if head[:4] in (b"II*\0", b"MM\0*"):
@@ -173,7 +212,8 @@ def deep_header(path: Path) -> Deep | None:
 
 
 def _deep_tiff(path: Path) -> Deep | None:
-    """ExtraSamples 1 is associated (premultiplied) alpha, 2 unassociated (straight); 0 could be anything."""
+    """ExtraSamples 1 is associated (premultiplied) alpha, 2 unassociated (straight); 0 could be
+    anything."""
     with open(path, "rb") as file:
         tags = ImageFileDirectory_v2(file.read(8))
         file.seek(tags.next)
@@ -182,12 +222,18 @@ def _deep_tiff(path: Path) -> Deep | None:
     if bits <= 8:
         return None
     if bits not in (16, 32) or (bits == 32) != (3 in tags.get(SAMPLEFORMAT, ())):
-        raise MediaError(f"{path}: {bits}-bit samples; TIFF is read with 8 or 16 bits or 32-bit floats")
+        raise MediaError(
+            f"{path}: {bits}-bit samples; TIFF is read with 8 or 16 bits or 32-bit floats"
+        )
     size = tags[IMAGEWIDTH], tags[IMAGELENGTH]
-    return _deep("tiff", bits, size, 1 in extra or 2 in extra, 1 in extra, tags.get(Base.Orientation, 1))
+    return _deep(
+        "tiff", bits, size, 1 in extra or 2 in extra, 1 in extra, tags.get(Base.Orientation, 1)
+    )
 
 
-def _deep(decoder: str, bits: int, size: tuple[int, int], alpha: bool, associated: bool, orientation: int) -> Deep:
+def _deep(
+    decoder: str, bits: int, size: tuple[int, int], alpha: bool, associated: bool, orientation: int
+) -> Deep:
     """size: width and height as stored."""
     width, height = size[::-1] if orientation > 4 else size
     return Deep(decoder, bits, width, height, alpha, associated, orientation)
@@ -203,11 +249,17 @@ def _sixteen_bits(path: Path) -> bool:
 def _read_deep(path: Path, deep: Deep) -> tuple[Frames, str]:
     """One frame (H, W, 4), straight sRGB; and what was done."""
     if not deep.alpha:
-        what = "no channel that ExtraSamples calls alpha" if deep.decoder == "tiff" else "no alpha channel"
+        what = (
+            "no channel that ExtraSamples calls alpha"
+            if deep.decoder == "tiff"
+            else "no alpha channel"
+        )
         raise MediaError(f"{path}: {what}; {NO_ALPHA}")
     pixels = _decoded(path, deep.decoder, path.read_bytes(), deep.orientation)
     if pixels.shape[-1] != 4:
-        raise MediaError(f"{path}: FFmpeg's {deep.decoder} decoder drops its alpha; save it as 8-bit RGBA")
+        raise MediaError(
+            f"{path}: FFmpeg's {deep.decoder} decoder drops its alpha; save it as 8-bit RGBA"
+        )
     colour, alpha = pixels[..., :3], pixels[..., 3:]
     if deep.associated:
         visible = alpha > UNPREMULTIPLIED_FLOOR
@@ -215,7 +267,9 @@ def _read_deep(path: Path, deep: Deep) -> tuple[Frames, str]:
     if deep.bits == 32:
         colour = encode_srgb(colour)
     note = "linear light encoded as 8-bit sRGB" if deep.bits == 32 else ROUNDED
-    return to_uint8(np.concatenate((colour, alpha), axis=-1)), note + ", divided by alpha" * deep.associated
+    return to_uint8(
+        np.concatenate((colour, alpha), axis=-1)
+    ), note + ", divided by alpha" * deep.associated
 
 
 def _decoded(path: Path, decoder: str, data: bytes, orientation: int = 1) -> Unit:
@@ -223,7 +277,10 @@ def _decoded(path: Path, decoder: str, data: bytes, orientation: int = 1) -> Uni
     context = cast(av.VideoCodecContext, av.CodecContext.create(decoder, "r"))
     frames = context.decode(av.Packet(data)) + context.decode(None)
     if not frames:
-        raise MediaError(f"{path}: no frame could be decoded; the file is damaged or compressed in an unknown way")
+        raise MediaError(
+            f"{path}: no frame could be decoded; the file is damaged or compressed in an unknown "
+            "way"
+        )
     return _upright(_deep_pixels(path, frames[0]), orientation)
 
 
@@ -238,7 +295,9 @@ def _deep_pixels(path: Path, frame: av.VideoFrame) -> Unit:
     order = ">" if name.endswith("be") else "<"
     kind, top = ("f4", 1) if "f32" in name else ("f2", 1) if "f16" in name else ("u2", 65535)
     if name.startswith("gbr"):  # planar: green, blue, red, alpha
-        planes = [_rows(plane, order + kind, frame.height)[:, : frame.width] for plane in frame.planes]
+        planes = [
+            _rows(plane, order + kind, frame.height)[:, : frame.width] for plane in frame.planes
+        ]
         pixels = np.stack([planes[i] for i in (2, 0, 1, 3)[: len(planes)]], axis=-1)
     else:
         names = {"rgba": 4, "rgb": 3, "ya": 2, "gray": 1}
@@ -259,7 +318,8 @@ def _rows(plane: VideoPlane, dtype: str, height: int) -> NDArray[np.generic]:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[Image.Image]:
-    """Not by its path: PIL would map an uncompressed TIFF into memory, and turn that wrongly (13.0)."""
+    """Not by its path: PIL would map an uncompressed TIFF into memory, and turn that wrongly
+    (13.0)."""
     with open(path, "rb") as file, Image.open(file, formats=FORMATS) as image:
         yield image
 
@@ -282,7 +342,8 @@ def _upright(pixels: Pixels, orientation: int) -> Pixels:
 
 
 def _animation(image: Image.Image) -> tuple[int, int]:
-    """First frame and number of frames; the default image of some APNG is not part of it, nor are pages of a TIFF."""
+    """First frame and number of frames; the default image of some APNG is not part of it, nor are
+    pages of a TIFF."""
     first = int(getattr(image, "default_image", False))
     return first, 1 if image.format == "TIFF" else getattr(image, "n_frames", 1) - first
 

@@ -1,7 +1,9 @@
-"""Colour and alpha side by side in one opaque video: where they are, found from the pictures themselves.
+"""Colour and alpha side by side in one opaque video: where they are, found from the pictures
+themselves.
 
-Alpha has the outlines of the colour, at the same or at half the size, somewhere else in the picture. So the picture's
-edges, correlated with themselves, peak at the distance of the two; which is alpha shows in its greyness.
+Alpha has the outlines of the colour, at the same or at half the size, somewhere else in the
+picture. So the picture's edges, correlated with themselves, peak at the distance of the two; which
+is alpha shows in its greyness.
 """
 
 from collections.abc import Iterator
@@ -19,7 +21,8 @@ SEARCH_SIDE = 768  # the peak is looked for in pictures no larger than this, and
 REFINED_ON = 2  # pictures, those with the most to see
 PEAKS = 4  # per scale that are examined
 NOISE = 24  # of 255: what codecs add to grey and to black
-GREY = 0.97, 0.995  # shares of alpha without a hue: below the first it is none, above the second it may be
+# shares of alpha without a hue: below the first it is none, above the second it may be
+GREY = 0.97, 0.995
 AREA = 0.4, 0.55  # shares of the picture that colour and alpha fill together
 SURE = 0.6  # a packing below this confidence is not used
 
@@ -45,11 +48,14 @@ class Shift(NamedTuple):
 
 
 def find_packing(pictures: list[Frames]) -> Packing | None:
-    """Of some pictures (H, W, 3) of one video, spread over its length. None: nothing repeats itself.
+    """Of some pictures (H, W, 3) of one video, spread over its length. None: nothing repeats
+    itself.
 
     Several pictures are needed because effects begin and end empty.
     """
-    pictures = [picture for picture in pictures if int(picture.max()) - int(picture.min()) > 2 * NOISE]
+    pictures = [
+        picture for picture in pictures if int(picture.max()) - int(picture.min()) > 2 * NOISE
+    ]
     if not pictures:
         return None
     height, width = pictures[0].shape[:2]
@@ -70,7 +76,8 @@ def find_packing(pictures: list[Frames]) -> Packing | None:
 
 
 def edges(luma: NDArray[np.float32]) -> Edges:
-    """Direction and strength of the gradient, its angle doubled: an outline counts alike from dark to light and back.
+    """Direction and strength of the gradient, its angle doubled: an outline counts alike from dark
+    to light and back.
 
     Granlund 1978. Strong edges are held down, so that a few of them do not decide alone.
     """
@@ -78,7 +85,9 @@ def edges(luma: NDArray[np.float32]) -> Edges:
     strength = np.hypot(right, down)
     flat = strength < 4
     doubled = (right + 1j * down) ** 2 / np.where(flat, 1, strength)
-    return np.where(flat, 0, doubled * np.minimum(1, 32 / np.where(flat, 1, strength))).astype(np.complex64)
+    return np.where(flat, 0, doubled * np.minimum(1, 32 / np.where(flat, 1, strength))).astype(
+        np.complex64
+    )
 
 
 def _coarse_shifts(pictures: list[Frames]) -> Iterator[Shift]:
@@ -92,9 +101,13 @@ def _coarse_shifts(pictures: list[Frames]) -> Iterator[Shift]:
             small = whole if scale == 1 else edges(_luma(_reduced(picture, round(1 / scale))))
             power += np.fft.fft2(whole, size) * np.conj(np.fft.fft2(small, size))
         correlation = np.fft.ifft2(power).real
-        # Neighbours of every edge resemble it, so colour and alpha must not lie too close to be apart.
+        # Neighbours of every edge resemble it, so colour and alpha must not lie too close to be
+        # apart.
         far = np.zeros(size, bool)
-        rows, columns = np.abs(np.fft.fftfreq(size[0], 1 / size[0])), np.abs(np.fft.fftfreq(size[1], 1 / size[1]))
+        rows, columns = (
+            np.abs(np.fft.fftfreq(size[0], 1 / size[0])),
+            np.abs(np.fft.fftfreq(size[1], 1 / size[1])),
+        )
         far |= (rows[:, None] >= 0.25 * height) | (columns[None] >= 0.25 * width)
         correlation[~far] = 0
         for _ in range(PEAKS):
@@ -104,7 +117,12 @@ def _coarse_shifts(pictures: list[Frames]) -> Iterator[Shift]:
                 int(right) - size[1] * bool(right > size[1] // 2),
                 int(down) - size[0] * bool(down > size[0] // 2),
             )
-            correlation[np.ix_(np.arange(down - 3, down + 4) % size[0], np.arange(right - 3, right + 4) % size[1])] = 0
+            correlation[
+                np.ix_(
+                    np.arange(down - 3, down + 4) % size[0],
+                    np.arange(right - 3, right + 4) % size[1],
+                )
+            ] = 0
 
 
 def _refined(pictures: list[Frames], coarse: Shift, factor: int) -> Shift:
@@ -115,13 +133,23 @@ def _refined(pictures: list[Frames], coarse: Shift, factor: int) -> Shift:
     step = round(1 / coarse.scale)
     small = whole if step == 1 else [edges(_luma(_reduced(picture, step))) for picture in pictures]
     reach = range(-factor, factor + 1)
-    shifts = [Shift(coarse.scale, coarse.right * factor + i, coarse.down * factor + j) for i in reach for j in reach]
-    return max(shifts, key=lambda shift: sum(_overlap(a, b, shift) for a, b in zip(whole, small, strict=True)))
+    shifts = [
+        Shift(coarse.scale, coarse.right * factor + i, coarse.down * factor + j)
+        for i in reach
+        for j in reach
+    ]
+    return max(
+        shifts,
+        key=lambda shift: sum(_overlap(a, b, shift) for a, b in zip(whole, small, strict=True)),
+    )
 
 
 def _overlap(whole: Edges, small: Edges, shift: Shift) -> float:
     top, left = max(0, shift.down), max(0, shift.right)
-    bottom, right = min(len(whole), shift.down + len(small)), min(whole.shape[1], shift.right + small.shape[1])
+    bottom, right = (
+        min(len(whole), shift.down + len(small)),
+        min(whole.shape[1], shift.right + small.shape[1]),
+    )
     if bottom <= top or right <= left:
         return 0.0
     there = whole[top:bottom, left:right]
@@ -130,7 +158,8 @@ def _overlap(whole: Edges, small: Edges, shift: Shift) -> float:
 
 
 def _rectangles(shift: Shift, width: int, height: int) -> Iterator[tuple[Rect, Rect]]:
-    """The largest colour and alpha that keep to the shift, inside the picture, apart along either axis."""
+    """The largest colour and alpha that keep to the shift, inside the picture, apart along either
+    axis."""
     scale = shift.scale
     for columns, rows in (
         (_apart(shift.right, scale, width), _free(shift.down, scale, height)),
@@ -167,35 +196,47 @@ def _apart(shift: int, scale: float, size: int) -> tuple[int, int]:
 def _judged(pictures: list[Frames], colour_rect: Rect, alpha_rect: Rect) -> tuple[float, str]:
     """Confidence in [0, 1] that the two are colour and alpha, and what it rests on.
 
-    Alpha is grey, mostly at its ends, and has the colour's outlines; the colour's edges lie where alpha is not 0. Both
-    together fill most of the picture. A grey colour could as well be a copy, or another eye's view: it is never sure.
+    Alpha is grey, mostly at its ends, and has the colour's outlines; the colour's edges lie where
+    alpha is not 0. Both together fill most of the picture. A grey colour could as well be a copy,
+    or another eye's view: it is never sure.
     """
     alphas = [_cut(picture, alpha_rect) for picture in pictures]
     grey = float(np.mean([np.mean(np.ptp(alpha, axis=-1) <= NOISE) for alpha in alphas]))
-    area = (colour_rect[2] * colour_rect[3] + alpha_rect[2] * alpha_rect[3]) / pictures[0][..., 0].size
+    area = (colour_rect[2] * colour_rect[3] + alpha_rect[2] * alpha_rect[3]) / pictures[0][
+        ..., 0
+    ].size
     if grey < GREY[0] or area < AREA[0]:
-        return 0.0, f"{100 * grey:.0f} % of alpha is grey, {100 * area:.0f} % of the picture is used"
+        return (
+            0.0,
+            f"{100 * grey:.0f} % of alpha is grey, {100 * area:.0f} % of the picture is used",
+        )
     colours = [_cut(picture, colour_rect) for picture in pictures]
     hue = float(np.mean([np.mean(np.ptp(colour, axis=-1) > NOISE) for colour in colours]))
     luma = np.stack([_luma(colour) for colour in colours])
-    alpha = np.stack([_luma(np.asarray(Image.fromarray(alpha).resize(colour_rect[2:]))) for alpha in alphas])
+    alpha = np.stack(
+        [_luma(np.asarray(Image.fromarray(alpha).resize(colour_rect[2:]))) for alpha in alphas]
+    )
     pairs = [(edges(c), edges(a)) for c, a in zip(luma, alpha, strict=True)]
     theirs, mine = (sum(float((np.abs(pair[i]) ** 2).sum()) for pair in pairs) for i in (0, 1))
     outlines = sum(float(np.vdot(*pair).real) for pair in pairs) / max(theirs * mine, 1e-9) ** 0.5
     strength = np.stack([np.abs(c) for c, _ in pairs])
     # The gradient of an outline, and what a codec makes of it, reaches two pixels beyond.
-    shown = np.stack([Image.fromarray(a > NOISE).convert("L").filter(ImageFilter.MaxFilter(5)) for a in alpha])
+    shown = np.stack(
+        [Image.fromarray(a > NOISE).convert("L").filter(ImageFilter.MaxFilter(5)) for a in alpha]
+    )
     inside = float(strength[shown > 0].sum() / max(strength.sum(), 1e-9))
     ends = float(np.mean((alpha <= NOISE) | (alpha >= 255 - NOISE)))
     seen = np.maximum(luma, alpha) > NOISE
     same = float(np.abs(luma - alpha)[seen].mean()) if seen.any() else 0.0
     confidence = (
-        _ramp(outlines, 0.1, 0.4) * _ramp(grey, *GREY) * _ramp(area, *AREA) * _ramp(inside, 0.5, 0.8)
+        _ramp(outlines, 0.1, 0.4) * _ramp(grey, *GREY) * _ramp(area, *AREA) * _ramp(inside, 0.5,
+        0.8)
         * _ramp(ends, 0.05, 0.25) * _ramp(same, 3, 10) * (1 if hue > 0.005 else SURE / 2)
     )  # fmt: skip
     reason = (
-        f"outlines agree by {outlines:.2f}, {100 * grey:.0f} % of alpha is grey and {100 * ends:.0f} % empty or full, "
-        f"{100 * inside:.0f} % of the colour's edges lie inside, {100 * area:.0f} % of the picture is used"
+        f"outlines agree by {outlines:.2f}, {100 * grey:.0f} % of alpha is grey and "
+        f"{100 * ends:.0f} % empty or full, {100 * inside:.0f} % of the colour's edges lie inside, "
+        f"{100 * area:.0f} % of the picture is used"
     )
     return round(confidence, 3), reason
 

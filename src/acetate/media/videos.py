@@ -1,4 +1,5 @@
-"""Films: QuickTime, MP4, WebM, Matroska, AVI. Frames come out upright, with square pixels, at a constant rate."""
+"""Films: QuickTime, MP4, WebM, Matroska, AVI. Frames come out upright, with square pixels, at a
+constant rate."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -9,17 +10,37 @@ from typing import cast
 import av
 import numpy as np
 from av.stream import Disposition
-from av.video.reformatter import ColorPrimaries, ColorRange, ColorTrc, Interpolation, VideoReformatter
+from av.video.reformatter import (
+    ColorPrimaries,
+    ColorRange,
+    ColorTrc,
+    Interpolation,
+    VideoReformatter,
+)
 from numpy.typing import NDArray
 from PIL import Image
 
-from acetate.media.clip import LIMITS, Description, Frames, Limits, MediaError, RGBAClip, decoding, joined, to_uint8
+from acetate.media.clip import (
+    LIMITS,
+    Description,
+    Frames,
+    Limits,
+    MediaError,
+    RGBAClip,
+    decoding,
+    joined,
+    to_uint8,
+)
 from acetate.media.frame_times import constant_rate
 from acetate.media.hevc_alpha import AlphaLayer
 
 VIDEOS = (".mov", ".webm", ".mkv", ".mp4", ".m4v", ".avi")
-# What a file may be, whatever its suffix says: no playlists, which could name other files and hosts.
-OPEN = {"format_whitelist": "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi", "protocol_whitelist": "file"}
+# What a file may be, whatever its suffix says: no playlists, which could name other files and
+# hosts.
+OPEN = {
+    "format_whitelist": "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi",
+    "protocol_whitelist": "file",
+}
 # FFmpeg's own vp8 and vp9 decoders drop the alpha plane without a word.
 ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
 LOSSLESS = {"ffv1", "png", "apng", "qtrle", "rawvideo", "huffyuv", "ffvhuff", "utvideo", "magicyuv"}
@@ -27,11 +48,15 @@ HDR = {ColorTrc.SMPTE2084: "PQ", ColorTrc.ARIB_STD_B67: "HLG"}
 UNSPECIFIED = 2  # matrix, primaries or transfer that the file does not name
 BT709, BT601, BT2020 = 1, 6, 9  # FFmpeg's numbers of colour matrices; of primaries too
 WIDEST_PIXEL = 8  # an aspect ratio beyond this is damage
-# Chroma of half the size is repeated, not interpolated: that would carry the colour under alpha 0 into soft edges.
+# Chroma of half the size is repeated, not interpolated: that would carry the colour under alpha 0
+# into soft edges.
 INTERPOLATION = Interpolation.BILINEAR
 # One for all frames: what it needs for BT.2020's colours takes it three seconds to make.
 SCALER = VideoReformatter()
-NO_ALPHA = "give its matte as NAME_fgr + NAME_pha, or its rectangles if colour and alpha are packed in one picture"
+NO_ALPHA = (
+    "give its matte as NAME_fgr + NAME_pha, or its rectangles if colour and alpha are packed in "
+    "one picture"
+)
 
 Channels = Callable[[av.VideoFrame], Frames]
 
@@ -47,11 +72,15 @@ class Film:
 
 
 def read_video(path: Path, limits: Limits = LIMITS) -> RGBAClip:
-    """Of every codec that gives an alpha plane, VP8, VP9 and HEVC with alpha among them. Raises MediaError."""
+    """Of every codec that gives an alpha plane, VP8, VP9 and HEVC with alpha among them. Raises
+    MediaError."""
 
     def channels(frame: av.VideoFrame) -> Frames:
         if not has_alpha(frame.format):
-            why = describe_video(path, limits).lost or f"pixel format {frame.format.name} has no alpha; {NO_ALPHA}"
+            why = (
+                describe_video(path, limits).lost
+                or f"pixel format {frame.format.name} has no alpha; {NO_ALPHA}"
+            )
             raise MediaError(f"{path}: {why}")
         return np.concatenate((colour(frame), _alpha(frame)[..., None]), axis=-1)
 
@@ -60,11 +89,12 @@ def read_video(path: Path, limits: Limits = LIMITS) -> RGBAClip:
 
 
 def read_film(path: Path, channels: Channels, limits: Limits = LIMITS) -> Film:
-    """channels: of a decoded frame, (H, W) or (H, W, C); it is called in the order in which frames are shown.
+    """channels: of a decoded frame, (H, W) or (H, W, C); it is called in the order in which frames
+    are shown.
 
-    Frames are turned as the file's rotation says; pixels that are not square are stretched, the longer side up.
-    BT.2020's colours become BT.709's. Raises MediaError, also for PQ and HLG: their light has no one rendering in 8
-    bits.
+    Frames are turned as the file's rotation says; pixels that are not square are stretched, the
+    longer side up. BT.2020's colours become BT.709's. Raises MediaError, also for PQ and HLG: their
+    light has no one rendering in 8 bits.
     """
     with decoding(path), _open(path) as container:
         stream = container.streams.video[0]
@@ -85,9 +115,12 @@ def read_film(path: Path, channels: Channels, limits: Limits = LIMITS) -> Film:
 
         clip = joined(path, shown(), announced)
         if stream.frames > len(clip):
-            notes.append(f"the file announces {stream.frames} frames and holds {len(clip)}: it is cut off")
+            notes.append(
+                f"the file announces {stream.frames} frames and holds {len(clip)}: it is cut off"
+            )
         if alpha_layer is not None and alpha_layer.premultiplied:
-            notes.append("it calls its colour premultiplied")  # not every encoder's user kept to that
+            # not every encoder's user kept to that
+            notes.append("it calls its colour premultiplied")
         fps, lossy = _rate(stream), stream.codec_context.name not in LOSSLESS
         tick = max(float(stream.time_base or 0), 1e-4)
     times = np.array([start for start in starts if start is not None])
@@ -102,7 +135,8 @@ def read_film(path: Path, channels: Channels, limits: Limits = LIMITS) -> Film:
 
 
 def describe_video(path: Path, limits: Limits = LIMITS) -> Description:
-    """Decodes the first frame: only that tells whether VP8, VP9 and HEVC have alpha. MediaError if unreadable."""
+    """Decodes the first frame: only that tells whether VP8, VP9 and HEVC have alpha. MediaError if
+    unreadable."""
     with decoding(path), _open(path) as container:
         stream = container.streams.video[0]
         _check_header(path, stream, limits)
@@ -113,7 +147,9 @@ def describe_video(path: Path, limits: Limits = LIMITS) -> Description:
         stream = container.streams.video[0]
         frame = next(_decoded(stream, container, AlphaLayer.of(path, stream)))
         limits.check(path, count, frame.width, frame.height)
-        upright = _upright(np.empty((frame.height, frame.width), np.uint8), frame.rotation, _pixel_aspect(stream))
+        upright = _upright(
+            np.empty((frame.height, frame.width), np.uint8), frame.rotation, _pixel_aspect(stream)
+        )
         alpha = has_alpha(frame.format)
         lost = None if alpha else _lost_alpha(container, stream)
         return Description(count, upright.shape[1], upright.shape[0], lossy, alpha, lost)
@@ -127,9 +163,16 @@ def colour(frame: av.VideoFrame) -> Frames:
     if frame.colorspace == UNSPECIFIED and not frame.format.is_rgb:
         frame.colorspace = BT709 if frame.height > 576 or frame.width > 1024 else BT601
     wide = frame.color_primaries == ColorPrimaries.BT2020
-    target = {"dst_color_primaries": ColorPrimaries.BT709, "dst_color_trc": ColorTrc.BT709} if wide else {}
+    target = (
+        {"dst_color_primaries": ColorPrimaries.BT709, "dst_color_trc": ColorTrc.BT709}
+        if wide
+        else {}
+    )
     return cast(
-        Frames, SCALER.reformat(frame, format="rgb24", interpolation=INTERPOLATION, threads=1, **target).to_ndarray()
+        Frames,
+        SCALER.reformat(
+            frame, format="rgb24", interpolation=INTERPOLATION, threads=1, **target
+        ).to_ndarray(),
     )
 
 
@@ -154,21 +197,27 @@ def _lost_alpha(container: av.container.InputContainer, stream: av.VideoStream) 
     codec = stream.codec_context
     if stream.metadata.get("alpha_mode") == "1":
         return (
-            f"its container announces alpha (AlphaMode), and the decoder of {codec.name} gives none; convert it from "
-            "its source to VP9, ProRes 4444 or a PNG sequence"
+            f"its container announces alpha (AlphaMode), and the decoder of {codec.name} gives "
+            "none; convert it from its source to VP9, ProRes 4444 or a PNG sequence"
         )
-    tracks = [track for track in container.streams.video if not track.disposition & Disposition.attached_pic]
+    tracks = [
+        track
+        for track in container.streams.video
+        if not track.disposition & Disposition.attached_pic
+    ]
     sizes = {(track.codec_context.width, track.codec_context.height) for track in tracks}
     if len(tracks) > 1 and len(sizes) == 1:
         return (
-            f"{len(tracks)} video tracks of one size, none with alpha; if one is the alpha of another, make a pair of "
-            "them: ffmpeg -i FILE -map 0:v:0 -c copy NAME_fgr.mp4 -map 0:v:1 -c copy NAME_pha.mp4"
+            f"{len(tracks)} video tracks of one size, none with alpha; if one is the alpha of "
+            "another, make a pair of them: ffmpeg -i FILE -map 0:v:0 -c copy NAME_fgr.mp4 -map "
+            "0:v:1 -c copy NAME_pha.mp4"
         )
     return None
 
 
 def _alpha(frame: av.VideoFrame) -> Frames:
-    """(H, W). Rounded from the plane itself: the scaler would cut 12 bits off to 8 and make 4080 opaque."""
+    """(H, W). Rounded from the plane itself: the scaler would cut 12 bits off to 8 and make 4080
+    opaque."""
     component = frame.format.components[-1]
     if not frame.format.is_planar and component.bits > 8:
         return to_uint8(frame.to_ndarray(format="rgba64le")[..., 3] / np.float32(65535))
@@ -193,7 +242,8 @@ def _open(path: Path) -> av.container.InputContainer:
 
 
 def _check_header(path: Path, stream: av.VideoStream, limits: Limits) -> int:
-    """The number of frames, before anything is decoded; a header without it still has a duration and a rate."""
+    """The number of frames, before anything is decoded; a header without it still has a duration
+    and a rate."""
     codec, rate = stream.codec_context, _rate(stream)
     count = stream.frames
     if not count and rate and stream.duration and stream.time_base:
@@ -204,26 +254,33 @@ def _check_header(path: Path, stream: av.VideoStream, limits: Limits) -> int:
 
 def _check_frame(path: Path, frame: av.VideoFrame) -> None:
     if frame.is_corrupt:
-        raise MediaError(f"{path}: a damaged frame; the decoder had to make up parts of it. Repair or cut the file")
+        raise MediaError(
+            f"{path}: a damaged frame; the decoder had to make up parts of it. Repair or cut the "
+            "file"
+        )
     if frame.color_trc in HDR:
         name = HDR[ColorTrc(frame.color_trc)]
         raise MediaError(
-            f"{path}: {name} (HDR) has no one rendering in 8 bits; tone-map it to BT.709 first, for example with "
-            "ffmpeg -vf zscale=transfer=linear,tonemap,zscale=transfer=bt709"
+            f"{path}: {name} (HDR) has no one rendering in 8 bits; tone-map it to BT.709 first, "
+            "for example with ffmpeg -vf zscale=transfer=linear,tonemap,zscale=transfer=bt709"
         )
 
 
 def _decoded(
     stream: av.VideoStream, container: av.container.InputContainer, alpha_layer: AlphaLayer | None
 ) -> Iterator[av.VideoFrame]:
-    """With one thread: clips are read by several processes, whose threads would stand in each other's way."""
+    """With one thread: clips are read by several processes, whose threads would stand in each
+    other's way."""
     stream.codec_context.thread_count = 1
     if alpha_layer is not None:
         yield from alpha_layer.frames(container, stream)
     elif stream.codec_context.name not in ALPHA_DECODERS:
         yield from container.decode(stream)
     else:
-        decoder = cast(av.VideoCodecContext, av.CodecContext.create(ALPHA_DECODERS[stream.codec_context.name], "r"))
+        decoder = cast(
+            av.VideoCodecContext,
+            av.CodecContext.create(ALPHA_DECODERS[stream.codec_context.name], "r"),
+        )
         decoder.thread_count = 1
         for packet in container.demux(stream):
             yield from decoder.decode(packet)
@@ -237,16 +294,22 @@ def _seconds(frame: av.VideoFrame, stream: av.VideoStream) -> float | None:
 def _pixel_aspect(stream: av.VideoStream) -> Fraction:
     """Width of a pixel by its height."""
     aspect = stream.sample_aspect_ratio
-    return Fraction(aspect) if aspect and 1 / WIDEST_PIXEL <= aspect <= WIDEST_PIXEL else Fraction(1)
+    return (
+        Fraction(aspect) if aspect and 1 / WIDEST_PIXEL <= aspect <= WIDEST_PIXEL else Fraction(1)
+    )
 
 
 def _upright(picture: Frames, rotation: int, aspect: Fraction) -> Frames:
-    """rotation: counterclockwise degrees, of which only quarter turns are known. Channels are stretched one by one."""
+    """rotation: counterclockwise degrees, of which only quarter turns are known. Channels are
+    stretched one by one."""
     if aspect != 1:
         height, width = picture.shape[:2]
         size = (round(width * aspect), height) if aspect > 1 else (width, round(height / aspect))
         planes = [picture] if picture.ndim == 2 else list(np.moveaxis(picture, -1, 0))
-        planes = [np.asarray(Image.fromarray(plane).resize(size, Image.Resampling.BILINEAR)) for plane in planes]
+        planes = [
+            np.asarray(Image.fromarray(plane).resize(size, Image.Resampling.BILINEAR))
+            for plane in planes
+        ]
         picture = planes[0] if picture.ndim == 2 else np.stack(planes, axis=-1)
     return np.rot90(picture, round(rotation / 90) % 4) if rotation else picture
 

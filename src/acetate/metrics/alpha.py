@@ -1,4 +1,5 @@
-"""How close reconstructed alpha is, and where it is wrong: opaque, mixed and empty latent cells apart."""
+"""How close reconstructed alpha is, and where it is wrong: opaque, mixed and empty latent cells
+apart."""
 
 import torch
 import torch.nn.functional as F
@@ -46,10 +47,12 @@ class AlphaQuality(Metric):
 
     def update(self, alpha_hat: Tensor, alpha: Tensor) -> None:
         """Both (B, 1, T, H, W)."""
-        with torch.autocast(alpha.device.type, enabled=False):  # SSIM's variances vanish in bfloat16
+        # SSIM's variances vanish in bfloat16
+        with torch.autocast(alpha.device.type, enabled=False):
             alpha_hat, alpha = alpha_hat.float().clamp(0, 1), alpha.float()
             x_hat, x = frames(alpha_hat), frames(alpha)
-            # Out of place: a float32 sum restores states that a module-wide `.to(bfloat16)` has narrowed.
+            # Out of place: a float32 sum restores states that a module-wide `.to(bfloat16)` has
+            # narrowed.
             self.psnr = self.psnr + frame_psnr(x_hat, x).sum()
             self.ssim = self.ssim + frame_ssim(x_hat, x).sum()
             self.count = self.count + len(x)
@@ -64,10 +67,11 @@ class AlphaQuality(Metric):
             self.histogram = self.histogram + torch.bincount(level, minlength=LEVELS + 1)
 
     def compute(self) -> dict[str, Tensor]:
-        """psnr, ssim, mae; mae_empty, mae_mixed, mae_opaque for the regions that occurred; mae_of_mean.
+        """psnr, ssim, mae; mae_empty, mae_mixed, mae_opaque for the regions that occurred;
+        mae_of_mean.
 
-        mae_of_mean is the error of always answering the mean alpha of all pixels seen: what a reconstruction
-        has to beat. It is exact for 8-bit alpha and within 2.5e-4 for any other.
+        mae_of_mean is the error of always answering the mean alpha of all pixels seen: what a
+        reconstruction has to beat. It is exact for 8-bit alpha and within 2.5e-4 for any other.
         """
         scores = {name: getattr(self, name) / self.count for name in ("psnr", "ssim")}
         scores["mae"] = self.error.sum() / self.pixels.sum()
@@ -92,7 +96,8 @@ def highest_cell(alpha: Tensor, space_stride: int) -> Tensor:
 
 
 def centre_of_mass(alpha: Tensor) -> Tensor:
-    """(x, y) as shares of width and height, (B, 1, T, H, W) -> (B, 2); the middle where alpha is 0 everywhere."""
+    """(x, y) as shares of width and height, (B, 1, T, H, W) -> (B, 2); the middle where alpha is 0
+    everywhere."""
     height, width = alpha.shape[-2:]
     columns, rows = alpha.sum((1, 2, 3)), alpha.sum((1, 2, 4))  # (B, W), (B, H)
     total = columns.sum(1)

@@ -1,6 +1,8 @@
-"""How close reconstructed colour is: PSNR, SSIM and LPIPS per frame, averaged over frames, colours and clips.
+"""How close reconstructed colour is: PSNR, SSIM and LPIPS per frame, averaged over frames, colours
+and clips.
 
-Video is (B, C, T, H, W), frames are (N, C, H, W). rgb in [-1, 1], alpha in [0, 1], predictions unclamped.
+Video is (B, C, T, H, W), frames are (N, C, H, W). rgb in [-1, 1], alpha in [0, 1], predictions
+unclamped.
 """
 
 import torch
@@ -13,24 +15,27 @@ from acetate.vgg import lpips_network
 
 FRAMES_AT_ONCE = 16  # SSIM holds ten copies of its frames
 LPIPS_MIN_SIDE = 16  # pixels that survive the four poolings of VGG16
-# SSIM is a mean over channels, and over the palette each channel sees -1 four times and +1 four times: key and
-# white say it all, exactly, in a quarter of the time.
+# SSIM is a mean over channels, and over the palette each channel sees -1 four times and +1 four
+# times: key and white say it all, exactly, in a quarter of the time.
 SSIM_WEIGHTS = (4, 0, 0, 0, 0, 0, 0, 4)
 
 
 def frame_psnr(x_hat: Tensor, x: Tensor) -> Tensor:
-    """PSNR of frames in [0, 1], (N, C, H, W) -> (N,) in dB; the MSE's floor of 1e-10 caps it at 100 dB."""
+    """PSNR of frames in [0, 1], (N, C, H, W) -> (N,) in dB; the MSE's floor of 1e-10 caps it at 100
+    dB."""
     mse = (x_hat - x).square().flatten(1).mean(1)
     return -10 * mse.clamp_min(1e-10).log10()
 
 
 def frame_ssim(x_hat: Tensor, x: Tensor) -> Tensor:
-    """SSIM of frames in [0, 1], (N, C, H, W) -> (N,). Wang et al. 2004: Gaussian window 11, sigma 1.5.
+    """SSIM of frames in [0, 1], (N, C, H, W) -> (N,). Wang et al. 2004: Gaussian window 11, sigma
+    1.5.
 
-    Frames with a side below 11 get the largest odd window that fits, with sigma in proportion; such values
-    do not compare with those of larger frames.
+    Frames with a side below 11 get the largest odd window that fits, with sigma in proportion; such
+    values do not compare with those of larger frames.
     """
-    # torchmetrics derives the window from sigma (2 * int(3.5 * sigma + 0.5) + 1) and ignores kernel_size.
+    # torchmetrics derives the window from sigma (2 * int(3.5 * sigma + 0.5) + 1) and ignores
+    # kernel_size.
     half = min(5, (min(x.shape[-2:]) - 1) // 2)
     sigma = max(0.3 * half, 0.1)
     pairs = zip(x_hat.split(FRAMES_AT_ONCE), x.split(FRAMES_AT_ONCE), strict=True)
@@ -38,7 +43,9 @@ def frame_ssim(x_hat: Tensor, x: Tensor) -> Tensor:
 
 
 def _ssim(x_hat: Tensor, x: Tensor, sigma: float) -> Tensor:
-    score = structural_similarity_index_measure(x_hat, x, sigma=sigma, data_range=1.0, reduction="none")
+    score = structural_similarity_index_measure(
+        x_hat, x, sigma=sigma, data_range=1.0, reduction="none"
+    )
     assert isinstance(score, Tensor)
     return score.reshape(-1)
 
@@ -48,7 +55,8 @@ def frozen_lpips() -> nn.Module:
 
 
 class _FrameQuality(Metric):
-    """Sums of per-frame scores and their count, so that unequal shares of ranks reduce to the exact mean."""
+    """Sums of per-frame scores and their count, so that unequal shares of ranks reduce to the exact
+    mean."""
 
     full_state_update = False
     psnr: Tensor
@@ -61,14 +69,16 @@ class _FrameQuality(Metric):
         for name in ("psnr", "ssim", "lpips"):
             self.add_state(name, torch.zeros(()), dist_reduce_fx="sum")
         self.add_state("count", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
-        # In a tuple, so that it is no submodule: not in state dicts, not in parameter counts, not sharded.
+        # In a tuple, so that it is no submodule: not in state dicts, not in parameter counts, not
+        # sharded.
         self._perceptual = (frozen_lpips(),) if lpips else ()
 
     def _add(self, rgb_hat: Tensor, rgb: Tensor, ssim_weight: int) -> None:
         """Two videos (B, 3, T, H, W) in [-1, 1]."""
         rgb_hat, rgb = frames(rgb_hat), frames(rgb)
         x_hat, x = (rgb_hat + 1) / 2, (rgb + 1) / 2
-        # Out of place: a float32 sum restores states that a module-wide `.to(bfloat16)` has narrowed.
+        # Out of place: a float32 sum restores states that a module-wide `.to(bfloat16)` has
+        # narrowed.
         self.psnr = self.psnr + frame_psnr(x_hat, x).sum()
         if ssim_weight:
             self.ssim = self.ssim + ssim_weight * frame_ssim(x_hat, x).sum()
@@ -82,8 +92,8 @@ class _FrameQuality(Metric):
         height, width = rgb.shape[-2:]
         if self._perceptual and min(height, width) < LPIPS_MIN_SIDE:
             raise ValueError(
-                f"LPIPS of {height}x{width} frames; VGG16 needs {LPIPS_MIN_SIDE} pixels on each side. "
-                "Use larger frames, or set lpips=false."
+                f"LPIPS of {height}x{width} frames; VGG16 needs {LPIPS_MIN_SIDE} pixels on each "
+                "side. Use larger frames, or set lpips=false."
             )
 
     def compute(self) -> dict[str, Tensor]:
@@ -104,7 +114,8 @@ class RGBQuality(_FrameQuality):
 
 
 class CompositeQuality(_FrameQuality):
-    """PSNR, SSIM and LPIPS of soft renders over the eight palette colours, prediction against target."""
+    """PSNR, SSIM and LPIPS of soft renders over the eight palette colours, prediction against
+    target."""
 
     def __init__(self, lpips: bool):
         super().__init__(lpips=lpips)

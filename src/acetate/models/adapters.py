@@ -17,10 +17,11 @@ ADAPTER_SCHEMA = 1  # of adapter files' metadata
 
 
 class MergedLoRA(nn.Module):
-    """W' = W + (alpha / rank) * B A for 2-D and 3-D convolutions (Hu et al. 2021), then one convolution.
+    """W' = W + (alpha / rank) * B A for 2-D and 3-D convolutions (Hu et al. 2021), then one
+    convolution.
 
-    A (rank, in, *kernel) and B (out, rank) are fp32 masters. A factored second path would cost 96 % more
-    FLOPs in Wan's decoder and keep rank-channel activations at full resolution.
+    A (rank, in, *kernel) and B (out, rank) are fp32 masters. A factored second path would cost 96 %
+    more FLOPs in Wan's decoder and keep rank-channel activations at full resolution.
     """
 
     def __init__(self, weight: Tensor, rank: int, alpha: float) -> None:
@@ -31,7 +32,8 @@ class MergedLoRA(nn.Module):
         nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
 
     def forward(self, weight: Tensor) -> Tensor:
-        with torch.autocast(self.A.device.type, enabled=False):  # a bf16 sum would swallow small updates
+        # a bf16 sum would swallow small updates
+        with torch.autocast(self.A.device.type, enabled=False):
             delta = (self.B.float() @ self.A.float().flatten(1)).view_as(weight)
             return (weight.float() + self.scale * delta).to(weight.dtype)
 
@@ -39,10 +41,15 @@ class MergedLoRA(nn.Module):
 def add_lora(module: nn.Module, rank: int, alpha: float) -> list[str]:
     """Freezes `module` and puts a MergedLoRA on each of its convolutions; returns their names."""
     module.requires_grad_(False)
-    convolutions = [(name, m) for name, m in module.named_modules() if isinstance(m, (nn.Conv2d, nn.Conv3d))]
+    convolutions = [
+        (name, m) for name, m in module.named_modules() if isinstance(m, (nn.Conv2d, nn.Conv3d))
+    ]
     for _, conv in convolutions:
-        # unsafe: without a first merge to check shape and type, which MergedLoRA keeps; the meta device cannot do it
-        parametrize.register_parametrization(conv, "weight", MergedLoRA(conv.weight, rank, alpha), unsafe=True)
+        # unsafe: without a first merge to check shape and type, which MergedLoRA keeps; the meta
+        # device cannot do it
+        parametrize.register_parametrization(
+            conv, "weight", MergedLoRA(conv.weight, rank, alpha), unsafe=True
+        )
     return [name for name, _ in convolutions]
 
 
@@ -63,23 +70,35 @@ def listed(names: Sequence[str], most: int = 20) -> str:
 
 
 def check_fit(
-    target: Mapping[str, Tensor], state: Mapping[str, Tensor], source: str, labels: Mapping[str, str] | None = None
+    target: Mapping[str, Tensor],
+    state: Mapping[str, Tensor],
+    source: str,
+    labels: Mapping[str, str] | None = None,
 ) -> None:
-    """Raises ValueError with the names unless `state` has exactly target's names and shapes, in floating point.
+    """Raises ValueError with the names unless `state` has exactly target's names and shapes, in
+    floating point.
 
     labels: what state's names are called in the source.
     """
     if found := misfits(target, state, labels):
         raise ValueError(
-            f"{source} does not fit the model: {found}. "
-            "Choose the wan= and model= settings that these weights were made with."
+            f"{source} does not fit the model: {found}. Choose the wan= and model= settings that "
+            "these weights were made with."
         )
 
 
-def misfits(target: Mapping[str, Tensor], state: Mapping[str, Tensor], labels: Mapping[str, str] | None = None) -> str:
+def misfits(
+    target: Mapping[str, Tensor],
+    state: Mapping[str, Tensor],
+    labels: Mapping[str, str] | None = None,
+) -> str:
     """What `check_fit` says of them; nothing where they fit."""
     labels = labels or {}
-    both = [(labels.get(name, name), tensor, state[name]) for name, tensor in target.items() if name in state]
+    both = [
+        (labels.get(name, name), tensor, state[name])
+        for name, tensor in target.items()
+        if name in state
+    ]
     found = {
         "missing": [name for name in target if name not in state],
         "not used": [labels.get(name, name) for name in state if name not in target],
@@ -89,12 +108,15 @@ def misfits(target: Mapping[str, Tensor], state: Mapping[str, Tensor], labels: M
             if value.shape != tensor.shape
         ],
         "of another type": [
-            f"{label} is {str(value.dtype).removeprefix('torch.')}, needed: a float of 16 bits or more"
+            f"{label} is {str(value.dtype).removeprefix('torch.')}, needed: a float of 16 bits or "
+            "more"
             for label, tensor, value in both
             if is_float(tensor) and not is_float(value)
         ],
     }
-    return "; ".join(f"{len(names)} {what}: {listed(names)}" for what, names in found.items() if names)
+    return "; ".join(
+        f"{len(names)} {what}: {listed(names)}" for what, names in found.items() if names
+    )
 
 
 def load_trainable(module: nn.Module, state: dict[str, Tensor], source: str) -> None:
@@ -107,7 +129,8 @@ def load_trainable(module: nn.Module, state: dict[str, Tensor], source: str) -> 
 
 
 def place_and_which(source: str) -> tuple[Path, str]:
-    """A file or folder, and which checkpoint of a folder: RUN@best, RUN@last, or RUN, which is RUN@last."""
+    """A file or folder, and which checkpoint of a folder: RUN@best, RUN@last, or RUN, which is
+    RUN@last."""
     for which in ("best", "last"):
         if source.endswith(f"@{which}"):
             return Path(source.removesuffix(f"@{which}")).expanduser(), which
@@ -121,39 +144,47 @@ def best_of(run: Path) -> Path:
         if (path := standing(checkpoints / name)).exists():
             return path
     raise FileNotFoundError(
-        f"{checkpoints} has no best.ckpt: no validation has measured the run's objective yet. Use {run}@last."
+        f"{checkpoints} has no best.ckpt: no validation has measured the run's objective yet. Use "
+        f"{run}@last."
     )
 
 
 def read_adapters(source: str, kind: str) -> tuple[Path, dict[str, Tensor], dict[str, Any]]:
-    """Path, tensors and metadata of an adapter file; of a folder, those of the newest last.safetensors below it,
-    or, with @best after its name, those of that run's best.
+    """Path, tensors and metadata of an adapter file; of a folder, those of the newest
+    last.safetensors below it, or, with @best after its name, those of that run's best.
 
     Raises FileNotFoundError without one, and ValueError for a file of another kind or schema.
     """
     path, which = place_and_which(source)
     if path.is_dir():
-        found = sorted(path.glob("**/checkpoints/last.safetensors"), key=lambda file: file.stat().st_mtime)
+        found = sorted(
+            path.glob("**/checkpoints/last.safetensors"), key=lambda file: file.stat().st_mtime
+        )
         path = found[-1].with_name(f"{which}.safetensors") if found else path
     if not path.is_file():
         raise FileNotFoundError(
-            f"{source}: no adapter file there (.safetensors beside a checkpoint). Train one, or name its file."
+            f"{source}: no adapter file there (.safetensors beside a checkpoint). Train one, or "
+            "name its file."
         )
     state, facts = read_adapter_file(path)
     found_kind, schema = facts.get("kind"), facts.get("schema")
     if found_kind != kind or schema != ADAPTER_SCHEMA:
         raise ValueError(
-            f"{path} is of kind {found_kind!r}, schema {schema!r}; needed: {kind!r}, schema {ADAPTER_SCHEMA}. "
-            "Adapter files stand beside the checkpoints of the experiment that trains them."
+            f"{path} is of kind {found_kind!r}, schema {schema!r}; needed: {kind!r}, schema "
+            f"{ADAPTER_SCHEMA}. Adapter files stand beside the checkpoints of the experiment that "
+            "trains them."
         )
     return path, state, facts
 
 
 def read_adapter_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and metadata of an adapter file of any kind. Raises ValueError for one that cannot be read."""
+    """Tensors and metadata of an adapter file of any kind. Raises ValueError for one that cannot be
+    read."""
     try:
         with safe_open(path, "pt") as file:
             facts = {name: json.loads(value) for name, value in (file.metadata() or {}).items()}
             return {name: file.get_tensor(name) for name in file.keys()}, facts  # noqa: SIM118
     except (SafetensorError, OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read as adapters ({error}). Train it anew or fetch it again.") from error
+        raise ValueError(
+            f"{path} cannot be read as adapters ({error}). Train it anew or fetch it again."
+        ) from error

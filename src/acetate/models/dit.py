@@ -30,8 +30,11 @@ class FrozenDiT:
     transformer: str
     dtype: str
 
-    def load(self, prepare: Callable[[WanTransformer3DModel], object] | None = None) -> WanTransformer3DModel:
-        """prepare: what becomes of it before it has values, such as adapters on it or shards of it."""
+    def load(
+        self, prepare: Callable[[WanTransformer3DModel], object] | None = None
+    ) -> WanTransformer3DModel:
+        """prepare: what becomes of it before it has values, such as adapters on it or shards of
+        it."""
         return load_transformer(self.transformer, getattr(torch, self.dtype), prepare)
 
 
@@ -47,19 +50,26 @@ class VelocityField(nn.Module):
         self.register_buffer("context", context, persistent=False)
 
     def forward(self, latents: Tensor, timestep: Tensor) -> Tensor:
-        """latents (B, 16, F, h, w) normalised and noisy, timestep (B,) in [0, 1000], fp32 -> like latents."""
-        return velocity(self.transformer, latents, timestep, self.context.expand(len(latents), -1, -1))
+        """latents (B, 16, F, h, w) normalised and noisy, timestep (B,) in [0, 1000], fp32 -> like
+        latents."""
+        return velocity(
+            self.transformer, latents, timestep, self.context.expand(len(latents), -1, -1)
+        )
 
 
-def check_latent_grid(transformer: WanTransformer3DModel, height: int, width: int, space_stride: int) -> None:
-    """Raises ValueError where pixels do not make whole patches: Wan2.1 needs sides that are multiples of 16."""
+def check_latent_grid(
+    transformer: WanTransformer3DModel, height: int, width: int, space_stride: int
+) -> None:
+    """Raises ValueError where pixels do not make whole patches: Wan2.1 needs sides that are
+    multiples of 16."""
     _, *patch = transformer.config.patch_size
     for name, side, step in zip(("height", "width"), (height, width), patch, strict=True):
         if side % (step * space_stride):
             multiple = step * space_stride
             raise ValueError(
-                f"{name} {side}; the DiT needs multiples of {multiple} pixels "
-                f"(VAE stride {space_stride} x patch {step}). Use {name}={max(multiple, side // multiple * multiple)}."
+                f"{name} {side}; the DiT needs multiples of {multiple} pixels (VAE stride "
+                f"{space_stride} x patch {step}). Use "
+                f"{name}={max(multiple, side // multiple * multiple)}."
             )
 
 
@@ -73,7 +83,8 @@ def load_velocity_field(
     cache: str,
     mesh: DeviceMesh | None = None,
 ) -> VelocityField:
-    """The DiT of source `transformer` under one prompt, whose embedding is computed once and cached.
+    """The DiT of source `transformer` under one prompt, whose embedding is computed once and
+    cached.
 
     mesh: the ranks that it is sharded over.
     """
@@ -87,28 +98,42 @@ def shard_transformer(transformer: WanTransformer3DModel, mesh: DeviceMesh) -> N
     shard([*transformer.blocks, transformer], mesh)
 
 
-def velocity(transformer: WanTransformer3DModel, x_t: Tensor, timestep: Tensor, context: Tensor) -> Tensor:
-    """x_t (B, C, F, h, w) normalised and noisy, timestep (B,) in [0, 1000], context (B, L, text_dim) -> like x_t."""
+def velocity(
+    transformer: WanTransformer3DModel, x_t: Tensor, timestep: Tensor, context: Tensor
+) -> Tensor:
+    """x_t (B, C, F, h, w) normalised and noisy, timestep (B,) in [0, 1000], context (B, L,
+    text_dim) -> like x_t."""
     dtype = transformer.patch_embedding.weight.dtype
-    return transformer(x_t.to(dtype), timestep, context.to(dtype), return_dict=False)[0].to(x_t.dtype)
+    return transformer(x_t.to(dtype), timestep, context.to(dtype), return_dict=False)[0].to(
+        x_t.dtype
+    )
 
 
 def add_dora(
-    transformer: WanTransformer3DModel, rank: int, alpha: float, dtype: torch.dtype = torch.float32, seed: int = 0
+    transformer: WanTransformer3DModel,
+    rank: int,
+    alpha: float,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
 ) -> None:
-    """Freezes the DiT and puts DoRA (Liu et al. 2024) on DORA_TARGETS, through PEFT; it starts exactly as the base.
+    """Freezes the DiT and puts DoRA (Liu et al. 2024) on DORA_TARGETS, through PEFT; it starts
+    exactly as the base.
 
-    W' = m * (W + s B A) / |W + s B A| per output row, s = alpha / rank. dtype: of the adapters; in bfloat16 a
-    magnitude of 1.5 does not move at a learning rate of 1e-4. seed: of A.
+    W' = m * (W + s B A) / |W + s B A| per output row, s = alpha / rank. dtype: of the adapters; in
+    bfloat16 a magnitude of 1.5 does not move at a learning rate of 1e-4. seed: of A.
     """
     attach_dora(transformer, rank, alpha, dtype)
     start_dora(transformer, seed)
 
 
-def attach_dora(transformer: WanTransformer3DModel, rank: int, alpha: float, dtype: torch.dtype) -> None:
+def attach_dora(
+    transformer: WanTransformer3DModel, rank: int, alpha: float, dtype: torch.dtype
+) -> None:
     """`add_dora` without values for the adapters, for a transformer that has none yet."""
     transformer.requires_grad_(False)
-    transformer.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=DORA_TARGETS, use_dora=True))  # type: ignore
+    transformer.add_adapter(
+        LoraConfig(r=rank, lora_alpha=alpha, target_modules=DORA_TARGETS, use_dora=True)
+    )  # type: ignore
     for name, parameter in transformer.named_parameters():
         if "lora_" in name:
             parameter.data = parameter.data.to(dtype)
@@ -116,15 +141,23 @@ def attach_dora(transformer: WanTransformer3DModel, rank: int, alpha: float, dty
 
 @torch.no_grad()
 def start_dora(transformer: WanTransformer3DModel, seed: int) -> None:
-    """A as nn.Linear's weights start, drawn by (seed, layer), whatever the ranks; B = 0; m = |W| per row, in fp32."""
+    """A as nn.Linear's weights start, drawn by (seed, layer), whatever the ranks; B = 0; m = |W|
+    per row, in fp32."""
     for name, layer in dora_layers(transformer).items():
-        parts: list[Any] = [layer.lora_A["default"], layer.lora_B["default"], layer.lora_magnitude_vector["default"]]
+        parts: list[Any] = [
+            layer.lora_A["default"],
+            layer.lora_B["default"],
+            layer.lora_magnitude_vector["default"],
+        ]
         base = cast(Tensor, layer.get_base_layer().weight)
         if base.is_meta:  # shapes without numbers
             continue
         down, up = (part.weight for part in parts[:2])
-        values = torch.empty(down.shape, device="cpu")  # on every device the same; Lightning's default here is the GPU
-        nn.init.kaiming_uniform_(values, a=math.sqrt(5), generator=generator_for("dora", seed, name))
+        # on every device the same; Lightning's default here is the GPU
+        values = torch.empty(down.shape, device="cpu")
+        nn.init.kaiming_uniform_(
+            values, a=math.sqrt(5), generator=generator_for("dora", seed, name)
+        )
         # PEFT took the norm in the base's precision
         norm = torch.linalg.vector_norm(base.float(), dim=1)
         starts = (shard_like(values, down), shard_like(torch.zeros(up.shape), up), norm)
@@ -134,12 +167,15 @@ def start_dora(transformer: WanTransformer3DModel, seed: int) -> None:
 
 def dora_layers(transformer: WanTransformer3DModel) -> dict[str, LoraLayer]:
     """Every layer that carries DoRA, by its name."""
-    return {name: layer for name, layer in transformer.named_modules() if isinstance(layer, LoraLayer)}
+    return {
+        name: layer for name, layer in transformer.named_modules() if isinstance(layer, LoraLayer)
+    }
 
 
 @torch.no_grad()
 def merged_weight(layer: LoraLayer, strength: float = 1.0, device: str | None = None) -> Tensor:
-    """W' of one DoRA layer, fp32. strength scales B A but not the magnitude, as the released loader's ratio does.
+    """W' of one DoRA layer, fp32. strength scales B A but not the magnitude, as the released
+    loader's ratio does.
 
     device: to compute on; the layer's own tensors stay where they are, mapped ones too.
     """
@@ -149,13 +185,20 @@ def merged_weight(layer: LoraLayer, strength: float = 1.0, device: str | None = 
     )
     base = cast(Tensor, layer.get_base_layer().weight).to(device, torch.float32)
     adapted = base + strength * layer.scaling["default"] * (up @ down)
-    return magnitude[:, None] * adapted / torch.linalg.vector_norm(adapted, dim=1, keepdim=True).clamp_min(1e-8)
+    return (
+        magnitude[:, None]
+        * adapted
+        / torch.linalg.vector_norm(adapted, dim=1, keepdim=True).clamp_min(1e-8)
+    )
 
 
 @torch.no_grad()
 def merge_dora(transformer: WanTransformer3DModel, strength: float = 1.0) -> None:
-    """Puts W' in the place of W and takes the adapters off, a layer at a time. strength: as in `merged_weight`."""
-    for name, layer in tqdm(dora_layers(transformer).items(), desc="merge DoRA", unit="layer", delay=2, leave=False):
+    """Puts W' in the place of W and takes the adapters off, a layer at a time. strength: as in
+    `merged_weight`."""
+    for name, layer in tqdm(
+        dora_layers(transformer).items(), desc="merge DoRA", unit="layer", delay=2, leave=False
+    ):
         base = layer.get_base_layer()
         base.weight.copy_(merged_weight(layer, strength))
         parent, _, child = name.rpartition(".")

@@ -1,7 +1,9 @@
-"""Wan's VAE, DiT and text encoder from a diffusers folder, a hub name, or the original files: one code path.
+"""Wan's VAE, DiT and text encoder from a diffusers folder, a hub name, or the original files: one
+code path.
 
-A source is a folder (diffusers layout, or the original release's), a single file, or a hub name such as
-`Wan-AI/Wan2.1-T2V-1.3B-Diffusers`. Loading is strict: every missing, unused or misshapen tensor is an error.
+A source is a folder (diffusers layout, or the original release's), a single file, or a hub name
+such as `Wan-AI/Wan2.1-T2V-1.3B-Diffusers`. Loading is strict: every missing, unused or misshapen
+tensor is an error.
 """
 
 import hashlib
@@ -14,7 +16,10 @@ from typing import TypeVar
 import torch
 from accelerate import init_empty_weights
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
-from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers, convert_wan_vae_to_diffusers
+from diffusers.loaders.single_file_utils import (
+    convert_wan_transformer_to_diffusers,
+    convert_wan_vae_to_diffusers,
+)
 from torch import Tensor, nn
 
 from acetate.models.adapters import listed
@@ -24,13 +29,16 @@ from acetate.models.weights import Weights, assign, open_weights, read_json, rea
 FINGERPRINT = 256  # values of each tensor that tell one DiT from another
 WAN_HEAD_DIM = 128
 M = TypeVar("M", bound=nn.Module)
-DIT_PREFIX = re.compile(r"(model\.)?diffusion_model\.")  # of files that hold the DiT as a part of a whole
+# of files that hold the DiT as a part of a whole
+DIT_PREFIX = re.compile(r"(model\.)?diffusion_model\.")
 
 
 def load_vae(source: str, dtype: torch.dtype = torch.float32) -> AutoencoderKLWan:
-    """Wan2.1's VAE, or another of its architecture; geometry and normalisation come from its config.
+    """Wan2.1's VAE, or another of its architecture; geometry and normalisation come from its
+    config.
 
-    Raises FileNotFoundError (no such source) and ValueError (weights that do not fit), naming the tensors.
+    Raises FileNotFoundError (no such source) and ValueError (weights that do not fit), naming the
+    tensors.
     """
     weights = open_weights(locate(source, "vae"))
     if any(name.startswith("encoder.downsamples.") for name in weights.meta):
@@ -48,7 +56,8 @@ def load_transformer(
     dtype: torch.dtype = torch.float32,
     prepare: Callable[[WanTransformer3DModel], object] | None = None,
 ) -> WanTransformer3DModel:
-    """Wan2.1's DiT. Raises as `load_vae` does. prepare: as in `weights.assign`, of the frozen model."""
+    """Wan2.1's DiT. Raises as `load_vae` does. prepare: as in `weights.assign`, of the frozen
+    model."""
     weights = open_weights(locate(source, "transformer"))
     original = renamed(weights.meta, lambda name: DIT_PREFIX.sub("", name, count=1))
     if "text_embedding.0.weight" in original:
@@ -67,8 +76,10 @@ def load_transformer(
 
 
 def diffusers_vae_name(original: str, res_blocks: int = 2) -> str:
-    """Of a tensor of the VAE. res_blocks: per stage of the encoder, the decoder has one more; Wan2.1's has 2."""
-    # diffusers' map is for Wan2.1's own 3 + 1 places per decoder stage; a smaller VAE's are put in these
+    """Of a tensor of the VAE. res_blocks: per stage of the encoder, the decoder has one more;
+    Wan2.1's has 2."""
+    # diffusers' map is for Wan2.1's own 3 + 1 places per decoder stage; a smaller VAE's are put in
+    # these
     if match := re.match(r"decoder\.upsamples\.(\d+)\.", original):
         stage, place = divmod(int(match[1]), res_blocks + 2)
         place = 4 * stage + (3 if place == res_blocks + 1 else place)
@@ -89,7 +100,9 @@ def renamed(names: Iterable[str], rename: Callable[[str], str] | None = None) ->
     for name in names:
         new = name if rename is None else rename(name)
         if new in result:
-            raise ValueError(f"{name} and {result[new]} are the same tensor under two names. Remove one of them.")
+            raise ValueError(
+                f"{name} and {result[new]} are the same tensor under two names. Remove one of them."
+            )
         result[new] = name
     return result
 
@@ -102,25 +115,34 @@ def locate(source: str, part: str) -> Path:
             return path / part
         original = sorted(path.glob("*VAE*.pth"))  # the original release keeps it beside the DiT
         if part == "vae" and len(original) > 1:
-            raise ValueError(f"{path} holds {listed([file.name for file in original])}. Name the file.")
+            raise ValueError(
+                f"{path} holds {listed([file.name for file in original])}. Name the file."
+            )
         return original[0] if part == "vae" and original else path
     if path.is_file():
         return path
     if not is_hub_name(source):
         raise FileNotFoundError(
             f"{source} does not exist. wan= sources are a diffusers folder, an original Wan file "
-            "(Wan2.1_VAE.pth, *.safetensors), or a hub name such as Wan-AI/Wan2.1-T2V-1.3B-Diffusers."
+            "(Wan2.1_VAE.pth, *.safetensors), or a hub name such as "
+            "Wan-AI/Wan2.1-T2V-1.3B-Diffusers."
         )
-    folder = from_hub(source, "wan.text_encoder" if part == "tokenizer" else f"wan.{part}", allow=[f"{part}/*"])
+    folder = from_hub(
+        source, "wan.text_encoder" if part == "tokenizer" else f"wan.{part}", allow=[f"{part}/*"]
+    )
     if not (folder / part).is_dir():
-        raise FileNotFoundError(f"{source} has no folder {part}/; its diffusers version has (…-Diffusers).")
+        raise FileNotFoundError(
+            f"{source} has no folder {part}/; its diffusers version has (…-Diffusers)."
+        )
     return folder / part
 
 
 def _read_config(path: Path, model: type[nn.Module]) -> dict:
     file = (path if path.is_dir() else path.parent) / "config.json"
     if not file.is_file():
-        raise FileNotFoundError(f"{file} does not exist; weights in diffusers names need it beside them.")
+        raise FileNotFoundError(
+            f"{file} does not exist; weights in diffusers names need it beside them."
+        )
     known = inspect.signature(model.__init__).parameters
     return {key: value for key, value in read_json(file).items() if key in known}
 
@@ -149,8 +171,8 @@ def _original_vae_config(weights: Weights) -> dict:
 
 
 def _original_transformer_config(weights: Weights, names: dict[str, str]) -> dict:
-    """Shape of an original DiT read off its tensors. The number of heads leaves no trace there: an original
-    config.json beside the weights gives it, else heads are 128 wide, as in every Wan2.1.
+    """Shape of an original DiT read off its tensors. The number of heads leaves no trace there: an
+    original config.json beside the weights gives it, else heads are 128 wide, as in every Wan2.1.
 
     names: Wan's own -> the file's.
     """
@@ -165,7 +187,8 @@ def _original_transformer_config(weights: Weights, names: dict[str, str]) -> dic
     heads = stored.get("num_heads", dim // WAN_HEAD_DIM)
     if not heads or dim % heads:
         raise ValueError(
-            f"{path}: width {dim} is no multiple of {WAN_HEAD_DIM}. Put a config.json with num_heads beside it."
+            f"{path}: width {dim} is no multiple of {WAN_HEAD_DIM}. Put a config.json with "
+            "num_heads beside it."
         )
     blocks = {int(match[1]) for name in names if (match := re.match(r"blocks\.(\d+)\.", name))}
     return {
@@ -184,13 +207,15 @@ def _original_transformer_config(weights: Weights, names: dict[str, str]) -> dic
 
 
 def weights_sha256(model: nn.Module) -> str:
-    """Of all tensors in fp32, by name: the same for every layout and precision that holds the same numbers."""
+    """Of all tensors in fp32, by name: the same for every layout and precision that holds the same
+    numbers."""
     return _sha256(model.state_dict())
 
 
 def transformer_sha256(transformer: WanTransformer3DModel) -> str:
-    """Of FINGERPRINT values of each tensor, evenly spread, which tells 14B weights apart in a second. They were taken
-    from the file, so that every precision it is loaded in gives the same; empty for weights of no file."""
+    """Of FINGERPRINT values of each tensor, evenly spread, which tells 14B weights apart in a
+    second. They were taken from the file, so that every precision it is loaded in gives the same;
+    empty for weights of no file."""
     return transformer.config.get("_sha256", "")
 
 
@@ -199,7 +224,11 @@ def _sha256(state: Mapping[str, Tensor], values: int | None = None) -> str:
     for name, value in sorted(state.items()):
         if value.is_meta:
             return ""  # shapes without numbers
-        flat = value.flatten() if values is None else value.flatten()[:: max(1, value.numel() // values)].bfloat16()
+        flat = (
+            value.flatten()
+            if values is None
+            else value.flatten()[:: max(1, value.numel() // values)].bfloat16()
+        )
         digest.update(name.encode())
         digest.update(flat.float().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
@@ -213,7 +242,8 @@ def _fill(
     prepare: Callable[[M], object] | None = None,
 ) -> M:
     model.eval().requires_grad_(False)
-    precise = set(model._keep_in_fp32_modules or ())  # diffusers' own list: norms and the time embedding
+    # diffusers' own list: norms and the time embedding
+    precise = set(model._keep_in_fp32_modules or ())
     dtype_of = lambda name: dtype if precise.isdisjoint(name.split(".")) else torch.float32  # noqa: E731
     assign(model, weights, names, dtype_of, prepare)
     model.register_to_config(_name_or_path=str(weights.path))  # pyright: ignore[reportCallIssue]

@@ -1,7 +1,11 @@
 """The feature merge block: colour and alpha features in, one RGBA latent out."""
 
 import torch
-from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, WanMidBlock, WanRMS_norm
+from diffusers.models.autoencoders.autoencoder_kl_wan import (
+    WanCausalConv3d,
+    WanMidBlock,
+    WanRMS_norm,
+)
 from torch import Tensor, nn
 
 from acetate.models.ops import norm_silu
@@ -11,10 +15,12 @@ INITS = ("residual", "scratch")
 
 
 class FeatureMerge(nn.Module):
-    """1x1x1 conv 2C -> C; residual, attention, residual, attention, residual; norm, SiLU, 3x3x3 conv C -> 16.
+    """1x1x1 conv 2C -> C; residual, attention, residual, attention, residual; norm, SiLU, 3x3x3
+    conv C -> 16.
 
-    25,537,552 parameters at C = 384 (Wan-Alpha, section 3.1). With init `residual` the last convolution
-    starts at zero, so that the block starts as a correction to Wan's own latents; `scratch` is the released one.
+    25,537,552 parameters at C = 384 (Wan-Alpha, section 3.1). With init `residual` the last
+    convolution starts at zero, so that the block starts as a correction to Wan's own latents;
+    `scratch` is the released one.
     """
 
     def __init__(self, channels: int, latent_channels: int, init: str) -> None:

@@ -1,4 +1,5 @@
-"""Pairs of Wan's layers as one operation each: the same numbers with fewer passes over memory and fewer FLOPs."""
+"""Pairs of Wan's layers as one operation each: the same numbers with fewer passes over memory and
+fewer FLOPs."""
 
 from typing import Any
 
@@ -9,8 +10,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 LAYOUT = torch.channels_last_3d  # 3-D convolutions run fastest in it (1.5 times on a CPU, measured)
-# Upsampling doubles every pixel, so an output row of parity a sees rows i - 1 + a and i + a through these sums of taps.
-DOUBLED = torch.tensor([[[1.0, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]])  # (parity, row seen, tap)
+# Upsampling doubles every pixel, so an output row of parity a sees rows i - 1 + a and i + a through
+# these sums of taps.
+# (parity, row seen, tap)
+DOUBLED = torch.tensor([[[1.0, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]])
 
 
 class _NormSiLU(torch.autograd.Function):
@@ -46,10 +49,12 @@ def norm_silu(norm: WanRMS_norm, x: Tensor) -> Tensor:
 
 
 def upsample_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """A 3x3 convolution of every frame upsampled twofold (nearest), (B, C, T, H, W) -> (B, C', T, 2H, 2W).
+    """A 3x3 convolution of every frame upsampled twofold (nearest), (B, C, T, H, W) -> (B, C', T,
+    2H, 2W).
 
-    Of the nine pixels that a tap window covers only four differ, and which ones depends on the parity of the
-    output's row and column alone: four 2x2 convolutions of x itself, 4/9 of the FLOPs and no upsampled copy.
+    Of the nine pixels that a tap window covers only four differ, and which ones depends on the
+    parity of the output's row and column alone: four 2x2 convolutions of x itself, 4/9 of the FLOPs
+    and no upsampled copy.
     """
     height, width = x.shape[3:]
     out = weight.shape[0]
@@ -57,7 +62,8 @@ def upsample_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     kernel = torch.einsum("aip,bjq,ocpq->abocij", taps, taps, weight).flatten(0, 2)
     y = F.conv3d(x, kernel[:, :, None], bias.repeat(4), padding=(0, 1, 1)).permute(0, 2, 3, 4, 1)
     parities = [
-        [y[:, :, a : a + height, b : b + width, (2 * a + b) * out :][..., :out] for b in (0, 1)] for a in (0, 1)
+        [y[:, :, a : a + height, b : b + width, (2 * a + b) * out :][..., :out] for b in (0, 1)]
+        for a in (0, 1)
     ]
     y = torch.stack([torch.stack(row, 4) for row in parities], 3)  # (B, T, H, 2, W, 2, C')
     return y.reshape(*y.shape[:2], 2 * height, 2 * width, out).permute(0, 4, 1, 2, 3)

@@ -17,8 +17,8 @@ from acetate.models.wan import Geometry, WanDecoder, WanEncoder, WanHead
 from acetate.regions import check_clip_shape
 
 DECODERS_ONLY = (
-    "these files hold decoders only, and no merge block. Give the released VAE checkpoint (pytorch_model.bin), or an "
-    "adapter file of experiment=vae_rgba."
+    "these files hold decoders only, and no merge block. Give the released VAE checkpoint "
+    "(pytorch_model.bin), or an adapter file of experiment=vae_rgba."
 )
 
 
@@ -45,16 +45,21 @@ class RGBADecoders(nn.Module):
     ) -> None:
         super().__init__()
         if chunk is not None and chunk < 1:
-            raise ValueError(f"model.chunk={chunk}; latent frames at a time, at least 1, or null for whole clips.")
+            raise ValueError(
+                f"model.chunk={chunk}; latent frames at a time, at least 1, or null for whole "
+                "clips."
+            )
         if chunk is not None and checkpointing:
             raise ValueError(
-                "model.checkpointing recomputes whole clips. Set model.chunk=null, or checkpointing=false."
+                "model.checkpointing recomputes whole clips. Set model.chunk=null, or "
+                "checkpointing=false."
             )
         self.geometry = Geometry.of(rgb)
         if {len(self.geometry.mean), len(self.geometry.std)} != {self.geometry.channels}:
             raise ValueError(
                 f"{rgb.config.get('_name_or_path')}: {len(self.geometry.mean)} latent means and "
-                f"{len(self.geometry.std)} deviations for {self.geometry.channels} channels. Repair its config.json."
+                f"{len(self.geometry.std)} deviations for {self.geometry.channels} channels. "
+                "Repair its config.json."
             )
         self.average_alpha, self.chunk = average_alpha, chunk
         self.decoder_rgb = WanDecoder(rgb, checkpointing).requires_grad_(False)
@@ -103,9 +108,9 @@ class RGBADecoders(nn.Module):
 class RGBAVAE(RGBADecoders):
     """Colour and alpha in Wan's latent space (Wan-Alpha, section 3.1).
 
-    merge_init: `residual` (raw = Wan's own latents of rgb + merge, merge starts at zero) or `scratch`.
-    average_alpha, checkpointing, chunk: as RGBADecoders. trainable_dtype: master precision of what trains;
-    frozen_dtype: of all else.
+    merge_init: `residual` (raw = Wan's own latents of rgb + merge, merge starts at zero) or
+    `scratch`. average_alpha, checkpointing, chunk: as RGBADecoders. trainable_dtype: master
+    precision of what trains; frozen_dtype: of all else.
     """
 
     def __init__(
@@ -143,7 +148,8 @@ class RGBAVAE(RGBADecoders):
     def encode(self, rgb: Tensor, alpha: Tensor) -> Tensor:
         """Raw latents (B, 16, F, h, w).
 
-        rgb (B, 3, T, H, W) in [-1, 1] already hard-rendered over a background; alpha (B, 1, T, H, W) in [0, 1].
+        rgb (B, 3, T, H, W) in [-1, 1] already hard-rendered over a background; alpha (B, 1, T, H,
+        W) in [0, 1].
         """
         check_clip_shape(*alpha.shape[2:], self.geometry.time_stride, self.geometry.space_stride)
         dtype = self.encoder.net.conv_in.weight.dtype
@@ -156,11 +162,14 @@ class RGBAVAE(RGBADecoders):
         return merged if wan_latents is None else wan_latents + merged
 
     def shard(self, mesh: DeviceMesh) -> None:
-        """The merge block and each decoder is gathered by itself. Encoder and head stay whole on every rank: frozen,
-        used three times a step, 0.1 GB in bf16."""
+        """The merge block and each decoder is gathered by itself. Encoder and head stay whole on
+        every rank: frozen, used three times a step, 0.1 GB in bf16."""
         shard([self.merge, self.decoder_rgb, self.decoder_alpha], mesh)
 
     def latents_sha256(self) -> str:
-        """Of what latents depend on: the base, the merge block and how it starts. Decoder LoRA has no part in it."""
-        digest = hashlib.sha256(f"{self.base_sha256}{self.merge_init}{weights_sha256(self.merge)}".encode())
+        """Of what latents depend on: the base, the merge block and how it starts. Decoder LoRA has
+        no part in it."""
+        digest = hashlib.sha256(
+            f"{self.base_sha256}{self.merge_init}{weights_sha256(self.merge)}".encode()
+        )
         return digest.hexdigest()

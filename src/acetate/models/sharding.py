@@ -9,16 +9,18 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-# Weights are gathered in the precision that they are kept in (bf16 base, fp32 adapters) and autocast computes in bf16,
-# as without shards; gradients are summed in fp32, whatever the adapters are.
+# Weights are gathered in the precision that they are kept in (bf16 base, fp32 adapters) and
+# autocast computes in bf16, as without shards; gradients are summed in fp32, whatever the adapters
+# are.
 PRECISION = MixedPrecisionPolicy(reduce_dtype=torch.float32)
 
 
 def shard(groups: list[nn.Module], mesh: DeviceMesh) -> None:
-    """Leaves each rank its rows of every weight of the groups, inner ones first; meta tensors stay so.
+    """Leaves each rank its rows of every weight of the groups, inner ones first; meta tensors stay
+    so.
 
-    A group is gathered when it is called and let go after that, in the backward pass too, so that what a module holds
-    between steps are always its shards.
+    A group is gathered when it is called and let go after that, in the backward pass too, so that
+    what a module holds between steps are always its shards.
     """
     for group in groups:
         for parameter in group.parameters():
@@ -28,7 +30,8 @@ def shard(groups: list[nn.Module], mesh: DeviceMesh) -> None:
 
 
 def shard_like(value: Tensor, like: Tensor) -> Tensor:
-    """This rank's part of a whole tensor, on the device of `like`'s mesh, where `like` is sharded; else the value.
+    """This rank's part of a whole tensor, on the device of `like`'s mesh, where `like` is sharded;
+    else the value.
 
     Every rank has the value, or maps it from a file, of which no more than this part is read.
     """
@@ -40,5 +43,7 @@ def shard_like(value: Tensor, like: Tensor) -> Tensor:
     part = part.to(mesh.device_type, memory_format=torch.contiguous_format, copy=True)
     return cast(
         Tensor,
-        DTensor.from_local(part, mesh, placements, run_check=False, shape=like.shape, stride=like.stride()),
+        DTensor.from_local(
+            part, mesh, placements, run_check=False, shape=like.shape, stride=like.stride()
+        ),
     )

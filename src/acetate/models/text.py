@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 
 ORIGINAL = "models_t5*"  # the original release's file of UMT5, beside the DiT
 TOKENIZER = "google/umt5-xxl"  # and its tokenizer
-# Wan's own names of UMT5's tensors -> transformers'; of a block below blocks.N and encoder.block.N.layer
+# Wan's own names of UMT5's tensors -> transformers'; of a block below blocks.N and
+# encoder.block.N.layer
 TOP_NAMES = {
     "token_embedding.weight": "shared.weight",
     "norm.weight": "encoder.final_layer_norm.weight",
@@ -44,20 +45,23 @@ BLOCK_NAMES = {
 
 
 class TextEncoder:
-    """Tokenizer and encoder of a source: a folder with tokenizer/ and text_encoder/, a hub name, or the original
-    release's folder or file, with google/umt5-xxl/ beside it.
+    """Tokenizer and encoder of a source: a folder with tokenizer/ and text_encoder/, a hub name, or
+    the original release's folder or file, with google/umt5-xxl/ beside it.
 
-    length: tokens that the DiT reads. Raises FileNotFoundError for a source without them, and ValueError for weights
-    that do not fit.
+    length: tokens that the DiT reads. Raises FileNotFoundError for a source without them, and
+    ValueError for weights that do not fit.
     """
 
     def __init__(self, source: str, length: int, device: str = "cpu", dtype: str = "auto") -> None:
-        from transformers import AutoTokenizer  # seconds to import, and caches often have the answer
+        # seconds to import, and caches often have the answer
+        from transformers import AutoTokenizer
 
         self.source, self.length, self.device = source, length, device
         tokenizer, weights = locate_text_encoder(source)
         self.tokenizer = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False)
-        self.model = load_umt5(weights, None if dtype == "auto" else getattr(torch, dtype)).to(device)
+        self.model = load_umt5(weights, None if dtype == "auto" else getattr(torch, dtype)).to(
+            device
+        )
 
     def sha256(self) -> str:
         """Of weights and vocabulary: embeddings of another encoder are refused by it."""
@@ -72,29 +76,39 @@ class TextEncoder:
     def __call__(self, prompt: str, truncate: bool = False) -> Tensor:
         """(n, text_dim) fp32 on the CPU, n <= length tokens.
 
-        A longer prompt is a ValueError; with `truncate` its first tokens and its end count, as in Wan's own code, and
-        it warns.
+        A longer prompt is a ValueError; with `truncate` its first tokens and its end count, as in
+        Wan's own code, and it warns.
         """
         count = self.tokens(prompt)
         if count > self.length and not truncate:
-            raise ValueError(f"A prompt of {count} tokens; this model reads {self.length}. Shorten: {prompt[:80]!r}...")
-        tokens = self.tokenizer(mended(prompt), return_tensors="pt", truncation=True, max_length=self.length)
+            raise ValueError(
+                f"A prompt of {count} tokens; this model reads {self.length}. Shorten: "
+                f"{prompt[:80]!r}..."
+            )
+        tokens = self.tokenizer(
+            mended(prompt), return_tensors="pt", truncation=True, max_length=self.length
+        )
         if count > self.length:
             read = self.tokenizer.decode(tokens.input_ids[0, :-1])[-60:]
             warnings.warn(
-                f"A prompt of {count} tokens is cut to the {self.length} that this model reads, after {read!r}.",
+                f"A prompt of {count} tokens is cut to the {self.length} that this model reads, "
+                f"after {read!r}.",
                 stacklevel=3,
             )
         tokens = tokens.to(self.device)
-        return self.model(tokens.input_ids, tokens.attention_mask).last_hidden_state[0].float().cpu()
+        return (
+            self.model(tokens.input_ids, tokens.attention_mask).last_hidden_state[0].float().cpu()
+        )
 
     def context(self, prompts: Sequence[str], truncate: bool = False) -> Tensor:
-        """(B, length, text_dim) fp32 on the CPU, zeros after each prompt's last token, as Wan's DiT was trained."""
+        """(B, length, text_dim) fp32 on the CPU, zeros after each prompt's last token, as Wan's DiT
+        was trained."""
         return pad_context([self(prompt, truncate) for prompt in prompts], self.length)
 
 
 def mended(prompt: str) -> str:
-    """Broken Unicode, HTML entities and runs of white space put right, as Wan's own tokenizer does."""
+    """Broken Unicode, HTML entities and runs of white space put right, as Wan's own tokenizer
+    does."""
     return " ".join(html.unescape(html.unescape(fix_text(prompt))).split())
 
 
@@ -104,14 +118,17 @@ def locate_text_encoder(source: str) -> tuple[Path, Path]:
     if file is not None:
         tokenizer = file.parent / TOKENIZER
         if not tokenizer.is_dir():
-            raise FileNotFoundError(f"{tokenizer} does not exist; {file.name} needs its tokenizer beside it.")
+            raise FileNotFoundError(
+                f"{tokenizer} does not exist; {file.name} needs its tokenizer beside it."
+            )
         return tokenizer, file
     tokenizer, weights = (locate(source, part) for part in ("tokenizer", "text_encoder"))
     for part, folder in (("tokenizer", tokenizer), ("text_encoder", weights)):
         if folder.name != part:
             raise FileNotFoundError(
-                f"{source} has no folder {part}/, and no {ORIGINAL}.pth of the original release. Give wan.text_encoder "
-                "a folder with one or the other, or a hub name such as Wan-AI/Wan2.1-T2V-1.3B-Diffusers."
+                f"{source} has no folder {part}/, and no {ORIGINAL}.pth of the original release. "
+                "Give wan.text_encoder a folder with one or the other, or a hub name such as "
+                "Wan-AI/Wan2.1-T2V-1.3B-Diffusers."
             )
     return tokenizer, weights
 
@@ -122,29 +139,39 @@ def original_file(source: str) -> Path | None:
     if path.is_dir() and not (path / "text_encoder").is_dir():
         found = sorted(path.glob(ORIGINAL))
         if len(found) > 1:
-            raise ValueError(f"{path} holds {listed([file.name for file in found])}. Name one of the files.")
+            raise ValueError(
+                f"{path} holds {listed([file.name for file in found])}. Name one of the files."
+            )
         return found[0] if found else None
     return path if path.is_file() else None
 
 
 def load_umt5(path: Path, dtype: torch.dtype | None = None) -> "UMT5EncoderModel":
-    """From transformers' layout or Wan's own names; dtype None keeps the files'. Raises ValueError as `load_vae`."""
+    """From transformers' layout or Wan's own names; dtype None keeps the files'. Raises ValueError
+    as `load_vae`."""
     from transformers import UMT5Config, UMT5EncoderModel
 
     weights = open_weights(path)
     if "token_embedding.weight" in weights.meta:
         config, names = _original_config(weights), renamed(weights.meta, umt5_name)
     else:
-        config, names = UMT5Config.from_pretrained(path if path.is_dir() else path.parent), renamed(weights.meta)
+        config, names = (
+            UMT5Config.from_pretrained(path if path.is_dir() else path.parent),
+            renamed(weights.meta),
+        )
     with init_empty_weights():
         model = UMT5EncoderModel(config)
-    tied = {"shared.weight", "encoder.embed_tokens.weight"}  # one matrix; files hold it under one name or both
+    # one matrix; files hold it under one name or both
+    tied = {"shared.weight", "encoder.embed_tokens.weight"}
     if held := tied & names.keys():
         names |= {name: names[min(held, key=len)] for name in tied}
     stored: Any = config.dtype
     dtype = dtype or stored or next(iter(weights.meta.values())).dtype
-    precise = set(model._keep_in_fp32_modules or ()) if dtype == torch.float16 else set()  # as transformers does
-    assign(model, weights, names, lambda name: torch.float32 if precise & {*name.split(".")} else dtype)
+    # as transformers does
+    precise = set(model._keep_in_fp32_modules or ()) if dtype == torch.float16 else set()
+    assign(
+        model, weights, names, lambda name: torch.float32 if precise & {*name.split(".")} else dtype
+    )
     model.tie_weights()
     return model.eval().requires_grad_(False)
 
@@ -162,7 +189,9 @@ def _original_config(weights: Weights) -> "UMT5Config":
 
     vocabulary, width = weights.shape("token_embedding.weight")
     buckets, heads = weights.shape("blocks.0.pos_embedding.embedding.weight")
-    blocks = {int(match[1]) for name in weights.meta if (match := re.match(r"blocks\.(\d+)\.", name))}
+    blocks = {
+        int(match[1]) for name in weights.meta if (match := re.match(r"blocks\.(\d+)\.", name))
+    }
     return UMT5Config(
         vocab_size=vocabulary,
         d_model=width,
@@ -185,8 +214,9 @@ def pad_context(embeds: Sequence[Tensor], length: int) -> Tensor:
 
 
 def embed_prompt(prompt: str, source: str, length: int, cache: str) -> Tensor:
-    """(1, length, text_dim) fp32, padded. Computed once per (source, prompt) and kept in the folder `cache`; of the
-    ranks of a machine one computes it, since each would need UMT5's 11 GB, and the others wait."""
+    """(1, length, text_dim) fp32, padded. Computed once per (source, prompt) and kept in the folder
+    `cache`; of the ranks of a machine one computes it, since each would need UMT5's 11 GB, and the
+    others wait."""
     path = prompt_cache(prompt, source, length, cache)
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.is_file():
@@ -202,7 +232,8 @@ def embed_prompt(prompt: str, source: str, length: int, cache: str) -> Tensor:
 
 
 def prompt_cache(prompt: str, source: str, length: int, cache: str) -> Path:
-    """Where the embedding is kept. Names change with the text encoder's files, so that retraining one is seen."""
+    """Where the embedding is kept. Names change with the text encoder's files, so that retraining
+    one is seen."""
     original = original_file(source)
     folder = Path(source).expanduser() / "text_encoder"
     kept = sorted(folder.glob("*.safetensors")) if original is None else [original]

@@ -1,8 +1,8 @@
 """Wan2.1's own modules, from diffusers, and our execution of its causal VAE.
 
-The VAE's causal convolutions see two earlier frames, so a clip can run whole or in chunks that hand over the
-last frames of every convolution's input. Both are one traversal here: `state` None is the whole clip, a dict
-is the next chunk. Output is never clamped.
+The VAE's causal convolutions see two earlier frames, so a clip can run whole or in chunks that hand
+over the last frames of every convolution's input. Both are one traversal here: `state` None is the
+whole clip, a dict is the next chunk. Output is never clamped.
 """
 
 import copy
@@ -17,7 +17,11 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKLWan
-from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, WanResample, WanResidualBlock
+from diffusers.models.autoencoders.autoencoder_kl_wan import (
+    WanCausalConv3d,
+    WanResample,
+    WanResidualBlock,
+)
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
@@ -30,7 +34,8 @@ State = dict[nn.Module, Tensor] | None
 
 @dataclass(frozen=True)
 class Geometry:
-    """What a VAE's config says about its latents; raw -> normalised is (raw - mean) / std, per channel."""
+    """What a VAE's config says about its latents; raw -> normalised is (raw - mean) / std, per
+    channel."""
 
     channels: int
     time_stride: int
@@ -43,7 +48,8 @@ class Geometry:
         config = vae.config
         if config.is_residual or config.patch_size is not None:
             raise ValueError(
-                "This VAE has residual down blocks or patches (Wan2.2); acetate trains on Wan2.1's VAE. "
+                "This VAE has residual down blocks or patches (Wan2.2); acetate trains on "
+                "Wan2.1's VAE. "
                 "Choose wan=wan21_1b, wan=wan21_14b or wan=tiny."
             )
         return cls(
@@ -68,19 +74,28 @@ def causal_conv(conv: WanCausalConv3d, x: Tensor, state: State) -> Tensor:
     previous = None if state is None else state.get(conv)
     one_frame = previous is None and x.shape[2] == 1
     if previous is None and not (one_frame and state is None):
-        previous = torch.empty_like(x[:, :, :1].expand(-1, -1, before, -1, -1), memory_format=LAYOUT).zero_()
+        previous = torch.empty_like(
+            x[:, :, :1].expand(-1, -1, before, -1, -1), memory_format=LAYOUT
+        ).zero_()
     if previous is not None:
-        x = torch.cat([previous, x], 2)  # thirty times faster here than F.pad, which leaves this layout
+        # thirty times faster here than F.pad, which leaves this layout
+        x = torch.cat([previous, x], 2)
     if state is not None:
         state[conv] = x[:, :, -before:].clone()  # a view would keep the whole chunk alive
     if one_frame:
         # One frame meets only the last temporal tap: a 2-D convolution at a third of the cost.
-        return F.conv2d(x[:, :, -1], conv.weight[:, :, -1], conv.bias, padding=(height, width))[:, :, None]
+        return F.conv2d(x[:, :, -1], conv.weight[:, :, -1], conv.bias, padding=(height, width))[
+            :, :, None
+        ]
     return F.conv3d(x, conv.weight, conv.bias, conv.stride, padding=(0, height, width))
 
 
 def residual(block: WanResidualBlock, x: Tensor, state: State) -> Tensor:
-    shortcut = x if isinstance(block.conv_shortcut, nn.Identity) else causal_conv(block.conv_shortcut, x, state)
+    shortcut = (
+        x
+        if isinstance(block.conv_shortcut, nn.Identity)
+        else causal_conv(block.conv_shortcut, x, state)
+    )
     x = causal_conv(block.conv1, norm_silu(block.norm1, x), state)
     x = causal_conv(block.conv2, block.dropout(norm_silu(block.norm2, x)), state)
     return x + shortcut
@@ -104,14 +119,19 @@ def downsample(block: WanResample, x: Tensor, state: State) -> Tensor:
         state[block] = x[:, :, -1:].clone()
     time_conv = block.time_conv
     if before is not None:
-        return F.conv3d(torch.cat([before, x], 2), time_conv.weight, time_conv.bias, time_conv.stride)
+        return F.conv3d(
+            torch.cat([before, x], 2), time_conv.weight, time_conv.bias, time_conv.stride
+        )
     if x.shape[2] == 1:
         return x
-    return torch.cat([x[:, :, :1], F.conv3d(x, time_conv.weight, time_conv.bias, time_conv.stride)], 2)
+    return torch.cat(
+        [x[:, :, :1], F.conv3d(x, time_conv.weight, time_conv.bias, time_conv.stride)], 2
+    )
 
 
 def upsample(block: WanResample, x: Tensor, state: State) -> Tensor:
-    """Frame 0 passes; each later frame becomes two, by a causal convolution that never sees frame 0."""
+    """Frame 0 passes; each later frame becomes two, by a causal convolution that never sees frame
+    0."""
     if block.mode == "upsample3d":
         first = state is None or block not in state
         if state is not None:
@@ -148,7 +168,8 @@ def up(block: nn.Module, x: Tensor, state: State) -> Tensor:
 
 
 class WanHalf(nn.Module):
-    """The encoder or the decoder: stages one after the other, over a whole clip or over chunks of it.
+    """The encoder or the decoder: stages one after the other, over a whole clip or over chunks of
+    it.
 
     checkpointing: each stage of a whole clip is computed again in the backward pass.
     """
@@ -186,7 +207,8 @@ class WanHalf(nn.Module):
 
 
 class WanEncoder(WanHalf):
-    """Video (B, 3, T, H, W) in [-1, 1] -> features before Wan's head, (B, 4 * base_dim, F, h, w)."""
+    """Video (B, 3, T, H, W) in [-1, 1] -> features before Wan's head, (B, 4 * base_dim, F, h,
+    w)."""
 
     def __init__(self, vae: AutoencoderKLWan, checkpointing: bool = False) -> None:
         super().__init__(checkpointing)
@@ -210,7 +232,8 @@ class WanEncoder(WanHalf):
 
 
 class WanHead(nn.Module):
-    """Wan's own last layers: features -> mean and log variance of the raw latents, each (B, 16, F, h, w)."""
+    """Wan's own last layers: features -> mean and log variance of the raw latents, each (B, 16, F,
+    h, w)."""
 
     def __init__(self, vae: AutoencoderKLWan) -> None:
         super().__init__()
@@ -251,7 +274,8 @@ class WanDecoder(WanHalf):
 
 @torch.no_grad()
 def merged_vae(base: AutoencoderKLWan, decoder: WanDecoder) -> AutoencoderKLWan:
-    """The base with the weights that `decoder` runs with, its LoRA merged in, as diffusers' own module."""
+    """The base with the weights that `decoder` runs with, its LoRA merged in, as diffusers' own
+    module."""
     vae = copy.deepcopy(base)
     for name, parameter in vae.named_parameters():
         if name.startswith("decoder."):
@@ -264,11 +288,14 @@ def merged_vae(base: AutoencoderKLWan, decoder: WanDecoder) -> AutoencoderKLWan:
 def _register_strides(vae: AutoencoderKLWan) -> None:
     """WanPipeline reads them from the config."""
     geometry = Geometry.of(vae)
-    vae.register_to_config(scale_factor_temporal=geometry.time_stride, scale_factor_spatial=geometry.space_stride)
+    vae.register_to_config(
+        scale_factor_temporal=geometry.time_stride, scale_factor_spatial=geometry.space_stride
+    )
 
 
 def save_vae(vae: AutoencoderKLWan, folder: Path) -> None:
-    """fp16 weights and config in diffusers layout; written beside `folder` and then renamed over it."""
+    """fp16 weights and config in diffusers layout; written beside `folder` and then renamed over
+    it."""
     _register_strides(vae)
     # A copy, since from_config drops what was registered later where the constructor had a default.
     replace_folder(folder, copy.deepcopy(vae).to("cpu", torch.float16).save_pretrained)

@@ -1,4 +1,5 @@
-"""Files of weights: found, checked, and read without running code and without a second copy in memory."""
+"""Files of weights: found, checked, and read without running code and without a second copy in
+memory."""
 
 import json
 import pickle
@@ -18,7 +19,8 @@ from acetate.models.adapters import check_fit, listed
 from acetate.models.sharding import shard_like
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
-STANDARD = ("diffusion_pytorch_model", "model", "pytorch_model")  # what diffusers and transformers call a single file
+# what diffusers and transformers call a single file
+STANDARD = ("diffusion_pytorch_model", "model", "pytorch_model")
 SHARD = re.compile(r"(?P<stem>.+)-\d{5}-of-(?P<count>\d{5})\.\w+")
 M = TypeVar("M", bound=nn.Module)
 REMAP = 2**26  # bytes to convert before a file is mapped anew, which gives its pages back
@@ -26,7 +28,8 @@ REMAP = 2**26  # bytes to convert before a file is mapped anew, which gives its 
 
 @dataclass(frozen=True)
 class Weights:
-    """What a file or a folder holds, by name: shapes and types as meta tensors, and in which file the values lie."""
+    """What a file or a folder holds, by name: shapes and types as meta tensors, and in which file
+    the values lie."""
 
     path: Path
     meta: dict[str, Tensor]
@@ -34,7 +37,9 @@ class Weights:
 
     def shape(self, name: str) -> torch.Size:
         if name not in self.meta:
-            raise ValueError(f"{self} lacks {name}: not Wan2.1's original weights, or a truncated file.")
+            raise ValueError(
+                f"{self} lacks {name}: not Wan2.1's original weights, or a truncated file."
+            )
         return self.meta[name].shape
 
     def label(self, name: str) -> str:
@@ -47,10 +52,12 @@ class Weights:
 
 
 def open_weights(path: Path) -> Weights:
-    """Of a file, or of a folder: one file of a standard name, or all that an index names, or all shards.
+    """Of a file, or of a folder: one file of a standard name, or all that an index names, or all
+    shards.
 
-    No values are read. Raises FileNotFoundError for a folder without weights, and ValueError for files that are
-    damaged, hold objects other than tensors, are several without an index, or do not agree with their index.
+    No values are read. Raises FileNotFoundError for a folder without weights, and ValueError for
+    files that are damaged, hold objects other than tensors, are several without an index, or do not
+    agree with their index.
     """
     meta, files = {}, {}
     index = _index(path)
@@ -59,7 +66,10 @@ def open_weights(path: Path) -> Weights:
         if index is not None:
             _check_index(index, file, held)
         if twice := [name for name in held if name in files]:
-            raise ValueError(f"{listed(twice)}: in {files[twice[0]]} and in {file} too. Remove the file that is stale.")
+            raise ValueError(
+                f"{listed(twice)}: in {files[twice[0]]} and in {file} too. Remove the file that is "
+                "stale."
+            )
         meta |= {name: torch.empty_like(value, device="meta") for name, value in held.items()}
         files |= dict.fromkeys(held, file)
     return Weights(path, meta, files)
@@ -68,7 +78,8 @@ def open_weights(path: Path) -> Weights:
 def read_weights(path: Path, wrapped: bool = False) -> dict[str, Tensor]:
     """All tensors by name, mapped from their files. Raises as `open_weights` does.
 
-    wrapped: takes the `state_dict` of a training checkpoint, where the file has one, in the place of the whole.
+    wrapped: takes the `state_dict` of a training checkpoint, where the file has one, in the place
+    of the whole.
     """
     if path.is_dir():
         opened = {file: _open(file) for file in _files(path, _index(path))}
@@ -85,9 +96,10 @@ def assign(
 ) -> None:
     """Puts the file's tensors in the place of a meta model's, each in dtype_of(its name).
 
-    names: the model's name -> the file's, for every tensor of the file. One tensor at a time is held twice, and only
-    where its type changes; the others stay mapped. prepare: what becomes of the meta model before, such as adapters on
-    it or shards of it, of which each gets its part. Raises ValueError as `check_fit`, and puts nothing then.
+    names: the model's name -> the file's, for every tensor of the file. One tensor at a time is
+    held twice, and only where its type changes; the others stay mapped. prepare: what becomes of
+    the meta model before, such as adapters on it or shards of it, of which each gets its part.
+    Raises ValueError as `check_fit`, and puts nothing then.
     """
     found = {name: weights.meta[key] for name, key in names.items()}
     labels = {name: weights.label(key) for name, key in names.items()}
@@ -97,7 +109,10 @@ def assign(
             parameter.data = parameter.data.to(dtype_of(name))
         prepare(model)
     # PEFT moves a layer that it adapts one name further down
-    places = {name.replace(".base_layer.", "."): (name, tensor) for name, tensor in model.state_dict().items()}
+    places = {
+        name.replace(".base_layer.", "."): (name, tensor)
+        for name, tensor in model.state_dict().items()
+    }
     by_file: dict[Path, dict[str, str]] = {}
     for name, key in names.items():
         by_file.setdefault(weights.files[key], {})[name] = key
@@ -106,7 +121,9 @@ def assign(
         return shard_like(value, places[name][1]).to(dtype_of(name))
 
     values = (pair for file, part in by_file.items() for pair in _converted(file, part, convert))
-    model.load_state_dict({places[name][0]: value for name, value in values}, strict=prepare is None, assign=True)
+    model.load_state_dict(
+        {places[name][0]: value for name, value in values}, strict=prepare is None, assign=True
+    )
 
 
 def _converted(
@@ -128,14 +145,18 @@ def read_json(file: Path) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"{file} is not JSON ({error}). Fetch it anew.") from error
     if not isinstance(value, dict):
-        raise ValueError(f"{file} holds a {type(value).__name__}; a config is an object of names and values.")
+        raise ValueError(
+            f"{file} holds a {type(value).__name__}; a config is an object of names and values."
+        )
     return value
 
 
 def _index(path: Path) -> Path | None:
     found = sorted(path.glob("*.index.json")) if path.is_dir() else []
     if len(found) > 1:
-        raise ValueError(f"{path} holds {listed([file.name for file in found])}; keep one index, or name a file.")
+        raise ValueError(
+            f"{path} holds {listed([file.name for file in found])}; keep one index, or name a file."
+        )
     return found[0] if found else None
 
 
@@ -145,7 +166,8 @@ def _weight_map(index: Path) -> dict[str, str]:
         isinstance(file, str) and file == Path(file).name for file in names.values()
     ):
         raise ValueError(
-            f"{index}: its weight_map must give a file of the same folder for every tensor. Fetch it anew."
+            f"{index}: its weight_map must give a file of the same folder for every tensor. Fetch "
+            "it anew."
         )
     return names
 
@@ -154,7 +176,9 @@ def _files(path: Path, index: Path | None) -> list[Path]:
     if index is not None:
         named = sorted(set(_weight_map(index).values()))
         if absent := [file for file in named if not (path / file).is_file()]:
-            raise ValueError(f"{path} lacks {listed(absent)}, which {index.name} names. Fetch what is missing.")
+            raise ValueError(
+                f"{path} lacks {listed(absent)}, which {index.name} names. Fetch what is missing."
+            )
         return [path / file for file in named]
     if path.is_file() and path.suffix in SUFFIXES:
         return [path]
@@ -171,19 +195,28 @@ def _files(path: Path, index: Path | None) -> list[Path]:
     if len(shards) == len(files) and len(sets) == 1:
         (_, count), *_ = sets
         if len(files) != count:
-            raise ValueError(f"{path} holds {len(files)} of {count} shards: {listed([f.name for f in files])}.")
+            raise ValueError(
+                f"{path} holds {len(files)} of {count} shards: {listed([f.name for f in files])}."
+            )
         return files
     if len(files) > 1:
-        raise ValueError(f"{path} holds {listed([file.name for file in files])}, and no index. Name the file.")
+        raise ValueError(
+            f"{path} holds {listed([file.name for file in files])}, and no index. Name the file."
+        )
     return files
 
 
 def _check_index(index: Path, file: Path, held: dict[str, Tensor]) -> None:
     named = {name for name, place in _weight_map(index).items() if place == file.name}
     if absent := sorted(named - held.keys()):
-        raise ValueError(f"{file} lacks {listed(absent)}, which {index.name} places there. Fetch both anew.")
+        raise ValueError(
+            f"{file} lacks {listed(absent)}, which {index.name} places there. Fetch both anew."
+        )
     if more := sorted(held.keys() - named):
-        raise ValueError(f"{file} holds {listed(more)}, which {index.name} does not place there. Fetch both anew.")
+        raise ValueError(
+            f"{file} holds {listed(more)}, which {index.name} does not place there. Fetch both "
+            "anew."
+        )
 
 
 def _mappable(file: Path) -> bool:
@@ -196,7 +229,9 @@ def _open(file: Path, wrapped: bool = False) -> dict[str, Tensor]:
     if wrapped and isinstance(held, dict) and isinstance(held.get("state_dict"), dict):
         held = held["state_dict"]
     if not isinstance(held, dict):
-        raise ValueError(f"{file} holds a {type(held).__name__}, no state dict. Give a file of weights.")
+        raise ValueError(
+            f"{file} holds a {type(held).__name__}, no state dict. Give a file of weights."
+        )
     if others := [str(name) for name, value in held.items() if not isinstance(value, Tensor)]:
         raise ValueError(
             f"{file} holds {listed(others)}: no tensor. A training checkpoint rather than weights? "
@@ -206,7 +241,8 @@ def _open(file: Path, wrapped: bool = False) -> dict[str, Tensor]:
 
 
 def load_data(file: Path) -> object:
-    """All that it holds. Raises ValueError for what cannot be read, or would run code on the way; nothing is run."""
+    """All that it holds. Raises ValueError for what cannot be read, or would run code on the way;
+    nothing is run."""
     try:
         if file.suffix == ".safetensors":
             return load_file(file)
@@ -214,20 +250,34 @@ def load_data(file: Path) -> object:
     except pickle.UnpicklingError as error:
         if match := re.search(r"GLOBAL ([\w.]+)", str(error)):
             raise ValueError(
-                f"{file} cannot be read: it holds {match[1]}, code rather than tensors, which was not run. "
-                "Give a file of nothing but tensors, best a .safetensors."
+                f"{file} cannot be read: it holds {match[1]}, code rather than tensors, which was "
+                "not run. Give a file of nothing but tensors, best a .safetensors."
             ) from error
         raise _damaged(file, error) from error
-    except (SafetensorError, RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+    except (
+        SafetensorError,
+        RuntimeError,
+        EOFError,
+        OSError,
+        ValueError,
+        KeyError,
+        AttributeError,
+        TypeError,
+    ) as error:
         raise _damaged(file, error) from error
 
 
 def _damaged(file: Path, error: Exception) -> ValueError:
-    return ValueError(f"{file} cannot be read ({reason(error)}). It is truncated or no weight file: fetch it anew.")
+    return ValueError(
+        f"{file} cannot be read ({reason(error)}). It is truncated or no weight file: fetch it "
+        "anew."
+    )
 
 
 def reason(error: Exception) -> str:
     """One line of it, without torch's advice to run the code."""
     said = re.search(r"WeightsUnpickler error:\s*(.+)", str(error))
     plain = not isinstance(error, pickle.UnpicklingError) or "Weights only" not in str(error)
-    return said[1] if said else str(error).partition("\n")[0] if plain else "not written by torch.save"
+    return (
+        said[1] if said else str(error).partition("\n")[0] if plain else "not written by torch.save"
+    )

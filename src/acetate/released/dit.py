@@ -12,7 +12,8 @@ def third(step: int, steps: int) -> float:
 
 
 class ReleasedDoRATask(DoRATask):
-    """Adapters in bfloat16, in which a magnitude of 1.5 does not move at a learning rate of 1e-4."""
+    """Adapters in bfloat16, in which a magnitude of 1.5 does not move at a learning rate of
+    1e-4."""
 
     levels = schedule()
     adapter_dtype = torch.bfloat16

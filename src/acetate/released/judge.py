@@ -18,9 +18,9 @@ def clamped_mean(error: Tensor, alpha: Tensor, time_stride: int, space_stride: i
 def three_valued_map(alpha: Tensor, time_stride: int, space_stride: int) -> Tensor:
     """The released three-valued map, int8 (B, 1, F, h, w).
 
-    1: the cell's mean alpha is 1; -1: its mean is 0, or (frame 0) it is not opaque, or (later frames) every
-    pixel is strictly semi-transparent; 0: the rest. Equality is numpy's isclose on alpha in [-1, 1]
-    (rtol 1e-5, atol 1e-8), so that one 254 in a cell makes it non-opaque.
+    1: the cell's mean alpha is 1; -1: its mean is 0, or (frame 0) it is not opaque, or (later
+    frames) every pixel is strictly semi-transparent; 0: the rest. Equality is numpy's isclose on
+    alpha in [-1, 1] (rtol 1e-5, atol 1e-8), so that one 254 in a cell makes it non-opaque.
     """
     regions.check_clip_shape(*alpha.shape[2:], time_stride, space_stride)
     signed = alpha.float() * 2 - 1
@@ -38,7 +38,12 @@ def three_valued_map(alpha: Tensor, time_stride: int, space_stride: int) -> Tens
         return mask
     average = mean(later, time_stride)
     at_end = (close_to(later, 1) | close_to(later, -1)).float()
-    semi = regions.largest_per_cell(torch.cat([at_end[:, :, :1], at_end], 2), time_stride, space_stride)[:, :, 1:] == 0
+    semi = (
+        regions.largest_per_cell(
+            torch.cat([at_end[:, :, :1], at_end], 2), time_stride, space_stride
+        )[:, :, 1:]
+        == 0
+    )
     rest = torch.zeros_like(average, dtype=torch.int8)
     rest[close_to(average, 1)] = 1
     rest[close_to(average, -1) | semi] = -1

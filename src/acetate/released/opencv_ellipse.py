@@ -1,7 +1,9 @@
-"""OpenCV's filled ellipse on a batch of grids, to the pixel: what decides how far the released fit grows its axes.
+"""OpenCV's filled ellipse on a batch of grids, to the pixel: what decides how far the released fit
+grows its axes.
 
-cv::ellipse draws a polygon of few corners whose rows and outline round differently from the ellipse itself. Only
-reproducing the released masks needs this; `regions.fit_ellipses` by default asks the ellipse.
+cv::ellipse draws a polygon of few corners whose rows and outline round differently from the ellipse
+itself. Only reproducing the released masks needs this; `regions.fit_ellipses` by default asks the
+ellipse.
 """
 
 import torch
@@ -13,7 +15,8 @@ CORNERS = 72  # at most: one every 5 degrees
 
 
 def inside(centre: Tensor, lengths: Tensor, angle: Tensor, height: int, width: int) -> Tensor:
-    """Of ellipses at any place, (N, 2), (N, 2), (N,) -> bool (N, height, width): rounded as the released code does."""
+    """Of ellipses at any place, (N, 2), (N, 2), (N,) -> bool (N, height, width): rounded as the
+    released code does."""
     last = torch.tensor([width - 1, height - 1], device=centre.device)
     place = centre.round().long().clamp(torch.zeros_like(last), last)
     half = (lengths / 2).round().long().clamp_min(1)
@@ -21,19 +24,25 @@ def inside(centre: Tensor, lengths: Tensor, angle: Tensor, height: int, width: i
 
 
 def filled(centre: Tensor, half_axes: Tensor, angle: Tensor, height: int, width: int) -> Tensor:
-    """(N, 2) integer centres (x, y) and half axes, (N,) integer degrees -> bool (N, height, width)."""
+    """(N, 2) integer centres (x, y) and half axes, (N,) integer degrees -> bool (N, height,
+    width)."""
     x, y = _polygon(centre, half_axes, angle)
     return _rows(x, y, height, width) | _outline(x, y, height, width)
 
 
 def _polygon(centre: Tensor, half_axes: Tensor, angle: Tensor) -> tuple[Tensor, Tensor]:
-    """Corners in fixed point, (N, CORNERS + 1), the first again at the end; fewer are padded with the last."""
+    """Corners in fixed point, (N, CORNERS + 1), the first again at the end; fewer are padded with
+    the last."""
     longest = half_axes.amax(1)
-    step = torch.where(longest < 3, 90, torch.where(longest < 10, 30, torch.where(longest < 15, 18, 5)))
+    step = torch.where(
+        longest < 3, 90, torch.where(longest < 10, 30, torch.where(longest < 15, 18, 5))
+    )
     at = (torch.arange(CORNERS + 1, device=step.device) * step[:, None]).clamp_max(360)
     turn, at = torch.deg2rad(angle.double())[:, None], torch.deg2rad(at.double())
     # OpenCV reads sines from a table of seven digits
-    cos_at, sin_at, cos, sin = (torch.round(f, decimals=7) for f in (at.cos(), at.sin(), turn.cos(), turn.sin()))
+    cos_at, sin_at, cos, sin = (
+        torch.round(f, decimals=7) for f in (at.cos(), at.sin(), turn.cos(), turn.sin())
+    )
     u, v = half_axes[:, :1].double() * ONE * cos_at, half_axes[:, 1:].double() * ONE * sin_at
     x = centre[:, :1].double() * ONE + u * cos - v * sin
     y = centre[:, 1:].double() * ONE + u * sin + v * cos
@@ -46,11 +55,15 @@ def _round(fixed: Tensor) -> Tensor:
 
 
 def _rows(x: Tensor, y: Tensor, height: int, width: int) -> Tensor:
-    """Between the two edges of every row; corners lie on whole rows, and the last row is the outline's."""
+    """Between the two edges of every row; corners lie on whole rows, and the last row is the
+    outline's."""
     start, end = _round(y[:, :-1]), _round(y[:, 1:])
     downwards = start < end
     top, bottom = torch.where(downwards, start, end), torch.where(downwards, end, start)
-    x_top, x_bottom = torch.where(downwards, x[:, :-1], x[:, 1:]), torch.where(downwards, x[:, 1:], x[:, :-1])
+    x_top, x_bottom = (
+        torch.where(downwards, x[:, :-1], x[:, 1:]),
+        torch.where(downwards, x[:, 1:], x[:, :-1]),
+    )
     rows = bottom - top
     slope = torch.div((x_bottom - x_top) * 2 + rows, (2 * rows).clamp_min(1), rounding_mode="trunc")
     row = torch.arange(height, device=x.device)[:, None]  # (h, 1) against (N, 1, edges)
@@ -91,7 +104,8 @@ def _outline(x: Tensor, y: Tensor, height: int, width: int) -> Tensor:
 def _clip(
     x1: Tensor, y1: Tensor, x2: Tensor, y2: Tensor, right: int, bottom: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Ends moved onto the picture's border, and which lines are seen at all; Cohen and Sutherland."""
+    """Ends moved onto the picture's border, and which lines are seen at all; Cohen and
+    Sutherland."""
     seen = (torch.maximum(y1, y2) >= 0) & (torch.minimum(y1, y2) <= bottom)
     y1, x1 = _clip_end(y1, x1, y2, x2, bottom)
     y2, x2 = _clip_end(y2, x2, y1, x1, bottom)
@@ -101,7 +115,9 @@ def _clip(
     return x1, y1, x2, y2, seen
 
 
-def _clip_end(a: Tensor, b: Tensor, other_a: Tensor, other_b: Tensor, last: int) -> tuple[Tensor, Tensor]:
+def _clip_end(
+    a: Tensor, b: Tensor, other_a: Tensor, other_b: Tensor, last: int
+) -> tuple[Tensor, Tensor]:
     """Moves the end (a, b) along its line to 0 <= a <= last where it lies outside."""
     border = a.clamp(0, last)
     run = torch.where(other_a == a, 1, other_a - a)

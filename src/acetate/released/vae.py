@@ -1,4 +1,5 @@
-"""The VAE stage as released: edges of luma, noise that turns opaque, and figures that move between validations."""
+"""The VAE stage as released: edges of luma, noise that turns opaque, and figures that move between
+validations."""
 
 from typing import Any
 
@@ -14,9 +15,11 @@ from acetate.tasks.vae import Draw, RGBAVAETask
 
 
 def central_difference_magnitude(video: Tensor) -> Tensor:
-    """The released 'Sobel': two-tap central differences of luma with zero padding, (B * T, 1, H, W).
+    """The released 'Sobel': two-tap central differences of luma with zero padding, (B * T, 1, H,
+    W).
 
-    luma = (65.738 R + 129.057 G + 25.064 B) / 256, whose weights sum to 0.859; one channel is taken as it is.
+    luma = (65.738 R + 129.057 G + 25.064 B) / 256, whose weights sum to 0.859; one channel is taken
+    as it is.
     """
     x = frames(video)
     if x.shape[1] == 3:

@@ -1,4 +1,5 @@
-"""What every task shares that trains adapters on a frozen base: its checkpoints hold nothing else."""
+"""What every task shares that trains adapters on a frozen base: its checkpoints hold nothing
+else."""
 
 import json
 from collections.abc import Sequence
@@ -37,42 +38,65 @@ class AdapterTask(LightningModule):
 
     def configure_optimizers(self) -> dict[str, Any]:
         return adamw_with_warmup(
-            self.parameters(), lr=self.lr, warmup_steps=self.warmup_steps, decay_steps=self.decay_steps,
+            self.parameters(), lr=self.lr, warmup_steps=self.warmup_steps,
+            decay_steps=self.decay_steps,
             betas=self.betas, weight_decay=self.weight_decay, warmup=self.warmup,
         )  # fmt: skip
 
     def facts(self) -> dict[str, Any]:
-        """What a reader needs to build the model that the trained tensors belong to, with their kind."""
+        """What a reader needs to build the model that the trained tensors belong to, with their
+        kind."""
         raise NotImplementedError
 
     def adapter_metadata(self) -> dict[str, str]:
         """The facts as JSON, for the header of an adapter file."""
-        return {name: json.dumps(value) for name, value in {"schema": ADAPTER_SCHEMA, **self.facts()}.items()}
+        return {
+            name: json.dumps(value)
+            for name, value in {"schema": ADAPTER_SCHEMA, **self.facts()}.items()
+        }
 
     def on_train_start(self) -> None:
-        """A checkpoint brings its own learning rate, betas and weight decay: this run's settings are put
-        back, and what changes, in the schedule too, is said."""
+        """A checkpoint brings its own learning rate, betas and weight decay: this run's settings
+        are put back, and what changes, in the schedule too, is said."""
         for name, before in self._schedule_before.items():
             if (now := self.schedule().get(name, before)) != before:
-                rank_zero_warn(f"{name} {before} of the checkpoint is now {now}, as the settings say.")
-        restored, (config,) = self.trainer.optimizers[0].param_groups, self.trainer.lr_scheduler_configs
+                rank_zero_warn(
+                    f"{name} {before} of the checkpoint is now {now}, as the settings say."
+                )
+        restored, (config,) = (
+            self.trainer.optimizers[0].param_groups,
+            self.trainer.lr_scheduler_configs,
+        )
         scheduler: Any = config.scheduler  # LambdaLR
         scheduler.base_lrs = []
         for group, own, factor in zip(
-            restored, self.configure_optimizers()["optimizer"].param_groups, scheduler.lr_lambdas, strict=True
+            restored,
+            self.configure_optimizers()["optimizer"].param_groups,
+            scheduler.lr_lambdas,
+            strict=True,
         ):
-            changed = [name for name in ("initial_lr", "betas", "weight_decay") if group[name] != own[name]]
+            changed = [
+                name for name in ("initial_lr", "betas", "weight_decay") if group[name] != own[name]
+            ]
             for name in changed:
-                rank_zero_warn(f"{name} {group[name]} of the checkpoint is now {own[name]}, as the settings say.")
+                rank_zero_warn(
+                    f"{name} {group[name]} of the checkpoint is now {own[name]}, as the settings "
+                    "say."
+                )
                 group[name] = own[name]
             scheduler.base_lrs.append(own["initial_lr"])
-            group["lr"] = own["initial_lr"] * factor(scheduler.last_epoch)  # where the schedule, too, may be another
+            # where the schedule, too, may be another
+            group["lr"] = own["initial_lr"] * factor(scheduler.last_epoch)
 
     def schedule(self) -> dict[str, Any]:
         """What steps are made of beside the optimizer's own settings."""
         trainer = self.trainer
         return {
-            **{f"task.{name}": getattr(self, name) for name in ("warmup_steps", "decay_steps") if hasattr(self, name)},
+            **{
+                f"task.{name}": getattr(self, name)
+                for name in ("warmup_steps", "decay_steps")
+                if hasattr(self, name)
+            },
             "trainer.max_steps": trainer.max_steps,
             "trainer.accumulate_grad_batches": trainer.accumulate_grad_batches,
             "trainer.gradient_clip_val": trainer.gradient_clip_val,
@@ -87,20 +111,28 @@ class AdapterTask(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["schedule"] = self.schedule()
         trained = trainable_state(self)
-        checkpoint["state_dict"] = {name: value for name, value in checkpoint["state_dict"].items() if name in trained}
+        checkpoint["state_dict"] = {
+            name: value for name, value in checkpoint["state_dict"].items() if name in trained
+        }
         checkpoint["adapter_metadata"] = self.adapter_metadata()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Raises ValueError, before anything is loaded, for a checkpoint of another model, base or latents."""
+        """Raises ValueError, before anything is loaded, for a checkpoint of another model, base or
+        latents."""
         before, now = (
-            {name: json.loads(value) for name, value in facts.items() if name != "base"}  # its hash says what it held
+            # its hash says what it held
+            {name: json.loads(value) for name, value in facts.items() if name != "base"}
             for facts in (checkpoint["adapter_metadata"], self.adapter_metadata())
         )
-        changed = [f"{name} {before.get(name)!r}, now {now[name]!r}" for name in now if before.get(name) != now[name]]
+        changed = [
+            f"{name} {before.get(name)!r}, now {now[name]!r}"
+            for name in now
+            if before.get(name) != now[name]
+        ]
         if changed:
             raise ValueError(
-                f"This checkpoint was trained with {'; '.join(changed)}. Give the settings that it was trained with, "
-                "or start anew without resume."
+                f"This checkpoint was trained with {'; '.join(changed)}. Give the settings that it "
+                "was trained with, or start anew without resume."
             )
         self._schedule_before = checkpoint.get("schedule", {})  # older ones have none
         load_trainable(self, checkpoint["state_dict"], "This checkpoint")

@@ -1,4 +1,5 @@
-"""DoRA training of Wan's DiT on cached RGBA latents with mean-shifted noise (method of Wan-Alpha, section 3.3)."""
+"""DoRA training of Wan's DiT on cached RGBA latents with mean-shifted noise (method of Wan-Alpha,
+section 3.3)."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -25,11 +26,12 @@ BINS = 10  # ranges of timesteps that the training loss is logged by
 
 
 class DoRATask(AdapterTask, MeasuredTask):
-    """l = w(t) |DiT(x_t, t, prompt) - (noise~ - z)|^2 with noise~ = noise + mean_shift (1 - G), one t per clip.
+    """l = w(t) |DiT(x_t, t, prompt) - (noise~ - z)|^2 with noise~ = noise + mean_shift (1 - G), one
+    t per clip.
 
-    rank, alpha: of DoRA. G is the Gaussian ellipse that the cache holds. checkpointing: blocks are computed again in
-    the backward pass. caption_dropout: share of clips that see the empty prompt. decay_steps: as in
-    `adamw_with_warmup`.
+    rank, alpha: of DoRA. G is the Gaussian ellipse that the cache holds. checkpointing: blocks are
+    computed again in the backward pass. caption_dropout: share of clips that see the empty prompt.
+    decay_steps: as in `adamw_with_warmup`.
     """
 
     levels = flow.schedule()
@@ -59,8 +61,8 @@ class DoRATask(AdapterTask, MeasuredTask):
         self.lr, self.warmup_steps, self.decay_steps = lr, warmup_steps, decay_steps
         self.betas, self.weight_decay = betas, weight_decay
         self.val_ids = ((torch.arange(VAL_LEVELS) + 0.5) * len(self.levels) / VAL_LEVELS).long()
-        # Of this rank since the last log; float64, so that a sum does not depend on the order that ranks and resumed
-        # runs add in
+        # Of this rank since the last log; float64, so that a sum does not depend on the order that
+        # ranks and resumed runs add in
         self.bin_sums, self.bin_counts = torch.zeros(2, BINS, dtype=torch.float64)
         self.means, self.step_means = Means(), Means()
         self.transformer: WanTransformer3DModel | None = None
@@ -86,7 +88,8 @@ class DoRATask(AdapterTask, MeasuredTask):
         self.cache = {name: manifest[name] for name in MADE_WITH}
 
     def on_validation_model_eval(self) -> None:
-        """Training mode stays on: nothing here depends on it but PEFT, which keeps full-size deltas in eval mode."""
+        """Training mode stays on: nothing here depends on it but PEFT, which keeps full-size deltas
+        in eval mode."""
 
     def on_validation_model_train(self) -> None:
         self.transformer.train()
@@ -100,18 +103,21 @@ class DoRATask(AdapterTask, MeasuredTask):
         ):
             if needed != found:
                 raise ValueError(
-                    f"{self.base.transformer} reads {needed} {name}, the cached samples have {found}. "
-                    "Cache them with the same wan= as the run."
+                    f"{self.base.transformer} reads {needed} {name}, the cached samples have "
+                    f"{found}. Cache them with the same wan= as the run."
                 )
 
     def errors(self, batch: dict[str, Any], noise: Tensor, ids: Tensor, context: Tensor) -> Tensor:
-        """Mean squared error of the velocity per clip, (B,); ids (B,) as `levels.seen` gives them."""
+        """Mean squared error of the velocity per clip, (B,); ids (B,) as `levels.seen` gives
+        them."""
         self.check_fit(batch)
         latents = batch["latents"]
         guide = regions.gaussian(batch["ellipses"], *latents.shape[-2:])
         noise = flow.mean_shift(noise, guide, self.mean_shift)
         field = partial(velocity, self.transformer)
-        return flow.squared_error(latents, noise, self.levels, ids, field, context).flatten(1).mean(1)
+        return (
+            flow.squared_error(latents, noise, self.levels, ids, field, context).flatten(1).mean(1)
+        )
 
     def example_batch(self, load: Load, geometry: Geometry | None) -> dict[str, Any]:
         assert geometry is not None, "it trains on latents"
@@ -120,7 +126,9 @@ class DoRATask(AdapterTask, MeasuredTask):
             "key": load.keys,
             "latents": torch.empty(load.batch_size, *shape),
             "ellipses": torch.empty(load.batch_size, shape[1], 5),
-            "context": torch.empty(load.batch_size, load.prompt_length, self.transformer.config.text_dim),
+            "context": torch.empty(
+                load.batch_size, load.prompt_length, self.transformer.config.text_dim
+            ),
         }
 
     def example_loss(self, batch: dict[str, Any]) -> Tensor:
@@ -132,7 +140,9 @@ class DoRATask(AdapterTask, MeasuredTask):
         return [(self.transformer, [*self.transformer.blocks])]
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
-        draws = ClipDraws(batch["key"], self.seed, "train", batch_number(self.trainer), device=self.device)
+        draws = ClipDraws(
+            batch["key"], self.seed, "train", batch_number(self.trainer), device=self.device
+        )
         noise = draws.normal(batch["latents"].shape[1:])
         ids = self.levels.seen(draws.integers(len(self.levels)))
         dropped = draws.integers(1_000_000) < 1_000_000 * self.caption_dropout
@@ -144,7 +154,8 @@ class DoRATask(AdapterTask, MeasuredTask):
         return {"loss": share_of(self, loss, size), "parts": {"mse": errors.mean()}}
 
     def log_bins(self, errors: Tensor, ids: Tensor) -> None:
-        """Mean error of all ranks since the last log per range of timesteps; one that no clip fell into is left out."""
+        """Mean error of all ranks since the last log per range of timesteps; one that no clip fell
+        into is left out."""
         count = len(self.bin_sums)
         places = (self.levels.timesteps[ids] / len(self.levels) * count).long().clamp_max(count - 1)
         self.bin_sums.index_add_(0, places, errors)
@@ -153,7 +164,9 @@ class DoRATask(AdapterTask, MeasuredTask):
             return
         width, (sums, counts) = len(self.levels) // count, self.bins()
         means = {
-            f"train_t/{place * width:04}-{(place + 1) * width:04}": float(sums[place] / counts[place])
+            f"train_t/{place * width:04}-{(place + 1) * width:04}": float(
+                sums[place] / counts[place]
+            )
             for place in counts.nonzero().flatten().tolist()
         }
         self.log_dict(means, batch_size=1)
@@ -169,12 +182,16 @@ class DoRATask(AdapterTask, MeasuredTask):
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
         """The same noise and noise levels at every validation."""
-        noise = ClipDraws(batch["key"], self.seed, "val", device=self.device).normal(batch["latents"].shape[1:])
+        noise = ClipDraws(batch["key"], self.seed, "val", device=self.device).normal(
+            batch["latents"].shape[1:]
+        )
         size, values = len(batch["key"]), {}
         for step in self.val_ids:
             name = f"val_t/{self.levels.timesteps[step]:04.0f}"
             values[name] = self.errors(batch, noise, step.expand(size), batch["context"]).mean()
-        self.means.add({**values, "val/loss": torch.stack([*values.values()]).mean()}, clips_in(batch))
+        self.means.add(
+            {**values, "val/loss": torch.stack([*values.values()]).mean()}, clips_in(batch)
+        )
         return {}
 
     def on_validation_epoch_end(self) -> None:

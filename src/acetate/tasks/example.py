@@ -1,4 +1,5 @@
-"""What a task tells those who ask how much memory and time its training step takes, before there is a run."""
+"""What a task tells those who ask how much memory and time its training step takes, before there is
+a run."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -14,7 +15,8 @@ Group = tuple[nn.Module, list[nn.Module]]
 
 @dataclass(frozen=True)
 class Load:
-    """A batch of a GPU: clips in pixels, also where a stage reads their latents, and prompts in tokens."""
+    """A batch of a GPU: clips in pixels, also where a stage reads their latents, and prompts in
+    tokens."""
 
     batch_size: int
     frames: int
@@ -33,11 +35,13 @@ class Load:
 
 
 class MeasuredTask(LightningModule, ABC):
-    """A task that says, after its configure_model, what its training step is given, computes and shards."""
+    """A task that says, after its configure_model, what its training step is given, computes and
+    shards."""
 
     @abstractmethod
     def example_batch(self, load: Load, geometry: Geometry | None) -> dict[str, Any]:
-        """What its data module gives, without numbers. geometry: of the VAE, where the task reads latents."""
+        """What its data module gives, without numbers. geometry: of the VAE, where the task reads
+        latents."""
 
     @abstractmethod
     def example_loss(self, batch: dict[str, Any]) -> Tensor:

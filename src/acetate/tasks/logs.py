@@ -13,31 +13,41 @@ from acetate.steps import ends_step, logs_step
 
 
 def clips_in(batch: Mapping[str, Any]) -> int:
-    """Clips of this rank's batch; 0 where a blank one, which has no key, stands in for clips that are all bad."""
+    """Clips of this rank's batch; 0 where a blank one, which has no key, stands in for clips that
+    are all bad."""
     return sum(map(bool, batch["key"]))
 
 
 def share_of(task: LightningModule, loss: Tensor, size: int, whole: Tensor | float = 0.0) -> Tensor:
-    """A loss of this rank's `size` clips, so weighted that its mean over the ranks, which must call this together, is
-    that of all clips. whole: the part of it that is that of all clips on every rank."""
+    """A loss of this rank's `size` clips, so weighted that its mean over the ranks, which must call
+    this together, is that of all clips. whole: the part of it that is that of all clips on every
+    rank."""
     if not size:
         loss = 0 * loss
     if task.trainer.world_size == 1:
         return loss
-    total = sum_over_ranks(torch.tensor(float(size), device=loss.device))  # Lightning's reduce waits for the GPU
+    # Lightning's reduce waits for the GPU
+    total = sum_over_ranks(torch.tensor(float(size), device=loss.device))
     weight = size * task.trainer.world_size / total.clamp_min(1)
     return loss + (weight - 1) * (loss - whole) if size else loss
 
 
 def means_of(task: LightningModule, sums: Mapping[str, Tensor], size: int) -> dict[str, Tensor]:
-    """Sums over this rank's `size` clips -> means over those of all ranks, which must call this together.
+    """Sums over this rank's `size` clips -> means over those of all ranks, which must call this
+    together.
 
     Nothing where there are no clips. In float64, in which the mean of equal numbers is that number.
     """
     counted = {"device": task.device, "dtype": torch.float64}
-    local = torch.stack([*(value.detach().to(**counted) for value in sums.values()), torch.tensor(size, **counted)])
+    local = torch.stack(
+        [*(value.detach().to(**counted) for value in sums.values()), torch.tensor(size, **counted)]
+    )
     *totals, count = task.trainer.strategy.reduce(local, reduce_op="sum")
-    return {name: (total / count).float() for name, total in zip(sums, totals, strict=True)} if count else {}
+    return (
+        {name: (total / count).float() for name, total in zip(sums, totals, strict=True)}
+        if count
+        else {}
+    )
 
 
 class Means:
@@ -71,9 +81,11 @@ class Means:
             task.log(name, mean, prog_bar=name == "val/loss")
 
 
-def step_means(task: LightningModule, means: Means, values: Mapping[str, Tensor], size: int) -> dict[str, Tensor]:
-    """Adds a training batch's values; at the end of an optimizer step that is logged, their means over
-    all its batches and ranks, in one collective. Else nothing."""
+def step_means(
+    task: LightningModule, means: Means, values: Mapping[str, Tensor], size: int
+) -> dict[str, Tensor]:
+    """Adds a training batch's values; at the end of an optimizer step that is logged, their means
+    over all its batches and ranks, in one collective. Else nothing."""
     if not logs_step(task):
         return {}
     means.add(values, size)
@@ -87,7 +99,10 @@ def log_means(task: LightningModule, means: Means, values: Mapping[str, Tensor],
 
 
 def log_quality(task: LightningModule, **metrics: Metric) -> None:
-    """Logs what each has measured in a validation, of all ranks, as val/NAME/...; they begin anew."""
+    """Logs what each has measured in a validation, of all ranks, as val/NAME/...; they begin
+    anew."""
     for name, metric in metrics.items():
-        task.log_dict({f"val/{name}/{key}": value for key, value in metric.compute().items()}, sync_dist=True)
+        task.log_dict(
+            {f"val/{name}/{key}": value for key, value in metric.compute().items()}, sync_dist=True
+        )
         metric.reset()

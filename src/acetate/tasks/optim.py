@@ -22,11 +22,16 @@ def adamw_with_warmup(
     weight_decay: float = 0.0,
     warmup: Callable[[int, int], float] = linear,
 ) -> dict:
-    """What `configure_optimizers` returns. decay_steps: the step at which a half cosine reaches zero."""
+    """What `configure_optimizers` returns. decay_steps: the step at which a half cosine reaches
+    zero."""
     if decay_steps is not None and decay_steps < 1:
-        raise ValueError(f"decay_steps {decay_steps}; the cosine ends at a positive step. Set trainer.max_steps.")
+        raise ValueError(
+            f"decay_steps {decay_steps}; the cosine ends at a positive step. Set trainer.max_steps."
+        )
     trainable = [p for p in parameters if p.requires_grad]
-    optimizer = torch.optim.AdamW(trainable, lr=lr, betas=(betas[0], betas[1]), weight_decay=weight_decay)
+    optimizer = torch.optim.AdamW(
+        trainable, lr=lr, betas=(betas[0], betas[1]), weight_decay=weight_decay
+    )
 
     def factor(step: int) -> float:
         warm = warmup(step, warmup_steps)

@@ -1,4 +1,5 @@
-"""RGBA-VAE training: merge block and decoder LoRA on a frozen Wan2.1 VAE (method of Wan-Alpha, section 3)."""
+"""RGBA-VAE training: merge block and decoder LoRA on a frozen Wan2.1 VAE (method of Wan-Alpha,
+section 3)."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -23,11 +24,13 @@ from acetate.tasks.adapter import AdapterTask
 from acetate.tasks.example import Group, Load, MeasuredTask
 from acetate.tasks.logs import Means, clips_in, log_means, log_quality, share_of, step_means
 
-OF_ALL_RANKS = ("diffusion", "moments")  # parts of the loss; the others are means over a rank's own clips
+# parts of the loss; the others are means over a rank's own clips
+OF_ALL_RANKS = ("diffusion", "moments")
 
 
 class Draw(NamedTuple):
-    """What chance decides for a batch: three backgrounds (B, 3, 1, 1, 1), flow noise, step ids (B,)."""
+    """What chance decides for a batch: three backgrounds (B, 3, 1, 1, 1), flow noise, step ids
+    (B,)."""
 
     encoder: Tensor
     soft: Tensor
@@ -37,11 +40,13 @@ class Draw(NamedTuple):
 
 
 class RGBAVAETask(AdapterTask, MeasuredTask):
-    """Reconstruction in three views and, where `diffusion` has a judge, what a DiT makes of the latents.
+    """Reconstruction in three views and, where `diffusion` has a judge, what a DiT makes of the
+    latents.
 
-    background_per: one palette colour per `clip` and use, or per `batch` (released). moment_weight: of the
-    penalty that holds the normalised latents' per-channel mean at 0 and variance at 1, the base's own.
-    lpips: measure it in validation (needs VGG16 weights). decay_steps: as in `adamw_with_warmup`.
+    background_per: one palette colour per `clip` and use, or per `batch` (released). moment_weight:
+    of the penalty that holds the normalised latents' per-channel mean at 0 and variance at 1, the
+    base's own. lpips: measure it in validation (needs VGG16 weights). decay_steps: as in
+    `adamw_with_warmup`.
     """
 
     def __init__(
@@ -81,7 +86,9 @@ class RGBAVAETask(AdapterTask, MeasuredTask):
             self.judge = self.diffusion.build_judge(mesh=self.shards)
         geometry = self.vae.geometry
         self.composite_quality = CompositeQuality(lpips=self.lpips)
-        self.alpha_quality = AlphaQuality(time_stride=geometry.time_stride, space_stride=geometry.space_stride)
+        self.alpha_quality = AlphaQuality(
+            time_stride=geometry.time_stride, space_stride=geometry.space_stride
+        )
 
     def draw(self, batch: dict[str, Any], *parts: object) -> Draw:
         """The same for the same parts and clip keys."""
@@ -90,21 +97,31 @@ class RGBAVAETask(AdapterTask, MeasuredTask):
         if self.background_per == "batch":
             colors = [c[:1].expand_as(c) for c in colors]
         noise = draws.normal(self.vae.geometry.latent_shape(*batch["alpha"].shape[2:]))
-        return Draw(*map(compositing.palette_colors, colors), noise, draws.integers(len(self.diffusion.levels)))
+        return Draw(
+            *map(compositing.palette_colors, colors),
+            noise,
+            draws.integers(len(self.diffusion.levels)),
+        )
 
-    def step(self, batch: dict[str, Any], draw: Draw) -> tuple[Tensor, dict[str, Tensor], Tensor, Tensor, Tensor]:
+    def step(
+        self, batch: dict[str, Any], draw: Draw
+    ) -> tuple[Tensor, dict[str, Tensor], Tensor, Tensor, Tensor]:
         """loss, its parts, rgb_hat, alpha_hat and the normalised latents."""
         rgb, alpha, vae = batch["rgb"], batch["alpha"], self.vae
         self.check_shape(alpha)
         support = compositing.harden(alpha, self.loss.eps)
         raw = vae.encode(compositing.over(rgb, support, draw.encoder), alpha)
         rgb_hat, alpha_hat = vae.decode(raw)
-        loss, parts = self.loss(rgb_hat, alpha_hat, rgb, alpha, draw.soft, draw.hard, vae.encoder.feature_maps)
+        loss, parts = self.loss(
+            rgb_hat, alpha_hat, rgb, alpha, draw.soft, draw.hard, vae.encoder.feature_maps
+        )
         latents = vae.normalise(raw)
         if self.judge is not None:
             strides = vae.geometry.time_stride, vae.geometry.space_stride
             judged = raw if self.diffusion.latents == "raw" else latents
-            parts["diffusion"] = self.diffusion(judged, alpha, draw.noise, draw.step_ids, self.judge, *strides)
+            parts["diffusion"] = self.diffusion(
+                judged, alpha, draw.noise, draw.step_ids, self.judge, *strides
+            )
             loss = loss + parts["diffusion"]
         if self.moment_weight:
             parts["moments"] = self.moment_weight * moment_penalty(latents[: clips_in(batch)])
@@ -142,15 +159,24 @@ class RGBAVAETask(AdapterTask, MeasuredTask):
         return {"loss": share_of(self, loss, size, whole), "parts": parts}
 
     def log_latents(self, latents: Tensor, size: int) -> None:
-        """Mean and standard deviation in the base's normalised space, where the DiT expects 0 and 1: of
-        each channel, as z/, which dashboards show after all else, and of all, over the step's clips."""
-        rows = latents.double().transpose(0, 1).flatten(1) if size else latents.new_zeros(latents.shape[1], 1)
+        """Mean and standard deviation in the base's normalised space, where the DiT expects 0 and
+        1: of each channel, as z/, which dashboards show after all else, and of all, over the step's
+        clips."""
+        rows = (
+            latents.double().transpose(0, 1).flatten(1)
+            if size
+            else latents.new_zeros(latents.shape[1], 1)
+        )
         sums = {"mean": rows.mean(1), "square": rows.square().mean(1)}
-        values = {f"{name}_{c:02}": x for name, of_all in sums.items() for c, x in enumerate(of_all)}
+        values = {
+            f"{name}_{c:02}": x for name, of_all in sums.items() for c, x in enumerate(of_all)
+        }
         means = step_means(self, self.latent_means, values, size)
         if not means:
             return
-        mean, square = (torch.stack([means[f"{n}_{c:02}"] for c in range(len(rows))]).double() for n in sums)
+        mean, square = (
+            torch.stack([means[f"{n}_{c:02}"] for c in range(len(rows))]).double() for n in sums
+        )
         deviation = (square - mean**2).clamp_min(0).sqrt()
         of_all = (square.mean() - mean.mean() ** 2).clamp_min(0).sqrt()
         self.log_dict({"latents/mean": mean.mean(), "latents/std": of_all}, batch_size=max(1, size))
@@ -165,7 +191,9 @@ class RGBAVAETask(AdapterTask, MeasuredTask):
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
         loss, parts, rgb_hat, alpha_hat, _ = self.step(batch, self.validation_draw(batch))
         alpha_hat, size = compositing.one_channel(alpha_hat), clips_in(batch)
-        self.means.add({"val/loss": loss, **{f"val/{name}": value for name, value in parts.items()}}, size)
+        self.means.add(
+            {"val/loss": loss, **{f"val/{name}": value for name, value in parts.items()}}, size
+        )
         if size:
             self.composite_quality.update(rgb_hat, alpha_hat, batch["rgb"], batch["alpha"])
             self.alpha_quality.update(alpha_hat, batch["alpha"])
@@ -190,16 +218,21 @@ class RGBAVAETask(AdapterTask, MeasuredTask):
 
 
 def moment_penalty(latents: Tensor) -> Tensor:
-    """Of the batch on all ranks; where no gradients are kept, in validation, the mean of each clip's own."""
+    """Of the batch on all ranks; where no gradients are kept, in validation, the mean of each
+    clip's own."""
     parts = [latents] if torch.is_grad_enabled() else latents.split(1)
-    means, variances = zip(*(moments(part.transpose(0, 1).flatten(1)) for part in parts), strict=True)
+    means, variances = zip(
+        *(moments(part.transpose(0, 1).flatten(1)) for part in parts), strict=True
+    )
     return (torch.stack(means) ** 2 + (torch.stack(variances) - 1) ** 2).mean()
 
 
 class PlainVAETask(LightningModule):
-    """The frozen base VAE on the same clips as plain RGB: what its latents can hold, the ceiling of an RGBA-VAE.
+    """The frozen base VAE on the same clips as plain RGB: what its latents can hold, the ceiling of
+    an RGBA-VAE.
 
-    Each composite over the 8 palette colours goes through the base by itself, and so does alpha as a grey picture.
+    Each composite over the 8 palette colours goes through the base by itself, and so does alpha as
+    a grey picture.
     """
 
     def __init__(self, *, vae: AutoencoderKLWan, lpips: bool) -> None:

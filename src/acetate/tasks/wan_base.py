@@ -1,4 +1,5 @@
-"""Training the tiny base model itself: a plain RGB VAE and a text-to-video flow model of Wan's architecture."""
+"""Training the tiny base model itself: a plain RGB VAE and a text-to-video flow model of Wan's
+architecture."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -26,10 +27,11 @@ from acetate.tasks.optim import adamw_with_warmup
 def start_as_image_model_(vae: AutoencoderKLWan) -> None:
     """An initialisation that learns images at once, and clips after that.
 
-    Temporal taps that look back start at zero and temporal resampling at averaging and repeating: a causal
-    convolution then is the 2-D convolution of its last tap. Residual and attention branches end in zeros, and
-    the other weights are twice torch's default, which shrinks signals to a third per layer: 20.7 dB after 400
-    steps where the default stands at 15.2 (measured). Latents start with little noise, variance e^-6.
+    Temporal taps that look back start at zero and temporal resampling at averaging and repeating: a
+    causal convolution then is the 2-D convolution of its last tap. Residual and attention branches
+    end in zeros, and the other weights are twice torch's default, which shrinks signals to a third
+    per layer: 20.7 dB after 400 steps where the default stands at 15.2 (measured). Latents start
+    with little noise, variance e^-6.
     """
     with torch.no_grad():
         for name, module in vae.named_modules():
@@ -60,8 +62,9 @@ def _repeat_or_average_(time_conv: nn.Module) -> None:
 class WanVAETask(MeasuredTask):
     """L = |x_hat - x|^2 + w_edge |edge(x_hat) - edge(x)|_1 + w_kl KL(q(z|x) || N(0, 1)), z ~ q.
 
-    `init_from` is a diffusers folder to go on from (an image model before clips); `save_to` receives the
-    trained VAE in diffusers layout with its measured latent mean and standard deviation.
+    `init_from` is a diffusers folder to go on from (an image model before clips); `save_to`
+    receives the trained VAE in diffusers layout with its measured latent mean and standard
+    deviation.
     """
 
     def __init__(
@@ -126,10 +129,14 @@ class WanVAETask(MeasuredTask):
         return {"rgb_hat": video_hat}
 
     def on_validation_epoch_end(self) -> None:
-        self.log_dict({f"val/{name}": value for name, value in self.quality.compute().items()}, prog_bar=True)
+        self.log_dict(
+            {f"val/{name}": value for name, value in self.quality.compute().items()}, prog_bar=True
+        )
         self.quality.reset()
         per_channel = torch.cat([x.transpose(0, 1).flatten(1) for x in self.latents], 1)
-        self.vae.register_to_config(latents_mean=per_channel.mean(1).tolist(), latents_std=per_channel.std(1).tolist())
+        self.vae.register_to_config(
+            latents_mean=per_channel.mean(1).tolist(), latents_std=per_channel.std(1).tolist()
+        )
         if self.trainer.is_global_zero and not self.trainer.sanity_checking:
             save_vae(self.vae, self.save_to)
 
@@ -142,7 +149,9 @@ class WanVAETask(MeasuredTask):
         )
 
 
-def train_tokenizer(prompts: Sequence[str], vocabulary: int, length: int) -> PreTrainedTokenizerFast:
+def train_tokenizer(
+    prompts: Sequence[str], vocabulary: int, length: int
+) -> PreTrainedTokenizerFast:
     """Byte-level BPE with T5's special tokens; like T5's it appends </s>."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
@@ -151,20 +160,26 @@ def train_tokenizer(prompts: Sequence[str], vocabulary: int, length: int) -> Pre
     tokenizer.decoder = decoders.ByteLevel()
     special = ["<pad>", "</s>"]
     trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+        vocab_size=vocabulary,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
     tokenizer.train_from_iterator(prompts, trainer)
-    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", 1)]
+    )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", model_max_length=length
     )
 
 
 class WanDiTTask(MeasuredTask):
-    """Text-to-video flow matching of a small Wan DiT with its own text encoder, on a frozen VAE's latents.
+    """Text-to-video flow matching of a small Wan DiT with its own text encoder, on a frozen VAE's
+    latents.
 
-    l = |DiT(x_t, t, prompt) - (noise - z)|^2, z normalised, one step per clip; prompts are dropped with
-    probability `prompt_dropout`. `save_to` receives transformer, text_encoder and tokenizer in diffusers layout.
+    l = |DiT(x_t, t, prompt) - (noise - z)|^2, z normalised, one step per clip; prompts are dropped
+    with probability `prompt_dropout`. `save_to` receives transformer, text_encoder and tokenizer in
+    diffusers layout.
     """
 
     levels = flow.schedule()
@@ -188,7 +203,11 @@ class WanDiTTask(MeasuredTask):
         self.geometry = Geometry.of(vae)
         self.encoder, self.head = WanEncoder(vae.requires_grad_(False)), WanHead(vae)
         self.transformer = transformer
-        prompts = [synthetic.render(kind, seed, 1, 8, 8).prompt for kind in synthetic.KINDS for seed in range(200)]
+        prompts = [
+            synthetic.render(kind, seed, 1, 8, 8).prompt
+            for kind in synthetic.KINDS
+            for seed in range(200)
+        ]
         self.tokenizer = train_tokenizer(prompts, vocabulary, prompt_length)
         self.text_encoder = UMT5EncoderModel(
             UMT5Config(
@@ -213,7 +232,11 @@ class WanDiTTask(MeasuredTask):
     def context(self, prompts: list[str]) -> Tensor:
         """(B, L, text_width), zeros after each prompt's last token, as Wan's DiT reads UMT5."""
         tokens = self.tokenizer(
-            prompts, padding="max_length", truncation=True, max_length=self.prompt_length, return_tensors="pt"
+            prompts,
+            padding="max_length",
+            truncation=True,
+            max_length=self.prompt_length,
+            return_tensors="pt",
         ).to(self.device)
         embeds = self.text_encoder(tokens.input_ids, tokens.attention_mask).last_hidden_state
         return embeds * tokens.attention_mask[..., None]
@@ -221,7 +244,10 @@ class WanDiTTask(MeasuredTask):
     def step(self, batch: dict[str, Any], draws: ClipDraws) -> Tensor:
         ids = self.levels.seen(draws.integers(len(self.levels)))
         kept = draws.integers(1000) >= 1000 * self.prompt_dropout
-        prompts = [prompt if keep else "" for prompt, keep in zip(batch["prompt"], kept.tolist(), strict=True)]
+        prompts = [
+            prompt if keep else ""
+            for prompt, keep in zip(batch["prompt"], kept.tolist(), strict=True)
+        ]
         noise = draws.normal(self.geometry.latent_shape(*batch["video"].shape[2:]))
         return self.error(batch["video"], prompts, noise, ids)
 
@@ -230,7 +256,9 @@ class WanDiTTask(MeasuredTask):
         with torch.no_grad():
             latents = (self.head(self.encoder(video))[0] - self.mean) / self.std
         field = partial(velocity, self.transformer)
-        return flow.squared_error(latents, noise, self.levels, ids, field, self.context(prompts)).mean()
+        return flow.squared_error(
+            latents, noise, self.levels, ids, field, self.context(prompts)
+        ).mean()
 
     def example_batch(self, load: Load, geometry: Geometry | None) -> dict[str, Any]:
         video = torch.empty(load.batch_size, 3, *load.pixels)
@@ -245,7 +273,9 @@ class WanDiTTask(MeasuredTask):
         return [(self, [])]
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
-        loss = self.step(batch, ClipDraws(batch["key"], self.seed, "train", self.global_step, device=self.device))
+        loss = self.step(
+            batch, ClipDraws(batch["key"], self.seed, "train", self.global_step, device=self.device)
+        )
         log_means(self, self.step_means, {"train/loss": loss}, len(batch["key"]))
         return {"loss": loss}
 
@@ -266,5 +296,8 @@ class WanDiTTask(MeasuredTask):
 
     def configure_optimizers(self) -> dict:
         return adamw_with_warmup(
-            self.parameters(), lr=self.lr, warmup_steps=self.warmup_steps, decay_steps=self.trainer.max_steps
+            self.parameters(),
+            lr=self.lr,
+            warmup_steps=self.warmup_steps,
+            decay_steps=self.trainer.max_steps,
         )
