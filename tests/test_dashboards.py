@@ -224,6 +224,7 @@ def test_what_a_run_says(tmp_path, tiny):
         assert "acetate evaluate run=" in text and "acetate export checkpoint=" in text
         assert text.count("step 2   validation") == 1
     assert len(said.splitlines()) < 60, said
+    assert "Trainer.fit" not in said  # Lightning's own words
     run(tmp_path, *tiny, "trainer.max_steps=4", "resume=last")
     told = (folder / "train.log").read_text()
     assert told.count("step 2   validation") == 1 and told.count("step 4   validation") == 1

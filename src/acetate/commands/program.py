@@ -19,6 +19,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.plugins import Plugins
+from hydra.core.utils import configure_log
 from hydra.errors import HydraException, InstantiationException
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 from hydra.types import RunMode
@@ -64,7 +65,9 @@ def start(program: Program, arguments: Overrides) -> Any:
         try:
             with as_on_gpu(False):  # either value keeps the rule, and to ask torch takes seconds
                 check_settings(program.short, config)
-            return importlib.import_module(program.module).main(config)
+            module = importlib.import_module(program.module)
+            configure_log(HydraConfig.get().job_logging)  # Lightning, when imported, sets its own
+            return module.main(config)
         except Exception as error:
             _clear_up()
             if _traceback_asked():
