@@ -8,7 +8,7 @@ export GOMP_SPINCOUNT = 20000
 export TOKENIZERS_PARALLELISM = false
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo train-vae train-dit lint check test pages bench clean
+.PHONY: help setup demo train-vae train-dit lint check test test-all pages bench clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -43,13 +43,16 @@ lint: setup ## format, lint, types
 	$(BIN)/pyright
 
 check: lint ## the above and the fast tests
-	$(RUN) -m pytest -n 2 --dist loadgroup -m "not slow and not gpu"
+	$(RUN) -m pytest -n logical --dist loadgroup -m "not slow and not gpu"
 
-test: setup ## all tests that need no GPU
-	$(RUN) -m pytest -n 2 --dist loadgroup -m "not gpu and not pages"
+test: setup ## the tests that need no GPU, but for the long ones
+	$(RUN) -m pytest -n logical --dist loadgroup -m "not gpu and not long and not pages"
 
-pages: setup ## the commands of README.md and docs/, as written, in a fresh copy
-	$(RUN) -m pytest tests/test_documentation.py
+test-all: setup ## with the long ones: kills, many ranks, Ray, launchers, the wheel, the README's commands
+	$(RUN) -m pytest -n logical --dist loadgroup -m "not gpu and not pages"
+
+pages: setup ## the commands of docs/, as written, in a fresh copy
+	$(RUN) -m pytest tests/test_documentation.py -m pages
 
 bench: setup ## one VAE-stage step at full width against the released way, and reading clips against plain decoding
 	$(BIN)/acetate benchmark $(ARGS)

@@ -17,7 +17,7 @@ from tests.processes import ended, train
 from tests.test_resume import small
 from tests.wandb_files import read, runs_below
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("runs")]
+pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.xdist_group("runs")]
 
 TINY = [
     "data.val_clips=2", "data.num_workers=0", "data.batch_size=1", "data.height=16",

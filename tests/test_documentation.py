@@ -142,6 +142,7 @@ def test_every_block_says_what_it_needs(page):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(2400)
 @pytest.mark.xdist_group("documentation")
 @pytest.mark.parametrize(

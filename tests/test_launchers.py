@@ -63,6 +63,7 @@ def clips(many_shards):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_sweep_in_local_jobs(tmp_path, clips):
     seeds = ["hydra/launcher=local", "seed=1,2", "resume=auto", *TWO_STEPS]
     done = run("train.py", "-m", *small("vae_rgba", tmp_path, *clips), *seeds)
@@ -93,6 +94,7 @@ def test_slurm_composes(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_without_the_launcher_everything_else_composes(tmp_path):
     file = tmp_path / "without_plugin.py"
     file.write_text(WITHOUT_PLUGIN)
@@ -104,6 +106,7 @@ def test_without_the_launcher_everything_else_composes(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_torchrun(tmp_path, clips):
     """A sharded run whose agent gets SIGTERM, as at the end of a SLURM job's time, goes on to its
     end."""
@@ -142,6 +145,7 @@ def test_torchrun(tmp_path, clips):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.xdist_group("runs")
 def test_srun(tmp_path, clips):
     """Two processes in the environment that srun gives them, and again, once they were asked to

@@ -13,7 +13,7 @@ import pytest
 from acetate.clips import Clip
 from tests.paths import ROOT
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("package")]
+pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.xdist_group("package")]
 TINY = ["data.num_workers=0", "data.val_clips=2", "callbacks.panels.clips=1"]
 
 

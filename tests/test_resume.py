@@ -20,7 +20,7 @@ from acetate.formats.training import WholeCheckpointIO
 from acetate.models.adapters import read_adapter_file
 from tests.processes import ended, train, train_ranks
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("runs")]
+pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.xdist_group("runs")]
 
 SMALL = {
     "vae_rgba": ["data.frames=5", "data.height=16", "data.width=16", "model.lora_rank=2",

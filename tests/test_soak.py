@@ -4,6 +4,7 @@ from tests.soak import soak
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.xdist_group("runs")
 def test_a_run_that_is_killed_three_times(tmp_path):
     """Once each: itself, amid a checkpoint, a data worker. `python -m tests.soak` does it twenty

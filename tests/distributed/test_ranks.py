@@ -23,7 +23,7 @@ COMMON = [f"trainer.max_steps={STEPS}", f"trainer.val_check_interval={MIDDLE}",
     "callbacks.checkpoint.save_top_k=-1",
           "trainer.log_every_n_steps=2", "data.val_batch_size=1", "data.val_clips=4",
           "callbacks.ema.decay=0.5"]  # fmt: skip
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("ranks")]
+pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.xdist_group("ranks")]
 
 
 @pytest.fixture(scope="module")
