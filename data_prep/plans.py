@@ -75,7 +75,7 @@ def read_lines(manifest: Path) -> list[Found]:
     """Lines of data_prep.ingest; ValueError names the line that is none."""
     if not manifest.is_file():
         raise FileNotFoundError(
-            f"manifest={manifest} does not exist; `python -m data_prep.ingest` writes one."
+            f"manifest={manifest} does not exist; `acetate prep ingest` writes one."
         )
     lines = []
     # bytes end at \n only; prompts may hold Unicode's other line ends

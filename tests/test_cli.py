@@ -107,6 +107,12 @@ def test_an_unknown_setting_is_one_line_and_nothing_is_written(name, tmp_path, m
     assert not list(tmp_path.iterdir())
 
 
+def test_an_unknown_text_with_a_comma_is_an_unknown_setting(capsys):
+    with pytest.raises(SystemExit):
+        main(["sample", "promt=a disc, red"])
+    assert "promt is no setting here, the nearest is prompt." in capsys.readouterr().err
+
+
 def test_a_shell_completes_commands_settings_and_options():
     assert completions("acetate pre") == ["prep"]
     assert completions("acetate prep s") == ["shard", "synthesize"]

@@ -95,6 +95,7 @@ def test_unknown_names_are_said_with_the_nearest():
         said("task.learning_rate=1") == "task.learning_rate is no setting here. --help lists them."
     )
     assert "the nearest is task.lr." in said("task.lrr=1")
+    assert "the nearest is experiment." in said("experimnt=vae_rgba")
     assert "the nearest is trainer.max_steps." in said("trainer.max_step=1")
 
 

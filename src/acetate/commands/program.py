@@ -193,6 +193,8 @@ def to_the_letter(name: str, argument: str, many: bool = False) -> str:
     except HydraException:
         return argument if value.startswith(("[", "{", "'", '"')) else f"{key}={quoted(value)}"
     rule = rule_of(name, path)
+    if rule is None and sweeps and not many:
+        return f"{key}={quoted(value)}"  # so that the error is that there is no such setting
     if rule is None or (sweeps and many) or rule.holds(read) or not rule.holds(value):
         return argument
     return f"{key}={quoted(value)}"
@@ -233,10 +235,8 @@ def in_words(
         )
     text = _one_line(error)
     if found := re.search(r"Could not override '([^']+)'\. To append", text):
-        return (
-            f"{found[1]} is no setting "
-            f"here{_nearest(found[1], _defaults(config_name, arguments))}. --help lists them."
-        )
+        known = [*_defaults(config_name, arguments), *_groups(config_name)]
+        return f"{found[1]} is no setting here{_nearest(found[1], known)}. --help lists them."
     if found := re.search(
         r"Could not find '([^']+)/([^'/]+)' Available options in '[^']+': (.*)", text
     ):
@@ -277,6 +277,13 @@ def _defaults(config_name: str, arguments: Sequence[str]) -> dict[str, Any]:
     except (HydraException, OmegaConfBaseException):
         return {}
     return {path: value for path, value, _ in settings_of("", config) if value != "???"}
+
+
+def _groups(config_name: str) -> list[str]:
+    """Those that a config composes, `experiment`, `data`, ..."""
+    text = (Path(CONF) / f"{config_name}.yaml").read_text()
+    found = re.findall(r"^  - (?:optional )?/?(\w+): ", text, re.MULTILINE)
+    return [*found, *(_groups("config") if "  - /config\n" in text else ())]
 
 
 def _meant_for_users(error: BaseException) -> bool:
