@@ -20,6 +20,7 @@ for message in (
     ".*callbacks used to create the checkpoint",  # evaluate takes the average and leaves the others
     "`broadcast_buffers` is deprecated",  # as of torch 2.13, whose own name older ones do not know
     "Checkpoint directory .* exists and is not empty",  # of a run that goes on
+    "It is recommended to use `self.log",  # means are sums over ranks already
 ):
     warnings.filterwarnings("ignore", message)
 
