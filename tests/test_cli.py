@@ -139,6 +139,7 @@ name: mine
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_the_installed_command_takes_configs_and_modules_of_ones_own(tmp_path, shards):
     """Those where it is started, as the tour says; they are trained with."""
 

@@ -248,6 +248,7 @@ def sent_in_a_step(stage, folder):
 @pytest.mark.slow
 @pytest.mark.xdist_group("ranks")
 @pytest.mark.parametrize("stage", [TINY, VAE])
+@pytest.mark.long
 def test_payloads_are_those_of_real_processes(stage, tmp_path):
     real, _ = launch(2, sent_in_a_step, stage, tmp_path)
     config = composed(tmp_path, *stage)

@@ -139,6 +139,7 @@ def test_help_names_every_experiment(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_multirun_has_a_folder_per_job_and_returns_the_objective(tmp_path, shards):
     small = [
         *SMALL,

@@ -19,6 +19,7 @@ pytestmark = [
 ]
 
 
+@pytest.mark.long
 def test_real_clips_train(tmp_path):
     def run(name, *arguments):
         code, printed = program(tmp_path / "log", name, *arguments)

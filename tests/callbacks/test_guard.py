@@ -198,6 +198,7 @@ def said_by_sharded() -> tuple[str, bool]:
 
 @pytest.mark.slow
 @pytest.mark.xdist_group("ranks")
+@pytest.mark.long
 def test_ranks_of_a_sharded_model_skip_and_raise_together():
     (first, first_finite), (second, second_finite) = launch(2, said_by_sharded)
     assert "training step 4" in first

@@ -137,6 +137,7 @@ def test_command_prints_a_table_and_writes_json(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_module_runs_from_anywhere(tmp_path):
     overrides = [
         f"{name}={value}"

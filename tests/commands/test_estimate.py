@@ -93,6 +93,7 @@ def test_a_batch_has_clips(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_every_experiment_has_an_answer(experiment, tmp_path):
     out = tmp_path / "deep/out.json"

@@ -145,6 +145,7 @@ def test_a_wrong_setting_is_one_line_and_leaves_nothing(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_run_that_cannot_start_leaves_no_folder(tmp_path):
     done = run_train(tmp_path, "experiment=vae_rgba", "data.shards=nowhere")
     assert done.returncode == 1

@@ -319,7 +319,7 @@ def test_values_that_are_not_finite_are_bad(shards):
 
 
 def test_setup_errors(tmp_path):
-    with pytest.raises(ShardError, match=r"does not exist.*data_prep"):
+    with pytest.raises(ShardError, match=r"does not exist.*acetate prep"):
         ready(tmp_path / "none")
     with pytest.raises(ShardError, match=r"no finished shards"):
         ready(tmp_path)

@@ -384,7 +384,7 @@ def test_lost_tar_is_counted_at_setup(tmp_path):
 
 
 def test_setup_errors(tmp_path, shards):
-    with pytest.raises(ShardError, match=r"does not exist.*data_prep\.cache_latents"):
+    with pytest.raises(ShardError, match=r"does not exist.*prep cache_latents"):
         ready(tmp_path / "none")
     with pytest.raises(ShardError, match=r"holds no finished shards.*data_prep\.cache_latents"):
         ready(tmp_path)

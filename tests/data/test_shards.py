@@ -152,7 +152,7 @@ def test_interrupted_run_looks_unfinished_and_goes_on(tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         broken()
-    with pytest.raises(ShardError, match=r"no finished shards.*data_prep"):
+    with pytest.raises(ShardError, match=r"no finished shards.*acetate prep"):
         read_manifest(tmp_path / "cut")
     before = (tmp_path / "cut" / "clips-000001.tar").stat().st_mtime_ns
     assert write(tmp_path / "cut", max_clips=1) == whole
@@ -184,9 +184,9 @@ def test_writer_errors(tmp_path):
 
 
 def test_folder_errors(tmp_path):
-    with pytest.raises(ShardError, match=r"none does not exist.*data_prep\.synthesize"):
+    with pytest.raises(ShardError, match=r"none does not exist.*prep synthesize"):
         index_shards([tmp_path / "none"])
-    with pytest.raises(ShardError, match=r"holds no finished shards.*data_prep\.synthesize"):
+    with pytest.raises(ShardError, match=r"holds no finished shards.*acetate prep\.synthesize"):
         index_shards([tmp_path])
     (tmp_path / MANIFEST).write_text("{")
     with pytest.raises(ShardError, match="is not JSON"):

@@ -503,7 +503,7 @@ def test_damaged_manifests(server, tmp_path, damage):
     damage(manifest)
     path.write_text(json.dumps(manifest))
     with pytest.raises(
-        ShardError, match=r"manifest\.json is damaged \(\w+Error: .*data_prep\.shard` make"
+        ShardError, match=r"manifest\.json is damaged \(\w+Error: .*acetate prep shard` make"
     ):
         index_shards([open_folder(server.url, quick(tmp_path))])
 

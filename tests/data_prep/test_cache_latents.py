@@ -324,6 +324,7 @@ def test_executors_are_checked_before_anything_is_loaded(make, sources, tmp_path
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_the_bytes_do_not_depend_on_threads(make, tmp_path):
     """Of clips that are large enough for convolutions to be divided."""
     noise = np.random.default_rng(0).integers(0, 256, (2, 17, 96, 160, 4), dtype=np.uint8)
@@ -345,6 +346,7 @@ def test_the_bytes_do_not_depend_on_threads(make, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_workers_make_the_same_bytes(make, cached, tmp_path):
     make(tmp_path / "l", workers=2)
     assert files(tmp_path / "l") == files(cached)
@@ -565,6 +567,7 @@ def test_other_clips_are_not_put_in_the_place_of_these(make, tmp_path):
 
 
 @pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.long
 def test_no_readable_clip_leaves_no_folder(make, tmp_path, workers):
     broken = write(tmp_path / "s")
     for name in CLIPS:

@@ -245,9 +245,6 @@ def test_command(source, tmp_path, monkeypatch, capsys):
     )
     assert not (tmp_path / "out").exists()
     assert "out: 4 prompts, 3 kept, 1 given" in command(capsys, *arguments)
-    with pytest.raises(SystemExit):
-        command(capsys, "--help")
-    assert "python -m data_prep.caption" in capsys.readouterr().out
 
 
 def test_one_run_at_a_time(source, tmp_path):

@@ -193,6 +193,7 @@ def test_where_alpha_is_tiny_colour_comes_from_around():
 
 @pytest.mark.slow
 @pytest.mark.xdist_group("matting")  # which compiles itself once
+@pytest.mark.long
 def test_foreground_of_a_picture_and_its_matte():
     clip = soft(1, 48, (250, 30, 40))
     picture = mixed(clip, 255)  # over white

@@ -161,6 +161,7 @@ def test_drawn_clips_through_codecs(tmp_path):
 @pytest.mark.skipif(
     not (MEDIA / "pairs_meta.json").exists(), reason=f"no labels, pairs_meta.json, in {MEDIA}"
 )
+@pytest.mark.long
 def test_real_media():
     """Packed videos hold source colour; pairs were made straight; cut-outs of rembg break what PNG
     defines."""

@@ -8,7 +8,7 @@ import pytest
 from tests.paths import ROOT
 
 SOURCES = {path.stem: path.read_text() for path in sorted((ROOT / "data_prep").glob("*.py"))}
-COMMANDS = {name for name, source in SOURCES.items() if "\n@program(" in source}
+COMMANDS = {name for name, source in SOURCES.items() if f'run("prep {name}")' in source}
 
 
 def imported(source):

@@ -233,9 +233,6 @@ def test_command(source, tmp_path, monkeypatch, capsys):
     (tmp_path / "mine.yaml").write_text("short_side: {min: 40}\n")
     seen = command(capsys, "shards=in", "out=b", "rules=mine.yaml", "duplicates=null")
     assert "1 clips kept, 4 rejected" in seen
-    with pytest.raises(SystemExit):
-        command(capsys, "--help")
-    assert "python -m data_prep.filter" in capsys.readouterr().out
 
 
 def test_one_run_at_a_time(source, tmp_path):

@@ -10,7 +10,6 @@ from data_prep import synthesize as synthesizing
 from data_prep.filter import Duplicates, Rule, filter_clips
 from data_prep.folders import check_folder, differences, place
 from data_prep.synthesize import synthesize
-from tests.paths import ROOT
 
 
 def draw(out, clips=3, replace=False, **changes):
@@ -161,14 +160,3 @@ def test_a_file_is_whole_or_not_there(tmp_path, small_disk):
     assert {path.name: path.read_text() for path in (tmp_path / "deep").iterdir()} == {
         "a.json": "old"
     }
-
-
-def test_readme_caches_what_the_demo_has_cached():
-    """Its line after `make demo` finds the folder finished."""
-    found = [
-        sorted(set(line.split(" -m ")[1].split()) - {"replace=true"})
-        for text in ("Makefile", "README.md")
-        for line in (ROOT / text).read_text().splitlines()
-        if "data_prep.cache_latents shards=data/demo" in line
-    ]
-    assert len(found) == 2 and found[0] == found[1]

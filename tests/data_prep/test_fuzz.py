@@ -88,6 +88,7 @@ def ingested(folder, out):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_damaged_files_are_refused_or_ingested(tmp_path):
     good = originals(tmp_path / "good")
     bodies = [path.read_bytes() for path in good]

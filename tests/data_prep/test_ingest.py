@@ -561,7 +561,7 @@ def test_prompts_that_are_file_names_are_said(source, capsys):
     said = capsys.readouterr().out
     assert (
         '2 of 3 prompts are made of file names ("ae premult", "frame")' in said
-        and "data_prep.caption" in said
+        and "acetate prep caption" in said
     )
 
 
@@ -577,6 +577,7 @@ def test_prompt_from_name():
 
 @pytest.mark.slow
 @pytest.mark.skipif(not MEDIA.is_dir(), reason=f"no real media at {MEDIA}; set ACETATE_MEDIA")
+@pytest.mark.long
 def test_all_real_media(tmp_path):
     """Every file is a clip's, or is refused or ignored with a reason, which is not that it is
     opaque where PIL sees transparency."""

@@ -232,9 +232,6 @@ def test_command(source, tmp_path, monkeypatch, capsys):
     assert "Alpha is of a sample of" in seen and [path.name for path in tmp_path.iterdir()] == [
         "report.html"
     ]
-    with pytest.raises(SystemExit):
-        command(capsys, "--help")
-    assert "python -m data_prep.inspect" in capsys.readouterr().out
 
 
 def test_the_palette_is_the_one_of_training():

@@ -129,6 +129,7 @@ def kill_in_the_middle(source, out, executor, env):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_killed_command_goes_on(source, tmp_path):
     settings = replace(SETTINGS, max_frames=121, bleed=None)  # the command's
     make(source, tmp_path / "first", settings)
@@ -398,6 +399,7 @@ def test_impossible_decisions_name_the_clip(source, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not MEDIA.is_dir(), reason=f"no real media at {MEDIA}; set ACETATE_MEDIA")
+@pytest.mark.long
 def test_real_media(tmp_path):
     """One or two of every kind and trap."""
     ingest(source=MEDIA, out=tmp_path / "all.jsonl", bad_clip_budget=0)

@@ -298,6 +298,7 @@ def test_latents_of_another_shape_are_refused(tmp_path, cached):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_overfits_eight_clips(tmp_path, cached):
     """The loss at the validation timesteps falls below a quarter of its start."""
     config = config_for(

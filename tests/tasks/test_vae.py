@@ -91,6 +91,7 @@ def test_one_clip_draws_the_same_in_any_batch(tmp_path, shards):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_resume_is_exact(tmp_path, shards):
     """Four steps, then four more from the checkpoint, are the eight of one run: losses, clips,
     weights."""
