@@ -386,9 +386,9 @@ def test_lost_tar_is_counted_at_setup(tmp_path):
 def test_setup_errors(tmp_path, shards):
     with pytest.raises(ShardError, match=r"does not exist.*prep cache_latents"):
         ready(tmp_path / "none")
-    with pytest.raises(ShardError, match=r"holds no finished shards.*data_prep\.cache_latents"):
+    with pytest.raises(ShardError, match=r"holds no finished shards.*prep cache_latents"):
         ready(tmp_path)
-    with pytest.raises(ShardError, match=r"holds clips; needed: latents.*data_prep\.cache_latents"):
+    with pytest.raises(ShardError, match=r"holds clips; needed: latents.*prep cache_latents"):
         ready(shards)
     write(tmp_path / "train", {"a": ("train", WIDE)})
     with pytest.raises(ShardError, match=r"none of 3 samples is in split 'val'\. Add clips"):
