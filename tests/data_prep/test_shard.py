@@ -200,7 +200,7 @@ def test_bad_clips_are_skipped_within_the_budget(source, tmp_path):
 
 
 def test_manifest_errors(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"data_prep\.ingest"):
+    with pytest.raises(FileNotFoundError, match=r"acetate prep ingest"):
         read_lines(tmp_path / "none.jsonl")
     (tmp_path / "bad.jsonl").write_text('{"key": "a"}\n')
     with pytest.raises(ValueError, match=r"bad\.jsonl:1: not a line of data_prep\.ingest"):
