@@ -273,7 +273,8 @@ def read_scores(*files: Path | None) -> dict[str, Line]:
     for file in files[:1]:
         if file is not None and not file.is_file():
             raise FileNotFoundError(
-                f"scores={file} does not exist; data_prep.filter writes {SCORES_FILE} into `out`."
+                f"scores={file} does not exist; acetate prep filter writes {SCORES_FILE} into "
+                "`out`."
             )
     known = {}
     for file in files:
@@ -281,8 +282,8 @@ def read_scores(*files: Path | None) -> dict[str, Line]:
             if not isinstance(line, dict) or FIELDS - line.keys():
                 raise ValueError(
                     f"{file}:{number}: not a line of {SCORES_FILE}, which has "
-                    f"{', '.join(sorted(FIELDS))}; name a file that data_prep.filter wrote, or "
-                    "leave scores out to measure again"
+                    f"{', '.join(sorted(FIELDS))}; name a file that acetate prep filter wrote, "
+                    "or leave scores out to measure again"
                 )
             known[line["key"]] = line
     return known

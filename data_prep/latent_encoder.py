@@ -246,6 +246,6 @@ def check_lengths(
         log.warning("%s. Their first %d are read", said, encoder.length)
         return
     raise ValueError(
-        f"{said}. Shorten them (data_prep.caption prompts=FILE overwrite=all), or give "
+        f"{said}. Shorten them (acetate prep caption prompts=FILE overwrite=all), or give "
         "long_prompts=truncate to read the beginning alone."
     )

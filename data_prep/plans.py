@@ -88,7 +88,7 @@ def read_lines(manifest: Path) -> list[Found]:
                 lines.append(line)
             except (ValueError, TypeError) as error:
                 raise ValueError(
-                    f"{manifest}:{number}: not a line of data_prep.ingest ({error})"
+                    f"{manifest}:{number}: not a line of acetate prep ingest ({error})"
                 ) from error
     return lines
 

@@ -203,7 +203,7 @@ def test_manifest_errors(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"acetate prep ingest"):
         read_lines(tmp_path / "none.jsonl")
     (tmp_path / "bad.jsonl").write_text('{"key": "a"}\n')
-    with pytest.raises(ValueError, match=r"bad\.jsonl:1: not a line of data_prep\.ingest"):
+    with pytest.raises(ValueError, match=r"bad\.jsonl:1: not a line of acetate prep ingest"):
         read_lines(tmp_path / "bad.jsonl")
 
 

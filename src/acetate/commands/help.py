@@ -147,8 +147,8 @@ def chosen(program: Program, given: Sequence[str]) -> Iterator[str]:
             package = _package(file, group)
             for name, value, comment in read(file).settings:
                 own = group == "experiment" and value and "${" not in value and "._" not in name
-                if name and (comment or own):
-                    comments.setdefault(f"{package}{name}", comment)
+                if name and (comment or own) and not comments.get(f"{package}{name}"):
+                    comments[f"{package}{name}"] = comment
     yield f"Settings of experiment={choices.get('experiment')}"
     yield from rows([(name, _shown(values, name), comment) for name, comment in comments.items()
                      if _shown(values, name) is not None])  # type: ignore[misc]  # fmt: skip
