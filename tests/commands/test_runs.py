@@ -4,11 +4,14 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
 from torch.distributed import TCPStore
 
+from acetate.cli import PROGRAMS
+from acetate.commands.program import command_line
 from acetate.commands.recorded import recorded_overrides, run_of, run_to_continue, with_recorded
 from acetate.commands.runs import (
     FINISHED,
@@ -107,6 +110,19 @@ def test_a_run_knows_its_settings(tmp_path, monkeypatch):
         ["experiment=vae_rgba", "trainer.max_steps=9", "resume=last"], later / "overrides.yaml"
     )
     assert recorded_overrides(run) == ["experiment=vae_rgba", "trainer.max_steps=9"]
+
+
+@pytest.mark.parametrize("resume", ["last", "RUN", "CKPT"])
+def test_settings_of_the_resumed_recipe_are_known(resume, tmp_path):
+    """Not only those of the recipe that a command without experiment= would train."""
+    run = make(tmp_path / "dit/a", overrides=["experiment=dit_dora", "name=dit"])
+    source = {"last": "last", "RUN": str(run), "CKPT": f"{run}/checkpoints/last.ckpt"}[resume]
+    given = [f"paths.outputs={tmp_path}", f"resume={source}", "callbacks.samples.solver.steps=2"]
+    given += ["name=dit"] if resume == "last" else []
+    line = command_line(PROGRAMS["train"], given)
+    assert {"experiment=dit_dora", given[2]} <= set(line)
+    folder = Path(line[-1].partition("=")[2].strip("'"))
+    assert folder.parent == run.parent and (folder == run) == (resume != "CKPT")
 
 
 def test_another_kind_of_data_is_said_loudly(tmp_path, capsys):

@@ -31,7 +31,7 @@ import data_prep
 from acetate.cli import HELP, Program, conf
 from acetate.commands import as_on_gpu, inherited, runs
 from acetate.commands.checks import check_settings, rule_of, settings_of
-from acetate.commands.recorded import quoted, run_to_continue, value_of, with_recorded
+from acetate.commands.recorded import name_of, quoted, run_to_continue, value_of, with_recorded
 from acetate.commands.rules import LITERAL, RULES
 from acetate.settings import SettingError, shown
 
@@ -132,7 +132,7 @@ def command_line(program: Program, arguments: Overrides) -> list[str]:
         read = [*getattr(inherited, program.inherits)(own), *read]
     if name != "train" and value_of(own, "resume") in (None, "null"):
         return read
-    config = composed(program.config, [text for text in own if not many or not _sweeps(text)])
+    config = _settled(program, read, many)
     if not many and (
         run := run_to_continue(config.paths.outputs, config.get("name"), config.resume)
     ):
@@ -146,6 +146,7 @@ def command_line(program: Program, arguments: Overrides) -> list[str]:
         ):
             # a run's folder: it goes on there
             return [*read, f"hydra.run.dir={quoted(str(run.absolute()))}"]
+        config = _settled(program, read, many)
     place = "hydra.sweep.dir" if many else "hydra.run.dir"
     if name != "train" or any(text.startswith(f"{place}=") for text in own):
         return read
@@ -155,6 +156,28 @@ def command_line(program: Program, arguments: Overrides) -> list[str]:
     overrides = [text for text in read if not text.startswith(("-", "hydra."))]
     chosen = folder(config.paths.outputs, config.name, config.resume, overrides, now)
     return [*read, f"{place}={quoted(chosen)}"]
+
+
+def _settled(program: Program, arguments: Overrides, many: bool) -> DictConfig:
+    """The config of a command line without what it sweeps over.
+
+    Where a setting is unknown it may be one of the run that is resumed: only groups, the name and
+    the paths are settled then.
+    """
+    own = [
+        text
+        for text in arguments
+        if not text.startswith(("-", "hydra.", "hydra/")) and not (many and _sweeps(text))
+    ]
+    try:
+        return composed(program.config, own)
+    except HydraException:
+        if value_of(own, "resume") in (None, "null"):
+            raise
+        return composed(
+            program.config,
+            [text for text in own if "." not in name_of(text) or text.startswith("paths.")],
+        )
 
 
 def _sweeps(argument: str) -> bool:
