@@ -4,9 +4,11 @@ it."""
 import io
 import os
 import re
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Iterator
 from dataclasses import replace
 from fractions import Fraction
+from itertools import zip_longest
 from pathlib import Path
 from typing import cast
 
@@ -17,118 +19,149 @@ from av.video.reformatter import ColorRange, Colorspace
 from PIL import Image
 
 from acetate.media.clip import (
+    AS_STATED,
     LIMITS,
+    Asked,
     Description,
     Frames,
     Limits,
     MediaError,
     Rect,
     RGBAClip,
+    Stream,
     decoding,
     joined,
+    stream_of,
 )
+from acetate.media.color import Stated
 from acetate.media.images import IMAGES, OPAQUE_IMAGES, describe_image, image_halves, read_image
 from acetate.media.packed import Packing, find_packing
-from acetate.media.videos import VIDEOS, Film, colour, describe_video, luma, read_film, read_video
+from acetate.media.videos import (
+    VIDEOS,
+    Channels,
+    color,
+    describe_video,
+    luma,
+    open_film,
+    open_video,
+)
 
 PACKING_PICTURES = 6  # of a video, spread over its length, that its rectangles are measured on
 
 
-def read_rgba(path: Path, limits: Limits = LIMITS) -> RGBAClip:
-    """A still, a folder of them, an animated image or a video with alpha; see `read_image` and
-    `read_video`.
+def read_rgba(path: Path, limits: Limits = LIMITS, asked: Asked = AS_STATED) -> RGBAClip:
+    """All of `open_rgba`, in memory."""
+    if path.suffix.lower() in IMAGES and not path.is_dir():
+        return read_image(path, limits, asked)
+    with decoding(path):
+        return open_rgba(path, limits, asked).collected(path, limits)
 
-    Raises MediaError for a damaged file, an unknown kind of file, one without alpha or beyond the
-    limits.
+
+def open_rgba(path: Path, limits: Limits = LIMITS, asked: Asked = AS_STATED) -> Stream:
+    """A still, a folder of them, an animated image or a video with alpha, picture by picture; see
+    `read_image` and `open_video`. asked: what a person says of it.
+
+    Raises MediaError, also while it is iterated over, for a damaged file, an unknown kind of file,
+    one without alpha or beyond the limits.
     """
     if path.is_dir():
-        return _read_sequence(path, limits)
+        return _open_sequence(path, limits, asked)
     if path.suffix.lower() in IMAGES:
-        return read_image(path, limits)
+        return stream_of(read_image(path, limits, asked))
     if path.suffix.lower() in VIDEOS:
-        return read_video(path, limits)
+        return open_video(path, limits)
     raise MediaError(
         f"{path}: {path.suffix or 'no'} suffix; RGBA is read from {', '.join(IMAGES + VIDEOS)}"
     )
 
 
 def read_pair(fgr: Path, pha: Path, limits: Limits = LIMITS) -> RGBAClip:
+    """All of `open_pair`, in memory."""
+    return open_pair(fgr, pha, limits).collected(fgr, limits)
+
+
+def open_pair(fgr: Path, pha: Path, limits: Limits = LIMITS) -> Stream:
     """Colour of `fgr` with the luma of `pha` as alpha; each a video, an image or a folder of
     images.
 
-    Limited-range luma is stretched so that 16..235 becomes 0..255. MediaError if length or size
-    differ.
+    Limited-range luma is stretched so that 16..235 becomes 0..255. MediaError, also while it is
+    iterated over, if length or size differ.
     """
-    picture, matte = _stack(fgr, colour, limits), _stack(pha, luma, limits)
-    if len(picture.frames) != len(matte.frames):
-        raise MediaError(
-            f"{fgr.name}: {len(picture.frames)} frames, {pha.name}: {len(matte.frames)}; a pair "
-            "has equally many. Cut the longer one."
-        )
-    if picture.frames.shape[1:3] != matte.frames.shape[1:3]:
-        sizes = [f"{film.frames.shape[2]}x{film.frames.shape[1]}" for film in (picture, matte)]
-        raise MediaError(
-            f"{fgr.name}: {sizes[0]}, {pha.name}: {sizes[1]}; a pair has one size. Scale one of "
-            "them"
-        )
-    limits.check_memory(fgr, len(picture.frames), picture.frames[0].nbytes + matte.frames[0].nbytes)
-    frames = np.concatenate((picture.frames, matte.frames[..., None]), axis=-1)
-    notes = tuple(dict.fromkeys(picture.notes + matte.notes))
-    return RGBAClip(frames, picture.fps, picture.lossy or matte.lossy, None, notes)
+    films = [_open_half(fgr, color, limits), _open_half(pha, luma, limits)]
+    notes: list[str] = []
+
+    def pictures() -> Iterator[Frames]:
+        for picture, matte in zip_longest(*films):
+            if picture is None or matte is None:
+                for film in films:
+                    deque(film, maxlen=0)
+                raise MediaError(
+                    f"{fgr.name}: {films[0].held} frames, {pha.name}: {films[1].held}; a pair has "
+                    "equally many. Cut the longer one."
+                )
+            if picture.shape[:2] != matte.shape:
+                sizes = [f"{half.shape[1]}x{half.shape[0]}" for half in (picture, matte)]
+                raise MediaError(
+                    f"{fgr.name}: {sizes[0]}, {pha.name}: {sizes[1]}; a pair has one size. Scale "
+                    "one of them"
+                )
+            yield np.concatenate((picture, matte[..., None]), axis=-1)
+        notes.extend(dict.fromkeys(films[0].notes + films[1].notes))
+
+    lossy = films[0].lossy or films[1].lossy
+    return Stream(pictures(), films[0].frames, films[0].fps, lossy, None, notes)
 
 
 def read_packed(
-    path: Path, colour_rect: Rect, alpha_rect: Rect, limits: Limits = LIMITS
+    path: Path, color_rect: Rect, alpha_rect: Rect, limits: Limits = LIMITS
 ) -> RGBAClip:
+    """All of `open_packed`, in memory."""
+    with decoding(path):
+        return open_packed(path, color_rect, alpha_rect, limits).collected(path, limits)
+
+
+def open_packed(path: Path, color_rect: Rect, alpha_rect: Rect, limits: Limits = LIMITS) -> Stream:
     """Colour and alpha from two rectangles of an opaque video; alpha is scaled to the colour's
     size."""
 
-    def channels(frame: av.VideoFrame) -> Frames:
-        for name, (x, y, width, height) in (("colour", colour_rect), ("alpha", alpha_rect)):
+    def channels(frame: av.VideoFrame, stated: Stated) -> Frames:
+        for name, (x, y, width, height) in (("colour", color_rect), ("alpha", alpha_rect)):
             inside = 0 <= x < x + width <= frame.width and 0 <= y < y + height <= frame.height
             if not inside:
                 raise MediaError(
                     f"{path}: {name} rectangle {[x, y, width, height]} (x, y, width, height) is "
                     f"not inside {frame.width}x{frame.height}. Correct the rectangle."
                 )
-        picture, matte = _cut(colour(frame), colour_rect), _cut(luma(frame), alpha_rect)
+        picture, matte = (
+            _cut(color(frame, stated), color_rect),
+            _cut(luma(frame, stated), alpha_rect),
+        )
         if matte.shape != picture.shape[:2]:
             size = (picture.shape[1], picture.shape[0])
             matte = np.asarray(Image.fromarray(matte).resize(size, Image.Resampling.BILINEAR))
         return np.concatenate((picture, matte[..., None]), axis=-1)
 
-    film = read_film(path, channels, limits)
-    return RGBAClip(film.frames, film.fps, film.lossy, None, film.notes)
+    return open_film(path, channels, limits)
 
 
 def measure_packing(path: Path, limits: Limits = LIMITS) -> Packing | None:
     """Where colour and alpha of a packed video are, as its pictures show it; see `find_packing`."""
-    count = describe_video(path, limits).frames
+    film = open_film(path, color, limits)
+    count = film.frames
     wanted = {(2 * i + 1) * count // (2 * PACKING_PICTURES) for i in range(PACKING_PICTURES)}
-    pictures: list[Frames] = []
-    seen = 0
-
-    def some(frame: av.VideoFrame) -> Frames:
-        nonlocal seen
-        if seen in wanted:
-            pictures.append(colour(frame))
-        seen += 1
-        return np.zeros((1, 1), np.uint8)
-
-    read_film(path, some, limits)
-    return find_packing(pictures)
+    return find_packing([picture for i, picture in enumerate(film) if i in wanted])
 
 
-def describe(path: Path, limits: Limits = LIMITS) -> Description:
+def describe(path: Path, limits: Limits = LIMITS, asked: Asked = AS_STATED) -> Description:
     """Length, size and whether there is alpha; decodes one frame at most. MediaError if
     unreadable."""
     if path.is_dir():
         files = sequence_files(path)
-        first = describe(files[0], limits)
+        first = describe(files[0], limits, asked)
         limits.check(path, len(files), first.width, first.height)
         return replace(first, frames=len(files))
     if path.suffix.lower() in IMAGES + OPAQUE_IMAGES:
-        return describe_image(path, limits)
+        return describe_image(path, limits, asked)
     return describe_video(path, limits)
 
 
@@ -230,42 +263,43 @@ def write_video(path: Path, frames: Frames, fps: float) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _read_sequence(folder: Path, limits: Limits) -> RGBAClip:
+def _open_sequence(folder: Path, limits: Limits, asked: Asked) -> Stream:
     files = sequence_files(folder)
-    _check(folder, files, limits)
-    stills = [read_image(file, limits) for file in files]
-    for file, still in zip(files, stills, strict=True):
-        if still.frames.shape != stills[0].frames.shape:
-            shapes = [f"{s.frames.shape[2]}x{s.frames.shape[1]}" for s in (stills[0], still)]
-            raise MediaError(
-                f"{folder}: {file.name} is {shapes[1]}, {files[0].name} is {shapes[0]}; a sequence "
-                "has one size"
-            )
-    notes = tuple(dict.fromkeys(note for still in stills for note in still.notes))
-    frames = joined(folder, (still.frames[0] for still in stills), len(stills))
-    return RGBAClip(frames, None, any(still.lossy for still in stills), False, notes)
+    header = _check(folder, files, limits)
+    notes: list[str] = []
+
+    def pictures() -> Iterator[Frames]:
+        size = None
+        for file in files:
+            still = read_image(file, limits, asked)
+            height, width = still.frames.shape[1:3]
+            size = size or (width, height)
+            if (width, height) != size:
+                raise MediaError(
+                    f"{folder}: {file.name} is {width}x{height}, {files[0].name} is "
+                    f"{size[0]}x{size[1]}; a sequence has one size"
+                )
+            notes.extend(note for note in still.notes if note not in notes)
+            yield still.frames[0]
+
+    return Stream(pictures(), len(files), None, header.lossy, False, notes)
 
 
-def _stack(path: Path, channel: Callable[[av.VideoFrame], Frames], limits: Limits) -> Film:
+def _open_half(path: Path, channel: Channels, limits: Limits) -> Stream:
     """One channel group of every frame of a video, an image or a folder of images."""
     if path.is_dir() or path.suffix.lower() in IMAGES + OPAQUE_IMAGES:
         files = sequence_files(path) if path.is_dir() else [path]
-        _check(path, files, limits)
+        header = _check(path, files, limits)
         halves = (image_halves(file, limits)[channel is luma] for file in files)
-        return Film(
-            joined(path, halves, len(files)),
-            None,
-            any(describe_image(file, limits).lossy for file in files),
-            (),
-        )
-    return read_film(path, channel, limits)
+        return Stream(halves, len(files), None, header.lossy, None, [])
+    return open_film(path, channel, limits)
 
 
-def _check(path: Path, files: list[Path], limits: Limits) -> None:
+def _check(path: Path, files: list[Path], limits: Limits) -> Description:
     """Of a sequence, by its first image."""
     header = describe(files[0], limits)
     limits.check(path, len(files), header.width, header.height)
-    limits.check_memory(path, len(files), 4 * header.width * header.height)
+    return header
 
 
 def _cut(picture: Frames, rect: Rect) -> Frames:

@@ -47,7 +47,8 @@ def test_hdr_is_refused(tmp_path, trc):
         primaries=ColorPrimaries.BT2020,
     )
     with pytest.raises(
-        MediaError, match=r"a\.mov: (PQ|HLG) \(HDR\) has no one rendering.*tone-map"
+        MediaError,
+        match=r"a\.mov: its transfer is (PQ|HLG) \(HDR\), which has no one rendering.*tone-map",
     ):
         read_video(path)
 
@@ -62,7 +63,7 @@ def test_wide_colours_become_bt709(tmp_path):
         primaries=ColorPrimaries.BT2020,
     )
     clip = read_video(path)
-    assert clip.notes == ("BT.2020 colours brought into BT.709",)
+    assert clip.notes == ("BT.2020 brought into BT.709's",)
     assert np.abs(clip.frames[..., 3].astype(int) - card()[..., 3]).max() <= 2
 
 
@@ -137,7 +138,7 @@ def test_limits(tmp_path):
     for limits, reason in (
         (Limits(max_pixels=1000), "48x32; a picture has at most max_pixels=1000"),
         (Limits(max_frames=4), "5 frames of 48x32; a clip has at most max_frames=4"),
-        (Limits(max_bytes=30000), "5 frames are 0.0 GiB decoded; the limit is 0.0 GiB"),
+        (Limits(max_bytes=30000), "5 frames are 0.00 GiB decoded; the limit is 0.00 GiB"),
     ):
         with pytest.raises(MediaError, match=reason):
             read_video(path, limits)

@@ -1,10 +1,12 @@
 """What every reader gives and raises: clips, descriptions, limits, errors."""
 
+import math
 import struct
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from av.error import FFmpegError
@@ -43,11 +45,68 @@ class RGBAClip:
     notes: tuple[str, ...] = ()
 
 
+class Asked(NamedTuple):
+    """A person's word about a file, before its own. premultiplied: of colour in linear light;
+    layer: of an OpenEXR file."""
+
+    premultiplied: bool | None = None
+    layer: str | None = None
+
+
+AS_STATED = Asked()
+
+
+@dataclass
+class Stream:
+    """A clip that is decoded while it is iterated over, once. pictures: uint8 (H, W, C) each.
+
+    frames: how many there are by the headers; notes are complete, and `held` is how many there
+    were, once all pictures have been given.
+    """
+
+    pictures: Iterator[Frames]
+    frames: int
+    fps: float | None
+    lossy: bool
+    premultiplied: bool | None
+    notes: list[str]
+    held: int = 0
+
+    def __iter__(self) -> Iterator[Frames]:
+        for picture in self.pictures:
+            self.held += 1
+            yield picture
+
+    def collected(self, name: object, limits: "Limits") -> RGBAClip:
+        """All of it. MediaError where it takes more memory than the limits allow."""
+
+        def within() -> Iterator[Frames]:
+            for picture in self:
+                if self.held == 1:
+                    limits.check_memory(name, self.frames, picture.nbytes)
+                elif self.held > self.frames:
+                    limits.check_memory(name, self.held, picture.nbytes)
+                yield picture
+
+        frames = joined(name, within(), self.frames)
+        return RGBAClip(frames, self.fps, self.lossy, self.premultiplied, tuple(self.notes))
+
+
+def stream_of(clip: RGBAClip) -> Stream:
+    """Of a clip that is in memory."""
+    frames = iter(clip.frames)
+    return Stream(
+        frames, len(clip.frames), clip.fps, clip.lossy, clip.premultiplied, list(clip.notes)
+    )
+
+
 @dataclass(frozen=True)
 class Description:
     """What a file's headers say; nothing but a first frame is decoded.
 
     lost: why the alpha that an opaque file has nevertheless cannot be read, and the way out.
+    divided: whether reading divides its colour by alpha, in linear light; None where nothing says
+    that colour is multiplied.
     """
 
     frames: int
@@ -56,6 +115,7 @@ class Description:
     lossy: bool
     alpha: bool
     lost: str | None = None
+    divided: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -64,7 +124,9 @@ class Limits:
 
     max_pixels: int = 2**26  # of one picture: 8192 x 8192
     max_frames: int = 100_000
-    max_bytes: int = 2**34  # of the decoded clip
+    max_bytes: int = 2**34  # of the decoded clip, where it is held in memory whole
+    # bytes of memory_gb, a setting of the program, for each byte of it; None: there is no such
+    memory_per_byte: float | None = None
 
     def check(self, name: object, frames: int, width: int, height: int) -> None:
         """MediaError if a file announces more, or no picture at all; of memory, `check_memory`."""
@@ -85,10 +147,13 @@ class Limits:
     def check_memory(self, name: object, frames: int, bytes_per_frame: int) -> None:
         """MediaError if what is kept of the decoded frames is more."""
         if frames * bytes_per_frame > self.max_bytes:
+            way_out = "allow more memory"
+            if self.memory_per_byte is not None:
+                needed = frames * bytes_per_frame * self.memory_per_byte / 2**30
+                way_out = f"raise memory_gb to {math.ceil(10 * needed) / 10:g}"
             raise MediaError(
-                f"{name}: {frames} frames are {frames * bytes_per_frame / 2**30:.1f} GiB decoded; "
-                f"the limit is {self.max_bytes / 2**30:.1f} GiB. Cut or scale it, or allow more "
-                "memory"
+                f"{name}: {frames} frames are {frames * bytes_per_frame / 2**30:.2f} GiB decoded; "
+                f"the limit is {self.max_bytes / 2**30:.2f} GiB. Cut or scale it, or {way_out}"
             )
 
 
@@ -125,11 +190,13 @@ def to_uint8(unit: NDArray[np.float32]) -> Frames:
 
 @contextmanager
 def decoding(name: object) -> Iterator[None]:
-    """A decoder's own errors become MediaError with the file's name."""
+    """A decoder's own errors become MediaError, and each has the file's name."""
     try:
         yield
-    except MediaError:
-        raise
+    except MediaError as error:
+        if str(name) in str(error):
+            raise
+        raise MediaError(f"{name}: {error}") from error
     except FileNotFoundError as error:
         raise MediaError(f"{name}: no such file") from error
     except MemoryError as error:

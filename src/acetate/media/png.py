@@ -1,7 +1,7 @@
-"""APNG, composed from its chunks: what PIL's blending (12.0, 13.0) leaves of soft alpha over
-anything is wrong.
+"""PNG's chunks: what a file states, and APNG composed from them.
 
-It mixes alpha like a colour, so that 128 over nothing becomes 64; and it cuts 16 bits down to 8.
+What PIL's blending (12.0, 13.0) leaves of soft alpha over anything is wrong: it mixes alpha like a
+colour, so that 128 over nothing becomes 64; and it cuts 16 bits down to 8.
 """
 
 import struct
@@ -12,10 +12,63 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from acetate.media.color import Stated
+
+LARGEST_PROFILE = 2**24  # bytes of an ICC profile
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 TO_BACKGROUND, TO_PREVIOUS = 1, 2  # dispose_op
 OVER = 1  # blend_op
 Unit = NDArray[np.float32]
+
+
+class Header(NamedTuple):
+    """What a PNG says before its pixels. exif: as in the file; density: pixels a unit, across and
+    down."""
+
+    width: int
+    height: int
+    bits: int
+    color_type: int  # 0 grey, 2 colour, 3 palette, 4 grey with alpha, 6 colour with alpha
+    transparent: bytes | None  # tRNS
+    animated: bool
+    stated: Stated
+    exif: bytes
+    density: tuple[int, int]
+
+
+def png_header(data: bytes) -> Header:
+    """Reads the whole file, for its checksums: ValueError where one is wrong. Of several ways to
+    state colour the order is cICP, iCCP, sRGB, then gAMA and cHRM (PNG, third edition, 4.3)."""
+    parts: dict[bytes, bytes] = {}
+    for kind, contents in chunks(data):
+        parts.setdefault(kind, contents)
+    if b"IHDR" not in parts or b"IDAT" not in parts:
+        raise ValueError("no picture in it")
+    width, height, bits, color_type = struct.unpack_from(">IIBB", parts[b"IHDR"])
+    density = struct.unpack_from(">II", parts.get(b"pHYs", b"").ljust(8, b"\0"))
+    return Header(
+        width, height, bits, color_type, parts.get(b"tRNS"), b"acTL" in parts, _stated(parts),
+        parts.get(b"eXIf", b""), density,
+    )  # fmt: skip
+
+
+def _stated(parts: dict[bytes, bytes]) -> Stated:
+    if len(parts.get(b"cICP", b"")) == 4:
+        return Stated(primaries=parts[b"cICP"][0], transfer=parts[b"cICP"][1])
+    if b"iCCP" in parts:
+        packed = parts[b"iCCP"].partition(b"\0")[2][1:]
+        try:
+            return Stated(icc=zlib.decompressobj().decompress(packed, LARGEST_PROFILE))
+        except zlib.error:
+            return Stated(icc=b"")
+    if b"sRGB" in parts:
+        return Stated()
+    places = None
+    if len(parts.get(b"cHRM", b"")) == 32:
+        white, *rest = zip(*[iter(struct.unpack(">8I", parts[b"cHRM"]))] * 2, strict=True)
+        places = tuple(value / 100_000 for pair in (*rest, white) for value in pair)
+    coded = int.from_bytes(parts.get(b"gAMA", b""), "big")
+    return Stated(chromaticities=places, gamma=100_000 / coded if coded else None)
 
 
 class Control(NamedTuple):
