@@ -2,6 +2,8 @@
 applies decisions."""
 
 import math
+from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,70 +12,105 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from acetate.media.clip import MediaError, Stream, stream_of
 from acetate.video_io import Rect, RGBAClip
-from data_prep.colour import confidence, mixtures
-from data_prep.decisions import Colour, Decisions, Matte
+from data_prep.cleaning import stretch, stretched_levels
+from data_prep.colour import confidence, mixtures, sampled
+from data_prep.decisions import Decisions, Matte
 
 Frames = NDArray[np.uint8]
 
 NOISE = 12  # steps of alpha that a codec's noise reaches at most, beside 0 and 255
 THUMB = 32  # pixels, side of the pictures that shots are compared by
 SHOT = 4  # frames of the shortest shot
+# Alpha that should be 0 and 255 after a conversion to a limited range lies within these
+FLOOR, CEILING = 64, 192
 SEEN = 5e-4  # mean alpha of its fullest frame under which a clip is empty
 
 
-def analyse(clip: RGBAClip, *, premultiplied: bool | None = None, matte: bool = False) -> Decisions:
-    """What the clip is, how sure that is, and why.
+def analyse(
+    clip: RGBAClip | Stream, *, premultiplied: bool | None = None, matte: bool = False
+) -> Decisions:
+    """What the clip is, how sure that is, and why. A stream is read to its end, a picture at a
+    time.
 
     premultiplied: what a person says, if anything; else the colour is measured, and what the format
     defines (`clip.premultiplied`) counts as a strong belief. matte: colour is a whole picture and
     alpha its matte.
     """
-    totals = _totals(clip.frames)
+    stream = clip if isinstance(clip, Stream) else stream_of(clip)
+    totals, still, shots, sample = _measured(stream)
     reasons: dict[str, str] = {}
-    low, high = noise_bounds(totals.histogram) if clip.lossy else (0, 255)
+    ends, reasons["alpha_range"] = alpha_range(totals.histogram, stream.lossy)
+    if ends:
+        totals, sample = totals.stretched(ends), stretch(sample, ends)
+    low, high = noise_bounds(totals.histogram) if stream.lossy else (0, 255)
     reasons["alpha_low"] = (
         f"lossy: the peaks of the histogram of alpha at 0 and 255 end at {low} and {high}"
-        if clip.lossy
+        if stream.lossy
         else "lossless"
     )
     state, reasons["matte"] = _matte(totals, low, high)
     crop, reasons["crop"] = bars(totals, low, high)
-    still, reasons["still"] = _still(clip)
-    thumbs = thumbnails(clip.frames) if len(clip.frames) > 2 and not still else None
-    shots: tuple[int, ...] = ()
-    if thumbs is not None:
-        shots, reasons["cuts"] = cuts(thumbs)
-        if state == "normal" and (share := flicker(thumbs, shots)) > 0.1:
+    same, reasons["still"] = still.found()
+    cuts: tuple[int, ...] = ()
+    if stream.held > 2 and not same:
+        cuts, reasons["cuts"] = shots.found()
+        if state == "normal" and (share := flicker(shots.coverage, cuts)) > 0.1:
             state, reasons["matte"] = (
                 "flickers",
                 f"coverage jumps to and fro in {share:.0%} of the frames",
             )
-    colour, sure, reasons["colour"], figures = _colour(clip, low, high, premultiplied, matte)
+    colour, sure, reasons["colour"], figures = _colour(
+        stream, sample, low, high, premultiplied, matte
+    )
     return Decisions(
         colour=colour,
         confidence=round(sure, 3),
+        alpha_range=ends,
         alpha_low=low,
         alpha_high=high,
         matte=state,
         crop=crop,
         visible=_box(totals.most_alpha > low),
-        still=still,
-        cuts=shots,
+        still=same,
+        cuts=cuts,
         reasons={name: reason for name, reason in reasons.items() if reason},
         figures=figures,
     )
 
 
+def _measured(stream: Stream) -> tuple["Totals", "Stillness", "Shots", Frames]:
+    """One pass over the pictures; and some of them, spread over the clip's length."""
+    wanted = set(sampled(stream.frames).tolist())
+    totals: Totals | None = None
+    still, shots, sample = Stillness(stream.lossy), Shots(), []
+    for number, frame in enumerate(stream):
+        if totals is None:
+            totals = Totals.of(frame)
+        elif frame.shape[:2] != totals.most_alpha.shape:
+            raise MediaError("the size changes between frames; split the file where it does")
+        totals.add(frame)
+        still.add(frame)
+        if stream.frames > 2:
+            shots.add(thumbnail(frame))
+        if number in wanted:
+            sample.append(frame)
+        last = frame
+    if totals is None:
+        raise MediaError("no frame could be decoded; the file is empty or damaged")
+    return totals, still, shots, np.stack(sample or [last])
+
+
 def _colour(
-    clip: RGBAClip, low: int, high: int, premultiplied: bool | None, matte: bool
-) -> tuple[Colour, float, str, dict[str, float]]:
+    stream: Stream, sample: Frames, low: int, high: int, premultiplied: bool | None, matte: bool
+) -> tuple[str, float, str, dict[str, float]]:
     """What colour is, how sure that is, in words, and the figures behind it."""
     if matte:
         return "matte", 1.0, "a picture with a matte: its foreground is estimated", {}
     if premultiplied is not None:
         return ("black" if premultiplied else "straight"), 1.0, "declared", {}
-    found = mixtures(clip.frames, low, high, clip.lossy, clip.premultiplied is False)
+    found = mixtures(sample, low, high, stream.lossy, stream.premultiplied is False)
     if found is None:
         return "straight", 0.0, "no soft pixel, so that it does not matter", {}
     backdrop = max(found, key=lambda name: found[name].log_odds)
@@ -90,14 +127,9 @@ def _colour(
     }
     if evidence.log_odds > 0:
         sure = confidence(evidence.log_odds)
-        name = "premultiplied" if backdrop == "black" else "mixed with white"
-        although = ", although the format says straight" if clip.premultiplied is False else ""
-        return (
-            ("white" if backdrop == "white" else "black"),
-            sure,
-            f"{name}: {how_sure(sure)}{although}",
-            figures,
-        )
+        name = "premultiplied" if backdrop == "black" else f"mixed with {backdrop}"
+        although = ", although the format says straight" if stream.premultiplied is False else ""
+        return backdrop, sure, f"{name}: {how_sure(sure)}{although}", figures
     # With no block that tells, straight and mixed look alike: dark things, or hardly a soft pixel.
     told = evidence.informative / (evidence.informative + 8) if evidence.log_odds > -3 else 1.0
     sure = told * confidence(evidence.log_odds)
@@ -117,28 +149,91 @@ class Totals:
     most_colour: Frames  # of the brightest channel
     most_alpha: Frames
     least_alpha: Frames
-    coverage: NDArray[np.float64]  # mean alpha of every frame, in [0, 1]
+    coverage: list[float]  # mean alpha of every frame, in [0, 1]
 
+    @classmethod
+    def of(cls, frame: Frames) -> "Totals":
+        """None yet, for frames of that size."""
+        size = frame.shape[:2]
+        none, most = np.zeros(size, np.uint8), np.full(size, 255, np.uint8)
+        return cls(np.zeros(256, np.int64), none, none.copy(), most, [])
 
-def _totals(frames: Frames) -> Totals:
-    histogram = np.zeros(256, np.int64)
-    most_colour, most_alpha = (
-        np.zeros(frames.shape[1:3], np.uint8),
-        np.zeros(frames.shape[1:3], np.uint8),
-    )
-    least_alpha = np.full(frames.shape[1:3], 255, np.uint8)
-    coverage = np.zeros(len(frames))
-    levels = np.arange(256)
-    for i, frame in enumerate(frames):
+    def add(self, frame: Frames) -> None:
         alpha = np.ascontiguousarray(frame[..., 3])
         counts = np.bincount(alpha.ravel(), minlength=256)
-        histogram += counts
-        coverage[i] = counts @ levels / (255 * alpha.size)
+        np.add(self.histogram, counts, out=self.histogram)
+        self.coverage.append(float(counts @ np.arange(256)) / (255 * alpha.size))
         for channel in range(3):
-            np.maximum(most_colour, frame[..., channel], out=most_colour)
-        np.maximum(most_alpha, alpha, out=most_alpha)
-        np.minimum(least_alpha, alpha, out=least_alpha)
-    return Totals(histogram, most_colour, most_alpha, least_alpha, coverage)
+            np.maximum(self.most_colour, frame[..., channel], out=self.most_colour)
+        np.maximum(self.most_alpha, alpha, out=self.most_alpha)
+        np.minimum(self.least_alpha, alpha, out=self.least_alpha)
+
+    def stretched(self, ends: tuple[int, int]) -> "Totals":
+        """As if alpha had been stretched."""
+        levels = stretched_levels(ends)
+        histogram = np.bincount(levels, weights=self.histogram, minlength=256).astype(np.int64)
+        floor, ceiling = ends
+        coverage = [
+            min(max((255 * share - floor) / (ceiling - floor), 0.0), 1.0) for share in self.coverage
+        ]
+        return Totals(
+            histogram, self.most_colour, levels[self.most_alpha], levels[self.least_alpha], coverage
+        )
+
+
+class Stillness:
+    """Whether all of several frames are the first one; after a lossy codec, whether all 4 x 4 means
+    are within 3."""
+
+    def __init__(self, lossy: bool):
+        self.lossy, self.same, self.frames = lossy, True, 0
+        self.first: Frames | Tensor | None = None
+
+    def add(self, frame: Frames) -> None:
+        self.frames += 1
+        if not self.same:
+            return
+        seen = _means(frame) if self.lossy else frame
+        if self.first is None:
+            self.first = seen
+        elif isinstance(seen, Tensor):
+            self.same = bool(((seen - self.first).abs() <= 3 / 255).all())
+        else:
+            self.same = np.array_equal(self.first, seen)
+
+    def found(self) -> tuple[bool, str]:
+        if self.frames == 1 or not self.same:
+            return False, ""
+        noise = " but for the codec's noise" if self.lossy else ""
+        return True, f"all {self.frames} frames are equal{noise}"
+
+
+def alpha_range(histogram: NDArray[np.int64], lossy: bool) -> tuple[tuple[int, int] | None, str]:
+    """The levels that stand for 0 and 255 where alpha reaches neither of them, as after a
+    conversion to a limited range; and in words what alpha's ends are, if not 0 and 255.
+
+    None unless a fifth of all pixels lie on one level at most FLOOR, with nothing below, and a
+    fiftieth on one of at least CEILING, with nothing above: a veil has no such peaks.
+    """
+    margin = NOISE // 2 if lossy else 0
+    seen = np.flatnonzero(histogram > histogram.sum() * 1e-5)
+    least, most = int(seen[0]), int(seen[-1])
+    if least <= margin and most >= 255 - margin:
+        return None, ""
+    floor = least + int(histogram[least : least + margin + 1].argmax())
+    ceiling = most - int(histogram[: most + 1][::-1][: margin + 1].argmax())
+    said = f"alpha lies between {least} and {most}"
+    share = histogram / histogram.sum()
+    at_floor = share[least : floor + margin + 1].sum()
+    at_ceiling = share[ceiling - margin : most + 1].sum()
+    if least <= margin and at_ceiling < 0.02:
+        return None, ""  # a glow
+    if not 0 < floor <= FLOOR or ceiling < CEILING or at_floor < 0.2 or at_ceiling < 0.02:
+        return None, f"{said}; it is left so, for want of flat ends"
+    return (floor, ceiling), (
+        f"{said}, {at_floor:.0%} of the pixels at {floor} and {at_ceiling:.0%} at {ceiling}: "
+        "shrunken, stretched to 0 and 255"
+    )
 
 
 def noise_bounds(histogram: NDArray[np.int64]) -> tuple[int, int]:
@@ -163,8 +258,8 @@ def noise_bounds(histogram: NDArray[np.int64]) -> tuple[int, int]:
 
 
 def _matte(totals: Totals, low: int, high: int) -> tuple[Matte, str]:
-    if totals.coverage.max() < SEEN or not (totals.most_alpha > low).any():
-        return "empty", f"alpha covers {totals.coverage.max():.3%} of the fullest frame"
+    if max(totals.coverage) < SEEN or not (totals.most_alpha > low).any():
+        return "empty", f"alpha covers {max(totals.coverage):.3%} of the fullest frame"
     opaque = totals.histogram[high:].sum() / totals.histogram.sum()
     if opaque > 0.999:
         return "full", f"{opaque:.2%} of the pixels are opaque"
@@ -221,24 +316,6 @@ def _cut_off(totals: Totals, axis: int, first: int, last: int) -> bool:
     return bool(reaches and all((alpha[line] >= 128).mean() > 0.25 for line in (first, last)))
 
 
-def _still(clip: RGBAClip) -> tuple[bool, str]:
-    """Whether all of several frames are the first one; after a lossy codec, whether all 4 x 4 means
-    are within 3."""
-    if len(clip.frames) == 1:
-        return False, ""
-    if not clip.lossy:
-        same = all(np.array_equal(clip.frames[0], frame) for frame in clip.frames[1:])
-        return same, f"all {len(clip.frames)} frames are equal" if same else ""
-    first = _means(clip.frames[0])
-    same = all(
-        bool(((_means(frame) - first).abs() <= 3 / 255).all()) for frame in clip.frames[:0:-1]
-    )
-    return (
-        same,
-        f"all {len(clip.frames)} frames are equal but for the codec's noise" if same else "",
-    )
-
-
 def _means(frame: Frames) -> Tensor:
     return F.avg_pool2d(weighted(frame)[None], 4, ceil_mode=True)
 
@@ -249,10 +326,10 @@ def weighted(frame: Frames) -> Tensor:
     return torch.cat((picture[:3] * picture[3:], picture[3:]))
 
 
-def thumbnails(frames: Frames) -> Tensor:
-    """(T, 4, h, w), h and w at most THUMB: means of colour times alpha, and of alpha, in [0, 1]."""
-    size = [min(THUMB, side) for side in frames.shape[1:3]]
-    return torch.stack([F.adaptive_avg_pool2d(weighted(frame), size) for frame in frames])
+def thumbnail(frame: Frames) -> Tensor:
+    """(4, h, w), h and w at most THUMB: means of colour times alpha, and of alpha, in [0, 1]."""
+    size = [min(THUMB, side) for side in frame.shape[:2]]
+    return F.adaptive_avg_pool2d(weighted(frame), size)
 
 
 def change(first: Tensor, second: Tensor) -> float:
@@ -279,46 +356,62 @@ def change(first: Tensor, second: Tensor) -> float:
     return min(shares)
 
 
-def cuts(thumbs: Tensor) -> tuple[tuple[int, ...], str]:
-    """First frames of new shots. thumbs: (T, 4, h, w).
+class Shots:
+    """First frames of new shots.
 
     A cut exchanges half of the picture, and by a third of it more than any of the frames around do,
     and for good: the four frames before differ as much from the four after. Fast motion changes all
     frames alike, a flash comes back. A shot has at least SHOT frames, and shows something.
     """
-    count = len(thumbs)
-    steps = [0.0, *(change(thumbs[i - 1], thumbs[i]) for i in range(1, count))]
-    coverage = thumbs[:, 3].mean(dim=(1, 2))
-    shows = coverage > 0.02 * coverage.max()
-    found: list[int] = []
-    told = []
-    for i in range(SHOT, count - SHOT + 1):
-        around = max(steps[j] for j in range(max(1, i - 2), min(count, i + 3)) if j != i)
-        if (
-            steps[i] < max(0.5, around + 0.3)
-            or not (shows[i - 1] and shows[i])
-            or i - (found or [0])[-1] < SHOT
-        ):
-            continue
-        before, after = range(max(0, i - 4), i), range(i, min(count, i + 4))
-        if min(change(thumbs[a], thumbs[b]) for a in before for b in after) >= 0.8 * steps[i]:
-            found.append(i)
-            told.append(
-                f"{i} ({steps[i]:.0%} of the picture is exchanged, at most {around:.0%} around it)"
-            )
-    return tuple(found), f"new shots at frame {', '.join(told)}" if told else ""
+
+    def __init__(self) -> None:
+        self.coverage: list[float] = []  # mean alpha of each frame
+        self._steps: list[float] = []  # how much each exchanges of the one before
+        self._near = deque[Tensor](maxlen=2 * SHOT)
+        self._candidates: list[tuple[int, float]] = []  # frame, and the most around it
+
+    def add(self, thumb: Tensor) -> None:
+        """thumb: the next frame's, (4, h, w)."""
+        self._steps.append(change(self._near[-1], thumb) if self._near else 0.0)
+        self.coverage.append(float(thumb[3].mean()))
+        self._near.append(thumb)
+        place = len(self._steps) - SHOT
+        if place < SHOT:
+            return
+        step = self._steps[place]
+        around = max(self._steps[i] for i in range(max(1, place - 2), place + 3) if i != place)
+        if step < max(0.5, around + 0.3):
+            return
+        before, after = [*self._near][:SHOT], [*self._near][SHOT:]
+        if min(change(first, second) for first in before for second in after) >= 0.8 * step:
+            self._candidates.append((place, around))
+
+    def found(self) -> tuple[tuple[int, ...], str]:
+        """And why."""
+        least = 0.02 * max(self.coverage, default=0)
+        found: list[int] = []
+        told = []
+        for place, around in self._candidates:
+            shows = self.coverage[place - 1] > least and self.coverage[place] > least
+            if shows and place - (found or [0])[-1] >= SHOT:
+                found.append(place)
+                told.append(
+                    f"{place} ({self._steps[place]:.0%} of the picture is exchanged, at most "
+                    f"{around:.0%} around it)"
+                )
+        return tuple(found), f"new shots at frame {', '.join(told)}" if told else ""
 
 
-def flicker(thumbs: Tensor, shots: tuple[int, ...] = ()) -> float:
+def flicker(coverages: Sequence[float], shots: tuple[int, ...] = ()) -> float:
     """Share of the frames whose mean alpha is off that of its two neighbours by more than a
     quarter.
 
     A single flash sets three frames off, and is no flicker.
     """
-    coverage = thumbs[:, 3].mean(dim=(1, 2))
+    coverage = np.asarray(coverages)
     middle, around = coverage[1:-1], (coverage[:-2] + coverage[2:]) / 2
-    most = torch.maximum(middle, torch.maximum(coverage[:-2], coverage[2:])).clamp_min(SEEN)
-    jumps = (middle - around).abs() > most / 4
+    most = np.maximum(middle, np.maximum(coverage[:-2], coverage[2:])).clip(SEEN)
+    jumps = np.abs(middle - around) > most / 4
     beside = [i - 1 for shot in shots for i in (shot - 1, shot) if 0 <= i - 1 < len(jumps)]
     jumps[beside] = False
-    return float(jumps.float().mean()) if jumps.sum() > 3 else 0.0
+    return float(jumps.mean()) if jumps.sum() > 3 else 0.0

@@ -1,7 +1,7 @@
 """Applies what was decided about a clip to its frames: uint8 (T, H, W, 4) in and out, straight
 colour out."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
@@ -77,6 +77,9 @@ def done(decisions: Decisions, settings: Settings) -> dict[str, str]:
         steps["still"] = f"one frame kept: {why.get('still', '')}"
     if decisions.cuts and not decisions.still:
         steps["cuts"] = f"{len(decisions.cuts) + 1} shots: {why.get('cuts', '')}"
+    if decisions.alpha_range:
+        floor, ceiling = decisions.alpha_range
+        steps["range"] = f"{floor}..{ceiling} to 0..255: {why.get('alpha_range', '')}"
     if decisions.alpha_low > 0 or decisions.alpha_high < 255:
         steps["alpha"] = (
             f"up to {decisions.alpha_low} to 0, from {decisions.alpha_high} to 255: "
@@ -130,10 +133,11 @@ def resample(frames: int, fps: float, target: float | None) -> Indices:
 def clean(frames: Frames, decisions: Decisions, settings: Settings) -> Frames:
     """The frames of a piece as a shard holds them."""
     frames, visible = inside(frames, decisions)
+    frames = stretch(frames, decisions.alpha_range)
     frames = snap(frames, decisions.alpha_low, decisions.alpha_high)
-    mixed = decisions.colour in ("black", "white")
-    if mixed:
-        frames = unmix(frames, decisions.colour == "white", settings.min_alpha)
+    backdrop = decisions.backdrop
+    if backdrop is not None:
+        frames = unmix(frames, backdrop, settings.min_alpha)
     if decisions.colour == "matte":
         frames = foreground(frames)
     if settings.trim and visible:
@@ -141,7 +145,34 @@ def clean(frames: Frames, decisions: Decisions, settings: Settings) -> Frames:
     if settings.max_side is not None:
         frames = limit_side(frames, settings.max_side)
     # A quotient by a tiny alpha is noise: there, too, colour comes from around.
-    return bleed(frames, settings.bleed, settings.min_alpha if mixed else 1)
+    return bleed(frames, settings.bleed, settings.min_alpha if backdrop is not None else 1)
+
+
+def pieces(
+    clip: Iterable[Frames], taken: Sequence[Indices], decisions: Decisions, settings: Settings
+) -> Iterator[Iterator[Frames]]:
+    """The cleaned pictures of each piece, (H, W, 4), while the clip is read once, a picture at a
+    time; each piece is to be read to its end before the next. ValueError where the clip is too
+    short.
+
+    taken: which frames each takes, none before one of an earlier piece.
+    """
+    pictures = enumerate(clip)
+    place, cleaned = -1, np.empty(0, np.uint8)
+
+    def piece(indices: Indices) -> Iterator[Frames]:
+        nonlocal place, cleaned
+        for index in indices:
+            if place < index:
+                frame = None
+                while place < index:
+                    place, frame = next(pictures, (None, None))
+                    if place is None:
+                        raise ValueError(f"has no frame {index}; ingest the folder again")
+                cleaned = clean(frame[None], decisions, settings)[0]
+            yield cleaned
+
+    yield from map(piece, taken)
 
 
 def inside(frames: Frames, decisions: Decisions) -> tuple[Frames, Rect | None]:
@@ -181,13 +212,30 @@ def snap(frames: Frames, low: int, high: int) -> Frames:
     return np.concatenate((frames[..., :3], alpha), axis=-1)
 
 
-def unmix(frames: Frames, white: bool, min_alpha: int) -> Frames:
-    """Straight colour of colour over black or over white, 8 bit."""
+def stretch(frames: Frames, ends: tuple[int, int] | None) -> Frames:
+    """Alpha from one level to another, to 0..255."""
+    if ends is None:
+        return frames
+    alpha = stretched_levels(ends)[frames[..., 3:]]
+    return np.concatenate((frames[..., :3], alpha), axis=-1)
+
+
+def stretched_levels(ends: tuple[int, int]) -> NDArray[np.uint8]:
+    """(256,): what each level of alpha becomes."""
+    floor, ceiling = ends
+    levels = (np.arange(256) - floor) * (255 / (ceiling - floor))
+    return levels.clip(0, 255).round().astype(np.uint8)
+
+
+def unmix(frames: Frames, backdrop: tuple[int, ...], min_alpha: int) -> Frames:
+    """Straight colour of colour over a backdrop (red, green, blue), 8 bit."""
     alpha = frames[..., 3:]
-    colour = 255 - frames[..., :3] if white else frames[..., :3]
-    straight = colour.astype(np.float32) * (255 / np.maximum(alpha, min_alpha).astype(np.float32))
-    straight = np.minimum(straight + 0.5, 255).astype(np.uint8)
-    return np.concatenate((255 - straight if white else straight, alpha), axis=-1)
+    behind = np.array(backdrop, np.int16)
+    off = frames[..., :3].astype(np.int16) - behind
+    scale = 255 / np.maximum(alpha, min_alpha).astype(np.float32)
+    far = np.minimum(np.abs(off).astype(np.float32) * scale + 0.5, 255).astype(np.int16)
+    straight = (behind + np.sign(off) * far).clip(0, 255).astype(np.uint8)
+    return np.concatenate((straight, alpha), axis=-1)
 
 
 def foreground(frames: Frames) -> Frames:

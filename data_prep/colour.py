@@ -1,9 +1,10 @@
-"""Is colour straight, or mixed with black or white where alpha is soft? Measured on 8 x 8 blocks.
+"""Is colour straight, or mixed with black, white or another colour where alpha is soft? Measured on
+8 x 8 blocks.
 
-Three models of a block whose thing has one colour F, with 0 <= F <= 1: colour C = F (straight), C =
-a F (mixed with black, premultiplied), C = a F + 1 - a (mixed with white). The last one is the
-second for 1 - C. The model that leaves the smaller residual is the likelier one; a mixture is
-excluded by colour that no F can give, and by colour under alpha 0, which a mixture has covered.
+Two models of a block whose thing has one colour F, with 0 <= F <= 1: colour C = F (straight), and C
+= a F + (1 - a) B, mixed with a backdrop B that all blocks share (black: premultiplied). The model
+that leaves the smaller residual is the likelier one; a mixture is excluded by colour that no F can
+give, and by colour under alpha 0 that is not the backdrop's.
 """
 
 import math
@@ -24,7 +25,12 @@ STRAY = 0.01
 # Log-odds before anything is measured; and for hidden colour that is the backdrop's: black is what
 # most writers leave there in any case, white is rare.
 PRIOR = {"black": 0.0, "white": -1.0}
+PRIOR_OTHER = -2.0
 COVERED = {"black": 0.0, "white": 1.5}
+COVERED_OTHER = 1.5
+BACKDROPS = {"black": (0, 0, 0), "white": (255, 255, 255)}
+APART = 24  # levels: nearer to black or white than this, a backdrop is that
+ONE_COLOUR = 0.9  # share of the hidden pixels, or of the edges, that must agree on a backdrop
 # files exist that break their format's definition; they must show it clearly
 PRIOR_STRAIGHT_FORMAT = -2.0
 
@@ -46,12 +52,9 @@ class Mixture:
 def mixtures(
     frames: NDArray[np.uint8], low: int, high: int, lossy: bool, straight_format: bool
 ) -> dict[str, Mixture] | None:
-    """Backdrop -> evidence; None without soft pixels. frames: (T, H, W, 4); soft: low < alpha <
-    high."""
-    sample = frames[
-        np.unique(np.linspace(0, len(frames) - 1, min(FRAMES, len(frames))).round().astype(int))
-    ]
-    blocks = _blocks(sample)
+    """Backdrop (black, white, #rrggbb) -> evidence; None without soft pixels. frames: (T, H, W, 4),
+    some of a clip; soft: low < alpha < high."""
+    blocks = _blocks(frames)
     alpha = blocks[..., 3]
     hidden = blocks[(alpha <= low).all(axis=1)]
     margin = 8  # steps of alpha: nearer to 0 and 1 the models do not differ
@@ -64,27 +67,78 @@ def mixtures(
     blocks, soft = blocks[chosen].astype(np.float32) / 255, soft[chosen]
     noise, tolerance = (6, 8) if lossy else (1.5, 1.5)
     found = {}
-    for backdrop in ("black", "white"):
-        colour = blocks[..., :3] if backdrop == "black" else 1 - blocks[..., :3]
-        shown = (
-            hidden[..., :3].max(axis=-1)
-            if backdrop == "black"
-            else 255 - hidden[..., :3].min(axis=-1)
-        )
-        fit, informative = _fit(
-            colour, blocks[..., 3:] * (blocks[..., 3:] > low / 255), noise / 255
-        )
-        broken = _broken(colour, blocks[..., 3], soft, tolerance / 255)
-        uncovered = float((shown > 20).mean()) if len(hidden) else math.nan
-        prior = PRIOR[backdrop] + PRIOR_STRAIGHT_FORMAT * straight_format
+    candidates = BACKDROPS | _other_backdrop(blocks, soft, hidden, tolerance)
+    for name, backdrop in candidates.items():
+        behind = np.array(backdrop, np.float32) / 255
+        # of a mixture this is a F
+        lit = blocks[..., :3] - (1 - blocks[..., 3:]) * behind
+        known = hidden[..., :3]
+        if name not in BACKDROPS and not known.any():
+            known = known[:0]  # wiped: that says nothing
+        shown = np.abs(known.astype(np.int16) - backdrop).max(axis=-1)
+        seen = blocks[..., 3:] * (blocks[..., 3:] > low / 255)
+        fit, informative = _fit(blocks[..., :3], lit, behind, seen, noise / 255)
+        broken = _broken(lit, blocks[..., 3], soft, tolerance / 255)
+        uncovered = float((shown > 20).mean()) if len(known) else math.nan
+        prior = PRIOR.get(name, PRIOR_OTHER) + PRIOR_STRAIGHT_FORMAT * straight_format
         log_odds = (
             prior
             + 0.5 * fit * INDEPENDENT_FITS * informative / (informative + INDEPENDENT_FITS)
             + against(broken, len(chosen))
-            + (against(uncovered, len(hidden)) or COVERED[backdrop] * bool(len(hidden)))
+            + (
+                against(uncovered, len(known))
+                or COVERED.get(name, COVERED_OTHER) * bool(len(known))
+            )
         )
-        found[backdrop] = Mixture(log_odds, fit, informative, broken, uncovered)
+        found[name] = Mixture(log_odds, fit, informative, broken, uncovered)
     return found
+
+
+def sampled(count: int) -> NDArray[np.intp]:
+    """Which frames of a clip `mixtures` looks at."""
+    return np.unique(np.linspace(0, count - 1, min(FRAMES, count)).round().astype(int))
+
+
+def _other_backdrop(
+    blocks: NDArray[np.float32],
+    soft: NDArray[np.bool_],
+    hidden: NDArray[np.uint8],
+    tolerance: float,
+) -> dict[str, tuple[int, int, int]]:
+    """The one colour that shows under alpha 0, or, where that is wiped, the one that things of many
+    colours fade into; none if that is nearly black or white."""
+    colours = hidden[..., :3].reshape(-1, 3)
+    if len(colours) and colours.any():
+        middle = np.median(colours, axis=0)
+        agree = (np.abs(colours - middle).max(axis=-1) <= 2 + tolerance).mean()
+    else:
+        middle, agree = _fades_into(blocks, soft)
+    if agree < ONE_COLOUR or middle.max() < APART or middle.min() > 255 - APART:
+        return {}
+    red, green, blue = (int(level) for level in middle.round())
+    return {f"#{red:02x}{green:02x}{blue:02x}": (red, green, blue)}
+
+
+def _fades_into(
+    blocks: NDArray[np.float32], soft: NDArray[np.bool_]
+) -> tuple[NDArray[np.float64], float]:
+    """Where the lines through colour over alpha of the blocks meet at alpha 0, and the share of
+    them that do, if they end apart at alpha 1: else one thing's own colour were the backdrop."""
+    weight = soft[..., None].astype(np.float64)
+    count = weight.sum(axis=1).clip(1)
+    alpha, colour = blocks[..., 3:], blocks[..., :3]
+    mean_alpha, mean_colour = (weight * alpha).sum(1) / count, (weight * colour).sum(1) / count
+    spread = (weight * (alpha - mean_alpha[:, None]) ** 2).sum(1)
+    steep = spread[:, 0] > 0.1  # the others' lines are anybody's
+    if steep.sum() < 4:
+        return np.zeros(3), 0.0
+    both = (weight * (alpha - mean_alpha[:, None]) * (colour - mean_colour[:, None])).sum(1)
+    slope = (both / spread.clip(1e-6))[steep]
+    start = mean_colour[steep] - slope * mean_alpha[steep]
+    middle, end = np.median(start, axis=0), start + slope
+    agree = (np.abs(start - middle).max(axis=-1) < 0.08).mean()
+    apart = np.abs(end - np.median(end, axis=0)).max(axis=-1).mean()
+    return 255 * middle.clip(0, 1), float(agree) if apart > 0.15 else 0.0
 
 
 def against(share: float, count: int) -> float:
@@ -117,26 +171,30 @@ def _blocks(frames: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 
 def _fit(
-    colour: NDArray[np.float32], alpha: NDArray[np.float32], noise: float
+    colour: NDArray[np.float32],
+    lit: NDArray[np.float32],
+    behind: NDArray[np.float32],
+    alpha: NDArray[np.float32],
+    noise: float,
 ) -> tuple[float, float]:
-    """Mean log ratio of the models' residuals, C = F to C = a F; and how many blocks could tell
+    """Mean log ratio of the models' residuals, straight to mixed; and how many blocks could tell
     them apart.
 
-    colour: (N, P, 3), alpha: (N, P, 1), both in [0, 1]. Weighted by alpha, for what it hides is
-    nobody's colour.
+    colour and lit, what the backdrop leaves of it: (N, P, 3), alpha: (N, P, 1), all in [0, 1].
+    Weighted by alpha, for what it hides is nobody's colour.
     """
     weight = alpha / alpha.sum(axis=1, keepdims=True)
     mean = (weight * colour).sum(axis=1, keepdims=True)
     straight = (weight * (colour - mean) ** 2).sum(axis=1).mean(axis=-1)
-    mixed_colour = (weight * alpha * colour).sum(axis=1, keepdims=True) / (weight * alpha**2).sum(
+    mixed_colour = (weight * alpha * lit).sum(axis=1, keepdims=True) / (weight * alpha**2).sum(
         axis=1, keepdims=True
     )
-    mixed = (weight * (colour - alpha * mixed_colour.clip(0, 1)) ** 2).sum(axis=1).mean(axis=-1)
+    mixed = (weight * (lit - alpha * mixed_colour.clip(0, 1)) ** 2).sum(axis=1).mean(axis=-1)
     # A mixture's colour would vary as much as alpha does; what that is beside the noise is what a
     # block can tell.
     mean_alpha = (weight * alpha).sum(axis=1)[:, 0]
     spread = (weight * alpha**2).sum(axis=1)[:, 0] / mean_alpha**2 - 1
-    signal = (mean[:, 0] ** 2).mean(axis=-1) * spread.clip(0)
+    signal = ((mean[:, 0] - behind) ** 2).mean(axis=-1) * spread.clip(0)
     tells = signal / (signal + 4 * noise**2)
     ratio = np.log((straight + noise**2) / (mixed + noise**2)).clip(-3, 3)
     informative = float(tells.sum())
@@ -144,14 +202,15 @@ def _fit(
 
 
 def _broken(
-    colour: NDArray[np.float32], alpha: NDArray[np.float32], soft: NDArray[np.bool_], by: float
+    lit: NDArray[np.float32], alpha: NDArray[np.float32], soft: NDArray[np.bool_], by: float
 ) -> float:
-    """Share of blocks whose soft pixels are brighter than a mixture can be, C > a, on the mean over
-    a block.
+    """Share of blocks whose soft pixels are brighter than a mixture can be, a F > a, or darker, a F
+    < 0, on the mean over a block.
 
     The mean, because subsampled chroma and ringing cancel within a block, and straight colour does
     not.
     """
     count = soft.sum(axis=1)
-    excess = (colour * soft[..., None]).sum(axis=1).max(axis=-1) - (alpha * soft).sum(axis=1)
+    sums = (lit * soft[..., None]).sum(axis=1)
+    excess = np.maximum(sums.max(axis=-1) - (alpha * soft).sum(axis=1), -sums.min(axis=-1))
     return float((excess / count > by).mean())

@@ -2,15 +2,19 @@
 data_prep.ingest's manifest."""
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal, get_args
 
+from PIL import ImageColor
+
 from acetate.video_io import Rect
 
-Colour = Literal["straight", "black", "white", "matte"]
+COLOURS = ("straight", "black", "white", "matte")
 Matte = Literal["normal", "empty", "full", "flickers"]
 AUTO = "auto"
+BACKDROP = re.compile("#[0-9a-f]{6}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,9 +25,9 @@ class Decisions:
     A person may edit them in the manifest's line; `reasons` says why each one was taken.
     """
 
-    # what colour is mixed with at alpha < 1: nothing, black, white, or the scene of a picture +
-    # matte
-    colour: Colour
+    # what colour is mixed with at alpha < 1: nothing (straight), black, white, another colour
+    # (#rrggbb), or the scene of a picture (matte)
+    colour: str
     confidence: float  # of colour, in [0, 1]; 0: nothing speaks for it, and nothing against it
     alpha_low: int  # alpha up to this is a codec's noise around 0
     alpha_high: int  # and from this on around 255
@@ -34,10 +38,13 @@ class Decisions:
     cuts: tuple[int, ...]  # first frames of the second and later shots
     reasons: dict[str, str] = field(default_factory=dict)  # field -> why
     figures: dict[str, float] = field(default_factory=dict)  # that colour was decided by
+    # the levels that stand for 0 and 255; None: these do
+    alpha_range: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
+        if self.colour not in COLOURS and not BACKDROP.fullmatch(self.colour):
+            raise ValueError(f"colour={self.colour!r}; {TAKES['colour']}")
         for name, choices in (
-            ("colour", get_args(Colour)),
             ("matte", get_args(Matte)),
             ("still", (True, False)),
         ):
@@ -51,6 +58,10 @@ class Decisions:
                 f"alpha_low={self.alpha_low}, alpha_high={self.alpha_high}; 0 <= alpha_low < "
                 "alpha_high <= 255"
             )
+        if self.alpha_range is not None and not (
+            len(self.alpha_range) == 2 and 0 <= self.alpha_range[0] < self.alpha_range[1] <= 255
+        ):
+            raise ValueError(f"alpha_range={self.alpha_range}; {TAKES['alpha_range']}")
         for name in ("crop", "visible"):
             rect = getattr(self, name)
             if rect is not None and (len(rect) != 4 or min(rect[:2]) < 0 or min(rect[2:]) < 1):
@@ -60,20 +71,28 @@ class Decisions:
                 f"cuts={list(self.cuts)}; first frames of the later shots, rising from 1"
             )
 
+    @property
+    def backdrop(self) -> tuple[int, int, int] | None:
+        """What colour is mixed with, as red, green, blue; None if with no one colour."""
+        if self.colour in ("straight", "matte"):
+            return None
+        red, green, blue = ImageColor.getrgb(self.colour)[:3]
+        return red, green, blue
+
     @classmethod
     def of_json(cls, value: Mapping[str, Any]) -> "Decisions":
         """Inverse of `as_json`; ValueError names an unknown, missing or impossible entry."""
         known = {entry.name for entry in fields(cls)}
         # which older manifests lack
-        wrong = sorted(value.keys() ^ known - ({"figures"} - value.keys()))
+        wrong = sorted(value.keys() ^ known - ({"figures", "alpha_range"} - value.keys()))
         if wrong:
             raise ValueError(
                 f"decisions: {', '.join(wrong)} unknown or missing; they are "
                 f"{', '.join(sorted(known))}"
             )
         sequences = {
-            name: None if value[name] is None else tuple(value[name])
-            for name in ("crop", "visible", "cuts")
+            name: None if value.get(name) is None else tuple(value[name])
+            for name in ("crop", "visible", "cuts", "alpha_range")
         }
         return cls(**{**value, **sequences})
 
@@ -82,8 +101,9 @@ class Decisions:
         "the command line".
 
         choices: field -> text. `auto` and empty leave a field as it is. colour: straight | black
-        (or true) | white | matte; alpha_low, alpha_high: 0..255; matte: normal | empty | full |
-        flickers; crop: false, or "x y width height"; still: true | false; cuts: false, or "12 40".
+        (or true) | white | matte | #rrggbb; alpha_range: false, or "16 235"; alpha_low, alpha_high:
+        0..255; matte: normal | empty | full | flickers; crop: false, or "x y width height"; still:
+        true | false; cuts: false, or "12 40".
         """
         changes: dict[str, Any] = {}
         for name, text in choices.items():
@@ -120,19 +140,27 @@ def check_choices(choices: Mapping[str, str], prefix: str = "") -> None:
 
 
 TAKES = {
-    "colour": "straight, black, white or matte", "alpha_low": "0 to 255", "alpha_high": "0 to 255",
+    "colour": "straight, black, white, matte or a colour such as #00ff00",
+    "alpha_range": 'false, or the levels that stand for 0 and 255, "16 235"',
+    "alpha_low": "0 to 255", "alpha_high": "0 to 255",
     "matte": "normal, empty, full or flickers", "crop": 'false or "x y width height"',
     "still": "true or false",
     "cuts": 'false or first frames of the later shots, "12 40"',
 }  # fmt: skip
-OVERRIDES = ("colour", "alpha_low", "alpha_high", "matte", "crop", "still", "cuts")
+OVERRIDES = ("colour", "alpha_range", "alpha_low", "alpha_high", "matte", "crop", "still", "cuts")
 
 
 def _parse(name: str, text: str) -> Any:
     try:
         match name:
             case "colour":
-                return {"true": "black", "false": "straight"}.get(text, text)
+                named = {"true": "black", "false": "straight"}.get(text, text)
+                if named in COLOURS:
+                    return named
+                red, green, blue = ImageColor.getrgb(named)[:3]
+                return f"#{red:02x}{green:02x}{blue:02x}"
+            case "alpha_range":
+                return None if text == "false" else tuple(map(int, text.split()))
             case "alpha_low" | "alpha_high":
                 return int(text)
             case "matte":

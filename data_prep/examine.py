@@ -15,19 +15,18 @@ from typing import Any, Literal
 
 import torch
 
-from acetate.media.clip import Limits
+from acetate.media.clip import AS_STATED, Asked, Limits, Stream
 from acetate.media.packed import SURE
 from acetate.video_io import (
     VIDEOS,
     Description,
     MediaError,
     Rect,
-    RGBAClip,
     describe,
     measure_packing,
-    read_packed,
-    read_pair,
-    read_rgba,
+    open_packed,
+    open_pair,
+    open_rgba,
 )
 from data_prep.analysis import analyse
 from data_prep.candidates import Candidate, column, sidecar
@@ -79,6 +78,9 @@ class Found:
     alpha_rect: Rect | None
     # Decisions.as_json; None: data_prep.shard measures the clip
     decisions: dict[str, Any] | None = None
+    layer: str | None = None  # of an OpenEXR file; None: the one that has alpha
+    # whether reading divides colour by alpha, where a person said so of linear light
+    divide: bool | None = None
     notes: list[str] = field(default_factory=list)  # what reading did to the pictures
 
 
@@ -87,17 +89,21 @@ class Settings:
     """What a file may take. choices: decisions for all clips, as in Decisions.overridden."""
 
     max_pixels: int = 2**26
-    max_frames: int = 20_000
+    max_frames: int = 200_000
     memory_gb: float = 2
     seconds: float = 10  # for the headers, and again for decoding, which gets more by its size
     megapixels_per_second: float = 4  # that decoding is given time for
     detect_packed: bool = True
+    layer: str | None = None  # of OpenEXR files
     choices: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def limits(self) -> Limits:
         return Limits(
-            self.max_pixels, self.max_frames, int(self.memory_gb * 2**30 / BYTES_PER_DECODED)
+            self.max_pixels,
+            self.max_frames,
+            int(self.memory_gb * 2**30 / BYTES_PER_DECODED),
+            BYTES_PER_DECODED,
         )
 
     def __post_init__(self) -> None:
@@ -215,25 +221,24 @@ def _examined(task: Task) -> Found:
     candidate, settings = task.candidate, task.settings
     path, row, limits = candidate.files[0], candidate.row, settings.limits
     _allow(task, settings.seconds)
-    header = describe(path, limits)
+    asked = _asked(candidate, settings)
+    header = describe(path, limits, asked)
     volume = header.frames * header.width * header.height / 1e6
     _allow(task, settings.seconds + volume / settings.megapixels_per_second)
     notes: tuple[str, ...] = ()
-    if candidate.matte and header.alpha and read_rgba(path, limits).frames[..., 3].min() < 255:
+    if candidate.matte and header.alpha and least_alpha(open_rgba(path, limits)) < 255:
         notes = (
             f"{candidate.files[1].name} beside it is not used: the picture has alpha of its own",
         )
         candidate = replace(candidate, files=(path,), matte=False)
     kind, rects = _kind(candidate, header, settings)
-    clip = read(kind, candidate.files, rects, limits)
-    said = column(row, "premultiplied").lower()
-    if said not in PREMULTIPLIED:
-        raise MediaError(
-            f"{path}: its table says premultiplied={said}; it is one of "
-            f"{', '.join(filter(None, PREMULTIPLIED))}"
-        )
-    declared = PREMULTIPLIED[said]
-    decisions = analyse(clip, premultiplied=declared, matte=kind == "matte")
+    clip = opened(kind, candidate.files, rects, limits, asked)
+    # linear light was divided, or left, in reading: what comes out of it is straight
+    linear, declared = header.divided is not None, asked.premultiplied
+    believed = declared if declared is None or not linear else False
+    decisions = analyse(clip, premultiplied=believed, matte=kind == "matte")
+    if decisions.reasons.get("alpha_range"):
+        clip.notes.append(decisions.reasons["alpha_range"])
     decisions = decisions.overridden("the command line", settings.choices)
     try:
         decisions = decisions.overridden(
@@ -251,9 +256,9 @@ def _examined(task: Task) -> Found:
         key=task.key,
         kind=kind,
         files=[str(file.resolve()) for file in candidate.files],
-        frames=len(clip.frames),
-        width=clip.frames.shape[2],
-        height=clip.frames.shape[1],
+        frames=clip.held,
+        width=clip.shape[1],
+        height=clip.shape[0],
         fps=clip.fps,
         prompt=(_text(text) if text else "")
         or column(row, "prompt", "caption", "text")
@@ -262,12 +267,25 @@ def _examined(task: Task) -> Found:
         source=column(row, "source") or "unknown",
         group=column(row, "group") or cut_from or candidate.name,
         lossy=clip.lossy,
-        premultiplied=clip.premultiplied if declared is None else declared,
+        premultiplied=clip.premultiplied if believed is None else believed,
         colour_rect=rects[0] if rects else None,
         alpha_rect=rects[1] if rects else None,
         decisions=decisions.as_json(),
+        layer=asked.layer,
+        divide=declared if linear else None,
         notes=[*clip.notes, *notes],
     )
+
+
+def _asked(candidate: Candidate, settings: Settings) -> Asked:
+    """What the table says of reading the file; MediaError for a word that is none."""
+    said = column(candidate.row, "premultiplied").lower()
+    if said not in PREMULTIPLIED:
+        raise MediaError(
+            f"{candidate.files[0]}: its table says premultiplied={said}; it is one of "
+            f"{', '.join(filter(None, PREMULTIPLIED))}"
+        )
+    return Asked(PREMULTIPLIED[said], column(candidate.row, "layer") or settings.layer)
 
 
 def _text(path: Path) -> str:
@@ -298,15 +316,24 @@ def _kind(
     return "packed", rects
 
 
-def read(
-    kind: Kind, files: Sequence[Path], rects: tuple[Rect, Rect] | None, limits: Limits
-) -> RGBAClip:
+def opened(
+    kind: Kind,
+    files: Sequence[Path],
+    rects: tuple[Rect, Rect] | None,
+    limits: Limits,
+    asked: Asked = AS_STATED,
+) -> Stream:
     """rects: of colour and alpha in the pictures of a packed video."""
     if kind in ("pair", "matte"):
-        return read_pair(files[0], files[1], limits)
+        return open_pair(files[0], files[1], limits)
     if rects is not None:
-        return read_packed(files[0], *rects, limits)
-    return read_rgba(files[0], limits)
+        return open_packed(files[0], *rects, limits)
+    return open_rgba(files[0], limits, asked)
+
+
+def least_alpha(clip: Stream) -> int:
+    """Of all its pictures."""
+    return min(int(picture[..., 3].min()) for picture in clip)
 
 
 def _given_rectangles(candidate: Candidate, header: Description) -> tuple[Rect, Rect] | None:

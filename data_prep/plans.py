@@ -11,14 +11,13 @@ from typing import Any
 import torch
 
 from acetate.data.keys import LONGEST_KEY, shortened
-from acetate.media.clip import LIMITS, Limits
-from acetate.video_io import MediaError, RGBAClip
+from acetate.media.clip import LIMITS, Asked, Limits, MediaError, Stream
 from data_prep.analysis import analyse
 from data_prep.candidates import pictures, stamps
 from data_prep.cleaning import Indices, Settings, shots, too_many
 from data_prep.cleaning import done as done_to
 from data_prep.decisions import Decisions
-from data_prep.examine import Found, read
+from data_prep.examine import Found, opened
 from data_prep.executor import progress
 from data_prep.journal import open_journal, read_journal
 
@@ -147,17 +146,16 @@ def measure(line: Found) -> dict[str, Any]:
     """{"decisions": ...} of a clip, or {"bad": why it cannot be read}."""
     torch.set_num_threads(1)
     try:
-        clip = read_line(line)
+        clip = open_line(line)
+        # A line that only repeats the format's definition is nobody's word.
+        declared = None if line.premultiplied == clip.premultiplied else line.premultiplied
+        found = analyse(clip, premultiplied=declared, matte=line.kind == "matte")
     except MediaError as error:
         return {"bad": str(error)}
-    # A line that only repeats the format's definition is nobody's word.
-    declared = None if line.premultiplied == clip.premultiplied else line.premultiplied
-    return {
-        "decisions": analyse(clip, premultiplied=declared, matte=line.kind == "matte").as_json()
-    }
+    return {"decisions": found.as_json()}
 
 
-def read_line(line: Found) -> RGBAClip:
+def open_line(line: Found) -> Stream:
     """Whatever data_prep.ingest took: its limits may have been raised."""
     pixels = line.width * line.height
     limits = Limits(
@@ -167,4 +165,5 @@ def read_line(line: Found) -> RGBAClip:
         max_bytes=max(LIMITS.max_bytes, 4 * pixels * line.frames),
     )
     rects = (line.colour_rect, line.alpha_rect) if line.colour_rect and line.alpha_rect else None
-    return read(line.kind, [Path(file) for file in line.files], rects, limits)
+    asked = Asked(line.divide, line.layer)
+    return opened(line.kind, [Path(file) for file in line.files], rects, limits, asked)

@@ -1,9 +1,10 @@
 """Turns an ingested manifest into clip shards: clean alpha, straight colour, lossless."""
 
 import hashlib
-from collections import Counter
+import shutil
+from collections import Counter, deque
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from operator import attrgetter
 from pathlib import Path
@@ -18,23 +19,26 @@ from rich.table import Table
 from acetate.cli import run
 from acetate.data.shards import MANIFEST, ShardError, first_reasons, read_manifest
 from acetate.data.splits import Split, assign_splits
-from acetate.data.writer import EncodedClip, ShardWriter, encode_clip
-from acetate.video_io import MediaError
+from acetate.data.writer import EncodedClip, ShardWriter, encode_frames
+from acetate.replacing import writing
 from data_prep.bad_clips import BadClips, print_bad
-from data_prep.cleaning import Settings, clean, overrides
+from data_prep.cleaning import Settings, overrides, pieces
 from data_prep.cleaning import done as done_to
 from data_prep.examine import said_of_names
 from data_prep.executor import check, progress
 from data_prep.folders import MEASURED, check_folder, making
 from data_prep.journal import read_journal, write_lines
-from data_prep.plans import Plan, decide, read_line, read_lines
+from data_prep.plans import Plan, decide, open_line, read_lines
 
 DECISIONS = "decisions.jsonl"  # beside the manifest: what was made of every clip, and why
+IN_MEMORY = 2**26  # bytes of a clip's encoded pieces; what goes beyond waits in files
+SPILL = ".pieces"  # folder beside the tars for those
 UNSURE = 0.5  # colour below this confidence is listed after the run
 STEPS = {
     "crop": "black bars cut off", "still": "films of one picture made stills",
     "cuts": "divided into shots",
-    "alpha": "alpha noise snapped", "colour": "made straight", "trim": "empty margins cut off",
+    "range": "alpha stretched to 0 and 255", "alpha": "alpha noise snapped",
+    "colour": "made straight", "trim": "empty margins cut off",
     "matte": "kept with unusual alpha",
 }  # fmt: skip
 
@@ -109,14 +113,17 @@ def fill(
         plan for plan in plans if not plan.refusal and not all(key in writer for key in plan.pieces)
     ]
     run = {"executor": executor, "workers": workers, "name": attrgetter("line.key")}
-    with progress(partial(prepare, settings=settings), todo, **run) as results:
+    spill = writer.out / SPILL
+    shutil.rmtree(spill, ignore_errors=True)
+    with progress(partial(prepare, settings=settings, spill=spill), todo, **run) as results:
         for plan, result in results:
             line = plan.line
             if isinstance(result, str):
                 writer.skipped[line.key] = result
                 bad.add({line.key: result})
                 continue
-            for key, clip in zip(plan.pieces, result, strict=True):
+            for key, piece in zip(plan.pieces, result, strict=True):
+                clip = piece.whole()
                 if key not in writer:
                     writer.add(
                         key,
@@ -129,34 +136,63 @@ def fill(
                         premultiplied_source=plan.decisions.colour == "black",
                         done=done_to(plan.decisions, settings),
                     )
+    shutil.rmtree(spill, ignore_errors=True)
 
 
-def prepare(plan: Plan, settings: Settings) -> list[EncodedClip] | str:
-    """The encoded pieces of a clip, or why there are none."""
+@dataclass(frozen=True)
+class Piece:
+    """clip has its media in `file`, if that is not None: a long film's do not fit into memory."""
+
+    clip: EncodedClip
+    file: Path | None
+
+    def whole(self) -> EncodedClip:
+        """Takes the file away."""
+        if self.file is None:
+            return self.clip
+        media = self.file.read_bytes()
+        self.file.unlink()
+        return replace(self.clip, media=media)
+
+
+def prepare(plan: Plan, settings: Settings, spill: Path) -> list[Piece] | str:
+    """The encoded pieces of a clip, or why there are none. spill: folder for those beyond
+    IN_MEMORY."""
     torch.set_num_threads(1)
     line = plan.line
-    try:
-        clip = read_line(line)
-    except MediaError as error:
-        return str(error)
-    if len(clip.frames) != line.frames:
-        return (
-            f"has {len(clip.frames)} frames, the manifest says {line.frames}; ingest the folder "
-            "again"
-        )
     fps = settings.fps or line.fps or settings.default_fps
+    done: list[Piece] = []
     try:
-        return [
-            encode_clip(clean(clip.frames[taken], plan.decisions, settings), fps)
-            for taken in plan.frames
-        ]
-    except ValueError as error:
+        clip = open_line(line)
+        held = 0
+        pictures = pieces(clip, plan.frames, plan.decisions, settings)
+        for key, taken, frames in zip(plan.pieces, plan.frames, pictures, strict=True):
+            encoded = encode_frames(frames, len(taken), fps)
+            held += len(encoded.media)
+            file = None
+            if held > IN_MEMORY:
+                spill.mkdir(exist_ok=True)
+                file = spill / hashlib.sha256(key.encode()).hexdigest()
+                with writing(file):
+                    file.write_bytes(encoded.media)
+                encoded = replace(encoded, media=b"")
+            done.append(Piece(encoded, file))
+        deque(clip, maxlen=0)
+        if clip.held != line.frames:
+            raise ValueError(
+                f"has {clip.held} frames, the manifest says {line.frames}; ingest the folder again"
+            )
+    except ValueError as error:  # MediaError is one
+        for piece in done:
+            if piece.file is not None:
+                piece.file.unlink()
         return str(error)
+    return done
 
 
 def main(cfg: DictConfig) -> None:
     manifest, out = Path(cfg.manifest), Path(cfg.out)
-    chosen = ("colour", "alpha_low", "alpha_high", "crop", "still", "cuts")
+    chosen = ("colour", "alpha_range", "alpha_low", "alpha_high", "crop", "still", "cuts")
     choices = overrides(**{name: cfg[name] for name in chosen})
     done = [field.name for field in fields(Settings) if field.name != "choices"]
     settings = Settings(choices=choices, **{name: cfg[name] for name in done})

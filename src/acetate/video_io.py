@@ -5,7 +5,7 @@ import io
 import os
 import re
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from fractions import Fraction
 from itertools import zip_longest
@@ -178,27 +178,34 @@ def sequence_files(folder: Path) -> list[Path]:
     )
 
 
-def encode_ffv1(frames: Frames, fps: float) -> bytes:
-    """Lossless Matroska of RGBA frames (T, H, W, 4); the same bytes for the same frames.
+def encode_ffv1(frames: Iterable[Frames], fps: float) -> bytes:
+    """Lossless Matroska of RGBA frames, uint8 (H, W, 4) each, which may come one by one; the same
+    bytes for the same frames. ValueError for others, and for none.
 
     bgra: FFV1 codes it through a reversible colour transform, so every bit survives. The Rice
     coder's files are a sixth larger than the range coder's (measured on effect videos) and decode
     up to twice as fast.
     """
-    if frames.ndim != 4 or frames.shape[-1] != 4 or frames.dtype != np.uint8 or not frames.size:
-        raise ValueError(
-            f"frames: {frames.dtype} {frames.shape}; FFV1 clips are uint8 (T, H, W, 4), not empty"
-        )
     buffer = io.BytesIO()
+    size: tuple[int, ...] = ()
     with av.open(buffer, "w", format="matroska", options={"fflags": "+bitexact"}) as container:
         options = {"level": "3", "slicecrc": "1", "coder": "rice"}
         rate = Fraction(fps).limit_denominator(1001)
         stream = cast(av.VideoStream, container.add_stream("ffv1", rate=rate, options=options))
-        stream.width, stream.height, stream.pix_fmt = frames.shape[2], frames.shape[1], "bgra"
-        stream.codec_context.flags |= Flags.bitexact
         for frame in frames:
+            size = size or frame.shape
+            if frame.dtype != np.uint8 or frame.shape != size or len(size) != 3 or size[2] != 4:
+                raise ValueError(
+                    f"frames: {frame.dtype} {frame.shape} after {size}; FFV1 clips are uint8 "
+                    "(T, H, W, 4) of one size"
+                )
+            if not stream.codec_context.is_open:
+                stream.width, stream.height, stream.pix_fmt = frame.shape[1], frame.shape[0], "bgra"
+                stream.codec_context.flags |= Flags.bitexact
             rgba = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgba")
             container.mux(stream.encode(rgba.reformat(format="bgra")))
+        if not size:
+            raise ValueError("frames: none; FFV1 clips are not empty")
         container.mux(stream.encode())
     return buffer.getvalue()
 

@@ -5,8 +5,17 @@ import pytest
 
 from acetate.data.synthetic import KINDS
 from acetate.video_io import RGBAClip
-from data_prep.analysis import _totals as totals
-from data_prep.analysis import analyse, bars, change, cuts, flicker, noise_bounds, thumbnails
+from data_prep.analysis import (
+    Shots,
+    Totals,
+    analyse,
+    bars,
+    change,
+    flicker,
+    noise_bounds,
+    thumbnail,
+)
+from data_prep.cleaning import stretch
 from tests.data_prep.test_cleaning import soft
 from tests.media.films import drawn
 
@@ -20,6 +29,24 @@ def moving(frames=12, size=48, step=1):
         clip[i, ..., 3] = ((size / 4 - distance) * 40).clip(0, 255)
         clip[i, ..., :3] = 240, 120, 60
     return clip
+
+
+def shots(frames):
+    found = Shots()
+    for frame in frames:
+        found.add(thumbnail(frame))
+    return found
+
+
+def cuts(frames):
+    return shots(frames).found()[0]
+
+
+def totals(frames):
+    found = Totals.of(frames[0])
+    for frame in frames:
+        found.add(frame)
+    return found
 
 
 def decided(frames, lossy=False):
@@ -65,11 +92,40 @@ def test_empty_full_and_normal():
     assert decided(one).matte == "normal" and decided(one).visible == (10, 4, 6, 4)
 
 
+@pytest.mark.parametrize("ends", [(16, 235), (22, 240)])
+def test_alpha_that_was_shrunk_is_stretched(ends):
+    clip = moving()
+    shrunk = clip.copy()
+    shrunk[..., 3] = np.rint(clip[..., 3] / 255 * (ends[1] - ends[0]) + ends[0])
+    for lossy in (False, True):
+        decisions = decided(shrunk, lossy)
+        assert (
+            decisions.alpha_range == ends
+            and "stretched to 0 and 255" in (decisions.reasons["alpha_range"])
+        )
+        assert decisions.visible == decided(clip).visible
+    back = stretch(shrunk, ends)[..., 3].astype(int)
+    assert np.abs(back - clip[..., 3]).max() <= 1
+    assert decisions.overridden("a test", {"alpha_range": "false"}).alpha_range is None
+    assert decisions.overridden("a test", {"alpha_range": "3 250"}).alpha_range == (3, 250)
+
+
+def test_a_veil_and_tinted_glass_are_left_alone():
+    clip = moving()
+    veil, glass = clip.copy(), clip.copy()
+    veil[..., 3] = np.linspace(30, 220, 48).astype(np.uint8)  # no flat ends
+    glass[..., 3] = clip[..., 3] // 2
+    for frames, said in ((veil, "between 30 and 220"), (glass, "between 0 and 127")):
+        decisions = decided(frames)
+        assert decisions.alpha_range is None and said in decisions.reasons["alpha_range"]
+    assert "alpha_range" not in decided(clip).reasons
+
+
 def test_flicker():
     clip = moving()
-    assert flicker(thumbnails(clip)) == 0
+    assert flicker(shots(clip).coverage) == 0
     clip[::2, ..., 3] //= 3
-    assert flicker(thumbnails(clip)) > 0.5
+    assert flicker(shots(clip).coverage) > 0.5
     assert decided(clip).matte == "flickers" and "to and fro" in decided(clip).reasons["matte"]
     fading = moving()
     fading[..., 3] = fading[..., 3] * np.linspace(1, 0, 12)[:, None, None]
@@ -124,11 +180,11 @@ def test_joined_clips_are_cut_where_they_were_joined():
     ]
     found = []
     for first, second in permutations(clips, 2):
-        found.append(cuts(thumbnails(np.concatenate((first, second))))[0])
+        found.append(cuts(np.concatenate((first, second))))
     assert set(found) <= {(12,), ()}
     assert found.count((12,)) >= 0.8 * len(found)
     three = np.concatenate((clips[0], clips[2], clips[0]))
-    assert cuts(thumbnails(three))[0] == (12, 24)
+    assert cuts(three) == (12, 24)
     assert "new shots at frame 12 (" in decided(three).reasons["cuts"]
 
 
@@ -147,11 +203,11 @@ def test_no_cut_in_motion_flash_fade_and_arrival(kind):
     joined = np.concatenate((clip, clip), axis=2)
     joined[:8, :, 48:, 3] = 0  # a second one appears beside the first
     for frames in (clip, fast, flash, lit, late, joined):
-        assert cuts(thumbnails(frames))[0] == ()
+        assert cuts(frames) == ()
 
 
 def test_change_is_what_is_exchanged():
-    first, second = thumbnails(np.concatenate((moving(1), moving(1)[:, ::-1, ::-1])))
+    first, second = map(thumbnail, (moving(1)[0], moving(1)[0, ::-1, ::-1]))
     assert change(first, first) == 0 and change(first, 0 * first) == 1
     half = first.clone()
     half[:3] *= 0.5

@@ -127,7 +127,7 @@ def test_snap():
 @pytest.mark.parametrize("backdrop", [0, 255])
 def test_unmix_inverts_where_alpha_is_not_tiny(backdrop):
     straight = soft()
-    back = unmix(mixed(straight, backdrop), backdrop == 255, 8)
+    back = unmix(mixed(straight, backdrop), (backdrop,) * 3, 8)
     visible = straight[..., 3] >= 64
     assert np.abs(back[visible].astype(int) - straight[visible]).max() <= 2
     assert np.array_equal(back[..., 3], straight[..., 3])
@@ -137,7 +137,7 @@ def test_unmix_inverts_where_alpha_is_not_tiny(backdrop):
 
 
 def test_a_quotient_by_tiny_alpha_is_bounded():
-    assert unmix(np.array([[[[1, 0, 0, 1]]]], np.uint8), False, 8)[0, 0, 0].tolist() == [
+    assert unmix(np.array([[[[1, 0, 0, 1]]]], np.uint8), (0, 0, 0), 8)[0, 0, 0].tolist() == [
         32,
         0,
         0,

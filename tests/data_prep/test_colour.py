@@ -70,8 +70,48 @@ def test_detected_and_undone_is_the_original():
             files = mixed(clip, backdrop)
             assert decided(files).colour == name
             alpha = clip[..., 3:].astype(int)
-            error = np.abs(unmix(files, name == "white", 8).astype(int) - clip)[..., :3]
+            error = np.abs(unmix(files, (backdrop,) * 3, 8).astype(int) - clip)[..., :3]
             assert (error * np.maximum(alpha, 1) <= 255)[alpha[..., 0] >= 8].all()
+
+
+def colourful(size=96):
+    """Soft discs of many colours."""
+    y, x = np.mgrid[:size, :size]
+    clip = np.zeros((1, size, size, 4), np.uint8)
+    colours = np.random.default_rng(0).integers(0, 256, (9, 3))
+    for number, colour in enumerate(colours):
+        distance = np.hypot(y - size * (number // 3 + 0.5) / 3, x - size * (number % 3 + 0.5) / 3)
+        alpha = ((size / 6.5 - distance) * 24).clip(0, 255)
+        clip[0, alpha > 0, :3] = colour
+        clip[0, ..., 3] = np.maximum(clip[0, ..., 3], alpha)
+    return clip
+
+
+@pytest.mark.parametrize("backdrop", [(0, 255, 0), (20, 60, 200), (128, 128, 128)])
+@pytest.mark.parametrize("wiped", [False, True])
+def test_any_one_backdrop_is_found_and_taken_out(backdrop, wiped):
+    """By the colour under alpha 0, or, where that is black, by what the edges fade into."""
+    clip = colourful()
+    alpha = clip[..., 3:] / 255
+    files = clip.copy()
+    files[..., :3] = np.rint(clip[..., :3] * alpha + np.array(backdrop) * (1 - alpha))
+    if wiped:
+        files[clip[..., 3] == 0] = 0
+    for lossy in (False, True):
+        decisions = decided(files, lossy)
+        found = decisions.backdrop
+        assert found is not None and np.abs(np.subtract(found, backdrop)).max() <= 6, decisions
+        assert decisions.colour.startswith("#") and decisions.confidence > 0.5
+    back = unmix(files, found, 8)
+    sure = clip[..., 3] > 64
+    assert np.abs(back[sure].astype(int) - clip[sure])[..., :3].max() <= 12
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_straight_clips_have_no_backdrop(kind):
+    for clip in straight_forms(drawn(kind, 3)):
+        assert not decided(clip).colour.startswith("#")
+        assert not decided(clip, lossy=True).colour.startswith("#")
 
 
 def test_noise_of_a_codec_does_not_decide():

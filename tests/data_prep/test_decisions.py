@@ -39,7 +39,7 @@ def test_a_person_decides():
 @pytest.mark.parametrize(
     ("choices", "message"),
     [
-        ({"colour": "maybe"}, "colour='maybe'; choose straight, black, white, matte"),
+        ({"colour": "maybe"}, "colour=maybe; straight, black, white, matte or a colour"),
         ({"still": "perhaps"}, "still=perhaps; true or false, or auto"),
         ({"crop": "1 2 3"}, "a rectangle is x, y >= 0 and width, height >= 1"),
         ({"cuts": "4 2"}, r"cuts=\[4, 2\]; first frames of the later shots, rising from 1"),

@@ -6,7 +6,7 @@ import io
 import json
 import os
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,12 +110,26 @@ class EncodedClip:
 
 def encode_clip(frames: NDArray[np.uint8], fps: float) -> EncodedClip:
     """uint8 (T, H, W, 4), straight colour; one frame becomes a PNG still, which has no rate."""
-    count, height, width, _ = frames.shape
+    return encode_frames(frames, len(frames), fps)
+
+
+def encode_frames(frames: Iterable[NDArray[np.uint8]], count: int, fps: float) -> EncodedClip:
+    """The same of `count` frames (H, W, 4) that come one by one."""
+    height = width = 0
+
+    def measured() -> Iterator[NDArray[np.uint8]]:
+        nonlocal height, width
+        for frame in frames:
+            height, width = frame.shape[:2]
+            yield frame
+
     if count > 1:
-        return EncodedClip(encode_ffv1(frames, fps), "rgba.mkv", count, width, height, fps)
-    buffer = io.BytesIO()
-    Image.fromarray(frames[0]).save(buffer, "PNG")
-    return EncodedClip(buffer.getvalue(), "rgba.png", count, width, height, 0.0)
+        media, kind = encode_ffv1(measured(), fps), "rgba.mkv"
+    else:
+        buffer = io.BytesIO()
+        Image.fromarray(next(measured())).save(buffer, "PNG")
+        media, kind, fps = buffer.getvalue(), "rgba.png", 0.0
+    return EncodedClip(media, kind, count, width, height, fps)
 
 
 class ShardWriter:

@@ -60,8 +60,8 @@ AS_STATED = Asked()
 class Stream:
     """A clip that is decoded while it is iterated over, once. pictures: uint8 (H, W, C) each.
 
-    frames: how many there are by the headers; notes are complete, and `held` is how many there
-    were, once all pictures have been given.
+    frames: how many there are by the headers. Once all pictures have been given, `held` is how
+    many there were, `shape` that of the last one, and notes are complete.
     """
 
     pictures: Iterator[Frames]
@@ -71,10 +71,12 @@ class Stream:
     premultiplied: bool | None
     notes: list[str]
     held: int = 0
+    shape: tuple[int, ...] = ()
 
     def __iter__(self) -> Iterator[Frames]:
         for picture in self.pictures:
             self.held += 1
+            self.shape = picture.shape
             yield picture
 
     def collected(self, name: object, limits: "Limits") -> RGBAClip:

@@ -197,8 +197,9 @@ def _lost_alpha(container: av.container.InputContainer, stream: av.VideoStream) 
     said = {name.lower(): value for name, value in stream.metadata.items()}
     if said.get("alpha_mode") == "1":
         return (
-            f"its container announces alpha (AlphaMode), and the decoder of {codec.name} gives "
-            "none; convert it from its source to VP9, ProRes 4444 or a PNG sequence"
+            "its container announces alpha (AlphaMode), and the decoder of "
+            f"{codec.codec.canonical_name} gives none; convert it from its source to VP9, "
+            "ProRes 4444 or a PNG sequence"
         )
     tracks = [
         track
