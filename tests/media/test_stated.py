@@ -365,6 +365,12 @@ def test_a_cut_film_is_said(tmp_path):
     (tmp_path / "b.webm").write_bytes(data[: len(data) * 6 // 10])
     clip = read_video(tmp_path / "b.webm")
     assert len(clip.frames) < 24
+    live = bytearray(data)  # its segment is of unknown size, as a live stream's
+    at = data.index(b"\x18\x53\x80\x67") + 4
+    live[at : at + 8] = b"\x01" + b"\xff" * 7
+    (tmp_path / "c.webm").write_bytes(live[: len(live) * 6 // 10])
+    assert missing_bytes(tmp_path / "c.webm") == 0
+    assert "says it lasts 1.00 s" in read_video(tmp_path / "c.webm").notes[0]
     assert f"ends {missing_bytes(tmp_path / 'b.webm')} bytes early: it is cut off" in clip.notes[0]
 
 

@@ -1,5 +1,6 @@
 """What a film states of its pictures, by its container, its packets and its first frame."""
 
+import re
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,3 +117,27 @@ def what_is_done(frame: av.VideoFrame, facts: Facts) -> list[str]:
         notes.append("interlaced: its fields are left woven together")
     change = conversion(stated_or(of_frame(frame), facts.stated))
     return notes if change is None else [*notes, change.note]
+
+
+def ends_early(
+    container: av.container.InputContainer, stream: av.VideoStream, shown: Shown
+) -> str | None:
+    """In words, where the pictures end well before the file says that they do."""
+    said = {name.lower(): value for name, value in stream.metadata.items()}.get("duration", "")
+    alone = all(other.type == "video" for other in container.streams)
+    if re.fullmatch(r"\d+:\d\d:\d\d(\.\d+)?", said):
+        hours, minutes, seconds = said.split(":")
+        length = 3600 * int(hours) + 60 * int(minutes) + float(seconds)
+    elif alone and container.duration:
+        length = container.duration / av.time_base
+    else:
+        return None
+    if len(shown.starts) < 2:
+        return None
+    usual = float(np.median(np.diff(shown.starts)))
+    end = float(shown.starts[-1]) + usual
+    if end + max(3 * usual, 0.05 * length) >= length:
+        return None
+    return (
+        f"the file says it lasts {length:.2f} s, and its pictures end at {end:.2f} s: it is cut off"
+    )

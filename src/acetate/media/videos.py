@@ -29,6 +29,7 @@ from acetate.media.film_facts import (
     ALPHA_DECODERS,
     Facts,
     Shown,
+    ends_early,
     facts_of,
     name_matrix,
     of_frame,
@@ -85,8 +86,9 @@ def open_film(path: Path, channels: Channels, limits: Limits = LIMITS) -> Stream
     """
     with decoding(path), opened(path) as container:
         stream = container.streams.video[0]
-        announced = _check_header(path, stream, limits)
+        _check_header(path, stream, limits)
         shown = packets_of(container, stream)
+        announced, early = stream.frames, ends_early(container, stream, shown)
         limits.check(path, max(shown.count, 1), *_coded_size(stream))
         fps, lossy = _rate(stream), stream.codec_context.name not in LOSSLESS
         tick = max(float(stream.time_base or 0), 1e-4)
@@ -98,6 +100,8 @@ def open_film(path: Path, channels: Channels, limits: Limits = LIMITS) -> Stream
         notes.append(
             f"the file announces {announced} frames and holds {shown.count}: it is cut off"
         )
+    elif early:
+        notes.append(early)
     if alpha_layer is not None and alpha_layer.premultiplied:
         # not every encoder's user kept to that
         notes.append("it calls its colour premultiplied")
@@ -234,15 +238,14 @@ def _plane(frame: av.VideoFrame, index: int, bits: int) -> NDArray[np.float32]:
     return rows[: frame.height, : frame.width].astype(np.float32)
 
 
-def _check_header(path: Path, stream: av.VideoStream, limits: Limits) -> int:
-    """The number of frames, before anything is decoded; a header without it still has a duration
-    and a rate."""
+def _check_header(path: Path, stream: av.VideoStream, limits: Limits) -> None:
+    """Before anything is decoded; a header without the number of frames still has a duration and a
+    rate."""
     codec, rate = stream.codec_context, _rate(stream)
     count = stream.frames
     if not count and rate and stream.duration and stream.time_base:
         count = int(stream.duration * stream.time_base * Fraction(rate).limit_denominator(10**6))
     limits.check(path, max(count, 1), codec.width, codec.height)
-    return count
 
 
 def _decoded(
