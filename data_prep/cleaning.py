@@ -164,11 +164,14 @@ def pieces(
         nonlocal place, cleaned
         for index in indices:
             if place < index:
-                frame = None
-                while place < index:
-                    place, frame = next(pictures, (None, None))
-                    if place is None:
-                        raise ValueError(f"has no frame {index}; ingest the folder again")
+                try:
+                    while place < index:
+                        place, frame = next(pictures)
+                except StopIteration:
+                    raise ValueError(
+                        f"has {place + 1} frames, fewer than the manifest says; ingest the folder "
+                        "again"
+                    ) from None
                 cleaned = clean(frame[None], decisions, settings)[0]
             yield cleaned
 

@@ -22,6 +22,7 @@ from data_prep.ingest import ingest
 from data_prep.journal import only_writer, read_journal
 from data_prep.plans import decide, measure, piece_keys, read_lines
 from data_prep.shard import DECISIONS, prepare, preview, shard
+from tests.media.films import drawn
 from tests.paths import ROOT
 
 MEDIA = Path(os.environ.get("ACETATE_MEDIA", Path(__file__).parents[3] / "shared" / "media"))
@@ -145,11 +146,11 @@ def test_restart_goes_on(source, tmp_path, monkeypatch):
     whole = make(source, tmp_path / "whole")
     calls = []
 
-    def stumble(plan, settings):
+    def stumble(plan, settings, spill):
         calls.append(plan.line.key)
         if len(calls) == 5:
             raise KeyboardInterrupt
-        return prepare(plan, settings)
+        return prepare(plan, settings, spill)
 
     monkeypatch.setattr(program, "prepare", stumble)
     with pytest.raises(KeyboardInterrupt):
@@ -196,7 +197,7 @@ def test_bad_clips_are_skipped_within_the_budget(source, tmp_path):
         make(source, tmp_path / "out", bad_clip_budget=1)
     manifest = make(source, tmp_path / "out", bad_clip_budget=2)
     assert manifest["clips"] == 6 and list(manifest["skipped"]) == ["film1", "film2"]
-    assert "the manifest says 5; ingest the folder again" in manifest["skipped"]["film2"]
+    assert "fewer than the manifest says; ingest the folder again" in manifest["skipped"]["film2"]
 
 
 def test_manifest_errors(tmp_path):
@@ -277,6 +278,43 @@ def test_long_clips_are_cut_into_equal_pieces(source, tmp_path):
     assert splits["film3-p000"] == splits["film3-p001"]
 
 
+def test_pieces_beyond_memory_wait_in_files(source, tmp_path, monkeypatch):
+    whole = make(source, tmp_path / "out", replace(SETTINGS, max_frames=2))
+    monkeypatch.setattr(program, "IN_MEMORY", 1)
+    assert make(source, tmp_path / "spilled", replace(SETTINGS, max_frames=2)) == whole
+    for tar in (tmp_path / "out").glob("*.tar"):
+        assert (tmp_path / "spilled" / tar.name).read_bytes() == tar.read_bytes()
+    assert not (tmp_path / "spilled" / program.SPILL).exists()
+
+
+LONG = """
+import resource, sys
+from pathlib import Path
+from tests.data_prep.test_shard import make
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+for name in ("short", "long"):
+    folder = Path(sys.argv[1]) / name
+    make(folder / "media", folder / "out")
+    print(peak())
+"""
+
+
+def test_a_long_film_takes_no_more_memory_than_a_short_one(tmp_path):
+    """300 frames are 264 MiB decoded."""
+    frame = drawn("smoke", 0, 1, 480)[0]
+    for name, count in (("short", 24), ("long", 300)):
+        (tmp_path / name / "media").mkdir(parents=True)
+        frames = (np.roll(frame, 2 * i, axis=0) for i in range(count))
+        (tmp_path / name / "media/film.mkv").write_bytes(encode_ffv1(frames, 24))
+    done = subprocess.run(
+        [sys.executable, "-c", LONG, str(tmp_path)], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    short, long = map(float, done.stdout.split())
+    assert long < short + 80, (short, long)
+
+
 def lines_of(out):
     return {
         line["key"]: line for line in map(json.loads, (out / DECISIONS).read_text().splitlines())
@@ -332,7 +370,7 @@ def test_lines_of_the_manifest_decide(source, tmp_path):
     lines[0]["decisions"]["colour"] = "purple"
     found.write_text("".join(json.dumps(line) + "\n" for line in lines))
     with pytest.raises(
-        ValueError, match=r"found\.jsonl:1: .*colour='purple'; choose straight, black, white, matte"
+        ValueError, match=r"found\.jsonl:1: .*colour='purple'; straight, black, white, matte"
     ):
         make(source, tmp_path / "wrong")
 
