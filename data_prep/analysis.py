@@ -5,6 +5,7 @@ import math
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -328,8 +329,23 @@ def weighted(frame: Frames) -> Tensor:
 
 def thumbnail(frame: Frames) -> Tensor:
     """(4, h, w), h and w at most THUMB: means of colour times alpha, and of alpha, in [0, 1]."""
-    size = [min(THUMB, side) for side in frame.shape[:2]]
-    return F.adaptive_avg_pool2d(weighted(frame), size)
+    height, width = frame.shape[:2]
+    picture = torch.from_numpy(np.ascontiguousarray(frame)).float()
+    picture[..., :3] *= picture[..., 3:] / 255
+    down, across = _pooling(height), _pooling(width)
+    rows = (down @ picture.view(height, -1)).view(len(down), width, 4)
+    return (across @ rows).permute(2, 0, 1) / 255
+
+
+@lru_cache(maxsize=16)
+def _pooling(side: int) -> Tensor:
+    """(at most THUMB, side): what takes the means of its parts, which share their border pixels, as
+    adaptive pooling does."""
+    count = min(THUMB, side)
+    places, parts = torch.arange(side), torch.arange(count)[:, None]
+    first, last = parts * side // count, -(-(parts + 1) * side // count)
+    inside = ((places >= first) & (places < last)).float()
+    return inside / inside.sum(dim=1, keepdim=True)
 
 
 def change(first: Tensor, second: Tensor) -> float:
