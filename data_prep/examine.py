@@ -16,7 +16,9 @@ from typing import Any, Literal
 import torch
 
 from acetate.media.clip import Limits
-from acetate.media.packed import SURE
+from acetate.media.mattes import is_cutout
+from acetate.media.packed import SURE, stated_packing
+from acetate.media.sequences import is_sequence
 from acetate.video_io import (
     VIDEOS,
     Description,
@@ -30,8 +32,10 @@ from acetate.video_io import (
     read_rgba,
 )
 from data_prep.analysis import analyse
-from data_prep.candidates import Candidate, column, sidecar
+from data_prep.candidates import Candidate, sidecar
 from data_prep.decisions import OVERRIDES, check_choices
+from data_prep.tables import column, read_text
+from data_prep.tree import printable
 
 Kind = Literal["still", "sequence", "video", "pair", "matte", "packed"]
 M_MMAP_THRESHOLD = -3  # of glibc's mallopt
@@ -152,7 +156,7 @@ def examine(_: None, task: Task) -> Outcome:
     try:
         found, reason = _examined(task), None
     except MediaError as error:
-        found, reason = None, str(error)
+        found, reason = None, printable(error)
     except (MemoryError, RuntimeError) as error:
         # as torch says it
         if isinstance(error, RuntimeError) and "allocate memory" not in str(error):
@@ -196,7 +200,7 @@ def prompt_from_name(name: str) -> str:
     """Words of a file name, without numbers and hashes where something else is left."""
     words = re.split(r"[\W_]+", name)
     telling = [word for word in words if word.isalpha() and len(word) > 1]
-    return f"{FROM_NAME}{' '.join(telling or words)}"
+    return f"{FROM_NAME}{' '.join(telling or filter(None, words))}"
 
 
 def _allow(task: Task, seconds: float) -> None:
@@ -224,6 +228,10 @@ def _examined(task: Task) -> Found:
             f"{candidate.files[1].name} beside it is not used: the picture has alpha of its own",
         )
         candidate = replace(candidate, files=(path,), matte=False)
+    elif candidate.matte and _cutout(candidate.files[1], limits):
+        path, beside = candidate.files[1], path
+        notes = (f"{beside.name} beside it is not used: {path.name} has colour and alpha",)
+        candidate, header = replace(candidate, files=(path,), matte=False), describe(path, limits)
     kind, rects = _kind(candidate, header, settings)
     clip = read(kind, candidate.files, rects, limits)
     said = column(row, "premultiplied").lower()
@@ -241,7 +249,7 @@ def _examined(task: Task) -> Found:
         )
     except ValueError as error:
         raise MediaError(f"{path}: its table says {error}") from error
-    text = sidecar(path)
+    text = sidecar(candidate.path) or sidecar(path)
     cut_from = (
         f"{candidate.origin.get('source', '')}/{candidate.origin['path']}"
         if "path" in candidate.origin
@@ -256,7 +264,7 @@ def _examined(task: Task) -> Found:
         height=clip.frames.shape[1],
         fps=clip.fps,
         prompt=(_text(text) if text else "")
-        or column(row, "prompt", "caption", "text")
+        or printable(column(row, "prompt", "caption", "text"))
         or prompt_from_name(candidate.name),
         licence=column(row, "licence", "license") or "unknown",
         source=column(row, "source") or "unknown",
@@ -266,13 +274,18 @@ def _examined(task: Task) -> Found:
         colour_rect=rects[0] if rects else None,
         alpha_rect=rects[1] if rects else None,
         decisions=decisions.as_json(),
-        notes=[*clip.notes, *notes],
+        notes=[printable(note) for note in (*clip.notes, *notes)],
     )
+
+
+def _cutout(matte: Path, limits: Limits) -> bool:
+    """Whether the matte of a picture is that picture's subject, with alpha of its own."""
+    return describe(matte, limits).alpha and is_cutout(read_rgba(matte, limits).frames)
 
 
 def _text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8").strip()
+        return printable(read_text(path).strip())
     except UnicodeDecodeError as error:
         raise MediaError(f"{path}: not UTF-8 ({error}); save it as such") from error
 
@@ -287,7 +300,9 @@ def _kind(
     if path.stem.lower().endswith("_fgr"):
         raise MediaError(f"{path} has no partner {path.stem[:-4]}_pha.*")
     if header.alpha:
-        return ("sequence" if path.is_dir() else "still" if header.frames == 1 else "video"), None
+        return (
+            "sequence" if is_sequence(path) else "still" if header.frames == 1 else "video"
+        ), None
     rects = _given_rectangles(candidate, header)
     if rects is None and header.lost:
         raise MediaError(f"{path}: {header.lost}")
@@ -310,7 +325,8 @@ def read(
 
 
 def _given_rectangles(candidate: Candidate, header: Description) -> tuple[Rect, Rect] | None:
-    """Of a .json entry or of a table's columns colour_rect and alpha_rect, "x y width height"."""
+    """Of a .json entry, of a table's columns colour_rect and alpha_rect, "x y width height", or as
+    the file itself states them."""
     path, origin, row = candidate.files[0], candidate.origin, candidate.row
     if "alpha_rect" in origin:
         size = tuple(origin.get("packed_size", (header.width, header.height)))
@@ -325,7 +341,8 @@ def _given_rectangles(candidate: Candidate, header: Description) -> tuple[Rect, 
             column(row, name).replace(",", " ").split() for name in ("colour_rect", "alpha_rect")
         ]
     else:
-        return None
+        films = path.suffix.lower() in VIDEOS and not is_sequence(path)
+        return stated_packing(path, (header.width, header.height)) if films else None
     try:
         (x, y, width, height), (right, down, wide, high) = (
             [int(number) for number in text] for text in texts

@@ -21,6 +21,7 @@ from data_prep.decisions import Decisions
 from data_prep.examine import Found, read
 from data_prep.executor import progress
 from data_prep.journal import open_journal, read_journal
+from data_prep.tree import printable
 
 
 @dataclass(frozen=True)
@@ -149,7 +150,7 @@ def measure(line: Found) -> dict[str, Any]:
     try:
         clip = read_line(line)
     except MediaError as error:
-        return {"bad": str(error)}
+        return {"bad": printable(error)}
     # A line that only repeats the format's definition is nobody's word.
     declared = None if line.premultiplied == clip.premultiplied else line.premultiplied
     return {

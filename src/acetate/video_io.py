@@ -3,8 +3,6 @@ it."""
 
 import io
 import os
-import re
-from collections.abc import Callable
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
@@ -28,7 +26,9 @@ from acetate.media.clip import (
     joined,
 )
 from acetate.media.images import IMAGES, OPAQUE_IMAGES, describe_image, image_halves, read_image
+from acetate.media.mattes import read_matte
 from acetate.media.packed import Packing, find_packing
+from acetate.media.sequences import check_frames, is_sequence, sequence_files
 from acetate.media.videos import VIDEOS, Film, colour, describe_video, luma, read_film, read_video
 
 PACKING_PICTURES = 6  # of a video, spread over its length, that its rectangles are measured on
@@ -41,7 +41,7 @@ def read_rgba(path: Path, limits: Limits = LIMITS) -> RGBAClip:
     Raises MediaError for a damaged file, an unknown kind of file, one without alpha or beyond the
     limits.
     """
-    if path.is_dir():
+    if is_sequence(path):
         return _read_sequence(path, limits)
     if path.suffix.lower() in IMAGES:
         return read_image(path, limits)
@@ -53,13 +53,13 @@ def read_rgba(path: Path, limits: Limits = LIMITS) -> RGBAClip:
 
 
 def read_pair(fgr: Path, pha: Path, limits: Limits = LIMITS) -> RGBAClip:
-    """Colour of `fgr` with the luma of `pha` as alpha; each a video, an image or a folder of
-    images.
+    """Colour of `fgr` with `pha` as alpha, as `read_matte` takes it; each a video, an image or a
+    sequence.
 
     Limited-range luma is stretched so that 16..235 becomes 0..255. MediaError if length or size
     differ.
     """
-    picture, matte = _stack(fgr, colour, limits), _stack(pha, luma, limits)
+    picture, matte = _stack(fgr, limits), read_matte(pha, limits)
     if len(picture.frames) != len(matte.frames):
         raise MediaError(
             f"{fgr.name}: {len(picture.frames)} frames, {pha.name}: {len(matte.frames)}; a pair "
@@ -122,27 +122,15 @@ def measure_packing(path: Path, limits: Limits = LIMITS) -> Packing | None:
 def describe(path: Path, limits: Limits = LIMITS) -> Description:
     """Length, size and whether there is alpha; decodes one frame at most. MediaError if
     unreadable."""
-    if path.is_dir():
+    if is_sequence(path):
         files = sequence_files(path)
+        check_frames(path, files)
         first = describe(files[0], limits)
         limits.check(path, len(files), first.width, first.height)
         return replace(first, frames=len(files))
     if path.suffix.lower() in IMAGES + OPAQUE_IMAGES:
         return describe_image(path, limits)
     return describe_video(path, limits)
-
-
-def sequence_files(folder: Path) -> list[Path]:
-    """The images of a folder in natural order: frame2 before frame10."""
-    files = [path for path in folder.iterdir() if path.suffix.lower() in IMAGES + OPAQUE_IMAGES]
-    if not files:
-        raise MediaError(
-            f"{folder}: no image in the folder; a sequence is a folder of {', '.join(IMAGES)}"
-        )
-    return sorted(
-        files,
-        key=lambda path: [int(p) if p.isdigit() else p for p in re.split(r"(\d+)", path.name)],
-    )
 
 
 def encode_ffv1(frames: Frames, fps: float) -> bytes:
@@ -246,19 +234,19 @@ def _read_sequence(folder: Path, limits: Limits) -> RGBAClip:
     return RGBAClip(frames, None, any(still.lossy for still in stills), False, notes)
 
 
-def _stack(path: Path, channel: Callable[[av.VideoFrame], Frames], limits: Limits) -> Film:
-    """One channel group of every frame of a video, an image or a folder of images."""
-    if path.is_dir() or path.suffix.lower() in IMAGES + OPAQUE_IMAGES:
-        files = sequence_files(path) if path.is_dir() else [path]
+def _stack(path: Path, limits: Limits) -> Film:
+    """Colour of every frame of a video, an image or a sequence."""
+    if is_sequence(path) or path.suffix.lower() in IMAGES + OPAQUE_IMAGES:
+        files = sequence_files(path) if is_sequence(path) else [path]
         _check(path, files, limits)
-        halves = (image_halves(file, limits)[channel is luma] for file in files)
+        halves = (image_halves(file, limits)[0] for file in files)
         return Film(
             joined(path, halves, len(files)),
             None,
             any(describe_image(file, limits).lossy for file in files),
             (),
         )
-    return read_film(path, channel, limits)
+    return read_film(path, colour, limits)
 
 
 def _check(path: Path, files: list[Path], limits: Limits) -> None:
