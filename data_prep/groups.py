@@ -87,12 +87,11 @@ def _marks(candidate: Candidate, counted: bool, sequences: set[Path]) -> Iterato
         yield "named", printable(candidate.name)
     if column(candidate.row, "group"):
         return
-    folder, thing = str(candidate.path.parent), _thing(candidate.name)
-    if thing:
-        yield "thing", folder, thing.casefold()
-    elif PIECE.search(candidate.name):
-        yield "pieces", folder
-    if counted or (not thing and PREVIEW.search(candidate.name)):
+    folder, name = str(candidate.path.parent), candidate.name
+    thing, bare = _thing(name), _bare(name)
+    if thing or bare == name or PIECE.search(name):
+        yield "thing", folder, bare.casefold()
+    if counted or (not thing and PREVIEW.search(name)):
         yield "numbered", folder
     for file in candidate.files:
         inside = file if file.is_dir() else file.parent

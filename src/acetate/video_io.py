@@ -251,6 +251,7 @@ def _stack(path: Path, limits: Limits) -> Film:
 
 def _check(path: Path, files: list[Path], limits: Limits) -> None:
     """Of a sequence, by its first image."""
+    check_frames(path, files)
     header = describe(files[0], limits)
     limits.check(path, len(files), header.width, header.height)
     limits.check_memory(path, len(files), 4 * header.width * header.height)

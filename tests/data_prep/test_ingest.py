@@ -570,6 +570,98 @@ def test_prompts_that_are_file_names_are_said(source, capsys):
     )
 
 
+def renamed(path, name):
+    """To a name of any bytes."""
+    os.rename(path, os.fsencode(path.parent) + b"/" + name)
+
+
+def test_names_in_other_encodings(source):
+    """Taken, refused or ignored, and printed; the files are found again by what is written."""
+    flame = "\u706b\u7130".encode("gbk")
+    still(source / "a.png")
+    still(source / "x.png", width=11)
+    (source / "x.txt").write_text("a flame")
+    (source / "bad.png").write_bytes(b"damaged")
+    (source / "b.bin").write_bytes(b"1")
+    write(source / "f.mkv", drawn("glass", 3, 3, 48), "ffv1", "bgra")
+    for i in range(3):
+        still(source / "seq" / f"{i}.png", width=12 + i // 3)
+    for name, end in (("x.png", b".png"), ("x.txt", b".txt"), ("bad.png", b"!.png"),
+                      ("b.bin", b".bin"), ("f.mkv", b"2.mkv"), ("seq", b"3")):  # fmt: skip
+        renamed(source / name, flame + end)
+    out = source.parent / "found.jsonl"
+    done = subprocess.run(
+        [sys.executable, "-m", "acetate", "prep", "ingest", f"source={source}", f"out={out}"],
+        capture_output=True, text=True, cwd=source.parent,
+        env={**os.environ, "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}", "HYDRA_FULL_ERROR": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert r"\xbb\xf0\xd1\xe6!.png: cannot be decoded" in done.stdout
+    lines = [Found(**json.loads(line)) for line in out.read_bytes().splitlines()]
+    assert sorted(line.kind for line in lines) == ["sequence", "still", "still", "video"]
+    assert all(Path(file).exists() for line in lines for file in line.files)
+    assert "a flame" in [line.prompt for line in lines]
+    report = json.loads((source.parent / "found.report.json").read_text())
+    assert r"\xbb\xf0\xd1\xe6.bin" in [line["file"] for line in report["files"]]
+
+
+def test_a_matte_that_is_the_subject_itself(source):
+    """A cut-out beside its photograph, ProRes with alpha beside a preview; a mask in alpha is
+    not."""
+    clip = drawn("glass", 3, 4, 48)
+    source.mkdir()
+    for name, picture in (("shoe", clip[0]), ("cat", clip[0] * (0, 0, 0, 1) + (255, 255, 255, 0))):
+        Image.fromarray(clip[0, ..., :3]).save(source / f"{name}.jpg")
+        Image.fromarray(picture.astype(np.uint8)).save(source / f"{name}_alpha.png")
+    write(source / "smoke.mp4", clip[..., :3], "libx264", "yuv420p")
+    write(source / "smoke_alpha.mov", clip, "prores_ks", "yuva444p10le")
+    clips, _ = run(source)
+    assert {key: (c.kind, [Path(f).name for f in c.files]) for key, c in clips.items()} == {
+        "cat": ("matte", ["cat.jpg", "cat_alpha.png"]),
+        "shoe": ("still", ["shoe_alpha.png"]),
+        "smoke": ("video", ["smoke_alpha.mov"]),
+    }
+    assert clips["shoe"].notes == [
+        "shoe.jpg beside it is not used: shoe_alpha.png has colour and alpha"
+    ]
+    assert "alpha of its own" in clips["cat"].notes[0]
+    report = json.loads((source.parent / "found.report.json").read_text())
+    said = {file.pop("file"): file for file in report["files"]}
+    assert said["smoke.mp4"] == {"ignored": "not used: smoke has alpha without it"}
+    assert said["smoke_alpha.mov"]["ingested as"] == "smoke" and said["cat.jpg"]["notes"]
+
+
+def test_rectangles_that_vap_states(source):
+    frames, colour, alpha = packed(drawn("flame", 22, 3, 64), "right")
+    source.mkdir()
+    grey = frames.mean(-1, keepdims=True).repeat(3, -1).astype(np.uint8)
+    write(source / "a.mp4", grey, "libx264", "yuv420p")
+    info = {"videoW": 128, "videoH": 64, "rgbFrame": colour, "aFrame": alpha}
+    (source / "vapc.json").write_text(json.dumps({"info": info}))
+    clips, _ = run(source)
+    assert (clips["a"].kind, clips["a"].colour_rect, clips["a"].alpha_rect) == (
+        "packed", colour, alpha
+    )  # fmt: skip
+
+
+def test_marks_of_encodings_are_no_part_of_prompts(source):
+    still(source / "a.png")
+    still(source / "b.png", width=11)
+    (source / "a.txt").write_text("a red disc\r\n", encoding="utf-8-sig")
+    (source / "b.txt").write_text("ein Fl\u00fcgel", encoding="utf-16")
+    (source / "._t.csv").write_bytes(b"\0\5\x16\7\xff")
+    clips, _ = run(source)
+    assert [clip.prompt for clip in clips.values()] == ["a red disc", "ein Fl\u00fcgel"]
+
+
+def test_bad_clips_are_printed_by_reason(capsys):
+    bad = {f"k{i}": f"/x/k{i}.png: cannot be decoded (E{i})" for i in range(30)}
+    print_bad(Console(width=200), {"z": "z.png has no alpha"} | bad, Path("r.json"))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "30 skipped: cannot be decoded" and lines[21] == "1 skipped: has no alpha"
+    assert len(lines) == 23 and lines[22] == "11 more are in r.json"
+
+
 def test_source_must_be_a_folder(tmp_path):
     with pytest.raises(FileNotFoundError, match="name the folder"):
         run(tmp_path / "none")
