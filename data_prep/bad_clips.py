@@ -56,9 +56,10 @@ def by_reason(bad: Mapping[str, str]) -> dict[str, dict[str, str]]:
 
 def kind_of_reason(reason: str) -> str:
     """Without names and numbers, so that like reasons count together."""
-    bare = re.sub(r"\S*[/\\]\S*|\S+\.\w{3,4}\b:?", "", reason)
+    bare = re.sub(r"\S*[/\\]\S*|\S+\.[A-Za-z]\w{2,3}\b:?", "", reason)
     parts = [
-        " ".join(re.sub(r"\d[\d.x]*", "N", part).split()).strip(" :,")
+        " ".join(re.sub(r"#?\d[\d.x]*|#[\da-f]{6}", "N", part).split()).strip(" :,")
         for part in re.split("[;(]", bare)
     ]
-    return next((part for part in parts if len(part.split()) > 2), parts[0])
+    kind = next((part for part in parts if len(part.split()) > 2), parts[0])
+    return re.sub(r"(#?N, )+#?N", "N", kind)

@@ -53,8 +53,10 @@ class Plan:
         """A line of DECISIONS."""
         outcome = {"refused": self.refusal} if self.refusal else {"pieces": self.pieces}
         steps = done_to(self.decisions, settings)
+        notes = {"notes": self.line.notes} if self.line.notes else {}
         return {
             "key": self.line.key,
+            **notes,
             **outcome,
             "done": steps,
             "decisions": self.decisions.as_json(),

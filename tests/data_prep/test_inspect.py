@@ -46,7 +46,11 @@ def source(tmp_path_factory):
                 premultiplied_source=False, done={"still": "<kept> one"} if key == "wide" else None,
             )  # fmt: skip
         writer.skipped |= {"lost": "was <never> there", "gone": "was <never> there"}
-    line = {"pieces": ["wide"], "decisions": {"reasons": {"colour": "straight: sure"}}}
+    line = {
+        "pieces": ["wide"],
+        "notes": ["turned", "cut"],
+        "decisions": {"reasons": {"colour": "straight: sure"}},
+    }
     write_lines(out / DECISIONS, [line, {"refused": "empty"}])
     ref = {ref.key: ref for ref in index_shards([out])}["broken"]
     with open(ref.tar, "r+b") as file:
@@ -131,10 +135,12 @@ def test_page_needs_nothing_else(page):
 def test_page_says_what_was_decided_and_refused(source, page):
     report = inspect(shards=[source], **SETTINGS)
     assert {entry.key: entry.decided for entry in report.entries} == {
-        "wide": {"colour": "straight: sure", "still": "<kept> one"}, "tall": {}, "still": {},
-    }  # fmt: skip
+        "wide": {"colour": "straight: sure", "read": "turned; cut", "still": "<kept> one"},
+        "tall": {},
+        "still": {},
+    }
     text = page.read_text(encoding="utf-8")
-    assert "<dt>colour</dt><dd>straight: sure</dd><dt>still</dt><dd>&lt;kept&gt; one</dd>" in text
+    assert "<dt>read</dt><dd>turned; cut</dd><dt>still</dt><dd>&lt;kept&gt; one</dd>" in text
     assert "<summary><b>2</b> was &lt;never&gt; there</summary>" in text
 
 
