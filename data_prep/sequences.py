@@ -153,10 +153,12 @@ def _sizes(files: Sequence[Path]) -> dict[Path, tuple[int, int]] | None:
     animation."""
     sizes = {}
     for path in files:
-        with suppress(MediaError):
-            if describe_image(path).frames > 1:
-                return None
+        try:
             sizes[path] = image_size(path)
+        except MediaError:
+            with suppress(MediaError):
+                if describe_image(path).frames > 1:
+                    return None
     return sizes
 
 
