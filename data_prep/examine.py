@@ -222,16 +222,8 @@ def _examined(task: Task) -> Found:
     header = describe(path, limits)
     volume = header.frames * header.width * header.height / 1e6
     _allow(task, settings.seconds + volume / settings.megapixels_per_second)
-    notes: tuple[str, ...] = ()
-    if candidate.matte and header.alpha and read_rgba(path, limits).frames[..., 3].min() < 255:
-        notes = (
-            f"{candidate.files[1].name} beside it is not used: the picture has alpha of its own",
-        )
-        candidate = replace(candidate, files=(path,), matte=False)
-    elif candidate.matte and _cutout(candidate.files[1], limits):
-        path, beside = candidate.files[1], path
-        notes = (f"{beside.name} beside it is not used: {path.name} has colour and alpha",)
-        candidate, header = replace(candidate, files=(path,), matte=False), describe(path, limits)
+    candidate, header, notes = _with_own_alpha(candidate, header, limits)
+    path = candidate.files[0]
     kind, rects = _kind(candidate, header, settings)
     clip = read(kind, candidate.files, rects, limits)
     said = column(row, "premultiplied").lower()
@@ -249,7 +241,7 @@ def _examined(task: Task) -> Found:
         )
     except ValueError as error:
         raise MediaError(f"{path}: its table says {error}") from error
-    text = sidecar(candidate.path) or sidecar(path)
+    text = sidecar(task.candidate.path)
     cut_from = (
         f"{candidate.origin.get('source', '')}/{candidate.origin['path']}"
         if "path" in candidate.origin
@@ -278,9 +270,22 @@ def _examined(task: Task) -> Found:
     )
 
 
-def _cutout(matte: Path, limits: Limits) -> bool:
-    """Whether the matte of a picture is that picture's subject, with alpha of its own."""
-    return describe(matte, limits).alpha and is_cutout(read_rgba(matte, limits).frames)
+def _with_own_alpha(
+    candidate: Candidate, header: Description, limits: Limits
+) -> tuple[Candidate, Description, tuple[str, ...]]:
+    """Of a picture and its matte the one that is RGBA by itself, if there is one, its header, and
+    what to say of the other."""
+    if not candidate.matte:
+        return candidate, header, ()
+    path, matte = candidate.files
+    if header.alpha and read_rgba(path, limits).frames[..., 3].min() < 255:
+        said = f"{matte.name} beside it is not used: the picture has alpha of its own"
+        return replace(candidate, files=(path,), matte=False), header, (said,)
+    other = describe(matte, limits)
+    if other.alpha and is_cutout(read_rgba(matte, limits).frames):
+        said = f"{path.name} beside it is not used: {matte.name} has colour and alpha"
+        return replace(candidate, files=(matte,), matte=False), other, (said,)
+    return candidate, header, ()
 
 
 def _text(path: Path) -> str:
