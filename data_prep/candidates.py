@@ -1,21 +1,22 @@
 """Which files of a folder belong together: stills, sequences, pairs, pictures with mattes; and what
-the tables say."""
+is said of them."""
 
-import csv
 import hashlib
 import json
-import logging
 import os
 import re
 import unicodedata
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from acetate.data.keys import LONGEST_KEY, beginning, plain_key
-from acetate.media.images import image_size
-from acetate.video_io import IMAGES, OPAQUE_IMAGES, VIDEOS, MediaError, sequence_files
+from acetate.media.packed import VAPC
+from acetate.media.sequences import is_sequence, sequence_files
+from acetate.video_io import IMAGES, OPAQUE_IMAGES, VIDEOS, MediaError
+from data_prep.sequences import Run, find_runs, sequences_of
+from data_prep.tables import Row, read_tables, read_text
+from data_prep.tree import NOWHERE, Tree, printable, walk
 
 MEDIA = IMAGES + OPAQUE_IMAGES + VIDEOS
 PAIR_COLOUR = ("fgr",)  # straight colour without its background
@@ -29,32 +30,38 @@ FORM = re.compile(
     re.IGNORECASE,
 )
 LICENCE = re.compile(r"licen[cs]e|copying|notice|readme|credits", re.IGNORECASE)
-Row = dict[str, Any]
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Candidate:
     """Files that may be one clip. files: one, or colour and alpha. row: of a table; origin: of a
-    .json."""
+    .json; called: what a sequence that is a pattern is called after."""
 
     files: tuple[Path, ...]
     matte: bool = False  # colour is a whole picture, alpha its matte
     row: Row = field(default_factory=dict)
     origin: Row = field(default_factory=dict)
+    called: Path | None = None
+
+    @property
+    def path(self) -> Path:
+        return self.called or self.files[0]
 
     @property
     def name(self) -> str:
-        return FORM.sub("", self.files[0].stem)
+        return FORM.sub("", self.path.stem)
 
 
 @dataclass(frozen=True)
 class Folder:
     """candidates: in the order of their names. ignored: file, relative to the folder -> why it is
-    none."""
+    none. files: all that are not hidden. notes: what a person should know of tables, sequences and
+    links."""
 
     candidates: list[Candidate]
     ignored: dict[str, str]
+    files: list[Path]
+    notes: list[str]
 
 
 def survey(source: Path, leave_out: Collection[Path] = ()) -> Folder:
@@ -62,48 +69,45 @@ def survey(source: Path, leave_out: Collection[Path] = ()) -> Folder:
 
     FileNotFoundError if it is none, ValueError for a table that cannot be read or used.
     """
-    if not source.is_dir():
-        raise FileNotFoundError(
-            f"source={source} is not a folder; name the folder that holds the media."
+    tree = walk(source, leave_out)
+    tables = read_tables(tree)
+    origins, jsons = _read_origins(tree)
+    listed = [Candidate(files, False, row) for files, row in tables.pairs]
+    ignored = dict(tree.ignored)
+    ignored |= {tree.name(path): "a table of clips" for path in tables.files}
+    ignored |= {tree.name(path): "describes clips" for path in jsons}
+    found = _Finder(tree, tables.rows, {file for candidate in listed for file in candidate.files})
+    candidates = []
+    for c in [*listed, *found.candidates()]:
+        row = c.row or next(
+            (tables.rows[path] for path in (*c.files, c.path) if path in tables.rows), {}
         )
-    tables = sorted({*source.glob("*.csv"), *source.glob("*.jsonl")}.difference(leave_out))
-    rows, listed = _read_tables(source, tables)
-    origins, jsons = _read_origins(source, leave_out)
-    found = [
-        *listed,
-        *_in_folders(source, rows, {file for candidate in listed for file in candidate.files}),
-    ]
-    candidates = [
-        Candidate(c.files, c.matte, c.row or _row(source, c.files, rows), origins.get(c.name, {}))
-        for c in found
-    ]
-    ignored = {str(path.relative_to(source)): "a table of clips" for path in tables}
-    ignored |= {str(path.relative_to(source)): "describes clips" for path in jsons}
-    used = {file for candidate in candidates for file in candidate.files}
-    for path in sorted(set(source.rglob("*")).difference(leave_out)):
-        inside = path.relative_to(source)
-        if path.is_file() and str(inside) not in ignored:
-            reason = _not_media(source, path)
-            if (
-                reason is None
-                and path.suffix.lower() in OPAQUE_IMAGES
-                and not used & {path, path.parent}
-            ):
-                reason = "an opaque picture without a matte"
-            if reason:
-                ignored[str(inside)] = reason
-    if unknown := [name for name in rows if not (source / name).exists()]:
-        log.warning(
-            "%d rows of tables name no file of %s, the first is %s",
-            len(unknown),
-            source,
-            unknown[0],
-        )
-    return Folder(candidates, ignored)
+        candidates.append(Candidate(c.files, c.matte, row, origins.get(c.name, {}), c.called))
+    candidates, twice = _once(tree, candidates)
+    ignored |= twice | {tree.name(path): why for path, why in found.beside.items()}
+    used = {file for candidate in candidates for path in candidate.files for file in pictures(path)}
+    files = list(tree.files())
+    for path in files:
+        if path not in used and tree.name(path) not in ignored and (why := _not_media(path)):
+            ignored[tree.name(path)] = why
+    lost = [f"{name}: {why}" for name, why in tree.ignored.items() if why.startswith(NOWHERE)]
+    notes = [*tables.notes, *found.notes, *lost]
+    return Folder(candidates, ignored, files, list(map(printable, notes)))
 
 
-def column(row: Row, *names: str) -> str:
-    return next((str(row[name]).strip() for name in names if row.get(name) not in (None, "")), "")
+def _once(tree: Tree, candidates: Sequence[Candidate]) -> tuple[list[Candidate], dict[str, str]]:
+    """Without links to files that are candidates as well; those and what they lead to."""
+    real = {c.files for c in candidates if not any(file.is_symlink() for file in c.files)}
+    kept, dropped = list[Candidate](), dict[str, str]()
+    for candidate in candidates:
+        files = tuple(file.resolve() for file in candidate.files)
+        if candidate.files != files and files in real:
+            for file, there in zip(candidate.files, files, strict=True):
+                dropped[tree.name(file)] = f"leads to what is found already: {tree.name(there)}"
+        else:
+            kept.append(candidate)
+            real.add(files)
+    return kept, dropped
 
 
 def clip_key(source: Path, path: Path, taken: set[str]) -> str:
@@ -130,12 +134,13 @@ def sidecar(path: Path) -> Path | None:
 
 
 def pictures(path: Path) -> list[Path]:
-    """The frames of a sequence, which is a folder; else the file alone."""
-    if not path.is_dir():
+    """The frames of a sequence; else the file alone."""
+    if not is_sequence(path):
         return [path]
-    return [
-        file for file in sorted(path.iterdir()) if file.suffix.lower() in IMAGES + OPAQUE_IMAGES
-    ]
+    try:
+        return sequence_files(path)
+    except MediaError:
+        return []
 
 
 def stamps(files: Iterable[Path]) -> list[tuple[int, int] | None]:
@@ -144,83 +149,50 @@ def stamps(files: Iterable[Path]) -> list[tuple[int, int] | None]:
     return [(stat.st_size, stat.st_mtime_ns) if stat else None for stat in stats]
 
 
-def _read_tables(source: Path, tables: list[Path]) -> tuple[dict[str, Row], list[Candidate]]:
-    """Rows by the file that they describe, and the pairs of tables with columns video_fgr and
-    video_pha."""
-    rows: dict[str, Row] = {}
-    pairs = []
-    for table in tables:
-        with open(table, newline="", encoding="utf-8-sig") as file:
-            try:
-                found = (
-                    list(csv.DictReader(file))
-                    if table.suffix == ".csv"
-                    else list(map(json.loads, file))
-                )
-            except (ValueError, csv.Error) as error:
-                raise ValueError(
-                    f"{table} is not a table ({error}). Repair it or move it away."
-                ) from error
-        for number, row in enumerate(found, start=1):
-            if column(row, "video_fgr"):
-                pairs.append(_listed_pair(source, table, number, row))
-            elif column(row, "file", "path", "name"):
-                rows[column(row, "file", "path", "name").rstrip("/")] = row
-    return rows, pairs
-
-
-def _listed_pair(source: Path, table: Path, number: int, row: Row) -> Candidate:
-    """Wan-Alpha's layout: video_fgr, video_pha, prompt, and status, where `static` means a
-    still."""
-    status = column(row, "status").lower()
-    if status not in ("", "static", "dynamic"):
-        raise ValueError(f"{table}, row {number}: status={status}; it is static or dynamic.")
-    files = tuple(
-        source / column(row, name) for name in ("video_fgr", "video_pha") if column(row, name)
-    )
-    if len(files) < 2:
-        raise ValueError(f"{table}, row {number}: no video_pha; a pair has colour and alpha.")
-    return Candidate(files, False, {**row, "still": "true"} if status == "static" else row)
-
-
-def _read_origins(source: Path, leave_out: Collection[Path]) -> tuple[dict[str, Row], list[Path]]:
+def _read_origins(tree: Tree) -> tuple[dict[str, Row], list[Path]]:
     """Entries of the .json files at the top of the folder, by the name of the clip that they
-    describe; and the files.
+    describe; and the files, with those of VAP at any depth.
 
     An entry may give rgb_rect, alpha_rect (x, y, width, height) and packed_size of a packed video,
     and source and path of the file that the clip was cut from.
     """
     entries: dict[str, Row] = {}
-    files = []
-    for path in sorted(set(source.glob("*.json")).difference(leave_out)):
+    files = [path for path in tree.files() if path.name.lower() == VAPC]
+    for path in tree.folders[tree.source]:
+        if path.suffix != ".json" or path in files:
+            continue
         try:
-            content = json.loads(path.read_text())
-        except ValueError as error:
-            raise ValueError(f"{path} is not JSON ({error}). Repair it or move it away.") from error
+            content = json.loads(read_text(path))
+        except (ValueError, RecursionError) as error:
+            raise ValueError(
+                f"{printable(path)} is not JSON ({error}). Repair it or move it away."
+            ) from error
         if isinstance(content, dict):
             entries |= {name: entry for name, entry in content.items() if isinstance(entry, dict)}
             files.append(path)
     return entries, files
 
 
-def _row(source: Path, files: tuple[Path, ...], rows: dict[str, Row]) -> Row:
-    inside = [str(file.relative_to(source)) for file in files]
-    return next((rows[name] for name in inside if name in rows), {})
-
-
 class _Neighbours:
-    """Media files and folders by folder and stem; each folder is listed once."""
+    """Media files, folders and sequences by folder and stem."""
 
-    def __init__(self) -> None:
+    def __init__(self, tree: Tree) -> None:
+        self.tree = tree
         self.folders: dict[Path, dict[str, Path]] = {}
 
     def find(self, folder: Path, stem: str) -> Path | None:
         if folder not in self.folders:
-            paths = sorted(folder.iterdir(), reverse=True) if folder.is_dir() else []
+            paths = sorted(self.tree.folders.get(folder, ()), reverse=True)
             self.folders[folder] = {
-                p.stem: p for p in paths if p.suffix.lower() in MEDIA or p.is_dir()
+                p.stem: p for p in paths if p.suffix.lower() in MEDIA or p in self.tree.folders
             }
         return self.folders[folder].get(stem)
+
+    def add(self, folder: Path, sequences: Iterable[Path]) -> None:
+        """Sequences of one folder that share it, by what they are called after."""
+        for path in sequences:
+            if self.find(folder, path.stem) is None:
+                self.folders[folder][path.stem] = path
 
     def matte_of(self, path: Path) -> Path | None:
         """NAME_fgr + NAME_pha, NAME + NAME_matte, fgr/NAME + pha/NAME and their like; a folder may
@@ -256,10 +228,11 @@ class _Neighbours:
 
 
 def _still_and_folder(one: Path, other: Path) -> bool:
-    """Which make no pair: a folder is a sequence."""
+    """Which make no pair: a folder is a sequence, and so is what has no file's suffix."""
     stills = IMAGES + OPAQUE_IMAGES
-    return (one.is_dir() and other.suffix.lower() in stills) or (
-        other.is_dir() and one.suffix.lower() in stills
+    return any(
+        (a.is_dir() or a.suffix.lower() not in MEDIA) and b.suffix.lower() in stills
+        for a, b in ((one, other), (other, one))
     )
 
 
@@ -274,69 +247,95 @@ def _split(path: Path, endings: tuple[str, ...]) -> tuple[str, str]:
     )
 
 
-def _in_folders(source: Path, rows: dict[str, Row], taken: set[Path]) -> Iterator[Candidate]:
-    neighbours = _Neighbours()
-    for folder in [source, *sorted(path for path in source.rglob("*") if path.is_dir())]:
-        inside = folder.relative_to(source)
-        if any(part.startswith(".") for part in inside.parts):
-            continue
-        paths = [p for p in sorted(folder.iterdir()) if p.is_file() and p.suffix.lower() in MEDIA]
-        sequence = _is_sequence(source, folder, rows)
-        if sequence and folder == source and "." not in rows:
-            log.warning(
-                "%s: its numbered images are read as stills; give the folder above to make them a "
-                "sequence",
-                source,
+class _Finder:
+    """Goes through the folders. beside: file -> why it is none of a sequence that it stands beside;
+    notes: of sequences; both are full once the candidates are."""
+
+    def __init__(self, tree: Tree, rows: dict[Path, Row], taken: set[Path]) -> None:
+        self.tree, self.rows, self.taken = tree, rows, taken
+        self.neighbours = _Neighbours(tree)
+        self.frames: dict[Path, Path] = {}  # of sequences
+        self.beside: dict[Path, str] = {}
+        self.notes: list[str] = []
+
+    def candidates(self) -> Iterator[Candidate]:
+        sequences = {folder: self._sequences(folder) for folder in self.tree.folders}
+        for folder, found in sequences.items():
+            self.frames |= found
+            if folder not in found:
+                self.neighbours.add(folder, found)
+        for folder, inside in self.tree.folders.items():
+            frames = {file for files in sequences[folder].values() for file in pictures(files)}
+            stills = [
+                path
+                for path in inside
+                if path.suffix.lower() in MEDIA and path not in self.tree.folders
+            ]
+            for path in (*sequences[folder], *stills):
+                if path not in frames and path not in self.beside:
+                    yield from self._one(path)
+
+    def _one(self, path: Path) -> Iterator[Candidate]:
+        """path: of a file, or what a sequence is called after."""
+        neighbours, files = self.neighbours, self.frames.get(path, path)
+        if path in self.taken or neighbours.has_colour(path):
+            return
+        alpha, called = neighbours.matte_of(path), None if path == files else path
+        if alpha is not None:
+            whole = _split(path, PAIR_COLOUR)[1] == ""
+            yield Candidate((files, self.frames.get(alpha, alpha)), matte=whole, called=called)
+        elif path.suffix.lower() not in OPAQUE_IMAGES or path in self.rows:
+            yield Candidate((files,), called=called)
+        else:
+            self.beside[path] = "an opaque picture without a matte"
+
+    def _sequences(self, folder: Path) -> dict[Path, Path]:
+        """What each sequence of the folder is called after -> the folder, or the pattern of its
+        frames."""
+        runs, images = self._runs(folder), self._images(folder)
+        if folder in self.rows and not runs and images:
+            return {folder: folder}
+        if len(runs) == 1:
+            whole = len(runs[0].files) == len(images)
+            return {folder: folder if whole else runs[0].pattern}
+        return {run.called: run.pattern for run in runs}
+
+    def _images(self, folder: Path) -> list[Path]:
+        return [
+            path
+            for path in self.tree.folders[folder]
+            if path.suffix.lower() in IMAGES + OPAQUE_IMAGES and path not in self.tree.folders
+        ]
+
+    def _runs(self, folder: Path) -> list[Run]:
+        """The sequences of a folder; none where a table lists its images, nor in the source itself,
+        which is rather a collection of stills."""
+        images = self._images(folder)
+        if len(images) < 2 or any(path in self.rows or path in self.taken for path in images):
+            return []
+        paired = {
+            path
+            for path in images
+            if getattr(self.neighbours.matte_of(path), "parent", None) == folder
+            or (_split(path, MATTES)[0] != path.stem and self.neighbours.has_colour(path))
+        }
+        if folder in self.rows:
+            runs = [run for run in find_runs(images) if 2 * len(run.files) > len(images)]
+            return runs if len(runs) == 1 and len(runs[0].files) < len(images) else []
+        found = sequences_of(images, paired)
+        name = self.tree.name(folder)
+        if found.runs and folder == self.tree.source:
+            self.notes.append(
+                f"{folder.name}: its numbered images are read as stills; give the folder above to "
+                "make them a sequence"
             )
-        elif sequence:
-            paths = [folder, *(path for path in paths if path.suffix.lower() in VIDEOS)]
-        for path in paths:
-            if path in taken or path.name.startswith(".") or neighbours.has_colour(path):
-                continue
-            alpha = neighbours.matte_of(path)
-            if alpha is None:
-                if (
-                    path.suffix.lower() not in OPAQUE_IMAGES
-                    or str(path.relative_to(source)) in rows
-                ):
-                    yield Candidate((path,))
-            else:
-                yield Candidate((path, alpha), matte=_split(path, PAIR_COLOUR)[1] == "")
+            return []
+        self.beside |= found.beside
+        self.notes += [f"{name}: {note}" for note in found.notes]
+        return found.runs
 
 
-def _is_sequence(source: Path, folder: Path, rows: dict[str, Row]) -> bool:
-    """Whether a folder's images are frames: a table lists the folder, or they count up and have one
-    size."""
-    if str(folder.relative_to(source)) in rows:
-        return True
-    images = [path for path in folder.iterdir() if path.suffix.lower() in IMAGES + OPAQUE_IMAGES]
-    if len(images) < 2 or any(str(path.relative_to(source)) in rows for path in images):
-        return False
-    files = sequence_files(folder)
-    names = [name for path in files if (name := re.fullmatch(r"(.*?)(\d+)", path.stem))]
-    if len(names) < len(files) or len({name[1] for name in names}) > 1:
-        return False
-    numbers = [int(name[2]) for name in names]
-    span = numbers[-1] - numbers[0] + 1
-    if len(set(numbers)) < len(numbers) or span > 2 * len(numbers):
-        return False
-    try:
-        if len({image_size(path) for path in images}) > 1:
-            return False
-    except MediaError:
-        return False
-    if span > len(numbers):
-        missing = next(number for number in range(numbers[0], numbers[-1]) if number not in numbers)
-        log.warning("%s: number %d is missing, so its %d images are stills; list the folder in a "
-                    "table to make them a "
-                    "sequence", folder, missing, len(numbers))  # fmt: skip
-    return span == len(numbers)
-
-
-def _not_media(source: Path, path: Path) -> str | None:
-    inside = path.relative_to(source)
-    if any(part.startswith(".") for part in inside.parts):
-        return "hidden"
+def _not_media(path: Path) -> str | None:
     if LICENCE.search(path.name):
         return "a licence or a note"
     if path.suffix.lower() in MEDIA:

@@ -1,7 +1,6 @@
 """Gives clips prompts, from tables and text files or a vision-language model; the clips stay as
 they are."""
 
-import csv
 import hashlib
 import json
 import logging
@@ -42,6 +41,7 @@ from data_prep.copies import copy_clips, gather
 from data_prep.executor import check, progress
 from data_prep.folders import CAPTIONS_FILE, check_folder, making, manifests_sha256
 from data_prep.journal import Line, read_journal, write_lines
+from data_prep.tables import read_rows, read_text
 
 PREVIEW_CLIPS = 8
 PIECE = re.compile(r"-p\d{3,}$")  # what data_prep.shard adds to the key of a clip that it cuts
@@ -98,8 +98,9 @@ def read_prompts(source: Path) -> dict[str, Row]:
     """
     if source.is_dir():
         texts = {
-            unicodedata.normalize("NFC", path.stem): path.read_text(encoding="utf-8").strip()
+            unicodedata.normalize("NFC", path.stem): read_text(path).strip()
             for path in sorted(source.glob("*.txt"))
+            if not path.name.startswith("._")  # macOS's notes on another file
         }
         for key, text in texts.items():
             if not text:
@@ -109,15 +110,10 @@ def read_prompts(source: Path) -> dict[str, Row]:
         return {key: {"caption": text} for key, text in texts.items()}
     if source.suffix not in (".csv", ".jsonl"):
         raise ValueError(f"prompts={source}; give a .csv, a .jsonl or a folder of KEY.txt")
-    with open(source, newline="", encoding="utf-8-sig") as file:
-        try:
-            found = (
-                list(csv.DictReader(file))
-                if source.suffix == ".csv"
-                else list(map(json.loads, file))
-            )
-        except (ValueError, csv.Error) as error:
-            raise ValueError(f"prompts={source} is not a table ({error}). Repair it.") from error
+    try:
+        found = read_rows(source)
+    except ValueError as error:
+        raise ValueError(f"prompts={error}") from error
     rows: dict[str, Row] = {}
     for number, row in enumerate(found, start=1):
         texts = {
@@ -125,6 +121,7 @@ def read_prompts(source: Path) -> dict[str, Row]:
             for name, value in row.items()
             if name and value not in (None, "")
         }
+        texts = {name.strip().lower(): text for name, text in texts.items()} | texts
         texts["caption"] = next(
             (texts[name] for name in ("caption", "prompt", "text") if name in texts), ""
         )

@@ -16,7 +16,9 @@ from typing import Any, Literal
 import torch
 
 from acetate.media.clip import AS_STATED, Asked, Limits, Stream
-from acetate.media.packed import SURE
+from acetate.media.mattes import is_cutout
+from acetate.media.packed import SURE, stated_packing
+from acetate.media.sequences import is_sequence
 from acetate.video_io import (
     VIDEOS,
     Description,
@@ -29,8 +31,10 @@ from acetate.video_io import (
     open_rgba,
 )
 from data_prep.analysis import analyse
-from data_prep.candidates import Candidate, column, sidecar
+from data_prep.candidates import Candidate, sidecar
 from data_prep.decisions import OVERRIDES, check_choices
+from data_prep.tables import column, read_text
+from data_prep.tree import printable
 
 Kind = Literal["still", "sequence", "video", "pair", "matte", "packed"]
 M_MMAP_THRESHOLD = -3  # of glibc's mallopt
@@ -158,7 +162,7 @@ def examine(_: None, task: Task) -> Outcome:
     try:
         found, reason = _examined(task), None
     except MediaError as error:
-        found, reason = None, str(error)
+        found, reason = None, printable(error)
     except (MemoryError, RuntimeError) as error:
         # as torch says it
         if isinstance(error, RuntimeError) and "allocate memory" not in str(error):
@@ -202,7 +206,7 @@ def prompt_from_name(name: str) -> str:
     """Words of a file name, without numbers and hashes where something else is left."""
     words = re.split(r"[\W_]+", name)
     telling = [word for word in words if word.isalpha() and len(word) > 1]
-    return f"{FROM_NAME}{' '.join(telling or words)}"
+    return f"{FROM_NAME}{' '.join(telling or filter(None, words))}"
 
 
 def _allow(task: Task, seconds: float) -> None:
@@ -225,12 +229,8 @@ def _examined(task: Task) -> Found:
     header = describe(path, limits, asked)
     volume = header.frames * header.width * header.height / 1e6
     _allow(task, settings.seconds + volume / settings.megapixels_per_second)
-    notes: tuple[str, ...] = ()
-    if candidate.matte and header.alpha and least_alpha(open_rgba(path, limits)) < 255:
-        notes = (
-            f"{candidate.files[1].name} beside it is not used: the picture has alpha of its own",
-        )
-        candidate = replace(candidate, files=(path,), matte=False)
+    candidate, header, notes = _with_own_alpha(candidate, header, limits)
+    path = candidate.files[0]
     kind, rects = _kind(candidate, header, settings)
     clip = opened(kind, candidate.files, rects, limits, asked)
     # linear light was divided, or left, in reading: what comes out of it is straight
@@ -246,7 +246,7 @@ def _examined(task: Task) -> Found:
         )
     except ValueError as error:
         raise MediaError(f"{path}: its table says {error}") from error
-    text = sidecar(path)
+    text = sidecar(task.candidate.path)
     cut_from = (
         f"{candidate.origin.get('source', '')}/{candidate.origin['path']}"
         if "path" in candidate.origin
@@ -261,7 +261,7 @@ def _examined(task: Task) -> Found:
         height=clip.shape[0],
         fps=clip.fps,
         prompt=(_text(text) if text else "")
-        or column(row, "prompt", "caption", "text")
+        or printable(column(row, "prompt", "caption", "text"))
         or prompt_from_name(candidate.name),
         licence=column(row, "licence", "license") or "unknown",
         source=column(row, "source") or "unknown",
@@ -273,7 +273,7 @@ def _examined(task: Task) -> Found:
         decisions=decisions.as_json(),
         layer=asked.layer,
         divide=declared if linear else None,
-        notes=[*clip.notes, *notes],
+        notes=[printable(note) for note in (*clip.notes, *notes)],
     )
 
 
@@ -288,9 +288,27 @@ def _asked(candidate: Candidate, settings: Settings) -> Asked:
     return Asked(PREMULTIPLIED[said], column(candidate.row, "layer") or settings.layer)
 
 
+def _with_own_alpha(
+    candidate: Candidate, header: Description, limits: Limits
+) -> tuple[Candidate, Description, tuple[str, ...]]:
+    """Of a picture and its matte the one that is RGBA by itself, if there is one, its header, and
+    what to say of the other."""
+    if not candidate.matte:
+        return candidate, header, ()
+    path, matte = candidate.files
+    if header.alpha and least_alpha(open_rgba(path, limits)) < 255:
+        said = f"{matte.name} beside it is not used: the picture has alpha of its own"
+        return replace(candidate, files=(path,), matte=False), header, (said,)
+    other = describe(matte, limits)
+    if other.alpha and is_cutout(open_rgba(matte, limits)):
+        said = f"{path.name} beside it is not used: {matte.name} has colour and alpha"
+        return replace(candidate, files=(matte,), matte=False), other, (said,)
+    return candidate, header, ()
+
+
 def _text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8").strip()
+        return printable(read_text(path).strip())
     except UnicodeDecodeError as error:
         raise MediaError(f"{path}: not UTF-8 ({error}); save it as such") from error
 
@@ -305,7 +323,9 @@ def _kind(
     if path.stem.lower().endswith("_fgr"):
         raise MediaError(f"{path} has no partner {path.stem[:-4]}_pha.*")
     if header.alpha:
-        return ("sequence" if path.is_dir() else "still" if header.frames == 1 else "video"), None
+        return (
+            "sequence" if is_sequence(path) else "still" if header.frames == 1 else "video"
+        ), None
     rects = _given_rectangles(candidate, header)
     if rects is None and header.lost:
         raise MediaError(f"{path}: {header.lost}")
@@ -337,7 +357,8 @@ def least_alpha(clip: Stream) -> int:
 
 
 def _given_rectangles(candidate: Candidate, header: Description) -> tuple[Rect, Rect] | None:
-    """Of a .json entry or of a table's columns colour_rect and alpha_rect, "x y width height"."""
+    """Of a .json entry, of a table's columns colour_rect and alpha_rect, "x y width height", or as
+    the file itself states them."""
     path, origin, row = candidate.files[0], candidate.origin, candidate.row
     if "alpha_rect" in origin:
         size = tuple(origin.get("packed_size", (header.width, header.height)))
@@ -352,7 +373,8 @@ def _given_rectangles(candidate: Candidate, header: Description) -> tuple[Rect, 
             column(row, name).replace(",", " ").split() for name in ("colour_rect", "alpha_rect")
         ]
     else:
-        return None
+        films = path.suffix.lower() in VIDEOS and not is_sequence(path)
+        return stated_packing(path, (header.width, header.height)) if films else None
     try:
         (x, y, width, height), (right, down, wide, high) = (
             [int(number) for number in text] for text in texts

@@ -19,6 +19,7 @@ from acetate.replacing import check_out, remove, rename_over, standing
 from data_prep.journal import only_writer, read_journal
 
 CAPTIONS_FILE = "captions.jsonl"
+DECISIONS = "decisions.jsonl"  # beside the manifest: what was made of every clip, and why
 MEASURED = "measured.jsonl"  # while shards are made: decisions about clips whose lines carry none
 # All that programs of data_prep write into a folder; another file in it is somebody else's.
 OURS = re.compile(

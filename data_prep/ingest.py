@@ -3,7 +3,6 @@ is and shows."""
 
 import hashlib
 import os
-import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -11,15 +10,17 @@ from dataclasses import asdict, dataclass, fields
 from functools import partial
 from operator import attrgetter
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
 from acetate.cli import run
+from acetate.media.sequences import is_sequence
 from acetate.replacing import check_out, write_json
 from acetate.video_io import IMAGES, VIDEOS
-from data_prep.bad_clips import BadClips, print_bad
+from data_prep.bad_clips import SHOWN, BadClips, print_bad
 from data_prep.candidates import Folder, clip_key, pictures, sidecar, stamps, survey
 from data_prep.examine import (
     SETTINGS,
@@ -35,13 +36,15 @@ from data_prep.examine import (
     said_of_names,
 )
 from data_prep.executor import check, progress
+from data_prep.groups import grouped
 from data_prep.journal import lock_of, only_writer, open_journal, read_journal, write_lines
+from data_prep.tree import printable
 
 
 @dataclass(frozen=True)
 class Ingested:
-    """clips and bad (key -> reason) in the order of the files. files: every file of the folder, and
-    what became of it.
+    """clips and bad (key -> reason) in the order of the files. notes: of tables, sequences and
+    groups. files: every file of the folder, and what became of it.
 
     seconds: of one core, that decoding and measuring the clips took; 0 for those that an earlier
     run did.
@@ -49,7 +52,8 @@ class Ingested:
 
     clips: list[Found]
     bad: dict[str, str]
-    files: list[dict[str, str]]
+    notes: list[str]
+    files: list[dict[str, Any]]
     seconds: float
 
 
@@ -86,13 +90,15 @@ def ingest(
         fresh = _outcomes(todo, None if preview else journal, executor, workers)
         known = done | fresh
         outcomes = [known[seen] for seen in prints]
-        clips = [outcome.found for outcome in outcomes if outcome.found is not None]
+        pairs = zip(tasks, outcomes, strict=True)
+        clips, said = grouped(source, [(t.candidate, o.found) for t, o in pairs if o.found])
+        notes = [*folder.notes, *said]
         bad = {
             t.key: o.reason for t, o in zip(tasks, outcomes, strict=True) if o.reason is not None
         }
-        files = _account(source, written, folder, tasks, outcomes)
+        files = _account(source, folder, tasks, outcomes)
         if not preview:
-            report = {"clips": len(clips), "bad": bad, "files": files}
+            report = {"clips": len(clips), "bad": bad, "notes": notes, "files": files}
             if files:
                 write_json(report_of(out), report)
             BadClips(bad_clip_budget).add(bad)
@@ -101,7 +107,7 @@ def ingest(
                 raise ValueError(nothing_found(source, files, bad, report_of(out)))
             write_lines(out, map(asdict, clips))
             journal.unlink(missing_ok=True)
-    return Ingested(clips, bad, files, sum(outcome.seconds for outcome in fresh.values()))
+    return Ingested(clips, bad, notes, files, sum(outcome.seconds for outcome in fresh.values()))
 
 
 def report_of(out: Path) -> Path:
@@ -111,7 +117,7 @@ def report_of(out: Path) -> Path:
 def _tasks(source: Path, folder: Folder, settings: Settings, guarded: bool) -> Iterator[Task]:
     taken: set[str] = set()
     for candidate in folder.candidates:
-        key = clip_key(source, candidate.files[0], taken)
+        key = clip_key(source, candidate.path, taken)
         taken.add(key)
         yield Task(key, candidate, settings, guarded)
 
@@ -150,42 +156,47 @@ def _outcomes(
 def _fingerprint(task: Task) -> str:
     """Of all that the outcome depends on; a file by its size and time."""
     files = [path for file in task.candidate.files for path in pictures(file)]
-    text = sidecar(task.candidate.files[0])
+    text = sidecar(task.candidate.path)
     return hashlib.sha256(
         repr((task, stamps([*files, *([text] if text else [])]))).encode()
     ).hexdigest()
 
 
 def _account(
-    source: Path, written: set[Path], folder: Folder, tasks: list[Task], outcomes: list[Outcome]
-) -> list[dict[str, str]]:
+    source: Path, folder: Folder, tasks: list[Task], outcomes: list[Outcome]
+) -> list[dict[str, Any]]:
     """What became of every file but those that this run writes, in the order of their names."""
-    accounts = {name: {"file": name, "ignored": reason} for name, reason in folder.ignored.items()}
+
+    def name(path: Path) -> str:
+        return printable(path.relative_to(source) if path.is_relative_to(source) else path)
+
+    accounts: dict[str, dict[str, Any]] = {
+        name: {"file": name, "ignored": reason} for name, reason in folder.ignored.items()
+    }
     for task, outcome in zip(tasks, outcomes, strict=True):
-        texts = [sidecar(task.candidate.files[0])]
-        for i, path in enumerate((*task.candidate.files, *filter(None, texts))):
-            said = (
-                {"refused": outcome.reason}
-                if outcome.reason
-                else {"part of" if i else "ingested as": task.key}
-            )
-            if i >= len(task.candidate.files):
-                said = {"prompt of": task.key}
+        candidate, found = task.candidate, outcome.found
+        used = set(found.files) if found else set()
+        first = True
+        for path in candidate.files:
+            said: dict[str, Any] = {"part of": task.key}
+            if found is None:
+                said = {"refused": outcome.reason}
+            elif str(path.resolve()) not in used:
+                said = {"ignored": f"not used: {task.key} has alpha without it"}
+            elif first and not is_sequence(path):
+                said = {"ingested as": task.key, **({"notes": found.notes} if found.notes else {})}
+            first = first and "ignored" in said
             for file in pictures(path):
-                name = str(file.relative_to(source)) if file.is_relative_to(source) else str(file)
-                accounts[name] = {
-                    "file": name,
-                    **({"part of": task.key} if path.is_dir() and not outcome.reason else said),
-                }
-    for path in sorted(set(source.rglob("*")) - written):
-        name = str(path.relative_to(source))
-        if path.is_file() and name not in accounts:
-            accounts[name] = {"file": name, "ignored": "not part of any clip"}
+                accounts[name(file)] = {"file": name(file), **said}
+        if text := sidecar(candidate.path):
+            accounts[name(text)] = {"file": name(text), "prompt of": task.key}
+    for path in folder.files:
+        accounts.setdefault(name(path), {"file": name(path), "ignored": "not part of any clip"})
     return [accounts[name] for name in sorted(accounts)]
 
 
 def nothing_found(
-    source: Path, files: Sequence[dict[str, str]], bad: Mapping[str, str], report: Path
+    source: Path, files: Sequence[dict[str, Any]], bad: Mapping[str, str], report: Path
 ) -> str:
     """What to say where no clip came of a folder: what was looked for, and what there was."""
     looked = (
@@ -219,21 +230,16 @@ def print_summary(console: Console, out: Path, report: Path | None, result: Inge
         soft_wrap=True,
     )
     console.print(table)
+    reasons = Counter(file["ignored"].split(":")[0] for file in result.files if "ignored" in file)
+    for reason, count in reasons.most_common():
+        console.print(f"{count} ignored: {reason}", soft_wrap=True)
+    for note in result.notes[:SHOWN]:
+        console.print(f"note: {note}", soft_wrap=True)
+    if len(result.notes) > SHOWN:
+        console.print(f"{len(result.notes) - SHOWN} more notes: {report or 'preview=false'}")
     if said := said_of_names([clip.prompt for clip in result.clips]):
         console.print(said, soft_wrap=True)
-    for reason, count in Counter(map(kind_of_reason, result.bad.values())).most_common():
-        console.print(f"{count} refused: {reason}", soft_wrap=True)
     print_bad(console, result.bad, report)
-
-
-def kind_of_reason(reason: str) -> str:
-    """Without names and numbers, so that like reasons count together."""
-    bare = re.sub(r"\S*[/\\]\S*|\S+\.\w{3,4}\b:?", "", reason)
-    parts = [
-        " ".join(re.sub(r"\d[\d.x]*", "N", part).split()).strip(" :,")
-        for part in re.split("[;(]", bare)
-    ]
-    return next((part for part in parts if len(part.split()) > 2), parts[0])
 
 
 def print_preview(console: Console, clips: list[Found]) -> None:

@@ -28,6 +28,8 @@ from acetate.replacing import check_out, written
 from data_prep.bad_clips import print_bad
 from data_prep.examine import said_of_names
 from data_prep.executor import progress
+from data_prep.folders import DECISIONS
+from data_prep.journal import read_journal
 from data_prep.latent_plan import Piece, bucket_sizes, check_area, check_list, plan
 from data_prep.report import Bucket, Entry, Picture, Report, render
 
@@ -64,6 +66,7 @@ def inspect(
     refs = index_shards(shards)
     pieces = pieces_of(refs, vae, lengths, area, max_aspect)
     manifests = [read_manifest(folder) for folder in shards]
+    decided = {key: why for folder in shards for key, why in decisions_of(folder).items()}
     skipped = {
         key: reason for manifest in manifests for key, reason in manifest.get("skipped", {}).items()
     }
@@ -79,7 +82,8 @@ def inspect(
         if ref.key in skipped:
             continue
         try:
-            entries.append(describe(ref, read_meta(ref), pictures.get(ref.key)))
+            meta = read_meta(ref)
+            entries.append(describe(ref, meta, pictures.get(ref.key), decided.get(ref.key, {})))
         except BadClip as bad:
             skipped[ref.key] = bad.reason
     return Report(
@@ -134,7 +138,22 @@ def command_of(manifest: Mapping[str, Any]) -> str:
     return str(manifest["made_by"].get("command", "an unknown command"))
 
 
-def describe(ref: ClipRef, meta: Mapping[str, Any], shown: Picture | None) -> Entry:
+def decisions_of(folder: Path) -> dict[str, dict[str, str]]:
+    """Key of each clip -> what was decided about its source, as data_prep.shard noted beside the
+    shards; nothing where it did not make them."""
+    found = {}
+    for line in read_journal(folder / DECISIONS):
+        reasons = line.get("decisions", {}).get("reasons", {})
+        said = {"colour": reasons["colour"]} if "colour" in reasons else {}
+        said |= {"read": "; ".join(line["notes"])} if line.get("notes") else {}
+        found |= dict.fromkeys(line.get("pieces", ()), said)
+    return found
+
+
+def describe(
+    ref: ClipRef, meta: Mapping[str, Any], shown: Picture | None, decided: Mapping[str, str]
+) -> Entry:
+    """decided: of its source, where the clip's own JSON says what was done to it."""
     return Entry(
         key=ref.key,
         split=ref.split,
@@ -146,6 +165,7 @@ def describe(ref: ClipRef, meta: Mapping[str, Any], shown: Picture | None) -> En
         licence=str(meta.get("licence", "unknown")),
         source=str(meta.get("source", "unknown")),
         picture=shown,
+        decided={**decided, **meta.get("done", {})},
     )
 
 

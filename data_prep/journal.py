@@ -14,7 +14,13 @@ Line = dict[str, Any]
 
 
 def encode(line: Mapping[str, Any]) -> str:
-    return json.dumps(line, ensure_ascii=False) + "\n"
+    """Names of files that are not Unicode are kept by escapes of JSON."""
+    text = json.dumps(line, ensure_ascii=False)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        text = json.dumps(line)
+    return text + "\n"
 
 
 def read_journal(path: Path) -> list[Line]:

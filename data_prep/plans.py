@@ -20,6 +20,7 @@ from data_prep.decisions import Decisions
 from data_prep.examine import Found, opened
 from data_prep.executor import progress
 from data_prep.journal import open_journal, read_journal
+from data_prep.tree import printable
 
 
 @dataclass(frozen=True)
@@ -51,8 +52,10 @@ class Plan:
         """A line of DECISIONS."""
         outcome = {"refused": self.refusal} if self.refusal else {"pieces": self.pieces}
         steps = done_to(self.decisions, settings)
+        notes = {"notes": self.line.notes} if self.line.notes else {}
         return {
             "key": self.line.key,
+            **notes,
             **outcome,
             "done": steps,
             "decisions": self.decisions.as_json(),
@@ -151,7 +154,7 @@ def measure(line: Found) -> dict[str, Any]:
         declared = None if line.premultiplied == clip.premultiplied else line.premultiplied
         found = analyse(clip, premultiplied=declared, matte=line.kind == "matte")
     except MediaError as error:
-        return {"bad": str(error)}
+        return {"bad": printable(error)}
     return {"decisions": found.as_json()}
 
 

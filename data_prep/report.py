@@ -4,7 +4,7 @@ import base64
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from acetate.alpha import PALETTE, PALETTE_NAMES
+from data_prep.bad_clips import by_reason
 from data_prep.examine import said_of_names
 
 TEMPLATE = Path(__file__).with_name("report.html")
@@ -55,6 +56,7 @@ class Entry:
     licence: str
     source: str
     picture: Picture | None
+    decided: Mapping[str, str] = field(default_factory=dict)  # what was decided or done -> why
 
     @property
     def kind(self) -> str:
@@ -334,19 +336,33 @@ def card(entry: Entry, picture: Picture) -> str:
         f"{stack(shares, 'share')}"
         f'<div class="text"><h3 class="name">{escape(entry.key)}</h3><p '
         f'class="prompt">{escape(entry.prompt)}</p>'
-        f'<p class="about">{escape(" · ".join(about))}</p></div></article>'
+        f'<p class="about">{escape(" · ".join(about))}</p>{decisions(entry.decided)}'
+        "</div></article>"
     )
+
+
+def decisions(decided: Mapping[str, str]) -> str:
+    rows = "".join(
+        f"<dt>{escape(name)}</dt><dd>{escape(why)}</dd>" for name, why in decided.items()
+    )
+    return f'<dl class="decided">{rows}</dl>' if rows else ""
 
 
 def skipped(reasons: Mapping[str, str]) -> str:
+    """A table for each kind of reason, the most frequent first."""
     if not reasons:
         return ""
-    rows = "".join(
-        f"<tr><td>{escape(key)}</td><td>{escape(reason)}</td></tr>"
-        for key, reason in reasons.items()
-    )
+    tables = []
+    for kind, clips in by_reason(reasons).items():
+        rows = "".join(
+            f"<tr><td>{escape(key)}</td><td>{escape(reason)}</td></tr>"
+            for key, reason in clips.items()
+        )
+        tables.append(
+            f"<details open><summary><b>{len(clips):,}</b> {escape(kind)}</summary><table><thead>"
+            f"<tr><th>clip</th><th>reason</th></tr></thead><tbody>{rows}</tbody></table></details>"
+        )
     return (
         f'<section class="skipped"><h2>Skipped</h2><p class="muted">{len(reasons):,} clips could '
-        f"not be used.</p>"
-        f"<table><thead><tr><th>clip</th><th>reason</th></tr></thead><tbody>{rows}</tbody></table></section>"
+        f"not be used.</p>{''.join(tables)}</section>"
     )

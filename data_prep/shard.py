@@ -1,6 +1,7 @@
 """Turns an ingested manifest into clip shards: clean alpha, straight colour, lossless."""
 
 import hashlib
+import json
 import shutil
 from collections import Counter, deque
 from collections.abc import Mapping, Sequence
@@ -24,13 +25,13 @@ from acetate.replacing import writing
 from data_prep.bad_clips import BadClips, print_bad
 from data_prep.cleaning import Settings, overrides, pieces
 from data_prep.cleaning import done as done_to
-from data_prep.examine import said_of_names
+from data_prep.examine import Found, said_of_names
 from data_prep.executor import check, progress
-from data_prep.folders import MEASURED, check_folder, making
+from data_prep.folders import DECISIONS, MEASURED, check_folder, making
 from data_prep.journal import read_journal, write_lines
 from data_prep.plans import Plan, decide, open_line, read_lines
+from data_prep.tree import printable
 
-DECISIONS = "decisions.jsonl"  # beside the manifest: what was made of every clip, and why
 IN_MEMORY = 2**26  # bytes of a clip's encoded pieces; what goes beyond waits in files
 SPILL = ".pieces"  # folder beside the tars for those
 UNSURE = 0.5  # colour below this confidence is listed after the run
@@ -85,9 +86,11 @@ def shard(
                     found, settings, folder / MEASURED, executor=executor, workers=workers
                 )
                 bad.add(unreadable)
-                writer.skipped |= bad | {
-                    plan.line.key: plan.refusal for plan in plans if plan.refusal
-                }
+                writer.skipped |= (
+                    refused_before(manifest, found)
+                    | bad
+                    | {plan.line.key: plan.refusal for plan in plans if plan.refusal}
+                )
                 fill(writer, plans, settings, splits, bad, executor, workers)
                 if not writer.tars and not writer.pending:
                     raise ShardError(
@@ -97,6 +100,21 @@ def shard(
                     )
                 write_lines(folder / DECISIONS, (plan.as_json(settings) for plan in plans))
     return read_manifest(out)
+
+
+def refused_before(manifest: Path, found: Sequence[Found]) -> dict[str, str]:
+    """Key -> reason of what ingest refused, as its report beside the manifest says; nothing if the
+    report is of another run."""
+    path = manifest.with_name(f"{manifest.stem}.report.json")
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+        bad, clips = report["bad"], report["clips"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+    if clips != len(found) or not isinstance(bad, dict):
+        return {}
+    keys = {line.key for line in found}
+    return {key: printable(f"{reason}") for key, reason in bad.items() if key not in keys}
 
 
 def fill(
@@ -186,7 +204,7 @@ def prepare(plan: Plan, settings: Settings, spill: Path) -> list[Piece] | str:
         for piece in done:
             if piece.file is not None:
                 piece.file.unlink()
-        return str(error)
+        return printable(error)
     return done
 
 
@@ -249,6 +267,13 @@ def print_summary(out: Path, result: dict[str, Any]) -> None:
         mine = [clip["frames"] for clip in clips if clip["split"] == split]
         table.add_row(split, str(count), str(mine.count(1)), str(sum(mine)))
     console.print(table)
+    asked = result["made_by"]["settings"]["val_fraction"]
+    if asked and not result["splits"]["val"]:
+        console.print(
+            f"none validates, although val_fraction={asked:g}: all clips are of one group, or "
+            "those of the others were refused; a column group of a table divides them",
+            soft_wrap=True,
+        )
     print_decided(console, read_journal(out / DECISIONS))
     print_bad(console, result["skipped"], out / MANIFEST)
 

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +100,8 @@ def run(name: str, arguments: Sequence[str] | None = None) -> Any:
     own."""
     from acetate.commands.program import start
 
+    if isinstance(sys.stdout, TextIOWrapper):  # names of files may be no Unicode
+        sys.stdout.reconfigure(errors="backslashreplace")
     return start(PROGRAMS[name], list(sys.argv[1:] if arguments is None else arguments))
 
 

@@ -3,7 +3,6 @@ it."""
 
 import io
 import os
-import re
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
@@ -35,10 +34,11 @@ from acetate.media.clip import (
 )
 from acetate.media.color import Stated
 from acetate.media.images import IMAGES, OPAQUE_IMAGES, describe_image, image_halves, read_image
+from acetate.media.mattes import open_matte
 from acetate.media.packed import Packing, find_packing
+from acetate.media.sequences import check_frames, is_sequence, sequence_files
 from acetate.media.videos import (
     VIDEOS,
-    Channels,
     color,
     describe_video,
     luma,
@@ -51,7 +51,7 @@ PACKING_PICTURES = 6  # of a video, spread over its length, that its rectangles 
 
 def read_rgba(path: Path, limits: Limits = LIMITS, asked: Asked = AS_STATED) -> RGBAClip:
     """All of `open_rgba`, in memory."""
-    if path.suffix.lower() in IMAGES and not path.is_dir():
+    if path.suffix.lower() in IMAGES and not is_sequence(path):
         return read_image(path, limits, asked)
     with decoding(path):
         return open_rgba(path, limits, asked).collected(path, limits)
@@ -64,7 +64,7 @@ def open_rgba(path: Path, limits: Limits = LIMITS, asked: Asked = AS_STATED) -> 
     Raises MediaError, also while it is iterated over, for a damaged file, an unknown kind of file,
     one without alpha or beyond the limits.
     """
-    if path.is_dir():
+    if is_sequence(path):
         return _open_sequence(path, limits, asked)
     if path.suffix.lower() in IMAGES:
         return stream_of(read_image(path, limits, asked))
@@ -81,13 +81,13 @@ def read_pair(fgr: Path, pha: Path, limits: Limits = LIMITS) -> RGBAClip:
 
 
 def open_pair(fgr: Path, pha: Path, limits: Limits = LIMITS) -> Stream:
-    """Colour of `fgr` with the luma of `pha` as alpha; each a video, an image or a folder of
-    images.
+    """Colour of `fgr` with `pha` as alpha, as `open_matte` takes it; each a video, an image or a
+    sequence.
 
     Limited-range luma is stretched so that 16..235 becomes 0..255. MediaError, also while it is
     iterated over, if length or size differ.
     """
-    films = [_open_half(fgr, color, limits), _open_half(pha, luma, limits)]
+    films = [_open_color(fgr, limits), open_matte(pha, limits)]
     notes: list[str] = []
 
     def pictures() -> Iterator[Frames]:
@@ -155,27 +155,15 @@ def measure_packing(path: Path, limits: Limits = LIMITS) -> Packing | None:
 def describe(path: Path, limits: Limits = LIMITS, asked: Asked = AS_STATED) -> Description:
     """Length, size and whether there is alpha; decodes one frame at most. MediaError if
     unreadable."""
-    if path.is_dir():
+    if is_sequence(path):
         files = sequence_files(path)
+        check_frames(path, files)
         first = describe(files[0], limits, asked)
         limits.check(path, len(files), first.width, first.height)
         return replace(first, frames=len(files))
     if path.suffix.lower() in IMAGES + OPAQUE_IMAGES:
         return describe_image(path, limits, asked)
     return describe_video(path, limits)
-
-
-def sequence_files(folder: Path) -> list[Path]:
-    """The images of a folder in natural order: frame2 before frame10."""
-    files = [path for path in folder.iterdir() if path.suffix.lower() in IMAGES + OPAQUE_IMAGES]
-    if not files:
-        raise MediaError(
-            f"{folder}: no image in the folder; a sequence is a folder of {', '.join(IMAGES)}"
-        )
-    return sorted(
-        files,
-        key=lambda path: [int(p) if p.isdigit() else p for p in re.split(r"(\d+)", path.name)],
-    )
 
 
 def encode_ffv1(frames: Iterable[Frames], fps: float) -> bytes:
@@ -292,18 +280,19 @@ def _open_sequence(folder: Path, limits: Limits, asked: Asked) -> Stream:
     return Stream(pictures(), len(files), None, header.lossy, False, notes)
 
 
-def _open_half(path: Path, channel: Channels, limits: Limits) -> Stream:
-    """One channel group of every frame of a video, an image or a folder of images."""
-    if path.is_dir() or path.suffix.lower() in IMAGES + OPAQUE_IMAGES:
-        files = sequence_files(path) if path.is_dir() else [path]
+def _open_color(path: Path, limits: Limits) -> Stream:
+    """Of every frame of a video, an image or a sequence."""
+    if is_sequence(path) or path.suffix.lower() in IMAGES + OPAQUE_IMAGES:
+        files = sequence_files(path) if is_sequence(path) else [path]
         header = _check(path, files, limits)
-        halves = (image_halves(file, limits)[channel is luma] for file in files)
+        halves = (image_halves(file, limits)[0] for file in files)
         return Stream(halves, len(files), None, header.lossy, None, [])
-    return open_film(path, channel, limits)
+    return open_film(path, color, limits)
 
 
 def _check(path: Path, files: list[Path], limits: Limits) -> Description:
     """Of a sequence, by its first image."""
+    check_frames(path, files)
     header = describe(files[0], limits)
     limits.check(path, len(files), header.width, header.height)
     return header

@@ -59,6 +59,11 @@ def run(source, budget=0, **changes):
     return {clip.key: clip for clip in result.clips}, result.bad
 
 
+def notes(source):
+    """Of the report that `run` wrote."""
+    return json.loads((source.parent / "found.report.json").read_text())["notes"]
+
+
 @pytest.fixture
 def source(tmp_path):
     return tmp_path / "media"
@@ -116,8 +121,8 @@ def test_manifest_lines_are_the_clips(source, tmp_path):
 
 
 def test_tables_and_sidecars_describe(source):
-    for name in ("a", "b", "c", "d"):
-        still(source / f"{name}.png")
+    for i, name in enumerate("abcd"):
+        still(source / f"{name}.png", width=10 + i)  # copies would be one group
     (source / "index.csv").write_text(
         "file,caption,licence,source,premultiplied,group\na.png,a red "
         "ball,MIT,me/here,true,x\nb.png,from the table,,,,\n"
@@ -446,7 +451,7 @@ def test_damage_of_a_few_bytes_is_refused(source):
     assert list(clips) == ["good"] and all("cannot be decoded" in reason for reason in bad.values())
 
 
-def test_a_folder_named_by_a_dot(source, monkeypatch, caplog):
+def test_a_folder_named_by_a_dot(source, monkeypatch):
     still(source / "a.png")
     for i in range(2):
         still(source / "walk" / f"{i}.png")
@@ -460,27 +465,27 @@ def test_a_folder_named_by_a_dot(source, monkeypatch, caplog):
         "0": "still",
         "1": "still",
     }
-    assert "walk: its numbered images are read as stills" in caplog.text
+    assert "walk: its numbered images are read as stills" in notes(Path("walk").resolve())[0]
     (source / "walk/index.csv").write_text("file\n.\n")
     assert {key: clip.kind for key, clip in run(Path("."))[0].items()} == {"walk": "sequence"}
 
 
-def test_a_sequence_with_a_gap_is_named(source, caplog):
+def test_a_sequence_with_a_gap_is_named(source):
     for i in (1, 2, 4):
         still(source / "gap" / f"{i}.png")
     assert {clip.kind for clip in run(source)[0].values()} == {"still"}
-    assert "gap: number 3 is missing, so its 3 images are stills" in caplog.text
+    assert "gap: number 3 is missing, so its 3 images are stills" in notes(source)[0]
 
 
-def test_sidecar_and_table_errors_name_the_file(source, caplog):
+def test_sidecar_and_table_errors_name_the_file(source):
     for name in ("a", "b", "c"):
         still(source / f"{name}.png")
     (source / "a.txt").write_bytes("caf\u00e9".encode("latin-1"))
-    (source / "index.csv").write_text("file,premultiplied\nb.png,jawohl\nC.png,no\n")
+    (source / "index.csv").write_text("file,premultiplied\nb.png,jawohl\nd.png,no\n")
     clips, bad = run(source, 2)
     assert list(clips) == ["c"]
     assert "a.txt: not UTF-8" in bad["a"] and "premultiplied=jawohl" in bad["b"]
-    assert "1 rows of tables name no file" in caplog.text and "C.png" in caplog.text
+    assert notes(source) == ["index.csv, row 2: d.png names no file"]
 
 
 def test_alpha_of_its_own_is_not_given_up_for_a_mask(source):
@@ -563,6 +568,98 @@ def test_prompts_that_are_file_names_are_said(source, capsys):
         '2 of 3 prompts are made of file names ("ae premult", "frame")' in said
         and "acetate prep caption" in said
     )
+
+
+def renamed(path, name):
+    """To a name of any bytes."""
+    os.rename(path, os.fsencode(path.parent) + b"/" + name)
+
+
+def test_names_in_other_encodings(source):
+    """Taken, refused or ignored, and printed; the files are found again by what is written."""
+    flame = "\u706b\u7130".encode("gbk")
+    still(source / "a.png")
+    still(source / "x.png", width=11)
+    (source / "x.txt").write_text("a flame")
+    (source / "bad.png").write_bytes(b"damaged")
+    (source / "b.bin").write_bytes(b"1")
+    write(source / "f.mkv", drawn("glass", 3, 3, 48), "ffv1", "bgra")
+    for i in range(3):
+        still(source / "seq" / f"{i}.png", width=12 + i // 3)
+    for name, end in (("x.png", b".png"), ("x.txt", b".txt"), ("bad.png", b"!.png"),
+                      ("b.bin", b".bin"), ("f.mkv", b"2.mkv"), ("seq", b"3")):  # fmt: skip
+        renamed(source / name, flame + end)
+    out = source.parent / "found.jsonl"
+    done = subprocess.run(
+        [sys.executable, "-m", "acetate", "prep", "ingest", f"source={source}", f"out={out}"],
+        capture_output=True, text=True, cwd=source.parent,
+        env={**os.environ, "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}", "HYDRA_FULL_ERROR": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert r"\xbb\xf0\xd1\xe6!.png: cannot be decoded" in done.stdout
+    lines = [Found(**json.loads(line)) for line in out.read_bytes().splitlines()]
+    assert sorted(line.kind for line in lines) == ["sequence", "still", "still", "video"]
+    assert all(Path(file).exists() for line in lines for file in line.files)
+    assert "a flame" in [line.prompt for line in lines]
+    report = json.loads((source.parent / "found.report.json").read_text())
+    assert r"\xbb\xf0\xd1\xe6.bin" in [line["file"] for line in report["files"]]
+
+
+def test_a_matte_that_is_the_subject_itself(source):
+    """A cut-out beside its photograph, ProRes with alpha beside a preview; a mask in alpha is
+    not."""
+    clip = drawn("glass", 3, 4, 48)
+    source.mkdir()
+    for name, picture in (("shoe", clip[0]), ("cat", clip[0] * (0, 0, 0, 1) + (255, 255, 255, 0))):
+        Image.fromarray(clip[0, ..., :3]).save(source / f"{name}.jpg")
+        Image.fromarray(picture.astype(np.uint8)).save(source / f"{name}_alpha.png")
+    write(source / "smoke.mp4", clip[..., :3], "libx264", "yuv420p")
+    write(source / "smoke_alpha.mov", clip, "prores_ks", "yuva444p10le")
+    clips, _ = run(source)
+    assert {key: (c.kind, [Path(f).name for f in c.files]) for key, c in clips.items()} == {
+        "cat": ("matte", ["cat.jpg", "cat_alpha.png"]),
+        "shoe": ("still", ["shoe_alpha.png"]),
+        "smoke": ("video", ["smoke_alpha.mov"]),
+    }
+    assert clips["shoe"].notes == [
+        "shoe.jpg beside it is not used: shoe_alpha.png has colour and alpha"
+    ]
+    assert "alpha of its own" in clips["cat"].notes[0]
+    report = json.loads((source.parent / "found.report.json").read_text())
+    said = {file.pop("file"): file for file in report["files"]}
+    assert said["smoke.mp4"] == {"ignored": "not used: smoke has alpha without it"}
+    assert said["smoke_alpha.mov"]["ingested as"] == "smoke" and said["cat.jpg"]["notes"]
+
+
+def test_rectangles_that_vap_states(source):
+    frames, colour, alpha = packed(drawn("flame", 22, 3, 64), "right")
+    source.mkdir()
+    grey = frames.mean(-1, keepdims=True).repeat(3, -1).astype(np.uint8)
+    write(source / "a.mp4", grey, "libx264", "yuv420p")
+    info = {"videoW": 128, "videoH": 64, "rgbFrame": colour, "aFrame": alpha}
+    (source / "vapc.json").write_text(json.dumps({"info": info}))
+    clips, _ = run(source)
+    assert (clips["a"].kind, clips["a"].colour_rect, clips["a"].alpha_rect) == (
+        "packed", colour, alpha
+    )  # fmt: skip
+
+
+def test_marks_of_encodings_are_no_part_of_prompts(source):
+    still(source / "a.png")
+    still(source / "b.png", width=11)
+    (source / "a.txt").write_text("a red disc\r\n", encoding="utf-8-sig")
+    (source / "b.txt").write_text("ein Fl\u00fcgel", encoding="utf-16")
+    (source / "._t.csv").write_bytes(b"\0\5\x16\7\xff")
+    clips, _ = run(source)
+    assert [clip.prompt for clip in clips.values()] == ["a red disc", "ein Fl\u00fcgel"]
+
+
+def test_bad_clips_are_printed_by_reason(capsys):
+    bad = {f"k{i}": f"/x/k{i}.png: cannot be decoded (E{i})" for i in range(30)}
+    print_bad(Console(width=200), {"z": "z.png has no alpha"} | bad, Path("r.json"))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "30 skipped: cannot be decoded" and lines[21] == "1 skipped: has no alpha"
+    assert len(lines) == 23 and lines[22] == "11 more are in r.json"
 
 
 def test_source_must_be_a_folder(tmp_path):

@@ -9,7 +9,9 @@ import pytest
 from acetate.alpha import PALETTE_NAMES
 from acetate.data.shards import index_shards
 from acetate.data.writer import ShardWriter, encode_clip
+from data_prep.folders import DECISIONS
 from data_prep.inspect import inspect, picture
+from data_prep.journal import write_lines
 from data_prep.report import COLOURS, Bucket, Entry, Picture, Report, bars, render, size_text
 from tests.compose import called
 from tests.paths import ROOT
@@ -41,9 +43,15 @@ def source(tmp_path_factory):
                 key, encode_clip(ramp(*shape), 12), split="val" if key == "tall" else "train",
                 prompt=HOSTILE if key == "wide" else f"glass {key}", source="here",
                 licence="MIT" if key == "still" else "CC0-1.0", lossy=False,
-                premultiplied_source=False,
+                premultiplied_source=False, done={"still": "<kept> one"} if key == "wide" else None,
             )  # fmt: skip
-        writer.skipped["lost"] = "was <never> there"
+        writer.skipped |= {"lost": "was <never> there", "gone": "was <never> there"}
+    line = {
+        "pieces": ["wide"],
+        "notes": ["turned", "cut"],
+        "decisions": {"reasons": {"colour": "straight: sure"}},
+    }
+    write_lines(out / DECISIONS, [line, {"refused": "empty"}])
     ref = {ref.key: ref for ref in index_shards([out])}["broken"]
     with open(ref.tar, "r+b") as file:
         file.seek(ref.media[0] + 40)
@@ -71,7 +79,7 @@ def test_report(source):
         (5, 24, 40): Bucket(windows=1, clips=1, enlarged=1, most_enlarged=1.5, looped=0, held=0),
     }
     assert report.buckets[5, 32, 32].said == "1 enlarged, up to 1.6 times a side; 1 stills, held"
-    assert report.skipped.keys() == {"lost", "broken"} and "CRC" in report.skipped["broken"]
+    assert report.skipped.keys() == {"lost", "gone", "broken"} and "CRC" in report.skipped["broken"]
     wide = next(entry for entry in report.entries if entry.key == "wide")
     assert (wide.fps, wide.licence, wide.split, wide.prompt) == (12, "CC0-1.0", "train", HOSTILE)
     assert wide.picture is not None and wide.picture.frames == 4
@@ -122,6 +130,18 @@ def test_page_needs_nothing_else(page):
     assert not [attrs for _, attrs in tags if {"src", "href", "srcset"} & attrs.keys()]
     assert set(re.findall(r"url\(([^)]{0,12})", text)) == {"data:image/w", "#alpha"}
     assert "http" not in text and "slot:" not in text
+
+
+def test_page_says_what_was_decided_and_refused(source, page):
+    report = inspect(shards=[source], **SETTINGS)
+    assert {entry.key: entry.decided for entry in report.entries} == {
+        "wide": {"colour": "straight: sure", "read": "turned; cut", "still": "<kept> one"},
+        "tall": {},
+        "still": {},
+    }
+    text = page.read_text(encoding="utf-8")
+    assert "<dt>read</dt><dd>turned; cut</dd><dt>still</dt><dd>&lt;kept&gt; one</dd>" in text
+    assert "<summary><b>2</b> was &lt;never&gt; there</summary>" in text
 
 
 def test_numbers_in_words():

@@ -200,6 +200,21 @@ def test_bad_clips_are_skipped_within_the_budget(source, tmp_path):
     assert "fewer than the manifest says; ingest the folder again" in manifest["skipped"]["film2"]
 
 
+def test_what_ingest_refused_is_in_the_manifest(source, tmp_path, capsys):
+    """And that no clip validates is said."""
+    for path in [*source.glob("film*"), *source.glob("still[1-9]*")]:
+        path.unlink()
+    (source / "broken.webm").write_bytes(b"no film")
+    ingest(source=source, out=tmp_path / "found.jsonl", bad_clip_budget=1)
+    made = make(source, tmp_path / "a")
+    assert "broken.webm: cannot be decoded" in made["skipped"]["broken"]
+    program.print_summary(tmp_path / "a", made)
+    assert "none validates, although val_fraction=0.2" in capsys.readouterr().out
+    report = tmp_path / "found.report.json"
+    report.write_text(json.dumps({**json.loads(report.read_text()), "clips": 7}))  # another run's
+    assert not make(source, tmp_path / "b")["skipped"]
+
+
 def test_manifest_errors(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"acetate prep ingest"):
         read_lines(tmp_path / "none.jsonl")

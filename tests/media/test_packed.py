@@ -1,9 +1,12 @@
+import json
+import struct
+
 import numpy as np
 import pytest
 from PIL import Image
 
-from acetate.media.packed import SURE, find_packing
-from acetate.video_io import measure_packing, read_packed
+from acetate.media.packed import SURE, find_packing, stated_packing
+from acetate.video_io import MediaError, measure_packing, read_packed
 from tests.media.films import drawn, write
 
 SIDE = 160
@@ -111,3 +114,51 @@ def test_ordinary_videos_are_not_packed(kind):
 
 def test_nothing_to_see():
     assert find_packing([np.full((64, 128, 3), 20, np.uint8)] * 3) is None
+
+
+LAYOUT = {"videoW": 48, "videoH": 32, "rgbFrame": [0, 0, 32, 32], "aFrame": [32, 0, 16, 16]}
+
+
+def box(kind, content):
+    return struct.pack(">I4s", 8 + len(content), kind) + content
+
+
+def test_layout_of_vap(tmp_path):
+    """In the file's own box, which counts first, or beside it."""
+    film, beside = tmp_path / "a.mp4", tmp_path / "vapc.json"
+    wide = struct.pack(">I4sQ", 1, b"mdat", 20) + b"1234"  # a 64-bit length
+    film.write_bytes(box(b"ftyp", b"isom") + wide)
+    assert stated_packing(film, (48, 32)) is None
+    beside.write_text(json.dumps({"info": LAYOUT}), encoding="utf-8-sig")
+    assert stated_packing(film, (48, 32)) == ((0, 0, 32, 32), (32, 0, 16, 16))
+    assert stated_packing(film, (64, 32)) is None  # of another film
+    mine = json.dumps({"info": {**LAYOUT, "aFrame": [32, 16, 16, 16]}}).encode()
+    film.write_bytes(box(b"ftyp", b"isom") + wide + box(b"vapc", mine))
+    assert stated_packing(film, (48, 32)) == ((0, 0, 32, 32), (32, 16, 16, 16))
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (
+            {"info": {**LAYOUT, "aFrame": [40, 0, 16, 16]}},
+            r"aFrame=\[40, 0, 16, 16\] is not inside",
+        ),
+        ({"info": {**LAYOUT, "rgbFrame": [0, 0, "1", 1]}}, "rgbFrame=.*; x, y, width, height"),
+        ({"info": {**LAYOUT, "videoW": 50}}, "is for 50x32 .* the picture is 48x32"),
+        ({"info": {**LAYOUT, "aFrame": [0, 0, 10**30, 1]}}, "is not inside"),
+        ([], "has no entry info"),
+        ("[" * 5000, "cannot be decoded"),
+    ],
+)
+def test_layouts_that_cannot_be_used(tmp_path, content, reason):
+    text = content if isinstance(content, str) else json.dumps(content)
+    (tmp_path / "a.mp4").write_bytes(box(b"vapc", text.encode()))
+    with pytest.raises(MediaError, match=reason):
+        stated_packing(tmp_path / "a.mp4", (48, 32))
+
+
+def test_boxes_that_lie_about_their_length_end(tmp_path):
+    for head in (b"\0\0\0\1vapc" + b"\0" * 8, b"\0\0\0\4free", b"\xff" * 40, b"\0\0\0\0mdat"):
+        (tmp_path / "a.mp4").write_bytes(head)
+        assert stated_packing(tmp_path / "a.mp4", (48, 32)) is None

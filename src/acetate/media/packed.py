@@ -6,15 +6,17 @@ picture. So the picture's edges, correlated with themselves, peak at the distanc
 is alpha shows in its greyness.
 """
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 
-from acetate.media.clip import Frames, Rect
+from acetate.media.clip import Frames, MediaError, Rect, decoding
 
 SCALES = (1.0, 0.5)  # of alpha against colour
 SEARCH_SIDE = 768  # the peak is looked for in pictures no larger than this, and then refined
@@ -25,6 +27,9 @@ NOISE = 24  # of 255: what codecs add to grey and to black
 GREY = 0.97, 0.995
 AREA = 0.4, 0.55  # shares of the picture that colour and alpha fill together
 SURE = 0.6  # a packing below this confidence is not used
+
+VAPC = "vapc.json"  # beside a video, what its vapc box says
+LONGEST_BOX = 2**20  # bytes of a layout
 
 Edges = NDArray[np.complex64]
 
@@ -45,6 +50,72 @@ class Shift(NamedTuple):
     scale: float
     right: int
     down: int
+
+
+def stated_packing(path: Path, size: tuple[int, int]) -> tuple[Rect, Rect] | None:
+    """Colour and alpha as Tencent's VAP states them: in the MP4's own `vapc` box, or in vapc.json
+    or NAME.json beside it where that is for a picture of this size, width and height.
+
+    None if neither is there. MediaError for a layout that cannot be used.
+    """
+    with decoding(path):
+        box = _vapc_box(path)
+        if box is not None:
+            return _stated(f"{path}: its vapc box", box, size)
+    for beside in (path.with_suffix(".json"), path.with_name(VAPC)):
+        if beside.is_file() and beside.stat().st_size <= LONGEST_BOX:
+            with decoding(beside):
+                text = beside.read_bytes().decode("utf-8-sig")
+                content = json.loads(text) if '"aFrame"' in text else None
+                info = content.get("info") if isinstance(content, dict) else None
+                fits = isinstance(info, dict) and size == (info.get("videoW"), info.get("videoH"))
+                if fits or (info is not None and beside.name != VAPC):
+                    return _stated(str(beside), content, size)
+    return None
+
+
+def _vapc_box(path: Path) -> Any:
+    """Content of the box of that name at the top of an MP4; None without one."""
+    with open(path, "rb") as file:
+        end = file.seek(0, 2)
+        place = 0
+        while place + 8 <= end:
+            file.seek(place)
+            head = file.read(16)
+            length, start = int.from_bytes(head[:4], "big"), 8
+            if length == 1:
+                length, start = int.from_bytes(head[8:16], "big"), 16
+            length = length or end - place
+            if head[4:8] == b"vapc" and start < length <= LONGEST_BOX:
+                file.seek(place + start)
+                return json.loads(file.read(length - start))
+            if length < start:
+                return None
+            place += length
+    return None
+
+
+def _stated(where: str, content: Any, size: tuple[int, int]) -> tuple[Rect, Rect]:
+    """rgbFrame and aFrame of VAP's JSON; they lie inside of the picture that it states."""
+    info = content.get("info") if isinstance(content, dict) else None
+    if not isinstance(info, dict):
+        raise MediaError(f"{where} has no entry info; VAP's layout has one")
+    stated = info.get("videoW"), info.get("videoH")
+    if stated != size:
+        raise MediaError(
+            f"{where} is for {stated[0]}x{stated[1]} (videoW, videoH), the picture is "
+            f"{size[0]}x{size[1]}; give the rectangles in a .json or a table"
+        )
+    rects = []
+    for name in ("rgbFrame", "aFrame"):
+        rect = info.get(name)
+        whole = isinstance(rect, list) and len(rect) == 4 and all(type(n) is int for n in rect)
+        if not whole or min(rect[:2]) < 0 or min(rect[2:]) < 1:
+            raise MediaError(f"{where}: {name}={rect}; x, y, width, height in pixels")
+        if rect[0] + rect[2] > size[0] or rect[1] + rect[3] > size[1]:
+            raise MediaError(f"{where}: {name}={rect} is not inside {size[0]}x{size[1]}")
+        rects.append((rect[0], rect[1], rect[2], rect[3]))
+    return rects[0], rects[1]
 
 
 def find_packing(pictures: list[Frames]) -> Packing | None:

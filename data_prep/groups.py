@@ -1,0 +1,182 @@
+"""Which clips come from one source, so that they never stand on both sides of the split."""
+
+import hashlib
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from acetate.media.sequences import is_sequence, sequence_files
+from data_prep.candidates import FORM, MATTES, PAIR_COLOUR, WHOLE_COLOUR, Candidate
+from data_prep.examine import Found
+from data_prep.sequences import PREVIEW
+from data_prep.tables import column
+from data_prep.tree import printable
+
+# what a name ends in that is one part or copy of a thing; and numbers that stand alone in it
+PART = re.compile(
+    r"(?:^|[\W_])(?:part|pt|cut|shot|scene|take|seg|segment|piece|copy|kopie|copie|v)?[\W_]*$"
+    r"|^copy of ",
+    re.IGNORECASE,
+)
+PIECE = re.compile(r"(?:^|[\W_])(part|pt|cut|shot|scene|take|seg|segment|piece)[\W_]*\d", re.I)
+NUMBER = re.compile(r"(?<![^\W\d_])\d+|\d+(?![^\W\d_])")
+# names that say nothing of what is shown
+BARE = re.compile(
+    r"(?:^|[\W_])(image|img|dsc|dscn|pic|picture|photo|sample|frame|still|render|output|out|file"
+    r"|video|vid|movie|mov|clip|film|untitled|item|comfyui|screenshot)$",
+    re.IGNORECASE,
+)
+FORMS = PAIR_COLOUR + WHOLE_COLOUR + MATTES
+MOST_TOLD = 3  # groups that a report tells of by name
+
+
+def grouped(
+    source: Path, clips: Sequence[tuple[Candidate, Found]]
+) -> tuple[list[Found], list[str]]:
+    """The clips with their groups, and what a person should know of those.
+
+    One group: what a table says; what was cut from one film; forms, parts, previews and copies of
+    one thing, by their names; stills of one folder that count up; files of equal content. A name
+    that a table gives a group says nothing more.
+    """
+    same, counted, contents = _Sets(), set(_counting_up(clips)), _contents(clips)
+    sequences = {
+        file if file.is_dir() else file.parent
+        for candidate, _ in clips
+        for file in candidate.files
+        if is_sequence(file)
+    }
+    for i, (candidate, clip) in enumerate(clips):
+        for mark in (
+            ("named", _label(source, candidate)),
+            *_marks(candidate, clip.key in counted, sequences),
+            *contents.get(clip.key, ()),
+        ):
+            same.join(i, mark)
+    labels, said = dict[object, str](), dict[object, str]()
+    for i, (candidate, _) in enumerate(clips):
+        root = same.root(i)
+        labels.setdefault(root, _label(source, candidate))
+        if name := column(candidate.row, "group"):
+            said[root] = min(name, said.get(root, name))
+    found = [
+        replace(clip, group=(labels | said)[same.root(i)]) for i, (_, clip) in enumerate(clips)
+    ]
+    return found, _told(found, counted)
+
+
+def _label(source: Path, candidate: Candidate) -> str:
+    """What a table says, the film that it was cut from, or the clip's name; with its folder where
+    the name tells nothing."""
+    if said := column(candidate.row, "group"):
+        return printable(said)
+    if "path" in candidate.origin:
+        return printable(f"{candidate.origin.get('source', '')}/{candidate.origin['path']}")
+    name, folder = candidate.name, candidate.path.parent
+    if _thing(name):
+        return printable(name)
+    inside = folder.relative_to(source) if folder.is_relative_to(source) else folder
+    return printable("/".join([*(p for p in inside.parts if p.lower() not in FORMS), name]))
+
+
+def _marks(candidate: Candidate, counted: bool, sequences: set[Path]) -> Iterator[tuple[str, ...]]:
+    """What a clip shares with others of its source, beside its group's name."""
+    if "path" in candidate.origin:
+        yield "named", printable(candidate.name)
+    if column(candidate.row, "group"):
+        return
+    folder, name = str(candidate.path.parent), candidate.name
+    thing, bare = _thing(name), _bare(name)
+    if thing or bare == name or PIECE.search(name):
+        yield "thing", folder, bare.casefold()
+    if counted or (not thing and PREVIEW.search(name)):
+        yield "numbered", folder
+    for file in candidate.files:
+        inside = file if file.is_dir() else file.parent
+        if inside in sequences:
+            yield "numbered", str(inside)
+
+
+def _bare(name: str) -> str:
+    """The name without forms, previews, parts and numbers."""
+    before = None
+    while name != before:
+        before = name
+        for ending in (FORM, PREVIEW, PART, NUMBER):
+            name = ending.sub("", name)
+    return name
+
+
+def _thing(name: str) -> str:
+    """What the name tells of what is shown; "" if nothing."""
+    bare = _bare(name)
+    telling = re.search(r"[^\W\d_]{2}", bare) and not BARE.search(bare)
+    return bare if telling and bare.lower() not in FORMS else ""
+
+
+def _counting_up(clips: Sequence[tuple[Candidate, Found]]) -> Iterator[str]:
+    """Keys of stills, and of stills with mattes, that are numbered in one folder under a name that
+    tells nothing; where most have a size of their own, they show different things."""
+    folders: dict[Path, list[Found]] = {}
+    for candidate, clip in clips:
+        name, bare = candidate.name, _bare(candidate.name)
+        number = name != bare and (BARE.search(bare) or re.fullmatch(r"[^\W\d_]{0,2}", bare))
+        if clip.frames == 1 and number and not column(candidate.row, "group"):
+            folders.setdefault(candidate.path.parent, []).append(clip)
+    for stills in folders.values():
+        sizes = {(clip.width, clip.height) for clip in stills}
+        if len(stills) > 1 and 2 * len(sizes) <= len(stills) + 1:
+            yield from (clip.key for clip in stills)
+
+
+def _contents(clips: Sequence[tuple[Candidate, Found]]) -> dict[str, list[tuple[str, ...]]]:
+    """Key -> digest, of clips whose files have the sizes of another's, in bytes."""
+    alike: dict[tuple[int, ...], list[tuple[str, list[Path]]]] = {}
+    for _, clip in clips:
+        first = Path(clip.files[0])
+        files = sequence_files(first) if is_sequence(first) else [first]
+        sizes = tuple(path.stat().st_size for path in files if path.exists())
+        alike.setdefault(sizes, []).append((clip.key, files))
+    digests = {}
+    for some in alike.values():
+        for key, files in some if len(some) > 1 else []:
+            digest = hashlib.sha256()
+            for path in files:
+                with open(path, "rb") as file:
+                    digest.update(hashlib.file_digest(file, "sha256").digest())
+            digests[key] = [("content", digest.hexdigest())]
+    return digests
+
+
+def _told(clips: Sequence[Found], counted: set[str]) -> list[str]:
+    counts = Counter(clip.group for clip in clips)
+    stills = Counter(clip.group for clip in clips if clip.key in counted)
+    notes = [
+        f"{number} numbered stills are one group, {group}, and stay on one side of the split; a "
+        "column group of a table divides them"
+        for group, number in stills.most_common(MOST_TOLD)
+    ]
+    if len(counts) == 1 < len(clips):
+        notes.append(
+            f"all {len(clips)} clips are of one group, so that none of them can validate; a column "
+            "group of a table divides them"
+        )
+    return notes
+
+
+class _Sets:
+    """Clips and what they share, joined: a union of sets by their roots."""
+
+    def __init__(self) -> None:
+        self.above: dict[object, object] = {}
+
+    def root(self, one: object) -> object:
+        while (above := self.above.get(one, one)) != one:
+            self.above[one] = self.above.get(above, above)
+            one = above
+        return one
+
+    def join(self, one: object, other: object) -> None:
+        self.above[self.root(one)] = self.root(other)
