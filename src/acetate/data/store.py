@@ -85,8 +85,9 @@ class Remote:
 
         return self._persist(once, url)
 
-    def read_member(self, tar: "RemoteTar", name: str) -> bytes:
-        """Of a tar, which is fetched if the cache lacks it; OSError if it cannot be."""
+    def read_member(self, tar: "RemoteTar", name: str, most: int) -> bytes:
+        """Of a tar, which is fetched if the cache lacks it; OSError if it cannot be, ValueError for
+        more than `most` bytes."""
         with self.open(tar) as file:
             if tar.sha256 not in self.members:
                 self.members[tar.sha256] = dict(find_members(file, tar.size))
@@ -94,7 +95,7 @@ class Remote:
                     del self.members[next(iter(self.members))]
             if name not in self.members[tar.sha256]:
                 raise FetchError(f"{name} is not in {tar}")
-            return read_at(file, self.members[tar.sha256][name])
+            return read_at(file, self.members[tar.sha256][name], most)
 
     def open(self, tar: "RemoteTar") -> BinaryIO:
         """A whole tar; as long as it is open, it can be read even if it has left the cache."""
@@ -331,8 +332,8 @@ class RemoteTar:
     def __str__(self) -> str:
         return f"{self.parent}/{self.name}"
 
-    def read(self, member: str) -> bytes:
-        return self.parent.remote.read_member(self, member)
+    def read(self, member: str, most: int) -> bytes:
+        return self.parent.remote.read_member(self, member, most)
 
 
 Folder = Path | RemoteFolder
@@ -379,7 +380,10 @@ def find_members(file: BinaryIO, size: int) -> Iterator[tuple[str, Span]]:
                 yield member.name, (member.offset_data, member.size)
 
 
-def read_at(file: BinaryIO, span: Span) -> bytes:
+def read_at(file: BinaryIO, span: Span, most: int) -> bytes:
+    """ValueError for more than `most` bytes."""
     offset, size = span
+    if size > most:
+        raise ValueError(f"{size} bytes; at most {most} belong there")
     file.seek(offset)
     return file.read(size)
