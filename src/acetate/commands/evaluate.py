@@ -13,6 +13,7 @@ from typing import Any
 
 import lightning
 from hydra.utils import instantiate
+from lightning import LightningDataModule, LightningModule, Trainer
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
@@ -23,6 +24,7 @@ from acetate.commands.recorded import (
     recorded_config,
 )
 from acetate.commands.runs import LAST, RECORD, checkpoint_to_resume
+from acetate.data.datamodule import ShardDataModule
 from acetate.formats.checkpoints import read_trained
 from acetate.models.loading import load_vae
 from acetate.replacing import standing, write_json
@@ -133,7 +135,7 @@ def measure(config: DictConfig, checkpoint: str | None) -> dict[str, dict[str, f
         base = PlainVAETask(vae=load_vae(config.wan.vae), lpips=config.task.lpips)
         # nothing of the base is sharded
         plain = instantiate(config.trainer, strategy="auto", **quiet)
-        rows["base VAE, plain RGB"] = plain.validate(base, data, verbose=False)[0]
+        rows["base VAE, plain RGB"] = _figures(plain, base, data)
         untrained, trained = "RGBA-VAE, step 0", "RGBA-VAE"
     elif isinstance(task, DoRATask):
         untrained, trained = "base DiT, without DoRA", "DoRA"
@@ -142,17 +144,25 @@ def measure(config: DictConfig, checkpoint: str | None) -> dict[str, dict[str, f
             f"experiment={config.name} trains a base, which evaluate does not measure: its figures "
             "are in the run's metrics.csv. Give a run of experiment=vae_rgba or dit_dora."
         )
-    rows[untrained] = trainer.validate(task, data, verbose=False)[0]
+    rows[untrained] = _figures(trainer, task, data)
     if checkpoint is not None:
-        found = trainer.validate(
-            task, data, ckpt_path=checkpoint, verbose=False, weights_only=True
-        )[0]
+        found = _figures(trainer, task, data, ckpt_path=checkpoint, weights_only=True)
         averaged = ", average" if average and average.average else ""
         rows[f"{trained}, {Path(checkpoint).name}{averaged}"] = found
     return {
         row: {name.removeprefix("val/"): value for name, value in values.items()}
         for row, values in rows.items()
     }
+
+
+def _figures(
+    trainer: Trainer, task: LightningModule, data: LightningDataModule, **of: Any
+) -> dict[str, float]:
+    """Of one validation; BadDataError where no clip could be read."""
+    found = trainer.validate(task, data, verbose=False, **of)[0]
+    if isinstance(data, ShardDataModule):
+        data.check_read("validate")
+    return dict(found)
 
 
 def main(config: DictConfig) -> None:
