@@ -21,6 +21,8 @@ from uuid import uuid4
 import fsspec
 from filelock import FileLock
 
+from acetate.data.origins import in_one_stream
+
 FORGET = 300.0  # seconds in which a process does not ask again for a tar that it could not get
 STALE = 600.0  # seconds for which a download waits for room, others of which may end
 POLL = 0.1  # seconds
@@ -46,7 +48,7 @@ class Remote:
     tried again `retries` times, after about `backoff` seconds, then twice as long each time; a file
     that does not exist is not. A tar that did not come is not asked for again for FORGET seconds,
     by any process of the run. storage_options: of fsspec's file systems; below the name of a
-    protocol, as {s3: {...}}, of that one alone.
+    protocol, as {s3: {...}}, or of an origin, as {https://HOST: {...}}, of that one alone.
     """
 
     def __init__(
@@ -183,9 +185,8 @@ class Remote:
         """TimeoutError once the file has not grown for `timeout` seconds, FetchError once it has
         more than `size` bytes."""
         # The instance is made here, since fsspec keeps one for every thread that asks.
-        protocol = url.split("://")[0]
-        options, arguments = in_one_stream(protocol, self.timeout)
-        files, path = fsspec.url_to_fs(url, **options | self._options(protocol))
+        options, arguments = in_one_stream(url, self.timeout)
+        files, path = fsspec.url_to_fs(url, **options | self._options(url))
         done: Future[None] = Future()
         given_up = threading.Event()
 
@@ -216,10 +217,18 @@ class Remote:
             raise
         done.result()
 
-    def _options(self, protocol: str) -> dict[str, Any]:
+    def _options(self, url: str) -> dict[str, Any]:
+        protocol, _, place = url.partition("://")
+        origin = f"{protocol}://{place.partition('/')[0].rpartition('@')[2]}"
         others = set(fsspec.available_protocols())
-        shared = {name: value for name, value in self.storage_options.items() if name not in others}
-        return shared | dict(self.storage_options.get(protocol) or {})
+        found = {
+            name: value
+            for name, value in self.storage_options.items()
+            if name not in others and "://" not in name
+        }
+        for name in (protocol, origin):
+            found |= self.storage_options.get(name) or {}
+        return found
 
     def _lock(self, name: str) -> FileLock:
         self.cache_dir.mkdir(parents=True, exist_ok=True)
@@ -290,25 +299,6 @@ def _left_behind(part: Path, written: float, timeout: float) -> bool:
         return False
     except OSError:
         return time.time() - written > STALE + timeout
-
-
-def in_one_stream(protocol: str, timeout: float) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Storage options, and arguments of get_file, that make fsspec write a file from its start to
-    its end, so that its size tells how far it is.
-
-    Left alone, s3fs and gcsfs fetch pieces at once into a file that has its whole length from the
-    start, and aiohttp ends whatever takes longer than five minutes.
-    """
-    if protocol in ("http", "https"):
-        from aiohttp import ClientTimeout
-
-        # Later than _download's own, which says more
-        return {
-            "timeout": ClientTimeout(total=None, sock_connect=2 * timeout, sock_read=2 * timeout)
-        }, {}
-    if protocol == "s3":
-        return {"max_concurrency": 1}, {}
-    return {}, {"concurrency": 1} if protocol == "gs" else {}
 
 
 @dataclass(frozen=True)
