@@ -27,6 +27,7 @@ from acetate.commands.runs import LAST, RECORD, checkpoint_to_resume
 from acetate.data.datamodule import ShardDataModule
 from acetate.formats.checkpoints import read_trained
 from acetate.models.loading import load_vae
+from acetate.redaction import redacted
 from acetate.replacing import standing, write_json
 from acetate.tasks.dit import DoRATask
 from acetate.tasks.vae import PlainVAETask, RGBAVAETask
@@ -85,7 +86,7 @@ def changed_data(config: DictConfig, run: Path) -> list[str]:
     if not (run / RECORD / "config.yaml").is_file():
         return []
     before, now = (
-        OmegaConf.to_container(part, resolve=True)
+        redacted(OmegaConf.to_container(part, resolve=True))
         for part in (recorded_config(run).data, config.data)
     )
     assert isinstance(before, dict) and isinstance(now, dict)
@@ -111,7 +112,8 @@ def file_for(
     parts = []
     if checkpoint is not None and Path(checkpoint).stem.removeprefix(".old-") != "last":
         parts.append(Path(checkpoint).stem)
-    data = config.data.get("shards", config.data.get("latents"))
+    held = redacted(OmegaConf.to_container(config.data, resolve=True))
+    data = held.get("shards", held.get("latents"))
     for text in changed:
         name = text.partition("=")[0].removeprefix("data.")
         value = data if name in ("shards", "latents") else f"{name}-{config.data[name]}"

@@ -19,6 +19,7 @@ from acetate.data.order import ClipOrder, MixedOrder, Order
 from acetate.data.shards import ShardError, TarRef, first_reasons
 from acetate.data.store import Remote, RemoteTar, listed, open_folder
 from acetate.lightning_seams import batches_done, replaces_samplers
+from acetate.redaction import redacted
 
 log = logging.getLogger(__name__)
 
@@ -53,8 +54,8 @@ def weights_of(folders: Mapping[str, Any]) -> list[float]:
     for folder, weight in folders.items():
         if not isinstance(weight, int | float):
             raise ValueError(
-                f"{folder}: weight {weight!r} is no number. On a command line, a colon in a URL "
-                "needs a backslash: "
+                f"{redacted(folder)}: weight {weight!r} is no number. On a command line, a colon "
+                "in a URL needs a backslash: "
                 r"data.shards='{data/mine: 1, s3\://bucket/clips: 3}'"
             )
     weights = [float(weight) for weight in folders.values()]

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, wait
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing.util import Finalize
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
@@ -22,6 +22,7 @@ import fsspec
 from filelock import FileLock
 
 from acetate.data.origins import in_one_stream
+from acetate.redaction import redacted, scrubbed, secrets_of
 
 FORGET = 300.0  # seconds in which a process does not ask again for a tar that it could not get
 STALE = 600.0  # seconds for which a download waits for room, others of which may end
@@ -70,6 +71,7 @@ class Remote:
         self.cache_dir, self.max_bytes = Path(cache_dir), int(cache_gb * 2**30)
         self.retries, self.backoff, self.timeout = retries, backoff, timeout
         self.storage_options = dict(storage_options or {})
+        self.secrets = [*secrets_of({"storage_options": self.storage_options})]
         self.members: dict[str, dict[str, Span]] = {}  # of the tars read last
         self.made = time.time()
 
@@ -148,7 +150,7 @@ class Remote:
 
     def _fetch(self, tar: "RemoteTar") -> BinaryIO:
         with self._part(tar.size) as part:
-            self._download(str(tar), part, tar.size)
+            self._download(tar.url, part, tar.size)
             found = part.stat().st_size
             if found != tar.size:
                 raise FetchError(f"{found} bytes came, the manifest says {tar.size}")
@@ -173,13 +175,12 @@ class Remote:
                 )
             try:
                 return once()
-            except FileNotFoundError as error:
-                raise FileNotFoundError(f"{what} does not exist") from error
+            except FileNotFoundError:
+                raise FileNotFoundError(f"{redacted(what)} does not exist") from None
             except Exception as error:  # every file system has its own
                 reason = f"{type(error).__name__}: {error}"
-        raise FetchError(
-            f"{what} could not be fetched in {self.retries + 1} tries; the last: {reason}"
-        )
+        said = f"{what} could not be fetched in {self.retries + 1} tries; the last: {reason}"
+        raise FetchError(scrubbed(said, self.secrets))
 
     def _download(self, url: str, part: Path, size: float = float("inf")) -> None:
         """TimeoutError once the file has not grown for `timeout` seconds, FetchError once it has
@@ -303,11 +304,16 @@ def _left_behind(part: Path, written: float, timeout: float) -> bool:
 
 @dataclass(frozen=True)
 class RemoteFolder:
-    url: str
+    url: str = field(repr=False)
     remote: Remote
 
     def __str__(self) -> str:
-        return self.url
+        return redacted(self.url)
+
+    def file(self, name: str) -> str:
+        """Its URL, with what the folder's is signed with."""
+        place, mark, query = self.url.partition("?" if self.url.startswith("http") else "\0")
+        return f"{place.rstrip('/')}/{name}{mark}{query}"
 
 
 @dataclass(frozen=True)
@@ -321,6 +327,10 @@ class RemoteTar:
 
     def __str__(self) -> str:
         return f"{self.parent}/{self.name}"
+
+    @property
+    def url(self) -> str:
+        return self.parent.file(self.name)
 
     def read(self, member: str, most: int) -> bytes:
         return self.parent.remote.read_member(self, member, most)
@@ -339,18 +349,19 @@ def open_folder(place: str | Path, remote: Remote | None) -> Folder:
     read."""
     if "://" not in str(place):
         return Path(place)
+    shown = redacted(str(place))
     if remote is None:
         raise ValueError(
-            f"{place}: shards behind a URL need `remote`, which says where their tars are cached"
+            f"{shown}: shards behind a URL need `remote`, which says where their tars are cached"
         )
     try:
         fsspec.get_filesystem_class(str(place).split("://")[0])
     except (ImportError, ValueError) as error:
         raise ValueError(
-            f"{place} cannot be read: {error}. In the clone: pip install -e '.[s3]' or '.[gcs]'."
+            f"{shown} cannot be read: {error}. In the clone: pip install -e '.[s3]' or '.[gcs]'."
         ) from error
     if not str(place).split("://")[1].strip("/"):
-        raise ValueError(f"{place} names no bucket or host; as in s3://bucket/clips")
+        raise ValueError(f"{shown} names no bucket or host; as in s3://bucket/clips")
     return RemoteFolder(str(place).rstrip("/"), remote)
 
 
@@ -358,7 +369,7 @@ def read_file(folder: Folder, name: str) -> bytes:
     """FileNotFoundError where there is none, another OSError if it cannot be read."""
     if isinstance(folder, Path):
         return (folder / name).read_bytes()
-    return folder.remote.read(f"{folder}/{name}")
+    return folder.remote.read(folder.file(name))
 
 
 def find_members(file: BinaryIO, size: int) -> Iterator[tuple[str, Span]]:
