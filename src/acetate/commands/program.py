@@ -28,7 +28,7 @@ from omegaconf.errors import OmegaConfBaseException
 import acetate
 import data_prep
 from acetate.cli import HELP, Program, conf
-from acetate.commands import as_on_gpu, inherited, runs
+from acetate.commands import as_on_gpu, inherited, launched, runs
 from acetate.commands.checks import check_settings, rule_of, settings_of
 from acetate.commands.recorded import name_of, quoted, run_to_continue, value_of, with_recorded
 from acetate.commands.rules import LITERAL, RULES
@@ -70,6 +70,10 @@ def start(program: Program, arguments: Overrides) -> Any:
             module = importlib.import_module(program.module)
             configure_log(HydraConfig.get().job_logging)  # Lightning, when imported, sets its own
             scrub_logs()
+            if launched("nodes") == 1 and "torch" in sys.modules:
+                from acetate.torchrun import stay_on_this_machine
+
+                stay_on_this_machine()
             return module.main(config)
         except Exception as error:
             _clear_up()
