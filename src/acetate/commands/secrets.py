@@ -70,6 +70,7 @@ def reveal(config: DictConfig) -> DictConfig:
     if shown == held:
         return config
     found = OmegaConf.create(shown)
+    assert isinstance(found, DictConfig)
     OmegaConf.set_struct(found, OmegaConf.is_struct(config))
     return found
 
