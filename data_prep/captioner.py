@@ -13,7 +13,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from acetate.alpha import checkerboard, over
 from acetate.data.transforms import to_float
-from acetate.models.hub import from_hub, is_hub_name
+from acetate.models.hub import from_hub, is_hub_name, refuse_code
 
 GREY = 0.0  # in [-1, 1]
 # of a repository
@@ -98,6 +98,7 @@ class Captioner:
         dtype: str,
         device: str,
     ):
+        refuse_code(Path(folder), "captioner")
         self.processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
         model = AutoModelForImageTextToText.from_pretrained(
             folder, dtype=getattr(torch, dtype), use_safetensors=True, trust_remote_code=False

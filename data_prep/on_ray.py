@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray._private import ray_constants
 
 import acetate
 from data_prep.executor import Answer, LocalWorker, NoPlace, SetupLost, WorkerLost, attempt, bind
@@ -148,8 +149,10 @@ def start_ray(workers: int, gpus: float) -> int:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is reported to anybody
         address = os.environ.get("RAY_ADDRESS")
         check_address(address or "")
-        size = {} if address else {"num_cpus": workers, "include_dashboard": False}
-        ray.init(address or "local", logging_level="warning", **size)
+        if address:
+            ray.init(address, logging_level="warning")
+        else:
+            init_alone(workers)
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     room = sum(
         min(int(node.get("CPU", 0)), int(node.get("GPU", 0) / gpus + 1e-6) if gpus else workers)
@@ -171,6 +174,24 @@ def start_ray(workers: int, gpus: float) -> int:
             room,
         )
     return min(workers, room)
+
+
+def init_alone(workers: int) -> None:
+    """Starts Ray for this machine alone: all of its processes listen on loopback.
+
+    Ray takes an address of the network in the place of 127.0.0.1, but where it knows no clusters.
+    """
+    knows, ray_constants.ENABLE_RAY_CLUSTER = ray_constants.ENABLE_RAY_CLUSTER, False
+    try:
+        ray.init(
+            "local",
+            logging_level="warning",
+            num_cpus=workers,
+            include_dashboard=False,
+            _node_ip_address="127.0.0.1",
+        )
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = knows
 
 
 def check_address(address: str) -> None:

@@ -23,6 +23,7 @@ LAYERS = (
         "replacing",
         "steps",
         "redaction",
+        "torchrun",
         "console",
         "clips",
         "settings",

@@ -16,7 +16,7 @@ from acetate.redaction import redacted
          {"prompt_tokens": 128, "api_key": None, "keys": ["***", ""]}),
         ("https://me:HUSH@host/a@b", "https://***@host/a@b"),
         ("https://HUSH@github.com/a", "https://***@github.com/a"),
-        ("s3://bucket/a?X-Amz-Signature=HUSH&part=1", "s3://bucket/a?X-Amz-Signature=***&part=1"),
+        ("s3://bucket/a?X-Amz-Signature=HUSH&part=1", "s3://bucket/a?X-Amz-Signature=***&part=***"),
         ("https://host/a?sig=HUSH#x", "https://host/a?sig=***#x"),
         (["train.py", "+data.remote.storage_options.s3.user=HUSH", "lr=1"],
          ["train.py", "+data.remote.storage_options.s3.user=***", "lr=1"]),

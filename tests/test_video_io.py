@@ -39,15 +39,14 @@ def write_luma(path, luma, color_range):
 def test_ffv1_keeps_every_bit(shape):
     frames = noise(*shape)
     data = encode_ffv1(frames, 24)
-    decoded, fps = decode_ffv1(data, "clip")
+    decoded, fps = decode_ffv1(data, "clip", shape[:3])
     assert np.array_equal(decoded, frames) and fps == 24
     assert encode_ffv1(frames, 24) == data  # no clock, no random identifier
 
 
 def test_ffv1_keeps_broadcast_rates():
-    assert decode_ffv1(encode_ffv1(noise(2, 8, 8, 4), 24000 / 1001), "clip")[1] == pytest.approx(
-        24000 / 1001
-    )
+    data = encode_ffv1(noise(2, 8, 8, 4), 24000 / 1001)
+    assert decode_ffv1(data, "clip", (2, 8, 8))[1] == pytest.approx(24000 / 1001)
 
 
 @pytest.mark.parametrize(
@@ -60,10 +59,10 @@ def test_ffv1_refuses_other_arrays(frames):
 
 def test_ffv1_errors_name_the_clip(tmp_path):
     with pytest.raises(MediaError, match="horse: cannot be decoded"):
-        decode_ffv1(b"not a film", "horse")
+        decode_ffv1(b"not a film", "horse", (2, 16, 16))
     opaque = write(tmp_path / "a.mkv", noise(2, 16, 16, 3), "ffv1", "bgr0")
     with pytest.raises(MediaError, match=r"horse: pixel format bgr0.*alpha"):
-        decode_ffv1(opaque.read_bytes(), "horse")
+        decode_ffv1(opaque.read_bytes(), "horse", (2, 16, 16))
 
 
 @pytest.mark.parametrize("name", ["a.png", "a.webp"])

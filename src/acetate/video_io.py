@@ -46,6 +46,13 @@ from acetate.media.videos import (
     open_video,
 )
 
+# Of a clip in a shard: no other demuxer, decoder, file or host
+FFV1_ALONE = {
+    "format_whitelist": "matroska,webm",
+    "codec_whitelist": "ffv1",
+    "protocol_whitelist": "none",
+}
+SPARE = 64  # pixels of a side by which FFmpeg's buffers may be larger than the picture
 PACKING_PICTURES = 6  # of a video, spread over its length, that its rectangles are measured on
 
 
@@ -198,20 +205,47 @@ def encode_ffv1(frames: Iterable[Frames], fps: float) -> bytes:
     return buffer.getvalue()
 
 
-def decode_ffv1(data: bytes, name: str) -> tuple[Frames, float]:
-    """Inverse of `encode_ffv1`: frames (T, H, W, 4) and fps. MediaError (it names `name`) without
-    alpha."""
-    frames = []
-    with decoding(name), av.open(io.BytesIO(data), "r") as container:
-        stream = container.streams.video[0]
-        fps = float(stream.average_rate or stream.guessed_rate or 0)
+def decode_ffv1(data: bytes, name: str, shape: tuple[int, int, int]) -> tuple[Frames, float]:
+    """Inverse of `encode_ffv1`: frames (T, H, W, 4) and fps.
+
+    shape: the frames, height and width that were promised; decoding stops where there are more.
+    Raises MediaError, which names `name`, for another shape, for what has no alpha, and for
+    anything but Matroska with one stream of FFV1.
+    """
+    count, height, width = shape
+    limit = {"max_pixels": str((height + SPARE) * (width + SPARE))}
+    with (
+        decoding(name),
+        av.open(io.BytesIO(data), "r", format="matroska", options=FFV1_ALONE | limit) as container,
+    ):
+        stream = _only_ffv1(name, container)
+        found = (stream.codec_context.height, stream.codec_context.width)
+        if found != (height, width):
+            # FFmpeg knows no size beyond the limit
+            size = "x".join(map(str, found)) if all(found) else "larger"
+            raise MediaError(f"{name}: pictures are {size}, promised are {height}x{width}")
+        stream.codec_context.options = limit
+        fps, seen = float(stream.average_rate or stream.guessed_rate or 0), 0
+        frames = np.empty((count, height, width, 4), np.uint8)
         for frame in container.decode(stream):
             if frame.format.name != "bgra":
                 raise MediaError(
                     f"{name}: pixel format {frame.format.name}; a clip has alpha, FFV1 in bgra"
                 )
-            frames.append(frame.to_ndarray(format="rgba"))
-    return joined(name, frames, len(frames)), fps
+            if seen == count:
+                raise MediaError(f"{name}: more than the promised {count} frames")
+            frames[seen] = frame.to_ndarray(format="rgba")
+            seen += 1
+    if seen != count:
+        raise MediaError(f"{name}: {seen} frames, promised are {count}")
+    return frames, fps
+
+
+def _only_ffv1(name: str, container: av.container.InputContainer) -> av.VideoStream:
+    kinds = [getattr(stream.codec_context, "name", stream.type) for stream in container.streams]
+    if kinds != ["ffv1"]:
+        raise MediaError(f"{name}: holds {', '.join(kinds) or 'no stream'}; a clip is one of FFV1")
+    return container.streams.video[0]
 
 
 def write_video(path: Path, frames: Frames, fps: float) -> None:

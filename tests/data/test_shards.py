@@ -100,7 +100,7 @@ def test_webdataset_reads_the_tars(tmp_path):
         sample["__key__"]: sample for sample in webdataset.WebDataset(tars, shardshuffle=False)
     }
     assert set(samples) == set(CLIPS)
-    assert np.array_equal(decode_ffv1(samples["a"]["rgba.mkv"], "a")[0], CLIPS["a"])
+    assert np.array_equal(decode_ffv1(samples["a"]["rgba.mkv"], "a", (5, 12, 16))[0], CLIPS["a"])
     assert samples["b"]["rgba.png"].startswith(b"\x89PNG")
     assert json.loads(samples["b"]["json"]) == {
         "prompt": "prompt of b: ä", "fps": 0.0, "frames": 1, "width": 7, "height": 9,
@@ -289,7 +289,7 @@ def test_flipped_bit_is_noticed(tmp_path):
 def test_clip_that_is_not_what_the_manifest_says(tmp_path):
     write(tmp_path)
     ref = index_shards([tmp_path])[0]
-    with pytest.raises(BadClip, match=r"is 5x12x16 .*, the manifest says 6x12x16"):
+    with pytest.raises(BadClip, match="5 frames, promised are 6"):
         read_clip(replace(ref, frames=6))
 
 

@@ -316,7 +316,9 @@ def test_slow_is_not_lost(server, tmp_path):
     server.faults["clips-000001.tar"] = ["slow"]
     assert not reported(read_all(open_folder(server.url, quick(tmp_path, timeout=2.0))))
     assert server.asked.count("clips-000001.tar") == 1
-    assert store.in_one_stream("https", 1.0)[0]["timeout"].total is None  # aiohttp's ends at 300 s
+    assert (
+        store.in_one_stream("https://host", 1.0)[0]["timeout"].total is None
+    )  # aiohttp's ends at 300 s
 
 
 def test_more_than_was_promised_is_broken_off(server, tmp_path):
@@ -365,10 +367,10 @@ def test_options_of_one_protocol(tmp_path):
         tmp_path,
         storage_options={"anon": True, "s3": {"key": "k"}, "http": {"headers": {"a": "b"}}},
     )
-    assert remote._options("s3") == {"anon": True, "key": "k"} and remote._options("gs") == {
-        "anon": True
-    }
-    assert remote._options("http") == {"anon": True, "headers": {"a": "b"}}
+    assert remote._options("s3://b") == {"anon": True, "key": "k"} and remote._options(
+        "gs://b"
+    ) == {"anon": True}
+    assert remote._options("http://host/a") == {"anon": True, "headers": {"a": "b"}}
 
 
 def test_workers_share_the_cache(server, tmp_path):

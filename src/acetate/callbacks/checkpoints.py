@@ -55,7 +55,11 @@ class StepCheckpoint(SteeredCheckpoint):
                 left.unlink() if left.is_file() else shutil.rmtree(left)
 
     def save(self, trainer: Trainer) -> None:
-        """Now, unless this step is saved."""
+        """Now, unless this step is saved. Raises what the data module does where the run has read
+        no clip."""
+        check = getattr(trainer.datamodule, "check_read", None)  # pyright: ignore
+        if check is not None:
+            check("train")
         log_step(trainer)  # a checkpoint knows the rows of all steps that it has seen
         if not self.may_save(trainer):
             return

@@ -86,7 +86,7 @@ OmegaConf.register_new_resolver("record_folder", runs.record_folder, replace=Tru
 OmegaConf.register_new_resolver("run_id", runs.run_id, replace=True)
 
 
-def _launched(what: str) -> str | int:
+def launched(what: str) -> str | int:
     """`devices` or `nodes` of the processes that torchrun or srun started; else all devices of one
     machine."""
     env = os.environ
@@ -99,7 +99,7 @@ def _launched(what: str) -> str | int:
 
 
 # ${launched:devices}, ${launched:nodes}: what Lightning must be told of a launcher's processes
-OmegaConf.register_new_resolver("launched", _launched, replace=True)
+OmegaConf.register_new_resolver("launched", launched, replace=True)
 
 
 def device_of(config: DictConfig) -> str:

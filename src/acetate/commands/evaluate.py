@@ -13,6 +13,7 @@ from typing import Any
 
 import lightning
 from hydra.utils import instantiate
+from lightning import LightningDataModule, LightningModule, Trainer
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
@@ -23,8 +24,10 @@ from acetate.commands.recorded import (
     recorded_config,
 )
 from acetate.commands.runs import LAST, RECORD, checkpoint_to_resume
+from acetate.data.datamodule import ShardDataModule
 from acetate.formats.checkpoints import read_trained
 from acetate.models.loading import load_vae
+from acetate.redaction import redacted
 from acetate.replacing import standing, write_json
 from acetate.tasks.dit import DoRATask
 from acetate.tasks.vae import PlainVAETask, RGBAVAETask
@@ -83,7 +86,7 @@ def changed_data(config: DictConfig, run: Path) -> list[str]:
     if not (run / RECORD / "config.yaml").is_file():
         return []
     before, now = (
-        OmegaConf.to_container(part, resolve=True)
+        redacted(OmegaConf.to_container(part, resolve=True))
         for part in (recorded_config(run).data, config.data)
     )
     assert isinstance(before, dict) and isinstance(now, dict)
@@ -109,7 +112,8 @@ def file_for(
     parts = []
     if checkpoint is not None and Path(checkpoint).stem.removeprefix(".old-") != "last":
         parts.append(Path(checkpoint).stem)
-    data = config.data.get("shards", config.data.get("latents"))
+    held = redacted(OmegaConf.to_container(config.data, resolve=True))
+    data = held.get("shards", held.get("latents"))
     for text in changed:
         name = text.partition("=")[0].removeprefix("data.")
         value = data if name in ("shards", "latents") else f"{name}-{config.data[name]}"
@@ -133,7 +137,7 @@ def measure(config: DictConfig, checkpoint: str | None) -> dict[str, dict[str, f
         base = PlainVAETask(vae=load_vae(config.wan.vae), lpips=config.task.lpips)
         # nothing of the base is sharded
         plain = instantiate(config.trainer, strategy="auto", **quiet)
-        rows["base VAE, plain RGB"] = plain.validate(base, data, verbose=False)[0]
+        rows["base VAE, plain RGB"] = _figures(plain, base, data)
         untrained, trained = "RGBA-VAE, step 0", "RGBA-VAE"
     elif isinstance(task, DoRATask):
         untrained, trained = "base DiT, without DoRA", "DoRA"
@@ -142,17 +146,25 @@ def measure(config: DictConfig, checkpoint: str | None) -> dict[str, dict[str, f
             f"experiment={config.name} trains a base, which evaluate does not measure: its figures "
             "are in the run's metrics.csv. Give a run of experiment=vae_rgba or dit_dora."
         )
-    rows[untrained] = trainer.validate(task, data, verbose=False)[0]
+    rows[untrained] = _figures(trainer, task, data)
     if checkpoint is not None:
-        found = trainer.validate(
-            task, data, ckpt_path=checkpoint, verbose=False, weights_only=True
-        )[0]
+        found = _figures(trainer, task, data, ckpt_path=checkpoint, weights_only=True)
         averaged = ", average" if average and average.average else ""
         rows[f"{trained}, {Path(checkpoint).name}{averaged}"] = found
     return {
         row: {name.removeprefix("val/"): value for name, value in values.items()}
         for row, values in rows.items()
     }
+
+
+def _figures(
+    trainer: Trainer, task: LightningModule, data: LightningDataModule, **of: Any
+) -> dict[str, float]:
+    """Of one validation; BadDataError where no clip could be read."""
+    found = trainer.validate(task, data, verbose=False, **of)[0]
+    if isinstance(data, ShardDataModule):
+        data.check_read("validate")
+    return dict(found)
 
 
 def main(config: DictConfig) -> None:

@@ -20,6 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from acetate.callbacks.dashboards import WandbRun
 from acetate.callbacks.metrics_file import MetricsFile
 from acetate.callbacks.story import Story
+from acetate.commands import launched
 from acetate.commands.runs import rank
 from acetate.redaction import redacted
 
@@ -151,7 +152,8 @@ def _commands(config: DictConfig) -> dict[str, str]:
     sweep, stage, run = _sweep_folder(), _stage(config), shlex.quote(_short(config.paths.run))
     if sweep is None:
         ranks = os.environ.get("LOCAL_WORLD_SIZE")  # torchrun's
-        start = f"torchrun --nproc-per-node {ranks} train.py" if ranks else "acetate train"
+        run_by = "python -m acetate.torchrun" if launched("nodes") == 1 else "torchrun"
+        start = f"{run_by} --nproc-per-node {ranks} train.py" if ranks else "acetate train"
         lines = {"go on": f"{start} resume={run}"}
     else:
         folder = shlex.quote(_short(str(sweep)))

@@ -6,7 +6,6 @@ import os
 import re
 import shutil
 import sys
-import traceback
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
@@ -29,10 +28,12 @@ from omegaconf.errors import OmegaConfBaseException
 import acetate
 import data_prep
 from acetate.cli import HELP, Program, conf
-from acetate.commands import as_on_gpu, inherited, runs
+from acetate.commands import as_on_gpu, inherited, launched, runs
 from acetate.commands.checks import check_settings, rule_of, settings_of
 from acetate.commands.recorded import name_of, quoted, run_to_continue, value_of, with_recorded
 from acetate.commands.rules import LITERAL, RULES
+from acetate.commands.secrets import TABLE, find, hide, reveal, show_without_secrets
+from acetate.redaction import scrub_logs, scrubbed
 from acetate.settings import SettingError, shown
 
 CONF = str(conf())
@@ -63,10 +64,16 @@ def start(program: Program, arguments: Overrides) -> Any:
     def job(config: DictConfig) -> Any:
         sys.argv = given  # what Lightning starts further processes with, and what loggers note
         try:
+            config = reveal(config)
             with as_on_gpu(False):  # either value keeps the rule, and to ask torch takes seconds
                 check_settings(program.short, config)
             module = importlib.import_module(program.module)
             configure_log(HydraConfig.get().job_logging)  # Lightning, when imported, sets its own
+            scrub_logs()
+            if launched("nodes") == 1 and "torch" in sys.modules:
+                from acetate.torchrun import stay_on_this_machine
+
+                stay_on_this_machine()
             return module.main(config)
         except Exception as error:
             _clear_up()
@@ -82,8 +89,12 @@ def start(program: Program, arguments: Overrides) -> Any:
     os.environ.setdefault(TRACEBACK, before)  # processes that this one starts are told
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come here, not to Hydra's own printer
     own_configs()
+    held = os.environ.get(TABLE)
+    sys.excepthook = show_without_secrets
     try:
-        sys.argv = [given[0], *command_line(program, arguments)]
+        arguments = hide(arguments)
+        sys.argv = [given[0], *hide(command_line(program, arguments))]
+        find(sys.argv)
         hydra.main(version_base=None, config_path=CONF, config_name=program.config)(job)()
     except Exception as error:
         if _traceback_asked():
@@ -97,6 +108,9 @@ def start(program: Program, arguments: Overrides) -> Any:
         sys.argv = given
         os.environ["HYDRA_FULL_ERROR"] = before
         os.environ.pop(TRACEBACK, None)
+        os.environ.pop(TABLE, None)
+        if held is not None:
+            os.environ[TABLE] = held
 
 
 class OwnConfigs(SearchPathPlugin):
@@ -229,10 +243,9 @@ def to_the_letter(name: str, argument: str, many: bool = False) -> str:
 def tell(error: BaseException, program: Program, arguments: Overrides) -> None:
     """Prints what went wrong, with the traceback where no text was meant for users."""
     if not _meant_for_users(error):
-        traceback.print_exception(error)
-    print(
-        f"{program.name}: {in_words(error, program.config, arguments)}", file=sys.stderr, flush=True
-    )
+        show_without_secrets(type(error), error, error.__traceback__)
+    said = scrubbed(in_words(error, program.config, arguments))
+    print(f"{program.name}: {said}", file=sys.stderr, flush=True)
 
 
 def in_words(

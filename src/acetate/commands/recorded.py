@@ -13,6 +13,7 @@ from acetate.cli import conf
 from acetate.commands import root
 from acetate.commands.runs import RECORD, newest, rank
 from acetate.formats.layout import is_sharded
+from acetate.redaction import redacted
 
 PLACES = {
     "shards",
@@ -107,7 +108,7 @@ def with_recorded(run: Path, arguments: Sequence[str]) -> list[str]:
     kept = without(recorded, own)
     if rank() == 0:
         if kept:
-            print(f"settings of {run}: {' '.join(kept)}", file=sys.stderr)
+            print(f"settings of {run}: {' '.join(redacted(kept))}", file=sys.stderr)
         for name, value in ((name_of(text), text.partition("=")[2]) for text in own):
             was = before.get(name, "the default")
             part = name.removeprefix("data.").partition(".")[0]
@@ -116,9 +117,8 @@ def with_recorded(run: Path, arguments: Sequence[str]) -> list[str]:
                 and part not in OF_THE_MACHINE
                 and was != value
             ):
-                print(
-                    f"ATTENTION: {name} is now {value}, the run so far has {was}", file=sys.stderr
-                )
+                now, was = redacted([value, was])
+                print(f"ATTENTION: {name} is now {now}, the run so far has {was}", file=sys.stderr)
     return [*kept, *arguments]
 
 

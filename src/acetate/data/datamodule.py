@@ -5,9 +5,10 @@ import logging
 import os
 import signal
 import threading
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning import LightningDataModule
@@ -18,6 +19,7 @@ from acetate.data.order import ClipOrder, MixedOrder, Order
 from acetate.data.shards import ShardError, TarRef, first_reasons
 from acetate.data.store import Remote, RemoteTar, listed, open_folder
 from acetate.lightning_seams import batches_done, replaces_samplers
+from acetate.redaction import redacted
 
 log = logging.getLogger(__name__)
 
@@ -52,8 +54,8 @@ def weights_of(folders: Mapping[str, Any]) -> list[float]:
     for folder, weight in folders.items():
         if not isinstance(weight, int | float):
             raise ValueError(
-                f"{folder}: weight {weight!r} is no number. On a command line, a colon in a URL "
-                "needs a backslash: "
+                f"{redacted(folder)}: weight {weight!r} is no number. On a command line, a colon "
+                "in a URL needs a backslash: "
                 r"data.shards='{data/mine: 1, s3\://bucket/clips: 3}'"
             )
     weights = [float(weight) for weight in folders.values()]
@@ -108,6 +110,7 @@ class ShardDataModule(LightningDataModule):
         self.batch_size, self.val_batch_size, self.val_clips = batch_size, val_batch_size, val_clips
         self.seed, self.num_workers, self.bad_clip_budget = seed, num_workers, bad_clip_budget
         self.bad: dict[str, str] = {}
+        self._seen: dict[str, Counter[str]] = defaultdict(Counter)  # by stage: clips good and bad
         self._consumed = 0  # clips, on all ranks, when the training loader was made
         self._batches: int | None = None  # the trainer's count of finished batches then
 
@@ -210,6 +213,9 @@ class ShardDataModule(LightningDataModule):
         In the place of a batch whose clips are all bad comes one blank clip without a key: other
         ranks wait for this one's step, which must count for nothing.
         """
+        if self.trainer is not None and self.trainer.state.stage is not None:
+            seen = self._seen[self.trainer.state.stage.value]
+            seen.update(good=len(batch["key"]), bad=len(batch["skipped"]))
         self._count_bad(batch["skipped"])
         if batch["key"]:
             return batch
@@ -231,6 +237,19 @@ class ShardDataModule(LightningDataModule):
                 f"{len(self.bad)} bad clips, bad_clip_budget={self.bad_clip_budget}: "
                 f"{first_reasons(self.bad)}. Repair or re-make the shards in {self._where()}, or "
                 "raise bad_clip_budget."
+            )
+
+    def check_read(self, stage: Literal["train", "validate"]) -> None:
+        """BadDataError where none of the clips that came was good, on any rank; all of them ask."""
+        assert self.trainer is not None
+        seen = self._seen[stage]
+        counts = torch.tensor([seen["good"], seen["bad"]], device=self.trainer.strategy.root_device)
+        good, bad = self.trainer.strategy.reduce(counts, reduce_op="sum").tolist()
+        if bad and not good:
+            reasons = first_reasons(self.bad) or "another rank says why"
+            raise BadDataError(
+                f"no clip of {self._where()} could be read, {bad:g} failed: {reasons}. Nothing was "
+                "learnt or measured; repair the shards, or what serves them."
             )
 
     def _where(self) -> str:

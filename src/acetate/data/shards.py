@@ -22,12 +22,17 @@ from PIL import Image
 
 from acetate.data.splits import Split
 from acetate.data.store import Folder, RemoteTar, Span, find_members, read_at, read_file
+from acetate.media.clip import Limits, decoding
 from acetate.video_io import MediaError, decode_ffv1
 
 SCHEMA = 1  # of clip and of latent shards
 MANIFEST = "manifest.json"
 SHARDS = ',\n "shards": '  # the last thing in the manifest of a folder of clips
 SHA256 = re.compile(r"[0-9a-f]{64}")
+STILL = "rgba.png"  # the kind of a clip of one frame; every other one is FFV1
+LIMITS = Limits(max_bytes=2**32)  # of what a manifest may promise of a clip
+MEMBER = 2**32  # bytes of a sample's media
+META = 2**20  # bytes of its JSON
 HOW_TO_MAKE = {
     "clips": "`acetate prep synthesize` and `acetate prep shard` make clip shards.",
     "latents": "`acetate prep cache_latents` makes latent shards.",
@@ -80,6 +85,11 @@ class TarRef:
     def name(self) -> str:
         return f"{self.tar.name}:{self.key}.{self.kind}"
 
+    @property
+    def room(self) -> int:
+        """Bytes that its media may have in the tar."""
+        return MEMBER
+
 
 Ref = TypeVar("Ref", bound=TarRef)
 
@@ -89,6 +99,11 @@ class ClipRef(TarRef):
     frames: int
     width: int
     height: int
+
+    @property
+    def room(self) -> int:
+        """Twice the decoded clip, and what files have beside pictures: noise does not compress."""
+        return 8 * self.frames * self.height * self.width + 2**10 * self.frames + 2**20
 
 
 def read_manifest(folder: Folder, kind: Literal["clips", "latents"] = "clips") -> dict[str, Any]:
@@ -236,7 +251,7 @@ def read_meta_text(ref: TarRef) -> bytes:
     if ref.problem:
         raise BadClip(ref.key, ref.problem)
     with blame(ref):
-        return _read(ref, "json", ref.meta)
+        return _read(ref, "json", ref.meta, META)
 
 
 def read_media(ref: TarRef) -> bytes:
@@ -244,7 +259,7 @@ def read_media(ref: TarRef) -> bytes:
     if ref.problem:
         raise BadClip(ref.key, ref.problem)
     with blame(ref):
-        data = _read(ref, ref.kind, ref.media)
+        data = _read(ref, ref.kind, ref.media, ref.room)
     # FFV1 hides a damaged slice behind the frame before it, so the bytes are checked, not the
     # picture.
     if zlib.crc32(data) != ref.crc32:
@@ -255,38 +270,36 @@ def read_media(ref: TarRef) -> bytes:
 
 
 def read_clip(ref: ClipRef) -> Clip:
-    """Reads and checks one clip; BadClip with the reason if anything is wrong with it."""
+    """Reads and checks one clip, of which no more is decoded than the manifest promises; BadClip
+    with the reason if anything is wrong with it."""
+    shape = (ref.frames, ref.height, ref.width)
+    with blame(ref):
+        LIMITS.check(ref.name, *shape)
+        LIMITS.check_memory(ref.name, ref.frames, 4 * ref.height * ref.width)
     data = read_media(ref)
     with blame(ref):
-        if ref.kind == "rgba.png":
-            frames, fps = decode_png(data, ref.name), 0.0
+        if ref.kind == STILL:
+            frames, fps = decode_png(data, ref.name, shape), 0.0
         else:
-            frames, fps = decode_ffv1(data, ref.name)
-    if frames.shape[:3] != (ref.frames, ref.height, ref.width):
-        found, promised = (
-            "x".join(map(str, frames.shape[:3])),
-            f"{ref.frames}x{ref.height}x{ref.width}",
-        )
-        raise BadClip(
-            ref.key,
-            f"{ref.name} is {found} (frames x height x width), the manifest says {promised}",
-        )
+            frames, fps = decode_ffv1(data, ref.name, shape)
     return Clip(frames, read_meta(ref)["prompt"], fps)
 
 
-def decode_png(data: bytes, name: str) -> NDArray[np.uint8]:
-    """PNG -> (1, H, W, 4); MediaError without an alpha channel."""
-    try:
-        image = Image.open(io.BytesIO(data))
+def decode_png(data: bytes, name: str, shape: tuple[int, int, int]) -> NDArray[np.uint8]:
+    """PNG -> (1, H, W, 4). shape: the frames, height and width that were promised, of which the
+    header is asked. MediaError for another one, or without an alpha channel."""
+    with decoding(name), Image.open(io.BytesIO(data), formats=["PNG"]) as image:
+        found = (getattr(image, "n_frames", 1), image.height, image.width)
+        if found != shape:
+            said, promised = ("x".join(map(str, size)) for size in (found, shape))
+            raise MediaError(f"{name}: {said} (frames x height x width), promised are {promised}")
         if image.mode != "RGBA":
             raise MediaError(f"{name}: mode {image.mode}; a still needs an alpha channel (RGBA)")
         return np.array(image)[None]
-    except (OSError, SyntaxError) as error:
-        raise MediaError(f"{name}: cannot be decoded ({error})") from error
 
 
-def _read(ref: TarRef, suffix: str, span: Span) -> bytes:
+def _read(ref: TarRef, suffix: str, span: Span, most: int) -> bytes:
     if isinstance(ref.tar, RemoteTar):
-        return ref.tar.read(f"{ref.key}.{suffix}")
+        return ref.tar.read(f"{ref.key}.{suffix}", most)
     with open(ref.tar, "rb") as file:
-        return read_at(file, span)
+        return read_at(file, span, most)

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, wait
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing.util import Finalize
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
@@ -20,6 +20,9 @@ from uuid import uuid4
 
 import fsspec
 from filelock import FileLock
+
+from acetate.data.origins import in_one_stream
+from acetate.redaction import redacted, scrubbed, secrets_of
 
 FORGET = 300.0  # seconds in which a process does not ask again for a tar that it could not get
 STALE = 600.0  # seconds for which a download waits for room, others of which may end
@@ -46,7 +49,7 @@ class Remote:
     tried again `retries` times, after about `backoff` seconds, then twice as long each time; a file
     that does not exist is not. A tar that did not come is not asked for again for FORGET seconds,
     by any process of the run. storage_options: of fsspec's file systems; below the name of a
-    protocol, as {s3: {...}}, of that one alone.
+    protocol, as {s3: {...}}, or of an origin, as {https://HOST: {...}}, of that one alone.
     """
 
     def __init__(
@@ -68,6 +71,7 @@ class Remote:
         self.cache_dir, self.max_bytes = Path(cache_dir), int(cache_gb * 2**30)
         self.retries, self.backoff, self.timeout = retries, backoff, timeout
         self.storage_options = dict(storage_options or {})
+        self.secrets = [*secrets_of({"storage_options": self.storage_options})]
         self.members: dict[str, dict[str, Span]] = {}  # of the tars read last
         self.made = time.time()
 
@@ -85,8 +89,9 @@ class Remote:
 
         return self._persist(once, url)
 
-    def read_member(self, tar: "RemoteTar", name: str) -> bytes:
-        """Of a tar, which is fetched if the cache lacks it; OSError if it cannot be."""
+    def read_member(self, tar: "RemoteTar", name: str, most: int) -> bytes:
+        """Of a tar, which is fetched if the cache lacks it; OSError if it cannot be, ValueError for
+        more than `most` bytes."""
         with self.open(tar) as file:
             if tar.sha256 not in self.members:
                 self.members[tar.sha256] = dict(find_members(file, tar.size))
@@ -94,7 +99,7 @@ class Remote:
                     del self.members[next(iter(self.members))]
             if name not in self.members[tar.sha256]:
                 raise FetchError(f"{name} is not in {tar}")
-            return read_at(file, self.members[tar.sha256][name])
+            return read_at(file, self.members[tar.sha256][name], most)
 
     def open(self, tar: "RemoteTar") -> BinaryIO:
         """A whole tar; as long as it is open, it can be read even if it has left the cache."""
@@ -145,7 +150,7 @@ class Remote:
 
     def _fetch(self, tar: "RemoteTar") -> BinaryIO:
         with self._part(tar.size) as part:
-            self._download(str(tar), part, tar.size)
+            self._download(tar.url, part, tar.size)
             found = part.stat().st_size
             if found != tar.size:
                 raise FetchError(f"{found} bytes came, the manifest says {tar.size}")
@@ -170,21 +175,19 @@ class Remote:
                 )
             try:
                 return once()
-            except FileNotFoundError as error:
-                raise FileNotFoundError(f"{what} does not exist") from error
+            except FileNotFoundError:
+                raise FileNotFoundError(f"{redacted(what)} does not exist") from None
             except Exception as error:  # every file system has its own
                 reason = f"{type(error).__name__}: {error}"
-        raise FetchError(
-            f"{what} could not be fetched in {self.retries + 1} tries; the last: {reason}"
-        )
+        said = f"{what} could not be fetched in {self.retries + 1} tries; the last: {reason}"
+        raise FetchError(scrubbed(said, self.secrets))
 
     def _download(self, url: str, part: Path, size: float = float("inf")) -> None:
         """TimeoutError once the file has not grown for `timeout` seconds, FetchError once it has
         more than `size` bytes."""
         # The instance is made here, since fsspec keeps one for every thread that asks.
-        protocol = url.split("://")[0]
-        options, arguments = in_one_stream(protocol, self.timeout)
-        files, path = fsspec.url_to_fs(url, **options | self._options(protocol))
+        options, arguments = in_one_stream(url, self.timeout)
+        files, path = fsspec.url_to_fs(url, **options | self._options(url))
         done: Future[None] = Future()
         given_up = threading.Event()
 
@@ -215,10 +218,18 @@ class Remote:
             raise
         done.result()
 
-    def _options(self, protocol: str) -> dict[str, Any]:
+    def _options(self, url: str) -> dict[str, Any]:
+        protocol, _, place = url.partition("://")
+        origin = f"{protocol}://{place.partition('/')[0].rpartition('@')[2]}"
         others = set(fsspec.available_protocols())
-        shared = {name: value for name, value in self.storage_options.items() if name not in others}
-        return shared | dict(self.storage_options.get(protocol) or {})
+        found = {
+            name: value
+            for name, value in self.storage_options.items()
+            if name not in others and "://" not in name
+        }
+        for name in (protocol, origin):
+            found |= self.storage_options.get(name) or {}
+        return found
 
     def _lock(self, name: str) -> FileLock:
         self.cache_dir.mkdir(parents=True, exist_ok=True)
@@ -291,32 +302,18 @@ def _left_behind(part: Path, written: float, timeout: float) -> bool:
         return time.time() - written > STALE + timeout
 
 
-def in_one_stream(protocol: str, timeout: float) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Storage options, and arguments of get_file, that make fsspec write a file from its start to
-    its end, so that its size tells how far it is.
-
-    Left alone, s3fs and gcsfs fetch pieces at once into a file that has its whole length from the
-    start, and aiohttp ends whatever takes longer than five minutes.
-    """
-    if protocol in ("http", "https"):
-        from aiohttp import ClientTimeout
-
-        # Later than _download's own, which says more
-        return {
-            "timeout": ClientTimeout(total=None, sock_connect=2 * timeout, sock_read=2 * timeout)
-        }, {}
-    if protocol == "s3":
-        return {"max_concurrency": 1}, {}
-    return {}, {"concurrency": 1} if protocol == "gs" else {}
-
-
 @dataclass(frozen=True)
 class RemoteFolder:
-    url: str
+    url: str = field(repr=False)
     remote: Remote
 
     def __str__(self) -> str:
-        return self.url
+        return redacted(self.url)
+
+    def file(self, name: str) -> str:
+        """Its URL, with what the folder's is signed with."""
+        place, mark, query = self.url.partition("?" if self.url.startswith("http") else "\0")
+        return f"{place.rstrip('/')}/{name}{mark}{query}"
 
 
 @dataclass(frozen=True)
@@ -331,8 +328,12 @@ class RemoteTar:
     def __str__(self) -> str:
         return f"{self.parent}/{self.name}"
 
-    def read(self, member: str) -> bytes:
-        return self.parent.remote.read_member(self, member)
+    @property
+    def url(self) -> str:
+        return self.parent.file(self.name)
+
+    def read(self, member: str, most: int) -> bytes:
+        return self.parent.remote.read_member(self, member, most)
 
 
 Folder = Path | RemoteFolder
@@ -348,18 +349,19 @@ def open_folder(place: str | Path, remote: Remote | None) -> Folder:
     read."""
     if "://" not in str(place):
         return Path(place)
+    shown = redacted(str(place))
     if remote is None:
         raise ValueError(
-            f"{place}: shards behind a URL need `remote`, which says where their tars are cached"
+            f"{shown}: shards behind a URL need `remote`, which says where their tars are cached"
         )
     try:
         fsspec.get_filesystem_class(str(place).split("://")[0])
     except (ImportError, ValueError) as error:
         raise ValueError(
-            f"{place} cannot be read: {error}. In the clone: pip install -e '.[s3]' or '.[gcs]'."
+            f"{shown} cannot be read: {error}. In the clone: pip install -e '.[s3]' or '.[gcs]'."
         ) from error
     if not str(place).split("://")[1].strip("/"):
-        raise ValueError(f"{place} names no bucket or host; as in s3://bucket/clips")
+        raise ValueError(f"{shown} names no bucket or host; as in s3://bucket/clips")
     return RemoteFolder(str(place).rstrip("/"), remote)
 
 
@@ -367,7 +369,7 @@ def read_file(folder: Folder, name: str) -> bytes:
     """FileNotFoundError where there is none, another OSError if it cannot be read."""
     if isinstance(folder, Path):
         return (folder / name).read_bytes()
-    return folder.remote.read(f"{folder}/{name}")
+    return folder.remote.read(folder.file(name))
 
 
 def find_members(file: BinaryIO, size: int) -> Iterator[tuple[str, Span]]:
@@ -379,7 +381,10 @@ def find_members(file: BinaryIO, size: int) -> Iterator[tuple[str, Span]]:
                 yield member.name, (member.offset_data, member.size)
 
 
-def read_at(file: BinaryIO, span: Span) -> bytes:
+def read_at(file: BinaryIO, span: Span, most: int) -> bytes:
+    """ValueError for more than `most` bytes."""
     offset, size = span
+    if size > most:
+        raise ValueError(f"{size} bytes; at most {most} belong there")
     file.seek(offset)
     return file.read(size)

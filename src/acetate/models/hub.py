@@ -1,8 +1,10 @@
 """Repositories of the Hugging Face hub, fetched or cached; where neither can be, an error within
 seconds."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
@@ -18,6 +20,32 @@ def is_hub_name(source: str) -> bool:
         and not source.startswith((".", "~"))
         and source.count("/") == 1
     )
+
+
+def refuse_code(folder: Path, setting: str) -> None:
+    """Raises ValueError for a folder of transformers whose configs name code of their own, which is
+    never run; the reader of a config that is no JSON says so."""
+
+    def refuse(part: dict[str, Any]) -> dict[str, Any]:
+        if part.get("auto_map"):
+            raise NamesCode(part["auto_map"])
+        return part
+
+    for file in sorted(folder.glob("*config*.json")):
+        try:
+            json.loads(file.read_bytes(), object_hook=refuse)
+        except NamesCode as found:
+            raise ValueError(
+                f"{setting}: {file} names code of its own, auto_map {found}, and code of models is "
+                "never run. Give a model that transformers knows; if it knows this one, take "
+                "auto_map out of the file."
+            ) from None
+        except (ValueError, RecursionError):
+            continue
+
+
+class NamesCode(Exception):
+    """A config with an auto_map."""
 
 
 def from_hub(

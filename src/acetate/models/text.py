@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from acetate.models.adapters import listed
+from acetate.models.hub import refuse_code
 from acetate.models.loading import locate, renamed, weights_sha256
 from acetate.models.weights import Weights, assign, open_weights
 from acetate.replacing import new_mode, write_tensors
@@ -49,7 +50,7 @@ class TextEncoder:
     the original release's folder or file, with google/umt5-xxl/ beside it.
 
     length: tokens that the DiT reads. Raises FileNotFoundError for a source without them, and
-    ValueError for weights that do not fit.
+    ValueError for weights that do not fit and for code of its own.
     """
 
     def __init__(self, source: str, length: int, device: str = "cpu", dtype: str = "auto") -> None:
@@ -58,6 +59,8 @@ class TextEncoder:
 
         self.source, self.length, self.device = source, length, device
         tokenizer, weights = locate_text_encoder(source)
+        for folder in {tokenizer, weights if weights.is_dir() else weights.parent}:
+            refuse_code(folder, f"wan.text_encoder={source}")
         self.tokenizer = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False)
         self.model = load_umt5(weights, None if dtype == "auto" else getattr(torch, dtype)).to(
             device
