@@ -29,7 +29,6 @@ from acetate.media.clip import (
     RGBAClip,
     Stream,
     decoding,
-    joined,
     stream_of,
 )
 from acetate.media.color import Stated
