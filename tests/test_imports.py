@@ -24,6 +24,7 @@ LAYERS = (
         "steps",
         "redaction",
         "console",
+        "documents",
         "clips",
         "settings",
     },

@@ -65,13 +65,17 @@ class LatentDataset(Dataset[Sample | BadClip]):
 
     The variants of a window take turns from epoch to epoch, from one that its key and the seed
     choose. batches: those of training on this rank, from no later than the first step that is asked
-    for.
+    for. width: of prompt embeddings.
     """
 
     def __init__(
-        self, windows: Sequence[Sequence[LatentRef]], seed: int, batches: BucketBatches | None
+        self,
+        windows: Sequence[Sequence[LatentRef]],
+        seed: int,
+        batches: BucketBatches | None,
+        width: int,
     ):
-        self.windows, self.seed, self.batches = windows, seed, batches
+        self.windows, self.seed, self.batches, self.width = windows, seed, batches, width
         remote = batches and any(isinstance(window[0].tar, RemoteTar) for window in windows)
         self.ahead = ReadAhead(self._coming, len(windows)) if remote else None
 
@@ -80,7 +84,7 @@ class LatentDataset(Dataset[Sample | BadClip]):
         if self.ahead:
             self.ahead.reached(position)
         try:
-            return read_latents(self._variant(epoch, index))
+            return read_latents(self._variant(epoch, index), self.width)
         except BadClip as bad:
             return bad
 
@@ -232,7 +236,7 @@ class LatentDataModule(ShardDataModule):
             if len(found) == count:
                 break
             try:
-                prompt = read_latents(variants[0])["prompt"]
+                prompt = read_latents(variants[0], self._width)["prompt"]
             except BadClip:  # validation counts it
                 continue
             if prompt and prompt not in found:
@@ -266,9 +270,8 @@ class LatentDataModule(ShardDataModule):
         self._start()
         walk = self._walk()
         self._check_buckets(walk.buckets, self.batch_size * world)
-        dataset = LatentDataset(
-            self.train_windows, self.seed, BucketBatches(walk.copy, self.batch_size, rank, world)
-        )
+        batches = BucketBatches(walk.copy, self.batch_size, rank, world)
+        dataset = LatentDataset(self.train_windows, self.seed, batches, self._width)
         return self._loader(
             dataset, BucketBatches(self._walk, self.batch_size, rank, world), self._collate()
         )
@@ -282,9 +285,12 @@ class LatentDataModule(ShardDataModule):
             "windows in buckets",
             "val_batch_size=1 and ",
         )
-        return self._loader(
-            LatentDataset(self.val_windows, seed=0, batches=None), parts[rank], self._collate()
-        )
+        dataset = LatentDataset(self.val_windows, seed=0, batches=None, width=self._width)
+        return self._loader(dataset, parts[rank], self._collate())
+
+    @property
+    def _width(self) -> int:
+        return self.null_context.shape[-1]
 
     def _check_buckets(self, buckets: Sequence[Hashable], size: int) -> None:
         """Warns of those too rare for a batch of `size` different windows."""
