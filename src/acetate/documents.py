@@ -134,6 +134,8 @@ class Schema:
                 raise FieldError(f"{at}{name} is missing: must be {rule.says}")
             if not rule.holds(value[name]):
                 raise broken(f"{at}{name}", value[name], rule)
+        if len(value) == len(self.required):
+            return
         for name in value.keys() - self.required.keys():
             rule = self.optional.get(name)
             if rule is None and not self.open:
