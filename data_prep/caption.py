@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import partial
+from io import TextIOWrapper
 from operator import attrgetter
 from pathlib import Path
 from string import Formatter
@@ -23,6 +24,7 @@ from rich.table import Table
 from tqdm import tqdm
 
 from acetate.cli import run
+from acetate.data.manifests import PROMPT
 from acetate.data.shards import (
     MANIFEST,
     BadClip,
@@ -35,6 +37,7 @@ from acetate.data.shards import (
 )
 from acetate.data.store import listed
 from acetate.data.writer import ShardWriter
+from acetate.documents import open_plain, parse, shown
 from acetate.draws import stable_hash
 from data_prep.bad_clips import BadClips, print_bad
 from data_prep.captioner import Captioner, Look, locate_captioner
@@ -109,13 +112,13 @@ def read_prompts(source: Path) -> dict[str, Row]:
         return {key: {"caption": text} for key, text in texts.items()}
     if source.suffix not in (".csv", ".jsonl"):
         raise ValueError(f"prompts={source}; give a .csv, a .jsonl or a folder of KEY.txt")
-    with open(source, newline="", encoding="utf-8-sig") as file:
+    with TextIOWrapper(open_plain(source), newline="", encoding="utf-8-sig") as file:
         try:
             found = (
-                list(csv.DictReader(file))
-                if source.suffix == ".csv"
-                else list(map(json.loads, file))
+                list(csv.DictReader(file)) if source.suffix == ".csv" else list(map(parse, file))
             )
+            if others := [row for row in found if not isinstance(row, dict)]:
+                raise ValueError(f"{shown(others[0])} is no row of names and values")
         except (ValueError, csv.Error) as error:
             raise ValueError(f"prompts={source} is not a table ({error}). Repair it.") from error
     rows: dict[str, Row] = {}
@@ -131,6 +134,10 @@ def read_prompts(source: Path) -> dict[str, Row]:
         if "key" not in texts or not texts["caption"]:
             raise ValueError(
                 f"{source}: row {number} lacks a key or a caption; columns: key, caption"
+            )
+        if not PROMPT.holds(texts["caption"]):
+            raise ValueError(
+                f"{source}: row {number}: caption={shown(texts['caption'])}: must be {PROMPT.says}"
             )
         rows[unicodedata.normalize("NFC", texts["key"])] = texts
     return rows
@@ -296,7 +303,7 @@ def caption(
 
 def with_prompt(meta: bytes, prompt: str) -> bytes:
     """A clip's JSON with another prompt; the same bytes if it is the same."""
-    content = json.loads(meta)
+    content = parse(meta)
     if content["prompt"] == prompt:
         return meta
     return json.dumps({**content, "prompt": prompt}, ensure_ascii=False, sort_keys=True).encode()

@@ -8,12 +8,14 @@ import torch.distributed
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from hydra.utils import instantiate
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from acetate.callbacks.preemption import INTERRUPTED, Preempted, Preemption
 from acetate.commands.loggers import build_loggers, build_story, finish_loggers
 from acetate.commands.runs import FINISHED, checkpoint_to_resume, only_writer
+from acetate.commands.same_base import SameBase
 from acetate.commands.start import StartFrom
+from acetate.data.latents import LatentDataModule
 from acetate.formats.checkpoints import step_of
 from acetate.formats.starting import read_start
 
@@ -31,6 +33,10 @@ def main(config: DictConfig) -> float | None:
     callbacks = [
         callback for callback in instantiate(config.callbacks).values() if callback is not None
     ]
+    if isinstance(data, LatentDataModule):
+        given = OmegaConf.select(config, "rgba_vae")
+        adapters = list(given) if OmegaConf.is_list(given) else given
+        callbacks.append(SameBase(config.wan.vae, adapters))
     if config.init is not None and checkpoint is None:
         callbacks.append(StartFrom(config.init, read_start))
     loggers = build_loggers(config)

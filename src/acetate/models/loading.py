@@ -70,7 +70,7 @@ def load_transformer(
         transformer = WanTransformer3DModel(**config)
     _fill(transformer, weights, names, dtype, prepare)
     held = read_weights(weights.path)
-    sha256 = _sha256({name: held[key] for name, key in names.items()}, FINGERPRINT)
+    sha256 = tensors_sha256({name: held[key] for name, key in names.items()}, FINGERPRINT)
     transformer.register_to_config(_sha256=sha256)  # pyright: ignore[reportCallIssue]
     return transformer
 
@@ -209,7 +209,7 @@ def _original_transformer_config(weights: Weights, names: dict[str, str]) -> dic
 def weights_sha256(model: nn.Module) -> str:
     """Of all tensors in fp32, by name: the same for every layout and precision that holds the same
     numbers."""
-    return _sha256(model.state_dict())
+    return tensors_sha256(model.state_dict())
 
 
 def transformer_sha256(transformer: WanTransformer3DModel) -> str:
@@ -219,7 +219,8 @@ def transformer_sha256(transformer: WanTransformer3DModel) -> str:
     return transformer.config.get("_sha256", "")
 
 
-def _sha256(state: Mapping[str, Tensor], values: int | None = None) -> str:
+def tensors_sha256(state: Mapping[str, Tensor], values: int | None = None) -> str:
+    """Of all tensors in fp32, by name, or of `values` of each, evenly spread."""
     digest = hashlib.sha256()
     for name, value in sorted(state.items()):
         if value.is_meta:
