@@ -1,6 +1,5 @@
 """What was trained, out of any checkpoint that a run writes: whole, sharded, or an adapter file."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,13 +8,14 @@ from torch import Tensor
 
 from acetate.formats.layout import is_sharded
 from acetate.formats.sharded import REST, read_sharded
-from acetate.formats.trained import check_facts, check_trained
+from acetate.formats.trained import PREFIX, check_facts, check_trained
 from acetate.models.adapters import (
     ADAPTER_SCHEMA,
     best_of,
     listed,
     place_and_which,
     read_adapter_file,
+    read_facts,
 )
 from acetate.models.weights import load_data
 from acetate.replacing import standing
@@ -68,8 +68,7 @@ def read_trained(source: str, ema: bool | None = None) -> Trained:
             "experiment=vae_rgba or dit_dora."
         )
     check_facts(path, kind, facts)
-    prefix = "vae." if kind == "rgba_vae" else "transformer."
-    state = {name.removeprefix(prefix): value for name, value in state.items()}
+    state = {name.removeprefix(PREFIX[kind]): value for name, value in state.items()}
     check_trained(path, kind, state, facts)
     return Trained(path, kind, state, {**facts, "averaged": averaged})
 
@@ -104,8 +103,8 @@ def _choose(
             "acetate's adapter_metadata. Give the .safetensors beside it."
         )
     try:
-        facts = {name: json.loads(value) for name, value in checkpoint["adapter_metadata"].items()}
-    except (AttributeError, TypeError, ValueError) as error:
+        facts = read_facts(checkpoint["adapter_metadata"])
+    except (AttributeError, ValueError) as error:
         raise ValueError(
             f"{path}: its adapter_metadata are not names and JSON ({error}). Give another one."
         ) from error
