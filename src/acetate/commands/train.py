@@ -17,7 +17,9 @@ from acetate.commands.same_base import SameBase
 from acetate.commands.start import StartFrom
 from acetate.data.latents import LatentDataModule
 from acetate.formats.checkpoints import step_of
+from acetate.formats.resumable import check_optimizers, check_resumable
 from acetate.formats.starting import read_start
+from acetate.lightning_seams import guard_resume
 
 
 def main(config: DictConfig) -> float | None:
@@ -45,6 +47,7 @@ def main(config: DictConfig) -> float | None:
     )
     # callbacks, which compare the ranks' in setup, do not know an argument of fit
     trainer.ckpt_path = checkpoint
+    guard_resume(trainer, check_resumable, check_optimizers)
     with only_writer(run) if trainer.is_global_zero else nullcontext():
         failed = True
         try:

@@ -27,7 +27,9 @@ from acetate.data.read_ahead import ReadAhead
 from acetate.data.shards import HOW_TO_MAKE, BadClip, ShardError, by_key, read_manifest
 from acetate.data.splits import validation_draw
 from acetate.data.store import Remote, RemoteTar
+from acetate.documents import FieldError, shown
 from acetate.draws import stable_hash
+from acetate.settings import several, whole
 
 # What latents were made with: folders are mixed, and a run goes on, only where all of it is equal
 MADE_WITH = (
@@ -38,6 +40,7 @@ MADE_WITH = (
     "ellipse",
     "geometry",
 )
+WALK = several(several(whole(0, 2**40), 2, 2), 0)
 log = logging.getLogger(__name__)
 
 Step = tuple[int, int, int]  # epoch, window, and how far the walk through the order has come
@@ -250,6 +253,13 @@ class LatentDataModule(ShardDataModule):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
+        walk = state_dict.get("walk")
+        known = sum(run[0] * run[1] for run in walk) if WALK.holds(walk) else -1
+        if known != self._consumed:
+            raise FieldError(
+                f"{type(self).__name__}.walk={shown(walk)}: must be pairs of a global batch and "
+                f"the number of such, {self._consumed} samples in all"
+            )
         self._past = [list(run) for run in state_dict["walk"] if run[1]]
 
     def _present(self) -> list[int]:

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from acetate.documents import shown
 from acetate.formats.layout import is_sharded
 from acetate.formats.sharded import REST, read_sharded
 from acetate.formats.trained import PREFIX, check_facts, check_trained
@@ -19,6 +20,7 @@ from acetate.models.adapters import (
 )
 from acetate.models.weights import load_data
 from acetate.replacing import standing
+from acetate.settings import whole
 
 KINDS = ("rgba_vae", "dit_dora")
 
@@ -74,8 +76,15 @@ def read_trained(source: str, ema: bool | None = None) -> Trained:
 
 
 def step_of(path: Path) -> int:
-    """The optimizer step at which a checkpoint, whole or sharded, was written."""
-    return int(read_whole(path / REST if is_sharded(path) else path).get("global_step", 0))
+    """The optimizer step at which a checkpoint, whole or sharded, was written. Raises ValueError as
+    `read_whole`."""
+    step = read_whole(path / REST if is_sharded(path) else path).get("global_step")
+    if not whole(0, 2**40).holds(step):
+        raise ValueError(
+            f"{path}: global_step={shown(step)}: must be a whole number from 0 on. Give another "
+            "checkpoint."
+        )
+    return step
 
 
 def _newest(path: Path) -> Path:
