@@ -14,8 +14,8 @@ from random import Random
 SECONDS, BYTES = 10, 2**31
 VALUES = (
     None, True, False, -1, 0, 1, 1.5, 10**6, 10**9, 2**63, 10**30, 1e308, float("nan"),
-    float("inf"), "", "x", "9", "../../x", "a\nb", "\x00", "\ud800", "x" * 10**5, [], {}, [[]], [1], ["x"],
-    {"x": 1}, [0] * 1000, {"kind": None}, "1" * 5000, "NaN", "[" * 5000,
+    float("inf"), "", "x", "9", "../../x", "a\nb", "\x00", "\ud800", "x" * 10**5, [], {}, [[]],
+    [1], ["x"], {"x": 1}, [0] * 1000, {"kind": None}, "1" * 5000, "NaN", "[" * 5000,
 )  # fmt: skip
 
 
@@ -131,21 +131,22 @@ class Outcome:
 def outcome_of(action, name):
     """What `action` comes to in a process of its own. name: of the file, that errors have."""
     read, write = os.pipe()
-    begun, before = time.monotonic(), _resident()
+    begun = time.monotonic()
     child = os.fork()
     if child == 0:
         _child(action, name, write)
     os.close(write)
     with open(read, "rb") as pipe:
         data = pipe.read()
-    _, status, used = os.wait4(child, 0)
-    said = pickle.loads(data) if data else f"ended by signal {os.WTERMSIG(status)}"
-    return Outcome(said, time.monotonic() - begun, used.ru_maxrss * 1024 - before)
+    _, status = os.waitpid(child, 0)
+    said, grown = pickle.loads(data) if data else (f"ended by {os.WTERMSIG(status)}", 0)
+    return Outcome(said, time.monotonic() - begun, grown)
 
 
 def _child(action, name, write):
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.alarm(3 * SECONDS)
+    before = _peak()
     limit = 16 * 2**30
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     try:
@@ -165,13 +166,12 @@ def _child(action, name, write):
         where = traceback.extract_tb(error.__traceback__)[-4:]
         said = f"raised {type(error).__name__}: {str(error)[:300]} at {[*map(str, where)]}"
     with open(write, "wb") as pipe:
-        pipe.write(pickle.dumps(said))
+        pipe.write(pickle.dumps((said, _peak() - before)))
     os._exit(0)
 
 
-def _resident():
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * resource.getpagesize()
+def _peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def seeded(seed):

@@ -16,6 +16,7 @@ from zlib import crc32
 import pytest
 import torch
 
+from acetate.commands.runs import LAST
 from acetate.data.latent_shards import index_latents, read_latents
 from acetate.data.latents import LatentDataModule
 from acetate.data.shards import MANIFEST, index_shards, read_clip, read_manifest
@@ -27,6 +28,7 @@ from acetate.models.text import TextEncoder
 from data_prep.folders import makers
 from tests.conftest import TINY
 from tests.fuzz import damaged_json, damaged_safetensors, edited, flipped, outcome_of, seeded
+from tests.test_resumable import go_on
 
 FILES = int(os.environ.get("ACETATE_FUZZ", "60"))
 FIRST = int(os.environ.get("ACETATE_FUZZ_SEED", "0"))
@@ -116,6 +118,13 @@ def of_checkpoints(checkpoint, out, random):
     return lambda: read_trained(str(file)), "a.ckpt"
 
 
+def of_resume(sound, out, random):
+    checkpoint, cached = sound
+    out.mkdir()
+    torch.save(edited(torch.load(checkpoint, weights_only=True), random), out / "a.ckpt")
+    return lambda: go_on(out, cached, out / "a.ckpt"), "a.ckpt"
+
+
 def of_configs(base, out, random):
     part = random.choice(("vae", "transformer", "text_encoder"))
     shutil.copytree(base, out)
@@ -134,8 +143,10 @@ def test_damaged_files_are_refused_by_name_or_read(shards, cached, dora, tmp_pat
     checkpoint = checkpoint_of(dora, tmp_path / "sound.ckpt")
     kinds = ((of_clips, shards), (of_makers, shards), (of_latents, latents), (of_clip_json, shards),
              (of_latent_tensors, latents), (of_vae_adapters, adapters), (of_dora, dora),
-             (of_checkpoints, checkpoint), (of_configs, Path(TINY)))  # fmt: skip
+             (of_checkpoints, checkpoint), (of_configs, Path(TINY)),
+             (of_resume, (tmp_path / "run" / LAST, cached)))  # fmt: skip
     read_trained(str(checkpoint))
+    go_on(tmp_path / "run", cached, None, steps=2)
     counts, wrong = {"accepted": 0, "refused": 0}, []
     for seed in range(FIRST, FIRST + FILES):
         kind, source = kinds[seed % len(kinds)]

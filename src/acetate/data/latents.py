@@ -253,7 +253,7 @@ class LatentDataModule(ShardDataModule):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
-        walk = state_dict.get("walk")
+        walk: Any = state_dict.get("walk")
         known = sum(run[0] * run[1] for run in walk) if WALK.holds(walk) else -1
         if known != self._consumed:
             raise FieldError(

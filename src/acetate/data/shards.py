@@ -156,7 +156,7 @@ def index_shards(folders: Sequence[Folder]) -> list[ClipRef]:
 def _index(folder: Folder) -> Iterator[ClipRef]:
     manifest = read_manifest(folder)
     if not any(shard["clips"] for shard in manifest["shards"]):
-        raise ShardError(f"{folder} holds 0 clips. {HOW_TO_MAKE['clips']}")
+        raise ShardError(f"{folder}/{MANIFEST} holds 0 clips. {HOW_TO_MAKE['clips']}")
     for shard in manifest["shards"]:
         places = find_samples(
             folder, shard, [(clip["key"], clip["kind"]) for clip in shard["clips"]]

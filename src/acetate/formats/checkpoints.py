@@ -78,7 +78,7 @@ def read_trained(source: str, ema: bool | None = None) -> Trained:
 def step_of(path: Path) -> int:
     """The optimizer step at which a checkpoint, whole or sharded, was written. Raises ValueError as
     `read_whole`."""
-    step = read_whole(path / REST if is_sharded(path) else path).get("global_step")
+    step: Any = read_whole(path / REST if is_sharded(path) else path).get("global_step")
     if not whole(0, 2**40).holds(step):
         raise ValueError(
             f"{path}: global_step={shown(step)}: must be a whole number from 0 on. Give another "

@@ -121,18 +121,16 @@ def check_optimizers(
     for name, own in (("optimizer_states", optimizers), ("lr_schedulers", schedulers)):
         if len(checkpoint[name]) != len(own):
             raise FieldError(f"{name} has {len(checkpoint[name])} parts: must be {len(own)}")
-    for number_of, (state, optimizer) in enumerate(
-        zip(checkpoint["optimizer_states"], optimizers, strict=True)
-    ):
+    for number_of, optimizer in enumerate(optimizers):
+        state = checkpoint["optimizer_states"][number_of]
         _check_optimizer(state, optimizer, f"optimizer_states[{number_of}]")
         if not state["state"] and checkpoint["global_step"] > 0:
             raise FieldError(
                 f"optimizer_states[{number_of}].state is empty: must hold what "
                 f"{checkpoint['global_step']} steps have left there"
             )
-    for number_of, (state, scheduler) in enumerate(
-        zip(checkpoint["lr_schedulers"], schedulers, strict=True)
-    ):
+    for number_of, scheduler in enumerate(schedulers):
+        state: dict[str, Any] = checkpoint["lr_schedulers"][number_of]
         place, like = f"lr_schedulers[{number_of}]", scheduler.state_dict()
         if wrong := [name for name in state if hasattr(type(scheduler), str(name))]:
             raise FieldError(f"{place}.{wrong[0]} is unknown")
