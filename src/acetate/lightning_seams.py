@@ -118,9 +118,10 @@ def _named(trainer: Trainer, restore: Callable[..., None]) -> Callable[..., None
             if isinstance(error, ValueError) and path in said:
                 raise
             if not isinstance(error, ValueError):
-                said = f"it cannot be restored ({type(error).__name__}: {error})."
+                said = f"it cannot be restored ({type(error).__name__}: {error})"
             raise ValueError(
-                f"{path}: {said} Give another checkpoint of its run, or start anew without resume."
+                f"{path}: {said.rstrip('.')}. Give another checkpoint of its run, or start anew without "
+                "resume."
             ) from error
 
     return named

@@ -1,5 +1,6 @@
 """Whether a run can go on from a checkpoint of training, before anything is restored of it."""
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -7,7 +8,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from acetate.documents import FieldError, Schema, broken, names, shown
-from acetate.settings import Rule, mapping, number, several, text, whole
+from acetate.settings import Rule, mapping, number, optional, several, text, whole
 
 COUNT = whole(0, 2**40)
 MOST_BATCHES = 10_000  # of one optimizer step
@@ -45,6 +46,15 @@ CHECKPOINT = Schema(
     },
 )  # fmt: skip
 switch = Rule("true, false or null", lambda value: value is None or isinstance(value, bool))
+saved = {
+    **dict.fromkeys(("best_model_path", "kth_best_model_path", "last_model_path"), text),
+    "best_k_models": Rule("an object", lambda value: isinstance(value, dict)),
+    "dirpath": optional(text),
+}
+CALLBACKS = {
+    "EMA": Schema({"average": tensors}), "NonFiniteGuard": Schema({"bad_steps": COUNT}),
+    "AdapterCheckpoint": Schema(saved), "StepCheckpoint": Schema(saved),
+}  # fmt: skip
 METRICS = Schema({"rows": several(COUNT, 0)})
 WALK = several(several(COUNT, 2, 2), 0)
 GROUP = {"lr": number(0), "initial_lr": number(0), "weight_decay": number(0), "eps": number(0),
@@ -86,9 +96,11 @@ def check_resumable(checkpoint: Mapping[str, Any], loops: Mapping[str, Any]) -> 
             f"LatentDataModule.walk={shown(walk)}: must be pairs of whole numbers, and no more "
             f"batches than its loops have processed, {done}"
         )
+    for name, state in checkpoint.get("callbacks", {}).items():
+        kind = re.match("[A-Za-z]*", str(name))
+        if kind and kind[0] in CALLBACKS:
+            CALLBACKS[kind[0]].check(state, f"callbacks.{kind[0]}")
     average = checkpoint.get("callbacks", {}).get("EMA", {}).get("average", {})
-    if not tensors.holds(average):
-        raise broken("callbacks.EMA.average", average, tensors)
     for name, value in average.items():
         own = checkpoint["state_dict"].get(name)
         if own is None or own.shape != value.shape:
@@ -132,7 +144,8 @@ def check_optimizers(
     for number_of, scheduler in enumerate(schedulers):
         state: dict[str, Any] = checkpoint["lr_schedulers"][number_of]
         place, like = f"lr_schedulers[{number_of}]", scheduler.state_dict()
-        if wrong := [name for name in state if hasattr(type(scheduler), str(name))]:
+        # a state becomes attributes, which must not stand in the place of methods
+        if wrong := [n for n in state if callable(getattr(type(scheduler), str(n), None))]:
             raise FieldError(f"{place}.{wrong[0]} is unknown")
         SCHEDULER.check(state, place)
         for name in ("base_lrs", "_last_lr", "lr_lambdas"):
