@@ -120,8 +120,8 @@ def _named(trainer: Trainer, restore: Callable[..., None]) -> Callable[..., None
             if not isinstance(error, ValueError):
                 said = f"it cannot be restored ({type(error).__name__}: {error})"
             raise ValueError(
-                f"{path}: {said.rstrip('.')}. Give another checkpoint of its run, or start anew without "
-                "resume."
+                f"{path}: {said.rstrip('.')}. Give another checkpoint of its run, or start anew "
+                "without resume."
             ) from error
 
     return named
