@@ -93,7 +93,7 @@ def guard_resume(
             check(connector._loaded_checkpoint, trainer.fit_loop.state_dict())
 
     def restored() -> None:
-        if connector._loaded_checkpoint:
+        if connector._loaded_checkpoint and trainer.optimizers:  # it trains
             schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
             check_optimizers(connector._loaded_checkpoint, trainer.optimizers, schedulers)
         restore()
