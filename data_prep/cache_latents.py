@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from acetate.cli import run
 from acetate.data.latent_shards import EMPTY_PROMPT
+from acetate.data.manifests import IDENTITY
 from acetate.data.shards import (
     MANIFEST,
     SCHEMA,
@@ -44,8 +45,6 @@ from data_prep.latent_encoder import Encoder, Report, Run, Sources, embed_prompt
 from data_prep.latent_plan import Piece, Settings, plan_of
 
 POLL = 0.5  # seconds between looks for the tars of other ranks
-# what a trainer compares
-IDENTITY = ("vae_sha256", "base_sha256", "text_encoder_sha256", "prompt_length")
 log = logging.getLogger(__name__)
 Jobs = Mapping[int, Sequence[Piece]]  # number of a tar -> what it holds
 Encode = Callable[[Jobs, Report], None]

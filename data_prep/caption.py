@@ -22,6 +22,7 @@ from rich.table import Table
 from tqdm import tqdm
 
 from acetate.cli import run
+from acetate.data.manifests import PROMPT
 from acetate.data.shards import (
     MANIFEST,
     BadClip,
@@ -34,6 +35,7 @@ from acetate.data.shards import (
 )
 from acetate.data.store import listed
 from acetate.data.writer import ShardWriter
+from acetate.documents import parse, shown
 from acetate.draws import stable_hash
 from data_prep.bad_clips import BadClips, print_bad
 from data_prep.captioner import Captioner, Look, locate_captioner
@@ -128,6 +130,10 @@ def read_prompts(source: Path) -> dict[str, Row]:
         if "key" not in texts or not texts["caption"]:
             raise ValueError(
                 f"{source}: row {number} lacks a key or a caption; columns: key, caption"
+            )
+        if not PROMPT.holds(texts["caption"]):
+            raise ValueError(
+                f"{source}: row {number}: caption={shown(texts['caption'])}: must be {PROMPT.says}"
             )
         rows[unicodedata.normalize("NFC", texts["key"])] = texts
     return rows
@@ -293,7 +299,7 @@ def caption(
 
 def with_prompt(meta: bytes, prompt: str) -> bytes:
     """A clip's JSON with another prompt; the same bytes if it is the same."""
-    content = json.loads(meta)
+    content = parse(meta)
     if content["prompt"] == prompt:
         return meta
     return json.dumps({**content, "prompt": prompt}, ensure_ascii=False, sort_keys=True).encode()

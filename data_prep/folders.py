@@ -132,11 +132,8 @@ def makers(folder: Path) -> Iterator[dict[str, Any]]:
     if (folder / MANIFEST).is_file():
         try:
             yield read_head(folder)["made_by"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ShardError(
-                f"{folder / MANIFEST} is no manifest of shards ({type(error).__name__}: {error}). "
-                "Name another folder: out=..."
-            ) from error
+        except ShardError as error:
+            raise ShardError(f"{error} Name another folder: out=...") from error
     for part in sorted(folder.glob("latents-*.part.json")):
         yield json.loads(part.read_text(encoding="utf-8"))["made_by"]
     for line in read_journal(folder / CAPTIONS_FILE)[:1]:
@@ -145,7 +142,7 @@ def makers(folder: Path) -> Iterator[dict[str, Any]]:
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """ "variants: 4 there, 6 now" for each setting that differs."""
-    there, now = (dict(flat(maker["settings"])) for maker in (old, new))
+    there, now = (dict(flat(maker.get("settings", {}))) for maker in (old, new))
     return [
         f"{said(name)}: {short(name, there)} there, {short(name, now)} now"
         for name in sorted(there.keys() | now.keys())

@@ -8,6 +8,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from acetate.documents import parse
 from acetate.replacing import writing, written
 
 Line = dict[str, Any]
@@ -31,7 +32,10 @@ def read_journal(path: Path) -> list[Line]:
     lines = []
     for number, text in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
         try:
-            lines.append(json.loads(text))
+            line = parse(text)
+            if not isinstance(line, dict):
+                raise ValueError("no object of names and values")
+            lines.append(line)
         except ValueError as error:
             raise ValueError(
                 f"{path}:{number} is not JSON ({error}). Repair the line or remove the file."

@@ -132,7 +132,7 @@ def find_kept(out: Path, settings: Settings, made_by: Mapping[str, Any]) -> Kept
     found = next(makers(out))
     if found == made_by or found.get("command") != made_by["command"]:
         return None
-    old, new = found["settings"], made_by["settings"]
+    old, new = found.get("settings", {}), made_by["settings"]
     if any(old.get(name) != new[name] for name in OF_A_LATENT):
         return None
     return Kept(out, settings, same_text=all(old.get(name) == new.get(name) for name in OF_A_TEXT))

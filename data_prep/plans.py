@@ -1,26 +1,42 @@
 """Decides what is to be made of each line of an ingested manifest, before any clip is written."""
 
 import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
-from acetate.data.keys import LONGEST_KEY, shortened
+from acetate.data.keys import KEY, LONGEST_KEY, shortened
+from acetate.documents import Schema, names, open_plain, parse, prose
 from acetate.media.clip import LIMITS, Asked, Limits, MediaError, Stream
+from acetate.settings import flag, number, one_of, optional, place, several, text, whole
 from data_prep.analysis import analyse
 from data_prep.candidates import pictures, stamps
 from data_prep.cleaning import Indices, Settings, shots, too_many
 from data_prep.cleaning import done as done_to
 from data_prep.decisions import Decisions
-from data_prep.examine import Found, opened
+from data_prep.examine import Found, Kind, opened
 from data_prep.executor import progress
 from data_prep.journal import open_journal, read_journal
 from data_prep.tree import printable
+
+LONGEST_LINE = 2**24  # bytes; more of them are no line of ours
+_size = whole(1, 2**24)
+_rect = optional(several(whole(0, 2**24), 4, 4))
+FOUND = Schema(
+    {
+        "key": KEY, "kind": one_of(*get_args(Kind)), "files": several(place, 1, 2),
+        "frames": _size, "width": _size, "height": _size, "fps": optional(number(0, 1e6)),
+        **dict.fromkeys(("prompt", "licence", "source", "group"), prose(100_000)), "lossy": flag,
+        "premultiplied": optional(flag), "colour_rect": _rect, "alpha_rect": _rect,
+    },
+    {"decisions": optional(names), "notes": several(prose(100_000), 0), "layer": optional(text),
+     "divide": optional(flag)},
+    open=False,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -81,14 +97,16 @@ def read_lines(manifest: Path) -> list[Found]:
         )
     lines = []
     # bytes end at \n only; prompts may hold Unicode's other line ends
-    with open(manifest, "rb") as file:
-        for number, text in enumerate(file, start=1):
+    with open_plain(manifest) as file:
+        for number, text in enumerate(iter(lambda: file.readline(LONGEST_LINE), b""), start=1):
             try:
-                line = Found(**json.loads(text))
+                value = parse(text)
+                FOUND.check(value)
+                line = Found(**value)
                 if line.decisions is not None:
                     Decisions.of_json(line.decisions)
                 lines.append(line)
-            except (ValueError, TypeError) as error:
+            except (ValueError, TypeError, KeyError, AttributeError) as error:
                 raise ValueError(
                     f"{manifest}:{number}: not a line of acetate prep ingest ({error})"
                 ) from error

@@ -11,10 +11,12 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from acetate.documents import read_plain
 from data_prep.tree import Tree, printable
 
 FILE = ("file", "path", "name", "filename", "file_name")  # columns that name a row's file
 PAIR = ("video_fgr", "video_pha")
+MOST_TEXT = 2**29  # bytes of a table
 Row = dict[str, Any]
 
 
@@ -35,8 +37,8 @@ def column(row: Row, *names: str) -> str:
 
 def read_text(path: Path) -> str:
     """UTF-8, or UTF-16 with its mark; a byte order mark is no part of it. UnicodeDecodeError for
-    what is neither."""
-    data = path.read_bytes()
+    what is neither, OSError for what is no plain file."""
+    data = read_plain(path, MOST_TEXT)
     wide = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     return data.decode("utf-16" if wide else "utf-8-sig")
 

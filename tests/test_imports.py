@@ -25,6 +25,7 @@ LAYERS = (
         "redaction",
         "torchrun",
         "console",
+        "documents",
         "clips",
         "settings",
     },

@@ -5,9 +5,10 @@ No other file touches them. pyproject.toml admits the minor version that they ar
 tests/test_lightning_seams.py has a test of each, which names the one that a new version breaks.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from lightning import LightningModule
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -72,6 +73,58 @@ def leave_signals_alone(trainer: Trainer) -> None:
     connector = trainer._signal_connector
     connector._original_handlers = connector._get_current_signal_handlers()
     connector.register_signal_handlers = lambda: None
+
+
+def guard_resume(
+    trainer: Trainer,
+    check: Callable[[Mapping[str, Any], Mapping[str, Any]], None],
+    check_optimizers: Callable[[Mapping[str, Any], Sequence[Any], Sequence[Any]], None],
+) -> None:
+    """Whatever restoring a checkpoint raises is a ValueError that names its file.
+
+    check: of the whole and the form of the fit loop's state, before anything is restored;
+    check_optimizers: of the whole, the optimizers and the schedulers, before theirs is.
+    """
+    connector = trainer._checkpoint_connector
+
+    def loaded(*args: Any, **settings: Any) -> None:
+        resume_start(*args, **settings)
+        if connector._loaded_checkpoint:
+            check(connector._loaded_checkpoint, trainer.fit_loop.state_dict())
+
+    def restored() -> None:
+        if connector._loaded_checkpoint and trainer.optimizers:  # it trains
+            schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
+            check_optimizers(connector._loaded_checkpoint, trainer.optimizers, schedulers)
+        restore()
+
+    resume_start, restore = connector.resume_start, connector.restore_training_state
+    connector.resume_start = _named(trainer, loaded)
+    connector.restore_training_state = _named(trainer, restored)
+    for name in ("restore_datamodule", "restore_model", "restore_callbacks"):
+        setattr(connector, name, _named(trainer, getattr(connector, name)))
+
+
+def _named(trainer: Trainer, restore: Callable[..., None]) -> Callable[..., None]:
+    """`restore`, whose errors name the checkpoint."""
+
+    def named(*args: Any, **settings: Any) -> None:
+        try:
+            restore(*args, **settings)
+        except (OSError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            path, said = str(trainer.ckpt_path), f"{error}"
+            if isinstance(error, ValueError) and path in said:
+                raise
+            if not isinstance(error, ValueError):
+                said = f"it cannot be restored ({type(error).__name__}: {error})"
+            raise ValueError(
+                f"{path}: {said.rstrip('.')}. Give another checkpoint of its run, or start anew "
+                "without resume."
+            ) from error
+
+    return named
 
 
 def set_ddp(strategy: DDPStrategy, **settings: Any) -> None:

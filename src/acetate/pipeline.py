@@ -20,9 +20,10 @@ from acetate.commands.checks import check_settings
 from acetate.commands.recorded import preset_of, quoted
 from acetate.formats.few_step import merge_few_step
 from acetate.formats.rgba_vae import load_rgba_vae
+from acetate.formats.trained import read_whole_adapters
 from acetate.formats.wan_alpha import dora_from_wan_alpha
 from acetate.guides import Guide, draw, outline
-from acetate.models.adapters import load_trainable, read_adapters
+from acetate.models.adapters import load_trainable
 from acetate.models.dit import add_dora, merge_dora
 from acetate.models.loading import load_transformer, transformer_sha256
 from acetate.models.rgba_vae import RGBADecoders
@@ -272,8 +273,7 @@ def put_dora(transformer: WanTransformer3DModel, source: str) -> dict[str, Any]:
             value.shape[0] for name, value in adapters.items() if ".lora_A." in name
         )
     else:
-        path, state, facts = read_adapters(source, kind="dit_dora")
-        adapters = {name.removeprefix("transformer."): value for name, value in state.items()}
+        path, adapters, facts = read_whole_adapters(source, "dit_dora")
         rank, alpha = facts["rank"], facts["alpha"]
         found = transformer_sha256(transformer)
         if found != facts["transformer_sha256"]:

@@ -1,4 +1,5 @@
 import logging
+import re
 from zlib import crc32
 
 import lightning
@@ -71,8 +72,9 @@ def write(
             shards.append({**tar.finish(), "samples": samples})
     save_file({"embeds": torch.ones(1, 8, dtype=torch.float16)}, out / EMPTY_PROMPT)
     write_json(out / MANIFEST, {"schema": SCHEMA, "kind": "latents", "vae_sha256": "abc",
-        "prompt_length": 6,
-                                "geometry": {"channels": 4}, "shards": shards})  # fmt: skip
+        "base_sha256": "b", "text_encoder_sha256": "t", "prompt_length": 6, "ellipse": {},
+                                "geometry": {"channels": 4, "time_stride": 4, "space_stride": 4},
+                                "shards": shards})  # fmt: skip
     return out
 
 
@@ -233,7 +235,9 @@ def test_resume_reads_nothing_of_what_it_skips(folder, tmp_path, monkeypatch):
     trainer.save_checkpoint(tmp_path / "a.ckpt")
     read = []
     monkeypatch.setattr(
-        latents, "read_latents", lambda ref: [read.append(ref.key), read_latents(ref)][1]
+        latents,
+        "read_latents",
+        lambda ref, width: [read.append(ref.key), read_latents(ref, width)][1],
     )
     rest, _, _ = fit(folder, tmp_path, 9, resume=tmp_path / "a.ckpt")
     assert len(rest.seen) == 1
@@ -422,3 +426,63 @@ def test_longer_prompt_than_the_model_reads(tmp_path):
 def test_settings_are_checked(folder, name, bad):
     with pytest.raises(ValueError, match=f"{name}={bad}; must be at least"):
         module(folder, **{name: bad})
+
+
+def recast(name, dtype):
+    return lambda tensors: {**tensors, name: tensors[name].to(dtype)}
+
+
+@pytest.mark.parametrize(
+    "spoil, reason",
+    [
+        (lambda t: {**t, "latents": torch.zeros(8, *t["latents"].shape[1:])}, r"latents \(8, "),
+        (lambda t: {**t, "latents": torch.zeros(4, 9, 9)}, r"latents \(4, 9, 9\); promised \(4, "),
+        (lambda t: {**t, "prompt_embeds": torch.zeros(3, 9)}, r"prompt_embeds \(3, 9\); promised"),
+        (lambda t: {**t, "prompt_embeds": torch.zeros(90, 8)}, r"prompt_embeds \(90, 8\); promi"),
+        (lambda t: {**t, "ellipse": t["ellipse"].double() * 1e300}, "ellipse: values that are not"),
+        (lambda t: {**t, "latents": t["latents"] * float("nan")}, "latents: values that are not"),
+        (lambda t: {"latents": t["latents"]}, "KeyError: 'prompt_embeds'"),
+        *((recast("latents", dtype), f"latents of {dtype}; needed: a float of 16") for dtype in (
+            torch.bool, torch.int8, torch.int64, torch.complex64, torch.float8_e4m3fn)),
+    ],
+)  # fmt: skip
+def test_what_a_sample_may_hold(tmp_path, spoil, reason):
+    """Each is the fault of its clip, which leaves the batch."""
+    spoilt = lambda clip, tensors: spoil(tensors) if clip == "c" else tensors  # noqa: E731
+    data = ready(write(tmp_path, variants=1, spoil=spoilt), bad_clip_budget=1)
+    batches = first(data.train_dataloader(), 7)
+    (said,) = {text for batch in batches for text in batch["skipped"]}
+    assert re.search(rf"^c-w000-v0: latents-\d+\.tar:c-w000-v0\.safetensors: .*{reason}", said)
+    assert {clip for batch in batches for clip in batch["clip"]} == set(TRAIN) - {"c"}
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        ({"base_sha256": None}, "base_sha256 is missing: must be text"),
+        ({"vae_sha256": 3}, "vae_sha256=3: must be text"),
+        ({"prompt_length": "6"}, "prompt_length='6': must be a whole number"),
+        ({"geometry": {"channels": 4}}, "geometry.time_stride is missing"),
+        ({"made_by": {"settings": {"vae_sha256": "x"}}}, "vae_sha256='abc': must be that of made"),
+    ],
+)
+def test_manifest_of_latents_is_held_to_its_schema(folder, tmp_path, change, said):
+    manifest = read_manifest(folder, "latents") | change
+    kept = {name: value for name, value in manifest.items() if value is not None}
+    write_json(tmp_path / MANIFEST, kept)
+    with pytest.raises(ShardError, match=rf"{tmp_path}/manifest\.json: {said}"):
+        read_manifest(tmp_path, "latents")
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [("tokens", "18"), ("tokens", -1), ("shape", [2, 2]), ("shape", [0, 2, 2]), ("clip", "../x"),
+     ("shape", [2**16, 2**16, 2]), ("variant", 1.5), ("split", "test"), ("crc32", True)],
+)  # fmt: skip
+def test_entry_of_a_latent_is_held_to_its_schema(folder, tmp_path, name, value):
+    manifest = read_manifest(folder, "latents")
+    manifest["shards"][1]["samples"][2][name] = value
+    write_json(tmp_path / MANIFEST, manifest)
+    with pytest.raises(ShardError, match=r"manifest\.json: shards\[1\]\.samples\[2\]") as error:
+        module(tmp_path).setup()
+    assert name in str(error.value) or "pixels" in str(error.value)

@@ -1,3 +1,4 @@
+import gzip
 import json
 import multiprocessing
 import os
@@ -70,17 +71,27 @@ class Handler(BaseHTTPRequestHandler):
         self.send_response(status)
         for header in headers.items():
             self.send_header(*header)
-        self.send_header("Content-Length", headers.get("Content-Length") or str(len(body)))
+        if fault == "bomb":
+            self.send_header("Content-Encoding", "gzip")
+            body = gzip.compress(b" " * 10**8)
+        if fault != "endless":
+            self.send_header("Content-Length", headers.get("Content-Length") or str(len(body)))
         self.end_headers()
         if self.command == "HEAD":
             return
+        if fault == "endless":
+            with suppress(OSError):
+                while True:
+                    self.wfile.write(body * 1000)
         if fault == "slow":  # all of it, over longer than the tests' timeout
             for i in range(16):
                 self.wfile.write(body[i * len(body) // 16 : (i + 1) * len(body) // 16])
                 time.sleep(0.2)
             return
         with suppress(OSError):  # nobody waits for it any more
-            self.wfile.write(body[: len(body) // 2] if fault and fault != "late" else body)
+            self.wfile.write(
+                body[: len(body) // 2] if fault and fault not in ("late", "bomb") else body
+            )
         if fault == "stall":
             self.wfile.flush()
             time.sleep(4)
@@ -505,7 +516,7 @@ def test_damaged_manifests(server, tmp_path, damage):
     damage(manifest)
     path.write_text(json.dumps(manifest))
     with pytest.raises(
-        ShardError, match=r"manifest\.json is damaged \(\w+Error: .*acetate prep shard` make"
+        ShardError, match=r"manifest\.json: (shards|clips).*acetate prep shard` make"
     ):
         index_shards([open_folder(server.url, quick(tmp_path))])
 
@@ -592,3 +603,14 @@ def test_workers_read_buckets(bucket, tmp_path):
 
 def test_fetch_errors_are_os_errors():
     assert issubclass(FetchError, OSError)  # which blame() makes into a BadClip
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("fault", ["endless", "bomb"])
+def test_a_manifest_ends_at_its_limit(server, tmp_path, fault):
+    server.faults["manifest.json"] = [fault] * 9
+    folder = open_folder(server.url, quick(tmp_path))
+    with pytest.raises(FetchError, match=r"manifest\.json has more than 1,000,000 bytes"):
+        read_file(folder, "manifest.json", 10**6)
+    assert server.asked.count("manifest.json") == 1  # and is not asked for again
+    assert not list(tmp_path.glob("**/*.part"))

@@ -663,6 +663,15 @@ def test_unusable_shards(make, tmp_path):
         make(tmp_path / "l", shards=tmp_path / "empty")
 
 
+def test_shards_without_a_readable_clip_leave_nothing(make, tmp_path):
+    write(tmp_path / "empty")
+    for tar in (tmp_path / "empty").glob("*.tar"):
+        tar.write_bytes(b"")
+    with pytest.raises(ShardError, match=r"no latents could be made of the clips \(.*empty file"):
+        make(tmp_path / "l", shards=tmp_path / "empty", bad_clip_budget=100)
+    assert not (tmp_path / "l").exists()
+
+
 def test_command_line(clips, adapters, wan_folder, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     sources = [f"wan.{part}={wan_folder}" for part in ("vae", "text_encoder")]

@@ -279,3 +279,14 @@ def test_a_captioner_that_is_not_there_ends_at_once(source, tmp_path, monkeypatc
             run(source, tmp_path / "out", replace(SETTINGS, overwrite="all", captioner=name))
         assert time.monotonic() - start < 30
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "text, said",
+    [("[" * 10**5, "nested too deeply"), ("[1]", r"\[1\] is no row"), ("{", "is not a table"),
+     (json.dumps({"key": "a", "caption": "x" * 10**6}), "row 1: caption='x.*at most 100,000")],
+)  # fmt: skip
+def test_tables_that_are_none(tmp_path, text, said):
+    (tmp_path / "t.jsonl").write_text(text)
+    with pytest.raises(ValueError, match=rf"t\.jsonl.*{said}"):
+        read_prompts(tmp_path / "t.jsonl")

@@ -487,3 +487,37 @@ def test_real_media(tmp_path):
             if json.loads(file.read(ref.meta[1]))["premultiplied_source"]:
                 was_premultiplied.add(ref.key)
     assert was_premultiplied == {"packed-yyeva_ring"}
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        *(({"key": key}, "key=") for key in (5, ["a"], "../x", "a\nb", "a/b", "x" * 81)),
+        ({"frames": "9"}, "frames='9': must be a whole number"), ({"width": 0}, "width=0"),
+        ({"kind": "x"}, "kind='x': must be one of still"), ({"files": "a.png"}, "files="),
+        ({"files": []}, "files="), ({"fps": "x"}, "fps='x'"), ({"prompt": 5}, "prompt=5"),
+        ({"colour_rect": [1, 2]}, "colour_rect="), ({"decisions": [1]}, "decisions="),
+        ({"decisions": {}}, "decisions: .*missing"), ({"more": 1}, "'more' is unknown"),
+        ({"notes": 5}, "notes=5"),
+    ],
+)  # fmt: skip
+def test_lines_are_held_to_their_schema(tmp_path, change, said):
+    line = {
+        "key": "a", "kind": "still", "files": ["a.png"], "frames": 1, "width": 8, "height": 8,
+        "fps": None, "prompt": "", "licence": "", "source": "", "group": "a", "lossy": False,
+        "premultiplied": None, "colour_rect": None, "alpha_rect": None,
+    }  # fmt: skip
+    (tmp_path / "m.jsonl").write_text(json.dumps(line) + "\n")
+    assert read_lines(tmp_path / "m.jsonl")[0].key == "a"
+    (tmp_path / "m.jsonl").write_text(json.dumps(line | change) + "\n")
+    with pytest.raises(
+        ValueError, match=rf"m\.jsonl:1: not a line of acetate prep ingest \({said}"
+    ):
+        read_lines(tmp_path / "m.jsonl")
+
+
+def test_lines_that_are_none(tmp_path):
+    for text, said in (("[" * 10**5, "nested too deeply"), ("5", "must be an object")):
+        (tmp_path / "m.jsonl").write_text(text)
+        with pytest.raises(ValueError, match=rf"m\.jsonl:1: .*{said}"):
+            read_lines(tmp_path / "m.jsonl")

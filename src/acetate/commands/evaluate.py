@@ -26,6 +26,8 @@ from acetate.commands.recorded import (
 from acetate.commands.runs import LAST, RECORD, checkpoint_to_resume
 from acetate.data.datamodule import ShardDataModule
 from acetate.formats.checkpoints import read_trained
+from acetate.formats.resumable import check_optimizers, check_resumable
+from acetate.lightning_seams import guard_resume
 from acetate.models.loading import load_vae
 from acetate.redaction import redacted
 from acetate.replacing import standing, write_json
@@ -132,6 +134,7 @@ def measure(config: DictConfig, checkpoint: str | None) -> dict[str, dict[str, f
     data, task = instantiate(config.data), instantiate(config.task)
     average = instantiate(config.callbacks.get("ema"))  # validations of the run see it, too
     trainer = instantiate(config.trainer, callbacks=[] if average is None else [average], **quiet)
+    guard_resume(trainer, check_resumable, check_optimizers)
     rows = {}
     if isinstance(task, RGBAVAETask):
         base = PlainVAETask(vae=load_vae(config.wan.vae), lpips=config.task.lpips)

@@ -8,14 +8,18 @@ import torch.distributed
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from hydra.utils import instantiate
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from acetate.callbacks.preemption import INTERRUPTED, Preempted, Preemption
 from acetate.commands.loggers import build_loggers, build_story, finish_loggers
 from acetate.commands.runs import FINISHED, checkpoint_to_resume, only_writer
+from acetate.commands.same_base import SameBase
 from acetate.commands.start import StartFrom
+from acetate.data.latents import LatentDataModule
 from acetate.formats.checkpoints import step_of
+from acetate.formats.resumable import check_optimizers, check_resumable
 from acetate.formats.starting import read_start
+from acetate.lightning_seams import guard_resume
 
 
 def main(config: DictConfig) -> float | None:
@@ -31,6 +35,10 @@ def main(config: DictConfig) -> float | None:
     callbacks = [
         callback for callback in instantiate(config.callbacks).values() if callback is not None
     ]
+    if isinstance(data, LatentDataModule):
+        given = OmegaConf.select(config, "rgba_vae")
+        adapters = list(given) if OmegaConf.is_list(given) else given
+        callbacks.append(SameBase(config.wan.vae, adapters))
     if config.init is not None and checkpoint is None:
         callbacks.append(StartFrom(config.init, read_start))
     loggers = build_loggers(config)
@@ -39,6 +47,7 @@ def main(config: DictConfig) -> float | None:
     )
     # callbacks, which compare the ranks' in setup, do not know an argument of fit
     trainer.ckpt_path = checkpoint
+    guard_resume(trainer, check_resumable, check_optimizers)
     with only_writer(run) if trainer.is_global_zero else nullcontext():
         failed = True
         try:

@@ -16,7 +16,15 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from acetate.data.datamodule import ShardDataModule
 from acetate.data.order import Order
 from acetate.data.read_ahead import ReadAhead
-from acetate.data.shards import BadClip, Clip, ClipRef, ShardError, index_shards, read_clip
+from acetate.data.shards import (
+    BadClip,
+    Clip,
+    ClipRef,
+    ShardError,
+    blame,
+    index_shards,
+    read_clip,
+)
 from acetate.data.splits import validation_draw
 from acetate.data.store import Remote, RemoteTar
 from acetate.data.transforms import ClipTransform
@@ -108,12 +116,13 @@ class ClipDataset(Dataset[Sample | BadClip]):
         ref = self.refs[index]
         generator = generator_for("clip", self.seed, epoch, ref.key)
         try:
-            clip = self.cache.read(ref)
+            with blame(ref):
+                clip = self.cache.read(ref)
+                rgb, alpha = self.transform(torch.from_numpy(clip.frames), generator)
+                if not (rgb.isfinite().all() and alpha.isfinite().all()):
+                    raise ValueError("values that are not finite")
         except BadClip as bad:
             return bad
-        rgb, alpha = self.transform(torch.from_numpy(clip.frames), generator)
-        if not (rgb.isfinite().all() and alpha.isfinite().all()):
-            return BadClip(ref.key, "has values that are not finite")
         return {"rgb": rgb, "alpha": alpha, "prompt": clip.prompt, "key": ref.key}
 
     def _coming(self, position: int) -> Iterator[tuple[int, Path | RemoteTar]]:

@@ -18,9 +18,12 @@ from torch.utils.data import DataLoader, Dataset
 from acetate.data.order import ClipOrder, MixedOrder, Order
 from acetate.data.shards import ShardError, TarRef, first_reasons
 from acetate.data.store import Remote, RemoteTar, listed, open_folder
+from acetate.documents import Schema
 from acetate.lightning_seams import batches_done, replaces_samplers
 from acetate.redaction import redacted
+from acetate.settings import whole
 
+STATE = Schema({"consumed": whole(0, 2**60), "order": whole(-(2**63), 2**63)})
 log = logging.getLogger(__name__)
 
 
@@ -191,7 +194,8 @@ class ShardDataModule(LightningDataModule):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Other ranks or another batch size go on at the same clip; other clips or another seed
-        cannot."""
+        cannot. Raises FieldError for a state of another form."""
+        STATE.check(state_dict, type(self).__name__)
         self._consumed, self._batches = state_dict["consumed"], None
         if state_dict["order"] != self._fingerprint():
             log.warning(

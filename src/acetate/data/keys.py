@@ -3,8 +3,12 @@ short ones."""
 
 import re
 import unicodedata
+from typing import Any
+
+from acetate.settings import Rule
 
 LONGEST_KEY = 80  # bytes of UTF-8: a tar's plain header holds 100 of a member's name
+ASCII = re.compile(r"[A-Za-z0-9_-]+")
 
 
 def plain_key(name: str) -> str:
@@ -20,13 +24,26 @@ def plain_key(name: str) -> str:
     return re.sub(r"\.+", "_", "".join(kept))
 
 
+def is_key(key: Any) -> bool:
+    """Whether a sample can have this key."""
+    return (
+        isinstance(key, str)
+        and 0 < len(key) <= LONGEST_KEY
+        and (bool(ASCII.fullmatch(key)) or plain_key(key) == key)
+        and len(key.encode()) <= LONGEST_KEY
+    )
+
+
+KEY = Rule(
+    f"1 to {LONGEST_KEY} bytes of letters and digits of any script in Unicode's NFC, _ and -",
+    is_key,
+)
+
+
 def check_key(key: str) -> None:
     """ValueError unless a sample can have this key."""
-    if not key or plain_key(key) != key or len(key.encode()) > LONGEST_KEY:
-        raise ValueError(
-            f"key {key!r}; keys are 1 to {LONGEST_KEY} bytes of letters and digits of any script "
-            "in Unicode's NFC, _ and -"
-        )
+    if not is_key(key):
+        raise ValueError(f"key {key!r}; keys are {KEY.says}")
 
 
 def beginning(key: str, most: int) -> str:

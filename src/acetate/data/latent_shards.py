@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import safetensors.torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from acetate.data.shards import (
@@ -16,7 +15,6 @@ from acetate.data.shards import (
     ShardError,
     TarRef,
     blame,
-    blame_manifest,
     find_samples,
     read_media,
     read_meta,
@@ -24,16 +22,19 @@ from acetate.data.shards import (
 from acetate.data.store import Folder, read_file
 
 EMPTY_PROMPT = "empty_prompt.safetensors"
+MOST_EMPTY = 2**26  # bytes of it
 # latents (C, F, h, w), ellipse (F, 5), prompt_embeds (n, D), prompt_mask (n,), prompt, ref
 Sample = dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LatentRef(TarRef):
-    """One window of a clip over one background. shape: latent (F, h, w); tokens: of its prompt."""
+    """One window of a clip over one background. shape: latent (F, h, w); channels: of the latent;
+    tokens: of its prompt."""
 
     clip: str
     variant: int
+    channels: int
     shape: tuple[int, int, int]
     tokens: int
 
@@ -45,42 +46,55 @@ class LatentRef(TarRef):
 def index_latents(folder: Folder, manifest: dict[str, Any]) -> list[LatentRef]:
     """Every sample that the manifest promises; one that its local tar lacks has a `problem`."""
     refs = []
-    with blame_manifest(folder, "latents"):
-        for shard in manifest["shards"]:
-            places = find_samples(
-                folder, shard, [(entry["key"], "safetensors") for entry in shard["samples"]]
-            )
-            for entry, place in zip(shard["samples"], places, strict=True):
-                facts = {**entry, **place, "shape": tuple(entry["shape"])}
-                refs.append(LatentRef(**facts, kind="safetensors"))
+    channels = manifest["geometry"]["channels"]
+    for shard in manifest["shards"]:
+        places = find_samples(
+            folder, shard, [(entry["key"], "safetensors") for entry in shard["samples"]]
+        )
+        for entry, place in zip(shard["samples"], places, strict=True):
+            facts = {**entry, **place, "channels": channels, "shape": tuple(entry["shape"])}
+            refs.append(LatentRef(**facts, kind="safetensors"))
     return refs
 
 
-def read_latents(ref: LatentRef) -> Sample:
-    """A sample as it is stored; BadClip with the reason if anything is wrong with it."""
+def read_latents(ref: LatentRef, width: int | None = None) -> Sample:
+    """A sample as it is stored; BadClip with the reason if anything is wrong with it.
+
+    width: of prompt embeddings, where it is known.
+    """
     data, meta = read_media(ref), read_meta(ref)
     with blame(ref):
-        try:
-            sample: Sample = safetensors.torch.load(data)
-        except SafetensorError as error:
-            raise ValueError(str(error)) from error
-        found, frames = tuple(sample["latents"].shape[1:]), ref.shape[0]
-        if found != ref.shape or sample["ellipse"].shape != (frames, 5):
-            raise ValueError(
-                f"latents {found}, ellipse {tuple(sample['ellipse'].shape)}; promised {ref.shape}"
-            )
-        if not all(
-            sample[name].isfinite().all() for name in ("latents", "ellipse", "prompt_embeds")
-        ):
-            raise ValueError("values that are not finite")
+        sample: Sample = safetensors.torch.load(data)
+        embeds = sample["prompt_embeds"]
+        promised = {
+            "latents": (ref.channels, *ref.shape),
+            "ellipse": (ref.shape[0], 5),
+            "prompt_embeds": (ref.tokens, embeds.shape[-1] if width is None else width),
+        }
+        for name, shape in promised.items():
+            value = sample[name]
+            if tuple(value.shape) != shape:
+                raise ValueError(f"{name} {tuple(value.shape)}; promised {shape}")
+            if not value.is_floating_point() or value.itemsize < 2:
+                raise ValueError(f"{name} of {value.dtype}; needed: a float of 16 bits or more")
+            if not value.float().isfinite().all():
+                raise ValueError(f"{name}: values that are not finite")
     return sample | {"prompt": meta["prompt"], "ref": ref}
 
 
 def read_empty_prompt(folder: Folder) -> Tensor:
     """The embedding (n, D) of an empty prompt; ShardError where it cannot be read."""
     try:
-        return safetensors.torch.load(read_file(folder, EMPTY_PROMPT))["embeds"]
-    except (OSError, SafetensorError, KeyError) as error:
+        embeds = safetensors.torch.load(read_file(folder, EMPTY_PROMPT, MOST_EMPTY))["embeds"]
+        if embeds.ndim != 2 or not embeds.is_floating_point():
+            raise ValueError(
+                f"embeds is {embeds.dtype} {tuple(embeds.shape)}, must be float (n, D)"
+            )
+        if not embeds.float().isfinite().all():
+            raise ValueError("embeds: values that are not finite")
+        return embeds
+    except Exception as error:  # safetensors has several
         raise ShardError(
-            f"{folder}/{EMPTY_PROMPT} cannot be read ({error}). {HOW_TO_MAKE['latents']}"
+            f"{folder}/{EMPTY_PROMPT} cannot be read ({type(error).__name__}: {error}). "
+            f"{HOW_TO_MAKE['latents']}"
         ) from error

@@ -27,7 +27,9 @@ from acetate.data.read_ahead import ReadAhead
 from acetate.data.shards import HOW_TO_MAKE, BadClip, ShardError, by_key, read_manifest
 from acetate.data.splits import validation_draw
 from acetate.data.store import Remote, RemoteTar
+from acetate.documents import FieldError, shown
 from acetate.draws import stable_hash
+from acetate.settings import several, whole
 
 # What latents were made with: folders are mixed, and a run goes on, only where all of it is equal
 MADE_WITH = (
@@ -38,6 +40,7 @@ MADE_WITH = (
     "ellipse",
     "geometry",
 )
+WALK = several(several(whole(0, 2**40), 2, 2), 0)
 log = logging.getLogger(__name__)
 
 Step = tuple[int, int, int]  # epoch, window, and how far the walk through the order has come
@@ -65,13 +68,17 @@ class LatentDataset(Dataset[Sample | BadClip]):
 
     The variants of a window take turns from epoch to epoch, from one that its key and the seed
     choose. batches: those of training on this rank, from no later than the first step that is asked
-    for.
+    for. width: of prompt embeddings.
     """
 
     def __init__(
-        self, windows: Sequence[Sequence[LatentRef]], seed: int, batches: BucketBatches | None
+        self,
+        windows: Sequence[Sequence[LatentRef]],
+        seed: int,
+        batches: BucketBatches | None,
+        width: int,
     ):
-        self.windows, self.seed, self.batches = windows, seed, batches
+        self.windows, self.seed, self.batches, self.width = windows, seed, batches, width
         remote = batches and any(isinstance(window[0].tar, RemoteTar) for window in windows)
         self.ahead = ReadAhead(self._coming, len(windows)) if remote else None
 
@@ -80,7 +87,7 @@ class LatentDataset(Dataset[Sample | BadClip]):
         if self.ahead:
             self.ahead.reached(position)
         try:
-            return read_latents(self._variant(epoch, index))
+            return read_latents(self._variant(epoch, index), self.width)
         except BadClip as bad:
             return bad
 
@@ -232,7 +239,7 @@ class LatentDataModule(ShardDataModule):
             if len(found) == count:
                 break
             try:
-                prompt = read_latents(variants[0])["prompt"]
+                prompt = read_latents(variants[0], self._width)["prompt"]
             except BadClip:  # validation counts it
                 continue
             if prompt and prompt not in found:
@@ -246,6 +253,13 @@ class LatentDataModule(ShardDataModule):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
+        walk: Any = state_dict.get("walk")
+        known = sum(run[0] * run[1] for run in walk) if WALK.holds(walk) else -1
+        if known != self._consumed:
+            raise FieldError(
+                f"{type(self).__name__}.walk={shown(walk)}: must be pairs of a global batch and "
+                f"the number of such, {self._consumed} samples in all"
+            )
         self._past = [list(run) for run in state_dict["walk"] if run[1]]
 
     def _present(self) -> list[int]:
@@ -266,9 +280,8 @@ class LatentDataModule(ShardDataModule):
         self._start()
         walk = self._walk()
         self._check_buckets(walk.buckets, self.batch_size * world)
-        dataset = LatentDataset(
-            self.train_windows, self.seed, BucketBatches(walk.copy, self.batch_size, rank, world)
-        )
+        batches = BucketBatches(walk.copy, self.batch_size, rank, world)
+        dataset = LatentDataset(self.train_windows, self.seed, batches, self._width)
         return self._loader(
             dataset, BucketBatches(self._walk, self.batch_size, rank, world), self._collate()
         )
@@ -282,9 +295,12 @@ class LatentDataModule(ShardDataModule):
             "windows in buckets",
             "val_batch_size=1 and ",
         )
-        return self._loader(
-            LatentDataset(self.val_windows, seed=0, batches=None), parts[rank], self._collate()
-        )
+        dataset = LatentDataset(self.val_windows, seed=0, batches=None, width=self._width)
+        return self._loader(dataset, parts[rank], self._collate())
+
+    @property
+    def _width(self) -> int:
+        return self.null_context.shape[-1]
 
     def _check_buckets(self, buckets: Sequence[Hashable], size: int) -> None:
         """Warns of those too rare for a batch of `size` different windows."""

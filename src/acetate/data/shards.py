@@ -5,9 +5,6 @@
 """
 
 import io
-import json
-import re
-import tarfile
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,15 +17,21 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from acetate.data.manifests import (
+    BEFORE_SHARDS,
+    CLIP,
+    MADE_BY,
+    check_manifest,
+)
 from acetate.data.splits import Split
-from acetate.data.store import Folder, RemoteTar, Span, find_members, read_at, read_file
+from acetate.data.store import MOST_BYTES, Folder, RemoteTar, Span, find_members, read_at, read_file
+from acetate.documents import FieldError, open_plain, parse, shown
 from acetate.media.clip import Limits, decoding
 from acetate.video_io import MediaError, decode_ffv1
 
 SCHEMA = 1  # of clip and of latent shards
 MANIFEST = "manifest.json"
 SHARDS = ',\n "shards": '  # the last thing in the manifest of a folder of clips
-SHA256 = re.compile(r"[0-9a-f]{64}")
 STILL = "rgba.png"  # the kind of a clip of one frame; every other one is FFV1
 LIMITS = Limits(max_bytes=2**32)  # of what a manifest may promise of a clip
 MEMBER = 2**32  # bytes of a sample's media
@@ -107,37 +110,51 @@ class ClipRef(TarRef):
 
 
 def read_manifest(folder: Folder, kind: Literal["clips", "latents"] = "clips") -> dict[str, Any]:
-    """The manifest of a folder of shards; ShardError if it is missing, of another schema or of
-    another kind."""
+    """The manifest of a folder of shards; ShardError if it is missing, of another schema or kind,
+    too large, or has a field that breaks its rule."""
     path, advice = f"{folder}/{MANIFEST}", HOW_TO_MAKE[kind]
     try:
-        manifest = json.loads(read_file(folder, MANIFEST))
+        manifest = parse(read_file(folder, MANIFEST))
     except (FileNotFoundError, NotADirectoryError) as error:
         local = isinstance(folder, Path)
         lost = "does not exist" if local else "does not exist, or holds no finished shards"
         state = "holds no finished shards" if local and folder.is_dir() else lost
         raise ShardError(f"{folder} {state} (no {MANIFEST}). {advice}") from error
     except OSError as error:
-        raise ShardError(f"{path} cannot be read: {error}") from error
+        raise ShardError(f"{path} cannot be read: {error}. {advice}") from error
     except ValueError as error:
         raise ShardError(f"{path} is not JSON ({error}). {advice}") from error
     schema = manifest.get("schema") if isinstance(manifest, dict) else None
     if schema != SCHEMA:
-        raise ShardError(f"{path}: schema {schema!r}; this version reads schema {SCHEMA}. {advice}")
+        raise ShardError(
+            f"{path}: schema {shown(schema)}; this version reads schema {SCHEMA}. {advice}"
+        )
     found = manifest.get("kind", "clips")
     if found != kind:
-        raise ShardError(f"{folder} holds {found}; needed: {kind}. {advice}")
+        what = found if found in [*HOW_TO_MAKE] else f"kind {shown(found)}"
+        raise ShardError(f"{folder} holds {what}; needed: {kind}. {advice}")
+    try:
+        check_manifest(manifest, kind)
+    except FieldError as error:
+        raise ShardError(f"{path}: {error}. {advice}") from error
     return manifest
 
 
 def read_head(folder: Path) -> dict[str, Any]:
-    """A manifest that ShardWriter wrote, without its list of clips, which may be a million
-    lines."""
-    with open(folder / MANIFEST) as file:
-        lines = takewhile(
-            lambda line: line != SHARDS[2:] + "[\n" and line != SHARDS[2:] + "[]\n", file
-        )
-        return json.loads("".join(lines).rstrip().removesuffix(",") + "}")
+    """A manifest that ShardWriter wrote, without its list of clips, which may be a million lines.
+    ShardError as `read_manifest`."""
+    path = folder / MANIFEST
+    try:
+        with io.TextIOWrapper(open_plain(path, MOST_BYTES), "utf-8") as file:
+            lines = takewhile(
+                lambda line: line != SHARDS[2:] + "[\n" and line != SHARDS[2:] + "[]\n", file
+            )
+            head = parse("".join(lines).rstrip().removesuffix(",") + "}")
+        BEFORE_SHARDS.check(head)
+        MADE_BY.check(head["made_by"], "made_by")
+    except (OSError, ValueError) as error:
+        raise ShardError(f"{path} is no manifest of shards ({error}).") from error
+    return head
 
 
 def index_shards(folders: Sequence[Folder]) -> list[ClipRef]:
@@ -153,30 +170,15 @@ def index_shards(folders: Sequence[Folder]) -> list[ClipRef]:
 
 def _index(folder: Folder) -> Iterator[ClipRef]:
     manifest = read_manifest(folder)
-    with blame_manifest(folder, "clips"):
-        if not manifest["clips"]:
-            raise ShardError(f"{folder} holds 0 clips. {HOW_TO_MAKE['clips']}")
-        for shard in manifest["shards"]:
-            places = find_samples(
-                folder, shard, [(clip["key"], clip["kind"]) for clip in shard["clips"]]
-            )
-            yield from (
-                ClipRef(**clip, **place) for clip, place in zip(shard["clips"], places, strict=True)
-            )
-
-
-@contextmanager
-def blame_manifest(folder: Folder, kind: Literal["clips", "latents"]) -> Iterator[None]:
-    """ShardError for what is not as this version writes it."""
-    try:
-        yield
-    except ShardError:
-        raise
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise ShardError(
-            f"{folder}/{MANIFEST} is damaged ({reason}). {HOW_TO_MAKE[kind]}"
-        ) from error
+    if not any(shard["clips"] for shard in manifest["shards"]):
+        raise ShardError(f"{folder}/{MANIFEST} holds 0 clips. {HOW_TO_MAKE['clips']}")
+    for shard in manifest["shards"]:
+        places = find_samples(
+            folder, shard, [(clip["key"], clip["kind"]) for clip in shard["clips"]]
+        )
+        yield from (
+            ClipRef(**clip, **place) for clip, place in zip(shard["clips"], places, strict=True)
+        )
 
 
 def by_key(refs: Iterable[Ref]) -> dict[str, Ref]:
@@ -197,8 +199,6 @@ def find_samples(
 ) -> list[dict[str, Any]]:
     """tar, media, meta and problem of a TarRef, for every (key, kind); remote tars are not looked
     into."""
-    if not SHA256.fullmatch(shard["sha256"]):
-        raise ValueError(f"sha256 {shard['sha256']!r}")
     if not isinstance(folder, Path):
         tar = RemoteTar(folder, shard["file"], shard["bytes"], shard["sha256"])
         if tar.size > folder.remote.max_bytes:
@@ -211,9 +211,9 @@ def find_samples(
     members: dict[str, Span] = {}
     broken = ""
     try:
-        with open(tar, "rb") as file:
+        with open_plain(tar) as file:
             members.update(find_members(file, tar.stat().st_size))
-    except (OSError, tarfile.TarError) as error:
+    except Exception as error:  # tarfile lets more than TarError pass
         broken = f" ({error})"
     places = []
     for key, kind in samples:
@@ -234,7 +234,7 @@ def blame(ref: TarRef) -> Iterator[None]:
         yield
     except BadClip:
         raise
-    except (OSError, tarfile.TarError, MediaError, ValueError, KeyError, TypeError) as error:
+    except Exception as error:  # decoders have exceptions of their own
         raise BadClip(ref.key, f"{ref.name}: {type(error).__name__}: {error}") from error
 
 
@@ -242,8 +242,12 @@ def read_meta(ref: TarRef) -> dict[str, Any]:
     """A sample's JSON; BadClip without one."""
     text = read_meta_text(ref)
     with blame(ref):
-        meta = json.loads(text)
-        return {**meta, "prompt": str(meta["prompt"])}
+        try:
+            meta = parse(text)
+            CLIP.check(meta)
+        except ValueError as error:
+            raise ValueError(f"{ref.key}.json: {error}") from error
+        return meta
 
 
 def read_meta_text(ref: TarRef) -> bytes:

@@ -22,11 +22,13 @@ import fsspec
 from filelock import FileLock
 
 from acetate.data.origins import in_one_stream
+from acetate.documents import read_plain, too_large
 from acetate.redaction import redacted, scrubbed, secrets_of
 
 FORGET = 300.0  # seconds in which a process does not ask again for a tar that it could not get
 STALE = 600.0  # seconds for which a download waits for room, others of which may end
 POLL = 0.1  # seconds
+MOST_BYTES = 2**29  # of a manifest; a million clips take about a quarter of a GiB
 INDEXED = 64  # tars of which a process remembers where their members lie
 # others are no files of ours
 TAR, PART = re.compile(r"[0-9a-f]{64}\.tar"), re.compile(r"[0-9a-f]{32}\.(\d+)\.part")
@@ -37,6 +39,32 @@ Span = tuple[int, int]  # offset and size in a tar
 
 class FetchError(OSError):
     """A file that did not come, or not as promised, in all of its tries."""
+
+
+class MoreThanSaid(FetchError):
+    """A file that has more bytes than were expected; it may come right in another try."""
+
+
+class TooLarge(FetchError):
+    """A file that has more bytes than are read of such a file."""
+
+
+class Bounded(fsspec.Callback):
+    """Ends a download, which calls it, at its `most` bytes, or when nobody waits for it."""
+
+    def __init__(self, most: float, given_up: threading.Event) -> None:
+        super().__init__()
+        self.most, self.given_up = most, given_up
+
+    def relative_update(self, inc: int = 1) -> None:
+        self.absolute_update(self.value + inc)
+
+    def absolute_update(self, value: int) -> None:
+        self.value = value
+        if value > self.most:
+            raise MoreThanSaid(f"more than the {self.most} bytes come that the manifest says")
+        if self.given_up.is_set():
+            raise FetchError("nobody waits for it any more")
 
 
 class Remote:
@@ -79,12 +107,16 @@ class Remote:
         # a reference to a clip that goes to another process takes it along
         return self.__dict__ | {"members": {}}
 
-    def read(self, url: str) -> bytes:
-        """A small file. FileNotFoundError where there is none, FetchError past the retries."""
+    def read(self, url: str, most: int) -> bytes:
+        """A small file. FileNotFoundError where there is none, FetchError past the retries or for
+        more than `most` bytes."""
 
         def once() -> bytes:
             with self._part(0) as part:
-                self._download(url, part)
+                try:
+                    self._download(url, part, most)
+                except MoreThanSaid:
+                    raise TooLarge(too_large(url, most)) from None
                 return part.read_bytes()
 
         return self._persist(once, url)
@@ -177,23 +209,26 @@ class Remote:
                 return once()
             except FileNotFoundError:
                 raise FileNotFoundError(f"{redacted(what)} does not exist") from None
+            except TooLarge:
+                raise
             except Exception as error:  # every file system has its own
                 reason = f"{type(error).__name__}: {error}"
         said = f"{what} could not be fetched in {self.retries + 1} tries; the last: {reason}"
         raise FetchError(scrubbed(said, self.secrets))
 
     def _download(self, url: str, part: Path, size: float = float("inf")) -> None:
-        """TimeoutError once the file has not grown for `timeout` seconds, FetchError once it has
+        """TimeoutError once the file has not grown for `timeout` seconds, MoreThanSaid once it has
         more than `size` bytes."""
         # The instance is made here, since fsspec keeps one for every thread that asks.
         options, arguments = in_one_stream(url, self.timeout)
         files, path = fsspec.url_to_fs(url, **options | self._options(url))
         done: Future[None] = Future()
         given_up = threading.Event()
+        bound = Bounded(size, given_up)
 
         def work() -> None:
             try:
-                files.get_file(path, str(part), **arguments)
+                files.get_file(path, str(part), callback=bound, **arguments)
                 done.set_result(None)
             except BaseException as error:
                 done.set_exception(error)
@@ -207,8 +242,7 @@ class Remote:
             grown, since = 0, time.monotonic()
             while not wait([done], timeout=min(1.0, self.timeout / 4)).done:
                 found = part.stat().st_size if part.exists() else 0
-                if found > size:
-                    raise FetchError(f"more than the {size} bytes come that the manifest says")
+                bound.absolute_update(found)  # not every file system calls it
                 if found != grown:
                     grown, since = found, time.monotonic()
                 elif time.monotonic() - since > self.timeout:
@@ -365,18 +399,23 @@ def open_folder(place: str | Path, remote: Remote | None) -> Folder:
     return RemoteFolder(str(place).rstrip("/"), remote)
 
 
-def read_file(folder: Folder, name: str) -> bytes:
-    """FileNotFoundError where there is none, another OSError if it cannot be read."""
+def read_file(folder: Folder, name: str, most: int = MOST_BYTES) -> bytes:
+    """FileNotFoundError where there is none, another OSError if it cannot be read, is no plain file
+    or has more than `most` bytes."""
     if isinstance(folder, Path):
-        return (folder / name).read_bytes()
-    return folder.remote.read(folder.file(name))
+        return read_plain(folder / name, most)
+    return folder.remote.read(folder.file(name), most)
 
 
 def find_members(file: BinaryIO, size: int) -> Iterator[tuple[str, Span]]:
     """Name and place of what lies whole within a tar's `size` bytes; tarfile.TarError where its
     headers break."""
+    at = -1
     with tarfile.open(fileobj=file, mode="r:") as archive:
         for member in archive:
+            if member.size < 0 or member.offset <= at:
+                raise tarfile.ReadError("a header that points back")
+            at = member.offset
             if member.offset_data + member.size <= size:
                 yield member.name, (member.offset_data, member.size)
 

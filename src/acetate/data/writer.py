@@ -19,8 +19,10 @@ from PIL import Image
 from webdataset.writer import TarWriter
 
 from acetate.data.keys import check_key
+from acetate.data.manifests import CLIP
 from acetate.data.shards import MANIFEST, SCHEMA, SHARDS, ClipRef, ShardError, first_reasons
 from acetate.data.splits import Split
+from acetate.documents import parse
 from acetate.draws import stable_hash
 from acetate.replacing import write_json, writing, written
 from acetate.video_io import encode_ffv1
@@ -87,12 +89,13 @@ def write_part(
 
 def read_part(tar: Path, made_by: Mapping[str, Any]) -> dict[str, Any] | None:
     """The note of a tar that a run of the same maker finished and that is still whole; None if it
-    is not."""
-    if not part_of(tar).exists():
+    is not, or the note is damaged."""
+    try:
+        part = parse(part_of(tar).read_bytes())
+        same = part["schema"] == SCHEMA and part["made_by"] == made_by
+        whole = same and tar.stat().st_size == part["shard"]["bytes"]
+    except (OSError, ValueError, KeyError, TypeError):
         return None
-    part = json.loads(part_of(tar).read_text(encoding="utf-8"))
-    same = part["schema"] == SCHEMA and part["made_by"] == made_by
-    whole = same and tar.exists() and tar.stat().st_size == part["shard"]["bytes"]
     return part if whole else None
 
 
@@ -192,13 +195,15 @@ class ShardWriter:
         premultiplied_source: bool,
         done: Mapping[str, str] | None = None,
     ) -> None:
-        """done: step -> what was done to the clip and why; it goes into the clip's own JSON."""
+        """done: step -> what was done to the clip and why; it goes into the clip's own JSON. Raises
+        FieldError for what a reader would refuse."""
         size = {"frames": clip.frames, "width": clip.width, "height": clip.height}
         meta = {"prompt": prompt, "fps": clip.fps, **size, "source": source, "licence": licence,
             "split": split,
                 "lossy": lossy, "premultiplied_source": premultiplied_source}  # fmt: skip
         if done:
             meta["done"] = dict(done)
+        CLIP.check(meta, key)
         text = json.dumps(meta, ensure_ascii=False, sort_keys=True).encode()
         entry = {
             "key": key,

@@ -1,24 +1,26 @@
 """What was trained, out of any checkpoint that a run writes: whole, sharded, or an adapter file."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from acetate.documents import shown
 from acetate.formats.layout import is_sharded
 from acetate.formats.sharded import REST, read_sharded
-from acetate.formats.trained import check_facts, check_trained
+from acetate.formats.trained import PREFIX, check_facts, check_trained
 from acetate.models.adapters import (
     ADAPTER_SCHEMA,
     best_of,
     listed,
     place_and_which,
     read_adapter_file,
+    read_facts,
 )
 from acetate.models.weights import load_data
 from acetate.replacing import standing
+from acetate.settings import whole
 
 KINDS = ("rgba_vae", "dit_dora")
 
@@ -68,15 +70,21 @@ def read_trained(source: str, ema: bool | None = None) -> Trained:
             "experiment=vae_rgba or dit_dora."
         )
     check_facts(path, kind, facts)
-    prefix = "vae." if kind == "rgba_vae" else "transformer."
-    state = {name.removeprefix(prefix): value for name, value in state.items()}
+    state = {name.removeprefix(PREFIX[kind]): value for name, value in state.items()}
     check_trained(path, kind, state, facts)
     return Trained(path, kind, state, {**facts, "averaged": averaged})
 
 
 def step_of(path: Path) -> int:
-    """The optimizer step at which a checkpoint, whole or sharded, was written."""
-    return int(read_whole(path / REST if is_sharded(path) else path).get("global_step", 0))
+    """The optimizer step at which a checkpoint, whole or sharded, was written. Raises ValueError as
+    `read_whole`."""
+    step: Any = read_whole(path / REST if is_sharded(path) else path).get("global_step")
+    if not whole(0, 2**40).holds(step):
+        raise ValueError(
+            f"{path}: global_step={shown(step)}: must be a whole number from 0 on. Give another "
+            "checkpoint."
+        )
+    return step
 
 
 def _newest(path: Path) -> Path:
@@ -104,8 +112,8 @@ def _choose(
             "acetate's adapter_metadata. Give the .safetensors beside it."
         )
     try:
-        facts = {name: json.loads(value) for name, value in checkpoint["adapter_metadata"].items()}
-    except (AttributeError, TypeError, ValueError) as error:
+        facts = read_facts(checkpoint["adapter_metadata"])
+    except (AttributeError, ValueError) as error:
         raise ValueError(
             f"{path}: its adapter_metadata are not names and JSON ({error}). Give another one."
         ) from error

@@ -10,9 +10,9 @@ from diffusers import AutoencoderKLWan
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from acetate.formats.trained import check_facts
+from acetate.formats.trained import read_whole_adapters
 from acetate.formats.wan_alpha import trainable_from_wan_alpha, unwrapped
-from acetate.models.adapters import load_trainable, read_adapters
+from acetate.models.adapters import load_trainable
 from acetate.models.loading import load_vae
 from acetate.models.rgba_vae import RGBAVAE, RGBADecoders
 from acetate.models.weights import SUFFIXES, read_weights
@@ -90,9 +90,7 @@ def read_rgba_vae(
                 "anew."
             )
         return path, state, RELEASED | {"lora_rank": ranks[0]}
-    path, state, facts = read_adapters(source, kind="rgba_vae")
-    check_facts(path, "rgba_vae", facts)
-    return path, {name.removeprefix("vae."): value for name, value in state.items()}, facts
+    return read_whole_adapters(source, "rgba_vae")
 
 
 def comfyui_pair(adapters: str | Sequence[str]) -> tuple[Path, Path] | None:

@@ -8,11 +8,11 @@ from torch import Tensor
 
 from acetate.formats.checkpoints import read_trained
 from acetate.formats.rgba_vae import read_rgba_vae
+from acetate.formats.trained import PREFIX
 from acetate.formats.wan_alpha import dora_from_wan_alpha
 from acetate.models.weights import SUFFIXES, read_weights
 
 RELEASED_DORA = re.compile(r"(self|cross)_attn\.[qkvo]\.lora_A")
-PREFIX = {"rgba_vae": "vae.", "dit_dora": "transformer."}
 
 
 def read_start(source: str, kind: str) -> tuple[dict[str, Tensor], dict[str, Any], str]:

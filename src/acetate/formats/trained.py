@@ -9,22 +9,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from acetate.documents import names, shown
 from acetate.formats.names import DIT_IN_BLOCKS, VAE_OUTSIDE_BLOCKS, original_vae_name
 from acetate.formats.wan_alpha import OUR_LORA_KEY
-from acetate.models.adapters import misfits
+from acetate.models.adapters import check_finite, misfits, read_adapters
 from acetate.models.dit import DORA_TARGETS
 from acetate.models.merge import INITS, FeatureMerge
+from acetate.settings import Rule, flag, number, one_of, text, whole
 
-NEEDED: dict[str, dict[str, type | tuple[type, ...]]] = {
+RANK = whole(1, 2**16)
+NEEDED: dict[str, dict[str, Rule]] = {
     "rgba_vae": {
-        "base": str, "base_sha256": str, "merge_init": str, "lora_rank": int, "lora_alpha": (int,
-        float),
-        "average_alpha": bool,
+        "base": text, "base_sha256": text, "merge_init": one_of(*INITS), "lora_rank": RANK,
+        "lora_alpha": number(), "average_alpha": flag,
     },
     "dit_dora": {
-        "base": str, "transformer_sha256": str, "rank": int, "alpha": (int, float),
-        "mean_shift": (int, float),
+        "base": text, "transformer_sha256": text, "rank": RANK, "alpha": number(),
+        "mean_shift": number(),
     },
+}  # fmt: skip
+# what may stand beside them
+KNOWN: dict[str, Rule] = {
+    "eps": number(0), "step": whole(0), "averaged": flag, "prompt_length": whole(1, 2**20),
+    **dict.fromkeys(("vae_sha256", "text_encoder_sha256", "base_sha256"), text),
+    **dict.fromkeys(("ellipse", "geometry"), names),
 }  # fmt: skip
 DORA_LAYERS = [
     name.removesuffix(".weight")
@@ -32,6 +40,7 @@ DORA_LAYERS = [
     if name.endswith(".weight")
     and re.fullmatch(DORA_TARGETS, f"blocks.0.{name.removesuffix('.weight')}")
 ]
+PREFIX = {"rgba_vae": "vae.", "dit_dora": "transformer."}
 DORA_PARTS = ("lora_A", "lora_B", "lora_magnitude_vector")
 # Of any Wan decoder, however many stages it has
 DECODER_CONVOLUTIONS = [
@@ -44,17 +53,11 @@ DECODER_CONVOLUTIONS = [
 def check_facts(path: Path, kind: str, facts: Mapping[str, Any]) -> None:
     """Raises ValueError that names the file and each key that the model of this kind cannot be
     built without."""
-    wrong = [
-        f"{name}={facts[name]!r}" if name in facts else f"no {name}"
-        for name, kinds in NEEDED[kind].items()
-        if not isinstance(facts.get(name), kinds)
-        or (isinstance(facts[name], bool) and kinds is not bool)
+    wrong = [f"no {name}" for name in NEEDED[kind] if name not in facts] + [
+        f"{name}={shown(facts[name])}: must be {rule.says}"
+        for name, rule in (KNOWN | NEEDED[kind]).items()
+        if name in facts and not rule.holds(facts[name])
     ]
-    rank = "lora_rank" if kind == "rgba_vae" else "rank"
-    if not wrong and facts[rank] < 1:
-        wrong = [f"{rank}={facts[rank]}"]
-    if not wrong and kind == "rgba_vae" and facts["merge_init"] not in INITS:
-        wrong = [f"merge_init={facts['merge_init']!r}"]
     if wrong:
         raise ValueError(
             f"{path}: its metadata has {', '.join(wrong)}. They are damaged: give another of its "
@@ -66,7 +69,7 @@ def check_trained(
     path: Path, kind: str, state: Mapping[str, Tensor], facts: Mapping[str, Any]
 ) -> None:
     """Raises ValueError that names the file and all tensors that are missing, foreign, of wrong
-    shape or no floats.
+    shape, no floats or not finite.
 
     state: named as in the model. What only the base says is not checked: how many blocks a DiT has,
     stages a decoder.
@@ -77,6 +80,7 @@ def check_trained(
             f"{path} is no whole {kind}: {found}. It is damaged: give another checkpoint of its "
             "run."
         )
+    check_finite(state, path)
 
 
 def _side(state: Mapping[str, Tensor], name: str, axis: int) -> int:
@@ -126,3 +130,12 @@ def _is_decoders(conv: str) -> bool:
     except ValueError:
         return False
     return True
+
+
+def read_whole_adapters(source: str, kind: str) -> tuple[Path, dict[str, Tensor], dict[str, Any]]:
+    """As `read_adapters`, of which facts and tensors are checked; named as in the model."""
+    path, state, facts = read_adapters(source, kind)
+    check_facts(path, kind, facts)
+    state = {name.removeprefix(PREFIX[kind]): value for name, value in state.items()}
+    check_trained(path, kind, state, facts)
+    return path, state, facts

@@ -1,16 +1,16 @@
 """LoRA merged inside the forward pass, and the state of what trains."""
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from acetate.documents import FieldError, is_shallow, parse, shown, something
 from acetate.replacing import standing
 
 ADAPTER_SCHEMA = 1  # of adapter files' metadata
@@ -119,10 +119,21 @@ def misfits(
     )
 
 
+def check_finite(state: Mapping[str, Tensor], source: object) -> None:
+    """Raises ValueError that names the tensors with NaN or infinity."""
+    if bad := [name for name, value in state.items() if not value.isfinite().all()]:
+        raise ValueError(
+            f"{source} holds {listed(bad)} with values that are not finite (NaN or infinity). Give "
+            "an earlier checkpoint of its run."
+        )
+
+
 def load_trainable(module: nn.Module, state: dict[str, Tensor], source: str) -> None:
-    """Loads exactly the trainable parameters, or nothing. Raises ValueError as `check_fit`."""
+    """Loads exactly the trainable parameters, or nothing. Raises ValueError as `check_fit` and
+    `check_finite`."""
     target = trainable_state(module)
     check_fit(target, state, source)
+    check_finite(state, source)
     with torch.no_grad():
         for name, tensor in target.items():
             tensor.copy_(state[name])
@@ -182,9 +193,22 @@ def read_adapter_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     read."""
     try:
         with safe_open(path, "pt") as file:
-            facts = {name: json.loads(value) for name, value in (file.metadata() or {}).items()}
+            facts = read_facts(file.metadata() or {})
             return {name: file.get_tensor(name) for name in file.keys()}, facts  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError) as error:
+    except Exception as error:  # safetensors has several
         raise ValueError(
             f"{path} cannot be read as adapters ({error}). Train it anew or fetch it again."
         ) from error
+
+
+def read_facts(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """Metadata, each of which is JSON. Raises FieldError that names the one that is not."""
+    facts = {}
+    for name, value in metadata.items():
+        try:
+            facts[name] = parse(value)
+        except (ValueError, AttributeError, TypeError) as error:
+            raise FieldError(f"{name}={shown(value)}: must be JSON ({error})") from error
+        if not is_shallow(facts[name]):
+            raise FieldError(f"{name}={shown(value)}: must be {something.says}")
+    return facts

@@ -7,14 +7,12 @@ tensor is an error.
 """
 
 import hashlib
-import inspect
 import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TypeVar
 
 import torch
-from accelerate import init_empty_weights
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from diffusers.loaders.single_file_utils import (
     convert_wan_transformer_to_diffusers,
@@ -22,12 +20,17 @@ from diffusers.loaders.single_file_utils import (
 )
 from torch import Tensor, nn
 
+from acetate.documents import FieldError, Schema
 from acetate.models.adapters import listed
+from acetate.models.configs import building, config_of_model
 from acetate.models.hub import from_hub, is_hub_name
 from acetate.models.weights import Weights, assign, open_weights, read_json, read_weights
+from acetate.settings import number, whole
 
 FINGERPRINT = 256  # values of each tensor that tell one DiT from another
 WAN_HEAD_DIM = 128
+# of the original release's config.json, what is read
+ORIGINAL = Schema({}, {"num_heads": whole(1, 2**12), "eps": number(0, 1)})
 M = TypeVar("M", bound=nn.Module)
 # of files that hold the DiT as a part of a whole
 DIT_PREFIX = re.compile(r"(model\.)?diffusion_model\.")
@@ -45,8 +48,8 @@ def load_vae(source: str, dtype: torch.dtype = torch.float32) -> AutoencoderKLWa
         config = _original_vae_config(weights)
         rename = lambda name: diffusers_vae_name(name, config["num_res_blocks"])  # noqa: E731
     else:
-        config, rename = _read_config(weights.path, AutoencoderKLWan), None
-    with init_empty_weights():
+        config, rename = config_of_model(weights.path, AutoencoderKLWan, weights.meta), None
+    with building(weights.path):
         vae = AutoencoderKLWan(**config)
     return _fill(vae, weights, renamed(weights.meta, rename), dtype)
 
@@ -65,12 +68,13 @@ def load_transformer(
         names = renamed(original, diffusers_dit_name)
         names = {name: original[key] for name, key in names.items()}
     else:
-        config, names = _read_config(weights.path, WanTransformer3DModel), renamed(weights.meta)
-    with init_empty_weights():
+        config = config_of_model(weights.path, WanTransformer3DModel, weights.meta)
+        names = renamed(weights.meta)
+    with building(weights.path):
         transformer = WanTransformer3DModel(**config)
     _fill(transformer, weights, names, dtype, prepare)
     held = read_weights(weights.path)
-    sha256 = _sha256({name: held[key] for name, key in names.items()}, FINGERPRINT)
+    sha256 = tensors_sha256({name: held[key] for name, key in names.items()}, FINGERPRINT)
     transformer.register_to_config(_sha256=sha256)  # pyright: ignore[reportCallIssue]
     return transformer
 
@@ -137,16 +141,6 @@ def locate(source: str, part: str) -> Path:
     return folder / part
 
 
-def _read_config(path: Path, model: type[nn.Module]) -> dict:
-    file = (path if path.is_dir() else path.parent) / "config.json"
-    if not file.is_file():
-        raise FileNotFoundError(
-            f"{file} does not exist; weights in diffusers names need it beside them."
-        )
-    known = inspect.signature(model.__init__).parameters
-    return {key: value for key, value in read_json(file).items() if key in known}
-
-
 def _original_vae_config(weights: Weights) -> dict:
     """Shape of an original VAE read off its tensors; normalisation constants are Wan2.1's."""
     dim = weights.shape("encoder.conv1.weight")[0]
@@ -184,6 +178,10 @@ def _original_transformer_config(weights: Weights, names: dict[str, str]) -> dic
     path = weights.path
     file = (path if path.is_dir() else path.parent) / "config.json"
     stored = read_json(file) if file.is_file() else {}
+    try:
+        ORIGINAL.check(stored)
+    except FieldError as error:
+        raise ValueError(f"{file}: {error}. Fetch it anew.") from error
     heads = stored.get("num_heads", dim // WAN_HEAD_DIM)
     if not heads or dim % heads:
         raise ValueError(
@@ -209,7 +207,7 @@ def _original_transformer_config(weights: Weights, names: dict[str, str]) -> dic
 def weights_sha256(model: nn.Module) -> str:
     """Of all tensors in fp32, by name: the same for every layout and precision that holds the same
     numbers."""
-    return _sha256(model.state_dict())
+    return tensors_sha256(model.state_dict())
 
 
 def transformer_sha256(transformer: WanTransformer3DModel) -> str:
@@ -219,7 +217,8 @@ def transformer_sha256(transformer: WanTransformer3DModel) -> str:
     return transformer.config.get("_sha256", "")
 
 
-def _sha256(state: Mapping[str, Tensor], values: int | None = None) -> str:
+def tensors_sha256(state: Mapping[str, Tensor], values: int | None = None) -> str:
+    """Of all tensors in fp32, by name, or of `values` of each, evenly spread."""
     digest = hashlib.sha256()
     for name, value in sorted(state.items()):
         if value.is_meta:

@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+from collections.abc import Mapping
 
 import torch
 from diffusers import AutoencoderKLWan
@@ -10,7 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from acetate.alpha import one_channel
 from acetate.models.adapters import add_lora, trainable_state
-from acetate.models.loading import weights_sha256
+from acetate.models.loading import tensors_sha256, weights_sha256
 from acetate.models.merge import FeatureMerge
 from acetate.models.sharding import shard
 from acetate.models.wan import Geometry, WanDecoder, WanEncoder, WanHead
@@ -169,7 +170,10 @@ class RGBAVAE(RGBADecoders):
     def latents_sha256(self) -> str:
         """Of what latents depend on: the base, the merge block and how it starts. Decoder LoRA has
         no part in it."""
-        digest = hashlib.sha256(
-            f"{self.base_sha256}{self.merge_init}{weights_sha256(self.merge)}".encode()
-        )
-        return digest.hexdigest()
+        return latents_sha256(self.base_sha256, self.merge_init, self.merge.state_dict())
+
+
+def latents_sha256(base_sha256: str, merge_init: str, merge: Mapping[str, Tensor]) -> str:
+    """RGBAVAE.latents_sha256 of a VAE that is not built. merge: tensors as the block names them."""
+    text = f"{base_sha256}{merge_init}{tensors_sha256(merge)}"
+    return hashlib.sha256(text.encode()).hexdigest()

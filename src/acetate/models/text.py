@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate import init_empty_weights
 from filelock import FileLock
 from ftfy import fix_text
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from acetate.models.adapters import listed
+from acetate.models.configs import building, read_config
 from acetate.models.hub import refuse_code
 from acetate.models.loading import locate, renamed, weights_sha256
 from acetate.models.weights import Weights, assign, open_weights
@@ -61,7 +61,13 @@ class TextEncoder:
         tokenizer, weights = locate_text_encoder(source)
         for folder in {tokenizer, weights if weights.is_dir() else weights.parent}:
             refuse_code(folder, f"wan.text_encoder={source}")
-        self.tokenizer = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False)
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False)
+        except Exception as error:  # the tokenizers' own
+            raise ValueError(
+                f"{tokenizer} cannot be read as a tokenizer ({type(error).__name__}: "
+                f"{str(error).partition(chr(10))[0]}). Fetch it anew."
+            ) from error
         self.model = load_umt5(weights, None if dtype == "auto" else getattr(torch, dtype)).to(
             device
         )
@@ -158,18 +164,17 @@ def load_umt5(path: Path, dtype: torch.dtype | None = None) -> "UMT5EncoderModel
     if "token_embedding.weight" in weights.meta:
         config, names = _original_config(weights), renamed(weights.meta, umt5_name)
     else:
-        config, names = (
-            UMT5Config.from_pretrained(path if path.is_dir() else path.parent),
-            renamed(weights.meta),
-        )
-    with init_empty_weights():
+        stored, names = read_config(path, "text_encoder", weights.meta), renamed(weights.meta)
+        with building(path):
+            config = UMT5Config.from_dict(stored)
+    with building(weights.path):
         model = UMT5EncoderModel(config)
     # one matrix; files hold it under one name or both
     tied = {"shared.weight", "encoder.embed_tokens.weight"}
     if held := tied & names.keys():
         names |= {name: names[min(held, key=len)] for name in tied}
-    stored: Any = config.dtype
-    dtype = dtype or stored or next(iter(weights.meta.values())).dtype
+    kept: Any = config.dtype
+    dtype = dtype or kept or next(iter(weights.meta.values())).dtype
     # as transformers does
     precise = set(model._keep_in_fp32_modules or ()) if dtype == torch.float16 else set()
     assign(

@@ -1,7 +1,6 @@
 """Files of weights: found, checked, and read without running code and without a second copy in
 memory."""
 
-import json
 import pickle
 import re
 import zipfile
@@ -11,10 +10,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from acetate.documents import parse, read_plain
 from acetate.models.adapters import check_fit, listed
 from acetate.models.sharding import shard_like
 
@@ -23,6 +22,7 @@ SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
 STANDARD = ("diffusion_pytorch_model", "model", "pytorch_model")
 SHARD = re.compile(r"(?P<stem>.+)-\d{5}-of-(?P<count>\d{5})\.\w+")
 M = TypeVar("M", bound=nn.Module)
+MOST_JSON = 2**26  # bytes of a config or an index
 REMAP = 2**26  # bytes to convert before a file is mapped anew, which gives its pages back
 
 
@@ -140,8 +140,11 @@ def _converted(
 
 
 def read_json(file: Path) -> dict[str, Any]:
+    """The object of a JSON file. Raises ValueError that names the file for what is none."""
     try:
-        value = json.loads(file.read_text())
+        value = parse(read_plain(file, MOST_JSON))
+    except OSError as error:
+        raise ValueError(f"{file} cannot be read ({error}). Fetch it anew.") from error
     except ValueError as error:
         raise ValueError(f"{file} is not JSON ({error}). Fetch it anew.") from error
     if not isinstance(value, dict):
@@ -241,12 +244,17 @@ def _open(file: Path, wrapped: bool = False) -> dict[str, Tensor]:
 
 
 def load_data(file: Path) -> object:
-    """All that it holds. Raises ValueError for what cannot be read, or would run code on the way;
-    nothing is run."""
+    """All that it holds. Raises ValueError for what cannot be read, would run code on the way, or
+    claims to be larger than the file; nothing is run."""
     try:
         if file.suffix == ".safetensors":
             return load_file(file)
-        return torch.load(file, map_location="cpu", weights_only=True, mmap=_mappable(file))
+        mappable = _mappable(file)
+        if mappable:
+            _check_packed(file)
+        held = torch.load(file, map_location="cpu", weights_only=True, mmap=mappable)
+        _check_claims(held, file.stat().st_size)
+        return held
     except pickle.UnpicklingError as error:
         if match := re.search(r"GLOBAL ([\w.]+)", str(error)):
             raise ValueError(
@@ -254,17 +262,34 @@ def load_data(file: Path) -> object:
                 "not run. Give a file of nothing but tensors, best a .safetensors."
             ) from error
         raise _damaged(file, error) from error
-    except (
-        SafetensorError,
-        RuntimeError,
-        EOFError,
-        OSError,
-        ValueError,
-        KeyError,
-        AttributeError,
-        TypeError,
-    ) as error:
+    except Exception as error:  # of any kind, where pickles are damaged
         raise _damaged(file, error) from error
+
+
+def _check_packed(file: Path) -> None:
+    """Raises ValueError for an archive that holds more than itself: torch.save packs nothing."""
+    with zipfile.ZipFile(file) as archive:
+        members = archive.infolist()
+    if any(member.compress_type != zipfile.ZIP_STORED for member in members):
+        raise ValueError("its members are compressed, which torch.save does not do")
+    if sum(member.file_size for member in members) > file.stat().st_size:
+        raise ValueError("its members are larger than the file")
+
+
+def _check_claims(held: object, size: int) -> None:
+    """Raises ValueError for a tensor of more bytes than the file has."""
+    seen: set[int] = set()
+    level = [held]
+    while level:
+        value = level.pop()
+        if isinstance(value, Tensor):
+            if value.layout != torch.strided or value.numel() * value.itemsize > size:
+                raise ValueError(
+                    f"a tensor of {value.layout} {tuple(value.shape)} in a file of {size} bytes"
+                )
+        elif isinstance(value, Mapping | list | tuple) and id(value) not in seen:
+            seen.add(id(value))
+            level += value.values() if isinstance(value, Mapping) else value
 
 
 def _damaged(file: Path, error: Exception) -> ValueError:

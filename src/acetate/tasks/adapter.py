@@ -9,7 +9,7 @@ from lightning import LightningModule
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.distributed.device_mesh import DeviceMesh
 
-from acetate.models.adapters import ADAPTER_SCHEMA, load_trainable, trainable_state
+from acetate.models.adapters import ADAPTER_SCHEMA, load_trainable, read_facts, trainable_state
 from acetate.tasks.optim import adamw_with_warmup, linear
 
 
@@ -121,7 +121,7 @@ class AdapterTask(LightningModule):
         latents."""
         before, now = (
             # its hash says what it held
-            {name: json.loads(value) for name, value in facts.items() if name != "base"}
+            {name: value for name, value in read_facts(facts).items() if name != "base"}
             for facts in (checkpoint["adapter_metadata"], self.adapter_metadata())
         )
         changed = [
