@@ -157,7 +157,8 @@ def check_optimizers(
 
 def _check_optimizer(state: Mapping[str, Any], optimizer: Optimizer, place: str) -> None:
     like = optimizer.state_dict()
-    groups, held = state.get("param_groups"), state.get("state")
+    groups: Any = state.get("param_groups")
+    held = state.get("state")
     if not parts.holds(groups) or not isinstance(held, dict):
         raise FieldError(f"{place}: must have param_groups and state")
     if len(groups) != len(like["param_groups"]):
