@@ -2,7 +2,6 @@
 refused."""
 
 import ctypes
-import json
 import re
 import resource
 import signal
@@ -17,7 +16,6 @@ import torch
 
 from acetate.media.clip import AS_STATED, Asked, Limits, Stream
 from acetate.media.mattes import is_cutout
-from acetate.media.packed import SURE, stated_packing
 from acetate.media.sequences import is_sequence
 from acetate.video_io import (
     VIDEOS,
@@ -25,7 +23,6 @@ from acetate.video_io import (
     MediaError,
     Rect,
     describe,
-    measure_packing,
     open_packed,
     open_pair,
     open_rgba,
@@ -33,6 +30,7 @@ from acetate.video_io import (
 from data_prep.analysis import analyse
 from data_prep.candidates import Candidate, sidecar
 from data_prep.decisions import OVERRIDES, check_choices
+from data_prep.rectangles import detected_rectangles, given_rectangles
 from data_prep.tables import column, read_text
 from data_prep.tree import printable
 
@@ -326,11 +324,11 @@ def _kind(
         return (
             "sequence" if is_sequence(path) else "still" if header.frames == 1 else "video"
         ), None
-    rects = _given_rectangles(candidate, header)
+    rects = given_rectangles(candidate, header)
     if rects is None and header.lost:
         raise MediaError(f"{path}: {header.lost}")
     if rects is None and settings.detect_packed and path.suffix.lower() in VIDEOS:
-        rects = _detected_rectangles(path, settings.limits)
+        rects = detected_rectangles(path, settings.limits)
     if rects is None:
         raise MediaError(f"{path} {NO_ALPHA}, and no rectangles are given or found")
     return "packed", rects
@@ -354,50 +352,6 @@ def opened(
 def least_alpha(clip: Stream) -> int:
     """Of all its pictures."""
     return min(int(picture[..., 3].min()) for picture in clip)
-
-
-def _given_rectangles(candidate: Candidate, header: Description) -> tuple[Rect, Rect] | None:
-    """Of a .json entry, of a table's columns colour_rect and alpha_rect, "x y width height", or as
-    the file itself states them."""
-    path, origin, row = candidate.files[0], candidate.origin, candidate.row
-    if "alpha_rect" in origin:
-        size = tuple(origin.get("packed_size", (header.width, header.height)))
-        if size != (header.width, header.height):
-            raise MediaError(
-                f"{path} is {header.width}x{header.height}, its rectangles are for "
-                f"{size[0]}x{size[1]}"
-            )
-        texts = [origin.get("rgb_rect", origin.get("colour_rect")), origin["alpha_rect"]]
-    elif column(row, "alpha_rect"):
-        texts = [
-            column(row, name).replace(",", " ").split() for name in ("colour_rect", "alpha_rect")
-        ]
-    else:
-        films = path.suffix.lower() in VIDEOS and not is_sequence(path)
-        return stated_packing(path, (header.width, header.height)) if films else None
-    try:
-        (x, y, width, height), (right, down, wide, high) = (
-            [int(number) for number in text] for text in texts
-        )
-    except (TypeError, ValueError) as error:
-        raise MediaError(
-            f"{path}: rectangles {json.dumps(texts)}; each is x, y, width, height in pixels"
-        ) from error
-    return (x, y, width, height), (right, down, wide, high)
-
-
-def _detected_rectangles(path: Path, limits: Limits) -> tuple[Rect, Rect] | None:
-    packing = measure_packing(path, limits)
-    if packing is None:
-        return None
-    if packing.confidence < SURE:
-        raise MediaError(
-            f"{path} has no alpha of its own, and is perhaps packed: colour at "
-            f"{list(packing.colour)}, alpha at {list(packing.alpha)}, confidence "
-            f"{packing.confidence:.2f} ({packing.reason}). Give the rectangles in a .json or a "
-            "table if that is so"
-        )
-    return packing.colour, packing.alpha
 
 
 def as_json(outcome: Outcome) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from acetate.data import shards
+from acetate.data.members import find_members
 from acetate.data.shards import (
     MANIFEST,
     BadClip,
@@ -21,7 +22,6 @@ from acetate.data.shards import (
     read_manifest,
     read_meta,
 )
-from acetate.data.store import find_members
 from acetate.data.writer import EncodedClip, ShardWriter, encode_clip
 from tests.data.test_shards import MADE_BY, add, write
 

@@ -24,9 +24,10 @@ import torch
 from acetate.data import store
 from acetate.data.clips import ClipDataModule
 from acetate.data.datamodule import BadDataError
+from acetate.data.downloads import FetchError
 from acetate.data.latents import LatentDataModule
 from acetate.data.shards import BadClip, ShardError, index_shards, read_clip, read_manifest
-from acetate.data.store import FetchError, Remote, RemoteFolder, open_folder, read_file
+from acetate.data.store import Remote, RemoteFolder, open_folder, read_file
 from acetate.data.writer import ShardWriter, encode_clip
 from tests.data.test_latents import SETTINGS as LATENTS
 from tests.data.test_latents import write as write_latents

@@ -5,17 +5,9 @@ import pytest
 
 from acetate.data.synthetic import KINDS
 from acetate.video_io import RGBAClip
-from data_prep.analysis import (
-    Shots,
-    Totals,
-    analyse,
-    bars,
-    change,
-    flicker,
-    noise_bounds,
-    thumbnail,
-)
+from data_prep.analysis import Totals, analyse, bars, noise_bounds
 from data_prep.cleaning import stretch
+from data_prep.film_cuts import Shots, change, flicker, thumbnail
 from tests.data_prep.test_cleaning import soft
 from tests.media.films import drawn
 

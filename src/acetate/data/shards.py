@@ -23,8 +23,9 @@ from acetate.data.manifests import (
     MADE_BY,
     check_manifest,
 )
+from acetate.data.members import Span, find_members, read_at
 from acetate.data.splits import Split
-from acetate.data.store import MOST_BYTES, Folder, RemoteTar, Span, find_members, read_at, read_file
+from acetate.data.store import MOST_BYTES, Folder, RemoteTar, read_file
 from acetate.documents import FieldError, open_plain, parse, shown
 from acetate.media.clip import Limits, decoding
 from acetate.video_io import MediaError, decode_ffv1

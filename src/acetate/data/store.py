@@ -6,7 +6,6 @@ import hashlib
 import os
 import random
 import re
-import tarfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -21,6 +20,8 @@ from uuid import uuid4
 import fsspec
 from filelock import FileLock
 
+from acetate.data.downloads import Bounded, FetchError, MoreThanSaid, TooLarge
+from acetate.data.members import Span, find_members, read_at
 from acetate.data.origins import in_one_stream
 from acetate.documents import read_plain, too_large
 from acetate.redaction import redacted, scrubbed, secrets_of
@@ -34,37 +35,6 @@ INDEXED = 64  # tars of which a process remembers where their members lie
 TAR, PART = re.compile(r"[0-9a-f]{64}\.tar"), re.compile(r"[0-9a-f]{32}\.(\d+)\.part")
 
 T = TypeVar("T")
-Span = tuple[int, int]  # offset and size in a tar
-
-
-class FetchError(OSError):
-    """A file that did not come, or not as promised, in all of its tries."""
-
-
-class MoreThanSaid(FetchError):
-    """A file that has more bytes than were expected; it may come right in another try."""
-
-
-class TooLarge(FetchError):
-    """A file that has more bytes than are read of such a file."""
-
-
-class Bounded(fsspec.Callback):
-    """Ends a download, which calls it, at its `most` bytes, or when nobody waits for it."""
-
-    def __init__(self, most: float, given_up: threading.Event) -> None:
-        super().__init__()
-        self.most, self.given_up = most, given_up
-
-    def relative_update(self, inc: int = 1) -> None:
-        self.absolute_update(self.value + inc)
-
-    def absolute_update(self, value: int) -> None:
-        self.value = value
-        if value > self.most:
-            raise MoreThanSaid(f"more than the {self.most} bytes come that the manifest says")
-        if self.given_up.is_set():
-            raise FetchError("nobody waits for it any more")
 
 
 class Remote:
@@ -405,25 +375,3 @@ def read_file(folder: Folder, name: str, most: int = MOST_BYTES) -> bytes:
     if isinstance(folder, Path):
         return read_plain(folder / name, most)
     return folder.remote.read(folder.file(name), most)
-
-
-def find_members(file: BinaryIO, size: int) -> Iterator[tuple[str, Span]]:
-    """Name and place of what lies whole within a tar's `size` bytes; tarfile.TarError where its
-    headers break."""
-    at = -1
-    with tarfile.open(fileobj=file, mode="r:") as archive:
-        for member in archive:
-            if member.size < 0 or member.offset <= at:
-                raise tarfile.ReadError("a header that points back")
-            at = member.offset
-            if member.offset_data + member.size <= size:
-                yield member.name, (member.offset_data, member.size)
-
-
-def read_at(file: BinaryIO, span: Span, most: int) -> bytes:
-    """ValueError for more than `most` bytes."""
-    offset, size = span
-    if size > most:
-        raise ValueError(f"{size} bytes; at most {most} belong there")
-    file.seek(offset)
-    return file.read(size)
