@@ -3,7 +3,6 @@
 import codecs
 import csv
 import io
-import json
 import os
 import re
 import unicodedata
@@ -11,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from acetate.documents import read_plain
+from acetate.documents import parse, read_plain, shown
 from data_prep.tree import Tree, printable
 
 FILE = ("file", "path", "name", "filename", "file_name")  # columns that name a row's file
@@ -108,10 +107,10 @@ def read_rows(table: Path) -> list[Row]:
             head = text.split("\n", 1)[0]
             delimiter = max(",;\t", key=head.count)
             return list(csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter))
-        found = [json.loads(line) for line in text.split("\n") if line.strip()]
-        if not all(isinstance(row, dict) for row in found):
-            raise ValueError("each of its lines is a JSON object")
-    except (ValueError, csv.Error, RecursionError) as error:
+        found = [parse(line) for line in text.split("\n") if line.strip()]
+        if others := [row for row in found if not isinstance(row, dict)]:
+            raise ValueError(f"{shown(others[0])} is no row of names and values")
+    except (ValueError, csv.Error) as error:
         raise ValueError(
             f"{printable(table)} is not a table ({error}). Repair it or move it away."
         ) from error

@@ -199,7 +199,7 @@ def encode_ffv1(frames: Iterable[Frames], fps: float) -> bytes:
             rgba = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgba")
             container.mux(stream.encode(rgba.reformat(format="bgra")))
         if not size:
-            raise ValueError("frames: none; FFV1 clips are not empty")
+            raise ValueError("frames: none; FFV1 clips are uint8 (T, H, W, 4), not empty")
         container.mux(stream.encode())
     return buffer.getvalue()
 

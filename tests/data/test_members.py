@@ -142,7 +142,7 @@ def test_what_cannot_be_as_promised_is_not_even_read(tmp_path):
     ref = ref_of(tmp_path, bytes(2**22))
     with pytest.raises(BadClip, match="4194304 bytes; at most"):
         read_clip(ref)
-    with pytest.raises(BadClip, match=r"decoded; the limit is 4\.0 GiB"):
+    with pytest.raises(BadClip, match=r"decoded; the limit is 4\.00 GiB"):
         read_clip(replace(ref, frames=10**5, height=2000, width=2000))
     noise = np.random.default_rng(0).integers(0, 256, (*SHAPE, 4), dtype=np.uint8)
     media = encode_ffv1(noise, 16)

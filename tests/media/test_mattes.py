@@ -2,9 +2,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from acetate.media.mattes import is_cutout, read_matte
+from acetate.media.clip import LIMITS
+from acetate.media.mattes import is_cutout, open_matte
 from acetate.video_io import MediaError, encode_ffv1, read_pair
 from tests.media.films import write
+
+
+def read_matte(path):
+    return open_matte(path).collected(path, LIMITS)
+
 
 SOFT = np.linspace(0, 255, 64).round().astype(np.uint8).reshape(4, 16)
 HARD = (SOFT > 127).astype(np.uint8)

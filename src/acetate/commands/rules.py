@@ -26,6 +26,10 @@ from acetate.settings import (
     words,
 )
 
+color = Rule(
+    "a colour such as #00ff00",
+    lambda value: isinstance(value, str) and re.fullmatch("#[0-9a-fA-F]{6}", value) is not None,
+)
 CORES = os.cpu_count() or 1
 PROCESSES = max(64, 4 * CORES)  # more would only take memory
 SIDE = 16384  # pixels
@@ -288,7 +292,9 @@ RULES: dict[str, Rule] = {
     "memory_gb": number(above=0, high=1e5),
     "seconds": number(above=0, high=1e6),
     "megapixels_per_second": number(above=0, high=1e6),
-    "colour": either(one_of("auto", "straight", "black", "white", "matte"), flag),
+    "colour": either(one_of("auto", "straight", "black", "white", "matte"), flag, color),
+    "alpha_range": either(auto, flag, words),
+    "ingest.layer": optional(text),
     "alpha_low": either(auto, whole(0, 255)),
     "alpha_high": either(auto, whole(0, 255)),
     "matte": one_of("auto", "normal", "empty", "full", "flickers"),
