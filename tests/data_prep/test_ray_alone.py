@@ -8,6 +8,7 @@ import pytest
 pytest.importorskip("ray", reason="Ray is not installed: pip install -e '.[ray]'")
 pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.xdist_group("ray")]
 PROGRAM = """
+from contextlib import suppress
 import psutil, ray
 from data_prep.on_ray import start_ray
 from data_prep.executor import parallel
@@ -15,9 +16,10 @@ from data_prep.executor import parallel
 if __name__ == "__main__":
     assert list(parallel(abs, [-1, -2], executor="ray", workers=1)) == [1, 2]
     for process in (me := psutil.Process(), *me.children(recursive=True)):
-        for one in process.net_connections("inet"):
-            if one.status == psutil.CONN_LISTEN:
-                print("listens", one.laddr.ip.removeprefix("::ffff:"), process.name())
+        with suppress(psutil.NoSuchProcess):  # workers come and go
+            for one in process.net_connections("inet"):
+                if one.status == psutil.CONN_LISTEN:
+                    print("listens", one.laddr.ip.removeprefix("::ffff:"), process.name())
 """
 
 
