@@ -26,6 +26,8 @@ PAGES = sorted(
     key=lambda page: (page == "docs/figures.md", page),  # last, as it trains the base anew
 )
 NEEDS = {"gpu", "cluster", "cloud", "model"}
+# Files of a user's own; numbered stills of one folder would be one source
+THINGS = ("hair", "vase", "smoke", "torch", "dust", "shade", "star", "wig")
 # What makes each program short, by its name
 SHORTER = {
     "train": ["data.num_workers=0", "data.val_clips=2"],
@@ -123,11 +125,11 @@ def clone(tmp_path_factory) -> Clone:
     for line in lines:
         clone.run(shortened(line))
     (clone.folder / "FOLDER").mkdir()
-    for number in range(8):
+    for number in range(len(THINGS)):
         clip = render(KINDS[number % len(KINDS)], number, 1, 64, 64)
         rgba = torch.cat([(clip.rgb[:, 0] + 1) / 2, clip.alpha[:, 0]]).mul(255).round().byte()
         Image.fromarray(rgba.permute(1, 2, 0).numpy()).save(
-            clone.folder / f"FOLDER/clip{number}.png"
+            clone.folder / f"FOLDER/{THINGS[number]}.png"
         )
     return clone
 

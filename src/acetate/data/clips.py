@@ -225,7 +225,8 @@ class ClipDataModule(ShardDataModule):
             if not found:
                 raise ShardError(
                     f"{self._where()}: none of {len(refs)} clips is in split {split!r}. Re-shard "
-                    "with another val_fraction, or add clips."
+                    "with another val_fraction, or add clips; those of one group, which a table's "
+                    "column `group` names, are never divided."
                 )
 
     def train_dataloader(self) -> DataLoader:
