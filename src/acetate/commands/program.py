@@ -67,14 +67,7 @@ def start(program: Program, arguments: Overrides) -> Any:
             config = reveal(config)
             with as_on_gpu(False):  # either value keeps the rule, and to ask torch takes seconds
                 check_settings(program.short, config)
-            module = importlib.import_module(program.module)
-            configure_log(HydraConfig.get().job_logging)  # Lightning, when imported, sets its own
-            scrub_logs()
-            if launched("nodes") == 1 and "torch" in sys.modules:
-                from acetate.torchrun import stay_on_this_machine
-
-                stay_on_this_machine()
-            return module.main(config)
+            return _imported(program).main(config)
         except Exception as error:
             _clear_up()
             if _traceback_asked():
@@ -111,6 +104,18 @@ def start(program: Program, arguments: Overrides) -> Any:
         os.environ.pop(TABLE, None)
         if held is not None:
             os.environ[TABLE] = held
+
+
+def _imported(program: Program) -> Any:
+    """The program's module; what its imports set up is set right."""
+    module = importlib.import_module(program.module)
+    configure_log(HydraConfig.get().job_logging)  # Lightning, when imported, sets its own
+    scrub_logs()
+    if launched("nodes") == 1 and "torch" in sys.modules:
+        from acetate.torchrun import stay_on_this_machine
+
+        stay_on_this_machine()
+    return module
 
 
 class OwnConfigs(SearchPathPlugin):
