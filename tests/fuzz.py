@@ -1,6 +1,7 @@
 """Damaged copies of sound files, and what reading one in a process of its own comes to."""
 
 import copy
+import faulthandler
 import json
 import os
 import pickle
@@ -10,6 +11,8 @@ import struct
 import time
 from dataclasses import dataclass
 from random import Random
+
+import torch
 
 SECONDS, BYTES = 10, 2**31
 VALUES = (
@@ -139,13 +142,17 @@ def outcome_of(action, name):
     with open(read, "rb") as pipe:
         data = pipe.read()
     _, status = os.waitpid(child, 0)
-    said, grown = pickle.loads(data) if data else (f"ended by {os.WTERMSIG(status)}", 0)
+    said, grown = f"ended by {os.WTERMSIG(status)} at {data.decode()}", 0
+    if os.WIFEXITED(status):
+        said, grown = pickle.loads(data)
     return Outcome(said, time.monotonic() - begun, grown)
 
 
 def _child(action, name, write):
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.alarm(3 * SECONDS)
+    torch.set_num_threads(1)  # a fork has none of the threads of its parent's pool
+    faulthandler.dump_traceback_later(3 * SECONDS - 1, file=write)
     before = _peak()
     limit = 16 * 2**30
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
@@ -165,6 +172,7 @@ def _child(action, name, write):
 
         where = traceback.extract_tb(error.__traceback__)[-4:]
         said = f"raised {type(error).__name__}: {str(error)[:300]} at {[*map(str, where)]}"
+    faulthandler.cancel_dump_traceback_later()
     with open(write, "wb") as pipe:
         pipe.write(pickle.dumps((said, _peak() - before)))
     os._exit(0)
