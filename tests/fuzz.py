@@ -142,9 +142,10 @@ def outcome_of(action, name):
     with open(read, "rb") as pipe:
         data = pipe.read()
     _, status = os.waitpid(child, 0)
-    said, grown = f"ended by {os.WTERMSIG(status)} at {data.decode()}", 0
     if os.WIFEXITED(status):
         said, grown = pickle.loads(data)
+    else:
+        said, grown = f"ended by {os.WTERMSIG(status)} at {data.decode()}", 0
     return Outcome(said, time.monotonic() - begun, grown)
 
 
