@@ -12,7 +12,7 @@ from torch import Tensor
 from acetate.media.clip import MediaError, Stream, stream_of
 from acetate.video_io import Rect, RGBAClip
 from data_prep.cleaning import stretch, stretched_levels
-from data_prep.colour import confidence, mixtures, sampled
+from data_prep.color import confidence, mixtures, sampled
 from data_prep.decisions import Decisions, Matte
 from data_prep.film_cuts import SEEN, Shots, flicker, thumbnail, weighted
 
@@ -56,11 +56,9 @@ def analyse(
                 "flickers",
                 f"coverage jumps to and fro in {share:.0%} of the frames",
             )
-    colour, sure, reasons["colour"], figures = _colour(
-        stream, sample, low, high, premultiplied, matte
-    )
+    color, sure, reasons["color"], figures = _color(stream, sample, low, high, premultiplied, matte)
     return Decisions(
-        colour=colour,
+        color=color,
         confidence=round(sure, 3),
         alpha_range=ends,
         alpha_low=low,
@@ -97,7 +95,7 @@ def _measured(stream: Stream) -> tuple["Totals", "Stillness", "Shots", Frames]:
     return totals, still, shots, np.stack(sample or [last])
 
 
-def _colour(
+def _color(
     stream: Stream, sample: Frames, low: int, high: int, premultiplied: bool | None, matte: bool
 ) -> tuple[str, float, str, dict[str, float]]:
     """What colour is, how sure that is, in words, and the figures behind it."""
@@ -141,7 +139,7 @@ class Totals:
     """Over all frames. histogram: pixels by alpha (256,); the rest: (H, W), 0..255."""
 
     histogram: NDArray[np.int64]
-    most_colour: Frames  # of the brightest channel
+    most_color: Frames  # of the brightest channel
     most_alpha: Frames
     least_alpha: Frames
     coverage: list[float]  # mean alpha of every frame, in [0, 1]
@@ -159,7 +157,7 @@ class Totals:
         np.add(self.histogram, counts, out=self.histogram)
         self.coverage.append(float(counts @ np.arange(256)) / (255 * alpha.size))
         for channel in range(3):
-            np.maximum(self.most_colour, frame[..., channel], out=self.most_colour)
+            np.maximum(self.most_color, frame[..., channel], out=self.most_color)
         np.maximum(self.most_alpha, alpha, out=self.most_alpha)
         np.minimum(self.least_alpha, alpha, out=self.least_alpha)
 
@@ -172,7 +170,7 @@ class Totals:
             min(max((255 * share - floor) / (ceiling - floor), 0.0), 1.0) for share in self.coverage
         ]
         return Totals(
-            histogram, self.most_colour, levels[self.most_alpha], levels[self.least_alpha], coverage
+            histogram, self.most_color, levels[self.most_alpha], levels[self.least_alpha], coverage
         )
 
 
@@ -282,7 +280,7 @@ def bars(totals: Totals, low: int, high: int) -> tuple[Rect | None, str]:
     off: beyond an edge that is merely empty there is no bar, and `visible` trims it.
     """
     height, width = totals.most_alpha.shape
-    black = totals.most_colour <= 24
+    black = totals.most_color <= 24
     kinds = {
         "opaque": black & (totals.least_alpha >= high),
         "transparent": black & (totals.most_alpha <= low),

@@ -19,13 +19,13 @@ from data_prep.tables import Row, read_tables, read_text
 from data_prep.tree import NOWHERE, Tree, printable, walk
 
 MEDIA = IMAGES + OPAQUE_IMAGES + VIDEOS
-PAIR_COLOUR = ("fgr",)  # straight colour without its background
+PAIR_COLOR = ("fgr",)  # straight colour without its background
 # a photographed picture, whose foreground is to be estimated
-WHOLE_COLOUR = ("rgb", "image", "images")
+WHOLE_COLOR = ("rgb", "image", "images")
 MATTES = ("pha", "alpha", "alphas", "matte", "mattes", "mask", "masks")
 # What tells one form of a clip from another; the rest is the clip's name.
 FORM = re.compile(
-    rf"^variant_|[_\-.]({'|'.join(PAIR_COLOUR + WHOLE_COLOUR + MATTES)}"
+    rf"^variant_|[_\-.]({'|'.join(PAIR_COLOR + WHOLE_COLOR + MATTES)}"
     r"|seq|rgba|prores\w*|vp[89]\w*|ffv1)$",
     re.IGNORECASE,
 )
@@ -113,9 +113,7 @@ def _once(tree: Tree, candidates: Sequence[Candidate]) -> tuple[list[Candidate],
 def clip_key(source: Path, path: Path, taken: set[str]) -> str:
     """The path with dashes; with a hash where that is too long, no key as it stands, or taken."""
     inside = path.relative_to(source) if source in path.parents else Path(path.name)
-    folders = [
-        part for part in inside.parent.parts if part.lower() not in PAIR_COLOUR + WHOLE_COLOUR
-    ]
+    folders = [part for part in inside.parent.parts if part.lower() not in PAIR_COLOR + WHOLE_COLOR]
     name = unicodedata.normalize("NFC", "-".join((*folders, inside.stem.removesuffix("_fgr"))))
     plain = plain_key(name)
     if plain == name and len(name.encode()) <= LONGEST_KEY and name not in taken:
@@ -197,7 +195,7 @@ class _Neighbours:
     def matte_of(self, path: Path) -> Path | None:
         """NAME_fgr + NAME_pha, NAME + NAME_matte, fgr/NAME + pha/NAME and their like; a folder may
         be a sequence."""
-        stem, ending = _split(path, PAIR_COLOUR + WHOLE_COLOUR)
+        stem, ending = _split(path, PAIR_COLOR + WHOLE_COLOR)
         for end in MATTES:
             found = self.find(path.parent, f"{stem}_{end}")
             if found is None and ending and ending == path.parent.name.lower():
@@ -208,22 +206,22 @@ class _Neighbours:
                 return found
         return None
 
-    def has_colour(self, path: Path) -> bool:
+    def has_color(self, path: Path) -> bool:
         """Whether it is a matte that comes with its colour; one without stands alone, and is
         refused."""
         stem, ending = _split(path, MATTES)
         if not ending:
             return False
-        colours = PAIR_COLOUR + WHOLE_COLOUR
+        colors = PAIR_COLOR + WHOLE_COLOR
         if stem != path.stem:
             found = [
                 self.find(path.parent, name)
-                for name in (stem, *(f"{stem}_{end}" for end in colours))
+                for name in (stem, *(f"{stem}_{end}" for end in colors))
             ]
         elif path.name.lower() == ending:
-            found = [self.find(path.parent, end) for end in colours]
+            found = [self.find(path.parent, end) for end in colors]
         else:
-            found = [self.find(path.parent.with_name(end), path.stem) for end in colours]
+            found = [self.find(path.parent.with_name(end), path.stem) for end in colors]
         return any(other is not None and not _still_and_folder(other, path) for other in found)
 
 
@@ -278,11 +276,11 @@ class _Finder:
     def _one(self, path: Path) -> Iterator[Candidate]:
         """path: of a file, or what a sequence is called after."""
         neighbours, files = self.neighbours, self.frames.get(path, path)
-        if path in self.taken or neighbours.has_colour(path):
+        if path in self.taken or neighbours.has_color(path):
             return
         alpha, called = neighbours.matte_of(path), None if path == files else path
         if alpha is not None:
-            whole = _split(path, PAIR_COLOUR)[1] == ""
+            whole = _split(path, PAIR_COLOR)[1] == ""
             yield Candidate((files, self.frames.get(alpha, alpha)), matte=whole, called=called)
         elif path.suffix.lower() not in OPAQUE_IMAGES or path in self.rows:
             yield Candidate((files,), called=called)
@@ -317,7 +315,7 @@ class _Finder:
             path
             for path in images
             if getattr(self.neighbours.matte_of(path), "parent", None) == folder
-            or (_split(path, MATTES)[0] != path.stem and self.neighbours.has_colour(path))
+            or (_split(path, MATTES)[0] != path.stem and self.neighbours.has_color(path))
         }
         if folder in self.rows:
             runs = [run for run in find_runs(images) if 2 * len(run.files) > len(images)]

@@ -85,10 +85,10 @@ def done(decisions: Decisions, settings: Settings) -> dict[str, str]:
             f"up to {decisions.alpha_low} to 0, from {decisions.alpha_high} to 255: "
             f"{why.get('alpha_low', '')}"
         )
-    if decisions.colour == "matte":
-        steps["colour"] = f"foreground estimated: {why.get('colour', '')}"
-    elif decisions.colour != "straight":
-        steps["colour"] = f"{decisions.colour} taken out ({why.get('colour', '')})"
+    if decisions.color == "matte":
+        steps["color"] = f"foreground estimated: {why.get('color', '')}"
+    elif decisions.color != "straight":
+        steps["color"] = f"{decisions.color} taken out ({why.get('color', '')})"
     if decisions.matte != "normal":
         steps["matte"] = f"kept although alpha is {decisions.matte}: {why.get('matte', '')}"
     if settings.trim and decisions.visible:
@@ -138,7 +138,7 @@ def clean(frames: Frames, decisions: Decisions, settings: Settings) -> Frames:
     backdrop = decisions.backdrop
     if backdrop is not None:
         frames = unmix(frames, backdrop, settings.min_alpha)
-    if decisions.colour == "matte":
+    if decisions.color == "matte":
         frames = foreground(frames)
     if settings.trim and visible:
         frames = cut(frames, visible)
@@ -251,10 +251,8 @@ def foreground(frames: Frames) -> Frames:
     done = []
     for frame in frames:
         picture, alpha = frame[..., :3] / 255.0, frame[..., 3] / 255.0
-        colour = estimate_foreground_ml(picture, alpha).clip(0, 1)
-        done.append(
-            np.concatenate(((colour * 255 + 0.5).astype(np.uint8), frame[..., 3:]), axis=-1)
-        )
+        color = estimate_foreground_ml(picture, alpha).clip(0, 1)
+        done.append(np.concatenate(((color * 255 + 0.5).astype(np.uint8), frame[..., 3:]), axis=-1))
     return np.stack(done)
 
 
@@ -293,10 +291,10 @@ def _bleed(frame: Frames, radius: int | None, trusted: int) -> Frames:
     from_around = hidden if radius is None else hidden & _within(weight > 0, radius)
     if trusted > 1:
         from_around = from_around | (~hidden & _within(weight > 0, NEAR) & (weight == 0))
-    colour = torch.where(hidden, 0, picture[:, :3])
-    colour = torch.where(from_around, _push_pull(picture[:, :3], weight), colour)
-    colour = colour[0].permute(1, 2, 0).add(0.5).clamp(0, 255).to(torch.uint8).numpy()
-    return np.concatenate((colour, alpha), axis=-1)
+    color = torch.where(hidden, 0, picture[:, :3])
+    color = torch.where(from_around, _push_pull(picture[:, :3], weight), color)
+    color = color[0].permute(1, 2, 0).add(0.5).clamp(0, 255).to(torch.uint8).numpy()
+    return np.concatenate((color, alpha), axis=-1)
 
 
 def _within(mask: torch.Tensor, radius: int) -> torch.Tensor:
@@ -313,17 +311,17 @@ def _within(mask: torch.Tensor, radius: int) -> torch.Tensor:
     return mask
 
 
-def _push_pull(colour: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+def _push_pull(color: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """(1, 3, H, W), (1, 1, H, W) -> colour where weight is above 0, and what lies around it
     elsewhere."""
-    if max(colour.shape[-2:]) == 1:
-        return colour * (weight > 0)
-    sums = F.avg_pool2d(torch.cat((colour * weight, weight), dim=1), 2, ceil_mode=True)
+    if max(color.shape[-2:]) == 1:
+        return color * (weight > 0)
+    sums = F.avg_pool2d(torch.cat((color * weight, weight), dim=1), 2, ceil_mode=True)
     coarse = _push_pull(sums[:, :3] / sums[:, 3:].clamp_min(1e-6), sums[:, 3:])
     coarse = F.interpolate(coarse, scale_factor=2.0, mode="nearest")[
-        ..., : colour.shape[-2], : colour.shape[-1]
+        ..., : color.shape[-2], : color.shape[-1]
     ]
-    return torch.where(weight > 0, colour, coarse)
+    return torch.where(weight > 0, color, coarse)
 
 
 def overrides(**choices: object) -> dict[str, str]:

@@ -11,10 +11,17 @@ from PIL import ImageColor
 
 from acetate.video_io import Rect
 
-COLOURS = ("straight", "black", "white", "matte")
+COLORS = ("straight", "black", "white", "matte")
 Matte = Literal["normal", "empty", "full", "flickers"]
 AUTO = "auto"
 BACKDROP = re.compile("#[0-9a-f]{6}")
+
+
+def respelled(value: Any) -> Any:
+    """JSON of older manifests, whose names say `colour`, with the names of today."""
+    if isinstance(value, Mapping):
+        return {name.replace("colour", "color"): respelled(inner) for name, inner in value.items()}
+    return value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +34,7 @@ class Decisions:
 
     # what colour is mixed with at alpha < 1: nothing (straight), black, white, another colour
     # (#rrggbb), or the scene of a picture (matte)
-    colour: str
+    color: str
     confidence: float  # of colour, in [0, 1]; 0: nothing speaks for it, and nothing against it
     alpha_low: int  # alpha up to this is a codec's noise around 0
     alpha_high: int  # and from this on around 255
@@ -42,8 +49,8 @@ class Decisions:
     alpha_range: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
-        if self.colour not in COLOURS and not BACKDROP.fullmatch(self.colour):
-            raise ValueError(f"colour={self.colour!r}; {TAKES['colour']}")
+        if self.color not in COLORS and not BACKDROP.fullmatch(self.color):
+            raise ValueError(f"color={self.color!r}; {TAKES['color']}")
         for name, choices in (
             ("matte", get_args(Matte)),
             ("still", (True, False)),
@@ -74,14 +81,15 @@ class Decisions:
     @property
     def backdrop(self) -> tuple[int, int, int] | None:
         """What colour is mixed with, as red, green, blue; None if with no one colour."""
-        if self.colour in ("straight", "matte"):
+        if self.color in ("straight", "matte"):
             return None
-        red, green, blue = ImageColor.getrgb(self.colour)[:3]
+        red, green, blue = ImageColor.getrgb(self.color)[:3]
         return red, green, blue
 
     @classmethod
     def of_json(cls, value: Mapping[str, Any]) -> "Decisions":
         """Inverse of `as_json`; ValueError names an unknown, missing or impossible entry."""
+        value = respelled(value)
         known = {entry.name for entry in fields(cls)}
         # which older manifests lack
         wrong = sorted(value.keys() ^ known - ({"figures", "alpha_range"} - value.keys()))
@@ -112,7 +120,7 @@ class Decisions:
                 changes[name] = _parse(name, text)
         if not changes:
             return self
-        if "colour" in changes:
+        if "color" in changes:
             changes["confidence"] = 1.0
         said = {name: f"chosen by {by}" for name in changes if name != "confidence"}
         return replace(self, **changes, reasons={**self.reasons, **said})
@@ -126,7 +134,7 @@ def check_choices(choices: Mapping[str, str], prefix: str = "") -> None:
     """ValueError for a choice that no clip can take, before any is read. prefix: of the setting's
     name."""
     plain = Decisions(
-        colour="straight", confidence=1, alpha_low=0, alpha_high=255, matte="normal", crop=None,
+        color="straight", confidence=1, alpha_low=0, alpha_high=255, matte="normal", crop=None,
         visible=None,
         still=False, cuts=(),
     )  # fmt: skip
@@ -140,22 +148,22 @@ def check_choices(choices: Mapping[str, str], prefix: str = "") -> None:
 
 
 TAKES = {
-    "colour": "straight, black, white, matte or a colour such as #00ff00",
+    "color": "straight, black, white, matte or a colour such as #00ff00",
     "alpha_range": 'false, or the levels that stand for 0 and 255, "16 235"',
     "alpha_low": "0 to 255", "alpha_high": "0 to 255",
     "matte": "normal, empty, full or flickers", "crop": 'false or "x y width height"',
     "still": "true or false",
     "cuts": 'false or first frames of the later shots, "12 40"',
 }  # fmt: skip
-OVERRIDES = ("colour", "alpha_range", "alpha_low", "alpha_high", "matte", "crop", "still", "cuts")
+OVERRIDES = ("color", "alpha_range", "alpha_low", "alpha_high", "matte", "crop", "still", "cuts")
 
 
 def _parse(name: str, text: str) -> Any:
     try:
         match name:
-            case "colour":
+            case "color":
                 named = {"true": "black", "false": "straight"}.get(text, text)
-                if named in COLOURS:
+                if named in COLORS:
                     return named
                 red, green, blue = ImageColor.getrgb(named)[:3]
                 return f"#{red:02x}{green:02x}{blue:02x}"

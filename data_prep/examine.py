@@ -76,7 +76,7 @@ class Found:
     group: str  # clips of one group stay on one side of the split
     lossy: bool
     premultiplied: bool | None  # None: the format does not say, it is measured
-    colour_rect: Rect | None
+    color_rect: Rect | None
     alpha_rect: Rect | None
     # Decisions.as_json; None: data_prep.shard measures the clip
     decisions: dict[str, Any] | None = None
@@ -266,7 +266,7 @@ def _examined(task: Task) -> Found:
         group=column(row, "group") or cut_from or candidate.name,
         lossy=clip.lossy,
         premultiplied=clip.premultiplied if believed is None else believed,
-        colour_rect=rects[0] if rects else None,
+        color_rect=rects[0] if rects else None,
         alpha_rect=rects[1] if rects else None,
         decisions=decisions.as_json(),
         layer=asked.layer,

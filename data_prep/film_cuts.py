@@ -53,14 +53,14 @@ def change(first: Tensor, second: Tensor) -> float:
     else comes.
     """
     alphas = first[3], second[3]
-    colours = [picture[:3] / picture[3].clamp_min(1e-3) for picture in (first, second)]
+    colors = [picture[:3] / picture[3].clamp_min(1e-3) for picture in (first, second)]
     means = [
-        (colour * alpha).sum() / alpha.sum().clamp_min(1e-6)
-        for colour, alpha in zip(colours, alphas, strict=True)
+        (color * alpha).sum() / alpha.sum().clamp_min(1e-6)
+        for color, alpha in zip(colors, alphas, strict=True)
     ]
     shares = []
     for gain in (1.0, float(means[0] / means[1].clamp_min(1e-6))):
-        apart = (colours[0] - gain * colours[1]).abs().amax(dim=0)
+        apart = (colors[0] - gain * colors[1]).abs().amax(dim=0)
         stays = (torch.minimum(*alphas) * (1 - 4 * apart).clamp_min(0)).sum()
         shares.append(
             1 - float(stays / torch.minimum(alphas[0].sum(), alphas[1].sum()).clamp_min(1e-6))

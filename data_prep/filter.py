@@ -38,7 +38,7 @@ from data_prep.journal import Line, read_journal, write_lines
 from data_prep.scores import SCORES, repeats
 
 SCORES_FILE, REJECTED_FILE = "scores.jsonl", "rejected.jsonl"
-FIELDS = {"key", "look", "colours", "crc32", "code"}  # and, of lines of this code, all scores
+FIELDS = {"key", "look", "colors", "crc32", "code"}  # and, of lines of this code, all scores
 PREVIEW_CLIPS = 32
 CODE = hashlib.sha256(Path(scoring.__file__).read_bytes()).hexdigest()[:12]
 
@@ -62,7 +62,7 @@ class Duplicates:
     colours may. keep: the best (most pixels, then sharpest) or the first."""
 
     distance: int
-    colour: int
+    color: int
     keep: Literal["best", "first"]
 
     def __post_init__(self) -> None:
@@ -70,9 +70,9 @@ class Duplicates:
             raise ValueError(
                 f"duplicates.distance={self.distance}; 0 to 32 of 128 bits, 6 is a good start"
             )
-        if not 0 <= self.colour <= 255:
+        if not 0 <= self.color <= 255:
             raise ValueError(
-                f"duplicates.colour={self.colour}; 0 to 255 steps of a mean colour, 32 is a good "
+                f"duplicates.color={self.color}; 0 to 255 steps of a mean colour, 32 is a good "
                 "start"
             )
         if self.keep not in ("best", "first"):
@@ -129,9 +129,9 @@ def duplicates_of(setting: DictConfig | None) -> Duplicates | None:
     """null keeps them all."""
     if setting is None:
         return None
-    if not isinstance(setting, Mapping) or setting.keys() != {"distance", "colour", "keep"}:
+    if not isinstance(setting, Mapping) or setting.keys() != {"distance", "color", "keep"}:
         raise ValueError(
-            f"duplicates={setting}; null, or {{distance: BITS, colour: STEPS, keep: best or first}}"
+            f"duplicates={setting}; null, or {{distance: BITS, color: STEPS, keep: best or first}}"
         )
     return Duplicates(**setting)
 
@@ -148,14 +148,14 @@ def score_clips(
 
 def score_clip(ref: ClipRef) -> Line | BadClip:
     try:
-        values, look, colours = scoring.score(read_clip(ref))
+        values, look, colors = scoring.score(read_clip(ref))
     except BadClip as bad:
         return bad
     return {
         "key": ref.key,
         **values,
         "look": look,
-        "colours": colours,
+        "colors": colors,
         "crc32": ref.crc32,
         "code": CODE,
     }
@@ -183,8 +183,8 @@ def judge(
         rest = [line for line in lines if line["key"] not in fallen]
         if duplicates.keep == "best":
             rest.sort(key=lambda line: (-pixels(line), -line["sharpness"], line["key"]))
-        looks, shades = ([line[name] for line in rest] for name in ("look", "colours"))
-        found = repeats(looks, shades, duplicates.distance, duplicates.colour)
+        looks, shades = ([line[name] for line in rest] for name in ("look", "colors"))
+        found = repeats(looks, shades, duplicates.distance, duplicates.color)
         for line, match in zip(rest, found, strict=True):
             if match is not None:
                 other, bits = match

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from acetate.media.sequences import is_sequence, sequence_files
-from data_prep.candidates import FORM, MATTES, PAIR_COLOUR, WHOLE_COLOUR, Candidate
+from data_prep.candidates import FORM, MATTES, PAIR_COLOR, WHOLE_COLOR, Candidate
 from data_prep.examine import Found
 from data_prep.sequences import PREVIEW
 from data_prep.tables import column
@@ -28,7 +28,7 @@ BARE = re.compile(
     r"|video|vid|movie|mov|clip|film|untitled|item|comfyui|screenshot)$",
     re.IGNORECASE,
 )
-FORMS = PAIR_COLOUR + WHOLE_COLOUR + MATTES
+FORMS = PAIR_COLOR + WHOLE_COLOR + MATTES
 MOST_TOLD = 3  # groups that a report tells of by name
 
 

@@ -256,7 +256,7 @@ def print_preview(console: Console, clips: list[Found]) -> None:
         said = "; ".join(["", *clip.notes, *found])
         console.print(
             f"{clip.key}: {clip.kind}, {clip.frames} of {clip.width}x{clip.height}{rate}, colour "
-            f"{decisions.get('reasons', {}).get('colour', decisions['colour'])}{said}",
+            f"{decisions.get('reasons', {}).get('color', decisions['color'])}{said}",
             soft_wrap=True,
         )
 

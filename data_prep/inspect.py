@@ -144,7 +144,7 @@ def decisions_of(folder: Path) -> dict[str, dict[str, str]]:
     found = {}
     for line in read_journal(folder / DECISIONS):
         reasons = line.get("decisions", {}).get("reasons", {})
-        said = {"colour": reasons["colour"]} if "colour" in reasons else {}
+        said = {"color": reasons["color"]} if "color" in reasons else {}
         said |= {"read": "; ".join(line["notes"])} if line.get("notes") else {}
         found |= dict.fromkeys(line.get("pieces", ()), said)
     return found

@@ -153,7 +153,7 @@ class Settings:
         if not 1 <= self.variants <= len(PALETTE_NAMES):
             raise ValueError(
                 f"variants={self.variants}; 1 to {len(PALETTE_NAMES)}, the number of background "
-                "colours"
+                "colors"
             )
         if self.dtype not in ("float16", "bfloat16"):
             raise ValueError(f"dtype={self.dtype}; choose float16 or bfloat16")

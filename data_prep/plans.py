@@ -17,7 +17,7 @@ from data_prep.analysis import analyse
 from data_prep.candidates import pictures, stamps
 from data_prep.cleaning import Indices, Settings, shots, too_many
 from data_prep.cleaning import done as done_to
-from data_prep.decisions import Decisions
+from data_prep.decisions import Decisions, respelled
 from data_prep.examine import Found, Kind, opened
 from data_prep.executor import progress
 from data_prep.journal import open_journal, read_journal
@@ -31,7 +31,7 @@ FOUND = Schema(
         "key": KEY, "kind": one_of(*get_args(Kind)), "files": several(place, 1, 2),
         "frames": _size, "width": _size, "height": _size, "fps": optional(number(0, 1e6)),
         **dict.fromkeys(("prompt", "licence", "source", "group"), prose(100_000)), "lossy": flag,
-        "premultiplied": optional(flag), "colour_rect": _rect, "alpha_rect": _rect,
+        "premultiplied": optional(flag), "color_rect": _rect, "alpha_rect": _rect,
     },
     {"decisions": optional(names), "notes": several(prose(100_000), 0), "layer": optional(text),
      "divide": optional(flag)},
@@ -100,7 +100,7 @@ def read_lines(manifest: Path) -> list[Found]:
     with open_plain(manifest) as file:
         for number, text in enumerate(iter(lambda: file.readline(LONGEST_LINE), b""), start=1):
             try:
-                value = parse(text)
+                value = respelled(parse(text))
                 FOUND.check(value)
                 line = Found(**value)
                 if line.decisions is not None:
@@ -185,6 +185,6 @@ def open_line(line: Found) -> Stream:
         max_frames=max(LIMITS.max_frames, line.frames),
         max_bytes=max(LIMITS.max_bytes, 4 * pixels * line.frames),
     )
-    rects = (line.colour_rect, line.alpha_rect) if line.colour_rect and line.alpha_rect else None
+    rects = (line.color_rect, line.alpha_rect) if line.color_rect and line.alpha_rect else None
     asked = Asked(line.divide, line.layer)
     return opened(line.kind, [Path(file) for file in line.files], rects, limits, asked)

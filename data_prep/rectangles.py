@@ -12,7 +12,7 @@ from data_prep.tables import column
 
 
 def given_rectangles(candidate: Candidate, header: Description) -> tuple[Rect, Rect] | None:
-    """Of a .json entry, of a table's columns colour_rect and alpha_rect, "x y width height", or as
+    """Of a .json entry, of a table's columns color_rect and alpha_rect, "x y width height", or as
     the file itself states them."""
     path, origin, row = candidate.files[0], candidate.origin, candidate.row
     if "alpha_rect" in origin:
@@ -22,10 +22,12 @@ def given_rectangles(candidate: Candidate, header: Description) -> tuple[Rect, R
                 f"{path} is {header.width}x{header.height}, its rectangles are for "
                 f"{size[0]}x{size[1]}"
             )
-        texts = [origin.get("rgb_rect", origin.get("colour_rect")), origin["alpha_rect"]]
+        names = ("rgb_rect", "color_rect", "colour_rect")
+        color = next((origin[name] for name in names if name in origin), None)
+        texts = [color, origin["alpha_rect"]]
     elif column(row, "alpha_rect"):
         texts = [
-            column(row, name).replace(",", " ").split() for name in ("colour_rect", "alpha_rect")
+            column(row, name).replace(",", " ").split() for name in ("color_rect", "alpha_rect")
         ]
     else:
         films = path.suffix.lower() in VIDEOS and not is_sequence(path)
@@ -49,8 +51,8 @@ def detected_rectangles(path: Path, limits: Limits) -> tuple[Rect, Rect] | None:
     if packing.confidence < SURE:
         raise MediaError(
             f"{path} has no alpha of its own, and is perhaps packed: colour at "
-            f"{list(packing.colour)}, alpha at {list(packing.alpha)}, confidence "
+            f"{list(packing.color)}, alpha at {list(packing.alpha)}, confidence "
             f"{packing.confidence:.2f} ({packing.reason}). Give the rectangles in a .json or a "
             "table if that is so"
         )
-    return packing.colour, packing.alpha
+    return packing.color, packing.alpha

@@ -19,7 +19,7 @@ TEMPLATE = Path(__file__).with_name("report.html")
 SLOT = re.compile(r"<!-- slot:(\w+) -->")
 ROWS = 7  # bars of a panel before the rest is summed up
 SOFT_BINS = 32
-COLOURS = {name: "#" + "".join(f"{round(255 * (x + 1) / 2):02x}" for x in rgb.tolist())
+COLORS = {name: "#" + "".join(f"{round(255 * (x + 1) / 2):02x}" for x in rgb.tolist())
            for name, rgb in zip(PALETTE_NAMES, PALETTE, strict=True)}  # fmt: skip
 
 
@@ -282,10 +282,10 @@ def selects(entries: Sequence[Entry]) -> str:
 def grounds() -> str:
     named = {"checker": "checkerboard", "alpha": "alpha", "eight": "eight colours"}
     parts = []
-    for value in (*named, *COLOURS):
+    for value in (*named, *COLORS):
         checked = " checked" if value == "checker" else ""
         inside = named.get(value, "")
-        look = "" if inside else f' class="swatch" style="--ground:{COLOURS[value]}"'
+        look = "" if inside else f' class="swatch" style="--ground:{COLORS[value]}"'
         parts.append(
             f'<label title="{value}"><input type="radio" name="ground" value="{value}" '
             f'aria-label="{value}"{checked}>'
@@ -296,7 +296,7 @@ def grounds() -> str:
 
 def grounds_css() -> str:
     return "\n".join(
-        f".cards[data-ground={name}] {{ --ground: {code}; }}" for name, code in COLOURS.items()
+        f".cards[data-ground={name}] {{ --ground: {code}; }}" for name, code in COLORS.items()
     )
 
 
@@ -309,7 +309,7 @@ def card(entry: Entry, picture: Picture) -> str:
     strip = "".join(f'<div class="frame"><i style="--at:{i}"></i></div>' for i in small)
     eight = "".join(
         f'<div class="frame" style="--ground:{code}"><i style="--at:{middle}"></i></div>'
-        for code in COLOURS.values()
+        for code in COLORS.values()
     )
     still = " still" if n == 1 else ""
     rate = f"{entry.frames} frames at {entry.fps:.4g} fps" if entry.frames > 1 else "still"

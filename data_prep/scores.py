@@ -49,7 +49,7 @@ def score(clip: Clip) -> tuple[dict[str, float], str, list[list[int]]]:
         "flicker": flicker,
         "sharpness": sharpness(middle),
     }
-    return {name: round(value, 6) for name, value in values.items()}, look(middle), colours(middle)
+    return {name: round(value, 6) for name, value in values.items()}, look(middle), colors(middle)
 
 
 def semi(alpha: NDArray[np.uint8]) -> float:
@@ -115,7 +115,7 @@ def look(frame: NDArray[np.uint8]) -> str:
     return "".join(str(imagehash.phash(Image.fromarray(plane))) for plane in planes)
 
 
-def colours(frame: NDArray[np.uint8]) -> list[list[int]]:
+def colors(frame: NDArray[np.uint8]) -> list[list[int]]:
     """Mean red, green and blue of what is seen, and how much that is, 0..255 each: of the frame and
     of its quarters."""
     weight = frame[..., 3:].astype(np.float32)
@@ -138,7 +138,7 @@ def colours(frame: NDArray[np.uint8]) -> list[list[int]]:
     return found
 
 
-def colours_apart(one: NDArray[np.int64], others: NDArray[np.int64]) -> NDArray[np.int64]:
+def colors_apart(one: NDArray[np.int64], others: NDArray[np.int64]) -> NDArray[np.int64]:
     """Of `colours`, (5, 4) and (N, 5, 4): the largest difference of a mean, where both show a tenth
     of the thing."""
     both = np.minimum(one[..., 3], others[..., 3]) >= TENTH
@@ -146,7 +146,7 @@ def colours_apart(one: NDArray[np.int64], others: NDArray[np.int64]) -> NDArray[
 
 
 def repeats(
-    looks: Sequence[str], shades: Sequence[Sequence[Sequence[int]]], distance: int, colour: int
+    looks: Sequence[str], shades: Sequence[Sequence[Sequence[int]]], distance: int, color: int
 ) -> list[tuple[int, int] | None]:
     """For each look (an earlier one that repeats none, bits that differ), where that is within
     `distance` and the `colours` (shades) are within `colour`: the hashes see brightness alone.
@@ -172,8 +172,8 @@ def repeats(
         )
         near = [
             j
-            for j, far in zip(near, colours_apart(tints[i], tints[near]), strict=True)
-            if far <= colour
+            for j, far in zip(near, colors_apart(tints[i], tints[near]), strict=True)
+            if far <= color
         ]
         apart = (bits[near] != bits[i]).sum(axis=1)
         if len(near) and apart.min() <= distance:

@@ -39,7 +39,7 @@ STEPS = {
     "crop": "black bars cut off", "still": "films of one picture made stills",
     "cuts": "divided into shots",
     "range": "alpha stretched to 0 and 255", "alpha": "alpha noise snapped",
-    "colour": "made straight", "trim": "empty margins cut off",
+    "color": "made straight", "trim": "empty margins cut off",
     "matte": "kept with unusual alpha",
 }  # fmt: skip
 
@@ -151,7 +151,7 @@ def fill(
                         source=line.source,
                         licence=line.licence,
                         lossy=line.lossy,
-                        premultiplied_source=plan.decisions.colour == "black",
+                        premultiplied_source=plan.decisions.color == "black",
                         done=done_to(plan.decisions, settings),
                     )
     shutil.rmtree(spill, ignore_errors=True)
@@ -210,7 +210,7 @@ def prepare(plan: Plan, settings: Settings, spill: Path) -> list[Piece] | str:
 
 def main(cfg: DictConfig) -> None:
     manifest, out = Path(cfg.manifest), Path(cfg.out)
-    chosen = ("colour", "alpha_range", "alpha_low", "alpha_high", "crop", "still", "cuts")
+    chosen = ("color", "alpha_range", "alpha_low", "alpha_high", "crop", "still", "cuts")
     choices = overrides(**{name: cfg[name] for name in chosen})
     done = [field.name for field in fields(Settings) if field.name != "choices"]
     settings = Settings(choices=choices, **{name: cfg[name] for name in done})
@@ -240,7 +240,7 @@ def preview(manifest: Path, settings: Settings, *, executor: str, workers: int) 
         decisions = plan.decisions
         size = f"{plan.line.frames} x {plan.line.width} x {plan.line.height}"
         console.print(
-            f"{plan.line.key}  {size}, colour {decisions.reasons.get('colour', 'as chosen')}",
+            f"{plan.line.key}  {size}, colour {decisions.reasons.get('color', 'as chosen')}",
             soft_wrap=True,
         )  # fmt: skip
         if plan.refusal:
@@ -290,7 +290,7 @@ def print_decided(console: Console, lines: Sequence[dict[str, Any]]) -> None:
         sure = line["decisions"]["confidence"]
         if 0 < sure < UNSURE:
             console.print(
-                f"unsure {line['key']}: colour {line['decisions']['colour']}",
+                f"unsure {line['key']}: colour {line['decisions']['color']}",
                 soft_wrap=True,
             )  # fmt: skip
 

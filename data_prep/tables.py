@@ -118,8 +118,8 @@ def read_rows(table: Path) -> list[Row]:
 
 
 def _plain(name: str) -> str:
-    """A column's name in lower case, with _ for spaces and dashes."""
-    return re.sub(r"[\s-]+", "_", name.strip().lower())
+    """A column's name in lower case, with _ for spaces and dashes and color for colour."""
+    return re.sub(r"[\s-]+", "_", name.strip().lower()).replace("colour", "color")
 
 
 def _pair(names: "_Names", table: Path, number: int, row: Row) -> tuple[tuple[Path, Path], Row]:
@@ -131,8 +131,8 @@ def _pair(names: "_Names", table: Path, number: int, row: Row) -> tuple[tuple[Pa
     texts = [column(row, name) for name in PAIR]
     if not texts[1]:
         raise ValueError(f"{here}: no video_pha; a pair has colour and alpha.")
-    colour, alpha = (names.find(text, table.parent)[0] or table.parent / text for text in texts)
-    return (colour, alpha), ({**row, "still": "true"} if status == "static" else row)
+    color, alpha = (names.find(text, table.parent)[0] or table.parent / text for text in texts)
+    return (color, alpha), ({**row, "still": "true"} if status == "static" else row)
 
 
 class _Names:

@@ -18,7 +18,7 @@ from acetate.data.shards import index_shards, read_clip
 from acetate.replacing import rename_over
 
 SIDE, GAP, SHOWN = 176, 6, 4  # pixels, and how many clips
-COLOURS = (4, 6, 2, 3, 1, 5, 7, 0)  # of the palette, in the order of the wheel
+COLORS = (4, 6, 2, 3, 1, 5, 7, 0)  # of the palette, in the order of the wheel
 BETWEEN = 6  # frames from one colour to the next
 
 
@@ -32,7 +32,7 @@ def main(run: str, shards: str, out: str) -> None:
         pixels = torch.from_numpy(read_clip(ref).frames).permute(3, 0, 1, 2).float() / 255
         clip = Clip(pixels[:3] * 2 - 1, pixels[3:])
         rows.append((clip, vae.decode(vae.encode(clip))[0]))
-    pictures = [picture(rows, n) for n in range(BETWEEN * len(COLOURS))]
+    pictures = [picture(rows, n) for n in range(BETWEEN * len(COLORS))]
     path = Path(out)
     temporary = path.with_name(f".{path.name}")
     pictures[0].save(
@@ -51,9 +51,7 @@ def picture(rows: list[tuple[Clip, Clip]], n: int) -> Image.Image:
     """The n-th: a column for each clip, which goes to and fro; source, reconstruction, its
     alpha."""
     share = (n % BETWEEN) / BETWEEN
-    one, two = (
-        PALETTE[COLOURS[(n // BETWEEN + k) % len(COLOURS)]].view(3, 1, 1, 1) for k in (0, 1)
-    )
+    one, two = (PALETTE[COLORS[(n // BETWEEN + k) % len(COLORS)]].view(3, 1, 1, 1) for k in (0, 1))
     background = 0.6 * ((1 - share) * one + share * two)
     sheet = Image.new("RGB", (GAP + len(rows) * (SIDE + GAP), GAP + 3 * (SIDE + GAP)), (24, 24, 24))
     for column, (source, made) in enumerate(rows):

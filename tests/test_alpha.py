@@ -63,7 +63,7 @@ def test_hard_and_soft_agree_on_a_binary_matte(rgb, alpha):
     assert_close(over(rgb, binary, color("green")), over(rgb, harden(binary), color("green")))
 
 
-def test_premultiply_is_colour_over_black(rgb, alpha):
+def test_premultiply_is_color_over_black(rgb, alpha):
     assert_close((premultiply(rgb, alpha) + 1) / 2, alpha * (rgb + 1) / 2)
     assert_close(premultiply(rgb, alpha), over(rgb, alpha, color("key")))
 

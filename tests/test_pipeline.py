@@ -79,7 +79,7 @@ def test_wrong_settings_are_named(dora):
         RGBAPipeline.load(str(dora), frames=6)
 
 
-def test_clips_over_colours():
+def test_clips_over_colors():
     clip = moving()
     magenta = clip.over("magenta")
     assert magenta[:, 0, 0, 0].tolist() == [1, -1, 1] and magenta[:, 0, 10, 6].tolist() == [

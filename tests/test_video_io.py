@@ -198,11 +198,11 @@ def test_pair_stretches_the_luma(tmp_path, color_range, low, high):
 
 
 def test_pair_of_images(tmp_path):
-    colour, alpha = noise(8, 8, 3), noise(8, 8)
-    Image.fromarray(colour).save(tmp_path / "a_fgr.png")
+    color, alpha = noise(8, 8, 3), noise(8, 8)
+    Image.fromarray(color).save(tmp_path / "a_fgr.png")
     Image.fromarray(alpha).save(tmp_path / "a_pha.png")
     clip = read_pair(tmp_path / "a_fgr.png", tmp_path / "a_pha.png")
-    assert np.array_equal(clip.frames[0], np.dstack((colour, alpha))) and not clip.lossy
+    assert np.array_equal(clip.frames[0], np.dstack((color, alpha))) and not clip.lossy
 
 
 def test_pair_must_match(tmp_path):

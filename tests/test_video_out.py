@@ -98,27 +98,27 @@ def test_lossy_formats(tmp_path, name, limits):
 
 
 @pytest.mark.parametrize("name", ["webm", "pair"])
-def test_hidden_colour_stays_hidden(tmp_path, name):
+def test_hidden_color_stays_hidden(tmp_path, name):
     rgb, alpha = film()
     loud, _ = film(hidden=(1.0, -1.0, 1.0))
     visible = steps(rgb, alpha)[..., 3] > 5
     quiet_error, loud_error = (
         mean_error(
-            read(write_clip(tmp_path / "a", colour, alpha, 24, [name])).frames[visible],
+            read(write_clip(tmp_path / "a", color, alpha, 24, [name])).frames[visible],
             steps(rgb, alpha)[visible],
         )
-        for colour in (rgb, loud)
+        for color in (rgb, loud)
     )
     assert loud_error < quiet_error + 0.6  # 0.3 measured; 3 if chroma were the plain mean
 
 
 @pytest.mark.parametrize("name", ["png", "apng", "webp", "webm", "prores", "pair"])
 def test_rounded_not_truncated(tmp_path, name):
-    def written(colour, alpha):
+    def written(color, alpha):
         """The right half; the left is transparent, for a WebP that is opaque all over has no alpha
         to read."""
         alpha = torch.full((1, 1, 16, 32), alpha) * (torch.arange(32) >= 16)
-        paths = write_clip(tmp_path / "a", torch.full((3, 1, 16, 32), colour), alpha, 24, [name])
+        paths = write_clip(tmp_path / "a", torch.full((3, 1, 16, 32), color), alpha, 24, [name])
         return read(paths).frames[:, :, 20:].astype(int)
 
     step = 1 if name in ("webm", "pair") else 0

@@ -131,7 +131,7 @@ def open_packed(path: Path, color_rect: Rect, alpha_rect: Rect, limits: Limits =
     size."""
 
     def channels(frame: av.VideoFrame, stated: Stated) -> Frames:
-        for name, (x, y, width, height) in (("colour", color_rect), ("alpha", alpha_rect)):
+        for name, (x, y, width, height) in (("color", color_rect), ("alpha", alpha_rect)):
             inside = 0 <= x < x + width <= frame.width and 0 <= y < y + height <= frame.height
             if not inside:
                 raise MediaError(

@@ -204,8 +204,8 @@ def _write_prores(paths: Sequence[Path], clip: _Clip) -> None:
 def _write_pair(paths: Sequence[Path], clip: _Clip) -> None:
     """The matte is limited-range luma, 16..235: players and editors stretch it whether or not they
     read the tag."""
-    colour = (_ycbcr(picture, 8, halve=True) for picture in _even(clip))
-    _encode(paths[0], "libx264", "yuv420p", clip, colour, {"crf": "8", **CENTRED}, FASTSTART)
+    color = (_ycbcr(picture, 8, halve=True) for picture in _even(clip))
+    _encode(paths[0], "libx264", "yuv420p", clip, color, {"crf": "8", **CENTRED}, FASTSTART)
     matte = (_grey(picture[3]) for picture in _even(clip))
     _encode(paths[1], "libx264", "yuv420p", clip, matte, {"crf": "8", **CENTRED}, FASTSTART)
 

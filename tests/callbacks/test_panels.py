@@ -222,9 +222,9 @@ def test_title_has_the_clips_own_figures():
     # some of it beyond the range
     rgb_hat, alpha_hat = item["rgb"] * 0.9 + 0.3, item["alpha"] * 0.8 - 0.1
     psnr, mae = quality(rgb_hat, alpha_hat, item["rgb"], item["alpha"])
-    colours = CompositeQuality(lpips=False)
-    colours.update(*(x[None] for x in (rgb_hat, alpha_hat, item["rgb"], item["alpha"])))
-    assert psnr == pytest.approx(float(colours.compute()["psnr"]), rel=1e-5)
+    colors = CompositeQuality(lpips=False)
+    colors.update(*(x[None] for x in (rgb_hat, alpha_hat, item["rgb"], item["alpha"])))
+    assert psnr == pytest.approx(float(colors.compute()["psnr"]), rel=1e-5)
     assert mae == pytest.approx(float((alpha_hat.clamp(0, 1) - item["alpha"]).abs().mean()))
     shown = replace(as_bytes(item, rgb_hat, alpha_hat), key="k" * 80, psnr=psnr, mae=mae)
     assert (

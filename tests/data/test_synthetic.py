@@ -56,8 +56,8 @@ def test_ranges_shapes_and_exact_ends(kind, seed):
 def test_opaque_ignores_the_background(kind):
     clip = render(kind, 1, 3, 64, 64)
     rgb = (clip.rgb + 1) / 2
-    red, blue = (torch.tensor(colour).view(3, 1, 1, 1) for colour in ((1.0, 0, 0), (0, 0, 1.0)))
-    over_red, over_blue = (clip.alpha * rgb + (1 - clip.alpha) * colour for colour in (red, blue))
+    red, blue = (torch.tensor(color).view(3, 1, 1, 1) for color in ((1.0, 0, 0), (0, 0, 1.0)))
+    over_red, over_blue = (clip.alpha * rgb + (1 - clip.alpha) * color for color in (red, blue))
     opaque, empty = (clip.alpha == 1).expand_as(rgb), (clip.alpha == 0).expand_as(rgb)
     assert torch.equal(over_red[opaque], over_blue[opaque])
     assert torch.equal(over_red[empty], red.expand_as(rgb)[empty])

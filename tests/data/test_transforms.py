@@ -79,7 +79,7 @@ def test_settings_are_checked(settings, message):
         transform(**settings)
 
 
-def test_ranges_and_hidden_colour():
+def test_ranges_and_hidden_color():
     frames = noise(2, 4, 4)
     frames[0, 0, 0] = torch.tensor([255, 0, 255, 0])
     frames[0, 0, 1] = torch.tensor([255, 0, 51, 255])
@@ -96,7 +96,7 @@ def test_pack_round_trip():
     assert_close(back_rgb, rgb, atol=1e-4, rtol=0)
 
 
-def test_resize_does_not_bleed_hidden_colour():
+def test_resize_does_not_bleed_hidden_color():
     """A white shape whose surroundings hide black: straight averages would turn the edge to grey
     (A20)."""
     frames = torch.zeros(1, 64, 64, 4, dtype=torch.uint8)
@@ -224,7 +224,7 @@ def test_same_generator_same_clip():
     assert not torch.equal(first[0], other[0])
 
 
-def test_colour_and_alpha_take_the_same_crop_and_flip():
+def test_color_and_alpha_take_the_same_crop_and_flip():
     frames = gradient(9, 40, 50)
     frames[..., 1] = frames[..., 0]
     frames[..., 3] = frames[..., 0] + 100  # alpha and colour know their column

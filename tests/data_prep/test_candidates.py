@@ -36,29 +36,29 @@ def test_a_picture_and_its_matte(source, end):
 
 
 @pytest.mark.parametrize(
-    ("colour", "alpha", "whole"),
+    ("color", "alpha", "whole"),
     [("fgr", "pha", False), ("image", "mask", True), ("images", "masks", True),
      ("rgb", "alpha", True),
      ("images", "mattes", True)],
 )  # fmt: skip
-def test_parallel_folders(source, colour, alpha, whole):
+def test_parallel_folders(source, color, alpha, whole):
     """Of stills with the same names; of films; with one file that lacks its partner."""
     put(
         source,
-        f"set/{colour}/ant.png",
+        f"set/{color}/ant.png",
         f"set/{alpha}/ant.png",
-        f"set/{colour}/bee.mp4",
+        f"set/{color}/bee.mp4",
         f"set/{alpha}/bee.mov",
     )
     put(source, f"set/{alpha}/orphan.png")
     assert sorted(found(source)) == [
-        ("ant", [f"set/{colour}/ant.png", f"set/{alpha}/ant.png"], whole),
-        ("bee", [f"set/{colour}/bee.mp4", f"set/{alpha}/bee.mov"], whole),
+        ("ant", [f"set/{color}/ant.png", f"set/{alpha}/ant.png"], whole),
+        ("bee", [f"set/{color}/bee.mp4", f"set/{alpha}/bee.mov"], whole),
         ("orphan", [f"set/{alpha}/orphan.png"], False),
     ]
 
 
-def test_colour_without_matte_stands_alone(source):
+def test_color_without_matte_stands_alone(source):
     put(source, "a_fgr.mp4", "b.png", "c_matte.png")
     assert found(source) == [
         ("a", ["a_fgr.mp4"], False),

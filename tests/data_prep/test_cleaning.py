@@ -32,30 +32,30 @@ SETTINGS = Settings(
     empty="refuse", full="refuse", flickers="keep",
 )  # fmt: skip
 PLAIN = Decisions(
-    colour="straight", confidence=1, alpha_low=0, alpha_high=255, matte="normal", crop=None,
+    color="straight", confidence=1, alpha_low=0, alpha_high=255, matte="normal", crop=None,
     visible=None, still=False,
     cuts=(),
 )  # fmt: skip
 
 
-def soft(frames=2, size=32, colour=(240, 120, 60), alpha=None):
+def soft(frames=2, size=32, color=(240, 120, 60), alpha=None):
     """Straight colour with an alpha ramp, or the given alpha."""
     clip = np.empty((frames, size, size, 4), np.uint8)
-    clip[..., :3] = colour
+    clip[..., :3] = color
     clip[..., 3] = np.linspace(0, 255, size) if alpha is None else alpha
     return clip
 
 
 def mixed(frames, backdrop=0):
     alpha = frames[..., 3:] / 255.0
-    colour = np.round(frames[..., :3] * alpha + backdrop * (1 - alpha)).astype(np.uint8)
-    return np.concatenate((colour, frames[..., 3:]), axis=-1)
+    color = np.round(frames[..., :3] * alpha + backdrop * (1 - alpha)).astype(np.uint8)
+    return np.concatenate((color, frames[..., 3:]), axis=-1)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"choices": {"color": "black"}}, "color cannot be chosen; known: colour"),
+        ({"choices": {"hue": "black"}}, "hue cannot be chosen; known: color"),
         ({"min_alpha": 0}, "min_alpha=0; must be at least 1"),
         ({"max_frames": 0}, "max_frames=0; must be at least 1"),
         ({"max_side": 0}, "max_side=0; must be at least 1"),
@@ -82,17 +82,17 @@ def test_a_rate_that_repeats_without_end_is_refused():
 
 def test_the_command_line_decides_for_every_clip():
     settings = replace(
-        SETTINGS, choices=overrides(colour=True, crop="auto", alpha_low=3, cuts=False)
+        SETTINGS, choices=overrides(color=True, crop="auto", alpha_low=3, cuts=False)
     )
-    assert settings.choices == {"colour": "true", "alpha_low": "3", "cuts": "false"}
+    assert settings.choices == {"color": "true", "alpha_low": "3", "cuts": "false"}
     decisions = settings.apply(replace(PLAIN, cuts=(4,), crop=(0, 1, 2, 3)))
-    assert (decisions.colour, decisions.alpha_low, decisions.cuts, decisions.crop) == (
+    assert (decisions.color, decisions.alpha_low, decisions.cuts, decisions.crop) == (
         "black",
         3,
         (),
         (0, 1, 2, 3),
     )
-    assert decisions.reasons["colour"] == "chosen by the command line"
+    assert decisions.reasons["color"] == "chosen by the command line"
 
 
 def test_refusals():
@@ -107,12 +107,12 @@ def test_refusals():
 
 def test_what_was_done_is_told():
     decisions = replace(
-        PLAIN, colour="white", crop=(0, 1, 2, 3), cuts=(5,), alpha_low=2, visible=(0, 0, 1, 1),
+        PLAIN, color="white", crop=(0, 1, 2, 3), cuts=(5,), alpha_low=2, visible=(0, 0, 1, 1),
         reasons={"crop": "bars", "cuts": "at 5"},
     )  # fmt: skip
     assert done(PLAIN, SETTINGS) == {}
     told = done(decisions, replace(SETTINGS, trim=True))
-    assert list(told) == ["crop", "cuts", "alpha", "colour", "trim"]
+    assert list(told) == ["crop", "cuts", "alpha", "color", "trim"]
     assert told["crop"] == "cut to [0, 1, 2, 3]: bars" and told["cuts"] == "2 shots: at 5"
     json.dumps(told)
 
@@ -145,7 +145,7 @@ def test_a_quotient_by_tiny_alpha_is_bounded():
     ]  # 1 / 8, not 1 / 1
 
 
-def test_bleed_carries_colour_as_far_as_it_says():
+def test_bleed_carries_color_as_far_as_it_says():
     frames = np.zeros((1, 33, 33, 4), np.uint8)
     frames[:, 16, 16] = 200, 100, 50, 255
     grown = bleed(frames, 5)
@@ -171,7 +171,7 @@ def test_bleed_leaves_what_is_visible_and_hides_nothing():
     assert not bleed(nothing, 4).any() and not bleed(nothing, None).any()
 
 
-def test_a_straight_resize_of_bled_colour_has_no_foreign_fringe():
+def test_a_straight_resize_of_bled_color_has_no_foreign_fringe():
     frames = soft(1, 64, (255, 255, 255), alpha=0)
     frames[:, 20:44, 20:44, 3] = 255
     for radius, worst in ((8, 254), (0, 250)):
@@ -181,7 +181,7 @@ def test_a_straight_resize_of_bled_colour_has_no_foreign_fringe():
         assert (darkest >= worst) == (radius == 8)
 
 
-def test_where_alpha_is_tiny_colour_comes_from_around():
+def test_where_alpha_is_tiny_color_comes_from_around():
     frames = soft(1, 16, alpha=255)
     frames[:, :, :8] = 0, 0, 255, 3  # noise
     grown = bleed(frames, 4, trusted=8)
@@ -197,12 +197,12 @@ def test_where_alpha_is_tiny_colour_comes_from_around():
 def test_foreground_of_a_picture_and_its_matte():
     clip = soft(1, 48, (250, 30, 40))
     picture = mixed(clip, 255)  # over white
-    colour = foreground(picture)
+    color = foreground(picture)
     visible = clip[..., 3] > 100
     before = np.abs(picture[visible].astype(int) - clip[visible]).mean()
-    after = np.abs(colour[visible].astype(int) - clip[visible]).mean()
-    assert np.array_equal(foreground(picture), colour)
-    assert after < 0.2 * before and np.array_equal(colour[..., 3], clip[..., 3])
+    after = np.abs(color[visible].astype(int) - clip[visible]).mean()
+    assert np.array_equal(foreground(picture), color)
+    assert after < 0.2 * before and np.array_equal(color[..., 3], clip[..., 3])
 
 
 @pytest.mark.slow
@@ -221,10 +221,10 @@ def test_foreground_of_hair_before_a_scene(tmp_path, seed):
     soft = (hair[..., 3] > 12) & (hair[..., 3] < 243)
     before, after = (
         np.average(
-            np.abs(colour[soft][:, :3].astype(int) - hair[soft][:, :3]).mean(axis=-1),
+            np.abs(color[soft][:, :3].astype(int) - hair[soft][:, :3]).mean(axis=-1),
             weights=hair[soft][:, 3],
         )
-        for colour in (picture, back)
+        for color in (picture, back)
     )
     assert np.array_equal(back[..., 3], hair[..., 3]) and after < 0.5 * before
 
@@ -277,7 +277,7 @@ def test_clean_applies_every_step():
     frames[..., 3] = 255  # black bars of 8 rows
     frames[:, 8:40] = mixed(inner)
     decisions = replace(
-        PLAIN, colour="black", crop=(0, 8, 32, 32), alpha_low=20, visible=(4, 0, 28, 48)
+        PLAIN, color="black", crop=(0, 8, 32, 32), alpha_low=20, visible=(4, 0, 28, 48)
     )
     plain = clean(frames, decisions, SETTINGS)
     assert plain.shape == (1, 32, 32, 4)

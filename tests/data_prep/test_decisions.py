@@ -5,9 +5,9 @@ import pytest
 from data_prep.decisions import Decisions
 
 DECISIONS = Decisions(
-    colour="straight", confidence=0.5, alpha_low=2, alpha_high=252, matte="normal", crop=(0, 4, 32,
+    color="straight", confidence=0.5, alpha_low=2, alpha_high=252, matte="normal", crop=(0, 4, 32,
     24),
-    visible=(1, 2, 3, 4), still=False, cuts=(3, 9), reasons={"colour": "measured"},
+    visible=(1, 2, 3, 4), still=False, cuts=(3, 9), reasons={"color": "measured"},
 )  # fmt: skip
 
 
@@ -19,12 +19,12 @@ def test_json_holds_everything():
 
 def test_a_person_decides():
     chosen = DECISIONS.overridden(
-        "the table", {"colour": "True", "cuts": "5", "crop": "false", "still": "auto"}
+        "the table", {"color": "True", "cuts": "5", "crop": "false", "still": "auto"}
     )
-    assert (chosen.colour, chosen.confidence, chosen.cuts, chosen.crop) == ("black", 1, (5,), None)
+    assert (chosen.color, chosen.confidence, chosen.cuts, chosen.crop) == ("black", 1, (5,), None)
     assert chosen.still is False and chosen.alpha_low == 2
-    assert chosen.reasons == dict.fromkeys(("colour", "cuts", "crop"), "chosen by the table")
-    assert DECISIONS.overridden("x", {"colour": "", "alpha_low": "auto"}) is DECISIONS
+    assert chosen.reasons == dict.fromkeys(("color", "cuts", "crop"), "chosen by the table")
+    assert DECISIONS.overridden("x", {"color": "", "alpha_low": "auto"}) is DECISIONS
     changed = DECISIONS.overridden(
         "x", {"crop": "1 2 3 4", "alpha_high": "240", "still": "true", "matte": "full"}
     )
@@ -39,12 +39,12 @@ def test_a_person_decides():
 @pytest.mark.parametrize(
     ("choices", "message"),
     [
-        ({"colour": "maybe"}, "colour=maybe; straight, black, white, matte or a colour"),
+        ({"color": "maybe"}, "color=maybe; straight, black, white, matte or a colour"),
         ({"still": "perhaps"}, "still=perhaps; true or false, or auto"),
         ({"crop": "1 2 3"}, "a rectangle is x, y >= 0 and width, height >= 1"),
         ({"cuts": "4 2"}, r"cuts=\[4, 2\]; first frames of the later shots, rising from 1"),
         ({"alpha_low": "253"}, "0 <= alpha_low < alpha_high <= 255"),
-        ({"visible": "1 2 3 4"}, "visible cannot be chosen; known: colour"),
+        ({"visible": "1 2 3 4"}, "visible cannot be chosen; known: color"),
     ],
 )
 def test_impossible_choices_are_named(choices, message):
@@ -52,9 +52,14 @@ def test_impossible_choices_are_named(choices, message):
         DECISIONS.overridden("the table", choices)
 
 
+def test_older_lines_spell_colour():
+    line = json.loads(json.dumps(DECISIONS.as_json()).replace("color", "colour"))
+    assert "colour" in line["reasons"] and Decisions.of_json(line) == DECISIONS
+
+
 def test_edited_lines_are_checked():
     line = DECISIONS.as_json()
-    with pytest.raises(ValueError, match="decisions: color, colour unknown or missing"):
-        Decisions.of_json({**{k: v for k, v in line.items() if k != "colour"}, "color": "black"})
+    with pytest.raises(ValueError, match="decisions: color, hue unknown or missing"):
+        Decisions.of_json({**{k: v for k, v in line.items() if k != "color"}, "hue": "black"})
     with pytest.raises(ValueError, match=r"confidence=2; must be in \[0, 1\]"):
         Decisions.of_json({**line, "confidence": 2})

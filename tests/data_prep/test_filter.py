@@ -12,7 +12,7 @@ from data_prep.journal import only_writer, read_journal
 from tests.compose import called
 
 RULES = {"coverage": Rule(0.1, 0.9)}
-BEST = Duplicates(distance=6, colour=32, keep="best")
+BEST = Duplicates(distance=6, color=32, keep="best")
 
 
 def disc(side, grey, radius=0.3, frames=3):
@@ -181,8 +181,8 @@ def test_a_clip_that_broke_after_it_was_measured_is_counted(source, tmp_path):
     ("rules", "message"),
     [
         (
-            {"colour": {"min": 0}},
-            r"rules\.colour: no such score; known: frames, short_side, long_side, coverage",
+            {"color": {"min": 0}},
+            r"rules\.color: no such score; known: frames, short_side, long_side, coverage",
         ),
         ({"motion": 3}, r"rules\.motion=3; give \{min: NUMBER\}"),
         ({"motion": {"least": 3}}, "give {min: NUMBER}"),
@@ -206,7 +206,7 @@ def test_rules_and_duplicates():
         Duplicates(6, 32, "last")
     with pytest.raises(ValueError, match="0 to 32 of 128 bits"):
         Duplicates(99, 32, "best")
-    with pytest.raises(ValueError, match="colour=256; 0 to 255 steps"):
+    with pytest.raises(ValueError, match="color=256; 0 to 255 steps"):
         Duplicates(6, 256, "best")
 
 

@@ -120,14 +120,14 @@ def test_other_rules_measure_nothing_again(tmp_path, monkeypatch):
 def test_differences_are_said_as_the_settings_are_called():
     old = {
         "settings": {
-            "choices": {"colour": "black"},
+            "choices": {"color": "black"},
             "ellipse": {"threshold": 0.1},
             "vae_sha256": "a" * 64,
         }
     }
     new = {"settings": {"choices": {}, "ellipse": {"threshold": 0.2}, "vae_sha256": "b" * 64}}
     assert differences(old, new) == [
-        'colour: "black" there, none now', "ellipse.threshold: 0.1 there, 0.2 now",
+        'color: "black" there, none now', "ellipse.threshold: 0.1 there, 0.2 now",
         "weights of rgba_vae: aaaaaaaa there, bbbbbbbb now",
     ]  # fmt: skip
 

@@ -20,7 +20,7 @@ def clip(path, frames=1, size=(8, 8), **said):
     found = Found(
         key=str(path), kind="still", files=[str(path.absolute())], frames=frames, width=width,
         height=height, fps=None, prompt="", licence="", source="", group="", lossy=False,
-        premultiplied=None, colour_rect=None, alpha_rect=None,
+        premultiplied=None, color_rect=None, alpha_rect=None,
     )  # fmt: skip
     return Candidate((path.absolute(),), row=said, origin=origin), found
 

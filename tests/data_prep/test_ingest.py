@@ -100,7 +100,7 @@ def test_every_kind(source):
         "films-wave": ("video", 3, 32, 16),
     }
     assert [Path(file).name for file in clips["jump"].files] == ["jump_fgr.mp4", "jump_pha.mp4"]
-    assert (clips["gift"].colour_rect, clips["gift"].alpha_rect) == ((0, 0, 32, 16), (32, 0, 16, 8))
+    assert (clips["gift"].color_rect, clips["gift"].alpha_rect) == ((0, 0, 32, 16), (32, 0, 16, 8))
     assert {key: (clip.lossy, clip.premultiplied) for key, clip in clips.items()} == {
         "gift": (True, None),
         "jump": (True, None),
@@ -237,7 +237,7 @@ def test_bad_files_are_named(source):
 
 
 def test_rectangles_given_in_a_table_and_found(source):
-    frames, colour, alpha = packed(drawn("flame", 22, 6, 160), "right")
+    frames, color, alpha = packed(drawn("flame", 22, 6, 160), "right")
     source.mkdir()
     for name in ("given", "found"):
         write(source / f"{name}.mp4", frames, "libx264", "yuv420p")
@@ -247,11 +247,11 @@ def test_rectangles_given_in_a_table_and_found(source):
         "libx264",
         "yuv420p",
     )
-    (source / "t.csv").write_text("file,colour_rect,alpha_rect\ngiven.mp4,0 0 64 64,160 0 64 64\n")
+    (source / "t.csv").write_text("file,color_rect,alpha_rect\ngiven.mp4,0 0 64 64,160 0 64 64\n")
     clips, bad = run(source, budget=3)
-    assert {key: (clip.kind, clip.colour_rect, clip.alpha_rect) for key, clip in clips.items()} == {
+    assert {key: (clip.kind, clip.color_rect, clip.alpha_rect) for key, clip in clips.items()} == {
         "given": ("packed", (0, 0, 64, 64), (160, 0, 64, 64)),
-        "found": ("packed", colour, alpha),
+        "found": ("packed", color, alpha),
     }
     assert "grey.mp4 has no alpha of its own, and is perhaps packed: colour at" in bad["grey"]
     clips, bad = run(source, budget=3, settings=Settings(detect_packed=False))
@@ -265,7 +265,7 @@ def test_what_a_person_decides(source):
     for name in ("plain", "told", "wrong"):
         write(source / f"{name}.mkv", clip, "ffv1", "bgra")
     (source / "t.csv").write_text(
-        "file,premultiplied,alpha_low,alpha_high,matte,crop,still,cuts,colour\n"
+        "file,premultiplied,alpha_low,alpha_high,matte,crop,still,cuts,color\n"
         "told.mkv,true,3,250,full,1 2 30 40,true,2 4,white\n"
         "wrong.mkv,,,,,1 2 3,,,\n"
     )
@@ -276,13 +276,13 @@ def test_what_a_person_decides(source):
     plain, told = (Decisions.of_json(clips[name].decisions) for name in ("plain", "told"))
     assert (plain.alpha_low, plain.still, plain.crop, plain.cuts) == (7, False, None, ())
     assert plain.reasons["alpha_low"] == "chosen by the command line"
-    assert (told.colour, told.alpha_low, told.alpha_high, told.matte) == ("white", 3, 250, "full")
+    assert (told.color, told.alpha_low, told.alpha_high, told.matte) == ("white", 3, 250, "full")
     assert (told.crop, told.still, told.cuts, told.confidence) == ((1, 2, 30, 40), True, (2, 4), 1)
     assert set(told.reasons.values()) == {"chosen by the table"}
     (source / "t.csv").write_text("file,premultiplied\nplain.mkv,no\ntold.mkv,yes\n")
     clips, _ = run(source)
-    assert [(clips[n].premultiplied, clips[n].decisions["colour"],
-        clips[n].decisions["reasons"]["colour"])
+    assert [(clips[n].premultiplied, clips[n].decisions["color"],
+        clips[n].decisions["reasons"]["color"])
             for n in ("plain", "told")] == [(False, "straight", "declared"), (True, "black",
             "declared")]  # fmt: skip
 
@@ -632,15 +632,15 @@ def test_a_matte_that_is_the_subject_itself(source):
 
 
 def test_rectangles_that_vap_states(source):
-    frames, colour, alpha = packed(drawn("flame", 22, 3, 64), "right")
+    frames, color, alpha = packed(drawn("flame", 22, 3, 64), "right")
     source.mkdir()
     grey = frames.mean(-1, keepdims=True).repeat(3, -1).astype(np.uint8)
     write(source / "a.mp4", grey, "libx264", "yuv420p")
-    info = {"videoW": 128, "videoH": 64, "rgbFrame": colour, "aFrame": alpha}
+    info = {"videoW": 128, "videoH": 64, "rgbFrame": color, "aFrame": alpha}
     (source / "vapc.json").write_text(json.dumps({"info": info}))
     clips, _ = run(source)
-    assert (clips["a"].kind, clips["a"].colour_rect, clips["a"].alpha_rect) == (
-        "packed", colour, alpha
+    assert (clips["a"].kind, clips["a"].color_rect, clips["a"].alpha_rect) == (
+        "packed", color, alpha
     )  # fmt: skip
 
 

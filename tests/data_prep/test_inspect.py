@@ -12,7 +12,7 @@ from acetate.data.writer import ShardWriter, encode_clip
 from data_prep.folders import DECISIONS
 from data_prep.inspect import inspect, picture
 from data_prep.journal import write_lines
-from data_prep.report import COLOURS, Bucket, Entry, Picture, Report, bars, render, size_text
+from data_prep.report import COLORS, Bucket, Entry, Picture, Report, bars, render, size_text
 from tests.compose import called
 from tests.paths import ROOT
 
@@ -49,7 +49,7 @@ def source(tmp_path_factory):
     line = {
         "pieces": ["wide"],
         "notes": ["turned", "cut"],
-        "decisions": {"reasons": {"colour": "straight: sure"}},
+        "decisions": {"reasons": {"color": "straight: sure"}},
     }
     write_lines(out / DECISIONS, [line, {"refused": "empty"}])
     ref = {ref.key: ref for ref in index_shards([out])}["broken"]
@@ -135,7 +135,7 @@ def test_page_needs_nothing_else(page):
 def test_page_says_what_was_decided_and_refused(source, page):
     report = inspect(shards=[source], **SETTINGS)
     assert {entry.key: entry.decided for entry in report.entries} == {
-        "wide": {"colour": "straight: sure", "read": "turned; cut", "still": "<kept> one"},
+        "wide": {"color": "straight: sure", "read": "turned; cut", "still": "<kept> one"},
         "tall": {},
         "still": {},
     }
@@ -256,7 +256,7 @@ def test_command(source, tmp_path, monkeypatch, capsys):
 
 def test_the_palette_is_the_one_of_training():
     assert (
-        tuple(COLOURS) == PALETTE_NAMES
-        and COLOURS["yellow"] == "#ffff00"
-        and COLOURS["key"] == "#000000"
+        tuple(COLORS) == PALETTE_NAMES
+        and COLORS["yellow"] == "#ffff00"
+        and COLORS["key"] == "#000000"
     )

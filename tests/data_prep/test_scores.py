@@ -8,8 +8,8 @@ from acetate.data import synthetic
 from acetate.data.shards import Clip
 from data_prep.scores import (
     SCORES,
-    colours,
-    colours_apart,
+    colors,
+    colors_apart,
     look,
     over_time,
     repeats,
@@ -82,7 +82,7 @@ def clip_of(kind, seed, side):
 def test_looks_of_one_subject_are_near_and_of_others_far():
     others = [clip_of(kind, seed, 96) for kind in ("hair", "flame", "shape") for seed in (2, 3)]
     frames = [clip_of("shape", 1, 128), *others, clip_of("shape", 1, 96)]
-    found = repeats([*map(look, frames)], [*map(colours, frames)], distance=8, colour=32)
+    found = repeats([*map(look, frames)], [*map(colors, frames)], distance=8, color=32)
     assert found[:-1] == [None] * 7 and found[-1] is not None and found[-1][0] == 0
 
 
@@ -100,7 +100,7 @@ def test_repeats_agrees_with_comparing_all():
         if near[0] > 6:
             kept.append(i)
     looks = [np.packbits(row).tobytes().hex() for row in bits.astype(np.uint8)]
-    alike = [colours(solid(1)[0])] * len(looks)
+    alike = [colors(solid(1)[0])] * len(looks)
     assert repeats(looks, alike, 6, 0) == wanted and 6 <= sum(map(bool, wanted)) <= 12
     assert repeats([], [], 6, 0) == []
 
@@ -112,27 +112,27 @@ def ball(rgb, side=48):
     return np.concatenate((light * rgb, alpha), axis=-1).astype(np.uint8)
 
 
-def test_another_colour_is_no_repeat_and_another_encoding_is():
+def test_another_color_is_no_repeat_and_another_encoding_is():
     orange, blue = ball((250, 140, 30)), ball((60, 150, 250))
     small = np.asarray(Image.fromarray(orange).resize((36, 36), Image.Resampling.LANCZOS))
     file = io.BytesIO()
     Image.fromarray(orange).save(file, "WEBP", quality=40, alpha_quality=70)
     lossy = np.asarray(Image.open(file).convert("RGBA"))
     frames = [orange, blue, small, lossy]
-    looks, shades = [*map(look, frames)], [*map(colours, frames)]
+    looks, shades = [*map(look, frames)], [*map(colors, frames)]
     assert repeats(looks, shades, 8, 255)[1] is not None  # brightness alone takes them for one
     found = repeats(looks, shades, 8, 32)
     assert found[:2] == [None, None] and [match and match[0] for match in found[2:]] == [0, 0]
 
 
-def test_colours_of_what_is_seen_whatever_its_size():
+def test_colors_of_what_is_seen_whatever_its_size():
     frame = np.zeros((8, 8, 4), np.uint8)
     frame[0, 0] = (200, 0, 0, 255)
     frame[7, 7] = (0, 0, 100, 255)
-    assert colours(frame) == [
+    assert colors(frame) == [
         [100, 0, 50, 255], [200, 0, 0, 128], [0, 0, 0, 0], [0, 0, 0, 0], [0, 0, 100, 128],
     ]  # fmt: skip
-    assert colours(np.zeros((1, 1, 4), np.uint8)) == [[0, 0, 0, 0]] * 5
-    turned = np.array([colours(frame[::-1, ::-1])])
+    assert colors(np.zeros((1, 1, 4), np.uint8)) == [[0, 0, 0, 0]] * 5
+    turned = np.array([colors(frame[::-1, ::-1])])
     # the whole is the same, the places not
-    assert colours_apart(np.array(colours(frame)), turned).tolist() == [200]
+    assert colors_apart(np.array(colors(frame)), turned).tolist() == [200]

@@ -33,18 +33,18 @@ SETTINGS = Settings(
 )  # fmt: skip
 
 
-def soft(frames=8, size=32, colour=(240, 120, 60), alpha=None):
+def soft(frames=8, size=32, color=(240, 120, 60), alpha=None):
     """Straight colour, each frame a little bluer, with an alpha ramp, or the given alpha."""
     clip = np.empty((frames, size, size, 4), np.uint8)
-    clip[..., :3] = colour
+    clip[..., :3] = color
     clip[..., 2] += np.arange(frames, dtype=np.uint8)[:, None, None]
     clip[..., 3] = np.linspace(0, 255, size) if alpha is None else alpha
     return clip
 
 
 def premultiplied(frames):
-    colour = np.round(frames[..., :3] * (frames[..., 3:] / 255.0)).astype(np.uint8)
-    return np.concatenate((colour, frames[..., 3:]), axis=-1)
+    color = np.round(frames[..., :3] * (frames[..., 3:] / 255.0)).astype(np.uint8)
+    return np.concatenate((color, frames[..., 3:]), axis=-1)
 
 
 @pytest.fixture
@@ -275,7 +275,7 @@ def test_no_clip_at_all_is_an_error(source, tmp_path):
 @pytest.mark.parametrize(("choice", "expected"), [("auto", True), ("true", True), ("false", False)])
 def test_premultiplied_films_become_straight(source, tmp_path, choice, expected):
     (source / "glow.mkv").write_bytes(encode_ffv1(premultiplied(soft()), 12))
-    make(source, tmp_path / "out", replace(SETTINGS, choices={"colour": choice}))
+    make(source, tmp_path / "out", replace(SETTINGS, choices={"color": choice}))
     ref = next(ref for ref in index_shards([tmp_path / "out"]) if ref.key == "glow")
     frame = read_clip(ref).frames[0, 0]
     assert abs(int(frame[16, 0]) - (240 if expected else 124)) <= 2
@@ -347,7 +347,7 @@ def test_decisions_are_reported(source, tmp_path):
     )
     told = lines_of(tmp_path / "out")
     assert list(told) == [line.key for line in read_lines(source.parent / "found.jsonl")]
-    assert "black taken out (premultiplied: sure" in told["glow"]["done"]["colour"]
+    assert "black taken out (premultiplied: sure" in told["glow"]["done"]["color"]
     assert told["glow"]["decisions"]["confidence"] > 0.9 and told["glow"]["pieces"] == ["glow"]
     assert "refused" in told["opaque"] and "pieces" not in told["opaque"]
     assert told["still0"]["done"] == {}
@@ -374,7 +374,7 @@ def test_lines_of_the_manifest_decide(source, tmp_path):
     for name in [path.name for path in (tmp_path / "first").glob("*.tar")] + [DECISIONS]:
         assert (tmp_path / "first" / name).read_bytes() == (tmp_path / "same" / name).read_bytes()
     next(line for line in lines if line["key"] == "glow")["decisions"] |= {
-        "colour": "straight",
+        "color": "straight",
         "cuts": [5],
     }
     found.write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -382,10 +382,10 @@ def test_lines_of_the_manifest_decide(source, tmp_path):
     refs = {ref.key: ref for ref in index_shards([tmp_path / "edited"])}
     assert (refs["glow-p000"].frames, refs["glow-p001"].frames) == (5, 3)
     assert abs(int(read_clip(refs["glow-p000"]).frames[0, 0, 16, 0]) - 124) <= 2
-    lines[0]["decisions"]["colour"] = "purple"
+    lines[0]["decisions"]["color"] = "purple"
     found.write_text("".join(json.dumps(line) + "\n" for line in lines))
     with pytest.raises(
-        ValueError, match=r"found\.jsonl:1: .*colour='purple'; straight, black, white, matte"
+        ValueError, match=r"found\.jsonl:1: .*color='purple'; straight, black, white, matte"
     ):
         make(source, tmp_path / "wrong")
 
@@ -434,8 +434,7 @@ def test_preview_writes_nothing(source, tmp_path, capsys):
     )
     text = capsys.readouterr().out
     assert (
-        "glow  8 x 32 x 32, colour premultiplied: sure" in text
-        and "colour: black taken out" in text
+        "glow  8 x 32 x 32, colour premultiplied: sure" in text and "color: black taken out" in text
     )
     assert "pieces: 2, of 4, 4 frames" in text and "made straight" in text
     assert sorted(path for path in tmp_path.rglob("*") if path.name != "glow.mkv") == before
@@ -496,7 +495,7 @@ def test_real_media(tmp_path):
         ({"frames": "9"}, "frames='9': must be a whole number"), ({"width": 0}, "width=0"),
         ({"kind": "x"}, "kind='x': must be one of still"), ({"files": "a.png"}, "files="),
         ({"files": []}, "files="), ({"fps": "x"}, "fps='x'"), ({"prompt": 5}, "prompt=5"),
-        ({"colour_rect": [1, 2]}, "colour_rect="), ({"decisions": [1]}, "decisions="),
+        ({"color_rect": [1, 2]}, "color_rect="), ({"decisions": [1]}, "decisions="),
         ({"decisions": {}}, "decisions: .*missing"), ({"more": 1}, "'more' is unknown"),
         ({"notes": 5}, "notes=5"),
     ],
@@ -505,7 +504,7 @@ def test_lines_are_held_to_their_schema(tmp_path, change, said):
     line = {
         "key": "a", "kind": "still", "files": ["a.png"], "frames": 1, "width": 8, "height": 8,
         "fps": None, "prompt": "", "licence": "", "source": "", "group": "a", "lossy": False,
-        "premultiplied": None, "colour_rect": None, "alpha_rect": None,
+        "premultiplied": None, "color_rect": None, "alpha_rect": None,
     }  # fmt: skip
     (tmp_path / "m.jsonl").write_text(json.dumps(line) + "\n")
     assert read_lines(tmp_path / "m.jsonl")[0].key == "a"

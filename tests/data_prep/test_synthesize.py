@@ -54,8 +54,8 @@ def test_pictures_are_the_synthetic_ones():
     frames = synthesize.stored(clip)
     visible = clip.alpha[0].numpy() > 0
     assert np.abs(frames[..., 3] / 255 - clip.alpha[0].numpy()).max() <= 0.5 / 255 + 1e-6
-    colour = ((clip.rgb + 1) / 2).permute(1, 2, 3, 0).numpy()
-    assert np.abs(frames[..., :3] / 255 - colour)[visible].max() <= 0.5 / 255 + 1e-6
+    color = ((clip.rgb + 1) / 2).permute(1, 2, 3, 0).numpy()
+    assert np.abs(frames[..., :3] / 255 - color)[visible].max() <= 0.5 / 255 + 1e-6
     assert (frames[~visible] == 0).all()
 
 

@@ -51,7 +51,7 @@ def test_sobel_ignores_a_constant_and_the_sign():
     assert_close(sobel_l1(-x, x), torch.tensor(0.0), rtol=0, atol=1e-6)
 
 
-def test_sobel_sees_colour_edges_of_equal_luma():
+def test_sobel_sees_color_edges_of_equal_luma():
     """Luma differences, the released edges, do not."""
     x = torch.zeros(1, 3, 1, 8, 8)
     x[:, 0, ..., 4:] = 1

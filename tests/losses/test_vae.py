@@ -67,7 +67,7 @@ def test_empty_pixels_show_the_background_only():
     assert values(parts) == {"alpha/l1": 0.0, "soft/l1": 0.0, "hard/l1": 0.0}
 
 
-def test_soft_colours_count_in_the_hard_view_in_full():
+def test_soft_colors_count_in_the_hard_view_in_full():
     _, parts = loss()(flat(0.1), flat(0.01, 1), flat(0.5), flat(0.01, 1), KEY, KEY, None)
     assert values(parts) == {"alpha/l1": 0.0, "soft/l1": 0.004, "hard/l1": 0.4}
 
@@ -134,7 +134,7 @@ def test_terms_of_weight_zero_are_not_computed():
     assert sorted(parts) == ["alpha/l1", "hard/l1", "soft/l1"]
 
 
-def test_gradients_reach_colour_and_alpha():
+def test_gradients_reach_color_and_alpha():
     rgb_hat, alpha_hat = noise(0).requires_grad_(), noise(1, 1).requires_grad_()
     total, _ = loss(edge_weight=1.0)(rgb_hat, alpha_hat, noise(2), noise(3, 1), RED, BLUE, None)
     total.backward()

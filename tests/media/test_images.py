@@ -92,7 +92,7 @@ def test_grey_with_alpha_and_palette(tmp_path):
 
 @pytest.mark.parametrize(("extra", "name"), [(2, "unassociated"), (1, "associated")])
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32])
-def test_tiff_says_whether_colour_is_multiplied(tmp_path, dtype, extra, name):
+def test_tiff_says_whether_color_is_multiplied(tmp_path, dtype, extra, name):
     straight = np.random.default_rng(1).uniform(0.2, 1, (6, 8, 4)).astype(np.float32)
     stored = straight.copy()
     if extra == 1:

@@ -19,14 +19,14 @@ VOC = [0, 0, 0, 128, 0, 0, 0, 128, 0] + [0] * 759
 GREYS = [shade for i in range(256) for shade in (i, i, i)]
 
 
-def palette(values, colours):
+def palette(values, colors):
     image = Image.fromarray(values, "P")
-    image.putpalette(colours)
+    image.putpalette(colors)
     return image
 
 
-def rgb(values, colours):
-    return Image.fromarray(np.array(colours, np.uint8)[values])
+def rgb(values, colors):
+    return Image.fromarray(np.array(colors, np.uint8)[values])
 
 
 @pytest.mark.parametrize(

@@ -15,10 +15,10 @@ SIDE = 160
 def packed(clip, layout, half=False, gutter=0):
     """RGB frames with colour, black under alpha 0, and alpha beside it; and the rectangles of
     both."""
-    colour, alpha = clip[..., :3] * (clip[..., 3:] > 0), clip[..., 3]
+    color, alpha = clip[..., :3] * (clip[..., 3:] > 0), clip[..., 3]
     if half:
         alpha = np.stack([np.asarray(Image.fromarray(a).reduce(2)) for a in alpha])
-    halves = [colour, alpha[..., None].repeat(3, axis=-1)]
+    halves = [color, alpha[..., None].repeat(3, axis=-1)]
     axis, turned = (2 if layout in ("right", "left") else 1), layout in ("left", "above")
     first, second = halves[::-1] if turned else halves
     height, width = (max(first.shape[i], second.shape[i]) for i in (1, 2))
@@ -58,11 +58,11 @@ def beside(*pictures):
      ("below", True, 8)],
 )  # fmt: skip
 def test_rectangles_are_found(kind, layout, half, gutter):
-    frames, colour, alpha = packed(drawn(kind, 21, 4, SIDE), layout, half, gutter)
+    frames, color, alpha = packed(drawn(kind, 21, 4, SIDE), layout, half, gutter)
     found = find_packing(list(frames))
     assert found is not None and found.confidence >= SURE
     # A gutter is not told from a margin that is empty in both
-    assert min(overlap(found.colour, colour), overlap(found.alpha, alpha)) >= (
+    assert min(overlap(found.color, color), overlap(found.alpha, alpha)) >= (
         0.85 if gutter else 0.99
     )
 
@@ -71,15 +71,15 @@ def test_a_packed_video_comes_back(tmp_path):
     """Through a codec that blurs, and with pictures at its ends that are empty."""
     clip = drawn("flame", 22, 8, SIDE)
     clip[[0, -1]] = 0
-    frames, colour, alpha = packed(clip, "right")
+    frames, color, alpha = packed(clip, "right")
     path = write(tmp_path / "a.mp4", frames, "libx264", "yuv420p", crf="28")
     found = measure_packing(path)
     assert (
         found is not None
         and found.confidence >= SURE
-        and (found.colour, found.alpha) == (colour, alpha)
+        and (found.color, found.alpha) == (color, alpha)
     )
-    back = read_packed(path, found.colour, found.alpha)
+    back = read_packed(path, found.color, found.alpha)
     assert np.abs(back.frames[..., 3].astype(int) - clip[..., 3]).mean() < 3
 
 

@@ -36,23 +36,23 @@ class Format(NamedTuple):
     plane: str | None = None
     loss: int = 0
     lossy: bool = False
-    colour: float | None = 0
+    color: float | None = 0
     decoder: str | None = None
 
 
 FORMATS = {
     "png, 8 bit": Format("a.png", f"{STILL} -pix_fmt rgba"),
-    "png, 16 bit": Format("a.png", f"{STILL} -pix_fmt rgba64be", colour=1),
+    "png, 16 bit": Format("a.png", f"{STILL} -pix_fmt rgba64be", color=1),
     "webp, lossless": Format("a.webp", f"{STILL} -c:v libwebp -lossless 1"),
-    "webp, lossy": Format("a.webp", f"{STILL} -c:v libwebp -quality 90", lossy=True, colour=6),
+    "webp, lossy": Format("a.webp", f"{STILL} -c:v libwebp -quality 90", lossy=True, color=6),
     "tiff, 8 bit": Format("a.tif", f"{STILL} -pix_fmt rgba"),
-    "tiff, 16 bit": Format("a.tiff", f"{STILL} -pix_fmt rgba64le", colour=1),
+    "tiff, 16 bit": Format("a.tiff", f"{STILL} -pix_fmt rgba64le", color=1),
     "targa": Format("a.tga", f"{STILL} -c:v targa -pix_fmt bgra"),
-    "exr": Format("a.exr", f"{STILL} -pix_fmt gbrapf32le", colour=None),
+    "exr": Format("a.exr", f"{STILL} -pix_fmt gbrapf32le", color=None),
     "apng": Format("a.apng", "-plays 0"),
-    "apng, 16 bit": Format("a.apng", "-plays 0 -pix_fmt rgba64be", colour=1),
+    "apng, 16 bit": Format("a.apng", "-plays 0 -pix_fmt rgba64be", color=1),
     "animated webp, lossless": Format("a.webp", "-c:v libwebp_anim -lossless 1"),
-    "animated webp, lossy": Format("a.webp", "-c:v libwebp_anim -quality 90", lossy=True, colour=6),
+    "animated webp, lossy": Format("a.webp", "-c:v libwebp_anim -quality 90", lossy=True, color=6),
     "vp8": Format(
         "a.webm", "-c:v libvpx -crf 4 -b:v 2M -auto-alt-ref 0", "yuva420p", 12, True, None, "libvpx"
     ),
@@ -60,7 +60,7 @@ FORMATS = {
         "a.webm", "-c:v libvpx-vp9 -crf 10 -b:v 0", "yuva420p", 12, True, None, "libvpx-vp9"
     ),
     "vp9, lossless": Format(
-        "a.mkv", "-c:v libvpx-vp9 -lossless 1", "yuva420p", lossy=True, colour=None
+        "a.mkv", "-c:v libvpx-vp9 -lossless 1", "yuva420p", lossy=True, color=None
     ),
     "prores 4444": Format(
         "a.mov", "-c:v prores_ks -profile:v 4444 -alpha_bits 16", "yuva444p10le", 0, True, 1.5
@@ -69,14 +69,14 @@ FORMATS = {
         "a.mov", "-c:v prores_ks -alpha_bits 8", "yuva444p10le", 1, True, 1.5
     ),
     "cineform": Format("a.mov", "-c:v cfhd", "gbrap12le", 3, True, 1.5),
-    "hap alpha": Format("a.mov", "-c:v hap -format hap_alpha", loss=24, lossy=True, colour=8),
+    "hap alpha": Format("a.mov", "-c:v hap -format hap_alpha", loss=24, lossy=True, color=8),
     "quicktime animation": Format("a.mov", "-c:v qtrle -pix_fmt argb"),
     "png in mov": Format("a.mov", "-c:v png -pix_fmt rgba"),
-    "16-bit png in mov": Format("a.mov", "-c:v png -pix_fmt rgba64be", colour=1),
+    "16-bit png in mov": Format("a.mov", "-c:v png -pix_fmt rgba64be", color=1),
     "ffv1": Format("a.mkv", "-c:v ffv1 -pix_fmt bgra"),
-    "ffv1, 4:2:0": Format("a.mkv", "-c:v ffv1", "yuva420p", colour=None),
-    "ffv1, 10 bit": Format("a.mkv", "-c:v ffv1", "yuva444p10le", colour=1.5),
-    "ffv1, 16 bit": Format("a.mkv", "-c:v ffv1", "gbrap16le", colour=0.5),
+    "ffv1, 4:2:0": Format("a.mkv", "-c:v ffv1", "yuva420p", color=None),
+    "ffv1, 10 bit": Format("a.mkv", "-c:v ffv1", "yuva444p10le", color=1.5),
+    "ffv1, 16 bit": Format("a.mkv", "-c:v ffv1", "gbrap16le", color=0.5),
     "ut video": Format("a.avi", "-c:v utvideo", "gbrap"),
     "magicyuv": Format("a.mkv", "-c:v magicyuv", "gbrap"),
     "huffyuv": Format("a.avi", "-c:v huffyuv -pix_fmt bgra"),
@@ -113,21 +113,21 @@ def alpha_of(path, filters, decoder=None):
     return np.frombuffer(grey, np.uint8).reshape(-1, *SIZE[1:])
 
 
-def check(clip, header, expected, loss, lossy, colour):
+def check(clip, header, expected, loss, lossy, color):
     """Of a read clip and its description, but for what another decoder says."""
     assert clip.frames.shape == expected.shape == (header.frames, header.height, header.width, 4)
     assert (clip.lossy, header.lossy, header.alpha) == (lossy, lossy, True)
     assert difference(clip.frames[..., 3], expected[..., 3]) <= loss
-    if colour is not None:
+    if color is not None:
         weight = np.broadcast_to(expected[..., 3:].astype(float), (*expected.shape[:3], 3))
         error = np.abs(clip.frames[..., :3].astype(int) - expected[..., :3])
-        assert np.average(error, weights=weight) <= colour
+        assert np.average(error, weights=weight) <= color
 
 
 @needs_ffmpeg
 @pytest.mark.parametrize("name", FORMATS)
 def test_written_by_the_program(tmp_path, frames, name):
-    file, options, plane, loss, lossy, colour, decoder = FORMATS[name]
+    file, options, plane, loss, lossy, color, decoder = FORMATS[name]
     if "-c:v" in options:
         need(options.split("-c:v ")[1].split()[0])
     # alphamerge copies the plane
@@ -135,7 +135,7 @@ def test_written_by_the_program(tmp_path, frames, name):
     path = tmp_path / file
     by_ffmpeg(frames, *(("-filter_complex", planes) if plane else ()), *options.split(), path)
     clip, still = read_rgba(path), STILL in options
-    check(clip, describe(path), frames[:1] if still else frames, loss, lossy, colour)
+    check(clip, describe(path), frames[:1] if still else frames, loss, lossy, color)
     assert clip.fps == (None if still else 10)
     defined = path.suffix in (".mov", ".avi", ".mkv", ".webm")
     assert clip.premultiplied is (None if defined else False)

@@ -123,8 +123,8 @@ def test_icc_profile_of_an_animation_and_of_a_pair(tmp_path):
     )  # fmt: skip
     near(tmp_path / "a.webp")
     frames[0].convert("RGB").save(tmp_path / "b.jpg", icc_profile=icc(P3), quality=100)
-    colour = image_halves(tmp_path / "b.jpg")[0].astype(int)
-    assert np.abs(colour[2, 2] - QUARTERS[0, 0]).max() <= 12
+    color = image_halves(tmp_path / "b.jpg")[0].astype(int)
+    assert np.abs(color[2, 2] - QUARTERS[0, 0]).max() <= 12
 
 
 def test_a_profile_that_is_none_is_said(tmp_path):
@@ -183,10 +183,10 @@ def exr(path, layers, **header):
 def light(places=None):
     """Premultiplied linear light of the picture."""
     rgba = picture().astype(np.float32) / 255
-    colour = decode_srgb(rgba[..., :3])
+    color = decode_srgb(rgba[..., :3])
     if places is not None:
-        colour = colour @ np.linalg.inv(to_bt709(places)).T
-    return np.concatenate((colour * rgba[..., 3:], rgba[..., 3:]), axis=-1)
+        color = color @ np.linalg.inv(to_bt709(places)).T
+    return np.concatenate((color * rgba[..., 3:], rgba[..., 3:]), axis=-1)
 
 
 def test_exr_chromaticities(tmp_path):

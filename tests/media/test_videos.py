@@ -53,7 +53,7 @@ def test_hdr_is_refused(tmp_path, trc):
         read_video(path)
 
 
-def test_wide_colours_become_bt709(tmp_path):
+def test_wide_colors_become_bt709(tmp_path):
     path = write(
         tmp_path / "a.mov",
         card(),

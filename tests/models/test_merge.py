@@ -38,7 +38,7 @@ def test_scratch_starts_anywhere(merge):
     assert merge(*features()).abs().max() > 0.01
 
 
-def test_tells_colour_from_alpha(merge):
+def test_tells_color_from_alpha(merge):
     rgb, alpha = features()
     assert (merge(rgb, alpha) - merge(alpha, rgb)).abs().max() > 0.01
 

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 Points = Sequence[tuple[int, float]]
 
 INK, GREY, GRID = "#22262b", "#8a9099", "#e6e8eb"
-COLOURS = ("#3266c9", "#d9622b", "#2f9e62", "#a03fb0", "#c7a008", "#1aa3b8", "#c93a53", "#7a5c45")
-VIEWS = {"alpha": COLOURS[0], "soft": COLOURS[1], "hard": COLOURS[2], "rgb": COLOURS[1]}
+COLORS = ("#3266c9", "#d9622b", "#2f9e62", "#a03fb0", "#c7a008", "#1aa3b8", "#c93a53", "#7a5c45")
+VIEWS = {"alpha": COLORS[0], "soft": COLORS[1], "hard": COLORS[2], "rgb": COLORS[1]}
 DASHES = {"edge": (0, (1, 1.2)), "perceptual": (0, (4, 1.5))}  # terms of a view's loss beside l1
 CELL, AXES = (5.6, 3.2), (3.4, 2.45)  # inches, of a panel and within it; names stand on the right
 WIDE = 400  # points of a line; more are averaged
@@ -130,7 +130,7 @@ def _draw_panel(axis: "Axes", panel: Panel, metrics: Mapping[str, Points], last:
         points, label = metrics[name], name.removeprefix(panel.prefix)
         x, y = _thinned(points)
         style = _style(name, label, place, len(panel.names))
-        colour = style["color"]
+        color = style["color"]
         if name.endswith("mae_of_mean"):
             label = "of the mean alpha"
         elif measured(name):
@@ -139,7 +139,7 @@ def _draw_panel(axis: "Axes", panel: Panel, metrics: Mapping[str, Points], last:
                 *best,
                 "*",
                 markersize=12,
-                color=colour,
+                color=color,
                 markeredgecolor="white",
                 zorder=5,
                 clip_on=False,
@@ -148,10 +148,10 @@ def _draw_panel(axis: "Axes", panel: Panel, metrics: Mapping[str, Points], last:
             if len(x) <= 60:
                 style |= {"marker": "o", "markersize": 3.2}
         elif not name.startswith("lr-") and len(y) > 30:
-            axis.plot(x, y, color=colour, linewidth=0.8, alpha=0.25)
+            axis.plot(x, y, color=color, linewidth=0.8, alpha=0.25)
             y = _smooth(y)
         axis.plot(x, y, **style)
-        ends.append((float(y[-1]), label, colour))
+        ends.append((float(y[-1]), label, color))
     values = np.array([value for name in panel.names for _, value in metrics[name]])
     if panel.log and values.min() > 0 and values.max() > LOG_FROM * values.min():
         axis.set_yscale("log")
@@ -174,16 +174,16 @@ def _draw_panel(axis: "Axes", panel: Panel, metrics: Mapping[str, Points], last:
 def _style(name: str, label: str, place: int, count: int) -> dict[str, Any]:
     """Colour by view and dashes by term of a VIEW/TERM; shades where lines have an order."""
     view, _, term = label.rpartition("/")
-    colour = VIEWS.get(view, COLOURS[(place + 3 * (count > 6)) % len(COLOURS)])
+    color = VIEWS.get(view, COLORS[(place + 3 * (count > 6)) % len(COLORS)])
     if name in ("train/loss", "val/loss"):
-        colour = GREY if name == "train/loss" else COLOURS[0]
+        color = GREY if name == "train/loss" else COLORS[0]
     elif name.endswith("mae_of_mean"):
         return {"color": GREY, "linewidth": 1.0, "linestyle": (0, (2, 2))}
     elif name.startswith(("val_t/", "train_t/")):
         from matplotlib import colormaps
 
-        colour = colormaps["viridis"](0.85 * place / max(count - 1, 1))
-    return {"color": colour, "linewidth": 1.6, "linestyle": DASHES.get(term, "-")}
+        color = colormaps["viridis"](0.85 * place / max(count - 1, 1))
+    return {"color": color, "linewidth": 1.6, "linestyle": DASHES.get(term, "-")}
 
 
 def _label(axis: "Axes", ends: list[tuple[float, str, Any]]) -> None:
@@ -199,9 +199,9 @@ def _label(axis: "Axes", ends: list[tuple[float, str, Any]]) -> None:
         places[i] = min(places[i], top)
         top = places[i] - ROOM
     for place, index in zip(places, order, strict=True):
-        _, label, colour = ends[index]
+        _, label, color = ends[index]
         axis.annotate(
-            label, (1.03, place), xycoords="axes fraction", fontsize=8.5, color=colour, va="center",
+            label, (1.03, place), xycoords="axes fraction", fontsize=8.5, color=color, va="center",
             annotation_clip=False,
         )  # fmt: skip
 

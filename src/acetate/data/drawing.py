@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 FPS = 16
-COLOURS = {  # in order of hue
+COLORS = {  # in order of hue
     "crimson": "c8203c", "coral": "ff6f59", "orange": "f58a1f", "golden": "f2b632",
     "lime": "9ccc3c",
     "emerald": "1f9d6b", "teal": "159a9c", "sky blue": "4db5ee", "royal blue": "2f55d4",
@@ -70,11 +70,11 @@ class Dice:
     def pick(self, options: Sequence[Item]) -> Item:
         return options[self.integer(0, len(options) - 1)]
 
-    def colours(self) -> tuple[str, Tensor, Tensor, Tensor]:
+    def colors(self) -> tuple[str, Tensor, Tensor, Tensor]:
         """A colour by name and value, a neighbour in hue, and a contrasting one."""
-        codes, i = list(COLOURS.values()), self.integer(0, len(COLOURS) - 1)
+        codes, i = list(COLORS.values()), self.integer(0, len(COLORS) - 1)
         near, far = (i + self.pick((-1, 1))) % len(codes), (i + self.integer(3, 9)) % len(codes)
-        return list(COLOURS)[i], colour(codes[i]), colour(codes[near]), colour(codes[far])
+        return list(COLORS)[i], color(codes[i]), color(codes[near]), color(codes[far])
 
     def noise(self, channels: int, slope: float = 1.6, cycles: int = 14, size: int = 128) -> Tensor:
         """Periodic, amplitude f^-slope up to `cycles` a side, about [0, 1]: (1, C, size + 1, size +
@@ -100,7 +100,7 @@ def canvas_of(frames: int, height: int, width: int) -> Canvas:
     return Canvas(x.view(1, 1, 1, -1), y.view(1, 1, -1, 1), t.view(1, -1, 1, 1), px)
 
 
-def colour(code: str) -> Tensor:
+def color(code: str) -> Tensor:
     """'rrggbb' -> (3, 1, 1, 1) in [0, 1]."""
     return torch.tensor(list(bytes.fromhex(code))).view(3, 1, 1, 1) / 255
 
@@ -191,7 +191,7 @@ def lit(rgb: Tensor, x: Tensor, y: Tensor) -> Tensor:
 
 def textured(dice: Dice) -> tuple[str, Callable[[Tensor, Tensor, float], Tensor]]:
     """A name, and a paint of figure coordinates and the pixel's side in them: -> (3, T, H, W)."""
-    name, first, near, far = dice.colours()
+    name, first, near, far = dice.colors()
     style = dice.pick(TEXTURES)
 
     def paint(x: Tensor, y: Tensor, px: float) -> Tensor:

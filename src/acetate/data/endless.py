@@ -135,7 +135,7 @@ def background(seed: int, frames: int, height: int, width: int) -> Tensor:
     )
     first, second, third = dice.reals(9, 0, 1).view(3, 3, 1, 1, 1)
     vivid = dice.real(0.1, 1)
-    first, second, third = (mix(colour.mean(), colour, vivid) for colour in (first, second, third))
+    first, second, third = (mix(color.mean(), color, vivid) for color in (first, second, third))
     step, drift, tile = (
         dice.real(0.1, 0.4),
         dice.real(-0.5, 0.5),

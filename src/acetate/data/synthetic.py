@@ -20,7 +20,7 @@ from acetate.data.drawing import (
     Layer,
     box,
     canvas_of,
-    colour,
+    color,
     figure,
     inside,
     lit,
@@ -127,13 +127,13 @@ def _fur(dice: Dice, canvas: Canvas) -> tuple[Layer, str]:
     light = layer.rgb * (
         1.22 - 0.3 * torch.hypot(x / radius + 0.5, y / radius + 0.6).clamp(max=1.7)
     )
-    layer = Layer((colour(HAIR[name]) * light).clamp(0, 1), layer.alpha)
+    layer = Layer((color(HAIR[name]) * light).clamp(0, 1), layer.alpha)
     look = 0.1 * wind * (0.4 * speed * t).sin()
     for side in (-1, 1):
         ex, ey, size = x / radius - 0.4 * side, y / radius + 0.05, px / radius
         pupil = inside(torch.hypot(ex - look, ey) - 0.19, size)
         glint = inside(torch.hypot(ex - look + 0.07, ey + 0.07) - 0.07, size)
-        eye = mix(mix(colour("fbfaf5"), colour("16131c"), pupil), WHITE, glint)
+        eye = mix(mix(color("fbfaf5"), color("16131c"), pupil), WHITE, glint)
         layer = stack(layer, Layer(eye, inside(torch.hypot(ex, ey) - 0.33, size)))
     pace = "quickly" if speed > 7 else "gently"
     return (
@@ -144,7 +144,7 @@ def _fur(dice: Dice, canvas: Canvas) -> tuple[Layer, str]:
 
 def _lock(dice: Dice, canvas: Canvas) -> tuple[Layer, str]:
     x, y, t, px = canvas
-    name, (ribbon, silk, *_) = dice.pick(list(HAIR)), dice.colours()
+    name, (ribbon, silk, *_) = dice.pick(list(HAIR)), dice.colors()
     wind, speed, phase, curl = (
         dice.pick((-1, 1)),
         dice.real(4, 8),
@@ -167,7 +167,7 @@ def _lock(dice: Dice, canvas: Canvas) -> tuple[Layer, str]:
         layer = stack(layer, _strands(dice, place, along, width * (2 / count), 0.008, px))
     shine = 1 + 0.4 * (1 - ((h - 0.24 - 0.05 * (5 * u).cos()) / 0.1).square()).clamp(min=0)
     light = layer.rgb * shine * (1.05 - 0.25 * u.clamp(-1, 1))
-    layer = Layer((colour(HAIR[name]) * light).clamp(0, 1), layer.alpha)
+    layer = Layer((color(HAIR[name]) * light).clamp(0, 1), layer.alpha)
     flap = 0.25 * (speed * t + phase).sin()
     for side in (-1, 1):
         bx, by = rotate(x, y, side * (0.35 + flap))
@@ -181,7 +181,7 @@ def _lock(dice: Dice, canvas: Canvas) -> tuple[Layer, str]:
 
 def _glass(dice: Dice, canvas: Canvas) -> tuple[Layer, str]:
     t, size = canvas.t, 0.38
-    name, tint, near, far = dice.colours()
+    name, tint, near, far = dice.colors()
     shape = dice.pick(("sphere", "goblet", "bottle", "bubble"))
     x, y = rotate(
         canvas.x / size, canvas.y / size, 0.2 * (dice.real(3, 6) * t + dice.real(0, 6)).sin()
@@ -251,7 +251,7 @@ def _smoke(dice: Dice, canvas: Canvas) -> tuple[Layer, str]:
         f"{'rising' if style == 'plume' else 'drifting'} {'quickly' if speed > 0.55 else 'slowly'}"
     )
     subject = f"{style} of {shade} smoke {motion} to the {'left' if way < 0 else 'right'}"
-    return Layer((colour(SMOKE[shade]) * light).clamp(0, 1), alpha), subject
+    return Layer((color(SMOKE[shade]) * light).clamp(0, 1), alpha), subject
 
 
 def _flame(dice: Dice, canvas: Canvas) -> tuple[Layer, str]:
@@ -274,12 +274,12 @@ def _flame(dice: Dice, canvas: Canvas) -> tuple[Layer, str]:
         flare = (1 - (u / width).square()).clamp(min=-1) * (1.12 - 0.6 * up)
         flare = flare + calm * lick[1:] * (0.2 + 1.2 * up)
         heat = heat.maximum(flare * smoothstep(0, 0.1, h) * smoothstep(0, 0.1, 1 - h))
-    cold, warm, hot, white = (colour(code) for code in FLAMES[name])
+    cold, warm, hot, white = (color(code) for code in FLAMES[name])
     rgb = mix(mix(cold, warm, smoothstep(0, 0.4, heat)), hot, smoothstep(0.3, 0.75, heat))
     layer = Layer(mix(rgb, white, smoothstep(0.7, 1.1, heat)), smoothstep(0, 0.5, heat))
     if style == "candle":
-        wick = Layer(colour("3a2c28"), inside(box(x, y - 0.04, 0.008, 0.05, 0.004), px))
-        wax = colour("f6ead2") * (1.02 - 0.35 * (10 * x + 0.3).square() + (0.2 - y).clamp(0, 0.15))
+        wick = Layer(color("3a2c28"), inside(box(x, y - 0.04, 0.008, 0.05, 0.004), px))
+        wax = color("f6ead2") * (1.02 - 0.35 * (10 * x + 0.3).square() + (0.2 - y).clamp(0, 0.15))
         layer = stack(
             stack(wick, layer),
             Layer(wax.clamp(0, 1), inside(box(x, y - 0.26, 0.09, 0.18, 0.02), px)),
@@ -287,7 +287,7 @@ def _flame(dice: Dice, canvas: Canvas) -> tuple[Layer, str]:
     if style == "campfire":
         for turn in (-0.3, 0.3):
             u, v = rotate(x, y - 0.35, turn)
-            bark = colour("6b4027") * (0.8 - 9 * v + 0.3 * (60 * v + 5 * (9 * u).sin()).sin())
+            bark = color("6b4027") * (0.8 - 9 * v + 0.3 * (60 * v + 5 * (9 * u).sin()).sin())
             layer = stack(layer, Layer(bark.clamp(0, 1), inside(box(u, v, 0.27, 0.036, 0.02), px)))
     way = "to the left" if lean < -0.04 else "to the right" if lean > 0.04 else "upwards"
     subject = {"flame": "flame", "campfire": "campfire", "candle": "candle flame"}[style]
@@ -295,7 +295,7 @@ def _flame(dice: Dice, canvas: Canvas) -> tuple[Layer, str]:
 
 
 def _particles(dice: Dice, canvas: Canvas) -> tuple[Layer, str]:
-    name, tint, *others = dice.colours()
+    name, tint, *others = dice.colors()
     second, count, style = dice.pick(others), dice.integer(32, 64), dice.pick(list(SPARKS))
     trail = 6  # every spark is drawn again a little later and fainter behind itself
     angle, reach, born, size, hue = (
@@ -347,7 +347,7 @@ def _shadow(dice: Dice, canvas: Canvas) -> tuple[Layer, str]:
     u, v, size = x / radius, (y - top) / radius, px / radius
     p, q = rotate(u, v, turn)
     caster = Layer(lit(paint(p, q, size), u, v), inside(figure(shape, p, q), size))
-    layer = stack(Layer(colour("15131f"), (0.75 - 0.3 * lift) * dark), caster)
+    layer = stack(Layer(color("15131f"), (0.75 - 0.3 * lift) * dark), caster)
     return (
         layer,
         f"{look} {shape} "

@@ -63,17 +63,17 @@ def to_uint8(rgb: Tensor, alpha: Tensor) -> Tensor:
 def pack(rgb: Tensor, alpha: Tensor, space: str = "premultiplied") -> Tensor:
     """Colour, premultiplied unless space is `straight`, and alpha: (T, 4, H, W) in [0, 1]; zeros
     are transparent."""
-    colour = rgb if space == "straight" else premultiply(rgb, alpha)
-    return torch.cat(((colour + 1) / 2, alpha)).transpose(0, 1)
+    color = rgb if space == "straight" else premultiply(rgb, alpha)
+    return torch.cat(((color + 1) / 2, alpha)).transpose(0, 1)
 
 
 def unpack(packed: Tensor, space: str = "premultiplied") -> tuple[Tensor, Tensor]:
     """Inverse of `pack`; alpha within SNAP of 0 or 1 becomes exact."""
-    colour, alpha = packed.transpose(0, 1).split((3, 1))
+    color, alpha = packed.transpose(0, 1).split((3, 1))
     alpha = torch.where(alpha > 1 - SNAP, 1.0, torch.where(alpha < SNAP, 0.0, alpha))
     if space == "straight":
-        return colour * 2 - 1, alpha
-    return unpremultiply(colour * 2 - 1, alpha, min_alpha=SNAP), alpha
+        return color * 2 - 1, alpha
+    return unpremultiply(color * 2 - 1, alpha, min_alpha=SNAP), alpha
 
 
 def resize(

@@ -55,7 +55,7 @@ class AlphaLayer:
         alpha_decoder = cast(av.VideoCodecContext, av.CodecContext.create("hevc", "r"))
         alpha_decoder.thread_count = 1
         head = b"".join(START + _as_base(unit) for unit in self._alpha_sets())
-        colours: list[av.VideoFrame] = []
+        colors: list[av.VideoFrame] = []
         alphas: list[av.VideoFrame] = []
         for packet in container.demux(stream):
             units = [
@@ -68,14 +68,14 @@ class AlphaLayer:
                 mine.pts, mine.dts, mine.time_base = packet.pts, packet.dts, packet.time_base
                 alphas += alpha_decoder.decode(mine)
                 head = b""
-            colours += stream.codec_context.decode(packet)
+            colors += stream.codec_context.decode(packet)
             if not packet.size:
                 alphas += alpha_decoder.decode(None)
-            while colours and alphas:
-                yield with_alpha(colours.pop(0), alphas.pop(0))
-        if colours or alphas:
+            while colors and alphas:
+                yield with_alpha(colors.pop(0), alphas.pop(0))
+        if colors or alphas:
             raise ValueError(
-                f"{len(colours)} pictures too many in one of its layers, colour and alpha"
+                f"{len(colors)} pictures too many in one of its layers, colour and alpha"
             )
 
     def _alpha_sets(self) -> list[bytes]:
@@ -87,28 +87,28 @@ class AlphaLayer:
         ]
 
 
-def with_alpha(colour: av.VideoFrame, alpha: av.VideoFrame) -> av.VideoFrame:
+def with_alpha(color: av.VideoFrame, alpha: av.VideoFrame) -> av.VideoFrame:
     """A frame with the colour's planes and the luma of `alpha`, in full range, as the fourth."""
-    if colour.format.name not in PLANES or (colour.width, colour.height) != (
+    if color.format.name not in PLANES or (color.width, color.height) != (
         alpha.width,
         alpha.height,
     ):
         raise ValueError(
-            f"colour is {colour.width}x{colour.height} {colour.format.name}, alpha "
+            f"colour is {color.width}x{color.height} {color.format.name}, alpha "
             f"{alpha.width}x{alpha.height}; layers have one size, 4:2:0 or 4:4:4, and 8 or 10 bits"
         )
-    pixels, bits = PLANES[colour.format.name]
-    frame = av.VideoFrame(colour.width, colour.height, pixels)
-    for theirs, mine in zip(colour.planes, frame.planes, strict=False):
+    pixels, bits = PLANES[color.format.name]
+    frame = av.VideoFrame(color.width, color.height, pixels)
+    for theirs, mine in zip(color.planes, frame.planes, strict=False):
         _rows(mine, bits)[:, : theirs.width] = _rows(theirs, bits)[: mine.height, : mine.width]
     depth = alpha.format.components[0].bits
     values = _rows(alpha.planes[0], depth)[:, : alpha.width].astype(np.float32) / 2 ** (depth - 8)
     full = alpha.color_range == ColorRange.JPEG or alpha.format.name.startswith(("yuvj", "gray"))
     unit = values / 255 if full else (values - 16) / 219
     _rows(frame.planes[3], bits)[:, : frame.width] = np.rint(unit.clip(0, 1) * (2**bits - 1))
-    frame.pts, frame.time_base = colour.pts, colour.time_base
-    frame.colorspace, frame.color_range = colour.colorspace, colour.color_range
-    frame.color_primaries, frame.color_trc = colour.color_primaries, colour.color_trc
+    frame.pts, frame.time_base = color.pts, color.time_base
+    frame.colorspace, frame.color_range = color.colorspace, color.color_range
+    frame.color_primaries, frame.color_trc = color.color_primaries, color.color_trc
     return frame
 
 

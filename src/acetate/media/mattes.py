@@ -55,7 +55,7 @@ def _of_images(path: Path, files: list[Path], limits: Limits) -> Stream:
     def lumas() -> Iterator[Frames]:
         return (image_halves(file, limits)[1] for file in files)
 
-    def colours() -> Iterator[Values]:
+    def colors() -> Iterator[Values]:
         return (_packed(image_halves(file, limits)[0]) for file in files)
 
     if all(header.alpha for header in headers) and _varies(alphas()):
@@ -77,9 +77,9 @@ def _of_images(path: Path, files: list[Path], limits: Limits) -> Stream:
         return stream(lumas())
     first = image_halves(files[0], limits)[0]
     if np.ptp(first, axis=-1).max() > NEAR and len(np.unique(_packed(first))) <= NAMED:
-        found = {value for picture in colours() for value in np.unique(picture).tolist()}
-        pictures, note = _of_two(path, "colours", sorted(found))
-        return stream(map(pictures, colours()), note)
+        found = {value for picture in colors() for value in np.unique(picture).tolist()}
+        pictures, note = _of_two(path, "colors", sorted(found))
+        return stream(map(pictures, colors()), note)
     levels, notes = _of_few(path, lumas())
     return stream((levels[picture] for picture in lumas()), *notes)
 
@@ -156,7 +156,7 @@ def _packed(picture: Frames) -> NDArray[np.uint32]:
 def _of_two(path: Path, kind: str, found: list[int]) -> tuple[Callable[[Values], Frames], str]:
     """What makes alpha of a mask that numbers things by indices or colours, the lower 0 and the
     other 255; and in words."""
-    shown = [f"#{value:06x}" if kind == "colours" else str(value) for value in found]
+    shown = [f"#{value:06x}" if kind == "colors" else str(value) for value in found]
     if len(found) > 2:
         more = ", ..." if len(found) > NAMED else ""
         raise MediaError(

@@ -38,7 +38,7 @@ Edges = NDArray[np.complex64]
 class Packing:
     """confidence in [0, 1], and what it rests on."""
 
-    colour: Rect
+    color: Rect
     alpha: Rect
     confidence: float
     reason: str
@@ -134,16 +134,16 @@ def find_packing(pictures: list[Frames]) -> Packing | None:
     small = [_reduced(picture, factor) for picture in pictures]
     best: tuple[float, str, Shift, int] | None = None
     for shift in _coarse_shifts(small):
-        for i, (colour, alpha) in enumerate(_rectangles(shift, *small[0].shape[1::-1])):
-            confidence, reason = _judged(small, colour, alpha)
+        for i, (color, alpha) in enumerate(_rectangles(shift, *small[0].shape[1::-1])):
+            confidence, reason = _judged(small, color, alpha)
             if best is None or confidence > best[0]:
                 best = confidence, reason, shift, i
     if best is None or best[0] == 0:
         return None
     confidence, reason, shift, i = best
     telling = sorted(pictures, key=lambda picture: float(picture[::8, ::8].std()))[-REFINED_ON:]
-    colour, alpha = list(_rectangles(_refined(telling, shift, factor), width, height))[i]
-    return Packing(colour, alpha, confidence, reason)
+    color, alpha = list(_rectangles(_refined(telling, shift, factor), width, height))[i]
+    return Packing(color, alpha, confidence, reason)
 
 
 def edges(luma: NDArray[np.float32]) -> Edges:
@@ -239,16 +239,16 @@ def _rectangles(shift: Shift, width: int, height: int) -> Iterator[tuple[Rect, R
         (left, right), (top, bottom) = columns, rows
         if right - left < 16 or bottom - top < 16:
             continue
-        colour = left, top, right - left, bottom - top
+        color = left, top, right - left, bottom - top
         alpha = (
             round(left * scale) + shift.right,
             round(top * scale) + shift.down,
             int((right - left) * scale),
             int((bottom - top) * scale),
         )
-        yield colour, alpha
+        yield color, alpha
         if scale == 1:
-            yield alpha, colour
+            yield alpha, color
 
 
 def _free(shift: int, scale: float, size: int) -> tuple[int, int]:
@@ -264,7 +264,7 @@ def _apart(shift: int, scale: float, size: int) -> tuple[int, int]:
     return first, min(size, round((first - shift) / scale))
 
 
-def _judged(pictures: list[Frames], colour_rect: Rect, alpha_rect: Rect) -> tuple[float, str]:
+def _judged(pictures: list[Frames], color_rect: Rect, alpha_rect: Rect) -> tuple[float, str]:
     """Confidence in [0, 1] that the two are colour and alpha, and what it rests on.
 
     Alpha is grey, mostly at its ends, and has the colour's outlines; the colour's edges lie where
@@ -273,7 +273,7 @@ def _judged(pictures: list[Frames], colour_rect: Rect, alpha_rect: Rect) -> tupl
     """
     alphas = [_cut(picture, alpha_rect) for picture in pictures]
     grey = float(np.mean([np.mean(np.ptp(alpha, axis=-1) <= NOISE) for alpha in alphas]))
-    area = (colour_rect[2] * colour_rect[3] + alpha_rect[2] * alpha_rect[3]) / pictures[0][
+    area = (color_rect[2] * color_rect[3] + alpha_rect[2] * alpha_rect[3]) / pictures[0][
         ..., 0
     ].size
     if grey < GREY[0] or area < AREA[0]:
@@ -281,11 +281,11 @@ def _judged(pictures: list[Frames], colour_rect: Rect, alpha_rect: Rect) -> tupl
             0.0,
             f"{100 * grey:.0f} % of alpha is grey, {100 * area:.0f} % of the picture is used",
         )
-    colours = [_cut(picture, colour_rect) for picture in pictures]
-    hue = float(np.mean([np.mean(np.ptp(colour, axis=-1) > NOISE) for colour in colours]))
-    luma = np.stack([_luma(colour) for colour in colours])
+    colors = [_cut(picture, color_rect) for picture in pictures]
+    hue = float(np.mean([np.mean(np.ptp(color, axis=-1) > NOISE) for color in colors]))
+    luma = np.stack([_luma(color) for color in colors])
     alpha = np.stack(
-        [_luma(np.asarray(Image.fromarray(alpha).resize(colour_rect[2:]))) for alpha in alphas]
+        [_luma(np.asarray(Image.fromarray(alpha).resize(color_rect[2:]))) for alpha in alphas]
     )
     pairs = [(edges(c), edges(a)) for c, a in zip(luma, alpha, strict=True)]
     theirs, mine = (sum(float((np.abs(pair[i]) ** 2).sum()) for pair in pairs) for i in (0, 1))

@@ -170,5 +170,5 @@ def _over(top: Unit, below: Unit) -> Unit:
     """Porter and Duff 1984, straight colour."""
     kept = below[..., 3:] * (1 - top[..., 3:])
     alpha = top[..., 3:] + kept
-    colour = (top[..., :3] * top[..., 3:] + below[..., :3] * kept) / np.where(alpha > 0, alpha, 1)
-    return np.concatenate((colour, alpha), axis=-1).astype(np.float32)
+    color = (top[..., :3] * top[..., 3:] + below[..., :3] * kept) / np.where(alpha > 0, alpha, 1)
+    return np.concatenate((color, alpha), axis=-1).astype(np.float32)

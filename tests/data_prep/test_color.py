@@ -11,7 +11,7 @@ from acetate.data.synthetic import KINDS
 from acetate.video_io import RGBAClip, read_packed, read_pair, read_rgba
 from data_prep.analysis import analyse
 from data_prep.cleaning import unmix
-from data_prep.colour import INDEPENDENT_BOUNDS, STRAY, against, confidence, mixtures
+from data_prep.color import INDEPENDENT_BOUNDS, STRAY, against, confidence, mixtures
 from tests.data_prep.test_cleaning import mixed, soft
 from tests.media.films import drawn
 from tests.paths import ROOT
@@ -54,12 +54,12 @@ def straight_forms(clip):
     return clip, clip * (clip[..., 3:] > 0)
 
 
-def test_plain_colour():
+def test_plain_color():
     clip = soft()
     for straight in straight_forms(clip):
-        assert decided(straight).colour == "straight" and decided(straight).confidence > 0.9
-    assert decided(mixed(clip)).colour == "black" and decided(mixed(clip)).confidence > 0.9
-    assert decided(mixed(clip, 255)).colour == "white"
+        assert decided(straight).color == "straight" and decided(straight).confidence > 0.9
+    assert decided(mixed(clip)).color == "black" and decided(mixed(clip)).confidence > 0.9
+    assert decided(mixed(clip, 255)).color == "white"
 
 
 def test_detected_and_undone_is_the_original():
@@ -68,21 +68,21 @@ def test_detected_and_undone_is_the_original():
         clip = drawn(kind, 5)
         for name, backdrop in (("black", 0), ("white", 255)):
             files = mixed(clip, backdrop)
-            assert decided(files).colour == name
+            assert decided(files).color == name
             alpha = clip[..., 3:].astype(int)
             error = np.abs(unmix(files, (backdrop,) * 3, 8).astype(int) - clip)[..., :3]
             assert (error * np.maximum(alpha, 1) <= 255)[alpha[..., 0] >= 8].all()
 
 
-def colourful(size=96):
+def colorful(size=96):
     """Soft discs of many colours."""
     y, x = np.mgrid[:size, :size]
     clip = np.zeros((1, size, size, 4), np.uint8)
-    colours = np.random.default_rng(0).integers(0, 256, (9, 3))
-    for number, colour in enumerate(colours):
+    colors = np.random.default_rng(0).integers(0, 256, (9, 3))
+    for number, color in enumerate(colors):
         distance = np.hypot(y - size * (number // 3 + 0.5) / 3, x - size * (number % 3 + 0.5) / 3)
         alpha = ((size / 6.5 - distance) * 24).clip(0, 255)
-        clip[0, alpha > 0, :3] = colour
+        clip[0, alpha > 0, :3] = color
         clip[0, ..., 3] = np.maximum(clip[0, ..., 3], alpha)
     return clip
 
@@ -91,7 +91,7 @@ def colourful(size=96):
 @pytest.mark.parametrize("wiped", [False, True])
 def test_any_one_backdrop_is_found_and_taken_out(backdrop, wiped):
     """By the colour under alpha 0, or, where that is black, by what the edges fade into."""
-    clip = colourful()
+    clip = colorful()
     alpha = clip[..., 3:] / 255
     files = clip.copy()
     files[..., :3] = np.rint(clip[..., :3] * alpha + np.array(backdrop) * (1 - alpha))
@@ -101,7 +101,7 @@ def test_any_one_backdrop_is_found_and_taken_out(backdrop, wiped):
         decisions = decided(files, lossy)
         found = decisions.backdrop
         assert found is not None and np.abs(np.subtract(found, backdrop)).max() <= 6, decisions
-        assert decisions.colour.startswith("#") and decisions.confidence > 0.5
+        assert decisions.color.startswith("#") and decisions.confidence > 0.5
     back = unmix(files, found, 8)
     sure = clip[..., 3] > 64
     assert np.abs(back[sure].astype(int) - clip[sure])[..., :3].max() <= 12
@@ -110,8 +110,8 @@ def test_any_one_backdrop_is_found_and_taken_out(backdrop, wiped):
 @pytest.mark.parametrize("kind", KINDS)
 def test_straight_clips_have_no_backdrop(kind):
     for clip in straight_forms(drawn(kind, 3)):
-        assert not decided(clip).colour.startswith("#")
-        assert not decided(clip, lossy=True).colour.startswith("#")
+        assert not decided(clip).color.startswith("#")
+        assert not decided(clip, lossy=True).color.startswith("#")
 
 
 def test_noise_of_a_codec_does_not_decide():
@@ -120,26 +120,26 @@ def test_noise_of_a_codec_does_not_decide():
     for frames, name in ((mixed(clip), "black"), (clip, "straight")):
         noisy = (frames.astype(int) + noise).clip(0, 255).astype(np.uint8)
         noisy[..., 3] = clip[..., 3]
-        assert decided(noisy, lossy=True).colour == name
+        assert decided(noisy, lossy=True).color == name
 
 
 @pytest.mark.parametrize("alpha", [255, 0])
 def test_without_soft_pixels_nothing_is_claimed(alpha):
     decisions = decided(soft(alpha=alpha))
-    assert (decisions.colour, decisions.confidence) == ("straight", 0)
-    assert "no soft pixel" in decisions.reasons["colour"]
+    assert (decisions.color, decisions.confidence) == ("straight", 0)
+    assert "no soft pixel" in decisions.reasons["color"]
 
 
 def test_black_things_do_not_tell():
-    decisions = decided(soft(colour=(0, 0, 0)))
+    decisions = decided(soft(color=(0, 0, 0)))
     assert decisions.confidence < 0.1
 
 
-def test_colour_under_alpha_0_excludes_a_mixture():
+def test_color_under_alpha_0_excludes_a_mixture():
     clip = mixed(soft(size=64))
     clip[:, :, :8, :3], clip[:, :, :8, 3] = 200, 0
     found = mixtures(clip, 0, 255, False, False)
-    assert found["black"].uncovered == 1 and decided(clip).colour == "straight"
+    assert found["black"].uncovered == 1 and decided(clip).color == "straight"
 
 
 def test_a_straight_format_must_be_contradicted_clearly():
@@ -149,14 +149,14 @@ def test_a_straight_format_must_be_contradicted_clearly():
     )
     assert plain > doubted > 0
     decisions = decided(clip, premultiplied=False)
-    assert decisions.colour == "black" and "the format says straight" in decisions.reasons["colour"]
+    assert decisions.color == "black" and "the format says straight" in decisions.reasons["color"]
 
 
 def test_a_person_is_believed():
     clip = RGBAClip(mixed(soft()), 16, False, None)
-    assert analyse(clip, premultiplied=False).colour == "straight"
-    assert analyse(clip, premultiplied=False).reasons["colour"] == "declared"
-    assert analyse(clip, matte=True).colour == "matte"
+    assert analyse(clip, premultiplied=False).color == "straight"
+    assert analyse(clip, premultiplied=False).reasons["color"] == "declared"
+    assert analyse(clip, matte=True).color == "matte"
 
 
 def test_broken_bounds_speak_against_by_their_number():
@@ -192,7 +192,7 @@ def test_drawn_clips_through_codecs(tmp_path):
                 if codec:
                     frames = through(frames, codec, crf, tmp_path)
                 decisions = decided(frames, lossy=codec is not None)
-                right[truth].append(decisions.colour == truth or decisions.confidence < 0.05)
+                right[truth].append(decisions.color == truth or decisions.confidence < 0.05)
     assert np.mean(right["straight"] + right["black"]) >= 0.95
     assert np.mean(right["white"]) >= 0.85
 
@@ -212,14 +212,14 @@ def test_real_media():
         clip = read_packed(path, tuple(origin["rgb_rect"]), tuple(origin["alpha_rect"]))
         truth = "black" if origin["source_premultiplied_on_black"] else "straight"
         count += 1
-        wrong += [path.stem] * (decided(clip.frames[::8], True).colour != truth)
+        wrong += [path.stem] * (decided(clip.frames[::8], True).color != truth)
     for path in sorted((MEDIA / "pairs").glob("*_fgr.mp4")):
         clip = read_pair(path, path.with_name(path.name.replace("_fgr", "_pha"))).frames[::8]
         count += 2
-        wrong += [path.stem] * (decided(clip, True).colour != "straight")
-        wrong += [f"{path.stem} premultiplied"] * (decided(mixed(clip), True).colour != "black")
+        wrong += [path.stem] * (decided(clip, True).color != "straight")
+        wrong += [f"{path.stem} premultiplied"] * (decided(mixed(clip), True).color != "black")
     for name, truth in (("animal-3", "black"), ("girl-3", "black"), ("plants-1", "straight")):
         count += 1
         clip = read_rgba(MEDIA / f"stills/rembg/examples_{name}.out.png").frames
-        wrong += [name] * (decided(clip, premultiplied=False).colour != truth)
+        wrong += [name] * (decided(clip, premultiplied=False).color != truth)
     assert len(wrong) <= 0.05 * count, wrong

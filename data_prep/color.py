@@ -30,7 +30,7 @@ COVERED = {"black": 0.0, "white": 1.5}
 COVERED_OTHER = 1.5
 BACKDROPS = {"black": (0, 0, 0), "white": (255, 255, 255)}
 APART = 24  # levels: nearer to black or white than this, a backdrop is that
-ONE_COLOUR = 0.9  # share of the hidden pixels, or of the edges, that must agree on a backdrop
+ONE_COLOR = 0.9  # share of the hidden pixels, or of the edges, that must agree on a backdrop
 # files exist that break their format's definition; they must show it clearly
 PRIOR_STRAIGHT_FORMAT = -2.0
 
@@ -107,13 +107,13 @@ def _other_backdrop(
 ) -> dict[str, tuple[int, int, int]]:
     """The one colour that shows under alpha 0, or, where that is wiped, the one that things of many
     colours fade into; none if that is nearly black or white."""
-    colours = hidden[..., :3].reshape(-1, 3)
-    if len(colours) and colours.any():
-        middle = np.median(colours, axis=0)
-        agree = (np.abs(colours - middle).max(axis=-1) <= 2 + tolerance).mean()
+    colors = hidden[..., :3].reshape(-1, 3)
+    if len(colors) and colors.any():
+        middle = np.median(colors, axis=0)
+        agree = (np.abs(colors - middle).max(axis=-1) <= 2 + tolerance).mean()
     else:
         middle, agree = _fades_into(blocks, soft)
-    if agree < ONE_COLOUR or middle.max() < APART or middle.min() > 255 - APART:
+    if agree < ONE_COLOR or middle.max() < APART or middle.min() > 255 - APART:
         return {}
     red, green, blue = (int(level) for level in middle.round())
     return {f"#{red:02x}{green:02x}{blue:02x}": (red, green, blue)}
@@ -126,15 +126,15 @@ def _fades_into(
     them that do, if they end apart at alpha 1: else one thing's own colour were the backdrop."""
     weight = soft[..., None].astype(np.float64)
     count = weight.sum(axis=1).clip(1)
-    alpha, colour = blocks[..., 3:], blocks[..., :3]
-    mean_alpha, mean_colour = (weight * alpha).sum(1) / count, (weight * colour).sum(1) / count
+    alpha, color = blocks[..., 3:], blocks[..., :3]
+    mean_alpha, mean_color = (weight * alpha).sum(1) / count, (weight * color).sum(1) / count
     spread = (weight * (alpha - mean_alpha[:, None]) ** 2).sum(1)
     steep = spread[:, 0] > 0.1  # the others' lines are anybody's
     if steep.sum() < 4:
         return np.zeros(3), 0.0
-    both = (weight * (alpha - mean_alpha[:, None]) * (colour - mean_colour[:, None])).sum(1)
+    both = (weight * (alpha - mean_alpha[:, None]) * (color - mean_color[:, None])).sum(1)
     slope = (both / spread.clip(1e-6))[steep]
-    start = mean_colour[steep] - slope * mean_alpha[steep]
+    start = mean_color[steep] - slope * mean_alpha[steep]
     middle, end = np.median(start, axis=0), start + slope
     agree = (np.abs(start - middle).max(axis=-1) < 0.08).mean()
     apart = np.abs(end - np.median(end, axis=0)).max(axis=-1).mean()
@@ -171,7 +171,7 @@ def _blocks(frames: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 
 def _fit(
-    colour: NDArray[np.float32],
+    color: NDArray[np.float32],
     lit: NDArray[np.float32],
     behind: NDArray[np.float32],
     alpha: NDArray[np.float32],
@@ -184,12 +184,12 @@ def _fit(
     Weighted by alpha, for what it hides is nobody's colour.
     """
     weight = alpha / alpha.sum(axis=1, keepdims=True)
-    mean = (weight * colour).sum(axis=1, keepdims=True)
-    straight = (weight * (colour - mean) ** 2).sum(axis=1).mean(axis=-1)
-    mixed_colour = (weight * alpha * lit).sum(axis=1, keepdims=True) / (weight * alpha**2).sum(
+    mean = (weight * color).sum(axis=1, keepdims=True)
+    straight = (weight * (color - mean) ** 2).sum(axis=1).mean(axis=-1)
+    mixed_color = (weight * alpha * lit).sum(axis=1, keepdims=True) / (weight * alpha**2).sum(
         axis=1, keepdims=True
     )
-    mixed = (weight * (lit - alpha * mixed_colour.clip(0, 1)) ** 2).sum(axis=1).mean(axis=-1)
+    mixed = (weight * (lit - alpha * mixed_color.clip(0, 1)) ** 2).sum(axis=1).mean(axis=-1)
     # A mixture's colour would vary as much as alpha does; what that is beside the noise is what a
     # block can tell.
     mean_alpha = (weight * alpha).sum(axis=1)[:, 0]
