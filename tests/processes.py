@@ -88,6 +88,20 @@ def launch(world: int, function: Callable[..., Any], *arguments: Any) -> list[An
     return results
 
 
+def alone(function: Callable[..., Any], *arguments: Any, within: float) -> Any:
+    """What function(*arguments) returns in a process that no test has run in: one that is to fork
+    has no threads of autograd or of a pool. within: seconds."""
+    receiver, sender = FORKS.Pipe(duplex=False)
+    process = FORKS.Process(target=_answer, args=(sender, function, arguments))
+    process.start()
+    sender.close()
+    try:
+        assert wait([receiver], within), f"{function.__name__} gives no answer"
+        return receiver.recv()
+    finally:
+        assert ended(process, within=10) == [0], f"{function.__name__} failed; see its traceback"
+
+
 def ended(*processes: BaseProcess, within: float = TIMEOUT) -> list[int | None]:
     """Their exit codes once all have ended; those that have not in `within` seconds are killed and
     have None."""
@@ -134,6 +148,11 @@ def _run(log: Path, name: str, arguments: Sequence[str], environment: Mapping[st
             runpy.run_module(name, run_name="__main__", alter_sys=True)
     finally:
         atexit._run_exitfuncs()  # which multiprocessing leaves out, and wandb ends its run in
+
+
+def _answer(sender: Any, function: Callable, arguments: tuple) -> None:
+    torch.set_num_threads(1)
+    sender.send(function(*arguments))
 
 
 def _call(

@@ -28,6 +28,7 @@ from acetate.models.text import TextEncoder
 from data_prep.folders import makers
 from tests.conftest import TINY
 from tests.fuzz import damaged_json, damaged_safetensors, edited, flipped, outcome_of, seeded
+from tests.processes import alone
 from tests.test_resumable import go_on
 
 FILES = int(os.environ.get("ACETATE_FUZZ", "60"))
@@ -139,18 +140,26 @@ def of_configs(base, out, random):
 @pytest.mark.long
 @pytest.mark.timeout(3600)
 def test_damaged_files_are_refused_by_name_or_read(shards, cached, dora, tmp_path):
+    counts, wrong = alone(fuzzed, shards, cached, dora, tmp_path, within=3500)
+    print(f"seeds {FIRST} to {FIRST + FILES - 1}: {counts}")
+    assert not wrong, "\n".join(wrong)
+    assert min(counts.values()) > 0
+
+
+def fuzzed(shards, cached, dora, folder):
+    """How many files were accepted and refused, and what else became of others."""
     latents, adapters = cached
-    checkpoint = checkpoint_of(dora, tmp_path / "sound.ckpt")
+    checkpoint = checkpoint_of(dora, folder / "sound.ckpt")
     kinds = ((of_clips, shards), (of_makers, shards), (of_latents, latents), (of_clip_json, shards),
              (of_latent_tensors, latents), (of_vae_adapters, adapters), (of_dora, dora),
              (of_checkpoints, checkpoint), (of_configs, Path(TINY)),
-             (of_resume, (tmp_path / "run" / LAST, cached)))  # fmt: skip
+             (of_resume, (folder / "run" / LAST, cached)))  # fmt: skip
     read_trained(str(checkpoint))
-    go_on(tmp_path / "run", cached, None, steps=2)
+    go_on(folder / "run", cached, None, steps=2)
     counts, wrong = {"accepted": 0, "refused": 0}, []
     for seed in range(FIRST, FIRST + FILES):
         kind, source = kinds[seed % len(kinds)]
-        out = tmp_path / str(seed)
+        out = folder / str(seed)
         action, name = kind(source, out, seeded(seed))
         outcome = outcome_of(action, name)
         if outcome.sound:
@@ -158,9 +167,7 @@ def test_damaged_files_are_refused_by_name_or_read(shards, cached, dora, tmp_pat
         else:
             wrong.append(f"seed {seed}, {kind.__name__}: {outcome}")
         shutil.rmtree(out)
-    print(f"seeds {FIRST} to {FIRST + FILES - 1}: {counts}")
-    assert not wrong, "\n".join(wrong)
-    assert min(counts.values()) > 0
+    return counts, wrong
 
 
 def checkpoint_of(adapters, file):
