@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from acetate.clips import Clip
+from acetate.data.synthetic import render
 from acetate.media.clip import LIMITS
 from data_prep.check import check
 from tests.media.films import by_ffmpeg, card, drawn, needs_ffmpeg, write
@@ -88,6 +90,14 @@ def test_multiplied_colour_in_a_straight_format(tmp_path):
     Image.fromarray(frame.round().astype(np.uint8)).save(tmp_path / "a.png")
     faults, notes = texts(check(tmp_path / "a.png", LIMITS))
     assert "mixed with black" in faults + notes
+
+
+@pytest.mark.parametrize("name", ["a.mov", "a.webm", "a.webp", "a.apng", "a_png"])
+def test_what_acetate_writes_is_fine(tmp_path, name):
+    drawn = render("smoke", 3, 5, 48, 48)
+    verdict = check(Clip(drawn.rgb, drawn.alpha, 16).save(tmp_path / name), LIMITS)
+    assert not verdict.faults and not verdict.notes
+    assert verdict.lines["colour"].startswith("straight")
 
 
 def test_colour_that_nobody_states(tmp_path):
