@@ -21,7 +21,7 @@ class Program:
     line about it.
 
     inherits: the function of `acetate.commands.inherited` that takes settings over from a run, if
-    any.
+    any. takes: the setting that bare words of the command line are a list of, if any.
     """
 
     name: str
@@ -29,6 +29,7 @@ class Program:
     config: str
     line: str
     inherits: str | None = None
+    takes: str | None = None
 
     @property
     def short(self) -> str:
@@ -67,6 +68,10 @@ GROUPS: dict[str, tuple[Program, ...]] = {
         _command("evaluate", "a trained model's figures on the validation clips", "evaluate"),
         _command("follow", "whether samples stay where their guide says", "follow"),
         _command("export", "weights for diffusers, ComfyUI or Wan-Alpha", "export"),
+        Program(
+            "check", "data_prep.check", "command/check",
+            "whether players and editors will see a file's transparency", takes="files",
+        ),
     ),
     "Speed": (_command("benchmark", "a training step and the reader against their references"),),
 }  # fmt: skip
@@ -102,7 +107,23 @@ def run(name: str, arguments: Sequence[str] | None = None) -> Any:
 
     if isinstance(sys.stdout, TextIOWrapper):  # names of files may be no Unicode
         sys.stdout.reconfigure(errors="backslashreplace")
-    return start(PROGRAMS[name], list(sys.argv[1:] if arguments is None else arguments))
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    return start(PROGRAMS[name], _named(PROGRAMS[name].takes, given))
+
+
+def _named(setting: str | None, arguments: list[str]) -> list[str]:
+    """The arguments, in which bare words are made the list that is the setting's value."""
+    if setting is None:
+        return arguments
+    from acetate.commands.recorded import quoted
+
+    bare = [
+        text
+        for text in arguments
+        if not text.startswith("-") and ("=" not in text or Path(text).exists())
+    ]
+    rest = [text for text in arguments if text not in bare]
+    return [*rest, f"{setting}={quoted(bare)}"] if bare else rest
 
 
 def overview(only: str = "") -> str:

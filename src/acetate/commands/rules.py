@@ -244,6 +244,7 @@ RULES: dict[str, Rule] = {
     "decoder_only": flag,
     "dit": one_of("merged", "svd-lora", "dora"),
     "export.out": optional(place),
+    "files": several(place),
     # Questions before a run
     "estimate.out": optional(place),
     "cost.out": optional(place),
