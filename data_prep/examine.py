@@ -6,7 +6,7 @@ import re
 import resource
 import signal
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import torch
 
-from acetate.media.clip import AS_STATED, Asked, Limits, Stream
+from acetate.media.clip import AS_STATED, Asked, Frames, Limits, Stream
 from acetate.media.mattes import is_cutout
 from acetate.media.sequences import is_sequence
 from acetate.video_io import (
@@ -30,6 +30,7 @@ from acetate.video_io import (
 from data_prep.analysis import analyse
 from data_prep.candidates import Candidate, sidecar
 from data_prep.decisions import OVERRIDES, check_choices
+from data_prep.looks import Look, look_of
 from data_prep.rectangles import detected_rectangles, given_rectangles
 from data_prep.tables import column, read_text
 from data_prep.tree import printable
@@ -37,6 +38,7 @@ from data_prep.tree import printable
 Kind = Literal["still", "sequence", "video", "pair", "matte", "packed"]
 M_MMAP_THRESHOLD = -3  # of glibc's mallopt
 FROM_NAME = "Transparent background: "  # begins prompts that are made of file names
+NAMELESS = "Transparent background"  # the prompt where a name has no word
 SLEEPING = 10  # times as long by the clock as by the processor
 BYTES_PER_DECODED = 2.5  # memory that reading and measuring take, for each byte of the decoded clip
 PREMULTIPLIED = {
@@ -128,11 +130,12 @@ class Task:
 
 @dataclass(frozen=True)
 class Outcome:
-    """found or reason. seconds: of one core."""
+    """found or reason. seconds: of one core. look: of a still."""
 
     found: Found | None
     reason: str | None
     seconds: float
+    look: Look | None = None
 
 
 def guard(settings: Settings, number: int) -> None:
@@ -157,8 +160,9 @@ def examine(_: None, task: Task) -> Outcome:
     """Never raises for what is wrong with a file. A decoder that hangs is ended with its
     process."""
     begun = time.process_time()
+    look: Look | None = None
     try:
-        found, reason = _examined(task), None
+        (found, look), reason = _examined(task), None
     except MediaError as error:
         found, reason = None, printable(error)
     except (MemoryError, RuntimeError) as error:
@@ -172,7 +176,7 @@ def examine(_: None, task: Task) -> Outcome:
         )
     finally:
         _allow(task, 0)
-    return Outcome(found, reason, time.process_time() - begun)
+    return Outcome(found, reason, time.process_time() - begun, look)
 
 
 def lost(task: Task, reason: str) -> Outcome:
@@ -188,23 +192,30 @@ def lost(task: Task, reason: str) -> Outcome:
 
 
 def said_of_names(prompts: Sequence[str]) -> str | None:
-    """How many prompts are mere file names, and what to do; None if none is."""
-    found = [prompt for prompt in prompts if prompt.startswith(FROM_NAME)]
-    if not found:
+    """How many prompts are missing or mere file names, and what to do; None if none is."""
+    found = [text.removeprefix(FROM_NAME) for text in prompts if text.startswith(FROM_NAME)]
+    missing = sum(text.strip() in ("", NAMELESS, FROM_NAME.strip()) for text in prompts)
+    said = []
+    if found:
+        examples = ", ".join(f'"{text}"' for text in dict.fromkeys(found[:3]))
+        said.append(f"{len(found)} of {len(prompts)} prompts are made of file names ({examples})")
+    if missing:
+        said.append(f"{missing} of {len(prompts)} are missing, as their file names have no word")
+    if not said:
         return None
-    examples = ", ".join(f'"{text.removeprefix(FROM_NAME)}"' for text in dict.fromkeys(found[:3]))
     return (
-        f"{len(found)} of {len(prompts)} prompts are made of file names ({examples}), which a DiT "
-        "learns nothing from: write NAME.txt beside the files or a column prompt into a table, or "
-        "caption the shards (acetate prep caption, with captioner= or prompts=)"
+        f"{', and '.join(said)}, which a DiT learns nothing from: write NAME.txt beside the files "
+        "or a column prompt into a table, or caption the shards (acetate prep caption, with "
+        "captioner= or prompts=)"
     )
 
 
 def prompt_from_name(name: str) -> str:
-    """Words of a file name, without numbers and hashes where something else is left."""
-    words = re.split(r"[\W_]+", name)
+    """Words of a file name, without numbers and hashes where something else is left; NAMELESS where
+    it has none, as a name whose bytes are no text."""
+    words = [word for word in re.split(r"[\W_]+", name) if word]
     telling = [word for word in words if word.isalpha() and len(word) > 1]
-    return f"{FROM_NAME}{' '.join(telling or filter(None, words))}"
+    return f"{FROM_NAME}{' '.join(telling or words)}" if words else NAMELESS
 
 
 def _allow(task: Task, seconds: float) -> None:
@@ -219,7 +230,7 @@ def _allow(task: Task, seconds: float) -> None:
         signal.setitimer(signal.ITIMER_REAL, SLEEPING * seconds)
 
 
-def _examined(task: Task) -> Found:
+def _examined(task: Task) -> tuple[Found, Look | None]:
     candidate, settings = task.candidate, task.settings
     path, row, limits = candidate.files[0], candidate.row, settings.limits
     _allow(task, settings.seconds)
@@ -234,6 +245,7 @@ def _examined(task: Task) -> Found:
     # linear light was divided, or left, in reading: what comes out of it is straight
     linear, declared = header.divided is not None, asked.premultiplied
     believed = declared if declared is None or not linear else False
+    look = _looking(clip)
     decisions = analyse(clip, premultiplied=believed, matte=kind == "matte")
     if decisions.reasons.get("alpha_range"):
         clip.notes.append(decisions.reasons["alpha_range"])
@@ -250,7 +262,7 @@ def _examined(task: Task) -> Found:
         if "path" in candidate.origin
         else ""
     )
-    return Found(
+    found = Found(
         key=task.key,
         kind=kind,
         files=[str(file.resolve()) for file in candidate.files],
@@ -273,6 +285,22 @@ def _examined(task: Task) -> Found:
         divide=declared if linear else None,
         notes=[printable(note) for note in (*clip.notes, *notes)],
     )
+    return found, look[0] if look and clip.held == 1 else None
+
+
+def _looking(clip: Stream) -> list[Look]:
+    """Where the look of its first picture will be, if it is a still by its headers."""
+    seen, pictures = list[Look](), clip.pictures
+
+    def looked_at() -> Iterator[Frames]:
+        for picture in pictures:
+            if not seen:
+                seen.append(look_of(picture))
+            yield picture
+
+    if clip.frames == 1:
+        clip.pictures = looked_at()
+    return seen
 
 
 def _asked(candidate: Candidate, settings: Settings) -> Asked:
@@ -360,5 +388,10 @@ def as_json(outcome: Outcome) -> dict[str, Any]:
 
 def of_json(line: dict[str, Any]) -> Outcome:
     """Inverse of `as_json`; TypeError for another version's line."""
-    found = line["found"]
-    return Outcome(Found(**found) if found else None, line["reason"], line["seconds"])
+    found, look = line["found"], line["look"]
+    return Outcome(
+        Found(**found) if found else None,
+        line["reason"],
+        line["seconds"],
+        Look(*look) if look else None,
+    )

@@ -3,13 +3,15 @@
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 from acetate.media.sequences import is_sequence, sequence_files
 from data_prep.candidates import FORM, MATTES, PAIR_COLOR, WHOLE_COLOR, Candidate
 from data_prep.examine import Found
+from data_prep.looks import Look, alike
 from data_prep.sequences import PREVIEW
 from data_prep.tables import column
 from data_prep.tree import printable
@@ -30,18 +32,22 @@ BARE = re.compile(
 )
 FORMS = PAIR_COLOR + WHOLE_COLOR + MATTES
 MOST_TOLD = 3  # groups that a report tells of by name
+NO_LOOKS: Mapping[str, Look] = {}
+Mark = tuple[str, ...]  # what clips of one group share
 
 
 def grouped(
-    source: Path, clips: Sequence[tuple[Candidate, Found]]
+    source: Path, clips: Sequence[tuple[Candidate, Found]], looks: Mapping[str, Look] = NO_LOOKS
 ) -> tuple[list[Found], list[str]]:
     """The clips with their groups, and what a person should know of those.
 
     One group: what a table says; what was cut from one film; forms, parts, previews and copies of
-    one thing, by their names; stills of one folder that count up; files of equal content. A name
-    that a table gives a group says nothing more.
+    one thing, by their names; stills of one folder that count up and look alike; files of equal
+    content. A name that a table gives a group says nothing more. looks: by the keys of stills;
+    those without one count as alike.
     """
-    same, counted, contents = _Sets(), set(_counting_up(clips)), _contents(clips)
+    same, contents = _Sets(), _contents(clips)
+    counted, different = _counting_up(clips, looks)
     sequences = {
         file if file.is_dir() else file.parent
         for candidate, _ in clips
@@ -51,7 +57,7 @@ def grouped(
     for i, (candidate, clip) in enumerate(clips):
         for mark in (
             ("named", _label(source, candidate)),
-            *_marks(candidate, clip.key in counted, sequences),
+            *_marks(candidate, counted.get(clip.key), sequences),
             *contents.get(clip.key, ()),
         ):
             same.join(i, mark)
@@ -64,7 +70,7 @@ def grouped(
     found = [
         replace(clip, group=(labels | said)[same.root(i)]) for i, (_, clip) in enumerate(clips)
     ]
-    return found, _told(found, counted)
+    return found, _told(found, {key for key in counted if key not in different}, len(different))
 
 
 def _label(source: Path, candidate: Candidate) -> str:
@@ -81,17 +87,22 @@ def _label(source: Path, candidate: Candidate) -> str:
     return printable("/".join([*(p for p in inside.parts if p.lower() not in FORMS), name]))
 
 
-def _marks(candidate: Candidate, counted: bool, sequences: set[Path]) -> Iterator[tuple[str, ...]]:
-    """What a clip shares with others of its source, beside its group's name."""
+def _marks(
+    candidate: Candidate, counted: Mark | None, sequences: set[Path]
+) -> Iterator[tuple[str, ...]]:
+    """What a clip shares with others of its source, beside its group's name. counted: what stills
+    share that count up."""
     if "path" in candidate.origin:
         yield "named", printable(candidate.name)
     if column(candidate.row, "group"):
         return
     folder, name = str(candidate.path.parent), candidate.name
     thing, bare = _thing(name), _bare(name)
-    if thing or bare == name or PIECE.search(name):
+    if counted:
+        yield counted
+    elif thing or bare == name or PIECE.search(name):
         yield "thing", folder, bare.casefold()
-    if counted or (not thing and PREVIEW.search(name)):
+    if not thing and PREVIEW.search(name):
         yield "numbered", folder
     for file in candidate.files:
         inside = file if file.is_dir() else file.parent
@@ -116,19 +127,45 @@ def _thing(name: str) -> str:
     return bare if telling and bare.lower() not in FORMS else ""
 
 
-def _counting_up(clips: Sequence[tuple[Candidate, Found]]) -> Iterator[str]:
-    """Keys of stills, and of stills with mattes, that are numbered in one folder under a name that
-    tells nothing; where most have a size of their own, they show different things."""
-    folders: dict[Path, list[Found]] = {}
+def _counting_up(
+    clips: Sequence[tuple[Candidate, Found]], looks: Mapping[str, Look]
+) -> tuple[dict[str, Mark], set[str]]:
+    """What each still, with or without a matte, that is numbered in one folder shares with others;
+    and the keys of those that count up and show different things.
+
+    Where most neighbours look alike, all of them are frames of one thing; else those are that do.
+    Under names that tell nothing, stills that mostly have a size of their own show different
+    things.
+    """
+    series: dict[Mark, list[tuple[list[int], Found]]] = {}
     for candidate, clip in clips:
-        name, bare = candidate.name, _bare(candidate.name)
-        number = name != bare and (BARE.search(bare) or re.fullmatch(r"[^\W\d_]{0,2}", bare))
-        if clip.frames == 1 and number and not column(candidate.row, "group"):
-            folders.setdefault(candidate.path.parent, []).append(clip)
-    for stills in folders.values():
+        name, bare, thing = candidate.name, _bare(candidate.name), _thing(candidate.name)
+        nameless = BARE.search(bare) or re.fullmatch(r"[^\W\d_]{0,2}", bare)
+        special = PIECE.search(name) or PREVIEW.search(name) or column(candidate.row, "group")
+        if clip.frames == 1 and name != bare and (thing or nameless) and not special:
+            folder = str(candidate.path.parent)
+            mark = ("thing", folder, bare.casefold()) if thing else ("numbered", folder)
+            numbers = [int(number) for number in re.findall(r"\d+", name)]
+            series.setdefault(mark, []).append((numbers, clip))
+    marks, different = dict[str, Mark](), set[str]()
+    for mark, members in series.items():
+        stills = [clip for _, clip in sorted(members, key=lambda one: (one[0], one[1].key))]
         sizes = {(clip.width, clip.height) for clip in stills}
-        if len(stills) > 1 and 2 * len(sizes) <= len(stills) + 1:
-            yield from (clip.key for clip in stills)
+        if len(stills) < 2 or (mark[0] == "numbered" and 2 * len(sizes) > len(stills) + 1):
+            continue
+        near = [_alike(looks, *pair) for pair in pairwise(stills)]
+        first = stills[0].key
+        for clip, like in zip(stills, [True, *near], strict=True):
+            first = first if like else clip.key
+            marks[clip.key] = mark if 2 * sum(near) >= len(near) else ("alike", first)
+        if marks[stills[0].key] != mark:
+            different |= {clip.key for clip in stills}
+    return marks, different
+
+
+def _alike(looks: Mapping[str, Look], one: Found, other: Found) -> bool:
+    known = one.key in looks and other.key in looks
+    return not known or alike(looks[one.key], looks[other.key])
 
 
 def _contents(clips: Sequence[tuple[Candidate, Found]]) -> dict[str, list[tuple[str, ...]]]:
@@ -150,14 +187,20 @@ def _contents(clips: Sequence[tuple[Candidate, Found]]) -> dict[str, list[tuple[
     return digests
 
 
-def _told(clips: Sequence[Found], counted: set[str]) -> list[str]:
+def _told(clips: Sequence[Found], counted: set[str], different: int) -> list[str]:
     counts = Counter(clip.group for clip in clips)
     stills = Counter(clip.group for clip in clips if clip.key in counted)
     notes = [
         f"{number} numbered stills are one group, {group}, and stay on one side of the split; a "
         "column group of a table divides them"
         for group, number in stills.most_common(MOST_TOLD)
+        if number > 1
     ]
+    if different:
+        notes.append(
+            f"{different} numbered stills look different from those beside them, and are no group; "
+            "a column group of a table makes them one"
+        )
     if len(counts) == 1 < len(clips):
         notes.append(
             f"all {len(clips)} clips are of one group, so that none of them can validate; a column "

@@ -90,12 +90,12 @@ def ingest(
         fresh = _outcomes(todo, None if preview else journal, executor, workers)
         known = done | fresh
         outcomes = [known[seen] for seen in prints]
-        pairs = zip(tasks, outcomes, strict=True)
-        clips, said = grouped(source, [(t.candidate, o.found) for t, o in pairs if o.found])
+        pairs = list(zip(tasks, outcomes, strict=True))
+        looks = {task.key: outcome.look for task, outcome in pairs if outcome.look}
+        found = [(task.candidate, outcome.found) for task, outcome in pairs if outcome.found]
+        clips, said = grouped(source, found, looks)
         notes = [*folder.notes, *said]
-        bad = {
-            t.key: o.reason for t, o in zip(tasks, outcomes, strict=True) if o.reason is not None
-        }
+        bad = {task.key: outcome.reason for task, outcome in pairs if outcome.reason is not None}
         files = _account(source, folder, tasks, outcomes)
         if not preview:
             report = {"clips": len(clips), "bad": bad, "notes": notes, "files": files}

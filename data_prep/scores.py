@@ -3,19 +3,17 @@
 from collections import defaultdict
 from collections.abc import Sequence
 
-import imagehash
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 
 from acetate.data.shards import Clip
 from acetate.regions import MIXED, cells
+from data_prep.looks import Plane, colors, colors_apart, look, over_grey, premultiplied
 
 # Frames and pixels that a latent cell of Wan2.1 sees; one grid for all bases, so that scores
 # compare.
 TIME_STRIDE, SPACE_STRIDE = 4, 8
-TENTH = 26  # of 255
 SCORES = {
     "frames": "how many",
     "short_side": "pixels",
@@ -30,7 +28,6 @@ SCORES = {
     "sharpness": "95th percentile of the Laplacian of the middle frame over grey, where anything "
     "is seen",
 }
-Plane = NDArray[np.floating]
 
 
 def score(clip: Clip) -> tuple[dict[str, float], str, list[list[int]]]:
@@ -86,19 +83,6 @@ def over_time(frames: NDArray[np.uint8]) -> tuple[float, float]:
     return change / max(1, seen), back / max(1, seen_twice)
 
 
-def premultiplied(frame: NDArray[np.uint8]) -> Plane:
-    """(H, W, 4) in [0, 1]: what alpha hides does not count."""
-    unit = frame.astype(np.float32) / 255
-    unit[..., :3] *= unit[..., 3:]
-    return unit
-
-
-def over_grey(frame: NDArray[np.uint8]) -> Plane:
-    """Luma (H, W) in [0, 1], Rec. 709."""
-    unit = premultiplied(frame)
-    return unit[..., :3] @ np.array([0.2126, 0.7152, 0.0722], np.float32) + 0.5 * (1 - unit[..., 3])
-
-
 def sharpness(frame: NDArray[np.uint8]) -> float:
     visible = frame[..., 3] > 0
     if not visible.any():
@@ -107,42 +91,6 @@ def sharpness(frame: NDArray[np.uint8]) -> float:
     middle = luma[1:-1, 1:-1]
     around = (luma[:-2, 1:-1] + luma[2:, 1:-1] + luma[1:-1, :-2] + luma[1:-1, 2:]) / 4
     return float(np.percentile(np.abs(middle - around)[visible], 95))
-
-
-def look(frame: NDArray[np.uint8]) -> str:
-    """Perceptual hashes of the frame over grey and of its alpha, 64 bits each."""
-    planes = ((over_grey(frame) * 255).round().astype(np.uint8), frame[..., 3])
-    return "".join(str(imagehash.phash(Image.fromarray(plane))) for plane in planes)
-
-
-def colors(frame: NDArray[np.uint8]) -> list[list[int]]:
-    """Mean red, green and blue of what is seen, and how much that is, 0..255 each: of the frame and
-    of its quarters."""
-    weight = frame[..., 3:].astype(np.float32)
-    shown = weight * frame[..., :3]
-    middle = [side // 2 for side in weight.shape[:2]]
-    halves = [(slice(0, max(1, place)), slice(place, None)) for place in middle]
-    found = []
-    for rows, columns in [
-        (slice(None), slice(None)),
-        *((r, c) for r in halves[0] for c in halves[1]),
-    ]:
-        seen = float(weight[rows, columns].sum())
-        mean = shown[rows, columns].sum(axis=(0, 1)) / max(seen, 1.0)
-        found.append(
-            [
-                *(round(float(value)) for value in mean),
-                round(255 * seen / max(float(weight.sum()), 1.0)),
-            ]
-        )
-    return found
-
-
-def colors_apart(one: NDArray[np.int64], others: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Of `colours`, (5, 4) and (N, 5, 4): the largest difference of a mean, where both show a tenth
-    of the thing."""
-    both = np.minimum(one[..., 3], others[..., 3]) >= TENTH
-    return (np.abs(one[..., :3] - others[..., :3]).max(axis=-1) * both).max(axis=-1)
 
 
 def repeats(

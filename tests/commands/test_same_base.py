@@ -38,18 +38,40 @@ def test_latents_of_another_base_or_vae_are_refused(cached, tmp_path, wan_folder
         other = with_hash(latents, tmp_path / name, name)
         with pytest.raises(ShardError, match=rf"{other}: .*cached with {name} 000000000000, "):
             compare(other, TINY, str(adapters))
+    base = json.loads((latents / MANIFEST).read_text())["base_sha256"]
     state = load_file(adapters)
     state["vae.merge.conv_out.weight"] = torch.ones_like(state["vae.merge.conv_out.weight"])
-    facts = {"kind": '"rgba_vae"', "schema": "1", "base": '"x"', "base_sha256": '"x"', "eps": "0",
+    facts = {"kind": '"rgba_vae"', "schema": "1", "base": '"x"', "base_sha256": json.dumps(base),
+             "eps": "0",
              "merge_init": '"residual"', "lora_rank": "2", "lora_alpha": "2.0",
              "average_alpha": "true"}  # fmt: skip
     save_file(state, tmp_path / "other.safetensors", facts)
+    save_file(state, tmp_path / "base.safetensors", facts | {"base_sha256": '"x"'})
+    with pytest.raises(ShardError, match=r"base_sha256 .*, the base of rgba_vae=.* has x\."):
+        compare(latents, TINY, str(tmp_path / "base.safetensors"))
     with pytest.raises(ShardError, match=r"vae_sha256 .*, rgba_vae=.*other\.safetensors has"):
         compare(latents, TINY, str(tmp_path / "other.safetensors"))
 
 
-def test_what_is_not_there_is_not_compared(cached, tmp_path):
-    with pytest.warns(UserWarning, match="vae_sha256 is not compared"):
-        compare(cached[0], TINY, str(tmp_path))
-    with pytest.warns(UserWarning, match=r"not compared with wan\.vae"):
-        compare(cached[0], str(tmp_path / "none"), None)
+def test_what_is_not_there_is_named_with_the_way_to_have_it_compared(cached, tmp_path):
+    latents, none = cached[0], str(tmp_path / "none")
+    with pytest.warns(UserWarning, match=r"vae_sha256 \(.*To have it compared, give rgba_vae="):
+        compare(latents, TINY, none)
+    with pytest.warns(UserWarning, match=r"vae_sha256 \(rgba_vae=null\)"):
+        compare(latents, TINY, None)
+    with pytest.warns(
+        UserWarning, match=r"base_sha256 \(.*none does not .*give wan\.vae=.* and rgba"
+    ):
+        compare(latents, none, None)
+
+
+def test_without_the_base_its_adapters_tell(cached, tmp_path, recwarn):
+    """They name their own base, whose hash is that of the cache."""
+    latents, adapters = cached
+    none = str(tmp_path / "none")
+    compare(latents, none, str(adapters))
+    assert not [warning for warning in recwarn if "not compared" in str(warning.message)]
+    for name in ("base_sha256", "vae_sha256"):
+        other = with_hash(latents, tmp_path / name, name)
+        with pytest.raises(ShardError, match=rf"cached with {name} 000000000000, .*rgba_vae="):
+            compare(other, none, str(adapters))

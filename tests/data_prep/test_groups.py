@@ -1,11 +1,14 @@
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image, ImageDraw
 
 from acetate.data.splits import assign_splits
 from data_prep.candidates import Candidate
 from data_prep.examine import Found
-from data_prep.groups import grouped
+from data_prep.groups import NO_LOOKS, grouped
+from data_prep.looks import alike, look_of
 
 
 def clip(path, frames=1, size=(8, 8), **said):
@@ -25,8 +28,8 @@ def clip(path, frames=1, size=(8, 8), **said):
     return Candidate((path.absolute(),), row=said, origin=origin), found
 
 
-def groups(*clips):
-    found, notes = grouped(Path.cwd(), clips)
+def groups(*clips, looks=NO_LOOKS):
+    found, notes = grouped(Path.cwd(), clips, looks)
     return [one.group for one in found], notes
 
 
@@ -70,6 +73,44 @@ def test_numbered_stills_of_different_sizes_are_different_things():
     assert len(set(said)) == 6
     said, _ = groups(*(clip(f"x/{i}.png", size=(8 + (i == 3), 8)) for i in range(6)))
     assert len(set(said)) == 1  # one frame fell out
+
+
+def disc(place, color=(220, 60, 40), size=96):
+    image = Image.new("RGBA", (size, size))
+    ImageDraw.Draw(image).ellipse((place, 20, place + 40, 70), fill=color)
+    return look_of(np.asarray(image))
+
+
+def thing(seed):
+    """Blobs of its own."""
+    random = np.random.default_rng(seed)
+    small = random.integers(0, 256, (5, 5, 4), dtype=np.uint8)
+    return look_of(np.asarray(Image.fromarray(small).resize((96, 96))))
+
+
+@pytest.mark.parametrize("name", ["img_{:03d}.png", "{}.png", "flower_{}.png"])
+def test_numbered_stills_that_look_different_are_no_group(name):
+    clips = [clip(name.format(i)) for i in range(20)]
+    looks = {found.key: thing(i) for i, (_, found) in enumerate(clips)}
+    said, notes = groups(*clips, looks=looks)
+    assert len(set(said)) == 20 and "20 numbered stills look different" in notes[0]
+    frames = {found.key: disc(2 * i) for i, (_, found) in enumerate(clips)}
+    said, notes = groups(*clips, looks=frames)
+    assert len(set(said)) == 1 and notes[0].startswith("20 numbered stills are one group")
+
+
+def test_of_numbered_stills_neighbours_that_look_alike_are_one_group():
+    """Frames 3 to 5 of a set of pictures, in the order of their numbers."""
+    clips = [clip(f"{i}.png") for i in range(12)]
+    looks = {found.key: thing(i) for i, (_, found) in enumerate(clips)}
+    looks |= {f"{i}.png": disc(2 * i) for i in (3, 4, 5)}
+    said, _ = groups(*clips, looks=looks)
+    assert said[3] == said[4] == said[5] and len(set(said)) == 10
+
+
+def test_colors_and_shapes_tell_things_apart():
+    assert alike(disc(10), disc(13)) and not alike(disc(10), disc(50))
+    assert not alike(disc(10), disc(10, color=(40, 60, 220)))
 
 
 def test_hashes_are_no_numbers():

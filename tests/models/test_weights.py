@@ -250,6 +250,29 @@ def test_same_type_is_mapped_and_another_is_converted(small):
             assert_close(value, state[name].to(dtype), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("-inf"), 1e39])
+def test_values_that_are_not_finite_are_named_with_their_file(small, value):
+    """Also those that the wanted precision makes so."""
+    folder, state, *_ = small
+    state = {name: tensor.double() for name, tensor in state.items()}
+    state["layer4.weight"][1, 2] = value
+    write_shards(folder, state)
+    with torch.device("meta"):
+        model = nn.ModuleDict({f"layer{i}": nn.Linear(3, 2, bias=False) for i in range(7)})
+    with pytest.raises(ValueError, match=r"-00002-of-00003\.safetensors: layer4\.weight has .*NaN"):
+        assign(model, open_weights(folder), {name: name for name in state}, lambda _: torch.float32)
+    assert all(p.is_meta for p in model.parameters())
+
+
+def test_sums_beyond_half_precision_are_finite(tmp_path):
+    save_file({"weight": torch.full((2, 64), 60000.0)}, tmp_path / "a.safetensors")
+    with torch.device("meta"):
+        model = nn.Linear(64, 2, bias=False)
+    weights = open_weights(tmp_path / "a.safetensors")
+    assign(model, weights, {"weight": "weight"}, lambda _: torch.float16)
+    assert model.weight.min() == 60000
+
+
 MEMORY = """
 import sys, torch
 from accelerate import init_empty_weights

@@ -5,6 +5,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
 
 from acetate.data.shards import ShardError
 from acetate.formats.rgba_vae import comfyui_pair, read_rgba_vae
@@ -15,8 +16,9 @@ from acetate.models.rgba_vae import latents_sha256
 class SameBase(Callback):
     """Compares the latents' base VAE and RGBA-VAE with the run's, before anything is trained.
 
-    vae, rgba_vae: as the settings wan.vae and rgba_vae; None, or files that are not there, are not
-    compared, and it warns. Raises ShardError that names the folder and both hashes.
+    vae, rgba_vae: as the settings wan.vae and rgba_vae. Where the base is not on this machine, what
+    the adapters say of theirs stands in for it. Raises ShardError that names the folder and both
+    hashes. It warns of what nothing here can tell, with the way to have it compared.
     """
 
     def __init__(self, vae: str, rgba_vae: str | Sequence[str] | None) -> None:
@@ -24,42 +26,67 @@ class SameBase(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         data: Any = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
+        unknown: dict[str, str] = {}
+        blocks, base = 2, None
         try:
-            base = load_vae(self.vae)
+            vae = load_vae(self.vae)
+            blocks, base = vae.config.num_res_blocks, weights_sha256(vae)
+            self._compare(data, "base_sha256", base, f"wan.vae={self.vae}")
+            del vae
         except FileNotFoundError as error:
-            rank_zero_warn(f"the base of the latents is not compared with wan.vae: {error}")
-            return
-        base_sha256 = weights_sha256(base)
-        self._compare(data, "base_sha256", base_sha256, f"wan.vae={self.vae}")
-        blocks = base.config.num_res_blocks
-        del base
-        found = self._of_adapters(base_sha256, blocks)
-        if found is not None:
-            self._compare(data, "vae_sha256", found, f"rgba_vae={self.rgba_vae}")
+            unknown["base_sha256"] = f"{error}"
+        try:
+            state, facts = self._adapters(blocks)
+        except FileNotFoundError as error:
+            state, facts = {}, {}
+            unknown["vae_sha256"] = f"{error}"
+        if theirs := facts.get("base_sha256"):
+            self._compare(data, "base_sha256", theirs, f"the base of rgba_vae={self.rgba_vae}")
+            unknown.pop("base_sha256", None)
+        name = "vae_sha256"
+        if base is None and theirs is None:
+            unknown.setdefault(name, "it is made of both, and the base is not known")
+        elif name not in unknown:
+            merge = {key[6:]: value for key, value in state.items() if key.startswith("merge.")}
+            found = latents_sha256(base or theirs, facts["merge_init"], merge)
+            self._compare(data, name, found, f"rgba_vae={self.rgba_vae}")
+        if unknown:
+            self._warn(data, unknown)
 
-    def _of_adapters(self, base_sha256: str, res_blocks: int) -> str | None:
-        """The hash of the RGBA-VAE; None of files that only decode, or are not there."""
-        try:
-            if self.rgba_vae is None or comfyui_pair(self.rgba_vae) is not None:
-                return None
-            _, state, facts = read_rgba_vae(str(self.rgba_vae), res_blocks)
-        except FileNotFoundError as error:
-            rank_zero_warn(f"the latents' vae_sha256 is not compared with rgba_vae: {error}")
-            return None
-        merge = {
-            name.removeprefix("merge."): value
-            for name, value in state.items()
-            if name.startswith("merge.")
+    def _adapters(self, res_blocks: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Tensors and facts of what encodes. FileNotFoundError where there is none."""
+        if self.rgba_vae is None:
+            raise FileNotFoundError("rgba_vae=null")
+        if comfyui_pair(self.rgba_vae) is not None:
+            raise FileNotFoundError(f"rgba_vae={self.rgba_vae} only decodes")
+        _, state, facts = read_rgba_vae(str(self.rgba_vae), res_blocks)
+        if not any(name.startswith("merge.") for name in state):
+            raise FileNotFoundError(f"rgba_vae={self.rgba_vae} only decodes")
+        return state, facts
+
+    @staticmethod
+    def _warn(data: Any, unknown: dict[str, str]) -> None:
+        ways = {
+            "base_sha256": "wan.vae=, a folder or file of this machine with the VAE that they were "
+            "cached with",
+            "vae_sha256": "rgba_vae=, the adapters that they were cached with",
         }
-        return latents_sha256(base_sha256, facts["merge_init"], merge) if merge else None
+        said = "; ".join(f"{name} ({why})" for name, why in unknown.items())
+        rank_zero_warn(
+            f"{_folders(data)}: not compared with what the latents were cached with: {said}. "
+            f"To have it compared, give {' and '.join(ways[name] for name in unknown)}."
+        )
 
     @staticmethod
     def _compare(data: Any, name: str, found: str, setting: str) -> None:
         cached = data.manifest[name]
         if cached != found:
-            folders = ", ".join(map(str, data.folders))
             raise ShardError(
-                f"{folders}: the latents were cached with {name} {cached[:12]}, {setting} has "
-                f"{found[:12]}. Give the wan= and rgba_vae= that they were cached with, or cache "
-                "them anew."
+                f"{_folders(data)}: the latents were cached with {name} {cached[:12]}, {setting} "
+                f"has {found[:12]}. Give the wan= and rgba_vae= that they were cached with, or "
+                "cache them anew."
             )
+
+
+def _folders(data: Any) -> str:
+    return ", ".join(map(str, data.folders))

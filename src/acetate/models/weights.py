@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from acetate.documents import parse, read_plain
 from acetate.models.adapters import check_fit, listed
@@ -99,7 +100,7 @@ def assign(
     names: the model's name -> the file's, for every tensor of the file. One tensor at a time is
     held twice, and only where its type changes; the others stay mapped. prepare: what becomes of
     the meta model before, such as adapters on it or shards of it, of which each gets its part.
-    Raises ValueError as `check_fit`, and puts nothing then.
+    Raises ValueError as `check_fit`, and for values that are not finite, and puts nothing then.
     """
     found = {name: weights.meta[key] for name, key in names.items()}
     labels = {name: weights.label(key) for name, key in names.items()}
@@ -135,8 +136,23 @@ def _converted(
             if converted > REMAP and _mappable(file):
                 held, converted = _open(file), 0
             done[key] = convert(name, held[key])
+            _check_finite(file, key, done[key])
             converted += 0 if done[key] is held[key] else held[key].nbytes
         yield name, done[key]
+
+
+def _check_finite(file: Path, name: str, value: Tensor) -> None:
+    """Of this rank's part. Its sum tells, at the speed of memory and without a mask of its size,
+    unless it overflows."""
+    part = value.to_local() if isinstance(value, DTensor) else value
+    if part.is_meta or not part.is_floating_point() or bool(part.sum().isfinite()):
+        return
+    if not bool(part.isfinite().all()):
+        raise ValueError(
+            f"{file}: {name} has values that are not finite (NaN or infinity) as "
+            f"{str(part.dtype).removeprefix('torch.')}. Fetch the file anew, or give another file "
+            "or precision (wan.dtype)."
+        )
 
 
 def read_json(file: Path) -> dict[str, Any]:
