@@ -1,4 +1,4 @@
-"""Whether cached latents are of the models that a run names."""
+"""Checks that cached latents are of the models that a run names."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -38,7 +38,7 @@ class SameBase(Callback):
             self._compare(data, "vae_sha256", found, f"rgba_vae={self.rgba_vae}")
 
     def _of_adapters(self, base_sha256: str, res_blocks: int) -> str | None:
-        """The hash of the RGBA-VAE; None of files that only decode, or are not there."""
+        """Returns the hash of the RGBA-VAE; None for files that only decode, or are not there."""
         try:
             if self.rgba_vae is None or comfyui_pair(self.rgba_vae) is not None:
                 return None
