@@ -11,8 +11,7 @@ __all__ = ["RGBAVAE", "Clip", "RGBAPipeline", "over"]
 
 
 def __getattr__(name: str) -> Any:
-    """Imports torch when something is asked for, not before: the command line must answer at
-    once."""
+    """Imports torch only when something is asked for: the command line must answer at once."""
     if name == "over":
         from acetate.alpha import over
 

@@ -1,4 +1,4 @@
-"""`python -m acetate` is `acetate`."""
+"""Runs the command `acetate` as `python -m acetate`."""
 
 from acetate.cli import main
 

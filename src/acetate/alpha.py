@@ -1,5 +1,5 @@
-"""RGBA algebra. rgb is straight colour in [-1, 1], alpha is coverage in [0, 1], video is (B, C, T,
-H, W)."""
+"""RGBA algebra on video (B, C, T, H, W): rgb is straight colour in [-1, 1], alpha is coverage in
+[0, 1]."""
 
 import torch
 from torch import Tensor
@@ -10,28 +10,29 @@ PALETTE = torch.tensor([[float(i >> b & 1) * 2 - 1 for b in (2, 1, 0)] for i in 
 
 
 def frames(video: Tensor) -> Tensor:
-    """(B, C, T, H, W) -> (B * T, C, H, W)."""
+    """Folds time into the batch: (B, C, T, H, W) -> (B * T, C, H, W)."""
     return video.transpose(1, 2).flatten(0, 1)
 
 
 def over(rgb: Tensor, alpha: Tensor, background: Tensor) -> Tensor:
-    """Soft render. Porter and Duff 1984, straight alpha."""
+    """Returns the soft render over a background (Porter and Duff 1984, straight alpha)."""
     return alpha * rgb + (1 - alpha) * background
 
 
 def harden(alpha: Tensor, eps: float = 0.0) -> Tensor:
-    """Support of a matte, 1 where alpha > eps, in alpha's dtype; `over` with it is the hard
-    render."""
+    """Returns the support of a matte, 1 where alpha > eps, in alpha's dtype; `over` with it is the
+    hard render."""
     return (alpha > eps).to(alpha.dtype)
 
 
 def premultiply(rgb: Tensor, alpha: Tensor) -> Tensor:
-    """Straight colour to colour over black; both in [-1, 1]."""
+    """Turns straight colour into colour over black; both are in [-1, 1]."""
     return over(rgb, alpha, torch.full((), -1.0, dtype=rgb.dtype, device=rgb.device))
 
 
 def unpremultiply(rgb: Tensor, alpha: Tensor, min_alpha: float = 1 / 255) -> Tensor:
-    """Colour over black to straight colour, clamped to [-1, 1]; black where alpha < min_alpha.
+    """Turns colour over black into straight colour, clamped to [-1, 1]; black where alpha <
+    min_alpha.
 
     Below one 8-bit step of alpha the quotient is rounding noise.
     """
@@ -40,18 +41,19 @@ def unpremultiply(rgb: Tensor, alpha: Tensor, min_alpha: float = 1 / 255) -> Ten
 
 
 def palette_colors(indices: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Palette indices (B,) to backgrounds (B, 3, 1, 1, 1) in {-1, 1}, on the indices' device."""
+    """Turns palette indices (B,) into backgrounds (B, 3, 1, 1, 1) in {-1, 1}, on the indices'
+    device."""
     return PALETTE.to(device=indices.device, dtype=dtype)[indices][:, :, None, None, None]
 
 
 def checkerboard(height: int, width: int, cell: int = 8) -> Tensor:
-    """The editors' transparency pattern, (3, 1, H, W): light grey 0.6 and mid grey 0.2 in [-1,
-    1]."""
+    """Returns the transparency pattern of editors, (3, 1, H, W): light grey 0.6 and mid grey 0.2 in
+    [-1, 1]."""
     y, x = torch.arange(height)[:, None] // cell, torch.arange(width) // cell
     return (0.2 + 0.4 * ((x + y) % 2)).expand(3, 1, height, width)
 
 
 def one_channel(alpha: Tensor) -> Tensor:
-    """(B, C, T, H, W) -> (B, 1, T, H, W), the mean: what the released inference takes of its
-    decoder's three."""
+    """Returns the mean over channels, (B, C, T, H, W) -> (B, 1, T, H, W), as the released inference
+    takes it."""
     return alpha.mean(1, keepdim=True)

@@ -1,5 +1,5 @@
-"""The one command: `acetate COMMAND [name=value ...]`. Nothing heavy is imported before a command
-is chosen."""
+"""The one command, `acetate COMMAND [name=value ...]`. It imports nothing heavy before a command is
+chosen."""
 
 import difflib
 import os
@@ -79,7 +79,8 @@ PROGRAMS = {program.name: program for group in GROUPS.values() for program in gr
 
 
 def main(argv: Sequence[str] | None = None) -> Any:
-    """Runs the command that the arguments name; SystemExit with code 2 where they name none."""
+    """Runs the command that the arguments name. Raises SystemExit with code 2 where they name
+    none."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if "--completions" in arguments[:1]:
         print("\n".join(completions(os.environ.get("COMP_LINE", ""))))
@@ -101,8 +102,7 @@ def main(argv: Sequence[str] | None = None) -> Any:
 
 
 def run(name: str, arguments: Sequence[str] | None = None) -> Any:
-    """The command of that name, as if it had been called with the arguments, or with this process's
-    own."""
+    """Runs the command of that name with the arguments, by default those of this process."""
     from acetate.commands.program import start
 
     if isinstance(sys.stdout, TextIOWrapper):  # names of files may be no Unicode
@@ -127,7 +127,7 @@ def _named(setting: str | None, arguments: list[str]) -> list[str]:
 
 
 def overview(only: str = "") -> str:
-    """All commands in groups, a line each; `only` those whose name begins with it."""
+    """Lists all commands in groups, a line each; `only` keeps those whose name begins with it."""
     lines = [
         "acetate COMMAND [name=value ...]",
         "",
@@ -144,7 +144,7 @@ def overview(only: str = "") -> str:
 
 
 def _unknown(name: str) -> str:
-    """The message for a command that there is not, with the nearest one."""
+    """Returns the message for an unknown command, with the nearest one."""
     if "=" in name:
         return (
             f"acetate: {name} is a setting, not a command; a command comes first, as in acetate "
@@ -157,14 +157,14 @@ def _unknown(name: str) -> str:
 
 
 def conf() -> Path:
-    """The folder of the configs: of the clone, or of the installed package."""
+    """Returns the folder of the configs: of the clone, or of the installed package."""
     inside = Path(__file__).parent / "conf"
     return inside if inside.is_dir() else Path(__file__).parents[2] / "conf"
 
 
 def completions(line: str) -> list[str]:
-    """What a shell may put for the last word of a command line: commands, settings, options of
-    groups."""
+    """Returns what a shell may put for the last word of a command line: commands, settings, options
+    of groups."""
     words = line.split(" ")[1:]
     typed = words[-1] if words else ""
     given = " ".join(words[:-1])

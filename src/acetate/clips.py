@@ -1,5 +1,5 @@
-"""A transparent clip in memory: read from a file, laid over a colour, saved as what editors
-open."""
+"""A transparent clip in memory, which can be read from a file, laid over a colour and saved for
+editors."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,7 @@ ALIASES = {"black": "key"}
 
 @dataclass(frozen=True)
 class Clip:
-    """Straight colour and alpha.
+    """Straight colour and alpha, with the frame rate.
 
     rgb: (3, T, H, W) about [-1, 1]. alpha: (1, T, H, W) about [0, 1]. fps: frames a second. prompt
     and seed: of a sampled clip. guide: (T, N, 2), the outline that it was sampled with, drawn in
@@ -32,14 +32,14 @@ class Clip:
 
     @classmethod
     def read(cls, path: str | Path) -> "Clip":
-        """A file or an image sequence with alpha. Raises MediaError for one that cannot be read as
-        RGBA."""
+        """Reads a file or an image sequence with alpha. Raises MediaError for one that cannot be
+        read as RGBA."""
         read = read_rgba(Path(path).expanduser())
         pixels = torch.from_numpy(read.frames).permute(3, 0, 1, 2).float() / 255
         return cls(pixels[:3] * 2 - 1, pixels[3:], read.fps or 16.0)
 
     def over(self, background: str | Tensor) -> Tensor:
-        """The soft render over a colour, (3, T, H, W) in [-1, 1].
+        """Returns the soft render over a colour, (3, T, H, W) in [-1, 1].
 
         background: a name of the training palette (red, green, blue, cyan, magenta, yellow, key or
         black, white), or a tensor in [-1, 1] that broadcasts against rgb. Raises ValueError for an
@@ -67,7 +67,8 @@ class Clip:
 
 
 def background_of(name: str) -> Tensor:
-    """(3, 1, 1, 1) in {-1, 1}. Raises ValueError for a name that is not of the palette."""
+    """Returns a colour of the palette, (3, 1, 1, 1) in {-1, 1}. Raises ValueError for an unknown
+    name."""
     name = ALIASES.get(name, name)
     if name not in PALETTE_NAMES:
         raise ValueError(

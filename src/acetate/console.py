@@ -1,4 +1,4 @@
-"""How lines of a run reach a terminal."""
+"""Writes lines of a run to a terminal."""
 
 import logging
 
@@ -6,7 +6,7 @@ from tqdm import tqdm
 
 
 class Console(logging.StreamHandler):
-    """Lines above the bars that are being drawn; a warning or an error says that it is one."""
+    """Writes lines above the bars that are being drawn, and marks warnings and errors as such."""
 
     def emit(self, record: logging.LogRecord) -> None:
         try:

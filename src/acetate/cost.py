@@ -1,5 +1,4 @@
-"""What training costs on N GPUs: time of a step, what the GPUs send each other, what their data
-needs.
+"""Estimates training on N GPUs: time of a step, traffic between the GPUs, the data that they need.
 
     step = compute + max(0, communication - overlap * compute)
     compute = FLOPs of the step (memory.measure, recomputed ones included) / (efficiency * peak)
@@ -54,7 +53,7 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Assumptions:
-    """What is not known before a run, and is stated instead."""
+    """Numbers that are not known before a run and are stated instead."""
 
     efficiency: float  # share of the peak that computation reaches
     bandwidth_share: float  # share of a link's bandwidth that collectives reach
@@ -73,7 +72,7 @@ class Assumptions:
 
 @dataclass(frozen=True)
 class Payload:
-    """Bytes that a step gives to collectives, whole tensors, and the number of collectives."""
+    """The bytes that a step gives to collectives, whole tensors, and the number of collectives."""
 
     reduced: int  # all-reduce
     gathered: int  # all-gather
@@ -83,8 +82,8 @@ class Payload:
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one step on `gpus` GPUs. Seconds; bytes that each GPU sends; clips and bytes of data per
-    second."""
+    """The cost of one step on `gpus` GPUs: seconds; bytes that each GPU sends; clips and bytes of
+    data per second."""
 
     gpus: int
     compute: float
@@ -102,7 +101,7 @@ class Cost:
 
 
 def trained_groups(task: MeasuredTask) -> int:
-    """Of the groups of weights that FSDP2 gathers, those in which something trains. For a task
+    """Counts those groups of weights that FSDP2 gathers in which something trains. It takes a task
     after memory.build."""
     count = 0
     for whole, blocks in task.sharded():
@@ -114,7 +113,8 @@ def trained_groups(task: MeasuredTask) -> int:
 
 
 def payload(found: Footprint, strategy: Strategy, trained: int) -> Payload:
-    """trained: as trained_groups counts; the others have no gradients to scatter."""
+    """Returns the bytes of a step's collectives. trained: as trained_groups counts; other groups
+    have no gradients to scatter."""
     if strategy == "ddp":
         buckets = math.ceil(found.gradients / (25 * 2**20))  # DDP's default
         return Payload(reduced=found.gradients, gathered=0, scattered=0, collectives=buckets)
@@ -128,7 +128,7 @@ def payload(found: Footprint, strategy: Strategy, trained: int) -> Payload:
 
 
 def ring(gpus: int, sent: Payload) -> tuple[float, float]:
-    """Bytes and messages that each GPU sends."""
+    """Returns bytes and messages that each GPU sends."""
     share = (gpus - 1) / gpus
     rounds = 2 if sent.reduced else 1
     return share * (2 * sent.reduced + sent.gathered + sent.scattered), rounds * (
@@ -137,7 +137,7 @@ def ring(gpus: int, sent: Payload) -> tuple[float, float]:
 
 
 def bandwidth(gpus: int, gpu: Gpu, assumed: Assumptions) -> float:
-    """Bytes per second of a ring."""
+    """Returns the bytes per second of a ring."""
     slowest = gpu.link_gb_s if gpus <= gpu.gpus_per_node else min(gpu.link_gb_s, gpu.node_gb_s)
     return slowest * 1e9 * assumed.bandwidth_share
 
@@ -154,8 +154,8 @@ def cost(
     clip_bytes: float,
     accumulate: int = 1,
 ) -> Cost:
-    """batch_size: clips of a GPU and forward pass; accumulate: passes of a step. clip_bytes: read
-    for each clip."""
+    """Returns the cost of a step. batch_size: clips of a GPU and forward pass; accumulate: passes
+    of a step. clip_bytes: read for each clip."""
     compute = accumulate * found.flops / (gpu.peak_tflops * 1e12 * assumed.efficiency)
     size, messages = ring(gpus, sent)
     if strategy == "fsdp":  # gathers for every pass; DDP reduces after the last
@@ -181,8 +181,8 @@ def cost(
 def latent_sample_bytes(
     shape: tuple[int, int, int, int], tokens: int, text_dim: int, text: int = 500
 ) -> int:
-    """Of a sample in a latent tar: both members, each with its header and filled up to whole blocks
-    of 512 bytes.
+    """Returns the bytes of a sample in a latent tar: both members, each with its header and filled
+    up to whole blocks of 512 bytes.
 
     shape: latents (C, F, h, w), 16 bit as the prompt's embeddings (tokens, text_dim) are. text:
     bytes of its JSON.

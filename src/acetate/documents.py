@@ -1,5 +1,5 @@
-"""What others wrote as JSON: read within bounds, and held against a schema before anything is made
-of it."""
+"""Reads JSON that others wrote, within bounds, and holds it against a schema before anything is
+made of it."""
 
 import json
 import os
@@ -20,11 +20,11 @@ _shown.maxlevel = 3
 
 
 class FieldError(ValueError):
-    """A field, by its place in a document, whose value breaks its rule."""
+    """A field, named by its place in a document, has a value that breaks its rule."""
 
 
 def open_plain(path: Path, most: int | None = None) -> BinaryIO:
-    """An open file to read. Raises OSError for a pipe, a device or a folder, none of which is
+    """Opens a file to read. Raises OSError for a pipe, a device or a folder, none of which is
     waited for, and for a file of more than `most` bytes."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     found = os.fstat(descriptor)
@@ -37,7 +37,7 @@ def open_plain(path: Path, most: int | None = None) -> BinaryIO:
 
 
 def read_plain(path: Path, most: int) -> bytes:
-    """A file's bytes. Raises OSError as `open_plain`."""
+    """Reads a file's bytes. Raises OSError as `open_plain`."""
     with open_plain(path, most) as file:
         return file.read(os.fstat(file.fileno()).st_size)
 
@@ -47,8 +47,8 @@ def too_large(name: object, most: int) -> str:
 
 
 def parse(data: bytes | str) -> Any:
-    """The value of a JSON text. Raises ValueError with the reason for what is none, is nested too
-    deeply or has more than MOST_VALUES values."""
+    """Returns the value of a JSON text. Raises ValueError with the reason for a text that is no
+    JSON, is nested too deeply or has more than MOST_VALUES values."""
     if data.count(b"," if isinstance(data, bytes) else ",") > MOST_VALUES:
         raise ValueError(f"more than {MOST_VALUES:,} values")
     try:
@@ -62,7 +62,7 @@ def _refuse(name: str) -> None:
 
 
 def shown(value: Any) -> str:
-    """As an error shows it, cut where it is long."""
+    """Writes a value as an error shows it, cut where it is long."""
     try:
         return _shown.repr(value)
     except ValueError:  # whole numbers of thousands of digits
@@ -70,7 +70,7 @@ def shown(value: Any) -> str:
 
 
 def is_shallow(value: Any) -> bool:
-    """Whether nothing in it is nested deeper than DEEPEST levels."""
+    """Returns whether nothing in the value is nested deeper than DEEPEST levels."""
     level = [value]
     for _ in range(DEEPEST):
         level = [
@@ -85,7 +85,8 @@ def is_shallow(value: Any) -> bool:
 
 
 def can_be_written(value: str) -> bool:
-    """Whether it has no half of a surrogate pair, which JSON can hold and UTF-8 cannot."""
+    """Returns whether a text has no half of a surrogate pair, which JSON can hold and UTF-8
+    cannot."""
     try:
         value.encode()
     except UnicodeEncodeError:
@@ -94,7 +95,7 @@ def can_be_written(value: str) -> bool:
 
 
 def prose(most: int) -> Rule:
-    """Text of at most so many characters."""
+    """Makes a rule: text of at most so many characters."""
     return Rule(
         f"text of at most {most:,} characters of Unicode",
         lambda value: isinstance(value, str) and len(value) <= most and can_be_written(value),

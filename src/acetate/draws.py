@@ -1,4 +1,4 @@
-"""Randomness as a function of what it is for: (seed, step or epoch, clip key), never of hidden
+"""Randomness as a function of its purpose: (seed, step or epoch, clip key), never of hidden
 generator state."""
 
 import hashlib
@@ -9,7 +9,7 @@ from torch import Generator, Tensor
 
 
 def stable_hash(*parts: object) -> int:
-    """63 bits that depend on the parts' text alone: the same in every process, version and
+    """Returns 63 bits that depend on the parts' text alone: the same in every process, version and
     machine."""
     digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
@@ -20,7 +20,7 @@ def generator_for(*parts: object, device: torch.device | str = "cpu") -> Generat
 
 
 class ClipDraws:
-    """One generator per clip of a batch; the same draws whatever the rank, the batch or the
+    """One generator per clip of a batch; its draws are the same whatever the rank, the batch or the
     order."""
 
     def __init__(self, keys: Sequence[str], *parts: object, device: torch.device) -> None:
@@ -28,14 +28,14 @@ class ClipDraws:
         self.device = device
 
     def integers(self, below: int) -> Tensor:
-        """(B,) in 0..below-1, on the device."""
+        """Draws (B,) in 0..below-1, on the device."""
         draws = [
             torch.randint(below, (1,), generator=g, device=self.device) for g in self.generators
         ]
         return torch.cat(draws)
 
     def normal(self, shape: Sequence[int]) -> Tensor:
-        """(B, *shape), standard normal, fp32."""
+        """Draws (B, *shape), standard normal, fp32."""
         draws = [
             torch.randn(tuple(shape), generator=g, device=self.device) for g in self.generators
         ]

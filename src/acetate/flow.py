@@ -23,17 +23,17 @@ class NoiseLevels:
         return len(self.sigmas)
 
     def seen(self, ids: Tensor) -> Tensor:
-        """Drawn ids of levels (B,), on the CPU."""
+        """Returns the ids of levels (B,), on the CPU, that training sees for drawn ones."""
         return ids.cpu()
 
     def timestep(self, ids: Tensor) -> Tensor:
-        """What the DiT is told, (B,) in [0, N]."""
+        """Returns the timesteps (B,) in [0, N] that the DiT is told."""
         return self.timesteps[ids]
 
 
 def schedule(steps: int = 1000, shift: float = 5.0) -> NoiseLevels:
-    """sigma = s*u / (1 + (s-1)*u), u = linspace(1, 0, N+1)[:-1]; w = N*y/sum(y), y =
-    exp(-2((t-N/2)/N)^2) - min."""
+    """Returns the levels sigma = s*u / (1 + (s-1)*u), u = linspace(1, 0, N+1)[:-1]; w = N*y/sum(y),
+    y = exp(-2((t-N/2)/N)^2) - min."""
     u = torch.linspace(1, 0, steps + 1)[:-1]
     sigmas = shift * u / (1 + (shift - 1) * u)
     timesteps = steps * sigmas
@@ -44,18 +44,18 @@ def schedule(steps: int = 1000, shift: float = 5.0) -> NoiseLevels:
 
 
 def per_clip(values: Tensor, like: Tensor) -> Tensor:
-    """(B,) -> (B, 1, 1, 1, 1) on `like`'s device, to scale a batch of clips."""
+    """Reshapes (B,) to (B, 1, 1, 1, 1) on `like`'s device, to scale a batch of clips."""
     return values.to(like.device).reshape(-1, *[1] * (like.ndim - 1))
 
 
 def interpolate(latents: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
-    """x_t = sigma * noise + (1 - sigma) * z, sigma (B,)."""
+    """Returns x_t = sigma * noise + (1 - sigma) * z, sigma (B,)."""
     sigma = per_clip(sigma, latents)
     return sigma * noise + (1 - sigma) * latents
 
 
 def velocity(latents: Tensor, noise: Tensor) -> Tensor:
-    """dx_t / dsigma = noise - z."""
+    """Returns dx_t / dsigma = noise - z."""
     return noise - latents
 
 
@@ -67,7 +67,7 @@ def squared_error(
     field: Callable[..., Tensor],
     *context: Tensor,
 ) -> Tensor:
-    """|v_hat - (noise - z)|^2 at every place, in float32; v_hat = field(x_t, t, *context).
+    """Returns |v_hat - (noise - z)|^2 at every place, in float32; v_hat = field(x_t, t, *context).
 
     latents z and noise (B, C, F, h, w); ids (B,) of the levels, as `levels.seen` gives them.
     """
@@ -77,8 +77,8 @@ def squared_error(
 
 
 def mean_shift(noise: Tensor, guide: Tensor, shift: float) -> Tensor:
-    """noise + mu (1 - G): what lies outside of the guide starts brighter in every channel
-    (Wan-Alpha, section 3.3).
+    """Returns noise + mu (1 - G): outside of the guide every channel starts brighter (Wan-Alpha,
+    section 3.3).
 
     noise (B, C, F, h, w); guide G (B, 1, F, h, w) in [0, 1], as of `regions.gaussian`.
     """

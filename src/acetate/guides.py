@@ -1,5 +1,5 @@
-"""Where a sampled clip has its subject: an ellipse that is given, that of a clip's alpha, or a
-finished mask."""
+"""Guides for sampled clips, which say where the subject is: a given ellipse, that of a clip's
+alpha, or a finished mask."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -39,8 +39,8 @@ Guide = EllipsePath | ClipGuide | MaskGuide
 def draw(
     guide: Guide, size: tuple[int, int, int], geometry: Geometry, fit: Mapping[str, Any]
 ) -> tuple[Tensor, Tensor]:
-    """G (1, 1, F, h, w) in [0, 1] and its ellipses (1, F, 5) in cells, of a mask those around its
-    inner part.
+    """Returns G (1, 1, F, h, w) in [0, 1] and its ellipses (1, F, 5) in cells; a mask has those
+    around its inner part.
 
     size: frames, height, width of the clip in pixels. fit: arguments of `regions.fit_ellipses`, as
     the DoRA was trained with them. Raises ValueError for a mask of another shape.
@@ -57,7 +57,8 @@ def draw(
 
 
 def outline(ellipses: Tensor, grid: Sequence[int], frames: int) -> Tensor:
-    """(T, N, 2), as previews draw it. ellipses (1, F, 5) on a grid (F, h, w)."""
+    """Returns points (T, N, 2), as previews draw them, of ellipses (1, F, 5) on a grid (F, h,
+    w)."""
     return regions.outlines(ellipses[0], *grid[1:], frames)
 
 

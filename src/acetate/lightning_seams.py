@@ -18,29 +18,30 @@ from lightning.pytorch.trainer.connectors.logger_connector import _LoggerConnect
 
 
 def step_is_due(trainer: Trainer) -> bool:
-    """Whether the batch at hand is the last of its optimizer step; after it, whether that step is
-    done."""
+    """Returns whether the batch at hand is the last of its optimizer step; after it, whether that
+    step is done."""
     return not trainer.fit_loop._should_accumulate()
 
 
 def batch_number(trainer: Trainer) -> int:
-    """Of the training batch at hand, from 0, over all epochs and over what a checkpoint had done
-    before."""
+    """Returns the number of the training batch at hand, from 0, over all epochs and over those that
+    a checkpoint had done before."""
     return trainer.fit_loop.epoch_loop.total_batch_idx
 
 
 def batches_done(trainer: Trainer) -> int:
-    """Training batches of this rank that are finished; one that was interrupted is not."""
+    """Returns the number of training batches of this rank that are finished; one that was
+    interrupted is not."""
     return trainer.fit_loop.epoch_loop.batch_progress.total.processed  # pyright: ignore
 
 
 def validates(trainer: Trainer) -> bool:
-    """Whether there is anything to validate with, in this epoch."""
+    """Returns whether there is anything to validate with, in this epoch."""
     return trainer.fit_loop.epoch_loop._should_check_val_epoch()
 
 
 def validate_now(trainer: Trainer) -> None:
-    """A whole validation in the middle of training, as its own loop runs it."""
+    """Runs a whole validation in the middle of training, as its own loop runs it."""
     loop = trainer.fit_loop.epoch_loop.val_loop
     trainer.validating, loop.restarting = True, False
     loop.run()
@@ -48,7 +49,7 @@ def validate_now(trainer: Trainer) -> None:
 
 
 def has_trainer(task: LightningModule) -> bool:
-    """`task.trainer` raises where there is none."""
+    """Returns whether the task has a trainer; `task.trainer` raises where there is none."""
     return task._trainer is not None
 
 
@@ -58,18 +59,19 @@ def log_row(trainer: Trainer, values: Mapping[str, Any]) -> None:
 
 
 def log_step(trainer: Trainer) -> None:
-    """Writes what the step that was just finished has logged, unless that is done or not due."""
+    """Writes the logged values of the step that was just finished, unless that is done or not
+    due."""
     trainer._logger_connector.update_train_step_metrics()
 
 
 def replaces_samplers(trainer: Trainer) -> bool:
-    """Whether Lightning puts a sampler of its own in the place of a loader's."""
+    """Returns whether Lightning puts a sampler of its own in the place of a loader's."""
     return trainer._accelerator_connector.use_distributed_sampler
 
 
 def leave_signals_alone(trainer: Trainer) -> None:
-    """No handler of Lightning's, which save amid a step; those of now come back when training
-    ends."""
+    """Keeps Lightning's handlers, which save amid a step, from signals; those of now come back when
+    training ends."""
     connector = trainer._signal_connector
     connector._original_handlers = connector._get_current_signal_handlers()
     connector.register_signal_handlers = lambda: None
@@ -80,7 +82,7 @@ def guard_resume(
     check: Callable[[Mapping[str, Any], Mapping[str, Any]], None],
     check_optimizers: Callable[[Mapping[str, Any], Sequence[Any], Sequence[Any]], None],
 ) -> None:
-    """Whatever restoring a checkpoint raises is a ValueError that names its file.
+    """Turns whatever restoring a checkpoint raises into a ValueError that names its file.
 
     check: of the whole and the form of the fit loop's state, before anything is restored;
     check_optimizers: of the whole, the optimizers and the schedulers, before theirs is.
@@ -106,7 +108,7 @@ def guard_resume(
 
 
 def _named(trainer: Trainer, restore: Callable[..., None]) -> Callable[..., None]:
-    """`restore`, whose errors name the checkpoint."""
+    """Returns `restore` with errors that name the checkpoint."""
 
     def named(*args: Any, **settings: Any) -> None:
         try:
@@ -128,19 +130,19 @@ def _named(trainer: Trainer, restore: Callable[..., None]) -> Callable[..., None
 
 
 def set_ddp(strategy: DDPStrategy, **settings: Any) -> None:
-    """Arguments of DistributedDataParallel, for a strategy that Lightning chose itself."""
+    """Sets arguments of DistributedDataParallel for a strategy that Lightning chose itself."""
     strategy._ddp_kwargs |= settings
 
 
 def share_data_among_all(strategy: ModelParallelStrategy) -> None:
-    """Every rank reads clips of its own: data-parallel over all of them, tensor-parallel over
+    """Lets every rank read clips of its own: data-parallel over all of them, tensor-parallel over
     none."""
     strategy._data_parallel_size = strategy.num_nodes * strategy.num_processes
     strategy._tensor_parallel_size = 1
 
 
 def count_in_steps(trainer: Trainer) -> None:
-    """Validations and logs of an `acetate.steps.StepTrainer` fall on optimizer steps rather than on
+    """Puts validations and logs of an `acetate.steps.StepTrainer` on optimizer steps rather than on
     batches."""
     trainer.fit_loop.__class__ = _Fit
     trainer.fit_loop.epoch_loop.__class__ = _Steps
@@ -148,7 +150,7 @@ def count_in_steps(trainer: Trainer) -> None:
 
 
 class _Fit(_FitLoop):
-    """It also starts and ends a training that goes on from its last step."""
+    """Starts and ends also a training that goes on from its last step."""
 
     @property
     def skip(self) -> bool:
@@ -179,7 +181,8 @@ class _StepLogs(_LoggerConnector):
         return every > 0 and (self.step % every == 0 or self.trainer.should_stop)
 
     def update_train_step_metrics(self) -> None:
-        """One row a step, at its end; a value that is not logged again is not written again."""
+        """Writes one row a step, at its end; a value that is not logged again is not written
+        again."""
         done = self.trainer.global_step == self.step and step_is_due(self.trainer)
         if self.written == self.step or not done:
             return
@@ -201,8 +204,7 @@ class _StepLogs(_LoggerConnector):
 
 
 class SteeredCheckpoint(ModelCheckpoint):
-    """ModelCheckpoint, but a subclass says when it saves, and what writing and deleting one
-    means."""
+    """A ModelCheckpoint whose subclass says when it saves, and how one is written and deleted."""
 
     @property
     def every_n_steps(self) -> int:
@@ -210,27 +212,28 @@ class SteeredCheckpoint(ModelCheckpoint):
 
     @property
     def saved_step(self) -> int:
-        """Of the last checkpoint."""
+        """Step of the last checkpoint."""
         return self._last_global_step_saved
 
     @property
     def saved_path(self) -> str:
-        """Of the last checkpoint."""
+        """Path of the last checkpoint."""
         return self._last_checkpoint_saved
 
     def take_as_saved(self, step: int, path: str) -> None:
-        """As if it had been written here."""
+        """Takes a checkpoint as if it had been written here."""
         self._last_global_step_saved, self._last_checkpoint_saved = step, path
 
     def save_top_k_of(self, trainer: Trainer) -> None:
-        """One named by its step, where it belongs to the `save_top_k` that are kept."""
+        """Saves a checkpoint named by its step, where it belongs to the `save_top_k` that are
+        kept."""
         self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
 
     def save_as_last(self, trainer: Trainer) -> None:
         self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
 
     def may_save(self, trainer: Trainer) -> bool:
-        """Whether there is anything new to save, in training."""
+        """Returns whether there is anything new to save, in training."""
         return not super()._should_skip_saving_checkpoint(trainer)
 
     def write(self, trainer: Trainer, path: str) -> None:

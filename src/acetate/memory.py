@@ -1,5 +1,4 @@
-"""Will it fit? What a training step holds in a GPU's memory, before anything is downloaded or
-started.
+"""Measures what a training step holds in a GPU's memory, before anything is downloaded or started.
 
 The models are built from their configs and the step itself runs, forward, backward and optimizer,
 on tensors that have shapes and no numbers (FakeTensorMode), while every storage that it creates and
@@ -56,8 +55,8 @@ M = TypeVar("M", bound=ModelMixin)
 
 @dataclass(frozen=True)
 class Footprint:
-    """Numbers of parameters and operations; all else in bytes of one GPU that holds everything.
-    Terms as above."""
+    """Counts of parameters and operations; all else is in bytes of one GPU that holds everything,
+    in the terms above."""
 
     parameters: int
     trainable_parameters: int
@@ -76,7 +75,7 @@ class Footprint:
     flops: int
 
     def per_gpu(self, gpus: int) -> dict[str, int]:
-        """Row -> bytes; the last row, total, is the sum of the others."""
+        """Returns bytes by row; the last row, total, is the sum of the others."""
         replicated = self.replicated if gpus > 1 else 0
         sharded = {
             "frozen weights": self.frozen - replicated,
@@ -93,12 +92,13 @@ class Footprint:
 
 
 def room(card: int) -> float:
-    """Bytes of a card of so many GiB that tensors can have."""
+    """Returns the bytes of a card of so many GiB that tensors can have."""
     return (1 - RESERVE) * card * 2**30
 
 
 class LiveStorages(TorchDispatchMode):
-    """Bytes of all storages that the operations within it make, now (`live`) and at most (`peak`).
+    """Counts the bytes of all storages that the operations within it make, now (`live`) and at most
+    (`peak`).
 
     `known` tensors, and views of them, do not count.
     """
@@ -126,8 +126,8 @@ class LiveStorages(TorchDispatchMode):
 
 
 class Flops(TorchDispatchMode):
-    """`total` of the operations within it, by torch's own formulas; torch's FlopCounterMode would
-    also take fused attention apart, whose memory is then another."""
+    """Counts the `total` of the operations within it, by torch's own formulas; torch's
+    FlopCounterMode would also take fused attention apart, whose memory is then another."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -145,14 +145,14 @@ class Flops(TorchDispatchMode):
 
 
 def blank_vae(source: str) -> AutoencoderKLWan:
-    """What load_vae returns, on the meta device. A source that is no diffusers folder has Wan2.1's
-    shape."""
+    """Builds a VAE as load_vae does, on the meta device. A source that is no diffusers folder has
+    Wan2.1's shape."""
     return _blank(AutoencoderKLWan, _diffusers_config(source, "vae") or {}, torch.float32)
 
 
 def blank_transformer(source: str, dtype: torch.dtype) -> WanTransformer3DModel:
-    """What load_transformer returns, on the meta device. Raises ValueError for a source whose shape
-    is not known."""
+    """Builds a DiT as load_transformer does, on the meta device. Raises ValueError for a source
+    whose shape is not known."""
     config = _diffusers_config(source, "transformer")
     if config is None:
         config = next((shape for size, shape in WAN21.items() if size in Path(source).name), None)
@@ -179,7 +179,7 @@ class BlankDiT(FrozenDiT):
 def blank_velocity_field(
     *, transformer: str, prompt_length: int, dtype: str, **_: Any
 ) -> VelocityField:
-    """What load_velocity_field returns, on the meta device."""
+    """Builds a velocity field as load_velocity_field does, on the meta device."""
     model = blank_transformer(transformer, getattr(torch, dtype))
     return VelocityField(model, torch.empty(1, prompt_length, model.config.text_dim, device="meta"))
 
@@ -223,15 +223,15 @@ def _blank(model: type[M], config: dict[str, Any], dtype: torch.dtype) -> M:
 
 
 def build(task: MeasuredTask) -> None:
-    """configure_model() without weights; the task was instantiated with BLANK's targets in the
+    """Runs configure_model() without weights; the task was instantiated with BLANK's targets in the
     place of loaders."""
     with torch.device("meta"):
         task.configure_model()
 
 
 def _without_numbers(module: nn.Module) -> None:
-    """Every parameter and buffer becomes a new one of the same shape and precision, of the current
-    FakeTensorMode."""
+    """Replaces every parameter and buffer by a new one of the same shape and precision, of the
+    current FakeTensorMode."""
     made: dict[int, Tensor] = {}  # tied weights stay tied
     for part in module.modules():
         for tensors in (part._parameters, part._buffers):
@@ -249,8 +249,8 @@ def _without_numbers(module: nn.Module) -> None:
 def measure(
     task: MeasuredTask, load: Load, *, precision: str, ema: bool, geometry: Geometry | None = None
 ) -> Footprint:
-    """Footprint of one training step of a task after `build` (or configure_model), whose tensors it
-    replaces.
+    """Returns the footprint of one training step of a task after `build` (or configure_model),
+    whose tensors it replaces.
 
     precision: of the trainer. ema: whether an average of what trains is kept. geometry: of the VAE,
     where the task reads latents. Raises ValueError for an unknown precision, or for clips that the
@@ -309,6 +309,6 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
 
 
 def _gathered(group: nn.Module, blocks: Sequence[nn.Module]) -> int:
-    """Its weights that are whole at a time: two blocks, and what is in none."""
+    """Returns the bytes of its weights that are whole at a time: two blocks, and those in none."""
     sizes = sorted(_bytes(block.parameters()) for block in blocks)
     return _bytes(group.parameters()) - sum(sizes) + sum(sizes[-2:])

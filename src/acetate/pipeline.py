@@ -1,4 +1,4 @@
-"""What was trained, as one object each: prompts to transparent clips, clips to latents and back."""
+"""Trained models as one object each: prompts to transparent clips, clips to latents and back."""
 
 import re
 import warnings
@@ -39,7 +39,7 @@ RELEASED = {
 
 
 class RGBAPipeline:
-    """Prompts to transparent clips: text encoder, DiT with its DoRA, RGBA-VAE.
+    """Makes transparent clips of prompts: text encoder, DiT with its DoRA, RGBA-VAE.
 
         pipeline = RGBAPipeline.load("outputs/demo_dit")
         for clip in pipeline("a ring of fire", guide=EllipsePath(centre=(0.3, 0.5))):
@@ -50,12 +50,12 @@ class RGBAPipeline:
     """
 
     def __init__(self, config: DictConfig) -> None:
-        """config: of `acetate sample`, composed; `load` makes it."""
+        """Takes the composed config of `acetate sample`; `load` makes it."""
         self.config, self.device = config, device_of(config)
 
     @classmethod
     def load(cls, dora: str | None = "outputs/demo_dit", **settings: Any) -> "RGBAPipeline":
-        """A pipeline with the DoRA of a run, a checkpoint or a file; None: the base alone.
+        """Returns a pipeline with the DoRA of a run, a checkpoint or a file; None: the base alone.
 
         settings: of `acetate sample`, such as rgba_vae, wan, device, decode_chunk, offload,
         few_step={"lora": FILE}. What is not given is what the run of the DoRA recorded. Raises
@@ -66,7 +66,7 @@ class RGBAPipeline:
 
     @cached_property
     def vae(self) -> RGBADecoders:
-        """The RGBA-VAE, or what only decodes."""
+        """The RGBA-VAE, or its decoders alone where the files hold no more."""
         source = self.config.rgba_vae
         return load_rgba_vae(
             vae=self.config.wan.vae,
@@ -86,17 +86,17 @@ class RGBAPipeline:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What the DoRA's file says of itself; nothing without one."""
+        """The metadata of the DoRA's file; empty without one."""
         return self._dit[1]
 
     @property
     def mean_shift(self) -> float:
-        """Of the noise: as set, else as the DoRA was trained with."""
+        """The mean shift of the noise: as set, else as the DoRA was trained with."""
         shift = self.config.mean_shift
         return self.facts.get("mean_shift", 0.0) if shift is None else shift
 
     def __call__(self, prompts: str | Sequence[str], **settings: Any) -> list[Clip]:
-        """The clips of the prompts, one each; settings as of `stream`."""
+        """Returns the clips of the prompts, one each; settings as of `stream`."""
         return list(self.stream(prompts, **settings))
 
     def stream(
@@ -114,8 +114,8 @@ class RGBAPipeline:
         negative_prompt: str | None = None,
         batch_size: int | None = None,
     ) -> Iterator[Clip]:
-        """Clips as they are made; the one at place n has seed + n, and the same seed gives the same
-        clip.
+        """Yields clips as they are made; the one at place n has seed + n, and the same seed gives
+        the same clip.
 
         frames: 4k+1. height, width: multiples of the VAE's stride times the DiT's patch. guide:
         where the subject is, one for all or one for each prompt. solver: or steps and guidance
@@ -157,7 +157,8 @@ class RGBAPipeline:
                 yield Clip(rgb, alpha, config.fps, prompt, number, line)
 
     def embed(self, prompts: Sequence[str]) -> tuple[dict[str, Tensor], str]:
-        """Prompt -> its context (L, D), and the encoder's hash. The encoder is gone after it."""
+        """Returns prompt -> its context (L, D), and the encoder's hash. The encoder is gone after
+        it."""
         text = TextEncoder(self.config.wan.text_encoder, self.config.wan.prompt_length, self.device)
         each = list(dict.fromkeys(prompts))
         return dict(zip(each, text.context(each, truncate=True), strict=True)), text.sha256()
@@ -165,7 +166,7 @@ class RGBAPipeline:
     def _draw(
         self, guide: Guide | Sequence[Guide] | None, count: int, size: tuple[int, int, int]
     ) -> tuple[Tensor | None, list[Tensor | None]]:
-        """G (B, 1, F, h, w) and the outlines of `count` clips."""
+        """Returns G (B, 1, F, h, w) and the outlines of `count` clips."""
         if guide is None:
             return None, [None] * count
         guides = list(guide) if isinstance(guide, Sequence) else [guide]
@@ -182,19 +183,20 @@ class RGBAPipeline:
 
 
 class RGBAVAE:
-    """A trained RGBA-VAE: clips to latents, and latents to clips.
+    """A trained RGBA-VAE, which turns clips into latents and latents into clips.
 
     vae = RGBAVAE.load("outputs/demo")
     latents = vae.encode(Clip.read("smoke.webm"))
     """
 
     def __init__(self, model: RGBADecoders, device: str) -> None:
-        """model: as `load_rgba_vae` gives it."""
+        """Takes a model as `load_rgba_vae` gives it."""
         self.model, self.device = model.to(device), device
 
     @classmethod
     def load(cls, rgba_vae: str | Sequence[str] = "outputs/demo", **settings: Any) -> "RGBAVAE":
-        """The RGBA-VAE of a run, a checkpoint or a file; settings: wan, decode_chunk, device.
+        """Returns the RGBA-VAE of a run, a checkpoint or a file; settings: wan, decode_chunk,
+        device.
 
         Raises FileNotFoundError and ValueError where a file is missing or is of another kind or
         base.
@@ -205,7 +207,7 @@ class RGBAVAE:
 
     @torch.no_grad()
     def encode(self, clip: Clip, background: str = "key") -> Tensor:
-        """Normalised latents (1, C, F, h, w), as the DiT sees them.
+        """Returns normalised latents (1, C, F, h, w), as the DiT sees them.
 
         background: what the encoder finds behind the hard-rendered subject. Raises ValueError for a
         clip that is not 4k+1 frames of sides that the stride divides, and for files that only
@@ -219,12 +221,13 @@ class RGBAVAE:
         return self.model.normalise(self.model.encode(hard, alpha))
 
     def decode(self, latents: Tensor, fps: float = 16.0) -> list[Clip]:
-        """The clips of normalised latents (B, C, F, h, w)."""
+        """Returns the clips of normalised latents (B, C, F, h, w)."""
         return [Clip(rgb, alpha, fps) for rgb, alpha in decode(self.model, latents.to(self.device))]
 
 
 def _config(settings: Mapping[str, Any]) -> DictConfig:
-    """The config of `acetate sample` with these settings, as its command line would make it."""
+    """Composes the config of `acetate sample` with these settings, as its command line would make
+    it."""
     from acetate.commands.program import composed  # which imports Hydra's plugins
 
     given = [f"{name}={quoted(value)}" for name, value in settings.items()]
@@ -236,8 +239,8 @@ def _config(settings: Mapping[str, Any]) -> DictConfig:
 def solver_of(
     config: DictConfig, steps: int | None = None, guidance: float | None = None
 ) -> Solver:
-    """Of a config of `acetate sample`. A few-step LoRA means 4 steps without guidance, unless they
-    are given."""
+    """Builds the solver of a config of `acetate sample`. A few-step LoRA means 4 steps without
+    guidance, unless they are given."""
     few = config.few_step.lora is not None
     values = {"steps": 4 if few else 50, "guidance": 1.0 if few else 5.0}
     for name, given in (("steps", steps), ("guidance", guidance)):
@@ -247,8 +250,8 @@ def solver_of(
 
 
 def load_dit(config: DictConfig, device: str) -> tuple[WanTransformer3DModel, dict[str, Any]]:
-    """The DiT with DoRA, then the few-step LoRA, merged into its weights; and what the DoRA file
-    says of itself."""
+    """Returns the DiT with DoRA, then the few-step LoRA, merged into its weights, and the metadata
+    of the DoRA file."""
     transformer = load_transformer(config.wan.transformer, getattr(torch, config.wan.dtype))
     facts: dict[str, Any] = {}
     if config.dora is not None:
@@ -288,7 +291,7 @@ def put_dora(transformer: WanTransformer3DModel, source: str) -> dict[str, Any]:
 
 
 def wan_for(facts: Mapping[str, Any]) -> str:
-    """The way out where adapters meet another base than theirs."""
+    """Says the way out where adapters meet another base than theirs."""
     preset = preset_of(str(facts["base"]))
     return "Choose the wan= it was trained with" + (f", by its name wan={preset}" if preset else "")
 

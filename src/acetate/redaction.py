@@ -1,4 +1,4 @@
-"""Settings without their secrets, for whatever is written down: files, dashboards, logs."""
+"""Takes secrets out of settings and texts before they are written down: files, dashboards, logs."""
 
 import logging
 import re
@@ -27,7 +27,8 @@ KNOWN: set[str] = set()  # what this process has been given
 
 
 def redacted(value: Any, name: str = "") -> Any:
-    """A copy of settings, or of a command line's arguments, with *** in the place of secrets.
+    """Returns a copy of settings, or of a command line's arguments, with *** in the place of
+    secrets.
 
     Secret are logins and queries in URLs, everything below `storage_options` but places, and values
     whose name contains key, token, secret, passw, pwd, credential, signature, cookie, bearer or
@@ -47,7 +48,7 @@ def redacted(value: Any, name: str = "") -> Any:
 
 
 def is_secret(name: str, value: Any) -> bool:
-    """Whether the value of a setting is to be seen by nobody, by the setting's name."""
+    """Returns whether nobody may see the value of a setting, by the setting's name."""
     if value is None or isinstance(value, bool | Mapping | list | tuple) or value == "":
         return False
     if isinstance(value, int | float) and COUNTS.search(name) and "storage_options" not in name:
@@ -58,7 +59,7 @@ def is_secret(name: str, value: Any) -> bool:
 
 
 def secrets_of(value: Any, name: str = "") -> Iterable[str]:
-    """Those that settings hold, as texts."""
+    """Yields the secrets in settings, as texts."""
     if isinstance(value, Mapping):
         for key, item in value.items():
             yield from secrets_of(key)
@@ -75,14 +76,15 @@ def secrets_of(value: Any, name: str = "") -> Iterable[str]:
 
 
 def remember(secrets: Iterable[str]) -> None:
-    """From now on `scrubbed` leaves them out, also a password and a bearer's token alone."""
+    """Makes `scrubbed` leave these secrets out from now on, also a password and a bearer's token
+    alone."""
     for secret in secrets:
         for text in (secret, secret.partition(":")[2], secret.rpartition(" ")[2]):
             KNOWN.update(form for form in (text, unquote(text), quote(text, safe="")))
 
 
 def scrubbed(text: str, secrets: Iterable[str] = ()) -> str:
-    """A text without the secrets that are known, `secrets`, and those of URLs."""
+    """Returns a text without the secrets that are known, `secrets`, and those of URLs."""
     for secret in sorted({*KNOWN, *secrets}, key=len, reverse=True):
         if len(secret) >= SHORTEST:
             text = text.replace(secret, HIDDEN)
@@ -90,7 +92,7 @@ def scrubbed(text: str, secrets: Iterable[str] = ()) -> str:
 
 
 class Scrubbed(logging.Formatter):
-    """Another formatter's lines without secrets, those of tracebacks among them."""
+    """Formats lines as another formatter does, without secrets, also in tracebacks."""
 
     def __init__(self, formatter: logging.Formatter | None) -> None:
         super().__init__()
@@ -101,7 +103,7 @@ class Scrubbed(logging.Formatter):
 
 
 def scrub_logs() -> None:
-    """All handlers that there are leave secrets out."""
+    """Makes all handlers that there are leave secrets out."""
     loggers = [logging.root, *logging.Logger.manager.loggerDict.values()]
     for handler in {h for one in loggers if isinstance(one, logging.Logger) for h in one.handlers}:
         if not isinstance(handler.formatter, Scrubbed):

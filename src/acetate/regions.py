@@ -15,8 +15,8 @@ GROWTH, INSIDE = 1.12, 0.98
 
 
 def largest_per_cell(x: Tensor, time_stride: int, space_stride: int) -> Tensor:
-    """Largest value per latent cell, (B, 1, T, H, W) -> (B, 1, F, h, w); cell 0 sees frame 0
-    only."""
+    """Returns the largest value per latent cell, (B, 1, T, H, W) -> (B, 1, F, h, w); cell 0 sees
+    frame 0 only."""
     s = space_stride
     first = F.max_pool3d(x[:, :, :1], (1, s, s))
     if x.shape[2] == 1:
@@ -45,7 +45,7 @@ def check_clip_shape(
 
 
 def cells(alpha: Tensor, time_stride: int, space_stride: int, eps: float = 0.0) -> Tensor:
-    """Region of every latent cell.
+    """Returns the region of every latent cell.
 
     alpha (B, 1, T, H, W) in [0, 1] -> int8 (B, 1, F, h, w): OPAQUE where all pixels that the cell
     sees are >= 1 - eps, EMPTY where all are <= eps, else MIXED. Raises ValueError for a shape the
@@ -70,7 +70,7 @@ def fit_ellipses(
     raster: str = "exact",
     enlargements: int = 64,
 ) -> Tensor:
-    """The ellipse around the subject, per latent frame (Wan-Alpha, section 3.3).
+    """Fits the ellipse around the subject, per latent frame (Wan-Alpha, section 3.3).
 
     alpha (B, 1, T, H, W) in [0, 1] -> float64 (B, F, 5): centre x, y, full major and minor length
     in latent cells, angle in degrees from x towards y; zeros where nothing is covered. A pixel
@@ -116,8 +116,8 @@ def fit_ellipses(
 
 
 def gaussian(ellipses: Tensor, height: int, width: int) -> Tensor:
-    """exp(-(u/a)^2/2 - (v/b)^2/2) with half axes a and b, stretched to [0, 1] on the grid of every
-    latent frame.
+    """Returns exp(-(u/a)^2/2 - (v/b)^2/2) with half axes a and b, stretched to [0, 1] on the grid
+    of every latent frame.
 
     ellipses (B, F, 5) as of `fit_ellipses` -> (B, 1, F, height, width) in float32; 0 where the
     lengths are 0.
@@ -131,8 +131,8 @@ def gaussian(ellipses: Tensor, height: int, width: int) -> Tensor:
 
 
 def outlines(ellipses: Tensor, height: int, width: int, frames: int) -> Tensor:
-    """Points around the ellipses, to draw them over a clip of so many frames: (frames, 64, 2), each
-    x and y as shares of the picture's width and height; NaN where the lengths are 0.
+    """Returns points around the ellipses, to draw them over a clip of so many frames: (frames, 64,
+    2), each x and y as shares of the picture's width and height; NaN where the lengths are 0.
 
     ellipses (F, 5) as of `fit_ellipses`, in cells of a grid of `height` x `width`.
     """
@@ -156,14 +156,14 @@ def _mean_pool(x: Tensor, time_stride: int, space_stride: int) -> Tensor:
 
 
 def _grid(height: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Columns x (1, w) and rows y (h, 1), float64."""
+    """Returns columns x (1, w) and rows y (h, 1), float64."""
     x = torch.arange(width, dtype=torch.float64, device=device)
     return x[None], torch.arange(height, dtype=torch.float64, device=device)[:, None]
 
 
 def _principal(cells: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean (N, 2) and principal axes (N, 2, 2), columns from the longest, of the cells (N, h,
-    w)."""
+    """Returns mean (N, 2) and principal axes (N, 2, 2), columns from the longest, of the cells (N,
+    h, w)."""
     weights = cells.double()
     count = weights.sum((1, 2)).clamp_min(1)
     mean = torch.stack([(weights * x).sum((1, 2)), (weights * y).sum((1, 2))], 1) / count[:, None]
@@ -176,7 +176,7 @@ def _principal(cells: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 def _extent(
     cells: Tensor, mean: Tensor, axis: Tensor, x: Tensor, y: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Lowest and highest coordinate of the cells along an axis (N, 2) through the mean."""
+    """Returns lowest and highest coordinate of the cells along an axis (N, 2) through the mean."""
     dx, dy = x - mean[:, 0, None, None], y - mean[:, 1, None, None]
     along = dx * axis[:, 0, None, None] + dy * axis[:, 1, None, None]
     infinity = float("inf")
@@ -197,7 +197,8 @@ def _box(cells: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor, T
 
 
 def _within(ellipses: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
-    """Coordinates (N, h, w) of the grid along both axes of ellipses (N, 5), 1 at their ends."""
+    """Returns coordinates (N, h, w) of the grid along both axes of ellipses (N, 5), 1 at their
+    ends."""
     x, y = _grid(height, width, ellipses.device)
     cx, cy, major, minor, angle = (c[:, None, None] for c in ellipses.unbind(1))
     turn = torch.deg2rad(angle)
@@ -207,13 +208,14 @@ def _within(ellipses: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
 
 
 def _inside(centre: Tensor, lengths: Tensor, angle: Tensor, height: int, width: int) -> Tensor:
-    """Cells whose centres lie in the ellipses: (N, 2), (N, 2), (N,) -> bool (N, height, width)."""
+    """Returns the cells whose centres lie in the ellipses: (N, 2), (N, 2), (N,) -> bool (N, height,
+    width)."""
     u, v = _within(torch.cat([centre, lengths, angle[:, None]], 1), height, width)
     return u**2 + v**2 <= 1 + 1e-9
 
 
 def _raster(name: str) -> Callable[..., Tensor]:
-    """A function like `_inside`."""
+    """Returns a function like `_inside` by name."""
     if name == "exact":
         return _inside
     if name == "opencv":
@@ -231,8 +233,8 @@ def _grow(
     raster: Callable[..., Tensor],
     enlargements: int,
 ) -> Tensor:
-    """Lengths (N, 2) times the power of GROWTH that first has INSIDE of the cells inside, or the
-    most of them."""
+    """Returns lengths (N, 2) times the power of GROWTH that first has INSIDE of the cells inside,
+    or the most of them."""
     height, width = cells.shape[1:]
     count = cells.sum((1, 2)).clamp_min(1)
     best, best_lengths, done = (

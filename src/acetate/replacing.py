@@ -1,4 +1,4 @@
-"""A file or folder in the place of another, so that a whole one can be found at any moment."""
+"""Puts a file or folder in the place of another, so that a whole one can be found at any moment."""
 
 import json
 import os
@@ -13,8 +13,8 @@ if TYPE_CHECKING:  # importing torch takes seconds
 
 
 def check_out(path: Path, *, folder: bool = False, name: str = "out") -> None:
-    """Whether a file, or a folder, can be made there: OSError before any work, which names the
-    setting.
+    """Checks that a file, or a folder, can be made there. Raises OSError before any work, which
+    names the setting.
 
     Parents that are missing are no fault; whoever writes makes them.
     """
@@ -36,8 +36,8 @@ def check_out(path: Path, *, folder: bool = False, name: str = "out") -> None:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """OSError with the path, the room there and the way out for one that the block raises; it only
-    writes."""
+    """Raises OSError with the path, the room there and the way out for one that the block raises;
+    it only writes."""
     try:
         yield
     except OSError as error:
@@ -52,8 +52,8 @@ def writing(path: Path) -> Iterator[None]:
 
 @contextmanager
 def written(path: Path) -> Iterator[TextIO]:
-    """A text that takes the path's place when the block ends, whole or not at all; OSError as in
-    `writing`."""
+    """Yields a text file that takes the path's place when the block ends, whole or not at all.
+    Raises OSError as `writing`."""
     temporary = path.with_name(path.name + ".tmp")
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -67,14 +67,14 @@ def written(path: Path) -> Iterator[TextIO]:
 
 
 def write_json(path: Path, value: object) -> None:
-    """A JSON file that takes the path's place, whole or not at all; makes its folder."""
+    """Writes a JSON file that takes the path's place, whole or not at all; makes its folder."""
     with written(path) as file:
         file.write(json.dumps(value, ensure_ascii=False, indent=1) + "\n")
 
 
 def rename_over(temporary: Path, path: Path) -> None:
-    """Atomic for files. Folders cannot be renamed over, nor over files: what is there steps aside
-    first, where `standing` finds it, and comes back if the second rename fails."""
+    """Renames atomically for files. Folders cannot be renamed over, nor over files: the old one
+    steps aside first, where `standing` finds it, and comes back if the second rename fails."""
     if not os.path.lexists(path) or not (temporary.is_dir() or path.is_dir()):
         os.replace(temporary, path)
         return
@@ -91,13 +91,13 @@ def rename_over(temporary: Path, path: Path) -> None:
 
 
 def standing(path: Path) -> Path:
-    """The path; or what was to be replaced there, where a process was killed between the two
-    renames."""
+    """Returns the path, or what was to be replaced there, where a process was killed between the
+    two renames."""
     return _aside(path) if not path.exists() and _aside(path).exists() else path
 
 
 def remove(path: Path) -> None:
-    """Whatever is there, if anything."""
+    """Removes a file or folder, if there is any."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -105,7 +105,8 @@ def remove(path: Path) -> None:
 
 
 def unwritten(path: Path, error: object) -> OSError:
-    """What to say of a checkpoint, or the adapters beside it, that could not be written."""
+    """Returns the message for a checkpoint, or the adapters beside it, that could not be
+    written."""
     free = shutil.disk_usage(path.parent).free / 2**20 if path.parent.is_dir() else 0
     if standing(path.with_name("last.ckpt")).exists():
         advice = "Earlier checkpoints are whole: make room and go on with resume=last."
@@ -117,8 +118,8 @@ def unwritten(path: Path, error: object) -> OSError:
 
 
 def write_tensors(tensors: "Mapping[str, Tensor]", path: Path, metadata: Mapping[str, str]) -> None:
-    """safetensors' save_file, which makes private files and writes metadata in any order: here the
-    umask decides, and equal contents are equal bytes."""
+    """Writes tensors as safetensors' save_file, which makes private files and writes metadata in
+    any order: here the umask decides, and equal contents are equal bytes."""
     from safetensors.torch import save_file
 
     save_file(dict(tensors), path, dict(metadata))
@@ -134,15 +135,14 @@ def write_tensors(tensors: "Mapping[str, Tensor]", path: Path, metadata: Mapping
 
 
 def as_umask_says(path: Path) -> None:
-    """The mode of a file, or of a folder and all that is in it: what open and mkdir would have
-    given."""
+    """Sets the mode of a file, or of a folder and all that is in it, to that of open and mkdir."""
     for each in (path, *(path.rglob("*") if path.is_dir() else ())):
         if not each.is_symlink():
             each.chmod(new_mode(folder=each.is_dir()))
 
 
 def new_mode(folder: bool = False) -> int:
-    """Of what this process creates."""
+    """Returns the mode of files or folders that this process creates."""
     mask = os.umask(0o077)  # the only way to ask
     os.umask(mask)
     return (0o777 if folder else 0o666) & ~mask

@@ -1,4 +1,4 @@
-"""Noise -> latents -> RGBA clip: flow solvers, guidance, mean shift, and decoding in pieces."""
+"""Samples RGBA clips from noise: flow solvers, guidance, mean shift, and decoding in pieces."""
 
 import warnings
 from collections.abc import Iterator, Sequence
@@ -27,8 +27,8 @@ SOLVERS = ("unipc", "euler")
 
 @dataclass(frozen=True)
 class Solver:
-    """How noise becomes latents. guidance 1 runs the DiT once a step, without the negative
-    prompt."""
+    """Settings of the solver from noise to latents. guidance 1 runs the DiT once a step, without
+    the negative prompt."""
 
     name: str = "unipc"
     steps: int = 50
@@ -44,8 +44,8 @@ class Solver:
     def scheduler(
         self, device: torch.device | str
     ) -> FlowMatchEulerDiscreteScheduler | UniPCMultistepScheduler:
-        """With its timesteps set: u = linspace(1, 0, steps + 1)[:-1], sigma = shift u / (1 + (shift
-        - 1) u).
+        """Returns a scheduler with timesteps: u = linspace(1, 0, steps + 1)[:-1], sigma = shift u /
+        (1 + (shift - 1) u).
 
         UniPC's, as diffusers sets them, are whole timesteps, close to these.
         """
@@ -88,7 +88,7 @@ class EllipsePath:
                 )
 
     def ellipses(self, frames: int, height: int, width: int) -> Tensor:
-        """(1, F, 5) in cells of a latent grid, as `regions.fit_ellipses` gives them;
+        """Returns (1, F, 5) in cells of a latent grid, as `regions.fit_ellipses` gives them;
         `regions.gaussian` draws them."""
         short = min(height, width)
         start = [*self.centre, *self.axes, self.angle]
@@ -120,8 +120,8 @@ def initial_noise(
     mean_shift: float,
     device: torch.device | str,
 ) -> Tensor:
-    """(B, C, F, h, w): the same for a seed in any batch and on any device, shifted outside of the
-    guide.
+    """Draws (B, C, F, h, w), the same for a seed in any batch and on any device, shifted outside of
+    the guide.
 
     guide: G in [0, 1], (1 or B, 1, F, h, w), as of `regions.gaussian`.
 
@@ -155,8 +155,8 @@ def sample_latents(
     solver: Solver,
     progress: bool = True,
 ) -> Tensor:
-    """Normalised latents like noise (B, C, F, h, w). context (B, L, D); negative (1, L, D) is used
-    by guidance."""
+    """Returns normalised latents like noise (B, C, F, h, w). context (B, L, D); negative (1, L, D)
+    is used by guidance."""
     scheduler = solver.scheduler(noise.device)
     x = noise
     negative = negative.expand_as(context)
@@ -176,8 +176,8 @@ def sample_latents(
 def decode(
     vae: RGBADecoders, latents: Tensor, clips_at_once: int = 1
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """rgb (3, T, H, W) and alpha (1, T, H, W) of every clip, on the CPU; `vae.chunk` bounds the
-    memory."""
+    """Yields rgb (3, T, H, W) and alpha (1, T, H, W) of every clip, on the CPU; `vae.chunk` bounds
+    the memory."""
     for part in latents.split(clips_at_once):
         rgb, alpha = vae.decode(vae.denormalise(part.float()))
         yield from zip(rgb.float().cpu(), one_channel(alpha.float()).cpu(), strict=True)
@@ -198,7 +198,7 @@ def sample_clips(
     offload: bool = False,
     progress: bool = True,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """rgb (3, T, H, W) and alpha (1, T, H, W) of every seed, on the CPU.
+    """Yields rgb (3, T, H, W) and alpha (1, T, H, W) of every seed, on the CPU.
 
     context (B, L, D), negative (1, L, D): of the prompts. size: frames, height, width in pixels.
     guide: G in [0, 1], (1 or B, 1, F, h, w). offload: only the model at work is on the device, both

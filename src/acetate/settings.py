@@ -1,4 +1,4 @@
-"""Rules that a setting's value keeps, in words and as a test."""
+"""Rules for the values of settings, in words and as a test."""
 
 import math
 import re
@@ -10,7 +10,7 @@ ENDLESS = 2**31 - 1  # a bound of counts that is not worth saying
 
 
 class SettingError(ValueError):
-    """A setting, by its name, whose value breaks its rule."""
+    """A setting, by its name, has a value that breaks its rule."""
 
     def __init__(self, name: str, value: Any, message: str) -> None:
         super().__init__(message)
@@ -22,7 +22,7 @@ class SettingError(ValueError):
 
 @dataclass(frozen=True)
 class Rule:
-    """`says` completes "must be ..."; `holds` tells whether a value keeps the rule."""
+    """A rule: `says` completes "must be ..."; `holds` tells whether a value keeps it."""
 
     says: str
     holds: Callable[[Any], bool]
@@ -35,7 +35,7 @@ class Rule:
 
 
 def shown(value: Any) -> str:
-    """As it is written on a command line, cut where it is long."""
+    """Writes a value as on a command line, cut where it is long."""
     if value is None:
         return "null"
     written = str(value).lower() if isinstance(value, bool) else str(value)
@@ -64,7 +64,7 @@ def number(
     above: float | None = None,
     below: float | None = None,
 ) -> Rule:
-    """A finite number in the given span."""
+    """Makes a rule: a finite number in the given span."""
 
     def holds(value: Any) -> bool:
         return (
@@ -79,7 +79,7 @@ def number(
 
 
 def whole(low: int | None = None, high: int | None = None) -> Rule:
-    """A whole number in the given span."""
+    """Makes a rule: a whole number in the given span."""
     within = number(low, high)
     return Rule(
         f"a whole number{_span(low, high, None, None)}",
@@ -88,7 +88,7 @@ def whole(low: int | None = None, high: int | None = None) -> Rule:
 
 
 def strides(step: int, rest: int, high: int) -> Rule:
-    """A whole number step * k + rest, k from 0, at most `high`."""
+    """Makes a rule: a whole number step * k + rest, k from 0, at most `high`."""
     few = ", ".join(str(step * k + rest) for k in range(4))
     return Rule(
         f"one of {few}, ... ({step}k+{rest}), at most {high:,}",
@@ -126,7 +126,8 @@ def either(*rules: Rule) -> Rule:
 
 
 def several(rule: Rule, least: int = 1, most: int | None = None) -> Rule:
-    """A list of values that each keep the rule, `least` of them or more, at most `most`."""
+    """Makes a rule: a list of values that each keep the rule, `least` of them or more, at most
+    `most`."""
     if most == least:
         count = f"a list of {least}"
     else:
@@ -143,7 +144,7 @@ def several(rule: Rule, least: int = 1, most: int | None = None) -> Rule:
 
 
 def rising(rule: Rule) -> Rule:
-    """Two values [low, high], low at most high."""
+    """Makes a rule: two values [low, high], low at most high."""
     two = several(rule, 2, 2)
     return Rule(
         f"[low, high], each {rule.says}",

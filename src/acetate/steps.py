@@ -1,5 +1,4 @@
-"""Training counted in optimizer steps, and in nothing else: when it validates and logs, and what it
-logs."""
+"""Counts training in optimizer steps, and in nothing else: validations, logs and logged values."""
 
 from typing import Any
 
@@ -11,7 +10,7 @@ from acetate import lightning_seams as seams
 
 
 class StepTrainer(Trainer):
-    """Lightning's, with val_check_interval and log_every_n_steps in optimizer steps.
+    """A Lightning trainer with val_check_interval and log_every_n_steps in optimizer steps.
 
     All that is logged stands at N, the number of finished steps, with `epoch`, the passes over the
     training data, where the data module counts them (`passes`). Several devices or processes use
@@ -27,26 +26,26 @@ class StepTrainer(Trainer):
 
     @property
     def validation_due(self) -> bool:
-        """Whether one belongs after the step that was just finished."""
+        """True where a validation belongs after the step that was just finished."""
         if not self.global_step or not seams.step_is_due(self) or not seams.validates(self):
             return False
         return self.global_step % self.val_check_interval == 0
 
     @property
     def passes(self) -> float:
-        """Over the training data, of all ranks together; Lightning's epochs where nothing counts
-        them."""
+        """Passes over the training data, of all ranks together; Lightning's epochs where nothing
+        counts them."""
         return float(getattr(self.datamodule, "passes", self.current_epoch))
 
 
 def ends_step(task: LightningModule) -> bool:
-    """In training_step: whether the optimizer steps after this batch."""
+    """Returns in training_step whether the optimizer steps after this batch."""
     return seams.step_is_due(task.trainer)
 
 
 def logs_step(task: LightningModule) -> bool:
-    """In training_step: whether loggers write what this step logs; never of a task without a
-    trainer."""
+    """Returns in training_step whether loggers write what this step logs; never for a task without
+    a trainer."""
     if not seams.has_trainer(task):
         return False
     every = task.trainer.log_every_n_steps

@@ -26,7 +26,7 @@ _stores: dict[int, TCPStore] = {}  # by port, of this process
 
 
 def listening(port: int = 0, timeout: timedelta = TIMEOUT) -> TCPStore:
-    """A store that this process serves, on loopback alone; 0: on any free port."""
+    """Returns a store that this process serves, on loopback alone; port 0: on any free port."""
     if port in _stores:
         return TCPStore(HOST, port, is_master=False, timeout=timeout)
     listener = socket.create_server((HOST, port))
@@ -43,7 +43,8 @@ def listening(port: int = 0, timeout: timedelta = TIMEOUT) -> TCPStore:
 
 
 class OneMachine(StaticTCPRendezvous):
-    """torchrun's own way for one node, with a store of `listening` for each start of its ranks."""
+    """Meets as torchrun does on one node, with a store of `listening` for each start of its
+    ranks."""
 
     def get_backend(self) -> str:
         return NAME
@@ -59,9 +60,8 @@ def start_of(params: RendezvousParameters) -> OneMachine:
 
 
 def stay_on_this_machine() -> None:
-    """For a run on one machine: the store that its first process serves, where no launcher does,
-    and the sockets of gloo and NCCL are those of loopback, unless the environment says otherwise.
-    """
+    """Keeps a run on one machine: its first process serves the store, where no launcher does, and
+    the sockets of gloo and NCCL are those of loopback, unless the environment says otherwise."""
     for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
         os.environ.setdefault(name, LOOPBACK)
     os.environ.setdefault("MASTER_ADDR", HOST)

@@ -1,5 +1,5 @@
-"""VGG16, and LPIPS on it, for losses and metrics: read without running code, and missed in
-words."""
+"""Loads VGG16, and LPIPS on it, for losses and metrics, without running code; says what to do where
+they are missing."""
 
 import warnings
 from contextlib import nullcontext
@@ -13,7 +13,8 @@ from torchvision.models import VGG16_Weights
 
 
 def load_vgg16(weights: str | None, instead: str) -> dict[str, Tensor]:
-    """VGG16 state dict from a file, or from torchvision's cache, fetched into it if need be.
+    """Returns VGG16's state dict from a file, or from torchvision's cache, fetched into it if need
+    be.
 
     Raises FileNotFoundError that says which file goes where, or what to do instead.
     """
@@ -40,7 +41,8 @@ def load_vgg16(weights: str | None, instead: str) -> dict[str, Tensor]:
 
 
 def lpips_network(instead: str, pretrained: bool = True) -> nn.Module:
-    """LPIPS-VGG 0.1 (Zhang et al. 2018), frozen: two (N, 3, H, W) in [-1, 1] -> (N, 1, 1, 1).
+    """Returns LPIPS-VGG 0.1 (Zhang et al. 2018), frozen: two (N, 3, H, W) in [-1, 1] -> (N, 1, 1,
+    1).
 
     pretrained False: on the meta device, to measure with. Raises as `load_vgg16`.
     """

@@ -1,5 +1,5 @@
-"""RGBA in and out of files. Frames are uint8 (T, H, W, 4), alpha 0..255, colour as the file stores
-it."""
+"""Reads and writes RGBA files. Frames are uint8 (T, H, W, 4), alpha 0..255, colour as the file
+stores it."""
 
 import io
 import os
@@ -56,7 +56,7 @@ PACKING_PICTURES = 6  # of a video, spread over its length, that its rectangles 
 
 
 def read_rgba(path: Path, limits: Limits = LIMITS, asked: Asked = AS_STATED) -> RGBAClip:
-    """All of `open_rgba`, in memory."""
+    """Reads all frames of `open_rgba` into memory."""
     if path.suffix.lower() in IMAGES and not is_sequence(path):
         return read_image(path, limits, asked)
     with decoding(path):
@@ -64,8 +64,8 @@ def read_rgba(path: Path, limits: Limits = LIMITS, asked: Asked = AS_STATED) -> 
 
 
 def open_rgba(path: Path, limits: Limits = LIMITS, asked: Asked = AS_STATED) -> Stream:
-    """A still, a folder of them, an animated image or a video with alpha, picture by picture; see
-    `read_image` and `open_video`. asked: what a person says of it.
+    """Opens a still, a folder of them, an animated image or a video with alpha, picture by picture;
+    see `read_image` and `open_video`. asked: what a person says of it.
 
     Raises MediaError, also while it is iterated over, for a damaged file, an unknown kind of file,
     one without alpha or beyond the limits.
@@ -82,13 +82,13 @@ def open_rgba(path: Path, limits: Limits = LIMITS, asked: Asked = AS_STATED) -> 
 
 
 def read_pair(fgr: Path, pha: Path, limits: Limits = LIMITS) -> RGBAClip:
-    """All of `open_pair`, in memory."""
+    """Reads all frames of `open_pair` into memory."""
     return open_pair(fgr, pha, limits).collected(fgr, limits)
 
 
 def open_pair(fgr: Path, pha: Path, limits: Limits = LIMITS) -> Stream:
-    """Colour of `fgr` with `pha` as alpha, as `open_matte` takes it; each a video, an image or a
-    sequence.
+    """Opens colour of `fgr` with `pha` as alpha, as `open_matte` takes it; each a video, an image
+    or a sequence.
 
     Limited-range luma is stretched so that 16..235 becomes 0..255. MediaError, also while it is
     iterated over, if length or size differ.
@@ -121,14 +121,14 @@ def open_pair(fgr: Path, pha: Path, limits: Limits = LIMITS) -> Stream:
 def read_packed(
     path: Path, color_rect: Rect, alpha_rect: Rect, limits: Limits = LIMITS
 ) -> RGBAClip:
-    """All of `open_packed`, in memory."""
+    """Reads all frames of `open_packed` into memory."""
     with decoding(path):
         return open_packed(path, color_rect, alpha_rect, limits).collected(path, limits)
 
 
 def open_packed(path: Path, color_rect: Rect, alpha_rect: Rect, limits: Limits = LIMITS) -> Stream:
-    """Colour and alpha from two rectangles of an opaque video; alpha is scaled to the colour's
-    size."""
+    """Opens colour and alpha from two rectangles of an opaque video; alpha is scaled to the
+    colour's size."""
 
     def channels(frame: av.VideoFrame, stated: Stated) -> Frames:
         for name, (x, y, width, height) in (("color", color_rect), ("alpha", alpha_rect)):
@@ -151,7 +151,8 @@ def open_packed(path: Path, color_rect: Rect, alpha_rect: Rect, limits: Limits =
 
 
 def measure_packing(path: Path, limits: Limits = LIMITS) -> Packing | None:
-    """Where colour and alpha of a packed video are, as its pictures show it; see `find_packing`."""
+    """Finds where colour and alpha of a packed video are, as its pictures show it; see
+    `find_packing`."""
     film = open_film(path, color, limits)
     count = film.frames
     wanted = {(2 * i + 1) * count // (2 * PACKING_PICTURES) for i in range(PACKING_PICTURES)}
@@ -159,8 +160,8 @@ def measure_packing(path: Path, limits: Limits = LIMITS) -> Packing | None:
 
 
 def describe(path: Path, limits: Limits = LIMITS, asked: Asked = AS_STATED) -> Description:
-    """Length, size and whether there is alpha; decodes one frame at most. MediaError if
-    unreadable."""
+    """Returns length, size and whether there is alpha; decodes one frame at most. Raises MediaError
+    if the file is unreadable."""
     if is_sequence(path):
         files = sequence_files(path)
         check_frames(path, files)
@@ -173,8 +174,8 @@ def describe(path: Path, limits: Limits = LIMITS, asked: Asked = AS_STATED) -> D
 
 
 def encode_ffv1(frames: Iterable[Frames], fps: float) -> bytes:
-    """Lossless Matroska of RGBA frames, uint8 (H, W, 4) each, which may come one by one; the same
-    bytes for the same frames. ValueError for others, and for none.
+    """Encodes RGBA frames, uint8 (H, W, 4) each, which may come one by one, as lossless Matroska;
+    the same bytes for the same frames. Raises ValueError for others, and for none.
 
     bgra: FFV1 codes it through a reversible colour transform, so every bit survives. The Rice
     coder's files are a sixth larger than the range coder's (measured on effect videos) and decode
@@ -205,7 +206,7 @@ def encode_ffv1(frames: Iterable[Frames], fps: float) -> bytes:
 
 
 def decode_ffv1(data: bytes, name: str, shape: tuple[int, int, int]) -> tuple[Frames, float]:
-    """Inverse of `encode_ffv1`: frames (T, H, W, 4) and fps.
+    """Inverts `encode_ffv1`: returns frames (T, H, W, 4) and fps.
 
     shape: the frames, height and width that were promised; decoding stops where there are more.
     Raises MediaError, which names `name`, for another shape, for what has no alpha, and for
@@ -248,7 +249,7 @@ def _only_ffv1(name: str, container: av.container.InputContainer) -> av.VideoStr
 
 
 def write_video(path: Path, frames: Frames, fps: float) -> None:
-    """H.264 MP4 of opaque frames (T, H, W, 3) in BT.709; an odd side repeats its last row or
+    """Writes H.264 MP4 of opaque frames (T, H, W, 3) in BT.709; an odd side repeats its last row or
     column.
 
     The file appears under its name only when it is whole.
@@ -314,7 +315,7 @@ def _open_sequence(folder: Path, limits: Limits, asked: Asked) -> Stream:
 
 
 def _open_color(path: Path, limits: Limits) -> Stream:
-    """Of every frame of a video, an image or a sequence."""
+    """Opens the colour of every frame of a video, an image or a sequence."""
     if is_sequence(path) or path.suffix.lower() in IMAGES + OPAQUE_IMAGES:
         files = sequence_files(path) if is_sequence(path) else [path]
         header = _check(path, files, limits)
@@ -324,7 +325,7 @@ def _open_color(path: Path, limits: Limits) -> Stream:
 
 
 def _check(path: Path, files: list[Path], limits: Limits) -> Description:
-    """Of a sequence, by its first image."""
+    """Checks a sequence by its first image."""
     check_frames(path, files)
     header = describe(files[0], limits)
     limits.check(path, len(files), header.width, header.height)

@@ -1,4 +1,4 @@
-"""A sampled RGBA clip into the files that editors, compositors and browsers open."""
+"""Writes a sampled RGBA clip into the files that editors, compositors and browsers open."""
 
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -61,7 +61,7 @@ class _Clip:
     guide: Tensor | None = None
 
     def floats(self) -> Iterator[Tensor]:
-        """Per frame (4, H, W), clamped: rgb in [-1, 1], alpha in [0, 1]."""
+        """Yields (4, H, W) per frame, clamped: rgb in [-1, 1], alpha in [0, 1]."""
         for rgb, alpha in zip(self.rgb.unbind(1), self.alpha.unbind(1), strict=True):
             rgb, alpha = rgb.detach().float().cpu(), alpha.detach().float().cpu()
             yield torch.cat((rgb.clamp(-1, 1), alpha.clamp(0, 1)))
@@ -71,13 +71,13 @@ class _Clip:
             yield torch.cat(((frame[:3] + 1) / 2, frame[3:])).numpy()
 
     def images(self) -> Iterator[Frames]:
-        """Per frame uint8 (H, W, 4)."""
+        """Yields uint8 (H, W, 4) per frame."""
         for picture in self.pictures():
             yield _to_uint8(picture)
 
 
 def check_formats(formats: Sequence[str]) -> None:
-    """ValueError for a format that `write_clip` does not know; for commands, before hours of
+    """Raises ValueError for a format that `write_clip` does not know; for commands, before hours of
     sampling."""
     for name in formats:
         if name not in FORMATS:
@@ -92,7 +92,7 @@ def write_clip(
     formats: Sequence[str],
     guide: Tensor | None = None,
 ) -> list[Path]:
-    """Write the clip once per format and return the paths, in the order of `formats`.
+    """Writes the clip once per format and returns the paths, in the order of `formats`.
 
     rgb (3, T, H, W): straight colour, about [-1, 1]. alpha (1, T, H, W): about [0, 1]. Both are
     clamped and rounded. guide (T, N, 2), as of `regions.outlines`: drawn in the preview alone.
@@ -152,8 +152,7 @@ def _write_png(paths: Sequence[Path], clip: _Clip) -> None:
 
 
 def _write_webp(paths: Sequence[Path], clip: _Clip) -> None:
-    """Durations are whole milliseconds: rounding the times, not the durations, keeps the clip's
-    length."""
+    """Writes whole milliseconds: rounding the times, not the durations, keeps the clip's length."""
     images = [Image.fromarray(image) for image in clip.images()]
     times = np.rint(np.arange(len(images) + 1) * 1000 / clip.fps).astype(int)
     options = {
@@ -166,15 +165,15 @@ def _write_webp(paths: Sequence[Path], clip: _Clip) -> None:
 
 
 def _write_apng(paths: Sequence[Path], clip: _Clip) -> None:
-    """FFmpeg's writer keeps equal frames apart and the rate as a fraction; PIL's joins them and
-    rounds to ms."""
+    """Writes with FFmpeg, which keeps equal frames apart and the rate as a fraction; PIL joins them
+    and rounds to ms."""
     planes = ([image.reshape(len(image), -1)] for image in clip.images())
     _encode(paths[0], "apng", "rgba", clip, planes, {"pred": "mixed"}, {"plays": "0"})
 
 
 def _write_webm(paths: Sequence[Path], clip: _Clip) -> None:
-    """Two VP9 streams in one, colour and alpha; the muxer marks them with AlphaMode = 1, which
-    browsers ask for.
+    """Writes two VP9 streams in one, colour and alpha; the muxer marks them with AlphaMode = 1,
+    which browsers ask for.
 
     crf 8: what is lost is chroma resolution by then, 0.36 steps of 255 over a background at
     240x416. crf 4 has 0.34 in a file 1.4 times as large.
@@ -188,7 +187,7 @@ def _write_webm(paths: Sequence[Path], clip: _Clip) -> None:
 
 
 def _write_prores(paths: Sequence[Path], clip: _Clip) -> None:
-    """alpha_bits 16: ten bits go in and come back unchanged (with 8 only every fourth level
+    """Writes alpha_bits 16: ten bits go in and come back unchanged (with 8 only every fourth level
     survives)."""
     planes = (
         [*_ycbcr(picture, 10, halve=False), _to_levels(picture[3], 1023)]
@@ -202,8 +201,8 @@ def _write_prores(paths: Sequence[Path], clip: _Clip) -> None:
 
 
 def _write_pair(paths: Sequence[Path], clip: _Clip) -> None:
-    """The matte is limited-range luma, 16..235: players and editors stretch it whether or not they
-    read the tag."""
+    """Writes the matte as limited-range luma, 16..235: players and editors stretch it whether or
+    not they read the tag."""
     color = (_ycbcr(picture, 8, halve=True) for picture in _even(clip))
     _encode(paths[0], "libx264", "yuv420p", clip, color, {"crf": "8", **CENTRED}, FASTSTART)
     matte = (_grey(picture[3]) for picture in _even(clip))
@@ -211,7 +210,7 @@ def _write_pair(paths: Sequence[Path], clip: _Clip) -> None:
 
 
 def _write_preview(paths: Sequence[Path], clip: _Clip) -> None:
-    """Small clips are enlarged by a whole factor: a player's own scaling would blur them."""
+    """Enlarges small clips by a whole factor: a player's own scaling would blur them."""
     height, width = clip.rgb.shape[2:]
     factor = max(1, min(-(-PREVIEW_SIDE // min(height, width)), PREVIEW_MOST // max(height, width)))
     board = checkerboard(height, width, cell=-(-8 // factor))[:, 0]
@@ -228,7 +227,8 @@ def _write_preview(paths: Sequence[Path], clip: _Clip) -> None:
 
 
 def draw_guide(image: Image.Image, guide: Tensor, t: int) -> None:
-    """The guide's outline at frame t, and its centre's way with a dot at the end where it moves.
+    """Draws the guide's outline at frame t, and its centre's way with a dot at the end where it
+    moves.
 
     guide (T, N, 2): x and y as shares of the picture's width and height, as of `regions.outlines`.
     """
@@ -264,7 +264,7 @@ def _to_levels(unit: NDArray[np.float32], top: int) -> NDArray[np.integer]:
 
 
 def _to_uint8(picture: NDArray[np.float32]) -> Frames:
-    """(C, H, W) in [0, 1] to (H, W, C)."""
+    """Turns (C, H, W) in [0, 1] into (H, W, C)."""
     return cast(Frames, np.ascontiguousarray(_to_levels(picture, 255).transpose(1, 2, 0)))
 
 
@@ -274,8 +274,8 @@ def _even(clip: _Clip) -> Iterator[Picture]:
 
 
 def _ycbcr(picture: Picture, bits: int, halve: bool) -> list[NDArray[np.integer]]:
-    """BT.709 Y', C'B, C'R in limited range; `halve` takes chroma over blocks of 2x2, weighted by
-    alpha.
+    """Returns BT.709 Y', C'B, C'R in limited range; `halve` takes chroma over blocks of 2x2,
+    weighted by alpha.
 
     Colour under alpha 0 stays as the model made it, it is part of the straight clip; but a plain
     mean of the chroma would mix it into visible pixels. Error of the visible colour in VP9 at
@@ -293,7 +293,7 @@ def _ycbcr(picture: Picture, bits: int, halve: bool) -> list[NDArray[np.integer]
 
 
 def _grey(alpha: NDArray[np.float32]) -> list[NDArray[np.integer]]:
-    """(H, W) in [0, 1] as luma 16..235 with neutral chroma of half the size."""
+    """Returns (H, W) in [0, 1] as luma 16..235 with neutral chroma of half the size."""
     neutral = np.full([side // 2 for side in alpha.shape], 128, np.uint8)
     return [np.rint(16 + 219 * alpha).astype(np.uint8), neutral, neutral]
 
@@ -313,8 +313,8 @@ def _encode(
     container_options: dict[str, str] | None = None,
     packet_filter: str | None = None,
 ) -> None:
-    """Planes as they are into a file: the scaler, which truncates where we round, has no part in
-    it."""
+    """Encodes planes as they are into a file: the scaler, which truncates where we round, has no
+    part in it."""
     rate = Fraction(clip.fps).limit_denominator(1001)
     height, width = (side + side % 2 if "420" in pixels else side for side in clip.rgb.shape[2:])
     with av.open(str(path), "w", options=container_options or {}) as container:
@@ -347,8 +347,8 @@ def _frame(planes: Planes, pixels: str, width: int, height: int) -> av.VideoFram
 
 @contextmanager
 def _whole(paths: Sequence[Path]) -> Iterator[list[Path]]:
-    """Siblings to write to, with the same suffix; they take the names of `paths` if all goes well,
-    else vanish.
+    """Yields siblings to write to, with the same suffix; they take the names of `paths` if all goes
+    well, else vanish.
 
     OSError names the file, the free space and the way out.
     """

@@ -1,4 +1,4 @@
-"""When checkpoints are written, and the adapter file beside each."""
+"""Writes checkpoints, and the adapter file beside each."""
 
 import json
 import os
@@ -20,8 +20,8 @@ from acetate.steps import StepTrainer
 
 
 class StepCheckpoint(SteeredCheckpoint):
-    """Checkpoints that a run goes on from exactly, every `every_n_train_steps` optimizer steps,
-    before every validation, and at the end.
+    """Saves checkpoints that a run goes on from exactly: every `every_n_train_steps` optimizer
+    steps, before every validation, and at the end.
 
     A run that goes on from one begins with the validation that was due there, also when there is no
     step left. What was logged is noted, so that metrics.csv has every row once. With `monitor`, the
@@ -55,8 +55,8 @@ class StepCheckpoint(SteeredCheckpoint):
                 left.unlink() if left.is_file() else shutil.rmtree(left)
 
     def save(self, trainer: Trainer) -> None:
-        """Now, unless this step is saved. Raises what the data module does where the run has read
-        no clip."""
+        """Saves a checkpoint now, unless this step is saved. Raises what the data module does where
+        the run has read no clip."""
         check = getattr(trainer.datamodule, "check_read", None)  # pyright: ignore
         if check is not None:
             check("train")
@@ -69,7 +69,7 @@ class StepCheckpoint(SteeredCheckpoint):
 
     @property
     def _measured_later(self) -> bool:
-        """Whether a validation decides what is kept."""
+        """True where a validation decides what is kept."""
         return self.monitor is not None and not self.monitor.startswith("train")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -128,7 +128,7 @@ class StepCheckpoint(SteeredCheckpoint):
         temporary.replace(record)
 
     def _copy(self, saved: Path, best: Path, facts: dict[str, Any]) -> None:
-        """Hard links where there are such: checkpoints are replaced, never changed."""
+        """Makes hard links where the disk has them: checkpoints are replaced, never changed."""
         temporary = best.with_name(f".{best.name}.tmp")
         remove(temporary)
         if saved.is_dir():
@@ -168,7 +168,7 @@ def _steps(trainer: Trainer) -> StepTrainer:
 
 
 def _check_same(trainer: Trainer, own: str) -> None:
-    """ValueError on all ranks where one goes on from something else."""
+    """Raises ValueError on all ranks where one goes on from something else."""
     if trainer.world_size == 1:
         return
     found = [""] * trainer.world_size
@@ -183,7 +183,7 @@ def _check_same(trainer: Trainer, own: str) -> None:
 
 
 def _metrics_files(trainer: Trainer) -> list[MetricsFile]:
-    """On rank 0, which writes them."""
+    """Returns the metrics files of the run on rank 0, which writes them; none on other ranks."""
     return [
         logger
         for logger in trainer.loggers
@@ -192,8 +192,8 @@ def _metrics_files(trainer: Trainer) -> list[MetricsFile]:
 
 
 class AdapterCheckpoint(StepCheckpoint):
-    """Beside every checkpoint NAME.ckpt a NAME.safetensors with what trains (its average where EMA
-    runs).
+    """Writes NAME.safetensors beside every checkpoint NAME.ckpt: what trains, or its average where
+    EMA runs.
 
     Its metadata is the module's `adapter_metadata()`, str -> str: enough to build the model again,
     and step and whether it is the average. The file's tensors are named as in the module. It comes
@@ -247,7 +247,7 @@ class AdapterCheckpoint(StepCheckpoint):
 
 
 def _adapters(trainer: Trainer, module: LightningModule) -> tuple[bool, dict[str, Tensor]]:
-    """Whether they are averages, and what trains, whole; on other ranks than the first without
+    """Returns whether the tensors are averages, and what trains, whole; only the first rank has
     tensors."""
     averages = [callback.average for callback in trainer.callbacks if isinstance(callback, EMA)]  # pyright: ignore
     averaged = bool(averages and averages[0])

@@ -1,4 +1,5 @@
-"""curves.png of a run, from its metrics.csv: losses, what validations measured, learning rate."""
+"""Draws curves.png of a run from its metrics.csv: losses, what validations measured, learning
+rate."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -36,7 +37,7 @@ class Panel(NamedTuple):
 
 
 class Curves(Callback):
-    """Redrawn after each validation and at the end of training, by rank 0.
+    """Draws the curves after each validation and at the end of training, on rank 0.
 
     directory: that of metrics.csv, and of curves.png. A fault in drawing is said and stops nothing.
     """
@@ -77,7 +78,8 @@ def _title(run: Path) -> str:
 
 
 def draw(metrics: Mapping[str, Points], path: Path, title: str) -> None:
-    """metrics as `read_metrics` finds them; nothing is written where there are none."""
+    """Draws metrics, as `read_metrics` finds them, into a file; writes nothing where there are
+    none."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -102,7 +104,7 @@ def draw(metrics: Mapping[str, Points], path: Path, title: str) -> None:
 
 
 def plan(metrics: Mapping[str, Points]) -> list[Panel]:
-    """What is drawn, in this order; panels without lines included."""
+    """Returns the panels in the order in which they are drawn, those without lines included."""
 
     def of(prefix: str, *ends: str) -> list[str]:
         names = sorted(name for name in metrics if name.startswith(prefix))
@@ -172,7 +174,8 @@ def _draw_panel(axis: "Axes", panel: Panel, metrics: Mapping[str, Points], last:
 
 
 def _style(name: str, label: str, place: int, count: int) -> dict[str, Any]:
-    """Colour by view and dashes by term of a VIEW/TERM; shades where lines have an order."""
+    """Chooses colour by view and dashes by term of a VIEW/TERM, and shades where lines have an
+    order."""
     view, _, term = label.rpartition("/")
     color = VIEWS.get(view, COLORS[(place + 3 * (count > 6)) % len(COLORS)])
     if name in ("train/loss", "val/loss"):
@@ -187,7 +190,7 @@ def _style(name: str, label: str, place: int, count: int) -> dict[str, Any]:
 
 
 def _label(axis: "Axes", ends: list[tuple[float, str, Any]]) -> None:
-    """Names at the right ends of their lines, moved apart where they would overlap."""
+    """Writes names at the right ends of their lines, moved apart where they would overlap."""
     to_axes = axis.transData + axis.transAxes.inverted()
     heights = [float(to_axes.transform((0, value))[1]) for value, _, _ in ends]
     order = sorted(range(len(ends)), key=heights.__getitem__)
@@ -207,7 +210,7 @@ def _label(axis: "Axes", ends: list[tuple[float, str, Any]]) -> None:
 
 
 def _thinned(points: Points) -> tuple[np.ndarray, np.ndarray]:
-    """Steps and values; means over neighbours where there are more than fit."""
+    """Returns steps and values; where there are more than fit, means over neighbours."""
     array = np.array(points, dtype=float).T
     size = -(-array.shape[1] // WIDE)
     whole = array[:, : array.shape[1] // size * size].reshape(2, -1, size).mean(2)
@@ -215,6 +218,6 @@ def _thinned(points: Points) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _smooth(values: np.ndarray) -> np.ndarray:
-    """The mean over a twentieth of the line around each point."""
+    """Returns the mean over a twentieth of the line around each point."""
     window = np.ones(2 * (len(values) // 40) + 1)
     return np.convolve(values, window, "same") / np.convolve(np.ones_like(values), window, "same")

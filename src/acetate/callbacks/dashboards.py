@@ -1,4 +1,4 @@
-"""wandb and TensorBoard, with the settings of a run and what it is made of."""
+"""Loggers for wandb and TensorBoard that also get a run's settings and what it is made of."""
 
 import logging
 import os
@@ -145,7 +145,7 @@ class WandbRun(WandbLogger):
 
     @property
     def where(self) -> str:
-        """Its page, or how to see it."""
+        """The address of the run's page, or how to see it."""
         run = self.experiment
         if not run.offline and run.url:
             return str(run.url)
@@ -177,7 +177,7 @@ class WandbRun(WandbLogger):
 
 
 class TensorBoardRun(TensorBoardLogger):
-    """`save_dir`/tensorboard, with the settings as text and for the HPARAMS page."""
+    """Writes to `save_dir`/tensorboard, with the settings as text and for the HPARAMS page."""
 
     def __init__(self, *, save_dir: str, objective: str | None = None) -> None:
         super().__init__(save_dir, name="", version="tensorboard")
@@ -185,7 +185,7 @@ class TensorBoardRun(TensorBoardLogger):
 
     @rank_zero_only
     def log_hyperparams(self, params: Mapping[str, Any], *args: object, **settings: object) -> None:
-        """Lightning's also logs a metric of its own, at a step that has none."""
+        """Writes settings without the metric that Lightning adds at a step that has none."""
         text = yaml.safe_dump(dict(params), sort_keys=False, allow_unicode=True)
         self.experiment.add_text(
             "config", "\n".join(f"    {line}" for line in text.splitlines()), 0
@@ -201,7 +201,8 @@ class TensorBoardRun(TensorBoardLogger):
 
 
 def unreachable() -> str | None:
-    """Why wandb's server would not take a run with the present key; None where nothing says so."""
+    """Returns why wandb's server would not take a run with the present key; None where nothing says
+    so."""
     url = str(
         wandb_setup.singleton().settings.base_url
         or os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
@@ -225,7 +226,7 @@ def unreachable() -> str | None:
 
 
 def _cause(error: BaseException) -> str:
-    """What the system said, below the libraries' own words."""
+    """Returns what the system said, below the libraries' own words."""
     found: BaseException | None = error
     while found is not None:
         if isinstance(found, OSError) and found.strerror:
@@ -237,7 +238,7 @@ def _cause(error: BaseException) -> str:
 
 @contextmanager
 def _command_without_secrets() -> Iterator[None]:
-    """wandb notes sys.argv when a run starts."""
+    """Takes secrets out of sys.argv while wandb notes it at the start of a run."""
     kept, sys.argv = sys.argv, redacted(sys.argv)
     try:
         yield

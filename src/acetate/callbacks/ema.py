@@ -9,7 +9,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 class EMA(Callback):
-    """ema <- d * ema + (1 - d) * w after each step, d = min(decay, (1 + step) / (10 + step)).
+    """Keeps an average: ema <- d * ema + (1 - d) * w after each step, d = min(decay, (1 + step) /
+    (10 + step)).
 
     Validation and adapter files see the average; training and the optimizer never do. Kept in fp32
     in the checkpoint, and whole where weights are sharded, so that a resumed run goes on with it.
@@ -67,8 +68,8 @@ class EMA(Callback):
 
 
 def _assign(target: Tensor, value: Tensor) -> Tensor:
-    """target with the value, which is whole where it comes from a checkpoint; each rank then takes
-    its part."""
+    """Fills target with the value, which is whole where it comes from a checkpoint; each rank then
+    takes its part."""
     if isinstance(target, DTensor) and not isinstance(value, DTensor):
         value = distribute_tensor(
             value.to(target.device), target.device_mesh, target.placements, src_data_rank=None

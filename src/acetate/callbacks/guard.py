@@ -88,7 +88,7 @@ class NonFiniteGuard(Callback):
         self._bad_steps = state_dict["bad_steps"]
 
     def _read(self, trainer: Trainer, pl_module: LightningModule, values: list[Tensor]) -> bool:
-        """Whether any rank met anything that is not finite; the one synchronisation of the
+        """Returns whether any rank met a value that is not finite; the one synchronisation of the
         batch."""
         loss = [] if self._loss is None else [self._loss]
         finite = [ok.all() for ok in self._inputs.values()] + [
@@ -129,7 +129,8 @@ class NonFiniteGuard(Callback):
 
 
 def _local(gradient: Tensor) -> Tensor:
-    """This rank's shard: ranks agree in one sum over flags, not in one collective per tensor."""
+    """Returns this rank's shard: ranks agree in one sum over flags, not in one collective per
+    tensor."""
     return gradient.to_local() if isinstance(gradient, DTensor) else gradient
 
 
@@ -138,8 +139,8 @@ def _finite(gradient: Tensor) -> bool:
 
 
 def _largest_gradient(optimizer: Optimizer) -> Tensor:
-    """Finite if and only if every gradient is; the Euclidean norm would overflow before its
-    gradients do."""
+    """Returns the largest gradient, finite if and only if all are; the Euclidean norm would
+    overflow before its gradients do."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     gradients = [_local(p.grad) for p in parameters if p.grad is not None]
     return torch.nn.utils.get_total_norm(

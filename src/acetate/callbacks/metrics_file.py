@@ -1,4 +1,4 @@
-"""metrics.csv, which a resumed run goes on with, and config.yaml beside it."""
+"""Writes metrics.csv, which a resumed run goes on with, and config.yaml beside it."""
 
 import csv
 import math
@@ -15,7 +15,7 @@ HIGHER_IS_BETTER = ("psnr", "ssim")
 
 
 class Best(NamedTuple):
-    """The best of a metric's values, the step that it was measured at, and the last value."""
+    """Holds the best of a metric's values, the step that it was measured at, and the last value."""
 
     value: float
     step: int
@@ -23,12 +23,12 @@ class Best(NamedTuple):
 
 
 def direction(name: str) -> str:
-    """`max` of what measures likeness, `min` of errors and losses."""
+    """Returns `max` for metrics of likeness and `min` for errors and losses."""
     return "max" if name.rsplit("/")[-1].startswith(HIGHER_IS_BETTER) else "min"
 
 
 def measured(name: str) -> bool:
-    """Whether a validation measures it, so that its best value says something."""
+    """Returns whether a validation measures this metric, so that its best value says something."""
     return name.startswith(("val/", "val_"))
 
 
@@ -37,7 +37,8 @@ def better(name: str, one: float, other: float) -> bool:
 
 
 def read_metrics(path: Path) -> dict[str, list[tuple[int, float]]]:
-    """Column -> its (step, value) in the order of the file, without what is not finite."""
+    """Reads a metrics file into column -> (step, value) pairs in the order of the file; leaves out
+    values that are not finite."""
     found: dict[str, list[tuple[int, float]]] = {}
     if not path.exists():
         return found
@@ -51,7 +52,7 @@ def read_metrics(path: Path) -> dict[str, list[tuple[int, float]]]:
 
 
 def best_of(metrics: Mapping[str, Sequence[tuple[int, float]]]) -> dict[str, Best]:
-    """Of what `read_metrics` found; only what validations measure."""
+    """Returns the best of each metric in the result of `read_metrics` that validations measure."""
     found = {}
     for name, points in metrics.items():
         if measured(name):
@@ -62,10 +63,11 @@ def best_of(metrics: Mapping[str, Sequence[tuple[int, float]]]) -> dict[str, Bes
 
 
 class MetricsWriter(ExperimentWriter):
-    """Rows of what is logged, a column for each name; whole at any moment but for its last row."""
+    """Writes rows of logged values, a column for each name; the file is whole at any moment but for
+    its last row."""
 
     def log_hparams(self, params: dict[str, Any]) -> None:
-        """Written at once, where Lightning writes them whenever rows are saved."""
+        """Writes the settings at once; Lightning would wait until rows are saved."""
         path = Path(self.log_dir) / "config.yaml"
         temporary = path.with_suffix(".tmp")
         temporary.write_text(yaml.safe_dump(params, sort_keys=False, allow_unicode=True))
@@ -88,7 +90,7 @@ class MetricsWriter(ExperimentWriter):
         self.rows += len(rows)
 
     def keep(self, count: int) -> None:
-        """The first `count` rows, and none that was logged later."""
+        """Keeps the first `count` rows and drops those that were logged later."""
         rows = self._read()[1][:count]
         self._replace(rows)
         self.metrics, self.rows = [], len(rows)
@@ -119,7 +121,7 @@ class MetricsWriter(ExperimentWriter):
 
 
 class MetricsFile(CSVLogger):
-    """`save_dir`/metrics.csv, of rank 0.
+    """Logs to `save_dir`/metrics.csv, on rank 0.
 
     A checkpoint notes how many rows there are (callbacks.checkpoints); the rows that a killed run
     has written since are dropped when it goes on, because it writes them again.
@@ -137,7 +139,7 @@ class MetricsFile(CSVLogger):
         return self._experiment  # pyright: ignore[reportReturnType]  typed by its base class
 
     def rows(self) -> int:
-        """On disk, once everything that was logged is."""
+        """Writes all that was logged to the disk and returns the number of rows there."""
         self.experiment.save()
         return self.experiment.rows
 

@@ -1,5 +1,4 @@
-"""Pictures and videos of the first validation clips: what was given, what came back, where alpha is
-wrong."""
+"""Draws the first validation clips: source, reconstruction, and where alpha is wrong."""
 
 import math
 import os
@@ -36,8 +35,8 @@ GROUND, INK = (34, 34, 38), (235, 235, 235)
 
 @dataclass(frozen=True)
 class Clip:
-    """One validation clip on the CPU, uint8: rgb (3, T, H, W), alpha (1, T, H, W); and its own
-    figures."""
+    """One validation clip on the CPU, uint8, and its own figures: rgb (3, T, H, W), alpha (1, T, H,
+    W)."""
 
     key: str
     rgb: Tensor
@@ -54,8 +53,8 @@ class Clip:
 
 
 def quality(rgb_hat: Tensor, alpha_hat: Tensor, rgb: Tensor, alpha: Tensor) -> tuple[float, float]:
-    """A clip's share of the validation's rgb/psnr and alpha/mae; (C, T, H, W) each, predictions
-    unclamped."""
+    """Returns a clip's share of the validation's rgb/psnr and alpha/mae from (C, T, H, W) each;
+    predictions are unclamped."""
     rgb_hat, alpha_hat = rgb_hat.float().clamp(-1, 1), alpha_hat.float().clamp(0, 1)
     rgb, alpha = rgb.float(), alpha.float()
     errors = [
@@ -67,14 +66,15 @@ def quality(rgb_hat: Tensor, alpha_hat: Tensor, rgb: Tensor, alpha: Tensor) -> t
 
 
 def to_bytes(x: Tensor, low: float) -> Tensor:
-    """[low, 1] to uint8 on the CPU; NaN becomes 0 so that a diverged run can still be looked at."""
+    """Maps [low, 1] to uint8 on the CPU; NaN becomes 0 so that a diverged run can still be looked
+    at."""
     x = torch.nan_to_num(x.detach().float(), nan=low).clamp(low, 1)
     return ((x - low) * (255 / (1 - low))).round().byte().cpu()
 
 
 def heat(error: Tensor) -> Tensor:
-    """|error| (1, H, W) in [0, 1] to black-red-yellow-white (3, H, W) in [-1, 1], by its square
-    root.
+    """Maps |error| (1, H, W) in [0, 1] to black-red-yellow-white (3, H, W) in [-1, 1], by its
+    square root.
 
     The scale is fixed, so that steps compare; the root keeps both 1/255 and 1 apart from their
     neighbours.
@@ -84,15 +84,16 @@ def heat(error: Tensor) -> Tensor:
 
 
 def tile_size(height: int, width: int) -> tuple[int, int]:
-    """Sides of a large tile, even: the short side comes to 192..384 pixels by a whole factor."""
+    """Returns even sides of a large tile: the short side comes to 192..384 pixels by a whole
+    factor."""
     short = min(height, width)
     factor = 2 * math.ceil(96 / short) if short < 192 else 1 / math.ceil(short / 384)
     return 2 * round(height * factor / 2), 2 * round(width * factor / 2)
 
 
 def picture(tile: Tensor, height: int, width: int) -> Image.Image:
-    """(3, H, W) in [-1, 1] to height x width: pixels stay square when enlarged, are averaged when
-    reduced."""
+    """Scales (3, H, W) in [-1, 1] to height x width: pixels stay square when enlarged, are averaged
+    when reduced."""
     if tile.shape[1:] != (height, width):
         mode = "nearest" if height > tile.shape[1] else "area"
         tile = F.interpolate(tile[None], (height, width), mode=mode)[0]
@@ -108,7 +109,7 @@ class Frame:
         self.alpha, self.alpha_hat = (x[:, t] / 255 for x in (clip.alpha, clip.alpha_hat))
 
     def composites(self, background: str) -> tuple[Tensor, Tensor]:
-        """Source and reconstruction."""
+        """Returns source and reconstruction over a background."""
         if background == "checker":
             height, width = self.rgb.shape[-2:]
             ground = checkerboard(height, width, cell=max(4, min(height, width) // 12))[:, 0]
@@ -128,14 +129,15 @@ class Frame:
 
 @lru_cache
 def _has_glyph(character: str) -> bool:
-    """Of the one font that Pillow brings, which draws a box for what it lacks."""
+    """Returns whether Pillow's own font, which draws a box for what it lacks, has this
+    character."""
     font = ImageFont.load_default(20)
     return bytes(font.getmask(character)) != bytes(font.getmask("\uffff"))
 
 
 def drawable(text: str) -> str:
-    """On one line, in characters that the font has: accents go, all others that it lacks become
-    boxes."""
+    """Returns the text on one line in characters that the font has: accents go, and all others that
+    it lacks become boxes."""
     drawn = []
     for character in " ".join(text.split()):
         if unicodedata.category(character) in ("Mn", "Cc", "Cf"):  # marks, control codes, joiners
@@ -148,7 +150,8 @@ def drawable(text: str) -> str:
 
 
 def wrapped(text: str, font: Any, width: float, lines: int) -> list[str]:
-    """At most so many lines of at most so many pixels; what does not fit ends in an ellipsis."""
+    """Breaks a text into at most `lines` lines of at most `width` pixels; what does not fit ends in
+    an ellipsis."""
     rest, found = drawable(text), []
     while rest and len(found) < lines:
         count = _fitting(rest, font, width)
@@ -165,7 +168,7 @@ def wrapped(text: str, font: Any, width: float, lines: int) -> list[str]:
 
 
 def _fitting(text: str, font: Any, width: float) -> int:
-    """Characters from the front that are as wide at most; at least one."""
+    """Returns how many characters from the front fit into the width, at least one."""
     low, high = 1, min(len(text), 4000)
     while low < high:
         middle = (low + high + 1) // 2
@@ -174,7 +177,8 @@ def _fitting(text: str, font: Any, width: float) -> int:
 
 
 class Sheet:
-    """A dark sheet with lines for title and labels above the tiles; text grows with the tile."""
+    """A dark sheet with lines for title and labels above the tiles; its text grows with the
+    tile."""
 
     def __init__(self, tile: int, width: int, height: int, title: str):
         self.text = max(14, tile // 14)
@@ -191,7 +195,7 @@ class Sheet:
         return wrapped(text, self.font(size), width, most)
 
     def write(self, x: float, y: float, text: str, anchor: str = "mm", size: float = 1) -> None:
-        """One line, of characters that the font has."""
+        """Writes one line, in characters that the font has."""
         self.draw.text((x, y), text, fill=INK, font=self.font(size), anchor=anchor)
 
     def label(self, x: float, text: str) -> None:
@@ -207,15 +211,15 @@ class Sheet:
         guide: Tensor | None = None,
         t: int = 0,
     ) -> None:
-        """A tile (3, H, W) in [-1, 1], y counted from where the tiles begin; guide at t as of
-        `draw_guide`."""
+        """Puts a tile (3, H, W) in [-1, 1] at x, y, counted from where the tiles begin; draws the
+        guide at frame t as `draw_guide` does."""
         shown = picture(tile, height, width)
         if guide is not None:
             draw_guide(shown, guide, t)
         self.image.paste(shown, (x, self.top + y))
 
     def heat_bar(self, x: int, width: int) -> None:
-        """The scale of the error column, with its values at their places."""
+        """Draws the scale of the error column, with values at their places."""
         height = self.text // 2
         ramp = heat(torch.linspace(0, 1, width).square().expand(1, height, width))
         self.image.paste(picture(ramp, height, width), (x, height))
@@ -224,7 +228,7 @@ class Sheet:
 
 
 def strip(clip: Clip, rows: int, step: int) -> Image.Image:
-    """One row per time, spread from the first frame to the last.
+    """Draws one row per time, spread from the first frame to the last.
 
     Source and reconstruction over a checkerboard, alpha, alpha_hat and the alpha error; then, at
     half the size, the reconstruction over every background with the source beneath it.
@@ -256,7 +260,7 @@ def strip(clip: Clip, rows: int, step: int) -> Image.Image:
 
 
 def movie(clip: Clip, fps: float, step: int) -> NDArray[np.uint8]:
-    """The large columns and two backgrounds over time, uint8 (T, H, W, 3) with even sides for
+    """Draws the large columns and two backgrounds over time, uint8 (T, H, W, 3) with even sides for
     yuv420."""
     height, width = tile_size(*clip.rgb.shape[-2:])
     labels = (*COLUMNS, *(f"over {name}" for name in VIDEO_BACKGROUNDS))

@@ -1,4 +1,4 @@
-"""What a signal does to training: the step is finished and saved, and the process ends."""
+"""Handles signals to training: finishes the step, saves, and ends the process."""
 
 import logging
 import os
@@ -28,10 +28,10 @@ class Preempted(SystemExit):
 
 
 class Preemption(Checkpoint):
-    """On one of `signals`, at any rank, all ranks finish the optimizer step, save a checkpoint and
-    end: rank 0 with exit code 75, the others with 0. On one of `requeue`, which are signals, too,
-    rank 0 also puts the SLURM job back into the queue (`scontrol requeue`). The last step of
-    training ends as ever.
+    """Ends training when any rank gets one of `signals`: all ranks finish the optimizer step, save
+    a checkpoint and end, rank 0 with exit code 75, the others with 0. One of `requeue`, which are
+    signals, too, makes rank 0 also put the SLURM job back into the queue (`scontrol requeue`). The
+    last step of training ends as ever.
 
     torchrun's agent hands SIGTERM on to its ranks, kills those that have not ended 30 s later
     (`--shutdown-timeout`), and ends with 1. SIGUSR1 and SIGUSR2 kill it, unless
@@ -60,8 +60,8 @@ class Preemption(Checkpoint):
         self.asked, self.begun, self.pressed = 0, False, 0.0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Listens from here on, in the place of Lightning, whose handlers save amid a step and
-        broadcast amid other collectives."""
+        """Listens to signals from here on, in the place of Lightning, whose handlers save amid a
+        step and broadcast amid other collectives."""
         if stage != "fit":
             return
         self.asked, self.begun, self.pressed = 0, False, 0.0
@@ -77,7 +77,7 @@ class Preemption(Checkpoint):
 
     @property
     def interrupted(self) -> bool:
-        """Whether Ctrl-C was pressed since training began."""
+        """True where Ctrl-C was pressed since training began."""
         return self.asked == INTERRUPT
 
     def _interrupt(self, number: int, frame: FrameType | None) -> None:

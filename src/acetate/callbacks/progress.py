@@ -1,4 +1,4 @@
-"""How far a run is: a bar on a terminal, now and then a line in a log file."""
+"""Shows how far a run is: a bar on a terminal, now and then a line in a log file."""
 
 import logging
 import sys
@@ -17,7 +17,7 @@ FIRST_LINE, LATER_LINES = 10.0, 60.0
 
 
 class Progress(TQDMProgressBar):
-    """Optimizer steps of the whole run, at this process's rate.
+    """Counts the optimizer steps of the whole run, at this process's rate.
 
     Without a terminal: a line after ten seconds, then one a minute, and fewer the longer it takes.
     """
@@ -42,10 +42,10 @@ class Progress(TQDMProgressBar):
         )  # fmt: skip
 
     def on_train_epoch_start(self, trainer: Trainer, *_: Any) -> None:
-        """The bar is that of the run, whatever Lightning calls an epoch."""
+        """Leaves the bar as it is: it is that of the run, whatever Lightning calls an epoch."""
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """As above."""
+        """Leaves the bar as it is, as `on_train_epoch_start` does."""
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

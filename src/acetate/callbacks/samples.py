@@ -1,4 +1,4 @@
-"""Clips sampled from fixed prompts and seeds while the DiT trains."""
+"""Samples clips from fixed prompts and seeds while the DiT trains."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -26,8 +26,9 @@ LABEL_LINES, LABEL_SIZE = 4, 0.85  # at most; of the size of titles
 def contact_sheet(
     clips: Sequence[tuple[str, Tensor, Tensor]], title: str, guide: Tensor | None = None
 ) -> Image.Image:
-    """One row per clip (label, rgb (3, T, H, W), alpha (1, T, H, W)): frames over a checkerboard,
-    then their alpha, then the label on as many lines as it takes, LABEL_LINES at most.
+    """Draws one row per clip (label, rgb (3, T, H, W), alpha (1, T, H, W)): frames over a
+    checkerboard, then their alpha, then the label on as many lines as it takes, LABEL_LINES at
+    most.
 
     guide (T, N, 2): the outline that all of them were sampled with, drawn on every tile.
     """
@@ -123,8 +124,9 @@ class Samples(Callback):
                 )
 
     def _embed(self, trainer: Trainer) -> tuple[list[str], Tensor, Tensor, str]:
-        """Prompts, their context, the negative one's, and the encoder's hash. On one rank alone:
-        UMT5 takes 11 GB, and the next model comes after it."""
+        """Returns the prompts, their contexts, the context of the negative prompt, and the
+        encoder's hash. It runs on one rank alone: UMT5 takes 11 GB, and the next model comes after
+        it."""
         datamodule: Any = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
         prompts = datamodule.captions(CAPTIONS) if self.prompts is None else list(self.prompts)
         text = self.build_text()

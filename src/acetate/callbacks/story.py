@@ -1,4 +1,4 @@
-"""What a run says on the console and in train.log: where it is, how it goes, what comes next."""
+"""Tells on the console and in train.log where a run is, how it goes and what comes next."""
 
 import logging
 import warnings
@@ -28,7 +28,7 @@ FIGURES = (
 
 
 class Story(Callback):
-    """Of rank 0. name, folder, data, device: as a reader knows them.
+    """Tells a run's story on rank 0. name, folder, data and device are texts for a reader.
 
     settings: what loggers are told, to which it adds the numbers of parameters. commands: what can
     be done next, {what: command line}; `go on` of a finished run gets a number of steps. objective:
@@ -145,7 +145,7 @@ class Story(Callback):
         _say(f"{self.name} {how} at step {trainer.global_step:,} after {took}", rows)
 
     def _places(self, trainer: Trainer) -> dict[str, str]:
-        """What there is to look at."""
+        """Returns the files and pages that there are to look at."""
         root = Path(trainer.default_root_dir)
         names = ["curves.png", "metrics.csv", "panels", "samples", "checkpoints", "train.log"]
         callbacks = {type(callback).__name__.lower() for callback in trainer.callbacks}  # pyright: ignore
@@ -186,7 +186,7 @@ class Story(Callback):
 
 
 def _say(title: str, rows: Mapping[str, str]) -> None:
-    """A title and aligned lines below it."""
+    """Prints a title and aligned lines below it."""
     width = max(map(len, rows))
     log.info(
         "%s", "\n".join([title, *(f"  {name:{width}}  {value}" for name, value in rows.items())])

@@ -1,4 +1,4 @@
-"""How fast training goes and what holds it up."""
+"""Measures how fast training goes and what holds it up."""
 
 import resource
 import sys

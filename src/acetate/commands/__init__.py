@@ -1,4 +1,4 @@
-"""Programs: thin Hydra mains. This is where a DictConfig becomes plain arguments."""
+"""Programs, thin Hydra mains: here a DictConfig becomes plain arguments."""
 
 import os
 import warnings
@@ -37,7 +37,8 @@ OmegaConf.register_new_resolver("on_gpu", _on_gpu, replace=True)
 
 @contextmanager
 def as_on_gpu(there: bool = True) -> Iterator[None]:
-    """Configs resolve as on a machine with a GPU, or without one, wherever they are asked about."""
+    """Lets configs resolve as on a machine with a GPU, or without one, wherever they are asked
+    about."""
     OmegaConf.register_new_resolver("on_gpu", lambda gpu, cpu: gpu if there else cpu, replace=True)
     try:
         yield
@@ -52,8 +53,8 @@ SHIPPED = (
 
 
 def root() -> str:
-    """Where outputs and data lie: ACETATE_ROOT, else the clone, whatever folder a command is
-    started in; for an installed package, which has none, that folder."""
+    """Returns the folder of outputs and data: ACETATE_ROOT, else the clone, whatever folder a
+    command is started in; an installed package, which has no clone, takes the working directory."""
     return os.environ.get("ACETATE_ROOT") or str(
         HOME if (HOME / "train.py").exists() else Path.cwd()
     )
@@ -65,7 +66,8 @@ OmegaConf.register_new_resolver("assets", lambda: str(SHIPPED / "assets"), repla
 
 
 def _no_wandb_key() -> bool:
-    """Neither in the environment nor where `wandb login` leaves it."""
+    """Returns whether wandb's key is neither in the environment nor where `wandb login` leaves
+    it."""
     if os.environ.get("WANDB_API_KEY"):
         return False
     host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).netloc
@@ -87,8 +89,8 @@ OmegaConf.register_new_resolver("run_id", runs.run_id, replace=True)
 
 
 def launched(what: str) -> str | int:
-    """`devices` or `nodes` of the processes that torchrun or srun started; else all devices of one
-    machine."""
+    """Returns `devices` or `nodes` of the processes that torchrun or srun started; else all devices
+    of one machine."""
     env = os.environ
     if "LOCAL_WORLD_SIZE" in env and "WORLD_SIZE" in env:
         local, world = int(env["LOCAL_WORLD_SIZE"]), int(env["WORLD_SIZE"])
@@ -103,5 +105,5 @@ OmegaConf.register_new_resolver("launched", launched, replace=True)
 
 
 def device_of(config: DictConfig) -> str:
-    """`device` of a program's settings; auto: the GPU where there is one."""
+    """Returns `device` of a program's settings; auto is the GPU where there is one."""
     return config.device if config.device != "auto" else _on_gpu("cuda", "cpu")

@@ -47,12 +47,12 @@ GRADIENT_TOLERANCE = 1e-3  # of a tensor's largest gradient, in fp32
 
 
 class DisagreementError(RuntimeError):
-    """The two ways do not compute the same step, so that their speeds cannot be compared."""
+    """The two ways do not compute the same step, so their speeds cannot be compared."""
 
 
 @dataclass(frozen=True)
 class Workload:
-    """What a step computes, and on what. Raises ValueError for what cannot run."""
+    """The work and data of a step. Raises ValueError for settings that cannot run."""
 
     base_dim: int
     lora_rank: int
@@ -89,15 +89,16 @@ def at_least(least: int, **values: int) -> None:
 
 
 class FactoredLoRA(nn.Module):
-    """y = conv(x) + (alpha / rank) * B(A(x)); A has conv's kernel, stride and causal padding, B is
-    1x1."""
+    """Computes y = conv(x) + (alpha / rank) * B(A(x)); A has conv's kernel, stride and causal
+    padding, B is 1x1."""
 
     def __init__(self, conv: nn.Conv2d | nn.Conv3d, lora: MergedLoRA) -> None:
         super().__init__()
         self.conv, self.A, self.B, self.scale = conv, lora.A, lora.B, lora.scale
 
     def forward(self, x: Tensor, cache_x: Tensor | None = None) -> Tensor:
-        """cache_x: the frames before x, which diffusers hands to a causal convolution."""
+        """Convolves x; cache_x holds the frames before it, which diffusers hands to a causal
+        convolution."""
         conv, convolve = self.conv, F.conv3d if x.dim() == 5 else F.conv2d
         if isinstance(conv, WanCausalConv3d):  # padded once for both paths
             width, _, height, _, before, _ = map(int, conv._padding)
@@ -112,8 +113,8 @@ class FactoredLoRA(nn.Module):
 
 
 def in_chunks(net: nn.Module, x: Tensor, size: int) -> Tensor:
-    """Frame 0, then `size` frames at a time; the cache holds the last frames that each convolution
-    has seen."""
+    """Runs frame 0, then `size` frames at a time; the cache holds the last frames that each
+    convolution has seen."""
     cache = defaultdict(lambda: None)
     first, *others = x.split([1] + [size] * ((x.shape[2] - 1) // size), 2)
     out = net(first, feat_cache=cache, feat_idx=[0])
@@ -154,7 +155,8 @@ def run_as_released(vae: RGBAVAE) -> None:
 
 
 def build(way: str, load: Workload) -> RGBAVAE:
-    """Random fp32 weights, by the seed the same for both ways; LoRA's B is not zero."""
+    """Builds an RGBA-VAE of random fp32 weights, by the seed the same for both ways; LoRA's B is
+    not zero."""
     torch.set_num_threads(load.threads)
     torch.backends.cudnn.allow_tf32 = False  # float32 means float32
     torch.manual_seed(load.seed)
@@ -171,7 +173,7 @@ def build(way: str, load: Workload) -> RGBAVAE:
 
 
 def draw_clip(load: Workload) -> tuple[Tensor, Tensor, Tensor]:
-    """rgb, alpha and background; noise, since a step takes as long on any clip."""
+    """Draws rgb, alpha and background as noise, since a step takes as long on any clip."""
     generator = torch.Generator().manual_seed(load.seed)
     shape = (load.batch_size, 4, load.frames, load.height, load.width)
     rgb, alpha = (torch.rand(shape, generator=generator) * 2 - 1).split([3, 1], 1)
@@ -194,8 +196,8 @@ def step_loss(vae: RGBAVAE, clip: tuple[Tensor, Tensor, Tensor], precision: str)
 
 
 def check_agreement(vaes: list[RGBAVAE], clip: tuple[Tensor, Tensor, Tensor]) -> dict[str, Any]:
-    """Largest differences of loss and gradients, in fp32. Raises DisagreementError past the
-    tolerances."""
+    """Returns the largest differences of loss and gradients, in fp32. Raises DisagreementError past
+    the tolerances."""
     losses, gradients = [], []
     for vae in vaes:
         losses.append(step_loss(vae, clip, "float32"))
@@ -232,8 +234,8 @@ def now(device: str) -> float:
 
 
 def time_parts(vae: RGBAVAE, device: str) -> dict[str, float]:
-    """Seconds by part of the forward pass: hooks add to them from now on, the caller clears
-    them."""
+    """Returns seconds by part of the forward pass: hooks add to them from now on, and the caller
+    clears them."""
     seconds: dict[str, float] = defaultdict(float)
 
     def add(part: str, sign: int) -> None:
@@ -252,8 +254,8 @@ def time_parts(vae: RGBAVAE, device: str) -> dict[str, float]:
 
 
 def peak_memory(way: str, load: Workload) -> int | None:
-    """Bytes that a step takes at its peak beyond what is held before it. For a process of its
-    own."""
+    """Returns the bytes that a step takes at its peak beyond what is held before it. It needs a
+    process of its own."""
     vae, clip = freeze_in(build(way, load), load.precision), draw_clip(load)
     if load.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -268,8 +270,8 @@ def peak_memory(way: str, load: Workload) -> int | None:
 
 
 def benchmark(load: Workload, warmup: int, repeats: int) -> dict[str, Any]:
-    """Agreement, and per way seconds of every timed step and peak memory in bytes; progress on
-    stderr."""
+    """Measures agreement, and for each way the seconds of every timed step and peak memory in
+    bytes; reports progress on stderr."""
     at_least(0, warmup=warmup)
     at_least(1, repeats=repeats)
     clip, vaes = draw_clip(load), {way: build(way, load) for way in WAYS}
@@ -306,7 +308,7 @@ def benchmark(load: Workload, warmup: int, repeats: int) -> dict[str, Any]:
 
 
 def summarise(results: dict[str, Any]) -> dict[str, list[float]]:
-    """Rows of the table: what -> ours, released."""
+    """Returns the rows of the table, from a name to the figures of ours and of the released way."""
     rows = {}
     for part in results["ours"]["seconds"][0]:
         columns = [[seconds[part] for seconds in results[way]["seconds"]] for way in WAYS]

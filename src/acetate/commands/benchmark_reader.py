@@ -1,5 +1,5 @@
-"""How quickly clips are read, for commands.benchmark: what shards add to decoding, and what a whole
-worker gives.
+"""Measures how quickly clips are read, for commands.benchmark: what shards add to decoding, and
+what a whole worker gives.
 
 Seconds are those of the processor, all threads of this process together, so that they are per core
 and other work on the machine does not count; the quickest pass stands, since that work still slows
@@ -39,7 +39,7 @@ STORED = {"rgba.mkv": "FFV1 clips", "rgba.png": "PNG stills"}
 
 @dataclass(frozen=True)
 class ReaderLoad:
-    """What is drawn, read and trained on."""
+    """The clips that are drawn and read, and how they are trained on."""
 
     clips: int  # FFV1; as many stills as these have frames
     frames: int  # of an FFV1 clip and of a training clip, 4k+1
@@ -57,7 +57,8 @@ class ReaderLoad:
 
 
 def benchmark_reader(load: ReaderLoad) -> dict[str, dict[str, dict[str, float]]]:
-    """Kind of shard -> way -> {clips, frames, seconds, wall_seconds} of the quickest pass."""
+    """Returns by kind of shard and way the {clips, frames, seconds, wall_seconds} of the quickest
+    pass."""
     results: dict[str, dict[str, dict[str, float]]] = {}
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as in a DataLoader's worker
@@ -95,7 +96,7 @@ def draw_shards(out: Path, load: ReaderLoad, frames: int) -> None:
 
 @contextmanager
 def serve(folder: Path) -> Iterator[str]:
-    """URL of a server of its own process, so that its work is not ours."""
+    """Yields the URL of a server in its own process, so that its work is not ours."""
     command = [
         sys.executable,
         "-u",
@@ -159,18 +160,18 @@ def train_clips(refs: Sequence[ClipRef]) -> list[ClipRef]:
 
 
 def decode_png(data: bytes) -> Any:
-    """The least that gives RGBA frames (1, H, W, 4)."""
+    """Decodes a PNG with the least work that gives RGBA frames (1, H, W, 4)."""
     return np.array(Image.open(io.BytesIO(data)))[None]
 
 
 def decode_with_av(data: bytes) -> Any:
-    """The least that gives RGBA frames (T, H, W, 4)."""
+    """Decodes a video with the least work that gives RGBA frames (T, H, W, 4)."""
     with av.open(io.BytesIO(data)) as container:
         return np.stack([frame.to_ndarray(format="rgba") for frame in container.decode(video=0)])
 
 
 def batches_of(shards: Path, load: ReaderLoad) -> Iterator[dict[str, Any]]:
-    """Batches of a worker, every clip decoded anew."""
+    """Yields batches of a worker, every clip decoded anew."""
     module = ClipDataModule(
         shards=str(shards),
         frames=load.frames,
@@ -189,8 +190,8 @@ def batches_of(shards: Path, load: ReaderLoad) -> Iterator[dict[str, Any]]:
 
 
 def rows_of(results: dict[str, dict[str, dict[str, float]]]) -> Iterator[tuple[str, ...]]:
-    """Shard, way, clips/s and frames/s of a core, clips/s by the clock, and seconds over those of
-    `plain`."""
+    """Yields shard, way, clips/s and frames/s of a core, clips/s by the clock, and seconds over
+    those of `plain`."""
     for kind, ways in results.items():
         for way, one in ways.items():
             clip = one["seconds"] / one["clips"]

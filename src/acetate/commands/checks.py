@@ -1,4 +1,4 @@
-"""Whether the settings of a program keep their rules, before it does anything."""
+"""Checks that the settings of a program keep their rules, before it does anything."""
 
 import os
 from collections.abc import Iterator
@@ -17,7 +17,8 @@ UNCHECKED = {"paths", "logger", "hydra"}
 
 
 def rule_of(program: str, path: str) -> Rule | None:
-    """That of the longest end of PROGRAM.PATH in the table; None where there is none."""
+    """Returns the rule of the longest end of PROGRAM.PATH in the table; None where there is
+    none."""
     parts = [program, *path.split(".")]
     for start in range(len(parts)):
         rule = RULES.get(".".join(parts[start:]))
@@ -29,7 +30,7 @@ def rule_of(program: str, path: str) -> Rule | None:
 def settings_of(
     program: str, config: DictConfig, path: str = ""
 ) -> Iterator[tuple[str, Any, Rule | None]]:
-    """Every setting that lies in `config`: its path, its value, its rule.
+    """Yields every setting that lies in `config`: its path, its value, its rule.
 
     Lists are one value, and so are mappings with a rule of their own. A reference is followed; one
     to a setting without a value is left out, as that setting comes itself. `???` is a value.

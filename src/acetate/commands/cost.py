@@ -32,15 +32,15 @@ DOUBLINGS = [2**n for n in range(21)]  # to a million GPUs, more than anyone has
 
 
 def card(config: DictConfig) -> Gpu:
-    """With the peak of the precision that the run computes in."""
+    """Returns the card of the config, with its peak in the precision that the run computes in."""
     presets = {**config.cost.gpu}
     fp32 = presets.pop("fp32_tflops")
     return Gpu(**presets | ({"peak_tflops": fp32} if config.trainer.precision == "32-true" else {}))
 
 
 def sample_bytes(config: DictConfig, load: memory.Load) -> float:
-    """That a GPU reads for each clip: of the latent cache, or the whole clip in its shard, whatever
-    is cut from it."""
+    """Returns the bytes that a GPU reads for each clip: a sample of the latent cache, or the whole
+    clip in its shard, whatever is cut from it."""
     if "latents" not in config.data:
         return config.cost.clip_mb * 1e6
     shape = Geometry.of(memory.blank_vae(config.wan.vae)).latent_shape(
@@ -51,14 +51,14 @@ def sample_bytes(config: DictConfig, load: memory.Load) -> float:
 
 
 def limit(at: Callable[[int], Cost], least: float) -> Cost | None:
-    """The first of 1, 2, 4, ... GPUs where less of a step computes; None: not up to the last of
-    them."""
+    """Returns the first of 1, 2, 4, ... GPUs where less than `least` of a step computes; None where
+    there is none."""
     return next((one for one in map(at, DOUBLINGS) if one.scaling < least), None)
 
 
 def shares(batch: int, batch_size: int, gpus: Iterable[int]) -> dict[int, int]:
-    """Numbers of GPUs that share a batch of clips in whole passes -> passes of each GPU; the last
-    is the most."""
+    """Returns the numbers of GPUs that share a batch of clips in whole passes, with the passes of
+    each GPU; the last number is the most."""
     most = batch // batch_size
     return {n: most // n for n in sorted({*gpus, most}) if most % n == 0}
 
@@ -66,7 +66,7 @@ def shares(batch: int, batch_size: int, gpus: Iterable[int]) -> dict[int, int]:
 def verdicts(
     bad: Cost | None, fixed: list[Cost], least: float, batch: int, batch_size: int
 ) -> tuple[str, str]:
-    """Where a run stops scaling, with a batch for every GPU and with one over all of them."""
+    """Says where a run stops scaling, with a batch for every GPU and with one over all of them."""
     if bad is None:
         weak = f"at least {least:.0%} of a step computes up to {DOUBLINGS[-1]:,} GPUs"
     else:
@@ -84,7 +84,7 @@ def verdicts(
 
 
 def digits(value: float) -> str:
-    """Three significant ones: a message takes microseconds, a step minutes."""
+    """Writes three significant digits: a message takes microseconds, a step minutes."""
     return f"{value:,.0f}" if value >= 999.5 else f"{value:.3g}"
 
 
@@ -103,12 +103,13 @@ def table(costs: list[Cost]) -> Table:
 
 
 def counts(value: Any) -> bool:
-    """Whether it is a whole number from 1 on; True is an int to Python."""
+    """Returns whether a value is a whole number from 1 on; True is an int to Python."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 def check(config: DictConfig) -> None:
-    """ValueError for what is no number of GPUs, no strategy, no card, or below its least."""
+    """Raises ValueError for a number of GPUs, strategy or card that is none, and for values below
+    their least."""
     settings, known = config.cost, get_args(Strategy)
     chosen = settings.strategies
     if not OmegaConf.is_list(chosen) or not chosen or not set(chosen) <= set(known):
@@ -139,7 +140,8 @@ def check(config: DictConfig) -> None:
 
 
 def storage(config: DictConfig, sample: float) -> tuple[float, str]:
-    """Bytes of a data set of `cost.clips` clips, and what it is in words; sample: bytes of one."""
+    """Returns the bytes of a data set of `cost.clips` clips and a text about it; sample: bytes of
+    one."""
     clips, each = config.cost.clips, digits(sample / 1e6)
     if "latents" in config.data:
         samples = config.cost.samples_per_clip

@@ -23,7 +23,7 @@ CARDS = (24, 40, 48, 80, 139)  # GiB; 139 are what a card sold as 141 GB has
 
 
 def without_weights(node: Any) -> Any:
-    """A config whose targets read no weights."""
+    """Returns the config with targets that read no weights."""
     if isinstance(node, list):
         return [without_weights(item) for item in node]
     if not isinstance(node, dict):
@@ -35,7 +35,7 @@ def without_weights(node: Any) -> Any:
 
 
 def blank_task(config: DictConfig) -> MeasuredTask:
-    """Of the run that the config composes, built without weights."""
+    """Builds the task of the composed config without weights."""
     settings = without_weights(OmegaConf.to_container(config.task, resolve=True))
     unused = {"lpips": False, "init_from": None}  # a metric, and weights of the same shape
     task = instantiate(
@@ -46,8 +46,7 @@ def blank_task(config: DictConfig) -> MeasuredTask:
 
 
 def footprint(config: DictConfig) -> tuple[memory.Load, memory.Footprint]:
-    """Of a training step of the run that the config composes. Downloads nothing, reads configs
-    only.
+    """Measures a training step of the composed run. Downloads nothing, reads configs only.
 
     Raises ValueError for a batch without clips.
     """
@@ -82,8 +81,8 @@ def table(found: memory.Footprint) -> Table:
 
 
 def verdict(found: memory.Footprint, card: int) -> str:
-    """Of a card: how many GPUs it takes, or the share of the activations that the most of them have
-    room for."""
+    """Says how many GPUs of a card a run takes, or which share of the activations fits the most of
+    them."""
     enough = [n for n in GPUS if found.per_gpu(n)["total"] <= memory.room(card)]
     if enough:
         return (
@@ -103,8 +102,8 @@ def verdict(found: memory.Footprint, card: int) -> str:
 
 
 def remedies(config: DictConfig, load: memory.Load) -> list[str]:
-    """What would take less memory, largest effect first; activations grow with clips, frames and
-    pixels."""
+    """Returns settings that take less memory, largest effect first; activations grow with clips,
+    frames and pixels."""
     found = []
     for part in ("task", "model"):
         if (config.get(part) or {}).get("checkpointing") is False:

@@ -48,7 +48,7 @@ COLUMNS = {
 
 
 def table(rows: dict[str, dict[str, float]]) -> Table:
-    """The figures in COLUMNS; where there are none, the loss and its parts."""
+    """Returns the figures in COLUMNS; where there are none, the loss and its parts."""
     names = [name for name in COLUMNS if any(name in row for row in rows.values())]
     names = names or [*dict.fromkeys(name for row in rows.values() for name in row)]
     view = Table("", *(COLUMNS.get(name, name) for name in names))
@@ -66,8 +66,8 @@ def table(rows: dict[str, dict[str, float]]) -> Table:
 
 
 def checkpoint_of(config: DictConfig) -> str | None:
-    """Path of the checkpoint that is asked for; None for step 0 alone. Raises FileNotFoundError and
-    ValueError."""
+    """Returns the path of the checkpoint that is asked for; None for step 0 alone. Raises
+    FileNotFoundError and ValueError."""
     run = Path(config.paths.run)
     if config.run is None:
         return checkpoint_to_resume(config.resume, run)
@@ -84,7 +84,8 @@ def checkpoint_of(config: DictConfig) -> str | None:
 
 
 def changed_data(config: DictConfig, run: Path) -> list[str]:
-    """`data` settings that decide which clips are measured, where they are not those of the run."""
+    """Returns the `data` settings that decide which clips are measured and differ from those of the
+    run."""
     if not (run / RECORD / "config.yaml").is_file():
         return []
     before, now = (
@@ -98,7 +99,7 @@ def changed_data(config: DictConfig, run: Path) -> list[str]:
 
 
 def _places(value: Any) -> Any:
-    """Local folders whatever way they are written."""
+    """Returns local folders in one form, whatever way they are written."""
     if isinstance(value, str) and "://" not in value:
         return str(Path(value).expanduser().resolve())
     if isinstance(value, list):
@@ -109,8 +110,8 @@ def _places(value: Any) -> Any:
 def file_for(
     folder: Path, checkpoint: str | None, config: DictConfig, changed: Sequence[str]
 ) -> Path:
-    """evaluation.json of the last checkpoint on the run's own data; of others, a name that says
-    what they are."""
+    """Returns evaluation.json for the last checkpoint on the run's own data; for others, a name
+    that says what they are."""
     parts = []
     if checkpoint is not None and Path(checkpoint).stem.removeprefix(".old-") != "last":
         parts.append(Path(checkpoint).stem)
@@ -129,7 +130,7 @@ def file_for(
 
 
 def measure(config: DictConfig, checkpoint: str | None) -> dict[str, dict[str, float]]:
-    """Rows of figures by name. Raises ValueError for a task that has no such evaluation."""
+    """Returns rows of figures by name. Raises ValueError for a task that has no such evaluation."""
     quiet = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
     data, task = instantiate(config.data), instantiate(config.task)
     average = instantiate(config.callbacks.get("ema"))  # validations of the run see it, too
@@ -163,7 +164,7 @@ def measure(config: DictConfig, checkpoint: str | None) -> dict[str, dict[str, f
 def _figures(
     trainer: Trainer, task: LightningModule, data: LightningDataModule, **of: Any
 ) -> dict[str, float]:
-    """Of one validation; BadDataError where no clip could be read."""
+    """Returns the figures of one validation. Raises BadDataError where no clip could be read."""
     found = trainer.validate(task, data, verbose=False, **of)[0]
     if isinstance(data, ShardDataModule):
         data.check_read("validate")

@@ -55,8 +55,8 @@ VAE_SHAPE = ([1, 2, 4, 4], 2)
 
 
 class Export(NamedTuple):
-    """What fills each path below the output folder, what to tell its user, and what export.json
-    records besides."""
+    """An export: writers for each path below the output folder, notes for its user, and facts for
+    export.json."""
 
     writers: dict[str, Callable[[Path], object]]
     notes: list[str]
@@ -72,7 +72,7 @@ def tensor_file(state: dict[str, Tensor], facts: dict[str, Any]) -> Callable[[Pa
 
 
 def trained_vae(trained: Trained, config: DictConfig) -> tuple[RGBAVAE, AutoencoderKLWan]:
-    """The RGBA-VAE as it was trained, and its base. Raises ValueError for another base."""
+    """Returns the RGBA-VAE as it was trained, and its base. Raises ValueError for another base."""
     base, facts = load_vae(config.wan.vae), trained.facts
     settings = {
         name: facts[name] for name in ("merge_init", "lora_rank", "lora_alpha", "average_alpha")
@@ -84,7 +84,8 @@ def trained_vae(trained: Trained, config: DictConfig) -> tuple[RGBAVAE, Autoenco
 
 
 def merged_vaes(model: RGBAVAE, base: AutoencoderKLWan) -> dict[str, AutoencoderKLWan]:
-    """For colour and for alpha, the base with the trained decoder in the place of its own."""
+    """Returns for colour and for alpha the base with the trained decoder in the place of its
+    own."""
     return {
         "rgb": merged_vae(base, model.decoder_rgb),
         "alpha": merged_vae(base, model.decoder_alpha),
@@ -92,7 +93,7 @@ def merged_vaes(model: RGBAVAE, base: AutoencoderKLWan) -> dict[str, Autoencoder
 
 
 def trained_dit(trained: Trained, config: DictConfig) -> WanTransformer3DModel:
-    """The DiT with its DoRA as it was trained. Raises ValueError for another base."""
+    """Returns the DiT with its DoRA as it was trained. Raises ValueError for another base."""
     transformer = load_transformer(config.wan.transformer, getattr(torch, config.dtype))
     check_base(trained, "transformer_sha256", transformer_sha256(transformer))
     add_dora(transformer, trained.facts["rank"], trained.facts["alpha"])
@@ -142,7 +143,7 @@ def vae_to_wan_alpha(trained: Trained, config: DictConfig) -> Export:
 
 
 def _whole(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors of their own, so that torch.save writes no more than they hold."""
+    """Copies tensors, so that torch.save writes no more than they hold."""
     return {name: value.detach().cpu().clone() for name, value in state.items()}
 
 
@@ -308,7 +309,7 @@ EXPORTS: dict[tuple[str, str], Callable[[Trained, DictConfig], Export]] = {
 
 
 def default_folder(trained: Trained, config: DictConfig) -> Path:
-    """outputs/exports/NAME-TIME-step-00000500_FORMAT: NAME-TIME of the run, else the file's
+    """Returns outputs/exports/NAME-TIME-step-00000500_FORMAT: NAME-TIME of the run, else the file's
     name."""
     run = run_of(str(trained.path))
     name = trained.path.stem if run is None else f"{run.parent.name}-{run.name}"
@@ -320,8 +321,8 @@ def default_folder(trained: Trained, config: DictConfig) -> Path:
 
 
 def free_folder(folder: Path, facts: Mapping[str, Any]) -> Path:
-    """The folder, or FOLDER_2, ...: the first that is not there, or holds an export of the same
-    with the same settings, which is replaced."""
+    """Returns the folder, or FOLDER_2, ...: the first that is not there, or holds an export of the
+    same with the same settings, which is replaced."""
     for number in range(1, 10**6):
         path = folder if number == 1 else folder.with_name(f"{folder.name}_{number}")
         try:

@@ -25,8 +25,8 @@ BORDER, SUBJECT = 0.1, 0.8  # alpha: at most on the border, at least in some cel
 def held_out(
     paths: Sequence[EllipsePath], frames: int, height: int, width: int, space_stride: int
 ) -> list[synthetic.SyntheticClip]:
-    """For each guide a clip that no demo shard holds, and that has a subject when it is as small as
-    the guide.
+    """Draws for each guide a clip that no demo shard holds, and that has a subject when it is as
+    small as the guide.
 
     Sparks and thin glass often have no cell above 0.8, so that a sample that is true to their
     prompts has none either.
@@ -43,7 +43,7 @@ def held_out(
 
 
 def placed(alpha: Tensor, path: EllipsePath) -> Tensor:
-    """alpha (1, T, H, W) shrunk to the guide's length and moved to its centre."""
+    """Returns alpha (1, T, H, W) shrunk to the guide's length and moved to its centre."""
     height, width = alpha.shape[-2:]
     rows, columns = round(path.axes[0] * height), round(path.axes[0] * width)
     small = F.interpolate(alpha.transpose(0, 1), (rows, columns), mode="area").transpose(0, 1)
@@ -55,7 +55,7 @@ def placed(alpha: Tensor, path: EllipsePath) -> Tensor:
 
 
 def random_paths(count: int, seed: int) -> list[EllipsePath]:
-    """Still ellipses, centres in the middle 40 % of the picture."""
+    """Draws still ellipses with centres in the middle 40 % of the picture."""
     draws = torch.rand(count, 4, generator=generator_for("follow", seed), dtype=torch.float64)
     low, high = torch.tensor([0.3, 0.3, 0.4, 0.7]), torch.tensor([0.7, 0.7, 0.7, 1.0])
     rows = (low + (high - low) * draws).tolist()
@@ -63,8 +63,8 @@ def random_paths(count: int, seed: int) -> list[EllipsePath]:
 
 
 def figures(alpha: Tensor, centres: Tensor, space_stride: int) -> dict[str, float]:
-    """alpha (B, 1, T, H, W) in [0, 1]; centres (B, 2) of the guides as shares of width and
-    height."""
+    """Measures alpha (B, 1, T, H, W) in [0, 1] against centres (B, 2) of the guides as shares of
+    width and height."""
     border, cell, mass = (
         border_mean(alpha),
         highest_cell(alpha, space_stride),

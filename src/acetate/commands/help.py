@@ -1,4 +1,4 @@
-"""What `--help` prints: the comments of the YAML files, beside the settings that they stand at."""
+"""Prints `--help`: the comments of the YAML files, beside the settings that they stand at."""
 
 import re
 import textwrap
@@ -33,7 +33,7 @@ class Documented:
 
 
 def read(file: Path) -> Documented:
-    """The comments of a config."""
+    """Reads the comments of a config."""
     found, pending, parents = Documented(), list[str](), list[tuple[int, str]]()
     begun = False
     for line in file.read_text().splitlines():
@@ -61,8 +61,8 @@ def read(file: Path) -> Documented:
 
 
 def help_of(program: Program, given: Sequence[str]) -> str:
-    """The whole text for a program; `given` are the overrides beside --help, which choose what is
-    shown."""
+    """Returns the whole text for a program; `given` are the overrides beside --help, which choose
+    what is shown."""
     file = conf() / f"{program.config}.yaml"
     found = read(file)
     lines = list(paragraphs(found.about))
@@ -75,13 +75,13 @@ def help_of(program: Program, given: Sequence[str]) -> str:
 
 
 def paragraphs(about: Sequence[str]) -> Iterator[str]:
-    """Comment lines as they are: blank ones divide, indented ones are lists."""
+    """Yields comment lines as they are: blank ones divide, indented ones are lists."""
     yield from (line.rstrip() for line in about)
 
 
 def rows(settings: Sequence[tuple[str, str, str]]) -> Iterator[str]:
-    """`name=value   comment`, wrapped; mappings without a comment of their own have rows for what
-    is in them."""
+    """Yields `name=value comment`, wrapped; mappings without a comment of their own have rows for
+    their settings."""
     for name, value, comment in settings:
         if not name:
             yield from ("", f"  {comment}")
@@ -100,7 +100,8 @@ def _row(shown: str, comment: str) -> Iterator[str]:
 
 
 def experiments() -> Iterator[str]:
-    """All of them, acetate's and those in ./conf, with the first line of their comments."""
+    """Yields all experiments, acetate's and those in ./conf, with the first line of their
+    comments."""
     yield from ("", "Experiments")
     for folder in dict.fromkeys((conf(), Path("conf").absolute())):
         for file in sorted((folder / "experiment").glob("*.yaml")):
@@ -108,7 +109,7 @@ def experiments() -> Iterator[str]:
 
 
 def groups() -> Iterator[str]:
-    """The other groups of a run and their options."""
+    """Yields the other groups of a run and their options."""
     yield from ("", "Groups (GROUP=OPTION)")
     apart = {"command", "prep", "experiment", "hydra", "paths", "gpu"}
     for folder in sorted(
@@ -121,8 +122,8 @@ def groups() -> Iterator[str]:
 
 
 def chosen(program: Program, given: Sequence[str]) -> Iterator[str]:
-    """Those settings of the composed config that have a comment or are the experiment's own, with
-    their values."""
+    """Yields the settings of the composed config that have a comment or are the experiment's own,
+    with their values."""
     from acetate.commands.program import composed
 
     try:
@@ -155,7 +156,7 @@ def chosen(program: Program, given: Sequence[str]) -> Iterator[str]:
 
 
 def _files(group: str, option: str) -> Iterator[Path]:
-    """A group's option, and those that it begins with."""
+    """Yields the file of a group's option and those that it begins with."""
     file = next(
         (
             path
@@ -173,15 +174,15 @@ def _files(group: str, option: str) -> Iterator[Path]:
 
 
 def _package(file: Path, group: str) -> str:
-    """With a dot at its end, where the file's settings lie."""
+    """Returns the place of a file's settings, with a dot at its end."""
     said = re.search(r"^# @package (\S+)", file.read_text())
     name = said[1] if said else group.partition("@")[2] or group.replace("/", ".")
     return "" if name == "_global_" else f"{name}."
 
 
 def _shown(values: Any, name: str) -> str | None:
-    """The value at a dotted path as YAML has it on one line; None where there is none, "" for a
-    mapping."""
+    """Writes the value at a dotted path as YAML has it on one line; None where there is none, ""
+    for a mapping."""
     for part in name.split("."):
         if not isinstance(values, dict) or part not in values:
             return None

@@ -1,5 +1,5 @@
-"""Settings that a command takes over from the run, or the clip, that it is given; those of its own
-command line win."""
+"""Takes settings over from the run, or the clip, that a command is given; those of its own command
+line win."""
 
 import json
 import os
@@ -25,8 +25,8 @@ SIZE = {
 
 
 def sample(given: Sequence[str]) -> list[str]:
-    """What `settings=CLIP.json` holds, then what the run of `dora=`, or of `rgba_vae=`,
-    recorded."""
+    """Returns the settings in `settings=CLIP.json`, and those that the run of `dora=` or of
+    `rgba_vae=` recorded."""
     first: list[str] = []
     file = value_of(given, "settings")
     if file not in (None, "null"):
@@ -45,7 +45,7 @@ def sample(given: Sequence[str]) -> list[str]:
 
 
 def follow(given: Sequence[str]) -> list[str]:
-    """What the run of `dora=` recorded."""
+    """Returns the settings that the run of `dora=` recorded."""
     dora = value_of(given, "dora") or _demo(given)
     size = {name: places for name, places in SIZE.items() if name != "fps"}
     return (
@@ -56,7 +56,8 @@ def follow(given: Sequence[str]) -> list[str]:
 
 
 def evaluate(given: Sequence[str]) -> list[str]:
-    """What `run=` was started with, and its folder."""
+    """Returns the settings that `run=` was started with, and its folder. Raises FileNotFoundError
+    and ValueError."""
     source = value_of(given, "run")
     if source in (None, "null"):
         return []
@@ -79,13 +80,14 @@ def evaluate(given: Sequence[str]) -> list[str]:
 
 
 def export(given: Sequence[str]) -> list[str]:
-    """The base that the run of `checkpoint=` recorded."""
+    """Returns the base that the run of `checkpoint=` recorded."""
     checkpoint = value_of(given, "checkpoint")
     return [] if checkpoint is None else as_trained(checkpoint, "checkpoint", given, {})
 
 
 def read_settings(path: Path) -> dict[str, Any]:
-    """Of the clip that this JSON stands beside. Raises FileNotFoundError and ValueError."""
+    """Reads the settings of the clip that this JSON stands beside. Raises FileNotFoundError and
+    ValueError."""
     if not path.is_file():
         raise FileNotFoundError(
             f"settings={path} does not exist; it is the .json beside a sampled clip."
@@ -106,6 +108,6 @@ def read_settings(path: Path) -> dict[str, Any]:
 
 
 def _demo(given: Sequence[str]) -> str:
-    """Where `make demo` trained its adapters: `paths.outputs` is not composed yet."""
+    """Returns where `make demo` trained its adapters: `paths.outputs` is not composed yet."""
     outputs = value_of(given, "paths.outputs") or f"{os.environ.get('ACETATE_ROOT', '.')}/outputs"
     return f"{outputs}/demo_dit"

@@ -1,4 +1,4 @@
-"""The loggers of a run, what they are told about it, and its end for all of them."""
+"""Builds the loggers of a run, tells them about it, and ends it for all of them."""
 
 import os
 import platform
@@ -29,7 +29,8 @@ SOURCE = Path(__file__).parents[3]
 
 
 def build_loggers(config: DictConfig) -> list[Logger]:
-    """metrics.csv, which every run has, and those of `logger`, a mapping from names to targets.
+    """Builds metrics.csv, which every run has, and those of `logger`, a mapping from names to
+    targets.
 
     Raises ValueError for an entry that is none, as `+logger.offline=true` adds.
     """
@@ -48,7 +49,7 @@ def build_loggers(config: DictConfig) -> list[Logger]:
 
 
 def build_story(config: DictConfig) -> Story:
-    """Of the run that the config composes."""
+    """Builds the story of the composed run."""
     return Story(
         name=job_name(config),
         folder=_short(config.paths.run),
@@ -61,7 +62,7 @@ def build_story(config: DictConfig) -> Story:
 
 
 def finish_loggers(loggers: list[Logger], failed: bool) -> None:
-    """Closes what they write to. A wandb run ends here: a sweep's next job begins another."""
+    """Closes the loggers. A wandb run ends here: a sweep's next job begins another."""
     for logger in loggers:
         if isinstance(logger, WandbRun):
             logger.finish(failed)
@@ -70,7 +71,8 @@ def finish_loggers(loggers: list[Logger], failed: bool) -> None:
 
 
 def about(config: DictConfig) -> dict[str, Any]:
-    """The settings of a run, resolved and without secrets, and under `run` what it is made of."""
+    """Returns the settings of a run, resolved and without secrets, and under `run` what it is made
+    of."""
     settings: Any = OmegaConf.to_container(config, resolve=True)
     commit, dirty = _git()
     sweep = _sweep_folder()
@@ -93,12 +95,12 @@ def about(config: DictConfig) -> dict[str, Any]:
 
 
 def job_name(config: DictConfig) -> str:
-    """NAME, and of a sweep's job the overrides that tell it from the others."""
+    """Returns NAME, and for a sweep's job the overrides that tell it from the others."""
     return " ".join([config.name, *redacted(_swept())])
 
 
 def _of_job(config: DictConfig, settings: DictConfig) -> dict[str, Any]:
-    """What wandb is told where the settings leave it to us."""
+    """Returns the name, group and tags for wandb where the settings leave them open."""
     sweep = _sweep_folder()
     found = {"name": job_name(config), "group": sweep and sweep.name, "tags": _tags(config)}
     return {name: value for name, value in found.items() if settings.get(name) is None}
@@ -110,7 +112,7 @@ def _tags(config: DictConfig) -> list[str]:
 
 
 def _stage(config: DictConfig) -> str:
-    """`vae`, `dit`, `wan_base`: the module of the task."""
+    """Returns the module of the task: `vae`, `dit` or `wan_base`."""
     return config.task._target_.split(".")[-2]
 
 
@@ -123,7 +125,7 @@ def _overrides() -> list[str]:
 
 
 def _sweep_folder() -> Path | None:
-    """That the run lies in as a job of a sweep; None where it is none."""
+    """Returns the folder of the sweep that the run is a job of; None where it is none."""
     if not HydraConfig.initialized() or HydraConfig.get().mode != RunMode.MULTIRUN:
         return None
     hydra = HydraConfig.get()
@@ -131,13 +133,14 @@ def _sweep_folder() -> Path | None:
 
 
 def _sweep_overrides(sweep: Path) -> list[str]:
-    """What the sweep was started with, as Hydra notes it; nothing where a sweeper does not."""
+    """Returns the overrides that the sweep was started with, as Hydra notes them; none where a
+    sweeper writes no note."""
     note = sweep / "multirun.yaml"
     return list(OmegaConf.load(note).hydra.overrides.task) if note.exists() else []
 
 
 def _swept() -> list[str]:
-    """Of the job's overrides those that may be others in other jobs of its sweep."""
+    """Returns the job's overrides that may differ in other jobs of its sweep."""
     sweep = _sweep_folder()
     if sweep is None:
         return []
@@ -148,7 +151,8 @@ def _swept() -> list[str]:
 
 
 def _commands(config: DictConfig) -> dict[str, str]:
-    """What can be done next, as lines for a shell; a run knows its other settings itself."""
+    """Returns the commands that can come next, as lines for a shell; a run knows its other settings
+    itself."""
     sweep, stage, run = _sweep_folder(), _stage(config), shlex.quote(_short(config.paths.run))
     if sweep is None:
         ranks = os.environ.get("LOCAL_WORLD_SIZE")  # torchrun's
@@ -177,7 +181,7 @@ def _line(overrides: list[str], *without: str) -> str:
 
 
 def _data(config: DictConfig) -> str:
-    """What is trained on."""
+    """Returns the places of the training data, in words."""
     for name in ("latents", "shards"):
         if name in config.data:
             value = OmegaConf.to_container(config.data, resolve=True)[name]  # type: ignore[index,call-overload]
@@ -187,7 +191,7 @@ def _data(config: DictConfig) -> str:
 
 
 def _device(config: DictConfig) -> str:
-    """Of this process."""
+    """Returns the name of this process's device."""
     if config.trainer.accelerator in ("auto", "cuda", "gpu") and torch.cuda.is_available():
         return torch.cuda.get_device_name()
     return (
@@ -196,7 +200,8 @@ def _device(config: DictConfig) -> str:
 
 
 def _git() -> tuple[str | None, bool | None]:
-    """The commit of this source and whether tracked files differ from it; of rank 0 alone."""
+    """Returns the commit of this source and whether tracked files differ from it, on rank 0
+    alone."""
     if rank() > 0 or not (SOURCE / ".git").exists():
         return None, None
     said = []
@@ -216,7 +221,7 @@ def _git() -> tuple[str | None, bool | None]:
 
 
 def _short(path: str) -> str:
-    """Below the working directory, where it is."""
+    """Returns the path relative to the working directory where it lies below it, else absolute."""
     if "://" in path:
         return path
     place = Path(path).absolute()

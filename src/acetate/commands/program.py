@@ -1,4 +1,4 @@
-"""How a program starts and how it fails: its command line, its settings, its errors in words."""
+"""Starts a program and tells how it failed: its command line, its settings, its errors in words."""
 
 import difflib
 import importlib
@@ -107,7 +107,7 @@ def start(program: Program, arguments: Overrides) -> Any:
 
 
 def _imported(program: Program) -> Any:
-    """The program's module; what its imports set up is set right."""
+    """Imports the program's module and sets right what its imports set up."""
     module = importlib.import_module(program.module)
     configure_log(HydraConfig.get().job_logging)  # Lightning, when imported, sets its own
     scrub_logs()
@@ -119,7 +119,7 @@ def _imported(program: Program) -> Any:
 
 
 class OwnConfigs(SearchPathPlugin):
-    """A folder conf/ in the working directory, searched after acetate's own."""
+    """Adds a folder conf/ in the working directory to Hydra's search path, after acetate's own."""
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
         mine = Path("conf").absolute()
@@ -139,7 +139,7 @@ def own_configs() -> None:
 
 
 def command_line(program: Program, arguments: Overrides) -> list[str]:
-    """What Hydra is given for the arguments of a user: for training also its folder, which is made
+    """Returns Hydra's arguments for those of a user: for training also its folder, which is made
     here."""
     name = program.short
     many = "-m" in arguments or "--multirun" in arguments
@@ -178,7 +178,7 @@ def command_line(program: Program, arguments: Overrides) -> list[str]:
 
 
 def _settled(program: Program, arguments: Overrides, many: bool) -> DictConfig:
-    """The config of a command line without what it sweeps over.
+    """Composes the config of a command line without what it sweeps over.
 
     Where a setting is unknown it may be one of the run that is resumed: only groups, the name and
     the paths are settled then.
@@ -204,7 +204,7 @@ def _sweeps(argument: str) -> bool:
 
 
 def composed(config_name: str, overrides: Sequence[str], hydra: bool = False) -> DictConfig:
-    """Also while Hydra runs a program. hydra: with its own settings, too."""
+    """Composes a config, also while Hydra runs a program. hydra: with Hydra's own settings, too."""
     running = GlobalHydra.instance().hydra
     GlobalHydra.instance().clear()
     try:
@@ -215,8 +215,8 @@ def composed(config_name: str, overrides: Sequence[str], hydra: bool = False) ->
 
 
 def to_the_letter(name: str, argument: str, many: bool = False) -> str:
-    """The same argument, its value in quotes where the setting takes text that Hydra would read as
-    something else.
+    """Returns the argument with its value in quotes where the setting takes text that Hydra would
+    read as something else.
 
     many: jobs of a sweep, where a comma stands between values.
     """
@@ -256,7 +256,7 @@ def tell(error: BaseException, program: Program, arguments: Overrides) -> None:
 def in_words(
     error: BaseException, config_name: str = "config", arguments: Sequence[str] = ()
 ) -> str:
-    """The message for users."""
+    """Returns the message for users."""
     if isinstance(error, InstantiationException):
         cause, place = error.__cause__, re.search(r"full_key: (\S+)", str(error))
         if cause is None:
@@ -309,7 +309,7 @@ def _nearest(name: str, known: Sequence[str] | dict[str, Any]) -> str:
 
 
 def _defaults(config_name: str, arguments: Sequence[str]) -> dict[str, Any]:
-    """What settings are where only groups of them, such as experiment=, are chosen."""
+    """Returns the settings of a config where only its groups, such as experiment=, are chosen."""
     chosen = [
         text for text in arguments if (Path(CONF) / text.lstrip("+").partition("=")[0]).is_dir()
     ]
@@ -321,14 +321,15 @@ def _defaults(config_name: str, arguments: Sequence[str]) -> dict[str, Any]:
 
 
 def _groups(config_name: str) -> list[str]:
-    """Those that a config composes, `experiment`, `data`, ..."""
+    """Returns the names of the groups that a config composes, `experiment`, `data`, ..."""
     text = (Path(CONF) / f"{config_name}.yaml").read_text()
     found = re.findall(r"^  - (?:optional )?/?(\w+): ", text, re.MULTILINE)
     return [*found, *(_groups("config") if "  - /config\n" in text else ())]
 
 
 def _meant_for_users(error: BaseException) -> bool:
-    """Whether somebody wrote its text for them: Hydra, the system, or the code of this project."""
+    """Returns whether somebody wrote the error's text for users: Hydra, the system, or this
+    project's code."""
     if isinstance(error, InstantiationException) and error.__cause__ is not None:
         cause = error.__cause__
         return _meant_for_users(cause) or "unexpected keyword argument" in str(cause)
@@ -347,7 +348,7 @@ def _meant_for_users(error: BaseException) -> bool:
 
 
 def _clear_up() -> None:
-    """Takes away the folder of a run that is new and holds nothing but the notes of its start."""
+    """Removes the folder of a run that is new and holds nothing but the notes of its start."""
     config = HydraConfig.get()
     # or it goes on, or is another rank's
     if config.mode == RunMode.MULTIRUN or config.output_subdir != runs.RECORD:

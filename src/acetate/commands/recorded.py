@@ -1,4 +1,4 @@
-"""What a run recorded of its settings, for programs that are given what it trained."""
+"""Reads the settings that a run recorded, for programs that are given its weights."""
 
 import json
 import re
@@ -35,8 +35,8 @@ CHOSEN = re.compile(r"@(best|last)$")  # which checkpoint of a run, behind its p
 
 
 def run_of(source: str) -> Path | None:
-    """The run's folder that weights are of: its own, that of a checkpoint in it, or the newest run
-    below a folder.
+    """Returns the folder of the run that weights belong to: the source itself, that of a checkpoint
+    in it, or the newest run below a folder.
 
     None where there is none that recorded its settings.
     """
@@ -49,7 +49,7 @@ def run_of(source: str) -> Path | None:
 
 
 def recorded_config(run: Path) -> DictConfig:
-    """The config that a run was started with, in its present place."""
+    """Reads the config that a run was started with, and sets its present place in it."""
     config = OmegaConf.load(run / RECORD / "config.yaml")
     assert isinstance(config, DictConfig)
     config.paths.root, config.paths.run = root(), str(run)
@@ -57,7 +57,8 @@ def recorded_config(run: Path) -> DictConfig:
 
 
 def recorded_overrides(run: Path) -> list[str]:
-    """What a run was last started with, without what chose its folder and its checkpoint.
+    """Reads the overrides that a run was last started with, without those that chose its folder and
+    its checkpoint.
 
     Callbacks that were added to it stay with the command that added them, as a profiler does. A
     relative path that only leads somewhere from where the run was started is made absolute.
@@ -82,7 +83,7 @@ def recorded_overrides(run: Path) -> list[str]:
 
 
 def _started_in(record: Path) -> Path:
-    """The folder in which a run was started."""
+    """Returns the folder in which a run was started."""
     notes = record / "hydra.yaml"
     return (
         Path(str(OmegaConf.select(OmegaConf.load(notes), "hydra.runtime.cwd")))
@@ -92,16 +93,16 @@ def _started_in(record: Path) -> Path:
 
 
 def run_to_continue(outputs: str, name: str | None, resume: str | None) -> Path | None:
-    """The run whose settings a command with `resume` starts from: not for `auto`, which repeats its
-    own command."""
+    """Returns the run whose settings a command with `resume` starts from; none for `auto`, which
+    repeats its own command."""
     if resume in (None, "auto"):
         return None
     return newest(Path(outputs) / str(name)) if resume == "last" else run_of(resume)
 
 
 def with_recorded(run: Path, arguments: Sequence[str]) -> list[str]:
-    """The arguments of a command after those that a run recorded, each setting once; what changes
-    is said."""
+    """Puts the arguments of a command after those that a run recorded, each setting once, and says
+    what changes."""
     own = [argument for argument in arguments if not argument.startswith("-")]
     recorded = recorded_overrides(run)
     before = {name_of(override): override.partition("=")[2] for override in recorded}
@@ -123,24 +124,25 @@ def with_recorded(run: Path, arguments: Sequence[str]) -> list[str]:
 
 
 def name_of(override: str) -> str:
-    """`+data.shards=x` -> data.shards"""
+    """Returns the setting that an override names: `+data.shards=x` -> data.shards"""
     return override.partition("=")[0].lstrip("+~").partition("@")[0]
 
 
 def value_of(overrides: Iterable[str], name: str) -> str | None:
-    """The last one's text, without the quotes of a shell within a shell."""
+    """Returns the text of the last override of that name, without the quotes of a shell within a
+    shell."""
     found = [text.partition("=")[2] for text in overrides if name_of(text) == name]
     return found[-1].strip("'\"") if found else None
 
 
 def without(overrides: Iterable[str], given: Sequence[str]) -> list[str]:
-    """Those whose settings are not given."""
+    """Returns the overrides whose settings are not given."""
     names = {name_of(text) for text in given}
     return [text for text in overrides if name_of(text) not in names]
 
 
 def quoted(value: Any) -> str:
-    """A value in the grammar of overrides, whatever it holds."""
+    """Writes a value in the grammar of overrides, whatever it holds."""
     if isinstance(value, str):
         for sign, escaped in ((r"\$\{", r"\${"), ("'", r"\'"), (r"\Z", "")):
             value = re.sub(
@@ -159,8 +161,8 @@ def quoted(value: Any) -> str:
 def as_trained(
     source: str, setting: str, given: Sequence[str], also: Mapping[str, Sequence[str]]
 ) -> list[str]:
-    """Overrides of `wan`, and of the settings `also`, by what the run of `source` recorded of them;
-    none of those that are given. Prints what is taken from where.
+    """Returns overrides of `wan`, and of the settings `also`, as the run of `source` recorded them,
+    but none of those that are given. Prints what is taken from where.
 
     setting: what `source` was given as. also: name -> places in the run's config, of which the
     first that has a value counts. Of a file without its run, the base that its metadata names.
@@ -195,7 +197,8 @@ def _plain(value: Any) -> Any:
 
 
 def _in_place(value: Any, run: Path) -> Any:
-    """A path as it was given to the run, which may have been started in another folder."""
+    """Makes a path as it was given to the run, which may have been started in another folder, valid
+    here."""
     value = _plain(value)
     if not isinstance(value, str) or Path(CHOSEN.sub("", value)).expanduser().exists():
         return value
@@ -204,7 +207,7 @@ def _in_place(value: Any, run: Path) -> Any:
 
 
 def _choice(run: Path) -> str:
-    """What `wan=` a run was started with."""
+    """Returns the choice of `wan=` that a run was started with."""
     record = run / RECORD / "hydra.yaml"
     chosen = (
         OmegaConf.select(OmegaConf.load(record), "hydra.runtime.choices.wan")
@@ -215,7 +218,8 @@ def _choice(run: Path) -> str:
 
 
 def preset_of(base: str) -> str | None:
-    """The `wan=` whose weights have the name of a base: a hub name, or the last part of a path."""
+    """Returns the `wan=` whose weights have the name of a base: a hub name, or the last part of a
+    path."""
     for file in sorted((conf() / "wan").glob("*.yaml")):
         sources = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
         if isinstance(sources, dict) and Path(base).name in (
@@ -226,7 +230,7 @@ def preset_of(base: str) -> str | None:
 
 
 def metadata(path: Path) -> dict[str, Any]:
-    """What an adapter file says of itself; nothing of another file."""
+    """Reads the metadata of an adapter file; nothing of another file."""
     if path.suffix != ".safetensors" or not path.is_file():
         return {}
     from safetensors import SafetensorError, safe_open

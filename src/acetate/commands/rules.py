@@ -1,4 +1,4 @@
-"""What every setting of every program may be: one table, checked before a program does anything.
+"""The rules of every setting of every program: one table, checked before a program does anything.
 
 A rule is found by the longest end of PROGRAM.PATH.TO.SETTING that the table knows, so that a name
 means the same thing everywhere, and an exception stands under a longer name.

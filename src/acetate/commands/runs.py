@@ -1,4 +1,4 @@
-"""Which folder a run writes to, and which checkpoint it goes on from."""
+"""Chooses the folder that a run writes to, and the checkpoint that it goes on from."""
 
 import fcntl
 import itertools
@@ -31,9 +31,9 @@ LEASE = 150.0
 def run_folder(
     outputs: str, name: str, resume: str | None, overrides: Sequence[str], now: str
 ) -> str:
-    """outputs/NAME/TIME, or the run that resume chooses: `last` the newest that has a checkpoint,
-    `auto` the newest such that is not finished and was started with the same overrides. All ranks
-    of torchrun and srun get the same.
+    """Returns outputs/NAME/TIME, or the run that resume chooses: `last` the newest that has a
+    checkpoint, `auto` the newest such that is not finished and was started with the same overrides.
+    All ranks of torchrun and srun get the same.
 
     A new folder is made here, so that runs that start in the same second have one each. srun's
     ranks name it after the job, torchrun's hear of rank 0's choice.
@@ -58,8 +58,8 @@ def run_folder(
 def sweep_folder(
     outputs: str, name: str, resume: str | None, overrides: Sequence[str], now: str
 ) -> str:
-    """outputs/NAME/sweep_TIME, a new folder; with resume the newest sweep of the same command, if
-    there is one."""
+    """Makes outputs/NAME/sweep_TIME; with resume it returns the newest sweep of the same command,
+    if there is one."""
     runs = Path(outputs) / name
     if resume in ("last", "auto"):
         same = [
@@ -73,7 +73,7 @@ def sweep_folder(
 
 
 def new_folder(wanted: Path) -> Path:
-    """That or, where it exists, the next free one of it_2, it_3, ..."""
+    """Makes the folder or, where it exists, the next free one of FOLDER_2, FOLDER_3, ..."""
     for number in itertools.count(1):
         folder = wanted if number == 1 else wanted.with_name(f"{wanted.name}_{number}")
         try:
@@ -90,8 +90,8 @@ def _overrides_of_sweep(sweep: Path) -> list[str]:
 
 
 def record_folder(run: str, now: str) -> str | None:
-    """Below a run's folder, where Hydra notes how it was started; a run that goes on keeps its
-    first notes.
+    """Returns the place below a run's folder where Hydra notes how it was started; a run that goes
+    on keeps its first notes.
 
     None on other ranks than 0: one of them writes.
     """
@@ -101,7 +101,7 @@ def record_folder(run: str, now: str) -> str | None:
 
 
 def run_id(outputs: str, run: str) -> str:
-    """NAME-TIME: the same for a run that goes on in its folder."""
+    """Returns NAME-TIME, which stays the same for a run that goes on in its folder."""
     folder = Path(run)
     parts = (
         folder.relative_to(outputs).parts if folder.is_relative_to(outputs) else folder.parts[-2:]
@@ -110,9 +110,9 @@ def run_id(outputs: str, run: str) -> str:
 
 
 def checkpoint_to_resume(resume: str | None, run: Path) -> str | None:
-    """A checkpoint's path as it is, or the last one of a run's folder; `last` the run's own, `auto`
-    that where there is one. Raises FileNotFoundError, and ValueError for what is no checkpoint of
-    training."""
+    """Returns a checkpoint's path as it is, or the last one of a run's folder; `last` means the
+    run's own, `auto` that where there is one. Raises FileNotFoundError, and ValueError for a file
+    that is no checkpoint of training."""
     if resume in (None, "last", "auto"):
         own = standing(run / LAST)
         if resume is None or (resume == "auto" and not own.exists()):
@@ -143,8 +143,8 @@ def checkpoint_to_resume(resume: str | None, run: Path) -> str | None:
 
 @contextmanager
 def only_writer(run: Path, patience: float = LEASE) -> Iterator[None]:
-    """Rank 0 trains in the run's folder, and no other process does; reaching the end of it marks
-    the run as finished.
+    """Keeps the run's folder to rank 0 of this process's job; reaching the end of it marks the run
+    as finished.
 
     The kernel unlocks the folder when the process ends, however it does, but not when its data
     workers do. Raises RuntimeError at once where another process of this machine writes there; one
@@ -197,7 +197,7 @@ def _lock(file: IO[str], run: Path, patience: float) -> None:
 
 
 def rank() -> int:
-    """This process's place among those that torchrun or srun started."""
+    """Returns this process's place among those that torchrun or srun started."""
     return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
 
 
@@ -206,7 +206,8 @@ def _torchrun() -> bool:
 
 
 def newest(runs: Path, chosen: Callable[[Path], bool] = lambda run: True) -> Path | None:
-    """Of the runs with a checkpoint; a sweep's jobs are runs, too, but not of their own accord."""
+    """Returns the newest run with a checkpoint; a sweep's jobs are runs, too, but are not found
+    here."""
     found = [
         last for run in runs.glob("*") if (last := standing(run / LAST)).exists() and chosen(run)
     ]
@@ -218,7 +219,8 @@ def newest(runs: Path, chosen: Callable[[Path], bool] = lambda run: True) -> Pat
 
 
 def _started_with(run: Path, overrides: Sequence[str]) -> bool:
-    """The same but for `resume`, in any order."""
+    """Returns whether the run was started with the same overrides but for `resume`, in any
+    order."""
     record = run / RECORD / "overrides.yaml"
     before = OmegaConf.to_object(OmegaConf.load(record)) if record.exists() else None
     return isinstance(before, list) and _settings(before) == _settings(overrides)
@@ -229,8 +231,8 @@ def _settings(overrides: Sequence[str]) -> list[str]:
 
 
 def _of_rank_zero(value: str) -> str:
-    """Under torchrun rank 0's value on every rank, by the store that its agent serves; else the
-    value."""
+    """Returns rank 0's value on every rank under torchrun, by the store that its agent serves; else
+    the value."""
     if (
         not _torchrun()
         or os.environ["WORLD_SIZE"] == "1"

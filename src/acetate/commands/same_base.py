@@ -1,4 +1,4 @@
-"""Whether cached latents are of the models that a run names."""
+"""Checks that cached latents are of the models that a run names."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -54,7 +54,7 @@ class SameBase(Callback):
             self._warn(data, unknown)
 
     def _adapters(self, res_blocks: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Tensors and facts of what encodes. FileNotFoundError where there is none."""
+        """Returns tensors and facts of what encodes. FileNotFoundError where there is none."""
         if self.rgba_vae is None:
             raise FileNotFoundError("rgba_vae=null")
         if comfyui_pair(self.rgba_vae) is not None:

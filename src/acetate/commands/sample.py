@@ -40,7 +40,7 @@ OF_THE_CALL = (
 
 
 def check_settings(config: DictConfig) -> None:
-    """What shows before anything is loaded. Raises ValueError and FileNotFoundError."""
+    """Checks settings before anything is loaded. Raises ValueError and FileNotFoundError."""
     check_formats(config.formats)
     if not config.formats:
         raise ValueError(
@@ -97,7 +97,8 @@ def read_prompts(config: DictConfig) -> list[str]:
 
 
 def mended(text: str) -> str:
-    """Bytes of a command line that are no text, which no file could hold, become question marks."""
+    """Replaces bytes of a command line that are no text, which no file could hold, by question
+    marks."""
     return text.encode(errors="replace").decode()
 
 
@@ -107,14 +108,14 @@ def file_name(number: int, prompt: str, seed: int) -> str:
 
 
 def targets(names: Sequence[str], formats: Sequence[str]) -> list[str]:
-    """All files and folders that clips of these names are written to."""
+    """Returns all files and folders that clips of these names are written to."""
     suffixes = [".json", *(suffix for name in formats for suffix in SUFFIXES[name])]
     return [f"{name}{suffix}" for name in names for suffix in suffixes]
 
 
 def check_new(out: Path, names: Sequence[str], settings: Mapping[str, Any]) -> None:
-    """Raises FileExistsError that says what of another call is there, and what was set otherwise in
-    it."""
+    """Raises FileExistsError that names a file of another call in the folder, and the settings that
+    differ."""
     found = next((out / name for name in names if (out / name).exists()), None)
     if found is None:
         return
@@ -137,14 +138,14 @@ def check_new(out: Path, names: Sequence[str], settings: Mapping[str, Any]) -> N
 
 
 def folder_for(config: DictConfig) -> Path:
-    """out=, or a folder of this call alone."""
+    """Returns out=, or a folder of this call alone."""
     if config.out is not None:
         return Path(config.out).expanduser()
     return new_folder(Path("samples") / time.strftime("%Y-%m-%d_%H-%M-%S"))
 
 
 def origin(source: Any, kind: str) -> dict[str, Any]:
-    """File, run and step of weights, as far as they say."""
+    """Returns file, run and step of weights, as far as they say."""
     try:
         file = read_adapters(source, kind)[0] if isinstance(source, str) else None
     except (FileNotFoundError, ValueError):  # released files, which were read as what they are
@@ -202,8 +203,8 @@ def main(config: DictConfig) -> None:
 
 
 def guide_from(settings: DictConfig) -> Guide | None:
-    """Of `guide.*`: a mask file, an alpha clip, an ellipse, or none. Raises ValueError for two of
-    them."""
+    """Builds the guide of `guide.*`: a mask file, an alpha clip, an ellipse, or none. Raises
+    ValueError for two of them."""
     given: dict[str, Any] = {name: value for name,
         value in OmegaConf.to_container(settings).items()  # type: ignore
                              if value is not None}  # fmt: skip
@@ -225,7 +226,8 @@ def guide_from(settings: DictConfig) -> Guide | None:
 
 
 def origins(pipeline: RGBAPipeline, guide: Guide | None) -> dict[str, Any]:
-    """What the clips are made with, for the JSON beside them; says what the DoRA's file decided."""
+    """Returns the sources of the clips, for the JSON beside them, and says what the DoRA's file
+    decided."""
     config, facts = pipeline.config, pipeline.facts
     if facts and config.mean_shift is None:
         ellipse = facts.get("ellipse", "of the defaults")
@@ -246,7 +248,7 @@ def origins(pipeline: RGBAPipeline, guide: Guide | None) -> dict[str, Any]:
 
 
 def warn_of_others(path: Path, made_with: Mapping[str, Any]) -> None:
-    """Where weights or versions are not those that the clip of this JSON was made with."""
+    """Warns where weights or versions are not those that the clip of this JSON was made with."""
     before = json.loads(path.read_text()).get("made_with", {})
     for name in ("dora", "rgba_vae", "versions", "device"):
         if before.get(name) != made_with[name]:
@@ -256,7 +258,7 @@ def warn_of_others(path: Path, made_with: Mapping[str, Any]) -> None:
 
 
 def sheet_name(out: Path, overwrite: bool) -> Path:
-    """Of this call: one of an earlier call stays."""
+    """Returns the name of this call's contact sheet: one of an earlier call stays."""
     names = (
         out / ("sheet.png" if number == 1 else f"sheet_{number}.png") for number in range(1, 10**6)
     )

@@ -1,5 +1,5 @@
-"""Secrets on a command line: what Hydra composes, writes and hands on has what stands for them; a
-program's config, in memory, has them."""
+"""Keeps secrets of a command line from Hydra: what it composes, writes and hands on has tokens in
+their place; a program's config, in memory, has them."""
 
 import json
 import os
@@ -34,7 +34,8 @@ TABLE = "ACETATE_SECRETS"  # environment, also of processes that this one starts
 
 
 def hide(arguments: Sequence[str]) -> list[str]:
-    """The arguments with tokens, ***NAME***, in the place of secrets, which go into TABLE."""
+    """Returns the arguments with tokens, ***NAME***, in the place of secrets, which go into
+    TABLE."""
     table = _table()
     hidden = [text if text.startswith("-") else _hide(text, table) for text in arguments]
     os.environ[TABLE] = json.dumps(table)
@@ -62,8 +63,8 @@ def find(arguments: Iterable[str]) -> None:
 
 
 def reveal(config: DictConfig) -> DictConfig:
-    """A program's settings with the secrets in the place of their tokens; what is secret in them is
-    known from now on."""
+    """Returns a program's settings with the secrets in the place of their tokens, and remembers the
+    secrets."""
     held = OmegaConf.to_container(config, resolve=False)
     shown = _reveal(held, _table())
     remember(secrets_of(shown))
@@ -78,7 +79,7 @@ def reveal(config: DictConfig) -> DictConfig:
 def show_without_secrets(
     kind: type[BaseException], error: BaseException, trace: TracebackType | None
 ) -> None:
-    """A sys.excepthook."""
+    """Prints a traceback without secrets, as sys.excepthook."""
     lines = traceback.format_exception(kind, error, trace)
     print(scrubbed("".join(lines)), end="", file=sys.stderr, flush=True)
 
@@ -88,7 +89,8 @@ def _table() -> dict[str, Any]:
 
 
 def _hide(argument: str, table: dict[str, Any]) -> str:
-    """Of one override. Names are those of settings, so that the same command has the same ones."""
+    """Hides the secrets of one override. Tokens are named after settings, so that the same command
+    has the same ones."""
     key, equals, text = argument.partition("=")
     name = name_of(argument)
     if not equals or TOKEN.search(text) or (name.startswith("hydra") and "://" not in text):
@@ -126,7 +128,7 @@ def _hide(argument: str, table: dict[str, Any]) -> str:
 
 
 def _written(value: Any) -> str:
-    """`quoted`, also where names have signs of Hydra's grammar."""
+    """Writes a value as `quoted` does, also where names have signs of Hydra's grammar."""
     if isinstance(value, dict):
         items = (
             re.sub(r"[\\:=,(){}\[\]\s]", r"\\\g<0>", str(name)) + ":" + _written(item)
@@ -155,7 +157,7 @@ def _recorded(config: Any) -> Any:
 
 
 class _Records(OmegaConf):
-    """As Hydra's records are written: secrets of a user's own configs have no token."""
+    """Writes Hydra's records without secrets: those of a user's own configs have no token."""
 
     @staticmethod
     def save(config: Any, f: Any, resolve: bool = False) -> None:

@@ -1,4 +1,4 @@
-"""A new run that starts from adapters that are trained already."""
+"""Starts a new run from adapters that are trained already."""
 
 import json
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""A run, from its config to its last step."""
+"""Runs training from its config to its last step."""
 
 from contextlib import nullcontext
 from pathlib import Path
@@ -68,13 +68,13 @@ def main(config: DictConfig) -> float | None:
 
 
 def _in_a_sweep(resume: str | None) -> str | None:
-    """A job of a sweep that goes on may not have begun."""
+    """Turns `last` into `auto` in a sweep that goes on, since its job may not have begun."""
     return "auto" if resume == "last" and HydraConfig.get().mode == RunMode.MULTIRUN else resume
 
 
 def _is_over(config: DictConfig, run: Path, checkpoint: str) -> bool:
-    """Whether there is nothing left to train: so in a sweep, which goes on with its next job; else
-    SystemExit."""
+    """Returns whether nothing is left to train, which ends a job of a sweep in peace. Raises
+    ValueError in a run of its own."""
     own = Path(checkpoint).resolve().parents[1] == run.resolve()
     step = step_of(Path(checkpoint))
     if step < config.trainer.max_steps or (own and not (run / FINISHED).exists()):
@@ -93,6 +93,6 @@ def _is_over(config: DictConfig, run: Path, checkpoint: str) -> bool:
 
 
 def _close_process_group() -> None:
-    """Its threads abort a rank that ends with them running."""
+    """Closes the process group, whose threads abort a rank that ends with them running."""
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

@@ -1,5 +1,5 @@
-"""The clip datamodule: which clip comes when, what happens to a bad one, and where a resumed run
-goes on."""
+"""The clip datamodule: chooses which clip comes when, treats bad ones, and goes on where a run
+stopped."""
 
 import logging
 from collections import OrderedDict
@@ -36,7 +36,7 @@ Sample = dict[str, Any]  # rgb (3, T, H, W), alpha (1, T, H, W), prompt, key
 
 
 class TrainBatches(Sampler[list[int]]):
-    """Positions of this rank, a batch at a time, without end.
+    """Yields positions of this rank, a batch at a time, without end.
 
     A global batch is `batch_size * world` consecutive positions; rank r takes r, r + world, ... of
     them. `start` is asked anew at every iteration: a loader that is iterated again goes on where
@@ -54,7 +54,7 @@ class TrainBatches(Sampler[list[int]]):
 
 
 class ValBatches(Sampler[list[int]]):
-    """This rank's part of `count` clips, each exactly once over all ranks."""
+    """Yields this rank's part of `count` clips, each exactly once over all ranks."""
 
     def __init__(self, count: int, batch_size: int, rank: int, world: int):
         # One piece each, so that the first clips, of which rank 0 draws pictures, are of as many
@@ -70,7 +70,7 @@ class ValBatches(Sampler[list[int]]):
 
 
 class ClipCache:
-    """Decoded clips of this process, the least recently used go first beyond `max_bytes`."""
+    """Keeps decoded clips of this process; the least recently used go first beyond `max_bytes`."""
 
     def __init__(self, max_bytes: float):
         self.max_bytes, self.bytes = max_bytes, 0
@@ -90,7 +90,8 @@ class ClipCache:
 
 
 class ClipDataset(Dataset[Sample | BadClip]):
-    """position -> sample, or the BadClip that it would have been; never another clip in its place.
+    """Maps a position to its sample, or to the BadClip that it would have been; never to another
+    clip.
 
     Without an order, clip after clip. step: between the positions of this rank.
     """
@@ -132,8 +133,8 @@ class ClipDataset(Dataset[Sample | BadClip]):
 
 
 def collate(samples: Sequence[Sample | BadClip]) -> dict[str, Any]:
-    """rgb (B, 3, T, H, W), alpha (B, 1, T, H, W), prompt, key of the good; "key: reason" of the
-    bad."""
+    """Stacks the good samples into rgb (B, 3, T, H, W), alpha (B, 1, T, H, W), prompt and key, and
+    lists the bad as "key: reason"."""
     good = [sample for sample in samples if not isinstance(sample, BadClip)]
     return {
         "rgb": torch.stack([sample["rgb"] for sample in good]) if good else torch.empty(0),
@@ -145,8 +146,8 @@ def collate(samples: Sequence[Sample | BadClip]) -> dict[str, Any]:
 
 
 class ClipDataModule(ShardDataModule):
-    """Batches of rgb (B, 3, T, H, W) in [-1, 1], alpha (B, 1, T, H, W) in [0, 1], prompt, key,
-    skipped.
+    """Gives batches of rgb (B, 3, T, H, W) in [-1, 1], alpha (B, 1, T, H, W) in [0, 1], prompt,
+    key, skipped.
 
     shards: folders or URLs; a mapping from them to weights mixes them as MixedOrder does. Remote
     ones, order, position and bad clips as in ShardDataModule. resize `straight` bleeds hidden

@@ -1,4 +1,4 @@
-"""What both datamodules share: batches without end, the position that a resumed run goes on from,
+"""The base of both datamodules: batches without end, the position that a resumed run goes on from,
 bad clips."""
 
 import logging
@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 
 def apart_from_signals(worker: int) -> None:
-    """A signal to a job's processes must not end a data worker before the trainer has saved a
+    """Keeps signals to a job's processes from ending a data worker before the trainer has saved a
     checkpoint.
 
     Those to the process group no longer reach it; of those to itself, the trainer's own SIGTERM
@@ -49,11 +49,12 @@ def _end_at_sigterm_of(trainer: int) -> None:
 
 
 class BadDataError(RuntimeError):
-    """More bad clips than the budget allows, or none that is good."""
+    """There are more bad clips than the budget allows, or none that is good."""
 
 
 def weights_of(folders: Mapping[str, Any]) -> list[float]:
-    """ValueError for what is no number, negative, not finite, or 0 for all."""
+    """Returns the weights of folders. Raises ValueError for one that is no number, negative or not
+    finite, or if all are 0."""
     for folder, weight in folders.items():
         if not isinstance(weight, int | float):
             raise ValueError(
@@ -68,7 +69,7 @@ def weights_of(folders: Mapping[str, Any]) -> list[float]:
 
 
 class ShardDataModule(LightningDataModule):
-    """Training batches have no end and no length: the trainer's max_steps ends them. Their order
+    """Reads training batches without end or length: the trainer's max_steps ends them. Their order
     depends on (seed, epoch) alone; where it goes on is the number of clips that training has
     consumed, on all ranks. A bad clip leaves its batch, which gets smaller, or is a blank that
     counts for nothing; past `bad_clip_budget` distinct ones in a process, training stops with
@@ -118,23 +119,24 @@ class ShardDataModule(LightningDataModule):
         self._batches: int | None = None  # the trainer's count of finished batches then
 
     def _fingerprint(self) -> int:
-        """Of the seed and all that is trained on: a position means the same where it is equal."""
+        """Returns a hash of the seed and the training data: a position means the same where it is
+        equal."""
         raise NotImplementedError
 
     def _training_refs(self) -> Iterable[TarRef]:
-        """Of all that is trained on."""
+        """Returns the references of all training samples."""
         raise NotImplementedError
 
     def _epoch_clips(self) -> int:
-        """How many clips make one pass over all of them."""
+        """Returns how many clips make one pass over all of them."""
         raise NotImplementedError
 
     def _blank(self) -> dict[str, Any]:
-        """A batch of one clip that is none."""
+        """Returns a batch of one clip that stands for none."""
         raise NotImplementedError
 
     def _order_of(self, tars: Sequence[Path | RemoteTar]) -> Order:
-        """Of the training clips, from the tar of each."""
+        """Returns the order of the training clips, from the tar of each."""
         names = (
             [str(tar) for tar in tars] if any(isinstance(tar, RemoteTar) for tar in tars) else None
         )
@@ -163,7 +165,7 @@ class ShardDataModule(LightningDataModule):
         return order
 
     def _check_window(self, sets: Sequence[Sequence[Path | RemoteTar]]) -> None:
-        """ShardError where the cache cannot hold the tars that training reads at a time."""
+        """Raises ShardError where the cache cannot hold the tars that training reads at a time."""
         needed = 0
         for tars in sets:
             sizes = {str(tar): tar.size for tar in tars if isinstance(tar, RemoteTar)}
@@ -177,8 +179,8 @@ class ShardDataModule(LightningDataModule):
 
     @property
     def consumed(self) -> int:
-        """Clips of all ranks in finished training batches; what a loader has fetched ahead does not
-        count."""
+        """Clips of all ranks in finished training batches; those that a loader has fetched ahead do
+        not count."""
         if self.trainer is None or self._batches is None:
             return self._consumed
         _, world = self._rank_and_world()
@@ -186,15 +188,15 @@ class ShardDataModule(LightningDataModule):
 
     @property
     def passes(self) -> float:
-        """Over the training clips, by all ranks together."""
+        """Passes over the training clips, by all ranks together."""
         return self.consumed / self._epoch_clips()
 
     def state_dict(self) -> dict[str, Any]:
         return {"consumed": self.consumed, "order": self._fingerprint()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Other ranks or another batch size go on at the same clip; other clips or another seed
-        cannot. Raises FieldError for a state of another form."""
+        """Restores the position. Other ranks or another batch size go on at the same clip; other
+        clips or another seed cannot. Raises FieldError for a state of another form."""
         STATE.check(state_dict, type(self).__name__)
         self._consumed, self._batches = state_dict["consumed"], None
         if state_dict["order"] != self._fingerprint():
@@ -205,7 +207,7 @@ class ShardDataModule(LightningDataModule):
             )
 
     def _start(self) -> None:
-        """A training loader is made here: later batches are counted from now."""
+        """Counts later batches from now, when a training loader is made."""
         self._consumed = self.consumed
         self._batches = self._finished_batches() if self.trainer else None
 
@@ -244,7 +246,8 @@ class ShardDataModule(LightningDataModule):
             )
 
     def check_read(self, stage: Literal["train", "validate"]) -> None:
-        """BadDataError where none of the clips that came was good, on any rank; all of them ask."""
+        """Raises BadDataError where none of the clips that came was good, on any rank; all ranks
+        call it."""
         assert self.trainer is not None
         seen = self._seen[stage]
         counts = torch.tensor([seen["good"], seen["bad"]], device=self.trainer.strategy.root_device)
@@ -264,8 +267,8 @@ class ShardDataModule(LightningDataModule):
         return batches_done(self.trainer)  # not fetched: an interrupted step counts as not done
 
     def _rank_and_world(self) -> tuple[int, int]:
-        """Of the data-parallel group: under tensor parallelism several processes share their
-        clips."""
+        """Returns rank and size of the data-parallel group: under tensor parallelism several
+        processes share their clips."""
         if self.trainer is None or self.trainer.world_size == 1:
             return 0, 1
         if replaces_samplers(self.trainer):

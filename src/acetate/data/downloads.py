@@ -1,4 +1,4 @@
-"""How a download ends before its time."""
+"""Ends a download before its time."""
 
 import threading
 
@@ -6,15 +6,15 @@ import fsspec
 
 
 class FetchError(OSError):
-    """A file that did not come, or not as promised, in all of its tries."""
+    """A file did not come, or not as promised, in all of its tries."""
 
 
 class MoreThanSaid(FetchError):
-    """A file that has more bytes than were expected; it may come right in another try."""
+    """A file has more bytes than were expected; it may come right in another try."""
 
 
 class TooLarge(FetchError):
-    """A file that has more bytes than are read of such a file."""
+    """A file has more bytes than are read of such a file."""
 
 
 class Bounded(fsspec.Callback):

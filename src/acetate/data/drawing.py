@@ -1,4 +1,4 @@
-"""What procedural clips are drawn with: a canvas of coordinates, layers, random parameters, signed
+"""Tools for drawing procedural clips: a canvas of coordinates, layers, random parameters, signed
 distances.
 
 Space: x right, y down, origin at the centre of the frame, the short side is 1. Time: seconds at 16
@@ -52,7 +52,8 @@ class Layer(NamedTuple):
 
 
 class Dice:
-    """Random parameters from a key; the number of draws never depends on the size of the clip."""
+    """Draws random parameters from a key; the number of draws never depends on the size of the
+    clip."""
 
     def __init__(self, *key: object):
         digest = hashlib.sha256(repr(key).encode()).digest()
@@ -71,14 +72,14 @@ class Dice:
         return options[self.integer(0, len(options) - 1)]
 
     def colors(self) -> tuple[str, Tensor, Tensor, Tensor]:
-        """A colour by name and value, a neighbour in hue, and a contrasting one."""
+        """Draws a colour by name and value, a neighbour in hue, and a contrasting one."""
         codes, i = list(COLORS.values()), self.integer(0, len(COLORS) - 1)
         near, far = (i + self.pick((-1, 1))) % len(codes), (i + self.integer(3, 9)) % len(codes)
         return list(COLORS)[i], color(codes[i]), color(codes[near]), color(codes[far])
 
     def noise(self, channels: int, slope: float = 1.6, cycles: int = 14, size: int = 128) -> Tensor:
-        """Periodic, amplitude f^-slope up to `cycles` a side, about [0, 1]: (1, C, size + 1, size +
-        1)."""
+        """Draws periodic noise, amplitude f^-slope up to `cycles` a side, about [0, 1]: (1, C, size
+        + 1, size + 1)."""
         white = torch.randn(channels, size, size, generator=self.generator)
         f = torch.hypot(
             torch.fft.fftfreq(size, 1 / size)[:, None], torch.fft.rfftfreq(size, 1 / size)
@@ -101,7 +102,7 @@ def canvas_of(frames: int, height: int, width: int) -> Canvas:
 
 
 def color(code: str) -> Tensor:
-    """'rrggbb' -> (3, 1, 1, 1) in [0, 1]."""
+    """Reads 'rrggbb' into (3, 1, 1, 1) in [0, 1]."""
     return torch.tensor(list(bytes.fromhex(code))).view(3, 1, 1, 1) / 255
 
 
@@ -110,26 +111,26 @@ def mix(a: Tensor, b: Tensor, weight: Tensor | float) -> Tensor:
 
 
 def smoothstep(low: float, high: float, value: Tensor) -> Tensor:
-    """0 below low, 1 above high, both exact."""
+    """Rises from exactly 0 below low to exactly 1 above high."""
     s = ((value - low) / (high - low)).clamp(0, 1)
     return s * s * (3 - 2 * s)
 
 
 def inside(distance: Tensor, px: float) -> Tensor:
-    """Coverage of a pixel by a straight edge at a signed distance (negative inside)."""
+    """Returns the coverage of a pixel by a straight edge at a signed distance (negative inside)."""
     return (0.5 - distance / px).clamp(0, 1)
 
 
 def stack(bottom: Layer, top: Layer) -> Layer:
-    """Porter and Duff 1984, straight alpha; the bottom's colour extends to where nothing is
-    drawn."""
+    """Lays a layer over another (Porter and Duff 1984, straight alpha); the bottom's colour extends
+    to where nothing is drawn."""
     alpha = top.alpha + bottom.alpha * (1 - top.alpha)
     share = torch.where(alpha > 0, top.alpha / alpha.clamp(min=1e-12), 0)
     return Layer(mix(bottom.rgb, top.rgb, share), alpha)
 
 
 def look_up(tile: Tensor, u: Tensor, v: Tensor) -> Tensor:
-    """Periodic bilinear lookup, u and v in tile sides: -> (C, T, H, W)."""
+    """Looks a tile up, periodic and bilinear, at u and v in tile sides: -> (C, T, H, W)."""
     u, v = torch.broadcast_tensors(u, v)
     grid = torch.stack((u, v), dim=-1).remainder(1) * 2 - 1
     flat = F.grid_sample(tile, grid.reshape(1, 1, -1, 2), align_corners=True)
@@ -137,7 +138,7 @@ def look_up(tile: Tensor, u: Tensor, v: Tensor) -> Tensor:
 
 
 def splat(canvas: Canvas, px: Tensor, py: Tensor, radius: Tensor, weight: Tensor) -> Tensor:
-    """Sum of bumps cos^2 x cos^2 of compact support: (N, T) each, weight (C, N, T) -> (C, T, H,
+    """Sums bumps cos^2 x cos^2 of compact support: (N, T) each, weight (C, N, T) -> (C, T, H,
     W)."""
 
     def bump(axis: Tensor, centre: Tensor) -> Tensor:
@@ -150,13 +151,13 @@ def splat(canvas: Canvas, px: Tensor, py: Tensor, radius: Tensor, weight: Tensor
 
 
 def rotate(x: Tensor, y: Tensor, angle: Tensor | float) -> tuple[Tensor, Tensor]:
-    """Coordinates in a figure that is turned clockwise by `angle`."""
+    """Returns coordinates in a figure that is turned clockwise by `angle`."""
     c, s = torch.as_tensor(angle).cos(), torch.as_tensor(angle).sin()
     return c * x + s * y, c * y - s * x
 
 
 def box(x: Tensor, y: Tensor, a: float, b: float, corner: float) -> Tensor:
-    """Signed distance to a rounded box with half sides a and b."""
+    """Returns the signed distance to a rounded box with half sides a and b."""
     dx, dy = x.abs() - (a - corner), y.abs() - (b - corner)
     return (
         torch.hypot(dx.clamp(min=0), dy.clamp(min=0)) + torch.maximum(dx, dy).clamp(max=0) - corner
@@ -164,7 +165,7 @@ def box(x: Tensor, y: Tensor, a: float, b: float, corner: float) -> Tensor:
 
 
 def figure(shape: str, x: Tensor, y: Tensor) -> Tensor:
-    """Signed distance, to first order near the edge, to a figure of radius 1."""
+    """Returns the signed distance, to first order near the edge, to a figure of radius 1."""
     r, n = torch.hypot(x, y), CORNERS[shape]
     if shape == "disc":
         return r - 1
@@ -185,12 +186,13 @@ def figure(shape: str, x: Tensor, y: Tensor) -> Tensor:
 
 
 def lit(rgb: Tensor, x: Tensor, y: Tensor) -> Tensor:
-    """Light from the upper left on a figure of radius 1."""
+    """Lights a figure of radius 1 from the upper left."""
     return (rgb * (1.15 - 0.28 * torch.hypot(x + 0.5, y + 0.6).clamp(max=2))).clamp(0, 1)
 
 
 def textured(dice: Dice) -> tuple[str, Callable[[Tensor, Tensor, float], Tensor]]:
-    """A name, and a paint of figure coordinates and the pixel's side in them: -> (3, T, H, W)."""
+    """Returns a name, and a paint of figure coordinates and the pixel's side in them: -> (3, T, H,
+    W)."""
     name, first, near, far = dice.colors()
     style = dice.pick(TEXTURES)
 

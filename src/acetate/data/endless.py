@@ -1,5 +1,5 @@
-"""Endless synthetic clips over moving backgrounds, drawn on the fly: what the tiny base model is
-trained on."""
+"""Draws endless synthetic clips over moving backgrounds on the fly, to train the tiny base
+model."""
 
 import math
 import sys
@@ -19,8 +19,8 @@ from acetate.lightning_seams import batches_done
 
 
 class EndlessClips(Dataset):
-    """Clip i is a function of (seed, i) alone, so that order and resume need no state; this one has
-    every step-th."""
+    """Makes clip i from (seed, i) alone, so that order and resume need no state; this one has every
+    step-th."""
 
     def __init__(
         self, *, seed: int, start: int, length: int, step: int, frames: int, height: int, width: int
@@ -32,7 +32,7 @@ class EndlessClips(Dataset):
         return self.length
 
     def __getitem__(self, index: int) -> dict[str, Tensor | str]:
-        """{video (3, T, H, W) in [-1, 1], prompt, key}."""
+        """Returns {video (3, T, H, W) in [-1, 1], prompt, key}."""
         number = self.start + index * self.step
         generator = generator_for("endless", self.seed, number)
         kind_draw, view_draw, color_draw, seed_draw = torch.randint(
@@ -51,8 +51,8 @@ class EndlessClips(Dataset):
     def _view(
         clip: synthetic.SyntheticClip, view: int, color: int, size: tuple[int, int, int]
     ) -> Tensor:
-        """What an RGB model is shown later: pictures (5 of 10), hard (2) and soft (1) renders,
-        mattes (2)."""
+        """Renders a view of the kinds that an RGB model is shown later: pictures (5 of 10), hard
+        (2) and soft (1) renders, mattes (2)."""
         plain = PALETTE[color % 8].view(3, 1, 1, 1)
         if view < 5:
             return over(clip.rgb, clip.alpha, background(color, *size))
@@ -64,7 +64,8 @@ class EndlessClips(Dataset):
 
 
 class EndlessDataModule(LightningDataModule):
-    """frames = time_stride * k + 1; validation clips come from another part of the seed space.
+    """Gives clips of frames = time_stride * k + 1; validation clips come from another part of the
+    seed space.
 
     Rank r of n draws the clips r, r + n, ...; batch_size is per rank, val_clips are of all ranks
     together.
@@ -128,7 +129,7 @@ class EndlessDataModule(LightningDataModule):
 
 
 def background(seed: int, frames: int, height: int, width: int) -> Tensor:
-    """Opaque moving backgrounds with a natural spread of scales: (3, T, H, W) in [-1, 1]."""
+    """Draws opaque moving backgrounds with a natural spread of scales: (3, T, H, W) in [-1, 1]."""
     canvas, dice = canvas_of(frames, height, width), Dice("background", seed)
     style = dice.pick(
         ("plain", "gradient", "stripes", "noise", "noise", "noise", "blobs", "blobs", "checker")

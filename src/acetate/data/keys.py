@@ -1,5 +1,5 @@
-"""Keys of clips and latents: what a tar takes as the name of a sample, and how long names become
-short ones."""
+"""Keys of clips and latents: names that a tar takes for a sample, and how long ones become
+short."""
 
 import re
 import unicodedata
@@ -12,8 +12,8 @@ ASCII = re.compile(r"[A-Za-z0-9_-]+")
 
 
 def plain_key(name: str) -> str:
-    """The name in Unicode's NFC, with _ for everything but letters, marks and digits of any script,
-    _ and -.
+    """Returns the name in Unicode's NFC, with _ for everything but letters, marks and digits of any
+    script, _ and -.
 
     webdataset cuts names at a dot.
     """
@@ -25,7 +25,7 @@ def plain_key(name: str) -> str:
 
 
 def is_key(key: Any) -> bool:
-    """Whether a sample can have this key."""
+    """Returns whether a sample can have this key."""
     return (
         isinstance(key, str)
         and 0 < len(key) <= LONGEST_KEY
@@ -41,19 +41,19 @@ KEY = Rule(
 
 
 def check_key(key: str) -> None:
-    """ValueError unless a sample can have this key."""
+    """Raises ValueError unless a sample can have this key."""
     if not is_key(key):
         raise ValueError(f"key {key!r}; keys are {KEY.says}")
 
 
 def beginning(key: str, most: int) -> str:
-    """The beginning of a key, of at most so many bytes."""
+    """Returns the beginning of a key, of at most so many bytes."""
     return key.encode()[:most].decode(errors="ignore")
 
 
 def shortened(key: str, most: int, digest: str) -> str:
-    """The key; where it has more than `most` bytes, its beginning, a dash and the digest that tells
-    it apart."""
+    """Returns the key; where it has more than `most` bytes, its beginning, a dash and the digest
+    that tells it apart."""
     if len(key.encode()) <= most:
         return key
     return f"{beginning(key, most - len(digest) - 1)}-{digest}"

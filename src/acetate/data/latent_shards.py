@@ -44,7 +44,8 @@ class LatentRef(TarRef):
 
 
 def index_latents(folder: Folder, manifest: dict[str, Any]) -> list[LatentRef]:
-    """Every sample that the manifest promises; one that its local tar lacks has a `problem`."""
+    """Returns every sample that the manifest promises; one that its local tar lacks has a
+    `problem`."""
     refs = []
     channels = manifest["geometry"]["channels"]
     for shard in manifest["shards"]:
@@ -58,7 +59,7 @@ def index_latents(folder: Folder, manifest: dict[str, Any]) -> list[LatentRef]:
 
 
 def read_latents(ref: LatentRef, width: int | None = None) -> Sample:
-    """A sample as it is stored; BadClip with the reason if anything is wrong with it.
+    """Reads a sample as it is stored. Raises BadClip with the reason if anything is wrong with it.
 
     width: of prompt embeddings, where it is known.
     """
@@ -83,7 +84,7 @@ def read_latents(ref: LatentRef, width: int | None = None) -> Sample:
 
 
 def read_empty_prompt(folder: Folder) -> Tensor:
-    """The embedding (n, D) of an empty prompt; ShardError where it cannot be read."""
+    """Reads the embedding (n, D) of an empty prompt. Raises ShardError where it cannot be read."""
     try:
         embeds = safetensors.torch.load(read_file(folder, EMPTY_PROMPT, MOST_EMPTY))["embeds"]
         if embeds.ndim != 2 or not embeds.is_floating_point():

@@ -1,4 +1,4 @@
-"""The latent datamodule, whose batches are of one bucket each, and where a resumed run goes on."""
+"""The latent datamodule: gives batches of one bucket each, and goes on where a run stopped."""
 
 import logging
 from collections import Counter
@@ -47,7 +47,7 @@ Step = tuple[int, int, int]  # epoch, window, and how far the walk through the o
 
 
 class BucketBatches(Sampler[list[Step]]):
-    """This rank's part of every global batch: r, r + world, ... of it.
+    """Yields this rank's part of every global batch: r, r + world, ... of it.
 
     `walk` is asked anew at every iteration: a loader that is iterated again goes on where training
     stands.
@@ -64,7 +64,7 @@ class BucketBatches(Sampler[list[Step]]):
 
 
 class LatentDataset(Dataset[Sample | BadClip]):
-    """Step -> sample, or the BadClip that it would have been; never another clip in its place.
+    """Maps a step to its sample, or to the BadClip that it would have been; never to another clip.
 
     The variants of a window take turns from epoch to epoch, from one that its key and the seed
     choose. batches: those of training on this rank, from no later than the first step that is asked
@@ -106,7 +106,8 @@ class LatentDataset(Dataset[Sample | BadClip]):
 def collate(
     samples: Sequence[Sample | BadClip], *, prompt_length: int, null_context: Tensor
 ) -> dict[str, Any]:
-    """The good samples of a batch, in fp32, and "key: reason" of the bad; see LatentDataModule."""
+    """Pads and stacks the good samples of a batch, in fp32, and lists the bad as "key: reason"; see
+    LatentDataModule."""
     good = [sample for sample in samples if not isinstance(sample, BadClip)]
 
     def stack(tensors: Iterable[Tensor]) -> Tensor:
@@ -125,13 +126,13 @@ def collate(
 
 
 def pad(embeds: Tensor, length: int) -> Tensor:
-    """(n, D) -> (length, D), zeros after the last token, as Wan's DiT was trained."""
+    """Pads (n, D) to (length, D) with zeros after the last token, as Wan's DiT was trained."""
     return F.pad(embeds, (0, 0, 0, length - len(embeds)))
 
 
 class LatentDataModule(ShardDataModule):
-    """Batches of one bucket: latents (B, C, F, h, w) normalised, ellipses (B, F, 5) in latent cells
-    (fit_ellipses), context (B, prompt_length, D) and null_context (1, prompt_length, D)
+    """Gives batches of one bucket: latents (B, C, F, h, w) normalised, ellipses (B, F, 5) in latent
+    cells (fit_ellipses), context (B, prompt_length, D) and null_context (1, prompt_length, D)
     zero-padded, all fp32; prompt, key, clip (lists of B) and skipped.
 
     latents: folders or URLs; a mapping from them to weights mixes them as MixedOrder does. Remote
@@ -176,7 +177,7 @@ class LatentDataModule(ShardDataModule):
 
     @property
     def vae_sha256(self) -> str:
-        """RGBAVAE.latents_sha256() of the VAE that made the latents; other hashes are in the
+        """The RGBAVAE.latents_sha256() of the VAE that made the latents; other hashes are in the
         manifest."""
         return self.manifest["vae_sha256"]
 
@@ -229,8 +230,8 @@ class LatentDataModule(ShardDataModule):
                     )
 
     def captions(self, count: int) -> list[str]:
-        """Prompts of validation clips, at most so many and all different, of as many kinds as there
-        are; after setup.
+        """Returns at most `count` different prompts of validation clips, of as many kinds as there
+        are, after setup.
 
         Unreadable clips are passed over. One empty prompt where the clips have none.
         """
@@ -263,12 +264,12 @@ class LatentDataModule(ShardDataModule):
         self._past = [list(run) for run in state_dict["walk"] if run[1]]
 
     def _present(self) -> list[int]:
-        """Global batch and number of batches since the runs of `_past`."""
+        """Returns the global batch and the number of batches since the runs of `_past`."""
         size = self.batch_size * self._rank_and_world()[1]
         return [size, (self.consumed - sum(past * batches for past, batches in self._past)) // size]
 
     def _walk(self) -> BucketWalk:
-        """Where training stands."""
+        """Returns the walk over batches at the place where training stands."""
         walk = BucketWalk([window[0].shape for window in self.train_windows], self._order())
         for size, batches in [*self._past, self._present()]:
             for _ in range(batches):
@@ -303,7 +304,7 @@ class LatentDataModule(ShardDataModule):
         return self.null_context.shape[-1]
 
     def _check_buckets(self, buckets: Sequence[Hashable], size: int) -> None:
-        """Warns of those too rare for a batch of `size` different windows."""
+        """Warns of buckets that are too rare for a batch of `size` different windows."""
         if rare := {bucket: count for bucket, count in Counter(buckets).items() if count < size}:
             log.warning(
                 "%d of %d buckets have fewer windows than the %d of a batch, so that its batches "
@@ -313,7 +314,7 @@ class LatentDataModule(ShardDataModule):
             )  # fmt: skip
 
     def _val_batches(self, rank: int, world: int) -> list[list[Step]]:
-        """Batches of one bucket; over all ranks, each window exactly once."""
+        """Returns batches of one bucket; over all ranks, each window comes exactly once."""
         by_bucket = sorted(range(len(self.val_windows)), key=lambda i: self.val_windows[i][0].shape)
         batches: list[list[Step]] = []
         for _, group in groupby(by_bucket[rank::world], key=lambda i: self.val_windows[i][0].shape):
@@ -346,7 +347,8 @@ class LatentDataModule(ShardDataModule):
         return stable_hash(self.seed, *facts, *self._order().fingerprint)
 
     def _order(self) -> Order:
-        """Blocks go by the tar of a window's first variant; the others lie beside it."""
+        """Orders windows; blocks go by the tar of a window's first variant, and the others lie
+        beside it."""
         return self._order_of([window[0].tar for window in self.train_windows])
 
     def _collate(self) -> Callable:

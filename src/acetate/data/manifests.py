@@ -1,5 +1,4 @@
-"""What stands in the manifests of clip and latent shards and in the JSON of a clip, and the rules
-that it keeps."""
+"""Rules for the manifests of clip and latent shards and for the JSON of a clip."""
 
 import re
 from typing import Any
@@ -10,7 +9,8 @@ from acetate.settings import Rule, flag, number, one_of, optional, several, text
 
 
 def count(low: int, high: int) -> Rule:
-    """As settings.whole, fast: a manifest may hold millions of them."""
+    """Makes a rule as settings.whole does, but a fast one: a manifest may hold millions of
+    numbers."""
     return Rule(whole(low, high).says, lambda value: type(value) is int and low <= value <= high)
 
 

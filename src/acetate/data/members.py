@@ -1,4 +1,4 @@
-"""Where the files of a tar lie, and what is read of them."""
+"""Finds the files of a tar, and reads them."""
 
 import tarfile
 from collections.abc import Iterator
@@ -8,8 +8,8 @@ Span = tuple[int, int]  # offset and size in a tar
 
 
 def find_members(file: BinaryIO, size: int) -> Iterator[tuple[str, Span]]:
-    """Name and place of what lies whole within a tar's `size` bytes; tarfile.TarError where its
-    headers break."""
+    """Yields name and place of each file that lies whole within a tar's `size` bytes. Raises
+    tarfile.TarError where its headers break."""
     at = -1
     with tarfile.open(fileobj=file, mode="r:") as archive:
         for member in archive:
@@ -21,7 +21,7 @@ def find_members(file: BinaryIO, size: int) -> Iterator[tuple[str, Span]]:
 
 
 def read_at(file: BinaryIO, span: Span, most: int) -> bytes:
-    """ValueError for more than `most` bytes."""
+    """Reads the bytes of a span. Raises ValueError for more than `most` bytes."""
     offset, size = span
     if size > most:
         raise ValueError(f"{size} bytes; at most {most} belong there")

@@ -1,5 +1,5 @@
-"""Which clip comes when: infinite orders that are pure functions of (seed, position), so that any
-rank can ask."""
+"""Infinite orders of clips: pure functions of (seed, position), so that any rank can ask which clip
+comes when."""
 
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Hashable, Sequence
@@ -15,7 +15,7 @@ Place = tuple[int, int]  # epoch, item
 
 
 class LastTwo(Generic[T]):
-    """epoch -> make(epoch), kept for two epochs: a batch may reach over the end of one."""
+    """Keeps make(epoch) for two epochs: a batch may reach over the end of one."""
 
     def __init__(self, make: Callable[[int], T]):
         self.make, self.kept = make, OrderedDict[int, T]()
@@ -29,7 +29,7 @@ class LastTwo(Generic[T]):
 
 
 class ClipOrder:
-    """The infinite order of N clips: position p is clip permutation(seed, p // N)[p % N].
+    """Orders N clips without end: position p is clip permutation(seed, p // N)[p % N].
 
     The permutation is a full one; with tars, where tars[i] names that of clip i, it is
     block_shuffle's.
@@ -53,7 +53,7 @@ class ClipOrder:
         self.epochs = LastTwo(self._epoch)
 
     def __getitem__(self, position: int) -> tuple[int, int]:
-        """position -> (epoch, clip)."""
+        """Returns (epoch, clip) of a position."""
         epoch, place = divmod(position, self.count)
         return epoch, int(self.epochs[epoch][place])
 
@@ -65,13 +65,13 @@ class ClipOrder:
 
     @property
     def fingerprint(self) -> tuple[object, ...]:
-        """What decides the order beside the seed and the number of clips."""
+        """The values that decide the order beside the seed and the number of clips."""
         return () if self.tars is None else (self.shuffle_tars, *self.tars.tolist())
 
 
 def block_shuffle(tars: Tensor, width: int, generator: Generator) -> Tensor:
-    """Clips (N,) from the number of each one's tar (N,): the tars in a random order, cut into
-    blocks of `width`; the clips of a block, jointly, in a random order.
+    """Shuffles clips (N,) by the number of each one's tar (N,): the tars in a random order, cut
+    into blocks of `width`; the clips of a block, jointly, in a random order.
 
     Reading it touches at most `width` tars at a time, two blocks at a border. Two clips of one tar
     are always within a block, so at most `width` tars' clips apart; a clip's neighbours are a
@@ -85,7 +85,7 @@ def block_shuffle(tars: Tensor, width: int, generator: Generator) -> Tensor:
 
 
 class MixedOrder:
-    """Several data sets, by weight.
+    """Mixes several data sets by weight.
 
     An epoch has as many places as there are clips in all. Data set d gets the share weights[d] /
     sum(weights) of them, to the nearest whole clip, the same number every epoch, at places drawn by
@@ -118,7 +118,7 @@ class MixedOrder:
         self.epochs = LastTwo(self._epoch)
 
     def __getitem__(self, position: int) -> tuple[int, int]:
-        """position -> (epoch of the clip's own data set, clip)."""
+        """Returns (epoch of the clip's own data set, clip) of a position."""
         epoch, place = divmod(position, self.count)
         chosen, turns = self.epochs[epoch]
         which = int(chosen[place])
@@ -126,7 +126,7 @@ class MixedOrder:
         return own_epoch, self.sets[which][index]
 
     def _epoch(self, epoch: int) -> tuple[Tensor, Tensor]:
-        """The data set of every place, and how many places of it come before."""
+        """Returns the data set of every place, and how many places of it come before."""
         labels = torch.tensor(self.quotas)
         labels = torch.arange(len(labels)).repeat_interleave(labels)
         chosen = labels[
@@ -139,7 +139,7 @@ class MixedOrder:
 
     @property
     def fingerprint(self) -> tuple[object, ...]:
-        """What decides the order beside the seed and the number of clips."""
+        """The values that decide the order beside the seed and the number of clips."""
         return (
             *self.weights,
             *map(tuple, self.sets),
@@ -151,8 +151,8 @@ Order = ClipOrder | MixedOrder
 
 
 def whole_shares(count: int, weights: Sequence[float]) -> list[int]:
-    """Whole numbers in the proportion of the weights that sum to `count`: the largest remainders
-    are rounded up."""
+    """Returns whole numbers in the proportion of the weights that sum to `count`: the largest
+    remainders are rounded up."""
     exact = [count * weight / sum(weights) for weight in weights]
     shares = [int(share) for share in exact]
     by_remainder = sorted(range(len(weights)), key=lambda i: (shares[i] - exact[i], i))
@@ -162,7 +162,7 @@ def whole_shares(count: int, weights: Sequence[float]) -> list[int]:
 
 
 class BucketWalk:
-    """Global batches of one bucket each, without end.
+    """Yields global batches of one bucket each, without end.
 
     Walks the infinite order of all windows and puts each into its bucket's queue; a queue that
     holds a batch gives it away. What is left in the queues stays for the next epoch, so that
@@ -183,7 +183,7 @@ class BucketWalk:
                 return [queue.popleft() for _ in range(size)]
 
     def copy(self) -> "BucketWalk":
-        """Goes its own way from here."""
+        """Returns a walk that goes its own way from here."""
         other = BucketWalk(self.buckets, self.order)
         other.position = self.position
         other.queues.update((bucket, deque(queue)) for bucket, queue in self.queues.items())

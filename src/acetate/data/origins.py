@@ -1,5 +1,5 @@
-"""How a file system of fsspec fetches: in one stream, and over HTTP such that tokens stay with the
-origin that they were given for."""
+"""Makes fsspec's file systems fetch in one stream, and over HTTP such that tokens stay with their
+origin."""
 
 from collections.abc import Awaitable, Callable
 from functools import cache
@@ -15,8 +15,8 @@ PLAIN = {"accept", "accept-encoding", "connection", "host", "range", "user-agent
 
 @cache
 def client_for(origin: "URL") -> Callable[..., Awaitable["ClientSession"]]:
-    """The `get_client` of fsspec's file system for one scheme, host and port. Where a redirect
-    leads to another one, headers, logins and cookies are left out."""
+    """Returns the `get_client` of fsspec's file system for one scheme, host and port. Where a
+    redirect leads to another one, headers, logins and cookies are left out."""
 
     from aiohttp import ClientSession
 
@@ -34,9 +34,9 @@ def client_for(origin: "URL") -> Callable[..., Awaitable["ClientSession"]]:
 
 
 def in_one_stream(url: str, timeout: float) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Storage options, and arguments of get_file, that make fsspec write a file from its start to
-    its end, so that its size tells how far it is; over HTTP also such that headers stay with the
-    URL's origin.
+    """Returns storage options, and arguments of get_file, that make fsspec write a file from its
+    start to its end, so that its size tells how far it is; over HTTP also such that headers stay
+    with the URL's origin.
 
     Left alone, s3fs and gcsfs fetch pieces at once into a file that has its whole length from the
     start, and aiohttp ends whatever takes longer than five minutes.

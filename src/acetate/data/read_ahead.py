@@ -37,7 +37,7 @@ class ReadAhead:
         self.todo: SimpleQueue | None = None
 
     def reached(self, place: int) -> None:
-        """The sample there is the next to be read. Returns at once."""
+        """Notes that the sample at this place is the next to be read. Returns at once."""
         if self.samples is None or place < self.place:
             self.samples, self.needed = self.coming(place), {}
             self.next = next(self.samples)  # the first that was not looked at
@@ -75,7 +75,7 @@ class ReadAhead:
 
 
 def _fetch_each(todo: SimpleQueue) -> None:
-    """Until None comes."""
+    """Fetches tars until None comes."""
     while item := todo.get():
         tar, done = item
         with suppress(OSError):  # Remote.open raises it again for those who read the tar

@@ -44,11 +44,11 @@ HOW_TO_MAKE = {
 
 
 class ShardError(ValueError):
-    """A folder that cannot be used as clip shards."""
+    """A folder cannot be used as clip shards."""
 
 
 class BadClip(ValueError):
-    """One clip that cannot be used; the rest of its shard can."""
+    """One clip cannot be used; the rest of its shard can."""
 
     def __init__(self, key: str, reason: str):
         super().__init__(f"{key}: {reason}")
@@ -59,13 +59,13 @@ class BadClip(ValueError):
 
 
 def first_reasons(bad: Mapping[str, str]) -> str:
-    """The first three of key -> reason, in words."""
+    """Writes the first three of key -> reason in words."""
     return "; ".join(f"{key}: {reason}" for key, reason in islice(bad.items(), 3))
 
 
 @dataclass(frozen=True)
 class Clip:
-    """frames: uint8 (T, H, W, 4), straight colour; fps: 0 for a still."""
+    """A decoded clip. frames: uint8 (T, H, W, 4), straight colour; fps: 0 for a still."""
 
     frames: NDArray[np.uint8]
     prompt: str
@@ -74,7 +74,7 @@ class Clip:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TarRef:
-    """Where a sample's bytes lie; `problem` is set if they are known to be missing."""
+    """The place of a sample's bytes; `problem` is set if they are known to be missing."""
 
     key: str
     split: Split
@@ -106,13 +106,14 @@ class ClipRef(TarRef):
 
     @property
     def room(self) -> int:
-        """Twice the decoded clip, and what files have beside pictures: noise does not compress."""
+        """Twice the bytes of the decoded clip, and those beside pictures: noise does not
+        compress."""
         return 8 * self.frames * self.height * self.width + 2**10 * self.frames + 2**20
 
 
 def read_manifest(folder: Folder, kind: Literal["clips", "latents"] = "clips") -> dict[str, Any]:
-    """The manifest of a folder of shards; ShardError if it is missing, of another schema or kind,
-    too large, or has a field that breaks its rule."""
+    """Reads the manifest of a folder of shards. Raises ShardError if it is missing, of another
+    schema or kind, too large, or has a field that breaks its rule."""
     path, advice = f"{folder}/{MANIFEST}", HOW_TO_MAKE[kind]
     try:
         manifest = parse(read_file(folder, MANIFEST))
@@ -142,8 +143,8 @@ def read_manifest(folder: Folder, kind: Literal["clips", "latents"] = "clips") -
 
 
 def read_head(folder: Path) -> dict[str, Any]:
-    """A manifest that ShardWriter wrote, without its list of clips, which may be a million lines.
-    ShardError as `read_manifest`."""
+    """Reads a manifest of ShardWriter without its list of clips, which may be a million lines.
+    Raises ShardError as `read_manifest`."""
     path = folder / MANIFEST
     try:
         with io.TextIOWrapper(open_plain(path, MOST_BYTES), "utf-8") as file:
@@ -159,8 +160,8 @@ def read_head(folder: Path) -> dict[str, Any]:
 
 
 def index_shards(folders: Sequence[Folder]) -> list[ClipRef]:
-    """Every clip that the manifests promise, sorted by key; a clip that its local tar lacks carries
-    a `problem`.
+    """Returns every clip that the manifests promise, sorted by key; a clip that its local tar lacks
+    carries a `problem`.
 
     Raises ShardError for a folder without a readable manifest, one without clips, or a key that
     comes twice.
@@ -183,7 +184,7 @@ def _index(folder: Folder) -> Iterator[ClipRef]:
 
 
 def by_key(refs: Iterable[Ref]) -> dict[str, Ref]:
-    """ShardError for a key that comes twice."""
+    """Returns the references by key. Raises ShardError for a key that comes twice."""
     found: dict[str, Ref] = {}
     for ref in refs:
         if ref.key in found:
@@ -198,8 +199,8 @@ def by_key(refs: Iterable[Ref]) -> dict[str, Ref]:
 def find_samples(
     folder: Folder, shard: Mapping[str, Any], samples: Sequence[tuple[str, str]]
 ) -> list[dict[str, Any]]:
-    """tar, media, meta and problem of a TarRef, for every (key, kind); remote tars are not looked
-    into."""
+    """Returns tar, media, meta and problem of a TarRef for every (key, kind); does not look into
+    remote tars."""
     if not isinstance(folder, Path):
         tar = RemoteTar(folder, shard["file"], shard["bytes"], shard["sha256"])
         if tar.size > folder.remote.max_bytes:
@@ -230,7 +231,7 @@ def find_samples(
 
 @contextmanager
 def blame(ref: TarRef) -> Iterator[None]:
-    """Whatever goes wrong while a sample is read becomes its BadClip."""
+    """Turns whatever goes wrong while a sample is read into its BadClip."""
     try:
         yield
     except BadClip:
@@ -240,7 +241,7 @@ def blame(ref: TarRef) -> Iterator[None]:
 
 
 def read_meta(ref: TarRef) -> dict[str, Any]:
-    """A sample's JSON; BadClip without one."""
+    """Reads a sample's JSON. Raises BadClip without one."""
     text = read_meta_text(ref)
     with blame(ref):
         try:
@@ -252,7 +253,7 @@ def read_meta(ref: TarRef) -> dict[str, Any]:
 
 
 def read_meta_text(ref: TarRef) -> bytes:
-    """The bytes of a sample's JSON; BadClip without one."""
+    """Reads the bytes of a sample's JSON. Raises BadClip without one."""
     if ref.problem:
         raise BadClip(ref.key, ref.problem)
     with blame(ref):
@@ -260,7 +261,7 @@ def read_meta_text(ref: TarRef) -> bytes:
 
 
 def read_media(ref: TarRef) -> bytes:
-    """BadClip unless the bytes are those that the manifest knows."""
+    """Reads a sample's media. Raises BadClip unless the bytes are those that the manifest knows."""
     if ref.problem:
         raise BadClip(ref.key, ref.problem)
     with blame(ref):
@@ -275,8 +276,8 @@ def read_media(ref: TarRef) -> bytes:
 
 
 def read_clip(ref: ClipRef) -> Clip:
-    """Reads and checks one clip, of which no more is decoded than the manifest promises; BadClip
-    with the reason if anything is wrong with it."""
+    """Reads and checks one clip, and decodes no more of it than the manifest promises. Raises
+    BadClip with the reason if anything is wrong with it."""
     shape = (ref.frames, ref.height, ref.width)
     with blame(ref):
         LIMITS.check(ref.name, *shape)
@@ -291,8 +292,8 @@ def read_clip(ref: ClipRef) -> Clip:
 
 
 def decode_png(data: bytes, name: str, shape: tuple[int, int, int]) -> NDArray[np.uint8]:
-    """PNG -> (1, H, W, 4). shape: the frames, height and width that were promised, of which the
-    header is asked. MediaError for another one, or without an alpha channel."""
+    """Decodes a PNG into (1, H, W, 4). shape: the promised frames, height and width, which the
+    header must have. Raises MediaError for another shape, or without an alpha channel."""
     with decoding(name), Image.open(io.BytesIO(data), formats=["PNG"]) as image:
         found = (getattr(image, "n_frames", 1), image.height, image.width)
         if found != shape:

@@ -1,4 +1,4 @@
-"""Which clips train and which validate."""
+"""Decides which clips train and which validate."""
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -12,13 +12,14 @@ Item = TypeVar("Item")
 
 
 def assign_splits(groups: Mapping[str, str], val_fraction: float) -> dict[str, Split]:
-    """Key -> split from key -> group. A group (variants of one source) is never torn apart."""
+    """Returns key -> split from key -> group. A group (variants of one source) is never torn
+    apart."""
     side = split_rule(groups.values(), val_fraction)
     return {key: side(group) for key, group in groups.items()}
 
 
 def split_rule(groups: Iterable[str], val_fraction: float) -> Callable[[str], Split]:
-    """Group -> split. The groups are gone through once and not kept.
+    """Returns a function from a group to its split. The groups are gone through once and not kept.
 
     A group's side depends on its name alone, so that a clip keeps its side when others are added.
     With two groups and val_fraction > 0 at least one is in val; at least one is always in train.
@@ -43,7 +44,8 @@ def split_rule(groups: Iterable[str], val_fraction: float) -> Callable[[str], Sp
 def validation_draw(
     items: Iterable[Item], count: int, name: Callable[[Item], str], key: Callable[[Item], str]
 ) -> list[Item]:
-    """At most `count` of the items, a fixed draw by their names, in turns of kinds by their keys.
+    """Draws at most `count` of the items, the same ones each time by their names, in turns of kinds
+    by their keys.
 
     Not the first ones in the alphabet, which are often all of one kind.
     """
@@ -51,7 +53,7 @@ def validation_draw(
 
 
 def in_turns(items: Sequence[Item], key: Callable[[Item], str]) -> list[Item]:
-    """The same items, those of different kinds before the second one of any, else in their order:
+    """Reorders the items so that those of different kinds come before the second one of any:
     pictures of the first few then show what there is. A kind is the word that keys begin with, as
     in `smoke-000012`."""
     kinds: dict[str, list[Item]] = {}

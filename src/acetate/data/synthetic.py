@@ -1,4 +1,4 @@
-"""Procedural RGBA clips with exact straight colour and exact alpha, drawn without any background.
+"""Draws procedural RGBA clips with exact straight colour and exact alpha, without any background.
 
 Space: x right, y down, origin at the centre of the frame, the short side is 1. Time: seconds at 16
 frames/s. Fields broadcast as (C, T, H, W); colour stays in [0, 1] until the end of `render`.
@@ -55,7 +55,8 @@ SPARKS = {
 
 @dataclass(frozen=True)
 class SyntheticClip:
-    """rgb (3, T, H, W) straight in [-1, 1]; alpha (1, T, H, W) in [0, 1]; both float32."""
+    """A drawn clip: rgb (3, T, H, W) straight in [-1, 1]; alpha (1, T, H, W) in [0, 1]; both
+    float32."""
 
     rgb: Tensor
     alpha: Tensor
@@ -64,8 +65,8 @@ class SyntheticClip:
 
 
 def render(kind: str, seed: int, frames: int, height: int, width: int) -> SyntheticClip:
-    """Deterministic in (kind, seed); another size or length shows the same subject, frame k at k/16
-    s."""
+    """Draws a clip from (kind, seed) alone; another size or length shows the same subject, frame k
+    at k/16 s."""
     if kind not in KINDS:
         raise ValueError(f"kind={kind!r} is not a synthetic kind; known kinds: {', '.join(KINDS)}")
     x, y, t, px = canvas_of(frames, height, width)
@@ -88,7 +89,7 @@ def render(kind: str, seed: int, frames: int, height: int, width: int) -> Synthe
 def _strands(
     dice: Dice, place: Tensor, along: Tensor, spacing: Tensor, half: float, px: float
 ) -> Layer:
-    """Tapered strands, one a unit of `place`; `along`: 0 at roots, 1 at the longest tip; rgb:
+    """Draws tapered strands, one a unit of `place`; `along`: 0 at roots, 1 at the longest tip; rgb:
     brightness."""
     lengths, shades = dice.reals(64, 0.55, 1), dice.reals(64, 0.72, 1.15)
     strand = place.floor()

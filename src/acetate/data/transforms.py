@@ -1,5 +1,5 @@
-"""From stored frames to a training clip. rgb (3, T, H, W) straight in [-1, 1], alpha (1, T, H, W)
-in [0, 1].
+"""Turns stored frames into a training clip: rgb (3, T, H, W) straight in [-1, 1], alpha (1, T, H,
+W) in [0, 1].
 
 Filtering happens on premultiplied colour, so the colour that a transparent pixel hides never shows.
 """
@@ -39,36 +39,36 @@ def check_side(name: str, side: int, space_multiple: int) -> None:
 
 
 def window(count: int, frames: int, start: int) -> Tensor:
-    """Indices (frames,) of a window into `count` frames that plays forth and back past the last
-    one."""
+    """Returns indices (frames,) of a window into `count` frames that plays forth and back past the
+    last one."""
     period = max(1, 2 * (count - 1))
     phase = torch.arange(start, start + frames) % period
     return torch.where(phase < count, phase, period - phase)
 
 
 def to_float(frames: Tensor) -> tuple[Tensor, Tensor]:
-    """uint8 (T, H, W, 4) -> rgb (3, T, H, W), alpha (1, T, H, W); what alpha = 0 hides becomes
-    black."""
+    """Turns uint8 (T, H, W, 4) into rgb (3, T, H, W) and alpha (1, T, H, W); colour under alpha 0
+    becomes black."""
     rgb, alpha = frames.permute(3, 0, 1, 2).float().div(255).split((3, 1))
     return (rgb * 2 - 1).masked_fill(alpha == 0, -1), alpha
 
 
 def to_uint8(rgb: Tensor, alpha: Tensor) -> Tensor:
-    """Inverse of `to_float`: rgb (3, T, H, W), alpha (1, T, H, W) -> uint8 (T, H, W, 4),
-    rounded."""
+    """Turns rgb (3, T, H, W) and alpha (1, T, H, W) into uint8 (T, H, W, 4), rounded: the inverse
+    of `to_float`."""
     frames = torch.cat(((rgb + 1) / 2, alpha)).permute(1, 2, 3, 0)
     return (frames * 255).round().to(torch.uint8).contiguous()
 
 
 def pack(rgb: Tensor, alpha: Tensor, space: str = "premultiplied") -> Tensor:
-    """Colour, premultiplied unless space is `straight`, and alpha: (T, 4, H, W) in [0, 1]; zeros
-    are transparent."""
+    """Packs colour, premultiplied unless space is `straight`, and alpha into (T, 4, H, W) in [0,
+    1]; zeros are transparent."""
     color = rgb if space == "straight" else premultiply(rgb, alpha)
     return torch.cat(((color + 1) / 2, alpha)).transpose(0, 1)
 
 
 def unpack(packed: Tensor, space: str = "premultiplied") -> tuple[Tensor, Tensor]:
-    """Inverse of `pack`; alpha within SNAP of 0 or 1 becomes exact."""
+    """Inverts `pack`; alpha within SNAP of 0 or 1 becomes exact."""
     color, alpha = packed.transpose(0, 1).split((3, 1))
     alpha = torch.where(alpha > 1 - SNAP, 1.0, torch.where(alpha < SNAP, 0.0, alpha))
     if space == "straight":
@@ -79,7 +79,7 @@ def unpack(packed: Tensor, space: str = "premultiplied") -> tuple[Tensor, Tensor
 def resize(
     rgb: Tensor, alpha: Tensor, height: int, width: int, space: str = "premultiplied"
 ) -> tuple[Tensor, Tensor]:
-    """Antialiased resize; opaque stays exactly 1 and empty exactly 0.
+    """Resizes without aliasing; opaque stays exactly 1 and empty exactly 0.
 
     A triangle filter: its weights are never negative, so no colour can ring past what its alpha
     allows.
@@ -94,7 +94,7 @@ def resize(
 
 
 def crop(frames: Tensor, top: int, left: int, height: int, width: int) -> Tensor:
-    """A box of (T, H, W, C) frames; what lies outside of them is transparent (0)."""
+    """Cuts a box out of (T, H, W, C) frames; outside of them it is transparent (0)."""
     box = frames[:, max(top, 0) : max(top + height, 0), max(left, 0) : max(left + width, 0)]
     pad_top, pad_left = min(max(-top, 0), height), min(max(-left, 0), width)
     pad_bottom, pad_right = height - pad_top - box.shape[1], width - pad_left - box.shape[2]
@@ -104,8 +104,8 @@ def crop(frames: Tensor, top: int, left: int, height: int, width: int) -> Tensor
 
 
 def covering_box(rows: int, columns: int, height: int, width: int) -> tuple[int, int, int, int]:
-    """top, left, height and width of the largest centred box with the target's aspect, to half a
-    source pixel."""
+    """Returns top, left, height and width of the largest centred box with the target's aspect, to
+    half a source pixel."""
     ratio = min(rows / height, columns / width)
     box_height, box_width = (max(1, round(side * ratio)) for side in (height, width))
     return (rows - box_height) // 2, (columns - box_width) // 2, box_height, box_width
@@ -121,7 +121,7 @@ def pan(
     width: int,
     space: str = "premultiplied",
 ) -> tuple[Tensor, Tensor]:
-    """A window that moves over a still: (3, 1, H, W), (1, 1, H, W) -> (3, T, h, w), (1, T, h, w).
+    """Moves a window over a still: (3, 1, H, W), (1, 1, H, W) -> (3, T, h, w), (1, T, h, w).
 
     start: (y, x) of the window's corner in the first frame; step: (y, x) pixels a frame. Both may
     be fractions: bilinear. Outside of the still is transparent.
@@ -142,8 +142,8 @@ def pan(
 
 
 class ClipTransform:
-    """Frames of any length and size -> rgb (3, frames, height, width) and alpha (1, frames, height,
-    width).
+    """Turns frames of any length and size into rgb (3, frames, height, width) and alpha (1, frames,
+    height, width).
 
     train: random window, scale, crop and mirror image; otherwise the centre of all. A clip that is
     shorter plays forth and back, a smaller one is surrounded by transparency, a still becomes a
@@ -186,8 +186,8 @@ class ClipTransform:
         self.pan_speed, self.space = pan_speed, resize
 
     def __call__(self, frames: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
-        """frames: uint8 (T, H, W, 4), straight colour. The result depends on frames and generator
-        alone."""
+        """Transforms frames, uint8 (T, H, W, 4) of straight colour. The result depends on frames
+        and generator alone."""
         if len(frames) > 1 or self.frames == 1:
             frames = frames[self._window(len(frames), generator)]
             clip = to_float(crop(frames, *self._box(frames, generator)))
@@ -207,7 +207,8 @@ class ClipTransform:
         return window(count, self.frames, int(torch.randint(starts, (), generator=generator)))
 
     def _box(self, frames: Tensor, generator: Generator) -> tuple[int, int, int, int]:
-        """top, left, height, width in source pixels; the first of CROP_TRIES that shows enough."""
+        """Returns top, left, height, width in source pixels: the first of CROP_TRIES boxes that
+        shows enough."""
         rows, columns = frames.shape[1:3]
         best, best_coverage = (0, 0, 0, 0), -1.0
         for _ in range(CROP_TRIES if self.train else 1):
@@ -233,15 +234,14 @@ class ClipTransform:
         return best
 
     def _place(self, spare: int, generator: Generator) -> int:
-        """Offset of a box along a side with `spare` pixels left; negative where the box is the
-        larger one."""
+        """Draws the offset of a box along a side with `spare` pixels left; negative where the box
+        is the larger one."""
         if not self.train:
             return spare // 2
         return int(torch.randint(min(spare, 0), max(spare, 0) + 1, (), generator=generator))
 
     def _pan(self, frames: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
-        """A still under a window that moves evenly through the box, in any direction with equal
-        odds."""
+        """Moves a window evenly over a still through the box, in any direction with equal odds."""
         top, left, height, width = self._box(frames, generator)
         # (y, x) source pixels per pixel
         shrink = torch.tensor([height / self.height, width / self.width])

@@ -31,8 +31,8 @@ Kind = Literal["rgba.mkv", "rgba.png"]
 
 
 class ShardTar:
-    """A tar of samples that takes its name when it is finished; as a context manager it goes if
-    anything is raised.
+    """Writes a tar of samples that takes its name when it is finished; as a context manager it goes
+    if anything is raised.
 
     temporary: where it is written until then, beside `path`. Raises OSError as
     acetate.replacing.writing does.
@@ -52,7 +52,7 @@ class ShardTar:
             self.discard()
 
     def write(self, sample: Mapping[str, str | bytes]) -> None:
-        """sample: `__key__`, and the content of each of its files by their suffix."""
+        """Writes a sample: `__key__`, and the content of each of its files by their suffix."""
         with writing(self.path):
             self.tar.write(sample)
 
@@ -75,21 +75,21 @@ class ShardTar:
 
 
 def part_of(tar: Path) -> Path:
-    """The file beside a finished tar that says what the manifest will; a run that goes on looks for
-    it."""
+    """Returns the file beside a finished tar that says what the manifest will; a run that goes on
+    looks for it."""
     return tar.with_suffix(".part.json")
 
 
 def write_part(
     tar: Path, made_by: Mapping[str, Any], shard: Mapping[str, Any], **more: Any
 ) -> None:
-    """Notes that a tar is finished. shard: what the manifest says of it and its samples."""
+    """Notes that a tar is finished. shard: its entry in the manifest, with its samples."""
     write_json(part_of(tar), {"schema": SCHEMA, "made_by": made_by, "shard": shard, **more})
 
 
 def read_part(tar: Path, made_by: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The note of a tar that a run of the same maker finished and that is still whole; None if it
-    is not, or the note is damaged."""
+    """Reads the note of a tar that a run of the same maker finished and that is still whole; None
+    if it is not, or the note is damaged."""
     try:
         part = parse(part_of(tar).read_bytes())
         same = part["schema"] == SCHEMA and part["made_by"] == made_by
@@ -112,12 +112,13 @@ class EncodedClip:
 
 
 def encode_clip(frames: NDArray[np.uint8], fps: float) -> EncodedClip:
-    """uint8 (T, H, W, 4), straight colour; one frame becomes a PNG still, which has no rate."""
+    """Encodes uint8 (T, H, W, 4), straight colour; one frame becomes a PNG still, which has no
+    rate."""
     return encode_frames(frames, len(frames), fps)
 
 
 def encode_frames(frames: Iterable[NDArray[np.uint8]], count: int, fps: float) -> EncodedClip:
-    """The same of `count` frames (H, W, 4) that come one by one."""
+    """Encodes `count` frames (H, W, 4) that come one by one, as `encode_clip` does."""
     height = width = 0
 
     def measured() -> Iterator[NDArray[np.uint8]]:
@@ -195,8 +196,8 @@ class ShardWriter:
         premultiplied_source: bool,
         done: Mapping[str, str] | None = None,
     ) -> None:
-        """done: step -> what was done to the clip and why; it goes into the clip's own JSON. Raises
-        FieldError for what a reader would refuse."""
+        """Adds a clip; done: step -> what was done to the clip and why, which goes into the clip's
+        own JSON. Raises FieldError for an entry that a reader would refuse."""
         size = {"frames": clip.frames, "width": clip.width, "height": clip.height}
         meta = {"prompt": prompt, "fps": clip.fps, **size, "source": source, "licence": licence,
             "split": split,
@@ -215,12 +216,12 @@ class ShardWriter:
         self.write(entry, clip.media, text)
 
     def copy(self, ref: ClipRef, media: bytes, meta: bytes) -> None:
-        """A clip of another folder, its members as they are given."""
+        """Adds a clip of another folder, its members as they are given."""
         names = ("key", "split", "frames", "width", "height", "kind", "crc32")
         self.write({name: getattr(ref, name) for name in names}, media, meta)
 
     def write(self, entry: dict[str, Any], media: bytes, meta: bytes) -> None:
-        """entry: what the manifest says of the clip."""
+        """Writes a clip with its entry in the manifest."""
         key = entry["key"]
         check_key(key)
         if key in self:
@@ -239,8 +240,8 @@ class ShardWriter:
             self._finish_tar()
 
     def close(self) -> None:
-        """Finishes the last tar and writes the manifest; ShardError if there is nothing to put into
-        it."""
+        """Finishes the last tar and writes the manifest. Raises ShardError if there is nothing to
+        put into it."""
         if self.pending:
             self._finish_tar()
         if not self.tars:

@@ -1,4 +1,5 @@
-"""What was trained, out of any checkpoint that a run writes: whole, sharded, or an adapter file."""
+"""Reads trained weights out of any checkpoint that a run writes: whole, sharded, or an adapter
+file."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,8 +28,8 @@ KINDS = ("rgba_vae", "dit_dora")
 
 @dataclass(frozen=True)
 class Trained:
-    """Tensors named as in the model (RGBAVAE, or the DiT with PEFT's adapters), and what the run
-    says of them."""
+    """Tensors named as in the model (RGBAVAE, or the DiT with PEFT's adapters), and the facts that
+    the run noted of them."""
 
     path: Path
     kind: str  # rgba_vae or dit_dora
@@ -37,8 +38,9 @@ class Trained:
 
 
 def read_trained(source: str, ema: bool | None = None) -> Trained:
-    """What `source` trained: a .ckpt file or sharded folder, an adapter .safetensors, or a folder
-    of runs: the newest, its last checkpoint or, with @best after the folder's name, its best.
+    """Reads the weights that `source` trained: a .ckpt file or sharded folder, an adapter
+    .safetensors, or a folder of runs: the newest, its last checkpoint or, with @best after the
+    folder's name, its best.
 
     ema: True the average, False the raw weights, None the average where there is one. Raises
     FileNotFoundError (nothing there) and ValueError (not readable, damaged, no average, another
@@ -76,8 +78,8 @@ def read_trained(source: str, ema: bool | None = None) -> Trained:
 
 
 def step_of(path: Path) -> int:
-    """The optimizer step at which a checkpoint, whole or sharded, was written. Raises ValueError as
-    `read_whole`."""
+    """Returns the optimizer step at which a checkpoint, whole or sharded, was written. Raises
+    ValueError as `read_whole`."""
     step: Any = read_whole(path / REST if is_sharded(path) else path).get("global_step")
     if not whole(0, 2**40).holds(step):
         raise ValueError(
@@ -88,7 +90,7 @@ def step_of(path: Path) -> int:
 
 
 def _newest(path: Path) -> Path:
-    """The file or sharded folder itself, or the newest last checkpoint below a folder."""
+    """Returns the file or sharded folder itself, or the newest last checkpoint below a folder."""
     if path.is_file() or is_sharded(path):
         return path
     found = sorted(path.glob("**/checkpoints/last.*"), key=lambda file: file.stat().st_mtime)
@@ -105,7 +107,7 @@ def _newest(path: Path) -> Path:
 def _choose(
     checkpoint: dict[str, Any], path: Path, ema: bool | None
 ) -> tuple[dict[str, Tensor], dict[str, Any], bool]:
-    """State, facts, and whether the state is the average."""
+    """Returns state, facts, and whether the state is the average."""
     if "adapter_metadata" not in checkpoint:
         raise ValueError(
             f"{path} does not say what model it belongs to: it is of another task, or older than "
@@ -140,14 +142,15 @@ def _choose(
 
 
 def _part(held: object, *names: str) -> Any:
-    """held[name][name]..., or None where there is no such part."""
+    """Returns held[name][name]..., or None where there is no such part."""
     for name in names:
         held = held.get(name) if isinstance(held, dict) else None
     return held
 
 
 def read_whole(path: Path) -> dict[str, Any]:
-    """A checkpoint that is one file. Raises ValueError for what is none, or cannot be read."""
+    """Reads a checkpoint that is one file. Raises ValueError for a file that is none, or cannot be
+    read."""
     checkpoint = load_data(path)
     if not isinstance(checkpoint, dict):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""LoRA files for ComfyUI: a merged DoRA as plain LoRA by SVD, and DoRA as it is."""
+"""Writes LoRA files for ComfyUI: a merged DoRA as plain LoRA by SVD, and DoRA as it is."""
 
 import math
 from collections.abc import Iterable
@@ -14,8 +14,8 @@ OVERSAMPLING = 16  # extra directions of the randomised SVD
 
 
 class LowRank(NamedTuple):
-    """A LoRA under ComfyUI's names, and what it leaves out: |D - B A| / |D| (Frobenius) per layer
-    and over all."""
+    """A LoRA under ComfyUI's names, and its error |D - B A| / |D| (Frobenius) per layer and over
+    all."""
 
     tensors: dict[str, Tensor]
     errors: dict[str, float]
@@ -23,8 +23,8 @@ class LowRank(NamedTuple):
 
 
 def svd_lora(deltas: Iterable[tuple[str, Tensor]], rank: int, dtype: torch.dtype) -> LowRank:
-    """The closest B A of `rank` to every D = W' - W (Eckart and Young 1936), as lora_B, lora_A and
-    no alpha: scale 1.
+    """Returns the closest B A of `rank` to every D = W' - W (Eckart and Young 1936), as lora_B,
+    lora_A and no alpha: scale 1.
 
     deltas: (original layer name, D (out, in) fp32). Randomised SVD with power iterations (Halko et
     al. 2011), the same for the same input; errors are measured on the tensors as stored, rounding
@@ -51,7 +51,7 @@ def svd_lora(deltas: Iterable[tuple[str, Tensor]], rank: int, dtype: torch.dtype
 
 
 def native_dora(state: dict[str, Tensor], alpha: float) -> dict[str, Tensor]:
-    """PEFT's DoRA on the diffusers DiT -> ComfyUI's names, values untouched.
+    """Renames PEFT's DoRA on the diffusers DiT to ComfyUI's names, values untouched.
 
     dora_scale is (out, 1): as (out,) it broadcasts over the wrong axis there.
     """

@@ -1,5 +1,4 @@
-"""The folder that an export writes: whole or not there, and never over files that are not its
-own."""
+"""Writes the folder of an export: whole or not there, and never over files that are not its own."""
 
 import json
 import shutil
@@ -32,7 +31,8 @@ def check_replaceable(folder: Path) -> None:
 def write_export(
     folder: Path, writers: dict[str, Callable[[Path], object]], facts: dict[str, Any]
 ) -> dict[str, int]:
-    """Each writer fills its path below `folder`, which appears when all are done; bytes by file.
+    """Runs each writer on its path below `folder`, which appears when all are done; returns bytes
+    by file.
 
     Raises FileExistsError as `check_replaceable`, and OSError that says how much room there is;
     what stood at `folder` is then as it was.
@@ -64,7 +64,8 @@ def write_export(
 
 
 def _listed(mark: Path) -> dict[str, int]:
-    """What an earlier export wrote; nothing where the mark is not there, or is no such file's."""
+    """Returns the files that an earlier export wrote; none where the mark is not there, or is no
+    such file's."""
     try:
         files = json.loads(mark.read_text())["files"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -73,7 +74,7 @@ def _listed(mark: Path) -> dict[str, int]:
 
 
 def _files(folder: Path) -> dict[str, int]:
-    """Bytes by name of every file but the mark."""
+    """Returns bytes by name of every file but the mark."""
     files = {
         str(path.relative_to(folder)): path.stat().st_size
         for path in sorted(folder.rglob("*"))

@@ -1,4 +1,4 @@
-"""Few-step LoRA files in LightX2V's style, on the DiT."""
+"""Merges few-step LoRA files in LightX2V's style into the DiT."""
 
 import re
 from collections.abc import Iterator
@@ -65,8 +65,8 @@ def merge_few_step(
 
 
 def read_changes(flat: dict[str, Tensor], source: str) -> dict[str, Parts]:
-    """Parameter of the diffusers DiT -> what changes it. Raises ValueError for keys of other kinds
-    and for two keys of one part."""
+    """Returns for each parameter of the diffusers DiT the tensors that change it. Raises ValueError
+    for keys of other kinds and for two keys of one part."""
     changes: dict[str, Parts] = {}
     foreign, quantised, double = [], [], []
     for key, value in flat.items():
@@ -104,7 +104,7 @@ def read_changes(flat: dict[str, Tensor], source: str) -> dict[str, Parts]:
 
 
 def misfits(name: str, shape: torch.Size, parts: Parts) -> Iterator[str]:
-    """What keeps these parts from changing a parameter of this shape."""
+    """Yields the reasons why these parts cannot change a parameter of this shape."""
     key, value = parts.get("diff", ("", None))
     if value is not None and tuple(value.shape) not in (
         tuple(shape),

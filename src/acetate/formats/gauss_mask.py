@@ -1,5 +1,5 @@
-"""The released inference's Gaussian mask: a guide G, saved by torch.save as a tensor or a numpy
-array."""
+"""Reads the released inference's Gaussian mask: a guide G, saved by torch.save as a tensor or a
+numpy array."""
 
 import pickle
 from collections.abc import Sequence
@@ -38,7 +38,7 @@ NUMPY = (
 
 
 def read_gauss_mask(path: Path, grid: Sequence[int]) -> Tensor:
-    """(1, 1, F, h, w) in [0, 1], for a latent grid (F, h, w).
+    """Reads a mask, (1, 1, F, h, w) in [0, 1], for a latent grid (F, h, w).
 
     The file's frames must be F; h and w are resized bilinearly, as the released inference does.
     Nothing is run: a file of anything but one tensor or array of floats raises ValueError, as do
@@ -93,7 +93,8 @@ def _load(path: Path) -> Tensor:
 
 
 def _array(held: _Given) -> Tensor:
-    """From the state that numpy pickles: version, shape, type, column order, bytes."""
+    """Builds an array from the state that numpy pickles: version, shape, type, column order,
+    bytes."""
     _, shape, dtype, columns, data = held.state
     (kind, *_), (_, order, *_) = dtype.arguments, dtype.state
     if kind not in FLOATS:

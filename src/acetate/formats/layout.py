@@ -1,4 +1,4 @@
-"""Where things lie in a checkpoint that is a folder of shards."""
+"""The layout of a checkpoint that is a folder of shards."""
 
 from pathlib import Path
 
@@ -6,5 +6,5 @@ INDEX, REST = ".metadata", "meta.pt"  # which tensor lies where; all that is no 
 
 
 def is_sharded(path: Path) -> bool:
-    """Whether the folder holds a whole checkpoint of shards."""
+    """Returns whether the folder holds a whole checkpoint of shards."""
     return (path / INDEX).is_file()

@@ -1,4 +1,4 @@
-"""Names of Wan's tensors: the original release's against diffusers'."""
+"""Translates names of Wan's tensors from diffusers' to the original release's."""
 
 import re
 from itertools import product
@@ -10,7 +10,7 @@ RES_BLOCKS = 2  # num_res_blocks of Wan2.1's VAE
 
 
 def original_vae_name(name: str, res_blocks: int = RES_BLOCKS) -> str:
-    """The inverse of `vae_name`. Raises ValueError for a name that Wan2.1's VAE does not have."""
+    """Inverts `vae_name`. Raises ValueError for a name that Wan2.1's VAE does not have."""
     if match := re.fullmatch(r"encoder\.down_blocks\.(\d+)\.(.+)", name):
         place, part = int(match[1]), match[2]
         list_name = "encoder.downsamples"
@@ -26,15 +26,15 @@ def original_vae_name(name: str, res_blocks: int = RES_BLOCKS) -> str:
 
 
 def original_dit_name(name: str) -> str:
-    """The inverse of `dit_name`. Raises ValueError for a name that Wan2.1's text-to-video DiT does
-    not have."""
+    """Inverts `dit_name`. Raises ValueError for a name that Wan2.1's text-to-video DiT does not
+    have."""
     if match := re.fullmatch(r"blocks\.(\d+)\.(.+)", name):
         return f"blocks.{match[1]}.{_known(match[2], DIT_IN_BLOCKS, 'DiT')}"
     return _known(name, DIT_OUTSIDE_BLOCKS, "DiT")
 
 
 def original_layer(layer: str) -> str:
-    """`original_dit_name` of a layer rather than of its weight."""
+    """Translates the name of a layer, as `original_dit_name` does that of its weight."""
     return original_dit_name(f"{layer}.weight").removesuffix(".weight")
 
 

@@ -1,4 +1,4 @@
-"""What diffusers and PEFT load: a whole WanPipeline, and the adapters as PEFT keeps them."""
+"""Builds files for diffusers and PEFT: a whole WanPipeline, and the adapters as PEFT keeps them."""
 
 from pathlib import Path
 from typing import cast
@@ -17,7 +17,8 @@ def wan_pipeline(
     text: TextEncoder,
     scheduler: UniPCMultistepScheduler,
 ) -> WanPipeline:
-    """`save_pretrained` of it writes the folder that `WanPipeline.from_pretrained` reads."""
+    """Builds a pipeline whose `save_pretrained` writes the folder that
+    `WanPipeline.from_pretrained` reads."""
     return WanPipeline(
         tokenizer=text.tokenizer,
         text_encoder=text.model,
@@ -28,7 +29,7 @@ def wan_pipeline(
 
 
 class PEFTAdapter:
-    """The DoRA that `transformer` carries now, to be written after it was merged."""
+    """Keeps the DoRA that `transformer` carries now, to be written after it was merged."""
 
     def __init__(self, transformer: WanTransformer3DModel) -> None:
         self.config = cast(LoraConfig, transformer.peft_config["default"])
@@ -38,7 +39,7 @@ class PEFTAdapter:
         }
 
     def save_pretrained(self, folder: Path) -> None:
-        """adapter_config.json and adapter_model.safetensors, for
+        """Writes adapter_config.json and adapter_model.safetensors, for
         `PeftModel.from_pretrained(transformer, folder)`."""
         self.config.inference_mode = True
         self.config.save_pretrained(str(folder))

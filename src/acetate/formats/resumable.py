@@ -1,4 +1,4 @@
-"""Whether a run can go on from a checkpoint of training, before anything is restored of it."""
+"""Checks that a run can go on from a checkpoint of training, before anything is restored of it."""
 
 import re
 from collections.abc import Mapping, Sequence

@@ -1,4 +1,4 @@
-"""A trained RGBA-VAE from any file that holds one: acetate's adapters, Wan-Alpha's releases,
+"""Reads a trained RGBA-VAE from any file that holds one: acetate's adapters, Wan-Alpha's releases,
 ComfyUI's pair."""
 
 import copy
@@ -31,8 +31,8 @@ def load_rgba_vae(
     frozen_dtype: str = "float32",
     checkpointing: bool = False,
 ) -> RGBADecoders:
-    """Base `vae` with `adapters`, frozen: an RGBAVAE, or where the files hold no merge block what
-    only decodes.
+    """Loads base `vae` with `adapters`, frozen: an RGBAVAE, or RGBADecoders where the files hold no
+    merge block.
 
     adapters: a file of experiment=vae_rgba or the newest one below a folder; the released VAE
     checkpoint (flat, or in a training checkpoint's state_dict); its decoder.bin; or ComfyUI's
@@ -73,8 +73,8 @@ def load_rgba_vae(
 def read_rgba_vae(
     source: str, res_blocks: int = 2
 ) -> tuple[Path, dict[str, Tensor], dict[str, Any]]:
-    """Path, trainable tensors in RGBAVAE's names, and what is known of them: merge_init, lora_rank,
-    eps, ...
+    """Returns path, trainable tensors in RGBAVAE's names, and the known facts: merge_init,
+    lora_rank, eps, ...
 
     res_blocks: of the base VAE's config, on which released names depend. Raises as `load_rgba_vae`
     does.
@@ -94,7 +94,8 @@ def read_rgba_vae(
 
 
 def comfyui_pair(adapters: str | Sequence[str]) -> tuple[Path, Path] | None:
-    """(rgb, alpha), where `adapters` is a list of both or a folder that holds both."""
+    """Returns (rgb, alpha), where `adapters` is a list of both or a folder that holds both; else
+    None."""
     if not isinstance(adapters, str):
         if len(adapters) != 2:
             raise ValueError(f"rgba_vae={list(adapters)}; a pair is two files, [rgb, alpha].")
@@ -115,8 +116,8 @@ def comfyui_pair(adapters: str | Sequence[str]) -> tuple[Path, Path] | None:
 
 
 def _is_acetate(path: Path) -> bool:
-    """Whether the file says so itself, or is too damaged to say anything, which `read_adapters`
-    reports."""
+    """Returns whether the file says that it is acetate's, or is too damaged to say anything, which
+    `read_adapters` reports."""
     if path.suffix != ".safetensors":
         return False
     try:
@@ -127,7 +128,7 @@ def _is_acetate(path: Path) -> bool:
 
 
 def _like(vae: AutoencoderKLWan, base: AutoencoderKLWan, file: Path) -> AutoencoderKLWan:
-    """With the base's latent constants, which files in original names cannot hold."""
+    """Gives a VAE the base's latent constants, which files in original names cannot hold."""
     constants = {name: base.config[name] for name in ("latents_mean", "latents_std")}
     ours, theirs = vae.config, base.config
     if any(ours[name] != theirs[name] for name in ("z_dim", "dim_mult", "temperal_downsample")):

@@ -1,5 +1,5 @@
-"""A training checkpoint as a folder that all ranks write: shards of its tensors, and one file of
-all the rest.
+"""Reads and writes a training checkpoint as a folder that all ranks write: shards of its tensors,
+and one file of all the rest.
 
 In memory it is the one of a single file, `state_dict` and `optimizer_states` by name and number of
 the parameter, so that either kind goes on on any number of ranks, sharded or not.
@@ -38,8 +38,8 @@ Like = Callable[[str], Tensor | None]
 
 
 def write_sharded(checkpoint: dict[str, Any], folder: Path) -> None:
-    """All ranks call it; the folder has its name when everything is in it, and an older one is
-    there until then (`replacing.standing`).
+    """Writes a checkpoint from all ranks, which all call it; the folder has its name when
+    everything is in it, and an older one is there until then (`replacing.standing`).
 
     Raises OSError on all ranks.
     """
@@ -76,7 +76,8 @@ def write_sharded(checkpoint: dict[str, Any], folder: Path) -> None:
 
 
 def _on_first_rank(action: Callable[[], None]) -> None:
-    """The others wait, and all raise OSError for whatever it raises."""
+    """Runs an action on the first rank. The others wait, and all raise OSError for whatever it
+    raises."""
     failed: Exception | None = None
     if dist.get_rank() == 0:
         try:
@@ -90,8 +91,8 @@ def _on_first_rank(action: Callable[[], None]) -> None:
 
 
 def split(checkpoint: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors of the model and its optimizers, named as in the index, and all the rest; `join` puts
-    them together."""
+    """Divides a checkpoint into tensors of the model and its optimizers, named as in the index, and
+    all the rest; `join` puts them together."""
     tensors = {f"state_dict.{name}": value for name, value in checkpoint["state_dict"].items()}
     optimizers = []
     for number, optimizer in enumerate(checkpoint.get("optimizer_states", [])):
@@ -116,7 +117,7 @@ def join(tensors: dict[str, Tensor], rest: dict[str, Any]) -> dict[str, Any]:
 
 
 def shard_whole(checkpoint: dict[str, Any], like: Like) -> dict[str, Any]:
-    """A checkpoint of whole tensors, of which this rank keeps its shards."""
+    """Returns a checkpoint of whole tensors with this rank's shards in their place."""
     tensors, rest = split(checkpoint)
     likes = {name: like(name) for name in tensors}
     return join(
@@ -129,8 +130,8 @@ def read_sharded(
     like: Like | None = None,
     parts: Iterable[str] = ("state_dict", "optimizer_states"),
 ):
-    """The checkpoint: whole in this one process, or, where all ranks call it with `like`, in shards
-    as those.
+    """Reads a checkpoint: whole in this one process, or, where all ranks call it with `like`, in
+    shards as those.
 
     parts: which tensors. Raises ValueError for a folder that cannot be read, or would run code on
     the way.
@@ -182,7 +183,7 @@ def _empty(entry: TensorStorageMetadata, like: Tensor | None) -> Tensor:
 
 
 def _covered(entry: TensorStorageMetadata) -> bool:
-    """Whether its shards leave out no number: what they leave out would be whatever was in
+    """Returns whether a tensor's shards leave out no number: such numbers would be whatever was in
     memory."""
     covered = torch.zeros(entry.size, dtype=torch.bool)
     for chunk in entry.chunks:
@@ -193,7 +194,8 @@ def _covered(entry: TensorStorageMetadata) -> bool:
 
 
 class _SafeReader(FileSystemReader):
-    """torch's reader, with an index that may name nothing but what an index is made of."""
+    """Reads as torch's reader does, with an index that may name nothing but the parts of an
+    index."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         with (Path(self.path) / INDEX).open("rb") as file:

@@ -1,4 +1,4 @@
-"""Whether tensors and facts of a checkpoint are whole, as far as that shows without the base
+"""Checks that tensors and facts of a checkpoint are whole, as far as that shows without the base
 model."""
 
 import re
@@ -84,7 +84,8 @@ def check_trained(
 
 
 def _side(state: Mapping[str, Tensor], name: str, axis: int) -> int:
-    """0 where there is no such tensor or axis, which is found to be wrong then."""
+    """Returns the length of a tensor's axis; 0 where there is no such tensor or axis, which is
+    found to be wrong then."""
     shape = state[name].shape if name in state else ()
     return shape[axis] if axis < len(shape) else 0
 
@@ -133,7 +134,8 @@ def _is_decoders(conv: str) -> bool:
 
 
 def read_whole_adapters(source: str, kind: str) -> tuple[Path, dict[str, Tensor], dict[str, Any]]:
-    """As `read_adapters`, of which facts and tensors are checked; named as in the model."""
+    """Reads adapters as `read_adapters` does and checks their facts and tensors; named as in the
+    model."""
     path, state, facts = read_adapters(source, kind)
     check_facts(path, kind, facts)
     state = {name.removeprefix(PREFIX[kind]): value for name, value in state.items()}

@@ -1,5 +1,5 @@
-"""A run's own checkpoints, as one file or sharded: whole or not there, and read by either kind of
-run."""
+"""Writes a run's own checkpoints, as one file or sharded: whole or not there, and read by either
+kind of run."""
 
 import os
 from pathlib import Path
@@ -25,7 +25,7 @@ class WholeCheckpointIO(TorchCheckpointIO):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None
     ) -> None:
-        """Raises OSError that says how much room there is."""
+        """Writes one file. Raises OSError that says how much room there is."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -44,11 +44,11 @@ class WholeCheckpointIO(TorchCheckpointIO):
             temporary.unlink(missing_ok=True)
 
     def load_checkpoint(self, path: Any, *args: Any, **settings: Any) -> dict[str, Any]:
-        """Sharded folders too, whole."""
+        """Reads a file or a sharded folder, whole."""
         return read_sharded(Path(path)) if is_sharded(Path(path)) else read_whole(Path(path))
 
     def remove_checkpoint(self, path: Any) -> None:
-        """A folder loses its name first, so that no half of one is found."""
+        """Removes a checkpoint; a folder loses its name first, so that no half of one is found."""
         path = Path(path)
         if path.is_dir():
             path = path.replace(path.with_name(f".{path.name}.{os.getpid()}.old.tmp"))
@@ -56,8 +56,8 @@ class WholeCheckpointIO(TorchCheckpointIO):
 
 
 class ShardedStrategy(ModelParallelStrategy):
-    """FSDP2 over all ranks. Checkpoints are folders of shards that hold only what the module
-    saves."""
+    """Trains with FSDP2 over all ranks. Checkpoints are folders of shards that hold only what the
+    module saves."""
 
     def setup_environment(self) -> None:
         share_data_among_all(self)
@@ -86,7 +86,7 @@ class ShardedStrategy(ModelParallelStrategy):
     def load_checkpoint(
         self, checkpoint_path: Any, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """A folder, or the file of a run without shards."""
+        """Reads a folder, or the file of a run without shards."""
         path = Path(self.broadcast(checkpoint_path))
         if is_sharded(path):
             # to train, or validate
@@ -95,7 +95,8 @@ class ShardedStrategy(ModelParallelStrategy):
         return shard_whole(read_whole(path), self._owners())
 
     def _owners(self) -> Like:
-        """The parameter that a tensor of a checkpoint belongs to, by its name in the index."""
+        """Returns the parameter that a tensor of a checkpoint belongs to, by its name in the
+        index."""
         assert self.lightning_module is not None
         named = dict(self.lightning_module.named_parameters())
         optimized = [

@@ -1,4 +1,4 @@
-"""The released files of Wan-Alpha: the VAE training checkpoint and the DiT's DoRA."""
+"""Translates the released files of Wan-Alpha: the VAE training checkpoint and the DiT's DoRA."""
 
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -28,8 +28,8 @@ OUR_LORA_KEY = re.compile(
 
 
 def unwrapped(held: dict[str, Tensor], source: str) -> dict[str, Tensor]:
-    """The VAE's training checkpoint or decoder.bin without the prefix that a wrapper put before all
-    of its names.
+    """Returns the VAE's training checkpoint or decoder.bin without the prefix that a wrapper put
+    before all of its names.
 
     Raises ValueError for a file without decoder LoRA, for one with two such prefixes, and for
     tensors of no part of the released training module.
@@ -61,7 +61,7 @@ def unwrapped(held: dict[str, Tensor], source: str) -> dict[str, Tensor]:
 def trainable_from_wan_alpha(
     flat: dict[str, Tensor], res_blocks: int = RES_BLOCKS, source: str = "the VAE file"
 ) -> dict[str, Tensor]:
-    """The released flat training checkpoint -> RGBAVAE's trainable parameters.
+    """Translates the released flat training checkpoint into RGBAVAE's trainable parameters.
 
     Takes the merge block (`middle.*`) and both decoders' LoRA; frozen tensors in the file are Wan's
     own and left out. The reference scales LoRA by alpha / rank with alpha 1: build RGBAVAE with
@@ -85,8 +85,8 @@ def trainable_from_wan_alpha(
 def _placed(
     keys: Iterable[str], name_of: Callable[[str], str | None], source: str
 ) -> dict[str, str]:
-    """Our name -> theirs. Raises ValueError for all keys without one, and for two keys of one
-    name."""
+    """Returns our name -> theirs. Raises ValueError for all keys without one, and for two keys of
+    one name."""
     names = {key: name_of(key) for key in keys}
     if foreign := [key for key, name in names.items() if name is None]:
         raise ValueError(
@@ -110,8 +110,8 @@ def _trainable_name(key: str, res_blocks: int) -> str | None:
 
 
 def _merge_name(key: str) -> str | None:
-    """`middle.block.*` -> `merge.*`; residual blocks stand at even places, attention at odd
-    ones."""
+    """Translates `middle.block.*` to `merge.*`; residual blocks stand at even places, attention at
+    odd ones."""
     place = key.removeprefix("middle.block.")
     for old, new in MERGE_PARTS.items():
         if place.startswith(f"{old}."):
@@ -126,7 +126,7 @@ def _merge_name(key: str) -> str | None:
 def trainable_to_wan_alpha(
     state: dict[str, Tensor], lora_alpha: float, res_blocks: int = RES_BLOCKS
 ) -> dict[str, Tensor]:
-    """RGBAVAE's trainable parameters -> the released flat training checkpoint:
+    """Translates RGBAVAE's trainable parameters into the released flat training checkpoint:
     `trainable_from_wan_alpha` backwards.
 
     lora_alpha: what they were trained with; it goes into B, since every released reader scales by 1
@@ -153,7 +153,7 @@ def trainable_to_wan_alpha(
 
 
 def _released_merge_name(name: str) -> str:
-    """`_merge_name` backwards."""
+    """Inverts `_merge_name`."""
     place = name.removeprefix("merge.")
     for old, new in MERGE_PARTS.items():
         if place.startswith(f"{new}."):
@@ -167,8 +167,8 @@ def _released_merge_name(name: str) -> str:
 
 
 def decoder_of(flat: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What the released inference reads (decoder.bin) of a flat training checkpoint: the decoders'
-    LoRA."""
+    """Returns the part of a flat training checkpoint that the released inference reads
+    (decoder.bin): the decoders' LoRA."""
     return {
         name: value
         for name, value in flat.items()
@@ -179,8 +179,8 @@ def decoder_of(flat: dict[str, Tensor]) -> dict[str, Tensor]:
 def dora_from_wan_alpha(
     flat: dict[str, Tensor], source: str = "the DoRA file"
 ) -> dict[str, Tensor]:
-    """The released t2v.safetensors -> PEFT's names on the diffusers DiT, for `models.dit.add_dora`
-    with alpha = rank.
+    """Translates the released t2v.safetensors into PEFT's names on the diffusers DiT, for
+    `models.dit.add_dora` with alpha = rank.
 
     source: named by errors. Raises ValueError for keys that are no DoRA tensors, and for one tensor
     under two names.
@@ -197,8 +197,8 @@ def _dora_name(key: str) -> str | None:
 
 
 def dora_to_wan_alpha(state: dict[str, Tensor], scaling: float) -> dict[str, Tensor]:
-    """PEFT's DoRA on the diffusers DiT -> the released t2v.safetensors, bf16: `dora_from_wan_alpha`
-    backwards.
+    """Translates PEFT's DoRA on the diffusers DiT into the released t2v.safetensors, bf16:
+    `dora_from_wan_alpha` backwards.
 
     scaling: alpha / rank; it goes into B, since the released loader has no such factor. Raises
     ValueError for a tensor that is no DoRA.
@@ -211,7 +211,8 @@ def dora_to_wan_alpha(state: dict[str, Tensor], scaling: float) -> dict[str, Ten
 
 
 def dora_parts(state: dict[str, Tensor]) -> Iterator[tuple[str, str, Tensor]]:
-    """(original layer, A or B or magnitude_vector, tensor) of PEFT's DoRA on the diffusers DiT."""
+    """Yields (original layer, A or B or magnitude_vector, tensor) of PEFT's DoRA on the diffusers
+    DiT."""
     for name, value in state.items():
         match = DORA_KEY.fullmatch(name)
         if match is None:

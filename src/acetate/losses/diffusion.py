@@ -1,4 +1,5 @@
-"""Rectified-flow losses: a frozen DiT as judge of the VAE's latents (Wan-Alpha, section 3.2)."""
+"""Rectified-flow losses with a frozen DiT as judge of the VAE's latents (Wan-Alpha, section
+3.2)."""
 
 from collections.abc import Callable
 
@@ -13,8 +14,8 @@ MODES = ("off", "opaque", "bidirectional", "upstream")
 
 
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
-    """Mean of values (B, ...) over a boolean mask; exactly 0, with zero gradient, where the mask is
-    empty.
+    """Returns the mean of values (B, ...) over a boolean mask; exactly 0, with zero gradient, where
+    the mask is empty.
 
     In training it is that of all ranks, which must call this together, however unevenly the mask
     falls. Where no gradients are kept, in validation, it is the mean of each clip's own: the same
@@ -28,8 +29,8 @@ def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
 
 
 class DiffusionLoss(nn.Module):
-    """weight * |DiT(x_t) - velocity|^2 over regions of the latent grid; gradients reach the latents
-    only.
+    """Computes weight * |DiT(x_t) - velocity|^2 over regions of the latent grid; gradients reach
+    the latents only.
 
     mode `opaque`: mean over opaque cells. `bidirectional`: that, minus the mean of min(l, margin)
     over all other cells. `upstream`: clamp(map * w(t) * l, 0, 1).mean() with the released map,
@@ -74,7 +75,7 @@ class DiffusionLoss(nn.Module):
         time_stride: int,
         space_stride: int,
     ) -> Tensor:
-        """Scalar loss.
+        """Returns the scalar loss.
 
         latents, noise (B, 16, F, h, w); alpha (B, 1, T, H, W) in [0, 1]; ids (B,) drawn from the
         levels'.

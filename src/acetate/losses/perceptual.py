@@ -20,8 +20,8 @@ RELU2_2 = 9  # torchvision's vgg16.features[:9] ends with relu2_2
 
 
 class EncoderFeatures(nn.Module):
-    """Mean over the first `stages` stages of |phi(x_hat) - phi(x)|_1, phi the frozen Wan encoder;
-    no download."""
+    """Averages |phi(x_hat) - phi(x)|_1 over the first `stages` stages of phi, the frozen Wan
+    encoder; no download."""
 
     def __init__(self, *, stages: int) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ class EncoderFeatures(nn.Module):
 
 
 class VGGFeatures(nn.Module):
-    """Mean squared error of VGG16's relu2_2 (Johnson et al. 2016).
+    """Computes the mean squared error of VGG16's relu2_2 (Johnson et al. 2016).
 
     imagenet_norm False is the released variant. weights: a file of VGG16 weights, else
     torchvision's cache. pretrained False leaves the network on the meta device, to measure with.
@@ -79,8 +79,8 @@ class VGGFeatures(nn.Module):
 
 
 class LPIPSFeatures(nn.Module):
-    """LPIPS-VGG 0.1 (Zhang et al. 2018), mean over frames. pretrained False: without numbers, to
-    measure with."""
+    """Computes LPIPS-VGG 0.1 (Zhang et al. 2018), the mean over frames. pretrained False: without
+    numbers, to measure with."""
 
     def __init__(self, *, pretrained: bool = True) -> None:
         super().__init__()

@@ -7,7 +7,8 @@ from torch import Tensor
 
 
 def sum_over_ranks(values: Tensor) -> Tensor:
-    """Their sum over the ranks, the same on each; the values themselves on one process.
+    """Returns the sum of values over the ranks, the same on each; the values themselves on one
+    process.
 
     Its gradient reaches this rank's values times the number of ranks, so that the mean over the
     ranks, which DDP and FSDP take of gradients, is the gradient that one process has for the whole
@@ -23,8 +24,8 @@ def sum_over_ranks(values: Tensor) -> Tensor:
 
 
 def moments(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and variance (unbiased) per row of (C, N), over those of all ranks, in fp32; 0 of
-    none."""
+    """Returns mean and variance (unbiased) per row of (C, N), over those of all ranks, in fp32; 0
+    where there are none."""
     values = values.float()
     count = values.new_full((len(values),), values.shape[1])
     count, total, squares = sum_over_ranks(

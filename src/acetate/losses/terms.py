@@ -12,8 +12,8 @@ def l1(x_hat: Tensor, x: Tensor) -> Tensor:
 
 
 def sobel_l1(x_hat: Tensor, x: Tensor) -> Tensor:
-    """L1 between Sobel gradient magnitudes, per channel; borders are replicated and so are no
-    edges."""
+    """Computes L1 between Sobel gradient magnitudes, per channel; borders are replicated and so are
+    no edges."""
     # differences of near-equal numbers drown in bf16
     with torch.autocast(x.device.type, enabled=False):
         return (sobel(frames(x_hat.float())) - sobel(frames(x.float()))).abs().mean()

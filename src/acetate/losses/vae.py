@@ -8,8 +8,8 @@ from acetate.losses.terms import l1, sobel_l1
 
 
 class VAELoss(nn.Module):
-    """For alpha, soft and hard render: L = w1 |x_hat - x|_1 + w2 perceptual + w3 |edge(x_hat) -
-    edge(x)|_1.
+    """Sums three views, alpha, soft and hard render: L = w1 |x_hat - x|_1 + w2 perceptual + w3
+    |edge(x_hat) - edge(x)|_1.
 
     The alpha view is the matte as a grey picture in [-1, 1], so that all three share a range. The
     hard render shows a prediction where the target's alpha is above eps.
@@ -40,7 +40,7 @@ class VAELoss(nn.Module):
         self.perceptual, self.eps = perceptual, eps
 
     def hard_support(self, alpha_hat: Tensor, alpha: Tensor) -> Tensor:
-        """Where the hard render of the prediction shows it, (B, 1, T, H, W) in {0, 1}."""
+        """Returns where the hard render of the prediction shows it, (B, 1, T, H, W) in {0, 1}."""
         return harden(alpha, self.eps)
 
     def views(
@@ -52,8 +52,8 @@ class VAELoss(nn.Module):
         soft: Tensor,
         hard: Tensor,
     ) -> dict[str, tuple[Tensor, Tensor]]:
-        """name -> (prediction, target), each (B, 3, T, H, W); soft and hard are backgrounds (B, 3,
-        1, 1, 1)."""
+        """Returns name -> (prediction, target), each (B, 3, T, H, W); soft and hard are backgrounds
+        (B, 3, 1, 1, 1)."""
         support, support_hat = harden(alpha, self.eps), self.hard_support(alpha_hat, alpha)
         return {
             "alpha": ((alpha_hat * 2 - 1).expand_as(rgb), (alpha * 2 - 1).expand_as(rgb)),
@@ -71,7 +71,8 @@ class VAELoss(nn.Module):
         hard: Tensor,
         feature_maps: FeatureMaps,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Total and its weighted parts, `alpha/l1`, `soft/edge`, ..., which add up to it."""
+        """Returns the total and its weighted parts, `alpha/l1`, `soft/edge`, ..., which add up to
+        it."""
         parts: dict[str, Tensor] = {}
         for name, (x_hat, x) in self.views(rgb_hat, alpha_hat, rgb, alpha, soft, hard).items():
             parts[f"{name}/l1"] = self.l1_weight * l1(x_hat, x)

@@ -1,5 +1,5 @@
-"""How close reconstructed alpha is, and where it is wrong: opaque, mixed and empty latent cells
-apart."""
+"""Measures how close reconstructed alpha is, and where it is wrong: opaque, mixed and empty latent
+cells apart."""
 
 import torch
 import torch.nn.functional as F
@@ -15,14 +15,14 @@ LEVELS = 16 * 255
 
 
 def cells_to_pixels(regions: Tensor, frames: int, time_stride: int, space_stride: int) -> Tensor:
-    """Each cell's value at every pixel it sees, (B, 1, F, h, w) -> (B, 1, T, H, W)."""
+    """Spreads each cell's value to every pixel it sees, (B, 1, F, h, w) -> (B, 1, T, H, W)."""
     t = torch.arange(frames, device=regions.device)
     pixels = regions[:, :, (t + time_stride - 1) // time_stride]  # cells 0, 1, 1, ..., 2, 2, ...
     return pixels.repeat_interleave(space_stride, -2).repeat_interleave(space_stride, -1)
 
 
 class AlphaQuality(Metric):
-    """PSNR (dB) and SSIM per frame, MAE per pixel, of alpha clamped to [0, 1].
+    """Measures PSNR (dB) and SSIM per frame, MAE per pixel, of alpha clamped to [0, 1].
 
     Strides are the VAE's; eps is the distance from 0 and 1 that still counts as empty and opaque.
     """
@@ -46,7 +46,7 @@ class AlphaQuality(Metric):
         self.add_state("histogram", torch.zeros(LEVELS + 1, dtype=torch.long), dist_reduce_fx="sum")
 
     def update(self, alpha_hat: Tensor, alpha: Tensor) -> None:
-        """Both (B, 1, T, H, W)."""
+        """Adds a batch; both are (B, 1, T, H, W)."""
         # SSIM's variances vanish in bfloat16
         with torch.autocast(alpha.device.type, enabled=False):
             alpha_hat, alpha = alpha_hat.float().clamp(0, 1), alpha.float()
@@ -67,7 +67,7 @@ class AlphaQuality(Metric):
             self.histogram = self.histogram + torch.bincount(level, minlength=LEVELS + 1)
 
     def compute(self) -> dict[str, Tensor]:
-        """psnr, ssim, mae; mae_empty, mae_mixed, mae_opaque for the regions that occurred;
+        """Returns psnr, ssim, mae; mae_empty, mae_mixed, mae_opaque for the regions that occurred;
         mae_of_mean.
 
         mae_of_mean is the error of always answering the mean alpha of all pixels seen: what a
@@ -85,19 +85,19 @@ class AlphaQuality(Metric):
 
 
 def border_mean(alpha: Tensor) -> Tensor:
-    """Mean alpha of the outermost rows and columns, (B, 1, T, H, W) -> (B,)."""
+    """Returns the mean alpha of the outermost rows and columns, (B, 1, T, H, W) -> (B,)."""
     edges = [alpha[..., 0, :], alpha[..., -1, :], alpha[..., 1:-1, 0], alpha[..., 1:-1, -1]]
     return torch.cat([edge.flatten(1) for edge in edges], 1).mean(1)
 
 
 def highest_cell(alpha: Tensor, space_stride: int) -> Tensor:
-    """Largest mean over a cell of one frame, (B, 1, T, H, W) -> (B,)."""
+    """Returns the largest mean over a cell of one frame, (B, 1, T, H, W) -> (B,)."""
     return F.avg_pool3d(alpha, (1, space_stride, space_stride)).flatten(1).amax(1)
 
 
 def centre_of_mass(alpha: Tensor) -> Tensor:
-    """(x, y) as shares of width and height, (B, 1, T, H, W) -> (B, 2); the middle where alpha is 0
-    everywhere."""
+    """Returns (x, y) as shares of width and height, (B, 1, T, H, W) -> (B, 2); the middle where
+    alpha is 0 everywhere."""
     height, width = alpha.shape[-2:]
     columns, rows = alpha.sum((1, 2, 3)), alpha.sum((1, 2, 4))  # (B, W), (B, H)
     total = columns.sum(1)

@@ -1,5 +1,5 @@
-"""How close reconstructed colour is: PSNR, SSIM and LPIPS per frame, averaged over frames, colours
-and clips.
+"""Measures how close reconstructed colour is: PSNR, SSIM and LPIPS per frame, averaged over frames,
+colours and clips.
 
 Video is (B, C, T, H, W), frames are (N, C, H, W). rgb in [-1, 1], alpha in [0, 1], predictions
 unclamped.
@@ -21,15 +21,15 @@ SSIM_WEIGHTS = (4, 0, 0, 0, 0, 0, 0, 4)
 
 
 def frame_psnr(x_hat: Tensor, x: Tensor) -> Tensor:
-    """PSNR of frames in [0, 1], (N, C, H, W) -> (N,) in dB; the MSE's floor of 1e-10 caps it at 100
-    dB."""
+    """Returns the PSNR of frames in [0, 1], (N, C, H, W) -> (N,) in dB; the MSE's floor of 1e-10
+    caps it at 100 dB."""
     mse = (x_hat - x).square().flatten(1).mean(1)
     return -10 * mse.clamp_min(1e-10).log10()
 
 
 def frame_ssim(x_hat: Tensor, x: Tensor) -> Tensor:
-    """SSIM of frames in [0, 1], (N, C, H, W) -> (N,). Wang et al. 2004: Gaussian window 11, sigma
-    1.5.
+    """Returns the SSIM of frames in [0, 1], (N, C, H, W) -> (N,). Wang et al. 2004: Gaussian window
+    11, sigma 1.5.
 
     Frames with a side below 11 get the largest odd window that fits, with sigma in proportion; such
     values do not compare with those of larger frames.
@@ -55,8 +55,8 @@ def frozen_lpips() -> nn.Module:
 
 
 class _FrameQuality(Metric):
-    """Sums of per-frame scores and their count, so that unequal shares of ranks reduce to the exact
-    mean."""
+    """Keeps sums of per-frame scores and their count, so that unequal shares of ranks reduce to the
+    exact mean."""
 
     full_state_update = False
     psnr: Tensor
@@ -74,7 +74,7 @@ class _FrameQuality(Metric):
         self._perceptual = (frozen_lpips(),) if lpips else ()
 
     def _add(self, rgb_hat: Tensor, rgb: Tensor, ssim_weight: int) -> None:
-        """Two videos (B, 3, T, H, W) in [-1, 1]."""
+        """Adds two videos (B, 3, T, H, W) in [-1, 1]."""
         rgb_hat, rgb = frames(rgb_hat), frames(rgb)
         x_hat, x = (rgb_hat + 1) / 2, (rgb + 1) / 2
         # Out of place: a float32 sum restores states that a module-wide `.to(bfloat16)` has
@@ -97,13 +97,13 @@ class _FrameQuality(Metric):
             )
 
     def compute(self) -> dict[str, Tensor]:
-        """psnr in dB, ssim, and lpips where asked for; NaN before the first update."""
+        """Returns psnr in dB, ssim, and lpips where asked for; NaN before the first update."""
         names = ("psnr", "ssim", "lpips") if self._perceptual else ("psnr", "ssim")
         return {name: getattr(self, name) / self.count for name in names}
 
 
 class RGBQuality(_FrameQuality):
-    """PSNR, SSIM and, where asked for, LPIPS of plain rgb video."""
+    """Measures PSNR, SSIM and, where asked for, LPIPS of plain rgb video."""
 
     def __init__(self, lpips: bool = False):
         super().__init__(lpips=lpips)
@@ -114,8 +114,8 @@ class RGBQuality(_FrameQuality):
 
 
 class CompositeQuality(_FrameQuality):
-    """PSNR, SSIM and LPIPS of soft renders over the eight palette colours, prediction against
-    target."""
+    """Measures PSNR, SSIM and LPIPS of soft renders over the eight palette colours, prediction
+    against target."""
 
     def __init__(self, lpips: bool):
         super().__init__(lpips=lpips)

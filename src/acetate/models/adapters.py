@@ -1,4 +1,4 @@
-"""LoRA merged inside the forward pass, and the state of what trains."""
+"""LoRA that is merged inside the forward pass, and the state of the parameters that train."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -17,8 +17,8 @@ ADAPTER_SCHEMA = 1  # of adapter files' metadata
 
 
 class MergedLoRA(nn.Module):
-    """W' = W + (alpha / rank) * B A for 2-D and 3-D convolutions (Hu et al. 2021), then one
-    convolution.
+    """Computes W' = W + (alpha / rank) * B A for 2-D and 3-D convolutions (Hu et al. 2021), then
+    one convolution.
 
     A (rank, in, *kernel) and B (out, rank) are fp32 masters. A factored second path would cost 96 %
     more FLOPs in Wan's decoder and keep rank-channel activations at full resolution.
@@ -54,17 +54,18 @@ def add_lora(module: nn.Module, rank: int, alpha: float) -> list[str]:
 
 
 def trainable_state(module: nn.Module) -> dict[str, Tensor]:
-    """Name -> parameter of everything that trains."""
+    """Returns name -> parameter of everything that trains."""
     return {name: p for name, p in module.named_parameters() if p.requires_grad}
 
 
 def is_float(tensor: Tensor) -> bool:
-    """Of 16 bits or more: what has 8 is quantised, and its scales lie elsewhere."""
+    """Returns whether a tensor has floats of 16 bits or more: 8 bits are quantised, and their
+    scales lie elsewhere."""
     return tensor.is_floating_point() and tensor.itemsize > 1
 
 
 def listed(names: Sequence[str], most: int = 20) -> str:
-    """All of them, or the first ones and how many more there are."""
+    """Joins all names, or the first ones and how many more there are."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
 
@@ -92,7 +93,7 @@ def misfits(
     state: Mapping[str, Tensor],
     labels: Mapping[str, str] | None = None,
 ) -> str:
-    """What `check_fit` says of them; nothing where they fit."""
+    """Returns the lines that `check_fit` reports; none where names and shapes fit."""
     labels = labels or {}
     both = [
         (labels.get(name, name), tensor, state[name])
@@ -140,8 +141,8 @@ def load_trainable(module: nn.Module, state: dict[str, Tensor], source: str) -> 
 
 
 def place_and_which(source: str) -> tuple[Path, str]:
-    """A file or folder, and which checkpoint of a folder: RUN@best, RUN@last, or RUN, which is
-    RUN@last."""
+    """Splits a source into a file or folder and the checkpoint of a folder: RUN@best, RUN@last, or
+    RUN, which is RUN@last."""
     for which in ("best", "last"):
         if source.endswith(f"@{which}"):
             return Path(source.removesuffix(f"@{which}")).expanduser(), which
@@ -149,7 +150,7 @@ def place_and_which(source: str) -> tuple[Path, str]:
 
 
 def best_of(run: Path) -> Path:
-    """The best checkpoint of a run's folder. Raises FileNotFoundError."""
+    """Returns the best checkpoint of a run's folder. Raises FileNotFoundError."""
     checkpoints = run / "checkpoints"
     for name in ("best.ckpt", "best.safetensors"):
         if (path := standing(checkpoints / name)).exists():
@@ -161,7 +162,7 @@ def best_of(run: Path) -> Path:
 
 
 def read_adapters(source: str, kind: str) -> tuple[Path, dict[str, Tensor], dict[str, Any]]:
-    """Path, tensors and metadata of an adapter file; of a folder, those of the newest
+    """Reads path, tensors and metadata of an adapter file; for a folder, those of the newest
     last.safetensors below it, or, with @best after its name, those of that run's best.
 
     Raises FileNotFoundError without one, and ValueError for a file of another kind or schema.
@@ -189,8 +190,8 @@ def read_adapters(source: str, kind: str) -> tuple[Path, dict[str, Tensor], dict
 
 
 def read_adapter_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and metadata of an adapter file of any kind. Raises ValueError for one that cannot be
-    read."""
+    """Reads tensors and metadata of an adapter file of any kind. Raises ValueError for one that
+    cannot be read."""
     try:
         with safe_open(path, "pt") as file:
             facts = read_facts(file.metadata() or {})
@@ -202,7 +203,7 @@ def read_adapter_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def read_facts(metadata: Mapping[str, str]) -> dict[str, Any]:
-    """Metadata, each of which is JSON. Raises FieldError that names the one that is not."""
+    """Reads metadata, each of which is JSON. Raises FieldError that names the one that is not."""
     facts = {}
     for name, value in metadata.items():
         try:

@@ -1,4 +1,5 @@
-"""What a base model's config.json may say, held against its own weights before a model is made."""
+"""Reads a base model's config.json and holds it against the model's own weights before a model is
+made."""
 
 import inspect
 from collections.abc import Iterator, Mapping
@@ -69,8 +70,8 @@ LAYERS = {
 
 
 def read_config(path: Path, kind: str, held: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The config.json beside weights. kind: vae, transformer or text_encoder; held: the weights'
-    tensors, by name.
+    """Reads the config.json beside weights. kind: vae, transformer or text_encoder; held: the
+    weights' tensors, by name.
 
     Raises FileNotFoundError without one, and ValueError that names the file, the field, its value
     and the rule that it breaks.
@@ -91,8 +92,8 @@ def read_config(path: Path, kind: str, held: Mapping[str, Tensor]) -> dict[str, 
 
 @contextmanager
 def building(path: Path) -> Iterator[None]:
-    """A model without numbers is made inside of it. ValueError that names the weights, whatever
-    goes wrong."""
+    """Turns whatever goes wrong while a model without numbers is made inside of it into a
+    ValueError that names the weights."""
     try:
         with init_empty_weights():
             yield
@@ -106,7 +107,7 @@ def building(path: Path) -> Iterator[None]:
 def config_of_model(
     path: Path, model: type[AutoencoderKLWan | WanTransformer3DModel], held: Mapping[str, Tensor]
 ) -> dict[str, Any]:
-    """As `read_config`, what diffusers' model takes of it."""
+    """Reads a config as `read_config` does and returns the part that diffusers' model takes."""
     kind = "vae" if model is AutoencoderKLWan else "transformer"
     known = inspect.signature(model.__init__).parameters
     return {key: value for key, value in read_config(path, kind, held).items() if key in known}

@@ -1,4 +1,4 @@
-"""Wan's DiT: as a frozen velocity field, and with DoRA."""
+"""Wan's DiT as a frozen velocity field, and with DoRA."""
 
 import math
 from collections.abc import Callable
@@ -25,7 +25,7 @@ DORA_TARGETS = r"blocks\.\d+\.(attn[12]\.(to_[qkv]|to_out\.0)|ffn\.net\.(0\.proj
 
 @dataclass(frozen=True)
 class FrozenDiT:
-    """Where a base lies, as `load_transformer` takes it, and the precision that it is kept in."""
+    """The place of a base, as `load_transformer` takes it, and the precision that it is kept in."""
 
     transformer: str
     dtype: str
@@ -33,13 +33,13 @@ class FrozenDiT:
     def load(
         self, prepare: Callable[[WanTransformer3DModel], object] | None = None
     ) -> WanTransformer3DModel:
-        """prepare: what becomes of it before it has values, such as adapters on it or shards of
-        it."""
+        """Loads the base. prepare: called on it before it has values, to put adapters on it or
+        shard it."""
         return load_transformer(self.transformer, getattr(torch, self.dtype), prepare)
 
 
 class VelocityField(nn.Module):
-    """A frozen DiT under one prompt: (x_t, timestep) -> velocity.
+    """Runs a frozen DiT under one prompt: (x_t, timestep) -> velocity.
 
     context (1, L, text_dim) is the prompt's embedding. Gradients flow to x_t only.
     """
@@ -50,8 +50,8 @@ class VelocityField(nn.Module):
         self.register_buffer("context", context, persistent=False)
 
     def forward(self, latents: Tensor, timestep: Tensor) -> Tensor:
-        """latents (B, 16, F, h, w) normalised and noisy, timestep (B,) in [0, 1000], fp32 -> like
-        latents."""
+        """Takes latents (B, 16, F, h, w), normalised and noisy, and timestep (B,) in [0, 1000],
+        fp32; the result is like latents."""
         return velocity(
             self.transformer, latents, timestep, self.context.expand(len(latents), -1, -1)
         )
@@ -83,7 +83,7 @@ def load_velocity_field(
     cache: str,
     mesh: DeviceMesh | None = None,
 ) -> VelocityField:
-    """The DiT of source `transformer` under one prompt, whose embedding is computed once and
+    """Loads the DiT of source `transformer` under one prompt, whose embedding is computed once and
     cached.
 
     mesh: the ranks that it is sharded over.
@@ -94,15 +94,15 @@ def load_velocity_field(
 
 
 def shard_transformer(transformer: WanTransformer3DModel, mesh: DeviceMesh) -> None:
-    """Each block is gathered by itself, and what is in no block together."""
+    """Shards a DiT: each block is gathered by itself, and the weights in no block together."""
     shard([*transformer.blocks, transformer], mesh)
 
 
 def velocity(
     transformer: WanTransformer3DModel, x_t: Tensor, timestep: Tensor, context: Tensor
 ) -> Tensor:
-    """x_t (B, C, F, h, w) normalised and noisy, timestep (B,) in [0, 1000], context (B, L,
-    text_dim) -> like x_t."""
+    """Runs the DiT on x_t (B, C, F, h, w) normalised and noisy, timestep (B,) in [0, 1000], context
+    (B, L, text_dim); the result is like x_t."""
     dtype = transformer.patch_embedding.weight.dtype
     return transformer(x_t.to(dtype), timestep, context.to(dtype), return_dict=False)[0].to(
         x_t.dtype
@@ -129,7 +129,7 @@ def add_dora(
 def attach_dora(
     transformer: WanTransformer3DModel, rank: int, alpha: float, dtype: torch.dtype
 ) -> None:
-    """`add_dora` without values for the adapters, for a transformer that has none yet."""
+    """Puts DoRA as `add_dora` does, but without values, on a transformer that has none yet."""
     transformer.requires_grad_(False)
     transformer.add_adapter(
         LoraConfig(r=rank, lora_alpha=alpha, target_modules=DORA_TARGETS, use_dora=True)
@@ -141,8 +141,8 @@ def attach_dora(
 
 @torch.no_grad()
 def start_dora(transformer: WanTransformer3DModel, seed: int) -> None:
-    """A as nn.Linear's weights start, drawn by (seed, layer), whatever the ranks; B = 0; m = |W|
-    per row, in fp32."""
+    """Starts A as nn.Linear's weights do, drawn by (seed, layer), whatever the ranks; B = 0; m =
+    |W| per row, in fp32."""
     for name, layer in dora_layers(transformer).items():
         parts: list[Any] = [
             layer.lora_A["default"],
@@ -166,7 +166,7 @@ def start_dora(transformer: WanTransformer3DModel, seed: int) -> None:
 
 
 def dora_layers(transformer: WanTransformer3DModel) -> dict[str, LoraLayer]:
-    """Every layer that carries DoRA, by its name."""
+    """Returns every layer that carries DoRA, by its name."""
     return {
         name: layer for name, layer in transformer.named_modules() if isinstance(layer, LoraLayer)
     }
@@ -174,8 +174,8 @@ def dora_layers(transformer: WanTransformer3DModel) -> dict[str, LoraLayer]:
 
 @torch.no_grad()
 def merged_weight(layer: LoraLayer, strength: float = 1.0, device: str | None = None) -> Tensor:
-    """W' of one DoRA layer, fp32. strength scales B A but not the magnitude, as the released
-    loader's ratio does.
+    """Returns W' of one DoRA layer, fp32. strength scales B A but not the magnitude, as the
+    released loader's ratio does.
 
     device: to compute on; the layer's own tensors stay where they are, mapped ones too.
     """

@@ -1,5 +1,5 @@
-"""Repositories of the Hugging Face hub, fetched or cached; where neither can be, an error within
-seconds."""
+"""Fetches repositories of the Hugging Face hub, or finds them in the cache; where neither can be,
+fails within seconds."""
 
 import json
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ SECONDS = 5.0
 
 
 def is_hub_name(source: str) -> bool:
-    """OWNER/NAME, which no local path has to be."""
+    """Returns whether a source is OWNER/NAME, which no local path has to be."""
     return (
         not Path(source).is_absolute()
         and not source.startswith((".", "~"))
@@ -45,7 +45,7 @@ def refuse_code(folder: Path, setting: str) -> None:
 
 
 class NamesCode(Exception):
-    """A config with an auto_map."""
+    """A config has an auto_map."""
 
 
 def from_hub(
@@ -55,7 +55,8 @@ def from_hub(
     allow: Sequence[str] | None = None,
     ignore: Sequence[str] | None = None,
 ) -> Path:
-    """The folder of a repository's files, from the cache alone where the hub cannot be asked.
+    """Returns the folder of a repository's files, from the cache alone where the hub cannot be
+    asked.
 
     allow, ignore: patterns of files. Raises FileNotFoundError that names the setting and says what
     to do.

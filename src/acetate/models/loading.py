@@ -1,5 +1,5 @@
-"""Wan's VAE, DiT and text encoder from a diffusers folder, a hub name, or the original files: one
-code path.
+"""Loads Wan's VAE, DiT and text encoder from a diffusers folder, a hub name, or the original files:
+one code path.
 
 A source is a folder (diffusers layout, or the original release's), a single file, or a hub name
 such as `Wan-AI/Wan2.1-T2V-1.3B-Diffusers`. Loading is strict: every missing, unused or misshapen
@@ -37,7 +37,7 @@ DIT_PREFIX = re.compile(r"(model\.)?diffusion_model\.")
 
 
 def load_vae(source: str, dtype: torch.dtype = torch.float32) -> AutoencoderKLWan:
-    """Wan2.1's VAE, or another of its architecture; geometry and normalisation come from its
+    """Loads Wan2.1's VAE, or another of its architecture; geometry and normalisation come from its
     config.
 
     Raises FileNotFoundError (no such source) and ValueError (weights that do not fit), naming the
@@ -59,7 +59,7 @@ def load_transformer(
     dtype: torch.dtype = torch.float32,
     prepare: Callable[[WanTransformer3DModel], object] | None = None,
 ) -> WanTransformer3DModel:
-    """Wan2.1's DiT. Raises as `load_vae` does. prepare: as in `weights.assign`, of the frozen
+    """Loads Wan2.1's DiT. Raises as `load_vae` does. prepare: as in `weights.assign`, of the frozen
     model."""
     weights = open_weights(locate(source, "transformer"))
     original = renamed(weights.meta, lambda name: DIT_PREFIX.sub("", name, count=1))
@@ -80,8 +80,8 @@ def load_transformer(
 
 
 def diffusers_vae_name(original: str, res_blocks: int = 2) -> str:
-    """Of a tensor of the VAE. res_blocks: per stage of the encoder, the decoder has one more;
-    Wan2.1's has 2."""
+    """Translates the name of a tensor of the VAE. res_blocks: per stage of the encoder, the decoder
+    has one more; Wan2.1's has 2."""
     # diffusers' map is for Wan2.1's own 3 + 1 places per decoder stage; a smaller VAE's are put in
     # these
     if match := re.match(r"decoder\.upsamples\.(\d+)\.", original):
@@ -93,13 +93,13 @@ def diffusers_vae_name(original: str, res_blocks: int = 2) -> str:
 
 
 def diffusers_dit_name(original: str) -> str:
-    """Of a tensor of the DiT."""
+    """Translates the name of a tensor of the DiT."""
     (name,) = convert_wan_transformer_to_diffusers({original: None})
     return name
 
 
 def renamed(names: Iterable[str], rename: Callable[[str], str] | None = None) -> dict[str, str]:
-    """rename(name) -> name. Raises ValueError where two of them become one."""
+    """Returns rename(name) -> name. Raises ValueError where two of them become one."""
     result: dict[str, str] = {}
     for name in names:
         new = name if rename is None else rename(name)
@@ -112,7 +112,7 @@ def renamed(names: Iterable[str], rename: Callable[[str], str] | None = None) ->
 
 
 def locate(source: str, part: str) -> Path:
-    """The file or folder that holds `part` (vae, transformer, ...) of `source`."""
+    """Returns the file or folder that holds `part` (vae, transformer, ...) of `source`."""
     path = Path(source).expanduser()
     if path.is_dir():
         if (path / part).is_dir():
@@ -142,7 +142,7 @@ def locate(source: str, part: str) -> Path:
 
 
 def _original_vae_config(weights: Weights) -> dict:
-    """Shape of an original VAE read off its tensors; normalisation constants are Wan2.1's."""
+    """Reads the shape of an original VAE off its tensors; normalisation constants are Wan2.1's."""
     dim = weights.shape("encoder.conv1.weight")[0]
     widths, halvings, blocks, last = [], [], 0, dim
     index = 0
@@ -165,8 +165,9 @@ def _original_vae_config(weights: Weights) -> dict:
 
 
 def _original_transformer_config(weights: Weights, names: dict[str, str]) -> dict:
-    """Shape of an original DiT read off its tensors. The number of heads leaves no trace there: an
-    original config.json beside the weights gives it, else heads are 128 wide, as in every Wan2.1.
+    """Reads the shape of an original DiT off its tensors. The number of heads leaves no trace
+    there: an original config.json beside the weights gives it, else heads are 128 wide, as in every
+    Wan2.1.
 
     names: Wan's own -> the file's.
     """
@@ -205,20 +206,20 @@ def _original_transformer_config(weights: Weights, names: dict[str, str]) -> dic
 
 
 def weights_sha256(model: nn.Module) -> str:
-    """Of all tensors in fp32, by name: the same for every layout and precision that holds the same
-    numbers."""
+    """Hashes all tensors in fp32, by name: the same for every layout and precision that holds the
+    same numbers."""
     return tensors_sha256(model.state_dict())
 
 
 def transformer_sha256(transformer: WanTransformer3DModel) -> str:
-    """Of FINGERPRINT values of each tensor, evenly spread, which tells 14B weights apart in a
+    """Hashes FINGERPRINT values of each tensor, evenly spread, which tells 14B weights apart in a
     second. They were taken from the file, so that every precision it is loaded in gives the same;
     empty for weights of no file."""
     return transformer.config.get("_sha256", "")
 
 
 def tensors_sha256(state: Mapping[str, Tensor], values: int | None = None) -> str:
-    """Of all tensors in fp32, by name, or of `values` of each, evenly spread."""
+    """Hashes all tensors in fp32, by name, or `values` of each, evenly spread."""
     digest = hashlib.sha256()
     for name, value in sorted(state.items()):
         if value.is_meta:

@@ -1,4 +1,4 @@
-"""The feature merge block: colour and alpha features in, one RGBA latent out."""
+"""The feature merge block, which makes one RGBA latent of colour and alpha features."""
 
 import torch
 from diffusers.models.autoencoders.autoencoder_kl_wan import (
@@ -36,7 +36,7 @@ class FeatureMerge(nn.Module):
             nn.init.zeros_(self.conv_out.bias)  # type: ignore[arg-type]
 
     def forward(self, rgb_features: Tensor, alpha_features: Tensor) -> Tensor:
-        """Two (B, C, F, h, w) -> (B, 16, F, h, w)."""
+        """Merges two (B, C, F, h, w) into (B, 16, F, h, w)."""
         x = causal_conv(self.conv_in, torch.cat([rgb_features, alpha_features], 1), None)
         x = norm_silu(self.norm_out, mid(self.blocks, x, None))
         return causal_conv(self.conv_out, x, None)

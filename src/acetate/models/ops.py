@@ -17,7 +17,7 @@ DOUBLED = torch.tensor([[[1.0, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]])
 
 
 class _NormSiLU(torch.autograd.Function):
-    """silu(x * r * gamma) with r = sqrt(C) / |x|, per position; keeps x and r only."""
+    """Computes silu(x * r * gamma) with r = sqrt(C) / |x|, per position; keeps x and r only."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, gamma: Tensor) -> Tensor:
@@ -44,13 +44,13 @@ class _NormSiLU(torch.autograd.Function):
 
 
 def norm_silu(norm: WanRMS_norm, x: Tensor) -> Tensor:
-    """F.silu(norm(x)) of (B, C, T, H, W); a third of the passes forward and back."""
+    """Computes F.silu(norm(x)) of (B, C, T, H, W) in a third of the passes forward and back."""
     return _NormSiLU.apply(x, norm.gamma.to(x.dtype))
 
 
 def upsample_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """A 3x3 convolution of every frame upsampled twofold (nearest), (B, C, T, H, W) -> (B, C', T,
-    2H, 2W).
+    """Applies a 3x3 convolution to every frame upsampled twofold (nearest), (B, C, T, H, W) -> (B,
+    C', T, 2H, 2W).
 
     Of the nine pixels that a tap window covers only four differ, and which ones depends on the
     parity of the output's row and column alone: four 2x2 convolutions of x itself, 4/9 of the FLOPs

@@ -24,7 +24,7 @@ DECODERS_ONLY = (
 
 
 class RGBADecoders(nn.Module):
-    """What latents become: two of Wan's decoders, one for colour, one for alpha. It decodes only.
+    """Decodes latents with two of Wan's decoders, one for colour, one for alpha. It decodes only.
 
     rgb, alpha: two VAEs that share no weights. average_alpha: alpha is the mean of its decoder's
     three channels; False keeps all three (released training). checkpointing: recompute decoder
@@ -70,23 +70,23 @@ class RGBADecoders(nn.Module):
         self.register_buffer("std", torch.tensor(self.geometry.std).view(shape), persistent=False)
 
     def adapt(self, rank: int, alpha: float) -> None:
-        """LoRA on every convolution of both decoders."""
+        """Puts LoRA on every convolution of both decoders."""
         for decoder in (self.decoder_rgb, self.decoder_alpha):
             add_lora(decoder.net, rank, alpha)
 
     def cast_frozen(self, dtype: str) -> None:
-        """All that does not train, in this type."""
+        """Casts all parameters that do not train to this type."""
         for parameter in self.parameters():
             if not parameter.requires_grad:
                 parameter.data = parameter.data.to(getattr(torch, dtype))
 
     def encode(self, rgb: Tensor, alpha: Tensor) -> Tensor:
-        """Raises ValueError: what only decodes cannot."""
+        """Raises ValueError: decoders alone cannot encode."""
         raise ValueError(f"No latents without an encoder: {DECODERS_ONLY}")
 
     def decode(self, raw: Tensor) -> tuple[Tensor, Tensor]:
-        """rgb_hat (B, 3, T, H, W) about [-1, 1] and alpha_hat (B, 1 or 3, T, H, W) about [0, 1];
-        neither is clamped."""
+        """Returns rgb_hat (B, 3, T, H, W) about [-1, 1] and alpha_hat (B, 1 or 3, T, H, W) about
+        [0, 1]; neither is clamped."""
         raw = raw.to(self.decoder_rgb.post_quant_conv.weight.dtype)
         rgb_hat = self.decoder_rgb(raw, self.chunk).to(self.mean.dtype)
         matte = self.decoder_alpha(raw, self.chunk).to(self.mean.dtype)
@@ -95,19 +95,20 @@ class RGBADecoders(nn.Module):
         return rgb_hat, (matte + 1) / 2
 
     def normalise(self, raw: Tensor) -> Tensor:
-        """What the DiT sees: (raw - mean) / std per channel, with the base VAE's constants."""
+        """Returns latents as the DiT sees them: (raw - mean) / std per channel, with the base VAE's
+        constants."""
         return (raw - self.mean) / self.std
 
     def denormalise(self, normalised: Tensor) -> Tensor:
         return normalised * self.std + self.mean
 
     def latents_sha256(self) -> str | None:
-        """None: decoders say nothing of the latents that they were trained on."""
+        """Returns None: decoders say nothing of the latents that they were trained on."""
         return None
 
 
 class RGBAVAE(RGBADecoders):
-    """Colour and alpha in Wan's latent space (Wan-Alpha, section 3.1).
+    """Encodes colour and alpha into Wan's latent space, and decodes them (Wan-Alpha, section 3.1).
 
     merge_init: `residual` (raw = Wan's own latents of rgb + merge, merge starts at zero) or
     `scratch`. average_alpha, checkpointing, chunk: as RGBADecoders. trainable_dtype: master
@@ -147,7 +148,7 @@ class RGBAVAE(RGBADecoders):
         self.cast_frozen(frozen_dtype)
 
     def encode(self, rgb: Tensor, alpha: Tensor) -> Tensor:
-        """Raw latents (B, 16, F, h, w).
+        """Returns raw latents (B, 16, F, h, w).
 
         rgb (B, 3, T, H, W) in [-1, 1] already hard-rendered over a background; alpha (B, 1, T, H,
         W) in [0, 1].
@@ -163,17 +164,18 @@ class RGBAVAE(RGBADecoders):
         return merged if wan_latents is None else wan_latents + merged
 
     def shard(self, mesh: DeviceMesh) -> None:
-        """The merge block and each decoder is gathered by itself. Encoder and head stay whole on
-        every rank: frozen, used three times a step, 0.1 GB in bf16."""
+        """Shards the merge block and each decoder, each gathered by itself. Encoder and head stay
+        whole on every rank: frozen, used three times a step, 0.1 GB in bf16."""
         shard([self.merge, self.decoder_rgb, self.decoder_alpha], mesh)
 
     def latents_sha256(self) -> str:
-        """Of what latents depend on: the base, the merge block and how it starts. Decoder LoRA has
-        no part in it."""
+        """Hashes what latents depend on: the base, the merge block and how it starts. Decoder LoRA
+        has no part in it."""
         return latents_sha256(self.base_sha256, self.merge_init, self.merge.state_dict())
 
 
 def latents_sha256(base_sha256: str, merge_init: str, merge: Mapping[str, Tensor]) -> str:
-    """RGBAVAE.latents_sha256 of a VAE that is not built. merge: tensors as the block names them."""
+    """Returns RGBAVAE.latents_sha256 of a VAE that is not built. merge: tensors as the block names
+    them."""
     text = f"{base_sha256}{merge_init}{tensors_sha256(merge)}"
     return hashlib.sha256(text.encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""FSDP2: which weights are gathered together, and a tensor's part on this rank."""
+"""Shards weights with FSDP2: which are gathered together, and a tensor's part on this rank."""
 
 from typing import cast
 
@@ -30,8 +30,8 @@ def shard(groups: list[nn.Module], mesh: DeviceMesh) -> None:
 
 
 def shard_like(value: Tensor, like: Tensor) -> Tensor:
-    """This rank's part of a whole tensor, on the device of `like`'s mesh, where `like` is sharded;
-    else the value.
+    """Returns this rank's part of a whole tensor, on the device of `like`'s mesh, where `like` is
+    sharded; else the value.
 
     Every rank has the value, or maps it from a file, of which no more than this part is read.
     """

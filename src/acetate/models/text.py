@@ -1,4 +1,5 @@
-"""Wan's text encoder (UMT5) and its tokenizer: prompts in, what the DiT reads out."""
+"""Wan's text encoder (UMT5) and its tokenizer: they turn prompts into the embeddings that the DiT
+reads."""
 
 import hashlib
 import html
@@ -46,8 +47,8 @@ BLOCK_NAMES = {
 
 
 class TextEncoder:
-    """Tokenizer and encoder of a source: a folder with tokenizer/ and text_encoder/, a hub name, or
-    the original release's folder or file, with google/umt5-xxl/ beside it.
+    """Loads tokenizer and encoder of a source: a folder with tokenizer/ and text_encoder/, a hub
+    name, or the original release's folder or file, with google/umt5-xxl/ beside it.
 
     length: tokens that the DiT reads. Raises FileNotFoundError for a source without them, and
     ValueError for weights that do not fit and for code of its own.
@@ -73,17 +74,17 @@ class TextEncoder:
         )
 
     def sha256(self) -> str:
-        """Of weights and vocabulary: embeddings of another encoder are refused by it."""
+        """Hashes weights and vocabulary: embeddings of another encoder are refused by it."""
         vocabulary = json.dumps(sorted(self.tokenizer.get_vocab().items()))
         return hashlib.sha256(f"{weights_sha256(self.model)}{vocabulary}".encode()).hexdigest()
 
     def tokens(self, prompt: str) -> int:
-        """How many the prompt has, its end included."""
+        """Returns how many tokens the prompt has, its end included."""
         return len(self.tokenizer(mended(prompt)).input_ids)
 
     @torch.no_grad()
     def __call__(self, prompt: str, truncate: bool = False) -> Tensor:
-        """(n, text_dim) fp32 on the CPU, n <= length tokens.
+        """Embeds a prompt: (n, text_dim) fp32 on the CPU, n <= length tokens.
 
         A longer prompt is a ValueError; with `truncate` its first tokens and its end count, as in
         Wan's own code, and it warns.
@@ -110,19 +111,20 @@ class TextEncoder:
         )
 
     def context(self, prompts: Sequence[str], truncate: bool = False) -> Tensor:
-        """(B, length, text_dim) fp32 on the CPU, zeros after each prompt's last token, as Wan's DiT
-        was trained."""
+        """Embeds prompts: (B, length, text_dim) fp32 on the CPU, zeros after each prompt's last
+        token, as Wan's DiT was trained."""
         return pad_context([self(prompt, truncate) for prompt in prompts], self.length)
 
 
 def mended(prompt: str) -> str:
-    """Broken Unicode, HTML entities and runs of white space put right, as Wan's own tokenizer
+    """Puts broken Unicode, HTML entities and runs of white space right, as Wan's own tokenizer
     does."""
     return " ".join(html.unescape(html.unescape(fix_text(prompt))).split())
 
 
 def locate_text_encoder(source: str) -> tuple[Path, Path]:
-    """Folder of the tokenizer, and file or folder of UMT5's weights. Raises FileNotFoundError."""
+    """Returns the folder of the tokenizer, and file or folder of UMT5's weights. Raises
+    FileNotFoundError."""
     file = original_file(source)
     if file is not None:
         tokenizer = file.parent / TOKENIZER
@@ -143,7 +145,8 @@ def locate_text_encoder(source: str) -> tuple[Path, Path]:
 
 
 def original_file(source: str) -> Path | None:
-    """Of UMT5 in the original release's names, where `source` is that file or a folder with it."""
+    """Returns UMT5's file of the original release, where `source` is that file or a folder with
+    it."""
     path = Path(source).expanduser()
     if path.is_dir() and not (path / "text_encoder").is_dir():
         found = sorted(path.glob(ORIGINAL))
@@ -156,8 +159,8 @@ def original_file(source: str) -> Path | None:
 
 
 def load_umt5(path: Path, dtype: torch.dtype | None = None) -> "UMT5EncoderModel":
-    """From transformers' layout or Wan's own names; dtype None keeps the files'. Raises ValueError
-    as `load_vae`."""
+    """Loads UMT5 from transformers' layout or Wan's own names; dtype None keeps the files'. Raises
+    ValueError as `load_vae`."""
     from transformers import UMT5Config, UMT5EncoderModel
 
     weights = open_weights(path)
@@ -185,7 +188,8 @@ def load_umt5(path: Path, dtype: torch.dtype | None = None) -> "UMT5EncoderModel
 
 
 def umt5_name(original: str) -> str:
-    """Wan's own name of a tensor of UMT5 -> transformers'; a name that Wan does not have stays."""
+    """Translates Wan's own name of a tensor of UMT5 into transformers'; a name that Wan does not
+    have stays."""
     match = re.fullmatch(r"blocks\.(\d+)\.(.+)\.weight", original)
     if match and match[2] in BLOCK_NAMES:
         return f"encoder.block.{match[1]}.layer.{BLOCK_NAMES[match[2]]}.weight"
@@ -217,14 +221,15 @@ def _original_config(weights: Weights) -> "UMT5Config":
 
 
 def pad_context(embeds: Sequence[Tensor], length: int) -> Tensor:
-    """(n, D) each -> (B, length, D), zeros after the last token, as Wan's DiT was trained."""
+    """Pads embeddings (n, D) each to (B, length, D), zeros after the last token, as Wan's DiT was
+    trained."""
     return torch.stack([nn.functional.pad(x, (0, 0, 0, length - len(x))) for x in embeds])
 
 
 def embed_prompt(prompt: str, source: str, length: int, cache: str) -> Tensor:
-    """(1, length, text_dim) fp32, padded. Computed once per (source, prompt) and kept in the folder
-    `cache`; of the ranks of a machine one computes it, since each would need UMT5's 11 GB, and the
-    others wait."""
+    """Embeds a prompt: (1, length, text_dim) fp32, padded. It is computed once per (source, prompt)
+    and kept in the folder `cache`; of the ranks of a machine one computes it, since each would need
+    UMT5's 11 GB, and the others wait."""
     path = prompt_cache(prompt, source, length, cache)
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.is_file():
@@ -240,8 +245,8 @@ def embed_prompt(prompt: str, source: str, length: int, cache: str) -> Tensor:
 
 
 def prompt_cache(prompt: str, source: str, length: int, cache: str) -> Path:
-    """Where the embedding is kept. Names change with the text encoder's files, so that retraining
-    one is seen."""
+    """Returns the file of the cached embedding. Names change with the text encoder's files, so that
+    retraining one is seen."""
     original = original_file(source)
     folder = Path(source).expanduser() / "text_encoder"
     kept = sorted(folder.glob("*.safetensors")) if original is None else [original]

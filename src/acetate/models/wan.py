@@ -34,7 +34,7 @@ State = dict[nn.Module, Tensor] | None
 
 @dataclass(frozen=True)
 class Geometry:
-    """What a VAE's config says about its latents; raw -> normalised is (raw - mean) / std, per
+    """The shape of a VAE's latents, from its config; raw -> normalised is (raw - mean) / std, per
     channel."""
 
     channels: int
@@ -61,13 +61,13 @@ class Geometry:
         )
 
     def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
-        """(16, F, h, w) of a clip of T = time_stride * k + 1 frames."""
+        """Returns (16, F, h, w) of a clip of T = time_stride * k + 1 frames."""
         s = self.space_stride
         return self.channels, 1 + (frames - 1) // self.time_stride, height // s, width // s
 
 
 def causal_conv(conv: WanCausalConv3d, x: Tensor, state: State) -> Tensor:
-    """Two zero frames, or the previous chunk's last two, stand before x (B, C, T, H, W)."""
+    """Convolves x (B, C, T, H, W) after two zero frames, or after the previous chunk's last two."""
     _, width, _, height, before, _ = (int(n) for n in conv._padding)
     if not before:
         return F.conv3d(x, conv.weight, conv.bias, conv.stride, padding=(0, height, width))
@@ -109,7 +109,7 @@ def mid(block: nn.Module, x: Tensor, state: State) -> Tensor:
 
 
 def downsample(block: WanResample, x: Tensor, state: State) -> Tensor:
-    """Frame 0 passes; later frames 2k+1, 2k+2 merge with the one before them: (T-1) -> (T-1)/2."""
+    """Passes frame 0; later frames 2k+1, 2k+2 merge with the one before them: (T-1) -> (T-1)/2."""
     conv = block.resample[1]
     x = F.conv3d(F.pad(x, (0, 1, 0, 1)), conv.weight[:, :, None], conv.bias, stride=(1, 2, 2))
     if block.mode != "downsample3d":
@@ -130,7 +130,7 @@ def downsample(block: WanResample, x: Tensor, state: State) -> Tensor:
 
 
 def upsample(block: WanResample, x: Tensor, state: State) -> Tensor:
-    """Frame 0 passes; each later frame becomes two, by a causal convolution that never sees frame
+    """Passes frame 0; each later frame becomes two, by a causal convolution that never sees frame
     0."""
     if block.mode == "upsample3d":
         first = state is None or block not in state
@@ -147,29 +147,29 @@ def upsample(block: WanResample, x: Tensor, state: State) -> Tensor:
 
 
 def _channels_last(module: nn.Module) -> None:
-    """Weights in LAYOUT."""
+    """Puts weights into LAYOUT."""
     for conv in module.modules():
         if isinstance(conv, nn.Conv3d):
             conv.to(memory_format=LAYOUT)  # pyright: ignore[reportCallIssue]
 
 
 def down(block: nn.Module, x: Tensor, state: State) -> Tensor:
-    """A block of the encoder."""
+    """Runs a block of the encoder."""
     if isinstance(block, WanResample):
         return downsample(block, x, state)
     return residual(block, x, state) if isinstance(block, WanResidualBlock) else block(x)
 
 
 def up(block: nn.Module, x: Tensor, state: State) -> Tensor:
-    """A block of the decoder."""
+    """Runs a block of the decoder."""
     for resnet in block.resnets:  # pyright: ignore[reportGeneralTypeIssues]
         x = residual(resnet, x, state)
     return x if block.upsamplers is None else upsample(block.upsamplers[0], x, state)
 
 
 class WanHalf(nn.Module):
-    """The encoder or the decoder: stages one after the other, over a whole clip or over chunks of
-    it.
+    """Runs the encoder or the decoder: stages one after the other, over a whole clip or over chunks
+    of it.
 
     checkpointing: each stage of a whole clip is computed again in the backward pass.
     """
@@ -182,11 +182,12 @@ class WanHalf(nn.Module):
         raise NotImplementedError
 
     def frames_of(self, chunk: int) -> tuple[int, int]:
-        """Of the input, in the first chunk and in each later one."""
+        """Returns how many frames of the input the first chunk and each later one take."""
         raise NotImplementedError
 
     def forward(self, x: Tensor, chunk: int | None = None) -> Tensor:
-        """chunk: latent frames at a time, for long clips; None runs the whole clip at once."""
+        """Runs the stages. chunk: latent frames at a time, for long clips; None runs the whole clip
+        at once."""
         if chunk is not None:
             return self.in_chunks(x, *self.frames_of(chunk))
         x = x.to(memory_format=LAYOUT)
@@ -207,8 +208,8 @@ class WanHalf(nn.Module):
 
 
 class WanEncoder(WanHalf):
-    """Video (B, 3, T, H, W) in [-1, 1] -> features before Wan's head, (B, 4 * base_dim, F, h,
-    w)."""
+    """Encodes video (B, 3, T, H, W) in [-1, 1] to features before Wan's head, (B, 4 * base_dim, F,
+    h, w)."""
 
     def __init__(self, vae: AutoencoderKLWan, checkpointing: bool = False) -> None:
         super().__init__(checkpointing)
@@ -224,7 +225,8 @@ class WanEncoder(WanHalf):
         return 1 + self.time_stride * (chunk - 1), self.time_stride * chunk
 
     def feature_maps(self, video: Tensor) -> Iterator[Tensor]:
-        """The output of every stage, shallow to deep, for feature losses, in the weights' type."""
+        """Yields the output of every stage, shallow to deep, for feature losses, in the weights'
+        type."""
         video = video.to(self.net.conv_in.weight.dtype)
         for stage in self.stages():
             video = stage(video, None)
@@ -232,8 +234,8 @@ class WanEncoder(WanHalf):
 
 
 class WanHead(nn.Module):
-    """Wan's own last layers: features -> mean and log variance of the raw latents, each (B, 16, F,
-    h, w)."""
+    """Wan's own last layers, from features to mean and log variance of the raw latents, each (B,
+    16, F, h, w)."""
 
     def __init__(self, vae: AutoencoderKLWan) -> None:
         super().__init__()
@@ -250,7 +252,7 @@ class WanHead(nn.Module):
 
 
 class WanDecoder(WanHalf):
-    """Raw latents (B, 16, F, h, w) -> video (B, 3, T, H, W), about [-1, 1], not clamped."""
+    """Decodes raw latents (B, 16, F, h, w) to video (B, 3, T, H, W), about [-1, 1], not clamped."""
 
     def __init__(self, vae: AutoencoderKLWan, checkpointing: bool = False) -> None:
         super().__init__(checkpointing)
@@ -274,8 +276,8 @@ class WanDecoder(WanHalf):
 
 @torch.no_grad()
 def merged_vae(base: AutoencoderKLWan, decoder: WanDecoder) -> AutoencoderKLWan:
-    """The base with the weights that `decoder` runs with, its LoRA merged in, as diffusers' own
-    module."""
+    """Returns the base with the weights that `decoder` runs with, its LoRA merged in, as diffusers'
+    own module."""
     vae = copy.deepcopy(base)
     for name, parameter in vae.named_parameters():
         if name.startswith("decoder."):
@@ -286,7 +288,7 @@ def merged_vae(base: AutoencoderKLWan, decoder: WanDecoder) -> AutoencoderKLWan:
 
 
 def _register_strides(vae: AutoencoderKLWan) -> None:
-    """WanPipeline reads them from the config."""
+    """Puts the strides into the config, where WanPipeline reads them."""
     geometry = Geometry.of(vae)
     vae.register_to_config(
         scale_factor_temporal=geometry.time_stride, scale_factor_spatial=geometry.space_stride
@@ -294,15 +296,15 @@ def _register_strides(vae: AutoencoderKLWan) -> None:
 
 
 def save_vae(vae: AutoencoderKLWan, folder: Path) -> None:
-    """fp16 weights and config in diffusers layout; written beside `folder` and then renamed over
-    it."""
+    """Saves fp16 weights and config in diffusers layout; they are written beside `folder` and then
+    renamed over it."""
     _register_strides(vae)
     # A copy, since from_config drops what was registered later where the constructor had a default.
     replace_folder(folder, copy.deepcopy(vae).to("cpu", torch.float16).save_pretrained)
 
 
 def replace_folder(folder: Path, write: Callable[[str], object]) -> None:
-    """`write(path)` fills a temporary sibling, which then takes folder's name."""
+    """Lets `write(path)` fill a temporary sibling, which then takes folder's name."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:

@@ -1,5 +1,5 @@
-"""Files of weights: found, checked, and read without running code and without a second copy in
-memory."""
+"""Finds and checks files of weights, and reads them without running code and without a second copy
+in memory."""
 
 import pickle
 import re
@@ -29,8 +29,8 @@ REMAP = 2**26  # bytes to convert before a file is mapped anew, which gives its 
 
 @dataclass(frozen=True)
 class Weights:
-    """What a file or a folder holds, by name: shapes and types as meta tensors, and in which file
-    the values lie."""
+    """The tensors of a file or a folder by name: shapes and types as meta tensors, and the file in
+    which each value lies."""
 
     path: Path
     meta: dict[str, Tensor]
@@ -44,7 +44,7 @@ class Weights:
         return self.meta[name].shape
 
     def label(self, name: str) -> str:
-        """How an error names a tensor of it."""
+        """Returns the name of a tensor for an error."""
         return f"{name} in {self.files[name].name}" if len(set(self.files.values())) > 1 else name
 
     def __str__(self) -> str:
@@ -53,7 +53,7 @@ class Weights:
 
 
 def open_weights(path: Path) -> Weights:
-    """Of a file, or of a folder: one file of a standard name, or all that an index names, or all
+    """Opens a file, or a folder: one file of a standard name, or all that an index names, or all
     shards.
 
     No values are read. Raises FileNotFoundError for a folder without weights, and ValueError for
@@ -77,7 +77,7 @@ def open_weights(path: Path) -> Weights:
 
 
 def read_weights(path: Path, wrapped: bool = False) -> dict[str, Tensor]:
-    """All tensors by name, mapped from their files. Raises as `open_weights` does.
+    """Reads all tensors by name, mapped from their files. Raises as `open_weights` does.
 
     wrapped: takes the `state_dict` of a training checkpoint, where the file has one, in the place
     of the whole.
@@ -156,7 +156,8 @@ def _check_finite(file: Path, name: str, value: Tensor) -> None:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """The object of a JSON file. Raises ValueError that names the file for what is none."""
+    """Reads the object of a JSON file. Raises ValueError that names the file for one that holds
+    none."""
     try:
         value = parse(read_plain(file, MOST_JSON))
     except OSError as error:
@@ -239,7 +240,8 @@ def _check_index(index: Path, file: Path, held: dict[str, Tensor]) -> None:
 
 
 def _mappable(file: Path) -> bool:
-    """Files of torch before 1.6 are no zip archives and have to be read whole."""
+    """Returns whether a file can be mapped: those of torch before 1.6 are no zip archives and have
+    to be read whole."""
     return file.suffix == ".safetensors" or zipfile.is_zipfile(file)
 
 
@@ -260,8 +262,8 @@ def _open(file: Path, wrapped: bool = False) -> dict[str, Tensor]:
 
 
 def load_data(file: Path) -> object:
-    """All that it holds. Raises ValueError for what cannot be read, would run code on the way, or
-    claims to be larger than the file; nothing is run."""
+    """Loads all data of a file. Raises ValueError for a file that cannot be read, would run code on
+    the way, or claims to be larger than it is; nothing is run."""
     try:
         if file.suffix == ".safetensors":
             return load_file(file)
@@ -316,7 +318,7 @@ def _damaged(file: Path, error: Exception) -> ValueError:
 
 
 def reason(error: Exception) -> str:
-    """One line of it, without torch's advice to run the code."""
+    """Returns one line of the error, without torch's advice to run the code."""
     said = re.search(r"WeightsUnpickler error:\s*(.+)", str(error))
     plain = not isinstance(error, pickle.UnpicklingError) or "Weights only" not in str(error)
     return (

@@ -10,7 +10,7 @@ from acetate import flow
 
 @dataclass(frozen=True)
 class ReleasedLevels(flow.NoiseLevels):
-    """One level for the whole batch, its timestep in bfloat16, which leaves 294 of 1000."""
+    """Gives one level to the whole batch, its timestep in bfloat16, which leaves 294 of 1000."""
 
     def seen(self, ids: Tensor) -> Tensor:
         return self.rounded(super().seen(ids)[:1]).expand_as(ids)
@@ -19,7 +19,7 @@ class ReleasedLevels(flow.NoiseLevels):
         return self.timesteps[ids].to(torch.bfloat16).float()
 
     def rounded(self, ids: Tensor) -> Tensor:
-        """Ids (B,) as the rounded timesteps find them again."""
+        """Returns ids (B,) as the rounded timesteps find them again."""
         return (self.timesteps[None] - self.timestep(ids)[:, None]).abs().argmin(1)
 
 

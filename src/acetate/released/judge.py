@@ -8,7 +8,7 @@ from acetate import regions
 
 
 def clamped_mean(error: Tensor, alpha: Tensor, time_stride: int, space_stride: int) -> Tensor:
-    """clamp(map * error, 0, 1).mean(), error (B, C, F, h, w) already weighted.
+    """Returns clamp(map * error, 0, 1).mean(), error (B, C, F, h, w) already weighted.
 
     The clamp makes it one-sided: only opaque cells, and only errors below 1, have a gradient.
     """
@@ -16,7 +16,7 @@ def clamped_mean(error: Tensor, alpha: Tensor, time_stride: int, space_stride: i
 
 
 def three_valued_map(alpha: Tensor, time_stride: int, space_stride: int) -> Tensor:
-    """The released three-valued map, int8 (B, 1, F, h, w).
+    """Returns the released three-valued map, int8 (B, 1, F, h, w).
 
     1: the cell's mean alpha is 1; -1: its mean is 0, or (frame 0) it is not opaque, or (later
     frames) every pixel is strictly semi-transparent; 0: the rest. Equality is numpy's isclose on

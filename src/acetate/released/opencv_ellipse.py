@@ -1,5 +1,5 @@
-"""OpenCV's filled ellipse on a batch of grids, to the pixel: what decides how far the released fit
-grows its axes.
+"""Fills ellipses as OpenCV does on a batch of grids, to the pixel: this decides how far the
+released fit grows its axes.
 
 cv::ellipse draws a polygon of few corners whose rows and outline round differently from the ellipse
 itself. Only reproducing the released masks needs this; `regions.fit_ellipses` by default asks the
@@ -15,8 +15,8 @@ CORNERS = 72  # at most: one every 5 degrees
 
 
 def inside(centre: Tensor, lengths: Tensor, angle: Tensor, height: int, width: int) -> Tensor:
-    """Of ellipses at any place, (N, 2), (N, 2), (N,) -> bool (N, height, width): rounded as the
-    released code does."""
+    """Returns the pixels in ellipses at any place, (N, 2), (N, 2), (N,) -> bool (N, height, width),
+    rounded as the released code does."""
     last = torch.tensor([width - 1, height - 1], device=centre.device)
     place = centre.round().long().clamp(torch.zeros_like(last), last)
     half = (lengths / 2).round().long().clamp_min(1)
@@ -24,15 +24,15 @@ def inside(centre: Tensor, lengths: Tensor, angle: Tensor, height: int, width: i
 
 
 def filled(centre: Tensor, half_axes: Tensor, angle: Tensor, height: int, width: int) -> Tensor:
-    """(N, 2) integer centres (x, y) and half axes, (N,) integer degrees -> bool (N, height,
-    width)."""
+    """Fills ellipses of (N, 2) integer centres (x, y) and half axes, (N,) integer degrees -> bool
+    (N, height, width)."""
     x, y = _polygon(centre, half_axes, angle)
     return _rows(x, y, height, width) | _outline(x, y, height, width)
 
 
 def _polygon(centre: Tensor, half_axes: Tensor, angle: Tensor) -> tuple[Tensor, Tensor]:
-    """Corners in fixed point, (N, CORNERS + 1), the first again at the end; fewer are padded with
-    the last."""
+    """Returns corners in fixed point, (N, CORNERS + 1), the first again at the end; fewer are
+    padded with the last."""
     longest = half_axes.amax(1)
     step = torch.where(
         longest < 3, 90, torch.where(longest < 10, 30, torch.where(longest < 15, 18, 5))
@@ -55,7 +55,7 @@ def _round(fixed: Tensor) -> Tensor:
 
 
 def _rows(x: Tensor, y: Tensor, height: int, width: int) -> Tensor:
-    """Between the two edges of every row; corners lie on whole rows, and the last row is the
+    """Fills between the two edges of every row; corners lie on whole rows, and the last row is the
     outline's."""
     start, end = _round(y[:, :-1]), _round(y[:, 1:])
     downwards = start < end
@@ -76,7 +76,7 @@ def _rows(x: Tensor, y: Tensor, height: int, width: int) -> Tensor:
 
 
 def _outline(x: Tensor, y: Tensor, height: int, width: int) -> Tensor:
-    """Lines between corners, one pixel for every step along the longer side."""
+    """Draws lines between corners, one pixel for every step along the longer side."""
     x1, y1, x2, y2 = x[:, :-1], y[:, :-1], x[:, 1:], y[:, 1:]
     x1, y1, x2, y2, seen = _clip(x1, y1, x2, y2, width * ONE - 1, height * ONE - 1)
     flat = (x2 - x1).abs() > (y2 - y1).abs()
@@ -104,7 +104,7 @@ def _outline(x: Tensor, y: Tensor, height: int, width: int) -> Tensor:
 def _clip(
     x1: Tensor, y1: Tensor, x2: Tensor, y2: Tensor, right: int, bottom: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Ends moved onto the picture's border, and which lines are seen at all; Cohen and
+    """Moves ends onto the picture's border and returns which lines are seen at all; Cohen and
     Sutherland."""
     seen = (torch.maximum(y1, y2) >= 0) & (torch.minimum(y1, y2) <= bottom)
     y1, x1 = _clip_end(y1, x1, y2, x2, bottom)

@@ -15,8 +15,8 @@ from acetate.tasks.vae import Draw, RGBAVAETask
 
 
 def central_difference_magnitude(video: Tensor) -> Tensor:
-    """The released 'Sobel': two-tap central differences of luma with zero padding, (B * T, 1, H,
-    W).
+    """Computes the released 'Sobel', two-tap central differences of luma with zero padding: (B * T,
+    1, H, W).
 
     luma = (65.738 R + 129.057 G + 25.064 B) / 256, whose weights sum to 0.859; one channel is taken
     as it is.
@@ -36,7 +36,7 @@ def central_difference_l1(x_hat: Tensor, x: Tensor) -> Tensor:
 
 
 class ReleasedVAELoss(VAELoss):
-    """Its hard render shows a prediction where the prediction itself is above eps."""
+    """Shows a prediction in the hard render where the prediction itself is above eps."""
 
     edge = staticmethod(central_difference_l1)
 
@@ -49,7 +49,7 @@ class ReleasedDiffusionLoss(DiffusionLoss):
 
 
 class ReleasedVAETask(RGBAVAETask):
-    """Other colours, noise and noise levels at every validation."""
+    """Draws other colours, noise and noise levels at every validation."""
 
     def validation_draw(self, batch: dict[str, Any]) -> Draw:
         return self.draw(batch, "val", self.global_step)

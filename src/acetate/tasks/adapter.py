@@ -1,5 +1,4 @@
-"""What every task shares that trains adapters on a frozen base: its checkpoints hold nothing
-else."""
+"""The base of tasks that train adapters on a frozen base: checkpoints hold the adapters alone."""
 
 import json
 from collections.abc import Sequence
@@ -44,20 +43,20 @@ class AdapterTask(LightningModule):
         )  # fmt: skip
 
     def facts(self) -> dict[str, Any]:
-        """What a reader needs to build the model that the trained tensors belong to, with their
-        kind."""
+        """Returns the facts that a reader needs to build the model of the trained tensors, with
+        their kind."""
         raise NotImplementedError
 
     def adapter_metadata(self) -> dict[str, str]:
-        """The facts as JSON, for the header of an adapter file."""
+        """Returns the facts as JSON, for the header of an adapter file."""
         return {
             name: json.dumps(value)
             for name, value in {"schema": ADAPTER_SCHEMA, **self.facts()}.items()
         }
 
     def on_train_start(self) -> None:
-        """A checkpoint brings its own learning rate, betas and weight decay: this run's settings
-        are put back, and what changes, in the schedule too, is said."""
+        """Puts back this run's settings after a checkpoint brought its own learning rate, betas and
+        weight decay; says what changes, in the schedule too."""
         for name, before in self._schedule_before.items():
             if (now := self.schedule().get(name, before)) != before:
                 rank_zero_warn(
@@ -89,7 +88,7 @@ class AdapterTask(LightningModule):
             group["lr"] = own["initial_lr"] * factor(scheduler.last_epoch)
 
     def schedule(self) -> dict[str, Any]:
-        """What steps are made of beside the optimizer's own settings."""
+        """Returns the settings of a step beside the optimizer's own."""
         trainer = self.trainer
         return {
             **{
@@ -104,7 +103,7 @@ class AdapterTask(LightningModule):
         }
 
     def _clips_of_a_step(self) -> int | None:
-        """On all ranks; None where the data module does not say."""
+        """Returns the clips of a step on all ranks; None where the data module does not say."""
         size = getattr(self.trainer.datamodule, "batch_size", None)  # pyright: ignore
         return size and size * self.trainer.world_size * self.trainer.accumulate_grad_batches
 

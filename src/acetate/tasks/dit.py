@@ -26,8 +26,8 @@ BINS = 10  # ranges of timesteps that the training loss is logged by
 
 
 class DoRATask(AdapterTask, MeasuredTask):
-    """l = w(t) |DiT(x_t, t, prompt) - (noise~ - z)|^2 with noise~ = noise + mean_shift (1 - G), one
-    t per clip.
+    """Minimises l = w(t) |DiT(x_t, t, prompt) - (noise~ - z)|^2 with noise~ = noise + mean_shift (1
+    - G), one t per clip.
 
     rank, alpha: of DoRA. G is the Gaussian ellipse that the cache holds. checkpointing: blocks are
     computed again in the backward pass. caption_dropout: share of clips that see the empty prompt.
@@ -88,8 +88,8 @@ class DoRATask(AdapterTask, MeasuredTask):
         self.cache = {name: manifest[name] for name in MADE_WITH}
 
     def on_validation_model_eval(self) -> None:
-        """Training mode stays on: nothing here depends on it but PEFT, which keeps full-size deltas
-        in eval mode."""
+        """Keeps training mode: nothing here depends on it but PEFT, which keeps full-size deltas in
+        eval mode."""
 
     def on_validation_model_train(self) -> None:
         self.transformer.train()
@@ -108,8 +108,8 @@ class DoRATask(AdapterTask, MeasuredTask):
                 )
 
     def errors(self, batch: dict[str, Any], noise: Tensor, ids: Tensor, context: Tensor) -> Tensor:
-        """Mean squared error of the velocity per clip, (B,); ids (B,) as `levels.seen` gives
-        them."""
+        """Returns the mean squared error of the velocity per clip, (B,); ids (B,) as `levels.seen`
+        gives them."""
         self.check_fit(batch)
         latents = batch["latents"]
         guide = regions.gaussian(batch["ellipses"], *latents.shape[-2:])
@@ -154,8 +154,8 @@ class DoRATask(AdapterTask, MeasuredTask):
         return {"loss": share_of(self, loss, size), "parts": {"mse": errors.mean()}}
 
     def log_bins(self, errors: Tensor, ids: Tensor) -> None:
-        """Mean error of all ranks since the last log per range of timesteps; one that no clip fell
-        into is left out."""
+        """Logs the mean error of all ranks since the last log per range of timesteps; one that no
+        clip fell into is left out."""
         count = len(self.bin_sums)
         places = (self.levels.timesteps[ids] / len(self.levels) * count).long().clamp_max(count - 1)
         self.bin_sums.index_add_(0, places, errors)
@@ -174,14 +174,14 @@ class DoRATask(AdapterTask, MeasuredTask):
         self.bin_counts.zero_()
 
     def bins(self) -> Tensor:
-        """Sums and counts (2, bins) of all ranks, which must call this together."""
+        """Returns sums and counts (2, bins) of all ranks, which must call this together."""
         local = torch.stack([self.bin_sums, self.bin_counts])
         if self.trainer.world_size == 1:
             return local
         return self.trainer.strategy.reduce(local.to(self.device), reduce_op="sum").cpu()
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
-        """The same noise and noise levels at every validation."""
+        """Measures with the same noise and noise levels at every validation."""
         noise = ClipDraws(batch["key"], self.seed, "val", device=self.device).normal(
             batch["latents"].shape[1:]
         )

@@ -1,5 +1,5 @@
-"""What a task tells those who ask how much memory and time its training step takes, before there is
-a run."""
+"""Example batches of a task, to measure memory and time of its training step before there is a
+run."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -30,23 +30,24 @@ class Load:
 
     @property
     def keys(self) -> list[str]:
-        """Of the clips."""
+        """Keys of the clips."""
         return [str(i) for i in range(self.batch_size)]
 
 
 class MeasuredTask(LightningModule, ABC):
-    """A task that says, after its configure_model, what its training step is given, computes and
-    shards."""
+    """A task that gives, after its configure_model, an example batch, its loss and the parts that
+    are sharded."""
 
     @abstractmethod
     def example_batch(self, load: Load, geometry: Geometry | None) -> dict[str, Any]:
-        """What its data module gives, without numbers. geometry: of the VAE, where the task reads
-        latents."""
+        """Returns a batch of its data module, without numbers. geometry: of the VAE, where the task
+        reads latents."""
 
     @abstractmethod
     def example_loss(self, batch: dict[str, Any]) -> Tensor:
-        """Its own computation on such a batch, without a trainer."""
+        """Computes its own loss on such a batch, without a trainer."""
 
     @abstractmethod
     def sharded(self) -> list[Group]:
-        """What trainer=fsdp shards, each with its blocks, which are gathered one by one."""
+        """Returns the modules that trainer=fsdp shards, each with its blocks, which are gathered
+        one by one."""

@@ -1,4 +1,4 @@
-"""What training minimises and logs: numbers of the whole batch, not of one rank's part."""
+"""Losses and logged numbers of the whole batch, not of one rank's part."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,13 +13,13 @@ from acetate.steps import ends_step, logs_step
 
 
 def clips_in(batch: Mapping[str, Any]) -> int:
-    """Clips of this rank's batch; 0 where a blank one, which has no key, stands in for clips that
-    are all bad."""
+    """Counts the clips of this rank's batch; 0 where a blank one, which has no key, stands in for
+    clips that are all bad."""
     return sum(map(bool, batch["key"]))
 
 
 def share_of(task: LightningModule, loss: Tensor, size: int, whole: Tensor | float = 0.0) -> Tensor:
-    """A loss of this rank's `size` clips, so weighted that its mean over the ranks, which must call
+    """Weights a loss of this rank's `size` clips so that its mean over the ranks, which must call
     this together, is that of all clips. whole: the part of it that is that of all clips on every
     rank."""
     if not size:
@@ -33,8 +33,8 @@ def share_of(task: LightningModule, loss: Tensor, size: int, whole: Tensor | flo
 
 
 def means_of(task: LightningModule, sums: Mapping[str, Tensor], size: int) -> dict[str, Tensor]:
-    """Sums over this rank's `size` clips -> means over those of all ranks, which must call this
-    together.
+    """Turns sums over this rank's `size` clips into means over those of all ranks, which must call
+    this together.
 
     Nothing where there are no clips. In float64, in which the mean of equal numbers is that number.
     """
@@ -51,7 +51,7 @@ def means_of(task: LightningModule, sums: Mapping[str, Tensor], size: int) -> di
 
 
 class Means:
-    """Of scalars over all clips that were added, on all ranks, however these share them out.
+    """Averages scalars over all clips that were added, on all ranks, however these share them out.
 
     Lightning's own, sync_dist=True, divides by a rounded number of clips where ranks have unequal
     ones, and of the batches that are accumulated for a step it keeps the last.
@@ -62,7 +62,7 @@ class Means:
         self.size = 0
 
     def add(self, values: Mapping[str, Tensor], size: int) -> None:
-        """Means over a batch of `size` clips of this rank."""
+        """Adds means over a batch of `size` clips of this rank."""
         for name, value in values.items():
             value = value.detach().double()
             share = size * value if size else torch.zeros_like(value)  # a blank clip's may be NaN
@@ -70,13 +70,13 @@ class Means:
         self.size += size
 
     def take(self, task: LightningModule) -> dict[str, Tensor]:
-        """All ranks call it, each with the same names; it begins anew."""
+        """Returns the means and begins anew. All ranks call it, each with the same names."""
         means = means_of(task, self.sums, self.size)
         self.sums, self.size = {}, 0
         return means
 
     def log(self, task: LightningModule) -> None:
-        """Of a validation, at its end."""
+        """Logs the means of a validation, at its end."""
         for name, mean in self.take(task).items():
             task.log(name, mean, prog_bar=name == "val/loss")
 
@@ -84,8 +84,8 @@ class Means:
 def step_means(
     task: LightningModule, means: Means, values: Mapping[str, Tensor], size: int
 ) -> dict[str, Tensor]:
-    """Adds a training batch's values; at the end of an optimizer step that is logged, their means
-    over all its batches and ranks, in one collective. Else nothing."""
+    """Adds a training batch's values; at the end of an optimizer step that is logged, returns their
+    means over all its batches and ranks, in one collective; else nothing."""
     if not logs_step(task):
         return {}
     means.add(values, size)
@@ -93,14 +93,14 @@ def step_means(
 
 
 def log_means(task: LightningModule, means: Means, values: Mapping[str, Tensor], size: int) -> None:
-    """Logs what `step_means` gives."""
+    """Logs the result of `step_means`."""
     for name, mean in step_means(task, means, values, size).items():
         task.log(name, mean, prog_bar=name == "train/loss", batch_size=max(1, size))
 
 
 def log_quality(task: LightningModule, **metrics: Metric) -> None:
-    """Logs what each has measured in a validation, of all ranks, as val/NAME/...; they begin
-    anew."""
+    """Logs what each metric measured in a validation, on all ranks, as val/NAME/..., and resets
+    it."""
     for name, metric in metrics.items():
         task.log_dict(
             {f"val/{name}/{key}": value for key, value in metric.compute().items()}, sync_dist=True

@@ -8,7 +8,7 @@ from torch import nn
 
 
 def linear(step: int, steps: int) -> float:
-    """Share of the learning rate in the warm-up and after it."""
+    """Returns the share of the learning rate in the warm-up and after it."""
     return min(1.0, (step + 1) / (steps + 1))
 
 
@@ -22,8 +22,8 @@ def adamw_with_warmup(
     weight_decay: float = 0.0,
     warmup: Callable[[int, int], float] = linear,
 ) -> dict:
-    """What `configure_optimizers` returns. decay_steps: the step at which a half cosine reaches
-    zero."""
+    """Returns the value of `configure_optimizers`. decay_steps: the step at which a half cosine
+    reaches zero."""
     if decay_steps is not None and decay_steps < 1:
         raise ValueError(
             f"decay_steps {decay_steps}; the cosine ends at a positive step. Set trainer.max_steps."

@@ -29,8 +29,7 @@ OF_ALL_RANKS = ("diffusion", "moments")
 
 
 class Draw(NamedTuple):
-    """What chance decides for a batch: three backgrounds (B, 3, 1, 1, 1), flow noise, step ids
-    (B,)."""
+    """Random draws for a batch: three backgrounds (B, 3, 1, 1, 1), flow noise, step ids (B,)."""
 
     encoder: Tensor
     soft: Tensor
@@ -40,7 +39,7 @@ class Draw(NamedTuple):
 
 
 class RGBAVAETask(AdapterTask, MeasuredTask):
-    """Reconstruction in three views and, where `diffusion` has a judge, what a DiT makes of the
+    """Trains reconstruction in three views and, where `diffusion` has a judge, its loss on the
     latents.
 
     background_per: one palette colour per `clip` and use, or per `batch` (released). moment_weight:
@@ -91,7 +90,7 @@ class RGBAVAETask(AdapterTask, MeasuredTask):
         )
 
     def draw(self, batch: dict[str, Any], *parts: object) -> Draw:
-        """The same for the same parts and clip keys."""
+        """Returns the draws of a batch, the same for the same parts and clip keys."""
         draws = ClipDraws(batch["key"], self.seed, *parts, device=batch["alpha"].device)
         colors = [draws.integers(8) for _ in range(3)]
         if self.background_per == "batch":
@@ -106,7 +105,7 @@ class RGBAVAETask(AdapterTask, MeasuredTask):
     def step(
         self, batch: dict[str, Any], draw: Draw
     ) -> tuple[Tensor, dict[str, Tensor], Tensor, Tensor, Tensor]:
-        """loss, its parts, rgb_hat, alpha_hat and the normalised latents."""
+        """Returns loss, its parts, rgb_hat, alpha_hat and the normalised latents."""
         rgb, alpha, vae = batch["rgb"], batch["alpha"], self.vae
         self.check_shape(alpha)
         support = compositing.harden(alpha, self.loss.eps)
@@ -159,9 +158,9 @@ class RGBAVAETask(AdapterTask, MeasuredTask):
         return {"loss": share_of(self, loss, size, whole), "parts": parts}
 
     def log_latents(self, latents: Tensor, size: int) -> None:
-        """Mean and standard deviation in the base's normalised space, where the DiT expects 0 and
-        1: of each channel, as z/, which dashboards show after all else, and of all, over the step's
-        clips."""
+        """Logs mean and standard deviation in the base's normalised space, where the DiT expects 0
+        and 1: of each channel, as z/, which dashboards show after all else, and of all, over the
+        step's clips."""
         rows = (
             latents.double().transpose(0, 1).flatten(1)
             if size
@@ -185,7 +184,7 @@ class RGBAVAETask(AdapterTask, MeasuredTask):
             self.log_dict(dict(zip(names, pair, strict=True)), batch_size=max(1, size))
 
     def validation_draw(self, batch: dict[str, Any]) -> Draw:
-        """The same at every validation, a function of the clips' keys."""
+        """Returns draws that are the same at every validation, a function of the clips' keys."""
         return self.draw(batch, "val", 0)
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
@@ -218,8 +217,8 @@ class RGBAVAETask(AdapterTask, MeasuredTask):
 
 
 def moment_penalty(latents: Tensor) -> Tensor:
-    """Of the batch on all ranks; where no gradients are kept, in validation, the mean of each
-    clip's own."""
+    """Returns the penalty of the batch on all ranks; where no gradients are kept, in validation,
+    the mean of each clip's own."""
     parts = [latents] if torch.is_grad_enabled() else latents.split(1)
     means, variances = zip(
         *(moments(part.transpose(0, 1).flatten(1)) for part in parts), strict=True
@@ -228,8 +227,8 @@ def moment_penalty(latents: Tensor) -> Tensor:
 
 
 class PlainVAETask(LightningModule):
-    """The frozen base VAE on the same clips as plain RGB: what its latents can hold, the ceiling of
-    an RGBA-VAE.
+    """Measures the frozen base VAE on the same clips as plain RGB: the ceiling of an RGBA-VAE on
+    its latents.
 
     Each composite over the 8 palette colours goes through the base by itself, and so does alpha as
     a grey picture.
@@ -246,7 +245,7 @@ class PlainVAETask(LightningModule):
         )
 
     def forward(self, video: Tensor) -> Tensor:
-        """(B, 3, T, H, W) in [-1, 1] -> its reconstruction, unclamped."""
+        """Returns the reconstruction of (B, 3, T, H, W) in [-1, 1], unclamped."""
         dtype = self.head.norm_out.gamma.dtype
         return self.decoder(self.head(self.encoder(video.to(dtype)))[0]).to(video.dtype)
 

@@ -1,4 +1,4 @@
-"""Training the tiny base model itself: a plain RGB VAE and a text-to-video flow model of Wan's
+"""Trains the tiny base model itself: a plain RGB VAE and a text-to-video flow model of Wan's
 architecture."""
 
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ from acetate.tasks.optim import adamw_with_warmup
 
 
 def start_as_image_model_(vae: AutoencoderKLWan) -> None:
-    """An initialisation that learns images at once, and clips after that.
+    """Initialises a VAE so that it learns images at once, and clips after that.
 
     Temporal taps that look back start at zero and temporal resampling at averaging and repeating: a
     causal convolution then is the 2-D convolution of its last tap. Residual and attention branches
@@ -60,7 +60,8 @@ def _repeat_or_average_(time_conv: nn.Module) -> None:
 
 
 class WanVAETask(MeasuredTask):
-    """L = |x_hat - x|^2 + w_edge |edge(x_hat) - edge(x)|_1 + w_kl KL(q(z|x) || N(0, 1)), z ~ q.
+    """Minimises L = |x_hat - x|^2 + w_edge |edge(x_hat) - edge(x)|_1 + w_kl KL(q(z|x) || N(0, 1)),
+    z ~ q.
 
     `init_from` is a diffusers folder to go on from (an image model before clips); `save_to`
     receives the trained VAE in diffusers layout with its measured latent mean and standard
@@ -152,7 +153,7 @@ class WanVAETask(MeasuredTask):
 def train_tokenizer(
     prompts: Sequence[str], vocabulary: int, length: int
 ) -> PreTrainedTokenizerFast:
-    """Byte-level BPE with T5's special tokens; like T5's it appends </s>."""
+    """Trains byte-level BPE with T5's special tokens; like T5's it appends </s>."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
     tokenizer = Tokenizer(models.BPE(unk_token=None))
@@ -174,8 +175,8 @@ def train_tokenizer(
 
 
 class WanDiTTask(MeasuredTask):
-    """Text-to-video flow matching of a small Wan DiT with its own text encoder, on a frozen VAE's
-    latents.
+    """Trains a small text-to-video Wan DiT with its own text encoder, by flow matching on a frozen
+    VAE's latents.
 
     l = |DiT(x_t, t, prompt) - (noise - z)|^2, z normalised, one step per clip; prompts are dropped
     with probability `prompt_dropout`. `save_to` receives transformer, text_encoder and tokenizer in
@@ -230,7 +231,8 @@ class WanDiTTask(MeasuredTask):
         self.register_buffer("std", torch.tensor(self.geometry.std).view(shape), persistent=False)
 
     def context(self, prompts: list[str]) -> Tensor:
-        """(B, L, text_width), zeros after each prompt's last token, as Wan's DiT reads UMT5."""
+        """Returns (B, L, text_width), zeros after each prompt's last token, as Wan's DiT reads
+        UMT5."""
         tokens = self.tokenizer(
             prompts,
             padding="max_length",
@@ -252,7 +254,7 @@ class WanDiTTask(MeasuredTask):
         return self.error(batch["video"], prompts, noise, ids)
 
     def error(self, video: Tensor, prompts: list[str], noise: Tensor, ids: Tensor) -> Tensor:
-        """Mean squared error of the velocity at the noise levels of steps ids (B,)."""
+        """Returns the mean squared error of the velocity at the noise levels of steps ids (B,)."""
         with torch.no_grad():
             latents = (self.head(self.encoder(video))[0] - self.mean) / self.std
         field = partial(velocity, self.transformer)
