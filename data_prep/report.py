@@ -15,7 +15,7 @@ from acetate.alpha import PALETTE, PALETTE_NAMES
 from data_prep.bad_clips import by_reason
 from data_prep.examine import said_of_names
 
-TEMPLATE = Path(__file__).with_name("report.html")
+TEMPLATE, STYLE = (Path(__file__).with_name(name) for name in ("report.html", "page.css"))
 SLOT = re.compile(r"<!-- slot:(\w+) -->")
 ROWS = 7  # bars of a panel before the rest is summed up
 SOFT_BINS = 32
@@ -108,6 +108,7 @@ class Report:
 def render(report: Report) -> str:
     parts = {
         "title": escape(report.title),
+        "style": STYLE.read_text(encoding="utf-8"),
         "subtitle": escape(report.made_by),
         "facts": facts(report),
         "alpha": alpha_panel([entry.picture for entry in report.entries if entry.picture]),
@@ -279,8 +280,9 @@ def selects(entries: Sequence[Entry]) -> str:
     return "".join(parts)
 
 
-def grounds() -> str:
-    named = {"checker": "checkerboard", "alpha": "alpha", "eight": "eight colours"}
+def grounds(extra: Sequence[str] = ("alpha", "eight colours")) -> str:
+    """Return a choice of backgrounds; extra: other ways to look, named by their first word."""
+    named = {"checker": "checkerboard", **{text.split()[0]: text for text in extra}}
     parts = []
     for value in (*named, *COLORS):
         checked = " checked" if value == "checker" else ""

@@ -72,6 +72,11 @@ GROUPS: dict[str, tuple[Program, ...]] = {
             "check", "data_prep.check", "command/check",
             "whether players and editors will see a file's transparency", takes="files",
         ),
+        Program(
+            "view", "data_prep.view", "command/view",
+            "a page that plays transparent clips, of several systems side by side",
+            takes="folders",
+        ),
     ),
     "Speed": (_command("benchmark", "a training step and the reader against their references"),),
 }  # fmt: skip

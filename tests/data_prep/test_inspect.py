@@ -1,6 +1,4 @@
 import re
-import shutil
-import subprocess
 from html.parser import HTMLParser
 
 import numpy as np
@@ -13,12 +11,10 @@ from data_prep.folders import DECISIONS
 from data_prep.inspect import inspect, picture
 from data_prep.journal import write_lines
 from data_prep.report import COLORS, Bucket, Entry, Picture, Report, bars, render, size_text
+from tests.browser import chromium, needs_chromium
 from tests.compose import called
 from tests.paths import ROOT
 
-CHROMIUM = (
-    shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-)
 HOSTILE = '<script>document.body.dataset.hacked = 1</script> "quoted" & ä'
 SETTINGS = {
     "sample": 99, "seed": 0, "frames": 4, "side": 24, "vae": str(ROOT / "assets/wan-tiny"),
@@ -175,24 +171,8 @@ def test_many_clips_are_a_stated_sample():
     ) and "Skipped" not in render(report)
 
 
-def chromium(page, folder, fragment=""):
-    """The page's DOM after its script, and what the console said."""
-    done = subprocess.run(
-        [
-            CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run",
-            "--disable-sync",
-            "--disable-background-networking", "--disable-component-update",
-            f"--user-data-dir={folder}",
-            "--enable-logging=stderr", "--virtual-time-budget=3000", "--dump-dom",
-            f"{page.as_uri()}#{fragment}",
-        ],
-        capture_output=True, text=True, timeout=120, check=True,
-    )  # fmt: skip
-    return done.stdout, [line for line in done.stderr.splitlines() if ":CONSOLE" in line]
-
-
 @pytest.mark.slow
-@pytest.mark.skipif(CHROMIUM is None, reason="no chromium to open the page with")
+@needs_chromium
 @pytest.mark.parametrize(
     ("fragment", "shown", "ground"),
     [
@@ -222,7 +202,7 @@ def test_page_in_a_browser(page, tmp_path, fragment, shown, ground):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(CHROMIUM is None, reason="no chromium to open the page with")
+@needs_chromium
 def test_a_broken_script_is_seen(page, tmp_path):
     broken = tmp_path / "broken.html"
     broken.write_text(

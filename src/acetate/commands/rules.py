@@ -245,6 +245,10 @@ RULES: dict[str, Rule] = {
     "dit": one_of("merged", "svd-lora", "dora"),
     "export.out": optional(place),
     "files": several(place),
+    "folders": several(place),
+    "view.reference": optional(place),
+    "view.frames": whole(1, FRAMES),
+    "lossless": flag,
     # Questions before a run
     "estimate.out": optional(place),
     "cost.out": optional(place),

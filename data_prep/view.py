@@ -1,0 +1,299 @@
+"""Writes one HTML page that plays transparent clips: of one folder, or of several systems side by
+side."""
+
+import base64
+import json
+import math
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from html import escape
+from io import BytesIO
+from operator import attrgetter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from omegaconf import DictConfig
+from PIL import Image
+from rich.console import Console
+from torch import Tensor
+
+from acetate.cli import run
+from acetate.data.keys import plain_key
+from acetate.documents import parse, read_plain
+from acetate.media.clip import Limits, MediaError, RGBAClip, Stream
+from acetate.media.sequences import is_sequence
+from acetate.metrics.alpha import border_mean
+from acetate.metrics.matting import MattingErrors
+from acetate.replacing import check_out, written
+from acetate.video_io import describe, open_pair, open_rgba
+from acetate.video_out import SUFFIXES
+from data_prep.bad_clips import print_bad
+from data_prep.candidates import Candidate, sidecar, survey
+from data_prep.executor import progress
+from data_prep.report import SLOT, STYLE, grounds, grounds_css
+from data_prep.tables import read_text
+from data_prep.tree import printable
+
+TEMPLATE = Path(__file__).with_name("view.html")
+# Of one clip in several formats: what loses least is shown.
+PREFERRED = ("", ".exr", ".tif", ".tiff", ".png", ".mov", ".mkv", ".apng", ".webp", ".webm")
+WRITTEN = re.compile(
+    "|".join(f"{re.escape(end.partition('.')[0])}$" for ends in SUFFIXES.values() for end in ends
+             if end.startswith("_"))
+)  # fmt: skip
+MOST_JSON = 2**20  # bytes of a file that describes a sample
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A clip of one system: a sheet of its pictures as WebP, and what is measured of it.
+
+    columns: pictures in a row of the sheet. size: of a picture, width and height. frames: of the
+    clip, `held` of them in the sheet.
+    """
+
+    sheet: bytes
+    columns: int
+    size: tuple[int, int]
+    held: int
+    frames: int
+    fps: float
+    prompt: str
+    figures: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Work:
+    """A clip's name, the files of each system, and those of the reference, if there is one."""
+
+    name: str
+    of: tuple[Candidate | None, ...]
+    reference: Candidate | None
+
+
+@dataclass(frozen=True)
+class Look:
+    """frames, side: at most this many pictures of a clip, of this longer side. lossless: whether
+    the page holds them to the bit."""
+
+    frames: int
+    side: int
+    lossless: bool
+    limits: Limits
+
+
+def clip_name(candidate: Candidate) -> str:
+    """Return the name by which clips of several systems are the same one."""
+    return plain_key(WRITTEN.sub("", candidate.name)) or candidate.name
+
+
+def clips_of(folder: Path) -> dict[str, Candidate]:
+    """Find the clips of a folder, each once. Raises FileNotFoundError and ValueError."""
+    found: dict[str, Candidate] = {}
+    for candidate in survey(folder).candidates:
+        if candidate.path.name.endswith("_preview.mp4"):
+            continue
+        name, held = clip_name(candidate), found.get(clip_name(candidate))
+        if held is None or _rank(candidate) < _rank(held):
+            found[name] = candidate
+    return found
+
+
+def _rank(candidate: Candidate) -> int:
+    suffix = "" if is_sequence(candidate.files[0]) else candidate.files[0].suffix.lower()
+    return PREFERRED.index(suffix) if suffix in PREFERRED else len(PREFERRED)
+
+
+def opened(candidate: Candidate, limits: Limits) -> Stream:
+    """Open a clip with alpha. Raises MediaError for a file without."""
+    path = candidate.files[0]
+    if len(candidate.files) == 2:
+        return open_pair(*candidate.files, limits)
+    header = describe(path, limits)
+    if not header.alpha:
+        raise MediaError(f"{path}: {header.lost or 'no alpha'}")
+    return open_rgba(path, limits)
+
+
+def show(work: Work, look: Look) -> list[Shown | str | None]:
+    """Draw the clip of each system: None where it has none, the reason where it cannot be read."""
+    reference = None
+    if work.reference is not None:
+        try:
+            reference = _read(work.reference, look.limits)
+        except MediaError as error:
+            return [f"its reference: {error}"] * len(work.of)
+    made: list[Shown | str | None] = []
+    for candidate in work.of:
+        if candidate is None:
+            made.append(None)
+            continue
+        try:
+            made.append(_shown(candidate, _read(candidate, look.limits), reference, look))
+        except MediaError as error:
+            made.append(str(error))
+    return made
+
+
+def _read(candidate: Candidate, limits: Limits) -> RGBAClip:
+    return opened(candidate, limits).collected(candidate.files[0], limits)
+
+
+def _shown(candidate: Candidate, clip: RGBAClip, reference: RGBAClip | None, look: Look) -> Shown:
+    places = np.linspace(0, len(clip.frames) - 1, min(look.frames, len(clip.frames))).round()
+    pictures = [_small(clip.frames[int(place)], look.side) for place in np.unique(places)]
+    columns = math.ceil(math.sqrt(len(pictures)))
+    width, height = pictures[0].size
+    sheet = Image.new("RGBA", (columns * width, math.ceil(len(pictures) / columns) * height))
+    for i, picture in enumerate(pictures):
+        sheet.paste(picture, (i % columns * width, i // columns * height))
+    buffer = BytesIO()
+    sheet.save(buffer, "WEBP", quality=90, alpha_quality=100, lossless=look.lossless, exact=True)
+    fps = (clip.fps or 16.0) * len(pictures) / len(clip.frames)
+    return Shown(
+        buffer.getvalue(), columns, (width, height), len(pictures), len(clip.frames), fps,
+        _prompt(candidate), figures(clip, reference),
+    )  # fmt: skip
+
+
+def _small(frame: NDArray[np.uint8], side: int) -> Image.Image:
+    """PIL resizes RGBA premultiplied. Small pictures stay as they are."""
+    image = Image.fromarray(frame)
+    scale = min(1.0, side / max(image.size))
+    sides = [max(1, round(length * scale)) for length in image.size]
+    return image.resize(sides, Image.Resampling.LANCZOS) if scale < 1 else image
+
+
+def _prompt(candidate: Candidate) -> str:
+    """The text beside the clip, or the prompt of the JSON beside a sample; empty without."""
+    if text := sidecar(candidate.path):
+        return printable(read_text(text).strip())
+    described = candidate.path.with_name(WRITTEN.sub("", candidate.path.stem) + ".json")
+    if not described.is_file():
+        return ""
+    try:
+        said = parse(read_plain(described, MOST_JSON))
+    except ValueError:
+        return ""
+    return printable(str(said.get("prompt", ""))) if isinstance(said, dict) else ""
+
+
+def figures(clip: RGBAClip, reference: RGBAClip | None) -> dict[str, float]:
+    """Measure a clip: coverage and the semi-transparent share of its pixels, mean alpha of its
+    border; against a reference of the same size also `metrics.matting`."""
+    alpha = _alpha(clip)
+    found = {
+        "coverage": float(alpha.mean()),
+        "soft": float(((alpha > 0) & (alpha < 1)).float().mean()),
+        "border": float(border_mean(alpha)[0]),
+    }
+    if reference is not None and reference.frames.shape == clip.frames.shape:
+        metric = MattingErrors(connectivity=False)
+        metric.update(alpha, _alpha(reference))
+        found |= {name: float(value) for name, value in metric.compute().items()}
+    return found
+
+
+def _alpha(clip: RGBAClip) -> Tensor:
+    return torch.from_numpy(clip.frames[..., 3].astype(np.float32) / 255)[None, None]
+
+
+def page(title: str, systems: Sequence[str], clips: Sequence[tuple[str, list[Any]]]) -> str:
+    """Return the page. clips: name and, of each system, a Shown, a reason or None."""
+    names = list(dict.fromkeys(
+        name for _, made in clips for one in made if isinstance(one, Shown) for name in one.figures
+    ))  # fmt: skip
+    parts = {
+        "title": escape(title),
+        "style": STYLE.read_text(encoding="utf-8"),
+        "grounds": grounds(extra=("light", "dark", "moving", "own picture")),
+        "grounds_css": grounds_css(),
+        "systems": json.dumps(list(systems)).replace("</", "<\\/"),
+        "orders": "".join(f'<option value="{escape(n)}">{escape(n)}</option>' for n in names),
+        "cards": "".join(_card(*clip) for clip in clips),
+    }
+    return SLOT.sub(lambda match: parts[match[1]], TEMPLATE.read_text(encoding="utf-8"))
+
+
+def _card(name: str, made: Sequence[Shown | str | None]) -> str:
+    held = [one for one in made if isinstance(one, Shown)]
+    prompt = next((one.prompt for one in held if one.prompt), "")
+    facts = [
+        {
+            "columns": one.columns, "size": one.size, "held": one.held, "frames": one.frames,
+            "fps": one.fps, "figures": {n: float(f"{v:.4g}") for n, v in one.figures.items()},
+        }
+        if isinstance(one, Shown)
+        else {"why": one or "not there"}
+        for one in made
+    ]  # fmt: skip
+    sheets = "".join(
+        f'<template data-of="{i}">{base64.b64encode(one.sheet).decode()}</template>'
+        for i, one in enumerate(made)
+        if isinstance(one, Shown)
+    )
+    return (
+        f'<article class="card" data-name="{escape(name)}" data-text="{escape(name.lower())} '
+        f'{escape(prompt.lower())}" data-facts="{escape(json.dumps(facts))}">{sheets}'
+        f'<div class="stages"></div><div class="text"><h3 class="name">{escape(name)}</h3>'
+        f'<p class="prompt">{escape(prompt)}</p><p class="about"></p></div></article>'
+    )
+
+
+def works(folders: Sequence[Path], reference: Path | None) -> Iterator[Work]:
+    """Yield every clip that any folder holds, in the order of their names."""
+    found = [clips_of(folder) for folder in folders]
+    true = clips_of(reference) if reference else {}
+    for name in sorted(set().union(*found)):
+        yield Work(name, tuple(clips.get(name) for clips in found), true.get(name))
+
+
+def named(folders: Sequence[Path]) -> list[str]:
+    """Return as short a name of each folder as tells them apart."""
+    for parts in range(1, max(len(folder.parts) for folder in folders) + 1):
+        names = ["/".join(folder.parts[-parts:]) for folder in folders]
+        if len(set(names)) == len(names):
+            return names
+    raise ValueError(f"folders={', '.join(map(str, folders))}; a folder is named twice.")
+
+
+def main(config: DictConfig) -> Path:
+    out = Path(config.out)
+    check_out(out)
+    folders = [Path(folder).resolve() for folder in config.folders]
+    systems = named(folders)
+    reference = Path(config.reference) if config.reference else None
+    todo = list(works(folders, reference))
+    if not todo:
+        raise ValueError(f"folders={', '.join(map(str, folders))}: no clip was found there.")
+    limits = Limits(max_pixels=config.max_pixels, max_frames=config.max_frames)
+    look = Look(config.frames, config.side, config.lossless, limits)
+    clips, bad = [], {}
+    settings = {"executor": "local", "workers": config.workers, "name": attrgetter("name")}
+    with progress(partial(show, look=look), todo, desc="clips", **settings) as results:
+        for work, made in results:
+            bad |= {
+                f"{system}/{work.name}": printable(one)
+                for system, one in zip(systems, made, strict=True)
+                if isinstance(one, str)
+            }
+            if any(isinstance(one, Shown) for one in made):
+                clips.append((work.name, made))
+    console = Console(markup=False, highlight=False)
+    print_bad(console, bad, None)
+    if not clips:
+        raise ValueError(f"folders={', '.join(map(str, folders))}: no clip could be shown.")
+    with written(out) as file:
+        file.write(page(" and ".join(systems), systems, clips))
+    size = out.stat().st_size / 2**20
+    console.print(f"{out}: {len(clips)} clips, {size:.1f} MiB; open it in a browser")
+    return out
+
+
+if __name__ == "__main__":
+    run("view")
