@@ -100,8 +100,9 @@ def run(name: str, arguments: Sequence[str] | None = None) -> Any:
     """Runs the command of that name with the arguments, by default those of this process."""
     from acetate.commands.program import start
 
-    if isinstance(sys.stdout, TextIOWrapper):  # names of files may be no Unicode
-        sys.stdout.reconfigure(errors="backslashreplace")
+    out: object = sys.stdout
+    if isinstance(out, TextIOWrapper):  # names of files may be no Unicode
+        out.reconfigure(errors="backslashreplace")
     return start(PROGRAMS[name], list(sys.argv[1:] if arguments is None else arguments))
 
 
