@@ -110,14 +110,15 @@ def run(name: str, arguments: Sequence[str] | None = None) -> Any:
     """Runs the command of that name with the arguments, by default those of this process."""
     from acetate.commands.program import start
 
-    if isinstance(sys.stdout, TextIOWrapper):  # names of files may be no Unicode
-        sys.stdout.reconfigure(errors="backslashreplace")
+    out: object = sys.stdout
+    if isinstance(out, TextIOWrapper):  # names of files may be no Unicode
+        out.reconfigure(errors="backslashreplace")
     given = list(sys.argv[1:] if arguments is None else arguments)
     return start(PROGRAMS[name], _named(PROGRAMS[name].takes, given))
 
 
 def _named(setting: str | None, arguments: list[str]) -> list[str]:
-    """The arguments, in which bare words are made the list that is the setting's value."""
+    """Returns the arguments with bare words as the list that is the setting's value."""
     if setting is None:
         return arguments
     from acetate.commands.recorded import quoted

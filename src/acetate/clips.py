@@ -35,7 +35,7 @@ class Clip:
         """Reads a file or an image sequence with alpha. Raises MediaError for one that cannot be
         read as RGBA."""
         read = read_rgba(Path(path).expanduser())
-        pixels = torch.from_numpy(read.frames).permute(3, 0, 1, 2).float() / 255
+        pixels = torch.as_tensor(read.frames).permute(3, 0, 1, 2).float() / 255
         return cls(pixels[:3] * 2 - 1, pixels[3:], read.fps or 16.0)
 
     def over(self, background: str | Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from acetate.settings import Rule, mapping, text
+from acetate.settings import Rule, is_mapping, mapping, text
 
 DEEPEST = 32  # levels of what no schema describes
 MOST_VALUES = 2**24  # of a document: 64 bytes of memory or more each
@@ -49,7 +49,8 @@ def too_large(name: object, most: int) -> str:
 def parse(data: bytes | str) -> Any:
     """Returns the value of a JSON text. Raises ValueError with the reason for a text that is no
     JSON, is nested too deeply or has more than MOST_VALUES values."""
-    if data.count(b"," if isinstance(data, bytes) else ",") > MOST_VALUES:
+    commas = data.count(b",") if isinstance(data, bytes) else data.count(",")
+    if commas > MOST_VALUES:
         raise ValueError(f"more than {MOST_VALUES:,} values")
     try:
         return json.loads(data, parse_constant=_refuse)
@@ -121,13 +122,13 @@ class Schema:
     """The fields of an object. open: whether others may stand beside them."""
 
     required: Mapping[str, Rule]
-    optional: Mapping[str, Rule] = field(default_factory=dict)
+    optional: Mapping[str, Rule] = field(default_factory=dict[str, Rule])
     open: bool = True
 
     def check(self, value: Any, place: str = "") -> None:
         """Raises FieldError that names the first field that is missing, unknown or breaks its
         rule. place: of the object in its document."""
-        if not isinstance(value, dict):
+        if not is_mapping(value):
             raise FieldError(f"{place or 'all of it'}={shown(value)}: must be an object")
         at = f"{place}." if place else ""
         for name, rule in self.required.items():

@@ -59,15 +59,17 @@ def draw(
 def outline(ellipses: Tensor, grid: Sequence[int], frames: int) -> Tensor:
     """Returns points (T, N, 2), as previews draw them, of ellipses (1, F, 5) on a grid (F, h,
     w)."""
-    return regions.outlines(ellipses[0], *grid[1:], frames)
+    _, height, width = grid
+    return regions.outlines(ellipses[0], height, width, frames)
 
 
 def _fitted(
     path: Path, size: tuple[int, int, int], geometry: Geometry, fit: Mapping[str, Any]
 ) -> Tensor:
     frames, height, width = size
-    clip = torch.from_numpy(read_rgba(path).frames)
+    clip = torch.as_tensor(read_rgba(path).frames)
     clip = clip[window(len(clip), frames, 0)]
-    box = covering_box(*clip.shape[1:3], height, width)
-    _, alpha = resize(*to_float(crop(clip, *box)), height, width)
+    rows, columns = clip.shape[1:3]
+    rgb, alpha = to_float(crop(clip, *covering_box(rows, columns, height, width)))
+    _, alpha = resize(rgb, alpha, height, width)
     return regions.fit_ellipses(alpha[None], geometry.time_stride, geometry.space_stride, **fit)

@@ -5,12 +5,12 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from diffusers import WanTransformer3DModel
+from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
 from omegaconf import DictConfig
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from acetate.alpha import harden, over
@@ -131,7 +131,7 @@ class RGBAPipeline:
         vae = self.vae
         negative = config.negative_prompt if negative_prompt is None else negative_prompt
         words, text_sha256 = self.embed([*prompts, negative])
-        check_size(*size, vae.geometry, self.transformer.config.patch_size)
+        check_size(*size, vae.geometry, self.transformer.config["patch_size"])
         check_models(self.facts, vae, text_sha256)
         guides, outlines = self._draw(guide, len(prompts), size)
         starts = range(0, len(prompts), at_once)
@@ -242,11 +242,14 @@ def solver_of(
     """Builds the solver of a config of `acetate sample`. A few-step LoRA means 4 steps without
     guidance, unless they are given."""
     few = config.few_step.lora is not None
-    values = {"steps": 4 if few else 50, "guidance": 1.0 if few else 5.0}
-    for name, given in (("steps", steps), ("guidance", guidance)):
-        chosen = config[name] if given is None else given
-        values[name] = values[name] if chosen is None else chosen
-    return Solver(name=config.solver, shift=config.shift, **values)
+    steps = config.steps if steps is None else steps
+    guidance = config.guidance if guidance is None else guidance
+    return Solver(
+        name=config.solver,
+        shift=config.shift,
+        steps=(4 if few else 50) if steps is None else steps,
+        guidance=(1.0 if few else 5.0) if guidance is None else guidance,
+    )
 
 
 def load_dit(config: DictConfig, device: str) -> tuple[WanTransformer3DModel, dict[str, Any]]:
@@ -263,7 +266,8 @@ def load_dit(config: DictConfig, device: str) -> tuple[WanTransformer3DModel, di
                 f"few_step.lora={path} does not exist. Give a file, or a folder of its shards."
             )
         merge_few_step(transformer, read_weights(path), config.few_step.strength, str(path))
-    return transformer.to(device), facts
+    cast(nn.Module, transformer).to(device)
+    return transformer, facts
 
 
 def put_dora(transformer: WanTransformer3DModel, source: str) -> dict[str, Any]:
@@ -311,12 +315,13 @@ def check_models(facts: dict[str, Any], vae: RGBADecoders, text_sha256: str) -> 
         ),
         ("text_encoder_sha256", text_sha256, "Choose the wan= that its latents were cached with."),
     ):
-        if found is None and name in facts:
-            warnings.warn(
-                "rgba_vae holds decoders only, which do not say whether they are of the VAE "
-                f"({facts[name][:12]}) that this DoRA was trained with.",
-                stacklevel=2,
-            )
+        if found is None:
+            if name in facts:
+                warnings.warn(
+                    "rgba_vae holds decoders only, which do not say whether they are of the VAE "
+                    f"({facts[name][:12]}) that this DoRA was trained with.",
+                    stacklevel=2,
+                )
         elif facts.get(name, found) != found:
             raise ValueError(
                 f"The DoRA's {name} is {facts[name][:12]}, this one's {found[:12]}. {way_out}"

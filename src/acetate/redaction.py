@@ -3,8 +3,10 @@
 import logging
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, TypeGuard
 from urllib.parse import quote, unquote
+
+from acetate.settings import is_mapping
 
 HIDDEN = "***"
 # What stands for the secret of a setting until a program needs it
@@ -26,6 +28,10 @@ SHORTEST = 4  # letters of a secret that is looked for in texts: others would be
 KNOWN: set[str] = set()  # what this process has been given
 
 
+def _is_list(value: object) -> TypeGuard[list[Any] | tuple[Any, ...]]:
+    return isinstance(value, list | tuple)
+
+
 def redacted(value: Any, name: str = "") -> Any:
     """Returns a copy of settings, or of a command line's arguments, with *** in the place of
     secrets.
@@ -35,12 +41,12 @@ def redacted(value: Any, name: str = "") -> Any:
     authoriz. Switches and null stay, and so do numbers of tokens, references such as ${oc.env:NAME}
     and what stands for a secret.
     """
-    if isinstance(value, Mapping):
+    if is_mapping(value):
         return {
             _text(key) if isinstance(key, str) else key: redacted(item, f"{name}.{key}")
             for key, item in value.items()
         }
-    if isinstance(value, list | tuple):
+    if _is_list(value):
         return [redacted(item, name) for item in value]
     if is_secret(name, value):
         return HIDDEN
@@ -60,11 +66,11 @@ def is_secret(name: str, value: Any) -> bool:
 
 def secrets_of(value: Any, name: str = "") -> Iterable[str]:
     """Yields the secrets in settings, as texts."""
-    if isinstance(value, Mapping):
+    if is_mapping(value):
         for key, item in value.items():
             yield from secrets_of(key)
             yield from secrets_of(item, f"{name}.{key}")
-    elif isinstance(value, list | tuple):
+    elif _is_list(value):
         for item in value:
             yield from secrets_of(item, name)
     elif is_secret(name, value):

@@ -2,6 +2,7 @@
 subject."""
 
 from collections.abc import Callable
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -51,7 +52,8 @@ def cells(alpha: Tensor, time_stride: int, space_stride: int, eps: float = 0.0) 
     sees are >= 1 - eps, EMPTY where all are <= eps, else MIXED. Raises ValueError for a shape the
     VAE cannot encode.
     """
-    check_clip_shape(*alpha.shape[2:], time_stride, space_stride)
+    frames, height, width = alpha.shape[2:]
+    check_clip_shape(frames, height, width, time_stride, space_stride)
     lowest = -largest_per_cell(-alpha, time_stride, space_stride)
     highest = largest_per_cell(alpha, time_stride, space_stride)
     regions = torch.full_like(lowest, MIXED, dtype=torch.int8)
@@ -81,16 +83,17 @@ def fit_ellipses(
     `exact`, or `opencv` as in the released code, which enlarges 8 times at most in training and 10
     times at inference, and never aligns. Raises ValueError for a shape the VAE cannot encode.
     """
-    check_clip_shape(*alpha.shape[2:], time_stride, space_stride)
+    frames, height, width = alpha.shape[2:]
+    check_clip_shape(frames, height, width, time_stride, space_stride)
     inside = _raster(raster)
     # (B, F, h, w)
     covered = _mean_pool((alpha > threshold).double(), time_stride, space_stride)[:, 0]
-    frames = covered.flatten(0, 1)
-    shape = frames > SHAPE_COVERAGE
-    x, y = _grid(*frames.shape[1:], frames.device)
+    pooled = covered.flatten(0, 1)
+    shape = pooled > SHAPE_COVERAGE
+    x, y = _grid(pooled.shape[1], pooled.shape[2], pooled.device)
     count = shape.sum((1, 2))
     mean, axes = _principal(shape, x, y)
-    oriented = frames > ORIENTATION_COVERAGE
+    oriented = pooled > ORIENTATION_COVERAGE
     _, oriented_axes = _principal(oriented, x, y)
     drawn = torch.where((oriented.sum((1, 2)) >= FEWEST_CELLS)[:, None, None], oriented_axes, axes)
     measured = drawn if aligned else axes
@@ -112,7 +115,7 @@ def fit_ellipses(
     angle = torch.where(few[:, 0], 0, angle)
     lengths = _grow(shape, centre, lengths, angle, inside, enlargements)
     ellipses = torch.cat([centre, lengths, angle[:, None]], 1) * (count > 0)[:, None]
-    return ellipses.unflatten(0, covered.shape[:2])
+    return ellipses.reshape(*covered.shape[:2], 5)
 
 
 def gaussian(ellipses: Tensor, height: int, width: int) -> Tensor:
@@ -127,7 +130,8 @@ def gaussian(ellipses: Tensor, height: int, width: int) -> Tensor:
     low, high = g.amin((1, 2), keepdim=True), g.amax((1, 2), keepdim=True)
     valid = (high - low >= 1e-9) & (ellipses.flatten(0, 1)[:, 2] > 0)[:, None, None]
     g = torch.where(valid, (g - low) / (high - low).clamp_min(1e-9), 0)
-    return g.float().unflatten(0, ellipses.shape[:2])[:, None]
+    batch, frames = ellipses.shape[:2]
+    return g.float().reshape(batch, 1, frames, height, width)
 
 
 def outlines(ellipses: Tensor, height: int, width: int, frames: int) -> Tensor:
@@ -169,8 +173,9 @@ def _principal(cells: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     mean = torch.stack([(weights * x).sum((1, 2)), (weights * y).sum((1, 2))], 1) / count[:, None]
     dx, dy = x - mean[:, 0, None, None], y - mean[:, 1, None, None]
     moments = torch.stack([(weights * a * b).sum((1, 2)) for a in (dx, dy) for b in (dx, dy)], 1)
-    covariance = (moments / (count - 1).clamp_min(1)[:, None]).unflatten(1, (2, 2))
-    return mean, torch.linalg.eigh(covariance).eigenvectors.flip(-1)
+    covariance = (moments / (count - 1).clamp_min(1)[:, None]).reshape(len(moments), 2, 2)
+    axes = cast(Tensor, torch.linalg.eigh(covariance).eigenvectors)  # pyright: ignore[reportUnknownMemberType]
+    return mean, axes.flip(-1)
 
 
 def _extent(
@@ -187,7 +192,7 @@ def _extent(
 
 
 def _box(cells: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    ends = []
+    ends: list[Tensor] = []
     for at in (x.expand(cells.shape[1:]), y.expand(cells.shape[1:])):
         ends.append(torch.where(cells, at, float("inf")).amin((1, 2)))
         ends.append(torch.where(cells, at, -float("inf")).amax((1, 2)))

@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
@@ -35,7 +35,7 @@ def check_out(path: Path, *, folder: bool = False, name: str = "out") -> None:
 
 
 @contextmanager
-def writing(path: Path) -> Iterator[None]:
+def writing(path: Path) -> Generator[None, None, None]:
     """Raises OSError with the path, the room there and the way out for one that the block raises;
     it only writes."""
     try:
@@ -51,7 +51,7 @@ def writing(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def written(path: Path) -> Iterator[TextIO]:
+def written(path: Path) -> Generator[TextIO, None, None]:
     """Yields a text file that takes the path's place when the block ends, whole or not at all.
     Raises OSError as `writing`."""
     temporary = path.with_name(path.name + ".tmp")
@@ -120,7 +120,7 @@ def unwritten(path: Path, error: object) -> OSError:
 def write_tensors(tensors: "Mapping[str, Tensor]", path: Path, metadata: Mapping[str, str]) -> None:
     """Writes tensors as safetensors' save_file, which makes private files and writes metadata in
     any order: here the umask decides, and equal contents are equal bytes."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save_file  # pyright: ignore[reportUnknownVariableType]  its PathLike
 
     save_file(dict(tensors), path, dict(metadata))
     with path.open("r+b") as file:

@@ -3,15 +3,16 @@
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol, cast
 
 import numpy as np
 import torch
-from diffusers import (
+from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
+from diffusers.schedulers.scheduling_flow_match_euler_discrete import (
     FlowMatchEulerDiscreteScheduler,
-    UniPCMultistepScheduler,
-    WanTransformer3DModel,
 )
-from torch import Tensor
+from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepScheduler
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from acetate import flow
@@ -23,6 +24,16 @@ from acetate.models.wan import Geometry
 from acetate.regions import check_clip_shape
 
 SOLVERS = ("unipc", "euler")
+
+
+class Scheduler(Protocol):
+    """The part of diffusers' schedulers that sampling uses."""
+
+    timesteps: Tensor
+
+    def step(
+        self, model_output: Tensor, timestep: Tensor, sample: Tensor, *, return_dict: bool
+    ) -> tuple[Tensor, ...]: ...
 
 
 @dataclass(frozen=True)
@@ -41,9 +52,7 @@ class Solver:
         if self.steps < 1:
             raise ValueError(f"steps={self.steps}; at least 1. Use 50, or 4 with a few-step LoRA.")
 
-    def scheduler(
-        self, device: torch.device | str
-    ) -> FlowMatchEulerDiscreteScheduler | UniPCMultistepScheduler:
+    def scheduler(self, device: torch.device | str) -> Scheduler:
         """Returns a scheduler with timesteps: u = linspace(1, 0, steps + 1)[:-1], sigma = shift u /
         (1 + (shift - 1) u).
 
@@ -54,7 +63,7 @@ class Solver:
             euler.set_timesteps(
                 sigmas=np.linspace(1, 0, self.steps + 1)[:-1].tolist(), device=device
             )
-            return euler
+            return cast(Scheduler, euler)
         unipc = UniPCMultistepScheduler(
             prediction_type="flow_prediction",
             use_flow_sigmas=True,
@@ -62,7 +71,7 @@ class Solver:
             num_train_timesteps=1000,
         )
         unipc.set_timesteps(self.steps, device=device)
-        return unipc
+        return cast(Scheduler, unipc)
 
 
 @dataclass(frozen=True)
@@ -178,7 +187,7 @@ def decode(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yields rgb (3, T, H, W) and alpha (1, T, H, W) of every clip, on the CPU; `vae.chunk` bounds
     the memory."""
-    for part in latents.split(clips_at_once):
+    for part in torch.split(latents, clips_at_once):
         rgb, alpha = vae.decode(vae.denormalise(part.float()))
         yield from zip(rgb.float().cpu(), one_channel(alpha.float()).cpu(), strict=True)
 
@@ -207,7 +216,7 @@ def sample_clips(
     noise = initial_noise(seeds, vae.geometry.latent_shape(*size), guide, mean_shift, device)
     if offload:
         vae.cpu()
-        transformer.to(device)
+        cast(nn.Module, transformer).to(device)
     latents = sample_latents(
         transformer, noise, context.to(device), negative.to(device), solver, progress
     )

@@ -4,7 +4,7 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 ENDLESS = 2**31 - 1  # a bound of counts that is not worth saying
 
@@ -40,6 +40,15 @@ def shown(value: Any) -> str:
         return "null"
     written = str(value).lower() if isinstance(value, bool) else str(value)
     return written if len(written) <= 80 else f"{written[:77]}..."
+
+
+def is_mapping(value: object) -> TypeGuard[Mapping[Any, Any]]:
+    return isinstance(value, Mapping)
+
+
+def _is_list(value: object) -> TypeGuard[Sequence[Any]]:
+    """Returns whether a value is a sequence and no text."""
+    return isinstance(value, Sequence) and not isinstance(value, str)
 
 
 def _is_number(value: Any) -> bool:
@@ -135,8 +144,7 @@ def several(rule: Rule, least: int = 1, most: int | None = None) -> Rule:
     return Rule(
         f"{count}, each {rule.says}",
         lambda value: (
-            isinstance(value, Sequence)
-            and not isinstance(value, str)
+            _is_list(value)
             and least <= len(value) <= (len(value) if most is None else most)
             and all(map(rule.holds, value))
         ),
@@ -156,7 +164,7 @@ def mapping(keys: Rule, values: Rule) -> Rule:
     return Rule(
         f"a mapping of {keys.says} to {values.says}",
         lambda value: (
-            isinstance(value, Mapping)
+            is_mapping(value)
             and len(value) > 0
             and all(keys.holds(k) and values.holds(v) for k, v in value.items())
         ),

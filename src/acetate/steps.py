@@ -1,6 +1,6 @@
 """Counts training in optimizer steps, and in nothing else: validations, logs and logged values."""
 
-from typing import Any
+from typing import Any, cast
 
 from lightning import LightningModule
 from lightning.pytorch import Trainer
@@ -16,6 +16,9 @@ class StepTrainer(Trainer):
     training data, where the data module counts them (`passes`). Several devices or processes use
     DDP unless a strategy is given. find_unused_parameters: DDP's own.
     """
+
+    datamodule: Any  # set by Lightning, which does not say so
+    log_every_n_steps: int
 
     def __init__(self, *, find_unused_parameters: bool = False, **settings: Any) -> None:
         super().__init__(**settings)
@@ -48,5 +51,6 @@ def logs_step(task: LightningModule) -> bool:
     a trainer."""
     if not seams.has_trainer(task):
         return False
-    every = task.trainer.log_every_n_steps
-    return every > 0 and (task.trainer.global_step + 1) % every == 0
+    trainer = cast(StepTrainer, task.trainer)
+    every = trainer.log_every_n_steps
+    return every > 0 and (trainer.global_step + 1) % every == 0

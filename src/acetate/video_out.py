@@ -25,7 +25,7 @@ from acetate.replacing import remove, rename_over
 from acetate.video_io import Frames, write_video
 
 FORMATS = ("png", "webm", "prores", "webp", "apng", "pair", "preview")
-SUFFIXES = {
+SUFFIXES: dict[str, tuple[str, ...]] = {
     "png": ("_png",),
     "webm": (".webm",),
     "prores": (".mov",),

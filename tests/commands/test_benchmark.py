@@ -6,10 +6,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from torch.testing import assert_close
 
 from acetate.commands import benchmark
 from acetate.commands.benchmark import WAYS, DisagreementError, FactoredLoRA, Workload
+from acetate.commands.benchmark_reader import ReaderLoad
 from acetate.models.adapters import MergedLoRA, trainable_state
 from tests.compose import called
 
@@ -173,19 +175,43 @@ def test_bfloat16_runs():
         ({"frames": 8}, "8 frames; this VAE needs 4k.1 frames .* Use frames=5"),
         ({"width": 20}, "width 20; this VAE needs multiples of 8"),
         ({"precision": "float16"}, "precision=float16; known: float32, bfloat16"),
-        ({"parts": "[step,writer]"}, r"parts=\['step', 'writer'\]; a list of step, reader"),
-        ({"parts": "[]"}, r"parts=\[\]; a list of step, reader, one at least"),
-        ({"parts": "reader"}, r"parts=reader; a list of step, reader, .* as in parts=\[step\]"),
-        ({"reader.frames": 8}, r"reader\.frames: 8 frames; .*Use frames=5"),
-        ({"reader.size": 40}, r"reader\.size=40; sides are multiples of 16"),
-        ({"reader.clips": 0}, r"reader\.clips=0; must be at least 1"),
         ({"device": "tpu"}, "device=tpu; known: cpu, cuda"),
         ({"lora_rank": 0}, "lora_rank=0; must be at least 1"),
-        ({"repeats": 0}, "repeats=0; must be at least 1"),
-        ({"warmup": -1}, "warmup=-1; must be at least 0"),
     ],
 )
-def test_values_that_cannot_run(settings, message, monkeypatch):
+def test_a_workload_that_cannot_run(settings, message):
+    with pytest.raises(ValueError, match=message):
+        load(**settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"frames": 8}, r"reader\.frames: 8 frames; .*Use frames=5"),
+        ({"size": 40}, r"reader\.size=40; sides are multiples of 16"),
+        ({"clips": 0}, r"reader\.clips=0; must be at least 1"),
+    ],
+)
+def test_clips_that_cannot_be_drawn(settings, message):
+    small = {"clips": 2, "frames": 5, "size": 16, "batch_size": 2, "repeats": 1, "seed": 0}
+    with pytest.raises(ValueError, match=message):
+        ReaderLoad(**small | settings)
+
+
+def test_steps_are_timed_once_at_least():
+    with pytest.raises(ValueError, match="repeats=0; must be at least 1"):
+        benchmark.benchmark(load(), 0, 0)
+    with pytest.raises(ValueError, match="warmup=-1; must be at least 0"):
+        benchmark.benchmark(load(), -1, 1)
+
+
+@pytest.mark.parametrize("parts", [["step", "writer"], [], "reader"])
+def test_parts_are_a_list_of_known_ones(parts):
+    with pytest.raises(ValueError, match=r"parts=.*; a list of step, reader, one at least"):
+        benchmark.main(OmegaConf.create({"out": None, "parts": parts}))
+
+
+def test_the_program_checks_its_settings(monkeypatch):
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
-    with pytest.raises(ValueError, match=rf"{message}|{next(iter(settings))}=.*must be"):
-        run(**settings)
+    with pytest.raises(ValueError, match=r"reader\.size=40; sides are multiples of 16"):
+        run(**{"reader.size": 40})
