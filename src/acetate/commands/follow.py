@@ -1,4 +1,5 @@
-"""acetate follow [name=value ...]: does the DiT leave the border empty and follow its guide?"""
+"""acetate follow [name=value ...]: does the DiT leave the border empty, follow its guide, and show
+what the prompt names?"""
 
 from collections.abc import Sequence
 from itertools import count
@@ -12,6 +13,7 @@ from rich.table import Table
 from torch import Tensor
 
 from acetate.cli import run
+from acetate.commands.agreement import load_reader, measure
 from acetate.data import synthetic
 from acetate.draws import generator_for
 from acetate.metrics.alpha import border_mean, centre_of_mass, highest_cell
@@ -42,16 +44,24 @@ def held_out(
     return clips
 
 
-def placed(alpha: Tensor, path: EllipsePath) -> Tensor:
-    """Returns alpha (1, T, H, W) shrunk to the guide's length and moved to its centre."""
-    height, width = alpha.shape[-2:]
+def placed(planes: Tensor, path: EllipsePath) -> Tensor:
+    """Shrinks planes (C, T, H, W), such as alpha, to the guide's length and moves them to its
+    centre."""
+    height, width = planes.shape[-2:]
     rows, columns = round(path.axes[0] * height), round(path.axes[0] * width)
-    small = F.interpolate(alpha.transpose(0, 1), (rows, columns), mode="area").transpose(0, 1)
+    small = F.interpolate(planes.transpose(0, 1), (rows, columns), mode="area").transpose(0, 1)
     left, top = (
         round(path.centre[0] * width - columns / 2),
         round(path.centre[1] * height - rows / 2),
     )
     return F.pad(small, (left, width - left - columns, top, height - top - rows))
+
+
+def whole(clip: synthetic.SyntheticClip, path: EllipsePath) -> tuple[Tensor, Tensor]:
+    """rgb and alpha of a drawn clip, shrunk and moved as `placed` does."""
+    alpha = placed(clip.alpha, path)
+    premultiplied = placed((clip.rgb + 1) * clip.alpha, path)
+    return premultiplied / alpha.clamp_min(1e-6) - 1, alpha
 
 
 def random_paths(count: int, seed: int) -> list[EllipsePath]:
@@ -96,12 +106,30 @@ def main(config: DictConfig) -> None:
     sampled = pipeline([clip.prompt for clip in clips], guide=guide)
     alphas = torch.stack([clip.alpha.clamp(0, 1) for clip in sampled])
     centres = torch.tensor([path.centre for path in paths])
-    results = figures(alphas, centres, pipeline.vae.geometry.space_stride)
-    table = Table(*results)
-    table.add_row(*(f"{value:.3f}" for value in results.values()))
-    Console(width=120).print(table)
+    results: dict[str, float | list[float]] = {
+        **figures(alphas, centres, pipeline.vae.geometry.space_stride)
+    }
+    reader, right = load_reader(Path(config.paths.cache))
+    ours = [(clip.rgb, clip.alpha) for clip in sampled]
+    real = [whole(clip, path) for clip, path in zip(clips, paths, strict=True)]
+    results |= measure(reader, ours, clips, real)
+    for name, value in measure(reader, real, clips, real).items():
+        if name != "frechet":
+            results[f"{name}, own clips"] = value
+    results |= {f"{name}, reader": value for name, value in right.items()}
+    show(results)
     if config.out is not None:
         write_json(Path(config.out), results)
+
+
+def show(results: dict[str, float | list[float]]) -> None:
+    table = Table("", "value", "95 % interval")
+    for name, value in results.items():
+        if isinstance(value, list):
+            table.add_row(name, f"{value[0]:.3f}", f"{value[1]:.3f} to {value[2]:.3f}")
+        else:
+            table.add_row(name, f"{value:.3f}", "")
+    Console(width=120).print(table)
 
 
 if __name__ == "__main__":

@@ -3,17 +3,20 @@ model."""
 
 import math
 import sys
+from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from lightning import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from acetate.alpha import PALETTE, harden, over
-from acetate.data import synthetic
+from acetate.data import drawing, synthetic
 from acetate.data.clips import TrainBatches
 from acetate.data.datamodule import apart_from_signals
 from acetate.data.drawing import Dice, canvas_of, inside, look_up, mix, rotate, splat
+from acetate.data.transforms import resize
 from acetate.draws import generator_for
 from acetate.lightning_seams import batches_done
 
@@ -23,10 +26,21 @@ class EndlessClips(Dataset):
     step-th."""
 
     def __init__(
-        self, *, seed: int, start: int, length: int, step: int, frames: int, height: int, width: int
+        self,
+        *,
+        seed: int,
+        start: int,
+        length: int,
+        step: int,
+        frames: int,
+        height: int,
+        width: int,
+        smallest: float,
+        mattes: bool,
     ) -> None:
         self.seed, self.start, self.length, self.step = seed, start, length, step
         self.frames, self.height, self.width = frames, height, width
+        self.smallest, self.views = smallest, 10 if mattes else 8
 
     def __len__(self) -> int:
         return self.length
@@ -41,26 +55,32 @@ class EndlessClips(Dataset):
         kind = synthetic.KINDS[kind_draw % len(synthetic.KINDS)]
         size = (self.frames, self.height, self.width)
         clip = synthetic.render(kind, seed_draw, *size)
+        rgb, alpha = clip.rgb, clip.alpha
+        if self.smallest < 1:
+            draws = torch.rand(3, generator=generator).tolist()
+            rgb, alpha = placed(
+                rgb, alpha, self.smallest + (1 - self.smallest) * draws[0], *draws[1:]
+            )
         return {
-            "video": self._view(clip, view_draw % 10, color_draw, size),
+            "video": self._view(rgb, alpha, view_draw % self.views, color_draw, size),
             "prompt": clip.prompt,
             "key": f"{kind}-{seed_draw}",
         }
 
     @staticmethod
     def _view(
-        clip: synthetic.SyntheticClip, view: int, color: int, size: tuple[int, int, int]
+        rgb: Tensor, alpha: Tensor, view: int, color: int, size: tuple[int, int, int]
     ) -> Tensor:
         """Renders a view of the kinds that an RGB model is shown later: pictures (5 of 10), hard
-        (2) and soft (1) renders, mattes (2)."""
+        (2) and soft (1) renders, mattes (2, last)."""
         plain = PALETTE[color % 8].view(3, 1, 1, 1)
         if view < 5:
-            return over(clip.rgb, clip.alpha, background(color, *size))
+            return over(rgb, alpha, background(color, *size))
         if view < 7:
-            return over(clip.rgb, harden(clip.alpha), plain)
+            return over(rgb, harden(alpha), plain)
         if view < 8:
-            return over(clip.rgb, clip.alpha, plain)
-        return (clip.alpha * 2 - 1).expand(3, *size)
+            return over(rgb, alpha, plain)
+        return (alpha * 2 - 1).expand(3, *size)
 
 
 class EndlessDataModule(LightningDataModule):
@@ -68,7 +88,8 @@ class EndlessDataModule(LightningDataModule):
     seed space.
 
     Rank r of n draws the clips r, r + n, ...; batch_size is per rank, val_clips are of all ranks
-    together.
+    together. smallest: scale of the subject, drawn from here to 1 with a place for it. mattes:
+    some clips are their own alpha, as a grey picture.
     """
 
     def __init__(
@@ -81,8 +102,15 @@ class EndlessDataModule(LightningDataModule):
         val_clips: int,
         seed: int,
         num_workers: int,
+        smallest: float = 1.0,
+        mattes: bool = True,
     ) -> None:
         super().__init__()
+        if not 0 < smallest <= 1:
+            raise ValueError(
+                f"data.smallest={smallest}; a scale in (0, 1]. 1 leaves clips as drawn."
+            )
+        self.smallest, self.mattes = smallest, mattes
         self.frames, self.height, self.width = frames, height, width
         self.batch_size, self.val_clips = batch_size, val_clips
         self.seed, self.num_workers = seed, num_workers
@@ -95,7 +123,7 @@ class EndlessDataModule(LightningDataModule):
         batches = TrainBatches(
             lambda: finished * self.batch_size * world, self.batch_size, rank, world
         )
-        clips = self._clips(start=0, length=sys.maxsize, step=1)
+        clips = self.numbered(start=0, length=sys.maxsize, step=1)
         return DataLoader(
             clips,
             batch_sampler=batches,
@@ -108,7 +136,7 @@ class EndlessDataModule(LightningDataModule):
             (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         )
         share = max(1, self.val_clips // world)
-        clips = self._clips(start=2**31 + rank, length=share, step=world)
+        clips = self.numbered(start=2**31 + rank, length=share, step=world)
         return DataLoader(
             clips,
             batch_size=min(self.batch_size, share),
@@ -116,7 +144,17 @@ class EndlessDataModule(LightningDataModule):
             worker_init_fn=apart_from_signals,
         )
 
-    def _clips(self, *, start: int, length: int, step: int) -> EndlessClips:
+    def identity(self) -> list[object]:
+        """All that decides which pictures the clips are."""
+        size = [self.frames, self.height, self.width]
+        drawings = [
+            Path(str(module.__file__)).read_text()
+            for module in (synthetic, drawing, sys.modules[__name__])
+        ]
+        return [self.seed, *size, self.smallest, self.mattes, *drawings]
+
+    def numbered(self, *, start: int, length: int, step: int) -> EndlessClips:
+        """Of the numbers start, start + step, ..."""
         return EndlessClips(
             seed=self.seed,
             start=start,
@@ -125,7 +163,21 @@ class EndlessDataModule(LightningDataModule):
             frames=self.frames,
             height=self.height,
             width=self.width,
+            smallest=self.smallest,
+            mattes=self.mattes,
         )
+
+
+def placed(
+    rgb: Tensor, alpha: Tensor, scale: float, above: float, before: float
+) -> tuple[Tensor, Tensor]:
+    """A clip shown smaller on its transparent canvas; above and before: shares of the slack."""
+    height, width = alpha.shape[-2:]
+    rows, columns = max(1, round(scale * height)), max(1, round(scale * width))
+    top, left = round(above * (height - rows)), round(before * (width - columns))
+    small = resize(rgb, alpha, rows, columns)
+    pad = (left, width - columns - left, top, height - rows - top)
+    return F.pad(small[0], pad, value=-1), F.pad(small[1], pad)
 
 
 def background(seed: int, frames: int, height: int, width: int) -> Tensor:

@@ -18,6 +18,7 @@ from acetate.draws import ClipDraws
 from acetate.losses.terms import sobel_l1
 from acetate.metrics.rgb import RGBQuality
 from acetate.models.dit import velocity
+from acetate.models.loading import load_transformer
 from acetate.models.wan import Geometry, WanDecoder, WanEncoder, WanHead, replace_folder, save_vae
 from acetate.tasks.example import Group, Load, MeasuredTask
 from acetate.tasks.logs import Means, log_means
@@ -180,7 +181,7 @@ class WanDiTTask(MeasuredTask):
 
     l = |DiT(x_t, t, prompt) - (noise - z)|^2, z normalised, one step per clip; prompts are dropped
     with probability `prompt_dropout`. `save_to` receives transformer, text_encoder and tokenizer in
-    diffusers layout.
+    diffusers layout; `init_from` is such a folder to go on from.
     """
 
     levels = flow.schedule()
@@ -199,6 +200,7 @@ class WanDiTTask(MeasuredTask):
         warmup_steps: int,
         seed: int,
         save_to: str,
+        init_from: str | None = None,
     ) -> None:
         super().__init__()
         self.geometry = Geometry.of(vae)
@@ -223,12 +225,21 @@ class WanDiTTask(MeasuredTask):
                 eos_token_id=1,
             )
         )
+        if init_from is not None:
+            self.start_from(Path(init_from))
         self.prompt_length, self.prompt_dropout = prompt_length, prompt_dropout
         self.lr, self.warmup_steps, self.seed = lr, warmup_steps, seed
         self.save_to, self.step_means = Path(save_to), Means()
         shape = (1, -1, 1, 1, 1)
         self.register_buffer("mean", torch.tensor(self.geometry.mean).view(shape), persistent=False)
         self.register_buffer("std", torch.tensor(self.geometry.std).view(shape), persistent=False)
+
+    def start_from(self, folder: Path) -> None:
+        """Takes over transformer, text encoder and tokenizer of an earlier training."""
+        self.transformer.load_state_dict(load_transformer(str(folder)).state_dict())
+        text = UMT5EncoderModel.from_pretrained(folder / "text_encoder", dtype=torch.float32)
+        self.text_encoder.load_state_dict(text.state_dict())
+        self.tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer")
 
     def context(self, prompts: list[str]) -> Tensor:
         """Returns (B, L, text_width), zeros after each prompt's last token, as Wan's DiT reads
@@ -250,13 +261,18 @@ class WanDiTTask(MeasuredTask):
             prompt if keep else ""
             for prompt, keep in zip(batch["prompt"], kept.tolist(), strict=True)
         ]
-        noise = draws.normal(self.geometry.latent_shape(*batch["video"].shape[2:]))
-        return self.error(batch["video"], prompts, noise, ids)
+        latents = self.latents(batch)
+        return self.error(latents, prompts, draws.normal(latents.shape[1:]), ids)
 
-    def error(self, video: Tensor, prompts: list[str], noise: Tensor, ids: Tensor) -> Tensor:
-        """Returns the mean squared error of the velocity at the noise levels of steps ids (B,)."""
+    def latents(self, batch: dict[str, Any]) -> Tensor:
+        """Returns normalised latents of clips, or of what the head has made of them before."""
         with torch.no_grad():
-            latents = (self.head(self.encoder(video))[0] - self.mean) / self.std
+            kept = batch.get("latents")
+            raw = self.head(self.encoder(batch["video"]))[0] if kept is None else kept
+            return (raw - self.mean) / self.std
+
+    def error(self, latents: Tensor, prompts: list[str], noise: Tensor, ids: Tensor) -> Tensor:
+        """Returns the mean squared error of the velocity at the noise levels of steps ids (B,)."""
         field = partial(velocity, self.transformer)
         return flow.squared_error(
             latents, noise, self.levels, ids, field, self.context(prompts)
@@ -269,7 +285,7 @@ class WanDiTTask(MeasuredTask):
     def example_loss(self, batch: dict[str, Any]) -> Tensor:
         ids = torch.zeros(len(batch["key"]), dtype=torch.long)
         noise = torch.empty(len(ids), *self.geometry.latent_shape(*batch["video"].shape[2:]))
-        return self.error(batch["video"], batch["prompt"], noise, ids)
+        return self.error(self.latents(batch), batch["prompt"], noise, ids)
 
     def sharded(self) -> list[Group]:
         return [(self, [])]
