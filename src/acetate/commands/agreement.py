@@ -28,7 +28,7 @@ FEATURES = 32  # fewer than clips, or their covariance has no full rank
 # Places of named colors: around the circle of hues, whose twelve steps are those of the drawings,
 # and from black to white. Two names are alike where they are at most one step apart: a plain
 # figure runs from its color into the next one.
-HUES = {name: float(place) for place, name in enumerate(drawing.COLOURS)} | {
+HUES = {name: float(place) for place, name in enumerate(drawing.COLORS)} | {
     "red": 0.5, "chestnut": 1.5, "blond": 3.0, "green": 4.5, "blue": 7.5,
 }  # fmt: skip
 GREYS = {"black": 0.0, "dark": 0.7, "grey": 1.7, "silver": 2.2, "white": 3.0}
@@ -93,7 +93,7 @@ def alike(one: str, other: str) -> bool:
     """At most one step apart."""
     if one in HUES and other in HUES:
         way = abs(HUES[one] - HUES[other])
-        return min(way, len(drawing.COLOURS) - way) <= 1
+        return min(way, len(drawing.COLORS) - way) <= 1
     return one in GREYS and other in GREYS and abs(GREYS[one] - GREYS[other]) <= 1
 
 
