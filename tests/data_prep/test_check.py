@@ -84,7 +84,7 @@ def test_pictures_that_show_no_transparency(tmp_path, frames, fault):
     assert fault in faults
 
 
-def test_multiplied_color_in_a_straight_format(tmp_path):
+def test_multiplied_colour_in_a_straight_format(tmp_path):
     frame = drawn("smoke", 5, frames=1, height=96)[0].astype(np.float32)
     frame[..., :3] *= frame[..., 3:] / 255
     Image.fromarray(frame.round().astype(np.uint8)).save(tmp_path / "a.png")
@@ -97,10 +97,10 @@ def test_what_acetate_writes_is_fine(tmp_path, name):
     drawn = render("smoke", 3, 5, 48, 48)
     verdict = check(Clip(drawn.rgb, drawn.alpha, 16).save(tmp_path / name), LIMITS)
     assert not verdict.faults and not verdict.notes
-    assert verdict.lines["color"].startswith("straight")
+    assert verdict.lines["colour"].startswith("straight")
 
 
-def test_color_that_nobody_states(tmp_path):
+def test_colour_that_nobody_states(tmp_path):
     path = write(tmp_path / "a.mov", SOFT, "prores_ks", "yuva444p10le", profile="4")
     _, notes = texts(check(path, LIMITS))
     assert "are not stated" in notes

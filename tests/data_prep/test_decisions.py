@@ -52,9 +52,9 @@ def test_impossible_choices_are_named(choices, message):
         DECISIONS.overridden("the table", choices)
 
 
-def test_older_lines_spell_color():
-    line = json.loads(json.dumps(DECISIONS.as_json()).replace("color", "color"))
-    assert "color" in line["reasons"] and Decisions.of_json(line) == DECISIONS
+def test_older_lines_spell_colour():
+    line = json.loads(json.dumps(DECISIONS.as_json()).replace("color", "colour"))
+    assert "colour" in line["reasons"] and Decisions.of_json(line) == DECISIONS
 
 
 def test_edited_lines_are_checked():

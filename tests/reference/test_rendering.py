@@ -6,7 +6,7 @@ from acetate.alpha import PALETTE, harden, over, palette_colors
 
 
 def test_palette(golden):
-    assert_close(PALETTE, torch.tensor(golden("rendering").metadata["colors"]))
+    assert_close(PALETTE, torch.tensor(golden("rendering").metadata["colours"]))
 
 
 @pytest.mark.parametrize("source", ["", "unclamped/"])
