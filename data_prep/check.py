@@ -83,7 +83,7 @@ def _look(verdict: Verdict, path: Path, limits: Limits, structure: Carried) -> N
         f"{held[0]} to {held[-1]}; {empty:.0%} empty, {opaque:.0%} opaque, "
         f"{1 - empty - opaque:.0%} between"
     )
-    verdict.lines["color"] = found.reasons["color"]
+    verdict.lines["colour"] = found.reasons["color"]
     if shown := who_shows(path, structure.codec):
         verdict.lines["shown by"] = shown[0]
         if shown[1]:
