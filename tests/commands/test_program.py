@@ -7,6 +7,7 @@ import sys
 
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
 from acetate.cli import PROGRAMS
@@ -82,7 +83,7 @@ def test_references_are_followed():
 
 def said(*arguments):
     """What is said of a command line that cannot be composed."""
-    with pytest.raises(Exception) as caught:
+    with pytest.raises(HydraException) as caught:
         composed("config", arguments)
     return in_words(caught.value, "config", arguments)
 

@@ -312,6 +312,7 @@ def test_prompts(tmp_path):
     ("arguments", "message"),
     [
         (["formats=[]"], r"formats=\[\]: no file would be written"),
+        (["formats=[gif]"], "gif"),
         (
             ["guide.centre=[0.5]"],
             r"guide.centre=\[0.5\]; needed: two numbers, shares of width and height",
@@ -328,23 +329,15 @@ def test_settings_are_checked_before_anything_is_loaded(tmp_path, arguments, mes
         check_settings(config_for(*(text.format(file=tmp_path / "file") for text in arguments)))
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["formats=[gif]"], "gif"),
-        (["height=50"], "height 50; this VAE needs multiples of 8"),
-        (["frames=6"], "frames=6: must be one of 1, 5, 9"),
-    ],
-)
 @pytest.mark.slow
-def test_bad_input_is_named(tmp_path, cached, dora, arguments, message):
+def test_bad_input_is_named(tmp_path, cached, dora):
     code, printed = run(
         tmp_path / "out",
         'prompt="a long red disc"',
         f"rgba_vae={cached[1]}",
         f"dora={dora}",
-        *arguments,
+        "height=50",
     )
     assert code != 0
-    assert message in printed
+    assert "height 50; this VAE needs multiples of 8" in printed
     assert not (tmp_path / "out").exists()

@@ -73,8 +73,8 @@ class Samples(Callback):
     module's `captions`.
 
     Memory: the text encoder is loaded once, before training, on rank 0, and dropped; the VAE waits
-    on the CPU, and decodes one clip at a time. Files: `<directory, or
-    default_root_dir>/samples/step_00001000/<number>.webm` and a contact sheet; wandb gets both,
+    on the CPU, and decodes one clip at a time. Files:
+    `<default_root_dir>/samples/step_00001000/<number>.webm` and a contact sheet; wandb gets both,
     TensorBoard the sheet. The task has `transformer`, `mean_shift` and `cache`. Raises ValueError
     for a VAE or a text encoder that the latents were not cached with.
     """
@@ -94,7 +94,6 @@ class Samples(Callback):
         fps: float,
         solver: Solver,
         guide: EllipsePath | None,
-        directory: str | None = None,
     ) -> None:
         if prompts is not None and not prompts:
             raise ValueError(
@@ -103,7 +102,7 @@ class Samples(Callback):
             )
         self.build_vae, self.build_text = build_vae, build_text
         self.prompts, self.negative_prompt, self.seed = prompts, negative_prompt, seed
-        self.every_n_validations, self.fps, self.directory = every_n_validations, fps, directory
+        self.every_n_validations, self.fps = every_n_validations, fps
         self.size = (frames, height, width)
         self.solver, self.guide = solver, guide
 
@@ -174,7 +173,7 @@ class Samples(Callback):
 
     def _write(self, trainer: Trainer, clips: list[tuple[str, Tensor, Tensor]]) -> None:
         step = trainer.global_step
-        folder = Path(self.directory or trainer.default_root_dir) / "samples" / f"step_{step:08d}"
+        folder = Path(trainer.default_root_dir) / "samples" / f"step_{step:08d}"
         sheet = contact_sheet(clips, f"step {step}", self.outline)
         save_picture(sheet, folder / "sheet.png")
         for index, (prompt, rgb, alpha) in enumerate(clips):
