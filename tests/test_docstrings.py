@@ -11,7 +11,6 @@ FRAGMENTS = {
     "Of", "What", "Whether", "How", "As", "That", "Those", "Where", "Which", "With", "Also", "On",
     "In", "At", "From", "Over", "Once",
 }  # fmt: skip
-LATER = ("src/acetate/media/", "src/acetate/data/store.py")  # still to be written anew
 
 
 def fragments(source: str) -> Iterator[str]:
@@ -27,7 +26,7 @@ def test_docstrings_are_sentences():
     found = {}
     for file in sorted((ROOT / "src/acetate").rglob("*.py")):
         name = str(file.relative_to(ROOT))
-        if not name.startswith(LATER) and (bad := [*fragments(file.read_text())]):
+        if bad := [*fragments(file.read_text())]:
             found[name] = bad
     assert not found
 

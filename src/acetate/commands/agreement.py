@@ -69,7 +69,7 @@ class Reader(nn.Module):
 
 @dataclass(frozen=True)
 class Seen:
-    """What the network sees in clips: features (B, 32), kinds (B,), names of colors."""
+    """The network's answers about clips: features (B, 32), kinds (B,), names of colors."""
 
     features: Tensor
     kinds: list[str]
@@ -82,15 +82,15 @@ def colors_of(prompt: str) -> list[str]:
 
 
 def decided(clip: synthetic.SyntheticClip) -> bool:
-    """Whether the prompt names all that the subject is colored with. Textures and sparks have a
-    second color that it does not name, and no picture tells which of the two is the named one."""
+    """Tells whether the prompt names all that the subject is colored with. Textures and sparks have
+    a second color that it does not name, and no picture tells which of the two is the named one."""
     return clip.kind != "particles" and not any(
         texture in clip.prompt for texture in set(drawing.TEXTURES) - {"plain"}
     )
 
 
 def alike(one: str, other: str) -> bool:
-    """At most one step apart."""
+    """Tells whether two names are at most one step apart."""
     if one in HUES and other in HUES:
         way = abs(HUES[one] - HUES[other])
         return min(way, len(drawing.COLORS) - way) <= 1
@@ -115,7 +115,7 @@ def see(reader: Reader, clips: Sequence[tuple[Tensor, Tensor]]) -> Seen:
 
 
 def named(reader: Reader, features: Tensor) -> Seen:
-    """What the network names in features (B, 32)."""
+    """Returns what the network names in features (B, 32)."""
     kinds, names = reader.kinds(features).argmax(1), reader.colors(features).argmax(1)
     return Seen(
         features,
@@ -125,8 +125,8 @@ def named(reader: Reader, features: Tensor) -> Seen:
 
 
 def agreement(seen: Seen, clips: Sequence[synthetic.SyntheticClip]) -> tuple[Tensor, Tensor]:
-    """Whether the kind is that of the prompt's clip, (B,); and whether the color is one that the
-    prompt names, or alike, of those clips whose prompts decide it."""
+    """Tells whether the kind is that of the prompt's clip, (B,); and whether the color is one that
+    the prompt names, or alike, of those clips whose prompts decide it."""
     kinds = [found == clip.kind for found, clip in zip(seen.kinds, clips, strict=True)]
     colors = [
         any(alike(found, name) for name in colors_of(clip.prompt))

@@ -154,7 +154,7 @@ class EndlessDataModule(LightningDataModule):
         return [self.seed, *size, self.smallest, self.mattes, *drawings]
 
     def numbered(self, *, start: int, length: int, step: int) -> EndlessClips:
-        """Of the numbers start, start + step, ..."""
+        """Makes the clips of the numbers start, start + step, ..."""
         return EndlessClips(
             seed=self.seed,
             start=start,

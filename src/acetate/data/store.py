@@ -1,5 +1,5 @@
-"""Where shards lie: a local folder, read in place, or a URL of fsspec's, whose tars are fetched
-whole into a cache."""
+"""Places where shards lie: a local folder, read in place, or a URL of fsspec's, whose tars are
+fetched whole into a cache."""
 
 import fcntl
 import hashlib
@@ -38,8 +38,8 @@ T = TypeVar("T")
 
 
 class Remote:
-    """How shards behind a URL are read: a tar goes whole into `cache_dir` and is checked against
-    its SHA-256.
+    """Reads shards behind a URL: a tar goes whole into `cache_dir` and is checked against its
+    SHA-256.
 
     All processes of a machine, also of several runs with the same cache_gb, share the cache: it
     never holds more than cache_gb * 2**30 bytes, downloads under way included; tars that were not
@@ -92,8 +92,8 @@ class Remote:
         return self._persist(once, url)
 
     def read_member(self, tar: "RemoteTar", name: str, most: int) -> bytes:
-        """Of a tar, which is fetched if the cache lacks it; OSError if it cannot be, ValueError for
-        more than `most` bytes."""
+        """Reads a member of a tar, which is fetched if the cache lacks it; OSError if it cannot be,
+        ValueError for more than `most` bytes."""
         with self.open(tar) as file:
             if tar.sha256 not in self.members:
                 self.members[tar.sha256] = dict(find_members(file, tar.size))
@@ -122,7 +122,7 @@ class Remote:
         return self._path(tar).exists()
 
     def keep(self, tars: "Iterable[RemoteTar]") -> None:
-        """As if they had just been read: others leave the cache before them."""
+        """Marks tars as if they had just been read: others leave the cache before them."""
         for tar in tars:
             with suppress(OSError):
                 os.utime(self._path(tar))
@@ -294,8 +294,8 @@ class Remote:
 
 
 def _left_behind(part: Path, written: float, timeout: float) -> bool:
-    """Whether the process that downloaded it is gone; where there are no locks, whether it stands
-    still for long."""
+    """Tells whether the process that downloaded it is gone; where there are no locks, whether it
+    stands still for long."""
     try:
         with part.open("r+b") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,4 +1,4 @@
-"""How a file carries its alpha, as players and editors look for it, and who shows it."""
+"""The way a file carries its alpha, as players and editors look for it, and who shows it."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +37,7 @@ SHOWN = {
 
 @dataclass(frozen=True)
 class Carried:
-    """What the file's own structure says, before a picture counts.
+    """The statements of the file's own structure, before a picture counts.
 
     codec, pixels: names, as FFmpeg or PIL have them. packets: of a film; planes: those of them with
     alpha beside the picture, None where the codec has it inside. tagged: whether the container

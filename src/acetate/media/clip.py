@@ -1,4 +1,4 @@
-"""What every reader gives and raises: clips, descriptions, limits, errors."""
+"""Clips, descriptions, limits and errors, which every reader gives and raises."""
 
 import math
 import struct
@@ -95,7 +95,7 @@ class Stream:
 
 
 def stream_of(clip: RGBAClip) -> Stream:
-    """Of a clip that is in memory."""
+    """Returns a stream of a clip that is in memory."""
     frames = iter(clip.frames)
     return Stream(
         frames, len(clip.frames), clip.fps, clip.lossy, clip.premultiplied, list(clip.notes)
@@ -104,7 +104,7 @@ def stream_of(clip: RGBAClip) -> Stream:
 
 @dataclass(frozen=True)
 class Description:
-    """What a file's headers say; nothing but a first frame is decoded.
+    """The statements of a file's headers; nothing but a first frame is decoded.
 
     lost: why the alpha that an opaque file has nevertheless cannot be read, and the way out.
     divided: whether reading divides its colour by alpha, in linear light; None where nothing says
@@ -122,7 +122,7 @@ class Description:
 
 @dataclass(frozen=True)
 class Limits:
-    """What is refused from its headers, before anything is decoded."""
+    """Bounds beyond which a file is refused from its headers, before anything is decoded."""
 
     max_pixels: int = 2**26  # of one picture: 8192 x 8192
     max_frames: int = 100_000

@@ -1,4 +1,4 @@
-"""From the colour that a file states to straight sRGB: the one place that decides it, whichever
+"""Brings the colour that a file states into straight sRGB: the one place that decides it, whichever
 decoder ran.
 
 A file states its colour as an ICC profile, as code points of ITU-T H.273 (CICP: primaries and
@@ -55,8 +55,9 @@ Pixels = NDArray[np.uint8] | NDArray[np.uint16] | Unit
 
 
 class Stated(NamedTuple):
-    """What a file says of its colour. primaries and transfer are H.273's numbers; chromaticities
-    are x and y of red, green, blue and white, in place of a number; gamma: from code to light."""
+    """A file's statements about its colour. primaries and transfer are H.273's numbers;
+    chromaticities are x and y of red, green, blue and white, in place of a number; gamma: from code
+    to light."""
 
     icc: bytes | None = None
     primaries: int = UNSPECIFIED

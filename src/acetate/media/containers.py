@@ -1,5 +1,5 @@
-"""What stands in a container beside its packets: crops that FFmpeg's decoders do not apply, and
-whether the file ends early."""
+"""Reads what stands in a container beside its packets: crops that FFmpeg's decoders do not apply,
+and whether the file ends early."""
 
 import os
 import struct
@@ -18,7 +18,8 @@ MOST_BOXES = 10_000
 
 
 class Box(NamedTuple):
-    """Of a file of boxes within boxes. start: of its contents; end: where it says that they end."""
+    """A box of a file of boxes within boxes. start: of its contents; end: where it says that they
+    end."""
 
     kind: bytes | int
     start: int
@@ -26,8 +27,8 @@ class Box(NamedTuple):
 
 
 def missing_bytes(path: Path) -> int:
-    """How many bytes shorter a file is than it says: RIFF (AVI, WebP), ISO media (MOV, MP4, AVIF)
-    and Matroska. 0 for others."""
+    """Counts the bytes that a file is shorter than it says: RIFF (AVI, WebP), ISO media (MOV, MP4,
+    AVIF) and Matroska. 0 for others."""
     size = os.path.getsize(path)
     with open(path, "rb") as file:
         head = file.read(12)
@@ -43,8 +44,9 @@ def missing_bytes(path: Path) -> int:
 
 
 def crop_of(path: Path, width: int, height: int) -> Rect | None:
-    """What of the first video track's stored pixels is to be shown: Matroska's PixelCrop, ISO
-    media's clean aperture. None for all of them, and for what lies outside of them."""
+    """Returns the part of the first video track's stored pixels that is to be shown: Matroska's
+    PixelCrop, ISO media's clean aperture. None for all of them, and for what lies outside of
+    them."""
     size = os.path.getsize(path)
     with open(path, "rb") as file:
         head = file.read(12)

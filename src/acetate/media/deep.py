@@ -26,8 +26,9 @@ Unit = NDArray[np.float32]
 
 
 class Deep(NamedTuple):
-    """From its header. kind: png, tiff or exr. bits: 16, integers; 32, floating point of 16 or 32
-    bits. width and height: as stored. associated: colour is multiplied by alpha."""
+    """A file of more than 8 bits, as its header says. kind: png, tiff or exr. bits: 16, integers;
+    32, floating point of 16 or 32 bits. width and height: as stored. associated: colour is
+    multiplied by alpha."""
 
     kind: str
     bits: int
@@ -93,7 +94,7 @@ def read_deep(
 
 
 def divides(deep: Deep, asked: Asked) -> bool:
-    """Whether reading divides colour by alpha: linear light by a person's word before the
+    """Tells whether reading divides colour by alpha: linear light by a person's word before the
     format's."""
     if asked.premultiplied is None or (deep.bits == 16 and not deep.associated):
         return deep.associated
@@ -137,7 +138,7 @@ def png_pixels(data: bytes) -> Unit:
 
 
 def orientation_in(exif: bytes) -> int:
-    """Of an EXIF block."""
+    """Returns the orientation in an EXIF block."""
     found = Image.Exif()
     found.load(exif)
     return found.get(Base.Orientation, 1)

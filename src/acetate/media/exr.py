@@ -93,7 +93,7 @@ def _plane(channel: Any) -> NDArray[np.float32]:
 
 
 def _layers(file: Any) -> list[Layer]:
-    """Those that hold a colour picture."""
+    """Returns the layers that hold a colour picture."""
     found = []
     for number, part in enumerate(file.parts):
         by_prefix: dict[str, dict[str, str]] = {}

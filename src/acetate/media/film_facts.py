@@ -1,4 +1,4 @@
-"""What a film states of its pictures, by its container, its packets and its first frame."""
+"""Reads what a film states of its pictures, by its container, its packets and its first frame."""
 
 import re
 from contextlib import suppress
@@ -39,7 +39,7 @@ class Shown:
 
 
 class Facts(NamedTuple):
-    """What a file states of all its pictures."""
+    """A file's statements about all its pictures."""
 
     placement: Placement
     stated: Stated
@@ -107,7 +107,7 @@ def packets_of(container: av.container.InputContainer, stream: av.VideoStream) -
 
 
 def _hidden(packet: av.Packet, stream: av.VideoStream) -> bool:
-    """Whether it only holds a picture that others refer to (VP8: RFC 6386, 9.1)."""
+    """Tells whether a packet only holds a picture that others refer to (VP8: RFC 6386, 9.1)."""
     return stream.codec_context.name == "vp8" and not bytes(packet)[0] >> 4 & 1
 
 
@@ -122,7 +122,7 @@ def what_is_done(frame: av.VideoFrame, facts: Facts) -> list[str]:
 def ends_early(
     container: av.container.InputContainer, stream: av.VideoStream, shown: Shown
 ) -> str | None:
-    """In words, where the pictures end well before the file says that they do."""
+    """Says so, in words, where the pictures end well before the file says that they do."""
     said = {name.lower(): value for name, value in stream.metadata.items()}.get("duration", "")
     alone = all(other.type == "video" for other in container.streams)
     if re.fullmatch(r"\d+:\d\d:\d\d(\.\d+)?", said):

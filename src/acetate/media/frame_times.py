@@ -22,7 +22,7 @@ class Rate(NamedTuple):
 
 
 def delays_as_shown(delays: list[float]) -> list[float]:
-    """Of an animated image, in ms, as browsers show them."""
+    """Returns the delays of an animated image, in ms, as browsers show them."""
     return [SHOWN_INSTEAD if delay <= SHORTEST_DELAY else delay for delay in delays]
 
 

@@ -155,8 +155,8 @@ def _hvcc(record: bytes, at: int) -> list[bytes]:
 
 
 def _lhvc(path: Path) -> list[bytes]:
-    """Of the further layers: a box beside hvcC (ISO 14496-15, 9.6.3), which FFmpeg does not hand
-    out."""
+    """Returns the parameter sets of the further layers: a box beside hvcC (ISO 14496-15, 9.6.3),
+    which FFmpeg does not hand out."""
     data = path.read_bytes()
     at = data.find(b"lhvC")
     return _hvcc(data[at + 4 : at + int.from_bytes(data[at - 4 : at], "big")], 5) if at > 4 else []

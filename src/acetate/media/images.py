@@ -216,7 +216,7 @@ def _nclx(path: Path) -> Stated:
 
 
 def _placement(path: Path, image: Image.Image) -> Placement:
-    """That is still to be applied: PIL turns a TIFF itself."""
+    """Returns the placement that is still to be applied: PIL turns a TIFF itself."""
     across, down = image.info.get("dpi") or image.info.get("aspect") or (1, 1)
     if image.format == "JPEG" and image.info.get("jfif_unit") == 0:
         across, down = image.info.get("jfif_density", (1, 1))

@@ -1,5 +1,5 @@
-"""What a matte file means: its brightness, its own alpha, a mask of 0 and 1, or the indices of a
-palette."""
+"""Reads a matte file by what it means: its brightness, its own alpha, a mask of 0 and 1, or the
+indices of a palette."""
 
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -112,8 +112,8 @@ def _varies(alphas: Iterable[Frames]) -> bool:
 
 
 def is_cutout(pictures: Iterable[Frames]) -> bool:
-    """Whether RGBA pictures (H, W, 4) show something of their own under an alpha that varies, where
-    a mask has one colour, or its alpha once more."""
+    """Tells whether RGBA pictures (H, W, 4) show something of their own under an alpha that varies,
+    where a mask has one colour, or its alpha once more."""
     least, most = np.full(4, 255), np.zeros(4, int)
     mask = True
     for picture in pictures:
@@ -154,8 +154,8 @@ def _packed(picture: Frames) -> NDArray[np.uint32]:
 
 
 def _of_two(path: Path, kind: str, found: list[int]) -> tuple[Callable[[Values], Frames], str]:
-    """What makes alpha of a mask that numbers things by indices or colours, the lower 0 and the
-    other 255; and in words."""
+    """Returns what makes alpha of a mask that numbers things by indices or colours, the lower 0 and
+    the other 255; and a note in words."""
     shown = [f"#{value:06x}" if kind == "colors" else str(value) for value in found]
     if len(found) > 2:
         more = ", ..." if len(found) > NAMED else ""

@@ -119,8 +119,8 @@ def _stated(where: str, content: Any, size: tuple[int, int]) -> tuple[Rect, Rect
 
 
 def find_packing(pictures: list[Frames]) -> Packing | None:
-    """Of some pictures (H, W, 3) of one video, spread over its length. None: nothing repeats
-    itself.
+    """Finds the packing of some pictures (H, W, 3) of one video, spread over its length. None:
+    nothing repeats itself.
 
     Several pictures are needed because effects begin and end empty.
     """

@@ -1,5 +1,5 @@
-"""How stored pixels are to be shown: cropped, with pixels that are not square stretched, mirrored
-and turned."""
+"""Shows stored pixels as they are meant: cropped, with pixels that are not square stretched,
+mirrored and turned."""
 
 import struct
 from typing import NamedTuple, TypeVar, cast
@@ -32,8 +32,8 @@ Pixels = TypeVar("Pixels", NDArray[np.uint8], NDArray[np.float32])
 
 
 class Placement(NamedTuple):
-    """In this order. crop: in stored pixels; aspect: width of a pixel by its height; turns:
-    counterclockwise quarters."""
+    """The steps from stored to shown pixels, in this order. crop: in stored pixels; aspect: width
+    of a pixel by its height; turns: counterclockwise quarters."""
 
     crop: Rect | None = None
     aspect: float = 1.0
@@ -56,7 +56,7 @@ class Placement(NamedTuple):
         return cast(Pixels, np.rot90(picture[:, ::-1] if self.mirrored else picture, self.turns))
 
     def size(self, width: int, height: int) -> tuple[int, int]:
-        """Of the picture as it is shown."""
+        """Returns the size of the picture as it is shown."""
         if self.crop is not None:
             width, height = self.crop[2:]
         width, height = self._stretched(width, height)

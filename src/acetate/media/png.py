@@ -22,8 +22,8 @@ Unit = NDArray[np.float32]
 
 
 class Header(NamedTuple):
-    """What a PNG says before its pixels. exif: as in the file; density: pixels a unit, across and
-    down."""
+    """A PNG's statements before its pixels. exif: as in the file; density: pixels a unit, across
+    and down."""
 
     width: int
     height: int
@@ -107,7 +107,7 @@ def chunks(data: bytes) -> Iterator[tuple[bytes, bytes]]:
 
 
 def composed(data: bytes, decode: Callable[[bytes], Unit]) -> Iterator[tuple[Unit, float]]:
-    """What an APNG shows, (H, W, 4) in [0, 1], and for how many milliseconds.
+    """Yields what an APNG shows, (H, W, 4) in [0, 1], and for how many milliseconds.
 
     decode: a PNG file as (h, w, 4). ValueError for damage and for a frame that does not lie inside
     of the picture.

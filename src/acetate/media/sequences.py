@@ -11,7 +11,7 @@ COUNTER = "*"  # stands for a frame's number in a pattern
 
 
 def is_sequence(path: Path) -> bool:
-    """Whether it is a folder or a pattern of names, and no file."""
+    """Tells whether the path is a folder or a pattern of names, and no file."""
     return path.is_dir() or (COUNTER in path.name and not path.exists())
 
 

@@ -196,7 +196,7 @@ def has_alpha(pixels: av.VideoFormat | None) -> bool:
 
 
 def _lost_alpha(container: av.container.InputContainer, stream: av.VideoStream) -> str | None:
-    """Of a video whose frames have none: what its container says of alpha nevertheless."""
+    """Returns what the container of a video whose frames have no alpha says of it nevertheless."""
     codec = stream.codec_context
     said = {name.lower(): value for name, value in stream.metadata.items()}
     if said.get("alpha_mode") == "1":
@@ -251,8 +251,8 @@ def _check_header(path: Path, stream: av.VideoStream, limits: Limits) -> None:
 def _decoded(
     stream: av.VideoStream, container: av.container.InputContainer, alpha_layer: AlphaLayer | None
 ) -> Iterator[av.VideoFrame]:
-    """With one thread: clips are read by several processes, whose threads would stand in each
-    other's way."""
+    """Decodes with one thread: clips are read by several processes, whose threads would stand in
+    each other's way."""
     stream.codec_context.thread_count = 1
     if alpha_layer is not None:
         yield from alpha_layer.frames(container, stream)

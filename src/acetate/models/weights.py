@@ -142,8 +142,8 @@ def _converted(
 
 
 def _check_finite(file: Path, name: str, value: Tensor) -> None:
-    """Of this rank's part. Its sum tells, at the speed of memory and without a mask of its size,
-    unless it overflows."""
+    """Raises ValueError where this rank's part is not finite. Its sum tells, at the speed of memory
+    and without a mask of its size, unless it overflows."""
     part = value.to_local() if isinstance(value, DTensor) else value
     if part.is_meta or not part.is_floating_point() or bool(part.sum().isfinite()):
         return

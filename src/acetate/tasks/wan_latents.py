@@ -72,7 +72,7 @@ class WanLatentsModule(EndlessDataModule):
         self.name = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:12]
 
     def files(self) -> dict[Path, EndlessClips]:
-        """Of training and, last, of validation, with what they hold."""
+        """Returns the files of training and, last, of validation, with what they hold."""
         parts = {
             self.folder / f"{self.name}-{start:08d}.safetensors": self.numbered(
                 start=start, length=PER_FILE, step=1
