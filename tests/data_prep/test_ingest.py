@@ -18,7 +18,7 @@ from acetate.video_io import IMAGES
 from data_prep import ingest as program
 from data_prep.bad_clips import TooManyBad, print_bad
 from data_prep.decisions import OVERRIDES, Decisions
-from data_prep.examine import NO_ALPHA, Found, Settings, prompt_from_name
+from data_prep.examine import NO_ALPHA, Found, Settings, prompt_from_name, said_of_names
 from data_prep.ingest import ingest, print_summary
 from data_prep.journal import only_writer
 from tests.media.films import drawn, write
@@ -670,6 +670,14 @@ def test_source_must_be_a_folder(tmp_path):
 def test_prompt_from_name():
     assert prompt_from_name("smoke_04") == "Transparent background: smoke"
     assert prompt_from_name("am2k_sample1") == "Transparent background: am2k sample1"
+
+
+@pytest.mark.parametrize("name", ["___", os.fsdecode("火焰".encode("gbk"))])
+def test_a_name_without_words_is_announced_as_a_missing_prompt(name):
+    prompt = prompt_from_name(name)
+    assert prompt == "Transparent background"
+    assert "1 of 2 are missing" in said_of_names([prompt, "a red fox"])
+    assert said_of_names(["a red fox"]) is None
 
 
 @pytest.mark.slow
