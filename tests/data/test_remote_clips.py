@@ -149,7 +149,7 @@ def test_damaged_manifests(server, tmp_path, damage):
         index_shards([open_folder(server.url, quick(tmp_path))])
 
 
-@pytest.mark.timeout(20)
+@pytest.mark.timeout(120)
 @pytest.mark.parametrize("fault", ["endless", "bomb"])
 def test_a_manifest_ends_at_its_limit(server, tmp_path, fault):
     server.faults["manifest.json"] = [fault] * 9
