@@ -291,9 +291,9 @@ def _bleed(frame: Frames, radius: int | None, trusted: int) -> Frames:
     from_around = hidden if radius is None else hidden & _within(weight > 0, radius)
     if trusted > 1:
         from_around = from_around | (~hidden & _within(weight > 0, NEAR) & (weight == 0))
-    color = torch.where(hidden, 0, picture[:, :3])
-    color = torch.where(from_around, _push_pull(picture[:, :3], weight), color)
-    color = color[0].permute(1, 2, 0).add(0.5).clamp(0, 255).to(torch.uint8).numpy()
+    color = _push_pull(picture[:, :3], weight)
+    color = color.where(from_around, picture[:, :3].masked_fill_(hidden, 0))
+    color = color[0].permute(1, 2, 0).add_(0.5).clamp_(0, 255).to(torch.uint8).numpy()
     return np.concatenate((color, alpha), axis=-1)
 
 
@@ -316,8 +316,9 @@ def _push_pull(color: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     elsewhere."""
     if max(color.shape[-2:]) == 1:
         return color * (weight > 0)
-    sums = F.avg_pool2d(torch.cat((color * weight, weight), dim=1), 2, ceil_mode=True)
-    coarse = _push_pull(sums[:, :3] / sums[:, 3:].clamp_min(1e-6), sums[:, 3:])
+    sums = F.avg_pool2d(color * weight, 2, ceil_mode=True)
+    weights = F.avg_pool2d(weight, 2, ceil_mode=True)
+    coarse = _push_pull(sums.div_(weights.clamp_min(1e-6)), weights)
     coarse = F.interpolate(coarse, scale_factor=2.0, mode="nearest")[
         ..., : color.shape[-2], : color.shape[-1]
     ]

@@ -2,7 +2,7 @@
 
 import logging
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TypeGuard
 from urllib.parse import quote, unquote
 
@@ -79,6 +79,21 @@ def secrets_of(value: Any, name: str = "") -> Iterable[str]:
         yield from LOGIN.findall(value)
         for _, query in QUERY.findall(value):
             yield from PAIR.findall(query)
+
+
+def settings_with_secrets(value: Any, name: str = "") -> Iterator[str]:
+    """Yields the names of settings that hold a secret in plain text."""
+    if is_mapping(value):
+        for key, item in value.items():
+            inner = f"{name}.{key}" if name else str(key)
+            if redacted({key: None}) != {key: None}:
+                yield name
+            yield from settings_with_secrets(item, inner)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from settings_with_secrets(item, name)
+    elif redacted(value, name) != value:
+        yield name
 
 
 def remember(secrets: Iterable[str]) -> None:

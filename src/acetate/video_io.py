@@ -52,6 +52,7 @@ FFV1_ALONE = {
     "protocol_whitelist": "none",
 }
 SPARE = 64  # pixels of a side by which FFmpeg's buffers may be larger than the picture
+SAME_RATE = 0.01  # rates of a pair nearer than this share are one
 PACKING_PICTURES = 6  # of a video, spread over its length, that its rectangles are measured on
 
 
@@ -94,7 +95,13 @@ def open_pair(fgr: Path, pha: Path, limits: Limits = LIMITS) -> Stream:
     iterated over, if length or size differ.
     """
     films = [_open_color(fgr, limits), open_matte(pha, limits)]
+    rates = [film.fps for film in films if film.fps]
     notes: list[str] = []
+    if len(rates) == 2 and abs(rates[0] / rates[1] - 1) > SAME_RATE:
+        notes.append(
+            f"{fgr.name} has {rates[0]:.4g} frames/s and {pha.name} {rates[1]:.4g}: taken frame by "
+            "frame, at the first's"
+        )
 
     def pictures() -> Iterator[Frames]:
         for picture, matte in zip_longest(*films):

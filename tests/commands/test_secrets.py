@@ -1,10 +1,14 @@
 """Passwords and tokens: nothing that a command writes or says has them, and it works with them."""
 
 import base64
+import subprocess
+import sys
 
 import pytest
 
-from acetate.commands.secrets import TABLE, find, hide
+from acetate.cli import PROGRAMS
+from acetate.commands.program import composed, own_configs, start
+from acetate.commands.secrets import TABLE, find, hide, refuse_in_jobs
 from tests.processes import program
 from tests.servers import serving
 
@@ -121,3 +125,35 @@ def test_a_secret_of_a_record_comes_from_the_environment(monkeypatch):
         find(["a.key='***a.key***'"])
     monkeypatch.setenv("ACETATE_A_KEY", "HUSH")
     find(["a.key='***a.key***'"])
+
+
+@pytest.mark.parametrize("launcher", ["local", "slurm"])
+def test_a_secret_in_a_yaml_file_reaches_no_job(tmp_path, monkeypatch, capsys, launcher):
+    """Submitit's jobs read the whole config from a file."""
+    own = tmp_path / "conf/experiment/mine.yaml"
+    own.parent.mkdir(parents=True)
+    text = "# @package _global_\ndefaults: [vae_rgba]\nhub_token: {}\n"
+    monkeypatch.chdir(tmp_path)
+    arguments = ["-m", "experiment=mine", f"hydra/launcher={launcher}", "seed=1,2"]
+    own.write_text(text.format("HUSH"))
+    with pytest.raises(SystemExit):
+        start(PROGRAMS["train"], arguments)
+    said = capsys.readouterr().err
+    assert "hub_token: a secret in a YAML file" in said and "${oc.env:ACETATE_HUB_TOKEN}" in said
+    assert "HUSH" not in said and not list(tmp_path.glob("outputs/**/*.pkl"))
+    own.write_text(text.format("${oc.env:HUB_TOKEN}"))
+    own_configs()
+    shown = composed("config", ["experiment=mine", f"hydra/launcher={launcher}"], hydra=True)
+    refuse_in_jobs(shown)
+
+
+def test_the_config_is_shown_without_secrets(tmp_path):
+    own = tmp_path / "conf/experiment/mine.yaml"
+    own.parent.mkdir(parents=True)
+    own.write_text("# @package _global_\ndefaults: [vae_rgba]\nhub_token: HUSH\n")
+    done = subprocess.run(
+        [sys.executable, "-m", "acetate", "train", "experiment=mine", "--cfg", "job"],
+        capture_output=True, text=True, cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0 and "hub_token: '***'" in done.stdout, done.stderr
+    assert "HUSH" not in done.stdout + done.stderr

@@ -12,23 +12,14 @@ from PIL import Image
 
 from acetate.data import shards
 from acetate.data.members import find_members
-from acetate.data.shards import (
-    MANIFEST,
-    BadClip,
-    ShardError,
-    index_shards,
-    read_clip,
-    read_head,
-    read_manifest,
-    read_meta,
-)
+from acetate.data.shards import MANIFEST, BadClip, ShardError, index_shards, read_clip, read_meta
 from acetate.data.writer import EncodedClip, ShardWriter, encode_clip
 from tests.data.test_shards import MADE_BY, add, write
 
 
 def with_entry(folder, out, **change):
     """A copy of the manifest whose second clip is changed."""
-    manifest = read_manifest(folder)
+    manifest = shards.read_manifest(folder)
     entry = [clip for shard in manifest["shards"] for clip in shard["clips"]][1]
     entry.update(change)
     (out / MANIFEST).write_text(json.dumps(manifest))
@@ -66,7 +57,7 @@ def test_entries_are_held_to_their_schema(tmp_path, name, value):
 )  # fmt: skip
 def test_tars_are_held_to_their_schema(tmp_path, change):
     write(tmp_path)
-    manifest = read_manifest(tmp_path)
+    manifest = shards.read_manifest(tmp_path)
     manifest["shards"][0].update(change)
     (tmp_path / MANIFEST).write_text(json.dumps(manifest))
     with pytest.raises(ShardError, match=rf"{MANIFEST}: shards\[0\]\.{next(iter(change))}="):
@@ -89,7 +80,7 @@ def test_a_manifest_that_is_none(tmp_path, text, said):
     with pytest.raises(ShardError, match=rf"(?s){tmp_path}.*{said}"):
         index_shards([tmp_path])
     with pytest.raises(ShardError, match=f"{MANIFEST} is no manifest"):
-        read_head(tmp_path)
+        shards.read_head(tmp_path)
 
 
 @pytest.mark.timeout(10)
@@ -99,7 +90,7 @@ def test_what_is_no_plain_file_is_not_waited_for(tmp_path):
         folder = tmp_path / str(number)
         folder.mkdir()
         make(folder / MANIFEST)
-        for read in (read_manifest, read_head):
+        for read in (shards.read_manifest, shards.read_head):
             with pytest.raises(
                 ShardError, match=f"{MANIFEST} is no plain file|{MANIFEST} is no man"
             ):
@@ -114,12 +105,12 @@ def test_what_is_no_plain_file_is_not_waited_for(tmp_path):
 def test_large_files_are_not_read(tmp_path):
     with open(tmp_path / MANIFEST, "wb") as file:
         file.truncate(2**29 + 1)
-    for read in (read_manifest, read_head):
+    for read in (shards.read_manifest, shards.read_head):
         with pytest.raises(ShardError, match=r"has more than 536,870,912 bytes"):
             read(tmp_path)
     (tmp_path / MANIFEST).write_text(f"[{'0,' * (2**24 + 1)}0]")
     with pytest.raises(ShardError, match=r"more than 16,777,216 values"):
-        read_manifest(tmp_path)
+        shards.read_manifest(tmp_path)
 
 
 def test_a_tar_that_points_back_ends(tmp_path):

@@ -11,14 +11,14 @@ import torch
 from acetate.data.clips import ClipDataModule
 from acetate.data.latents import LatentDataModule
 from acetate.data.shards import BadClip
-from tests.data.test_latents import SETTINGS as LATENTS
-from tests.data.test_latents import write as write_latents
-from tests.data.test_store import PER_TAR, SETTINGS, TARS, quick, server, shards, tar_bytes  # noqa: F401
+from tests.data.served import PER_TAR, SETTINGS, TARS, quick, server, shards, tar_bytes  # noqa: F401
+from tests.data.written_latents import SETTINGS as LATENTS
+from tests.data.written_latents import write as write_latents
 
 PER_EPOCH = TARS * (PER_TAR - 1)  # one clip of every tar is for validation
 
 
-def dataset_of(server, remote, consumed=0):  # noqa: F811
+def dataset_of(server, remote, consumed=0):
     """Of training, a tar at a time; and the names of the tars in the order of the positions."""
     data = ClipDataModule(shards=server.url, remote=remote, shuffle_tars=1, **SETTINGS)
     data.setup()
@@ -42,11 +42,11 @@ def read(dataset, position):
     return sample
 
 
-def asked(server):  # noqa: F811
+def asked(server):
     return [name for name in server.asked if name.endswith(".tar")]
 
 
-def test_the_next_tar_comes_while_clips_are_read(server, tmp_path):  # noqa: F811
+def test_the_next_tar_comes_while_clips_are_read(server, tmp_path):
     dataset, tars = dataset_of(server, quick(tmp_path))
     second, held = tars[2], threading.Event()
     server.faults[second] = [held]
@@ -59,7 +59,7 @@ def test_the_next_tar_comes_while_clips_are_read(server, tmp_path):  # noqa: F81
     assert "rgb" in dataset[2] and asked(server) == [tars[0], second]
 
 
-def test_tars_that_are_needed_fill_a_part_of_the_cache(server, shards, tmp_path):  # noqa: F811
+def test_tars_that_are_needed_fill_a_part_of_the_cache(server, shards, tmp_path):
     remote = quick(tmp_path, cache_gb=2.8 * tar_bytes(shards) / 2**30)
     dataset, tars = dataset_of(server, remote)
     for _ in range(5):
@@ -70,14 +70,14 @@ def test_tars_that_are_needed_fill_a_part_of_the_cache(server, shards, tmp_path)
     assert asked(server)[:TARS] == tars[:PER_EPOCH:2]
 
 
-def test_skipped_tars_are_not_fetched(server, shards, tmp_path):  # noqa: F811
+def test_skipped_tars_are_not_fetched(server, shards, tmp_path):
     dataset, tars = dataset_of(server, quick(tmp_path, cache_gb=2.8 * tar_bytes(shards) / 2**30))
     for _ in range(3):
         read(dataset, 4)
     assert asked(server) == [tars[4], tars[6]]
 
 
-def test_what_cannot_be_fetched_is_reported_where_it_belongs(server, tmp_path):  # noqa: F811
+def test_what_cannot_be_fetched_is_reported_where_it_belongs(server, tmp_path):
     dataset, tars = dataset_of(server, quick(tmp_path))
     server.faults[tars[2]] = ["500"] * 100
     found = [read(dataset, position) for position in (0, 1, 1, 2, 3, 4)]
@@ -86,7 +86,7 @@ def test_what_cannot_be_fetched_is_reported_where_it_belongs(server, tmp_path): 
     assert asked(server).count(tars[2]) == 3
 
 
-def test_clips_of_other_ranks_are_passed_over(server, tmp_path):  # noqa: F811
+def test_clips_of_other_ranks_are_passed_over(server, tmp_path):
     data = ClipDataModule(shards=server.url, remote=quick(tmp_path), shuffle_tars=1, **SETTINGS)
     data.setup()
     data._rank_and_world = lambda: (0, 4)
@@ -97,7 +97,7 @@ def test_clips_of_other_ranks_are_passed_over(server, tmp_path):  # noqa: F811
     assert asked(server) == list(dict.fromkeys(tars[:2]))
 
 
-def test_latents_come_ahead_too(server, tmp_path):  # noqa: F811
+def test_latents_come_ahead_too(server, tmp_path):
     write_latents(server.source / "latents")
     data = LatentDataModule(
         latents=f"{server.url}/latents", remote=quick(tmp_path), shuffle_tars=1, **LATENTS
@@ -113,7 +113,7 @@ def test_latents_come_ahead_too(server, tmp_path):  # noqa: F811
 
 
 @pytest.mark.parametrize("buckets", [1, 4])
-def test_tars_of_waiting_windows_stay(server, tmp_path, buckets):  # noqa: F811
+def test_tars_of_waiting_windows_stay(server, tmp_path, buckets):
     """Batches of a bucket come from windows walked long before: their tars are known to be
     needed."""
     clips = {f"{i:03}": ("train", (2, 2, 2 + i % buckets)) for i in range(96)} | {
@@ -145,7 +145,7 @@ def read_one_and_leave(url, folder):
     until(lambda: any(part.stat().st_size for part in remote.cache_dir.glob("*.part")))
 
 
-def test_a_process_ends_in_the_middle_of_a_download(server, tmp_path):  # noqa: F811
+def test_a_process_ends_in_the_middle_of_a_download(server, tmp_path):
     _, tars = dataset_of(server, quick(tmp_path))
     held = threading.Event()
     server.faults[tars[2]] = [held]

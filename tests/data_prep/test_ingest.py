@@ -1,72 +1,28 @@
 import json
 import os
-import signal
-import subprocess
-import sys
-import time
 from collections import Counter
 from pathlib import Path
 
-import av
 import numpy as np
 import pytest
 from PIL import Image
-from rich.console import Console
 
-from acetate.data.keys import plain_key
 from acetate.video_io import IMAGES
-from data_prep import ingest as program
-from data_prep.bad_clips import TooManyBad, print_bad
-from data_prep.decisions import OVERRIDES, Decisions
-from data_prep.examine import NO_ALPHA, Found, Settings, prompt_from_name
-from data_prep.ingest import ingest, print_summary
-from data_prep.journal import only_writer
+from data_prep.bad_clips import TooManyBad
+from data_prep.decisions import Decisions
+from data_prep.examine import NO_ALPHA, Found, Settings
+from data_prep.ingest import ingest
+from tests.data_prep.material import (
+    film,
+    notes,
+    run,
+    source,  # noqa: F401
+    still,
+)
 from tests.media.films import drawn, write
-from tests.media.test_images import encode
 from tests.media.test_packed import packed
-from tests.paths import ROOT
 
 MEDIA = Path(os.environ.get("ACETATE_MEDIA", Path(__file__).parents[3] / "shared" / "media"))
-
-
-def noise(*shape):
-    return np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
-
-
-def still(path, height=8, width=10, channels=4):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(noise(height, width, channels)).save(path)
-
-
-def film(path, frames=3, height=16, width=32, codec="libx264", pixels="yuv420p"):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream(codec, rate=10)
-        stream.width, stream.height, stream.pix_fmt = width, height, pixels
-        for picture in noise(frames, height, width, 4):
-            container.mux(
-                stream.encode(
-                    av.VideoFrame.from_ndarray(picture, format="rgba").reformat(format=pixels)
-                )
-            )
-        container.mux(stream.encode())
-
-
-def run(source, budget=0, **changes):
-    result = ingest(
-        source=source, out=source.parent / "found.jsonl", bad_clip_budget=budget, **changes
-    )
-    return {clip.key: clip for clip in result.clips}, result.bad
-
-
-def notes(source):
-    """Of the report that `run` wrote."""
-    return json.loads((source.parent / "found.report.json").read_text())["notes"]
-
-
-@pytest.fixture
-def source(tmp_path):
-    return tmp_path / "media"
 
 
 def test_every_kind(source):
@@ -287,14 +243,6 @@ def test_what_a_person_decides(source):
             "declared")]  # fmt: skip
 
 
-def test_preview_writes_nothing_and_says_the_same(source, tmp_path):
-    still(source / "a.png")
-    before = sorted(tmp_path.rglob("*"))
-    seen, _ = run(source, preview=True)
-    assert sorted(tmp_path.rglob("*")) == before
-    assert run(source)[0] == seen
-
-
 def test_the_report_accounts_for_every_file(source, tmp_path):
     still(source / "a.png")
     (source / "a.txt").write_text("a cup")
@@ -319,125 +267,6 @@ def test_the_report_accounts_for_every_file(source, tmp_path):
     }  # fmt: skip
 
 
-def listed_pairs(source, names):
-    """Named in a table, where a file may be one that makes its reader wait."""
-    rows = [f"{name}_fgr.mp4,{name}_pha.mp4" for name in names]
-    for name in names:
-        film(source / f"{name}_fgr.mp4")
-        film(source / f"{name}_pha.mp4")
-    (source / "t.csv").write_text("\n".join(("video_fgr,video_pha", *rows)))
-
-
-@pytest.mark.slow
-def test_a_reader_that_waits_for_ever_is_ended(source):
-    listed_pairs(source, "abc")
-    (source / "b_pha.mp4").unlink()
-    os.mkfifo(source / "b_pha.mp4")  # whoever opens it waits
-    clips, bad = run(source, budget=1, workers=1, settings=Settings(seconds=0.3))
-    assert list(clips) == ["a", "c"] and list(bad) == ["b"]
-    assert bad["b"].startswith(
-        "took more than its time, seconds=0.3 and 1 more for every 4 megapixels"
-    )
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("settings", "reason"),
-    [
-        (Settings(seconds=0.1, megapixels_per_second=1e9), "took more than its time, seconds=0.1"),
-        (Settings(memory_gb=0.1), "d.png: does not fit into memory"),
-    ],
-)
-def test_what_only_decoding_shows_to_be_too_large_is_refused(source, settings, reason):
-    """A valid picture, which is read as floats; the rest goes on."""
-    still(source / "a.png")
-    encode(source / "d.png", noise(2500, 2500, 8).view(">u2"), "png", "rgba64be")
-    still(source / "e.png")
-    clips, bad = run(source, budget=1, workers=1, settings=settings)
-    assert list(clips) == ["a", "e"] and reason in bad["d"]
-
-
-@pytest.mark.slow
-def test_a_killed_run_goes_on(source, tmp_path):
-    """The same bytes, and nothing is decoded twice."""
-    listed_pairs(source, "abc")
-    slow, journal = source / "c_pha.mp4", tmp_path / "found.journal.jsonl"
-    whole = slow.read_bytes()
-    slow.unlink()
-    os.mkfifo(slow)
-    command = [
-        sys.executable,
-        "-m",
-        "data_prep.ingest",
-        f"source={source}",
-        f"out={tmp_path / 'found.jsonl'}",
-    ]
-    program = subprocess.Popen([*command, "workers=1"], cwd=ROOT, start_new_session=True)
-    while program.poll() is None and not (
-        journal.exists() and journal.read_text().count("\n") == 2
-    ):
-        time.sleep(0.05)
-    os.killpg(program.pid, signal.SIGKILL)
-    assert program.wait() == -signal.SIGKILL and not (tmp_path / "found.jsonl").exists()
-    slow.unlink()
-    slow.write_bytes(whole)
-    known = [json.loads(line) for line in journal.read_text().splitlines()]
-    known[0]["outcome"]["found"]["prompt"] = "from the journal"
-    journal.write_text("".join(json.dumps(line) + "\n" for line in known))
-    # the command's
-    same = {"workers": 1, "settings": Settings(choices=dict.fromkeys(OVERRIDES, "auto"))}
-    assert run(source, **same)[0]["a"].prompt == "from the journal" and not journal.exists()
-    lines = (tmp_path / "found.jsonl").read_text()
-    run(source)
-    uninterrupted = (tmp_path / "found.jsonl").read_text()
-    assert lines == uninterrupted.replace('Transparent background: a"', 'from the journal"')
-
-
-def test_a_file_that_changes_during_the_run_is_decoded_again_by_the_next(source, monkeypatch):
-    still(source / "a.png")
-    still(source / "b.png")
-    examine = program.examine
-
-    def change(state, task, stop):
-        outcome = examine(state, task)
-        still(source / "a.png", height=9)  # after it was decoded
-        if stop and task.key == "b":
-            raise KeyboardInterrupt
-        return outcome
-
-    monkeypatch.setattr(program, "examine", lambda state, task: change(state, task, True))
-    with pytest.raises(KeyboardInterrupt):
-        run(source)
-    monkeypatch.setattr(program, "examine", lambda state, task: change(state, task, False))
-    clips, _ = run(source)
-    assert (clips["a"].height, clips["b"].height) == (9, 8)
-
-
-def test_one_run_at_a_time(source):
-    still(source / "a.png")
-    out = source / "found.jsonl"  # among the material
-    with (
-        only_writer(out),
-        pytest.raises(RuntimeError, match="jsonl is being written by another process"),
-    ):
-        ingest(source=source, out=out, bad_clip_budget=0)
-    assert [file["file"] for file in ingest(source=source, out=out, bad_clip_budget=0).files] == [
-        "a.png"
-    ]
-
-
-def test_keys_are_plain_and_unique(source):
-    for name in ("a.b.png", "Fuchs läuft.png", "same.png", "x" * 120 + ".png"):
-        still(source / name)
-    still(source / "same.webp")
-    clips, _ = run(source)
-    assert len(clips) == 5
-    for key in clips:
-        assert plain_key(key) == key and len(key.encode()) <= 80
-    assert "same" in clips
-    assert list(run(source)[0]) == list(clips)
-
-
 def test_damage_of_a_few_bytes_is_refused(source):
     still(source / "good.png")
     for suffix, body in (
@@ -451,41 +280,11 @@ def test_damage_of_a_few_bytes_is_refused(source):
     assert list(clips) == ["good"] and all("cannot be decoded" in reason for reason in bad.values())
 
 
-def test_a_folder_named_by_a_dot(source, monkeypatch):
-    still(source / "a.png")
-    for i in range(2):
-        still(source / "walk" / f"{i}.png")
-    monkeypatch.chdir(source)
-    assert {key: clip.kind for key, clip in run(Path("."))[0].items()} == {
-        "a": "still",
-        "walk": "sequence",
-    }
-    monkeypatch.chdir(source / "walk")
-    assert {key: clip.kind for key, clip in run(Path("."))[0].items()} == {
-        "0": "still",
-        "1": "still",
-    }
-    assert "walk: its numbered images are read as stills" in notes(Path("walk").resolve())[0]
-    (source / "walk/index.csv").write_text("file\n.\n")
-    assert {key: clip.kind for key, clip in run(Path("."))[0].items()} == {"walk": "sequence"}
-
-
 def test_a_sequence_with_a_gap_is_named(source):
     for i in (1, 2, 4):
         still(source / "gap" / f"{i}.png")
     assert {clip.kind for clip in run(source)[0].values()} == {"still"}
     assert "gap: number 3 is missing, so its 3 images are stills" in notes(source)[0]
-
-
-def test_sidecar_and_table_errors_name_the_file(source):
-    for name in ("a", "b", "c"):
-        still(source / f"{name}.png")
-    (source / "a.txt").write_bytes("caf\u00e9".encode("latin-1"))
-    (source / "index.csv").write_text("file,premultiplied\nb.png,jawohl\nd.png,no\n")
-    clips, bad = run(source, 2)
-    assert list(clips) == ["c"]
-    assert "a.txt: not UTF-8" in bad["a"] and "premultiplied=jawohl" in bad["b"]
-    assert notes(source) == ["index.csv, row 2: d.png names no file"]
 
 
 def test_alpha_of_its_own_is_not_given_up_for_a_mask(source):
@@ -500,109 +299,6 @@ def test_alpha_of_its_own_is_not_given_up_for_a_mask(source):
     assert clips["hero"].notes == [
         "hero_mask.png beside it is not used: the picture has alpha of its own"
     ]
-
-
-def test_what_ingest_wrote_is_no_material(source):
-    still(source / "a.png")
-    Image.new("RGB", (8, 8)).save(source / "photo.jpg")
-    out = source / "m.jsonl"
-    first = ingest(source=source, out=out, bad_clip_budget=0)
-    written = out.read_bytes()
-    (source / "m.journal.jsonl").write_text("half a li")
-    again = ingest(source=source, out=out, bad_clip_budget=0)
-    assert again.files == first.files and out.read_bytes() == written
-    assert {file["file"]: file.get("ignored") for file in first.files} == {
-        "a.png": None, "photo.jpg": "an opaque picture without a matte"
-    }  # fmt: skip
-
-
-def test_names_with_brackets_are_printed(capsys):
-    print_bad(Console(width=200), {"logo [final]": "in [/b]"}, None)
-    assert "logo [final]: in [/b]" in capsys.readouterr().out
-
-
-def test_keys_keep_letters_of_all_scripts(source):
-    # the third as macOS writes it
-    for name in ("É.png", "火の輪.png", "e\u0301lan.png", "кот/кот.png"):
-        still(source / name)
-    assert sorted(run(source)[0]) == ["É", "élan", "кот-кот", "火の輪"]
-
-
-def test_nothing_found_is_an_error_and_leaves_nothing(source):
-    source.mkdir()
-    with pytest.raises(
-        ValueError, match=r"media holds no files; looked for \.png.*NAME_fgr \+ NAME_pha"
-    ):
-        run(source)
-    assert [path.name for path in source.parent.iterdir()] == ["media"]
-    still(source / "opaque.png", channels=3)
-    (source / "notes.xyz").write_text("")
-    with pytest.raises(
-        ValueError,
-        match=r"none of its 2 files became a clip \(opaque: .*no alpha.*report\.json has all",
-    ):
-        run(source, budget=5)
-    assert not (source.parent / "found.jsonl").exists()
-
-
-def test_out_is_checked_before_anything_is_decoded(source, monkeypatch):
-    still(source / "a.png")
-    monkeypatch.setattr("data_prep.ingest.survey", None)
-    with pytest.raises(IsADirectoryError, match=r"out=.*media is a folder; name a file"):
-        ingest(source=source, out=source, bad_clip_budget=0)
-    with pytest.raises(
-        NotADirectoryError, match=r"a\.png is a file, so that nothing can be made in it"
-    ):
-        ingest(source=source, out=source / "a.png" / "x.jsonl", bad_clip_budget=0)
-    assert [path.name for path in source.parent.rglob("*")] == ["media", "a.png"]
-
-
-def test_prompts_that_are_file_names_are_said(source, capsys):
-    for name in ("ae premult.png", "frame.png", "told.png"):
-        still(source / name)
-    (source / "told.txt").write_text("a red disc")
-    result = ingest(source=source, out=source.parent / "found.jsonl", bad_clip_budget=0)
-    print_summary(Console(width=200), source, None, result)
-    said = capsys.readouterr().out
-    assert (
-        '2 of 3 prompts are made of file names ("ae premult", "frame")' in said
-        and "acetate prep caption" in said
-    )
-
-
-def renamed(path, name):
-    """To a name of any bytes."""
-    os.rename(path, os.fsencode(path.parent) + b"/" + name)
-
-
-def test_names_in_other_encodings(source):
-    """Taken, refused or ignored, and printed; the files are found again by what is written."""
-    flame = "\u706b\u7130".encode("gbk")
-    still(source / "a.png")
-    still(source / "x.png", width=11)
-    (source / "x.txt").write_text("a flame")
-    (source / "bad.png").write_bytes(b"damaged")
-    (source / "b.bin").write_bytes(b"1")
-    write(source / "f.mkv", drawn("glass", 3, 3, 48), "ffv1", "bgra")
-    for i in range(3):
-        still(source / "seq" / f"{i}.png", width=12 + i // 3)
-    for name, end in (("x.png", b".png"), ("x.txt", b".txt"), ("bad.png", b"!.png"),
-                      ("b.bin", b".bin"), ("f.mkv", b"2.mkv"), ("seq", b"3")):  # fmt: skip
-        renamed(source / name, flame + end)
-    out = source.parent / "found.jsonl"
-    done = subprocess.run(
-        [sys.executable, "-m", "acetate", "prep", "ingest", f"source={source}", f"out={out}"],
-        capture_output=True, text=True, cwd=source.parent,
-        env={**os.environ, "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}", "HYDRA_FULL_ERROR": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert r"\xbb\xf0\xd1\xe6!.png: cannot be decoded" in done.stdout
-    lines = [Found(**json.loads(line)) for line in out.read_bytes().splitlines()]
-    assert sorted(line.kind for line in lines) == ["sequence", "still", "still", "video"]
-    assert all(Path(file).exists() for line in lines for file in line.files)
-    assert "a flame" in [line.prompt for line in lines]
-    report = json.loads((source.parent / "found.report.json").read_text())
-    assert r"\xbb\xf0\xd1\xe6.bin" in [line["file"] for line in report["files"]]
 
 
 def test_a_matte_that_is_the_subject_itself(source):
@@ -642,34 +338,6 @@ def test_rectangles_that_vap_states(source):
     assert (clips["a"].kind, clips["a"].color_rect, clips["a"].alpha_rect) == (
         "packed", color, alpha
     )  # fmt: skip
-
-
-def test_marks_of_encodings_are_no_part_of_prompts(source):
-    still(source / "a.png")
-    still(source / "b.png", width=11)
-    (source / "a.txt").write_text("a red disc\r\n", encoding="utf-8-sig")
-    (source / "b.txt").write_text("ein Fl\u00fcgel", encoding="utf-16")
-    (source / "._t.csv").write_bytes(b"\0\5\x16\7\xff")
-    clips, _ = run(source)
-    assert [clip.prompt for clip in clips.values()] == ["a red disc", "ein Fl\u00fcgel"]
-
-
-def test_bad_clips_are_printed_by_reason(capsys):
-    bad = {f"k{i}": f"/x/k{i}.png: cannot be decoded (E{i})" for i in range(30)}
-    print_bad(Console(width=200), {"z": "z.png has no alpha"} | bad, Path("r.json"))
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "30 skipped: cannot be decoded" and lines[21] == "1 skipped: has no alpha"
-    assert len(lines) == 23 and lines[22] == "11 more are in r.json"
-
-
-def test_source_must_be_a_folder(tmp_path):
-    with pytest.raises(FileNotFoundError, match="name the folder"):
-        run(tmp_path / "none")
-
-
-def test_prompt_from_name():
-    assert prompt_from_name("smoke_04") == "Transparent background: smoke"
-    assert prompt_from_name("am2k_sample1") == "Transparent background: am2k sample1"
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ from data_prep.bad_clips import TooManyBad
 from data_prep.executor import AHEAD, WorkerLost, parallel
 from data_prep.ingest import ingest
 from data_prep.synthesize import synthesize
-from tests.data_prep.test_cache_latents import (  # noqa: F401
+from tests.data_prep.cached_latents import (  # noqa: F401
     adapters,
     cached,
     clips,
@@ -25,16 +25,16 @@ from tests.data_prep.test_cache_latents import (  # noqa: F401
     manifest_of,
     sources,
 )
-from tests.data_prep.test_executor import Unlucky, act, fail_to_load, number_and_process
-from tests.data_prep.test_ingest import film, still
-from tests.data_prep.test_shard import (  # noqa: F401
+from tests.data_prep.material import film, still
+from tests.data_prep.sharded import (  # noqa: F401
     SETTINGS,
     kill_in_the_middle,
     lines_of,
     source,
     with_decisions,
 )
-from tests.data_prep.test_shard import make as make_shards
+from tests.data_prep.sharded import make as make_shards
+from tests.data_prep.test_executor import Unlucky, act, fail_to_load, number_and_process
 
 ray = pytest.importorskip("ray", reason="Ray is not installed: pip install -e '.[ray]'")
 on_ray = pytest.importorskip("data_prep.on_ray")
@@ -210,7 +210,7 @@ def test_ingest_finds_the_same_also_after_a_restart(tmp_path):
     assert len(there["out"].read_text().splitlines()) == 2
 
 
-def test_clip_shards_have_the_same_bytes_also_after_a_kill(source, tmp_path):  # noqa: F811
+def test_clip_shards_have_the_same_bytes_also_after_a_kill(source, tmp_path):
     settings = replace(SETTINGS, max_frames=121, bleed=None)  # the command's
     make_shards(source, tmp_path / "first", settings)
     with_decisions(source, lines_of(tmp_path / "first"))
@@ -222,7 +222,7 @@ def test_clip_shards_have_the_same_bytes_also_after_a_kill(source, tmp_path):  #
     assert files(tmp_path / "killed") == files(tmp_path / "here")
 
 
-def test_latent_shards_have_the_same_bytes_also_after_a_restart(make, cached, tmp_path):  # noqa: F811
+def test_latent_shards_have_the_same_bytes_also_after_a_restart(make, cached, tmp_path):
     out = tmp_path / "l"
     make(out, executor="ray", workers=1)
     assert files(out) == files(cached)

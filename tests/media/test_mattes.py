@@ -102,3 +102,13 @@ def test_what_a_cutout_is():
     assert not is_cutout(np.concatenate((picture, alpha * 0 + 255), -1))
     for mask in (alpha * 0 + 255, alpha * 0, alpha):
         assert not is_cutout(np.concatenate((mask.repeat(3, -1), alpha), -1))
+
+
+def test_halves_of_other_rates_are_said(tmp_path):
+    frames = np.stack([np.dstack([SOFT] * 3)] * 3).repeat(4, axis=1)
+    write(tmp_path / "a.mkv", frames, "ffv1", "bgr0", fps=24)
+    for fps in (24, 12):
+        write(tmp_path / "b.mkv", frames, "ffv1", "bgr0", fps=fps)
+        clip = read_pair(tmp_path / "a.mkv", tmp_path / "b.mkv")
+        said = [note for note in clip.notes if "a.mkv has 24 frames/s and b.mkv 12" in note]
+        assert len(clip.frames) == 3 and clip.fps == 24 and bool(said) == (fps == 12)

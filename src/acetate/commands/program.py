@@ -32,7 +32,14 @@ from acetate.commands import as_on_gpu, inherited, launched, runs
 from acetate.commands.checks import check_settings, rule_of, settings_of
 from acetate.commands.recorded import name_of, quoted, run_to_continue, value_of, with_recorded
 from acetate.commands.rules import LITERAL, RULES
-from acetate.commands.secrets import TABLE, find, hide, reveal, show_without_secrets
+from acetate.commands.secrets import (
+    TABLE,
+    find,
+    hide,
+    refuse_in_jobs,
+    reveal,
+    show_without_secrets,
+)
 from acetate.redaction import scrub_logs, scrubbed
 from acetate.settings import SettingError, shown
 
@@ -87,7 +94,7 @@ def start(program: Program, arguments: Overrides) -> Any:
     try:
         arguments = hide(arguments)
         sys.argv = [given[0], *hide(command_line(program, arguments))]
-        find(sys.argv)
+        _check_secrets(program, sys.argv[1:])
         hydra.main(version_base=None, config_path=CONF, config_name=program.config)(job)()
     except Exception as error:
         if _traceback_asked():
@@ -197,6 +204,14 @@ def _settled(program: Program, arguments: Overrides, many: bool) -> DictConfig:
             program.config,
             [text for text in own if "." not in name_of(text) or text.startswith("paths.")],
         )
+
+
+def _check_secrets(program: Program, arguments: Overrides) -> None:
+    """Those that the command has are known, and no job of a sweep gets any from a file."""
+    find(arguments)
+    if {"-m", "--multirun"} & set(arguments):
+        fixed = [text for text in arguments if not text.startswith("-") and not _sweeps(text)]
+        refuse_in_jobs(composed(program.config, fixed, hydra=True))
 
 
 def _sweeps(argument: str) -> bool:

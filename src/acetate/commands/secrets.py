@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from types import TracebackType
 from typing import Any
 
+import hydra._internal.hydra
 import hydra.core.utils
 from hydra._internal.core_plugins import basic_sweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -28,6 +29,7 @@ from acetate.redaction import (
     remember,
     scrubbed,
     secrets_of,
+    settings_with_secrets,
 )
 
 TABLE = "ACETATE_SECRETS"  # environment, also of processes that this one starts: token -> secret
@@ -60,6 +62,23 @@ def find(arguments: Iterable[str]) -> None:
                 )
     os.environ[TABLE] = json.dumps(table)
     remember(str(secret) for secret in table.values())
+
+
+def refuse_in_jobs(config: DictConfig) -> None:
+    """Raises ValueError for settings of YAML files that hold a secret, where a sweep's launcher
+    writes the whole config into files for its jobs. config: with Hydra's own settings."""
+    launcher = config.hydra.launcher.get("_target_", "")
+    held = OmegaConf.to_container(config, resolve=False)
+    assert isinstance(held, dict)
+    held.pop("hydra")
+    if "submitit" in launcher and (found := sorted({*settings_with_secrets(held)})):
+        variable = "ACETATE_" + re.sub(r"\W", "_", found[0]).upper()
+        raise ValueError(
+            f"{', '.join(found)}: a secret in a YAML file, which {launcher.rpartition('.')[2]} "
+            "would write for its jobs to read. Take it out of the file: write "
+            f"${{oc.env:{variable}}} there and set {variable} in the environment, or give "
+            f"{found[0]}=... on the command line."
+        )
 
 
 def reveal(config: DictConfig) -> DictConfig:
@@ -168,5 +187,6 @@ class _Records(OmegaConf):
         return OmegaConf.to_yaml(_recorded(cfg), resolve=resolve, sort_keys=sort_keys)
 
 
-# Hydra has no place where what it writes could be changed: .hydra/*.yaml, multirun.yaml
+# Hydra has no place where what it writes could be changed: .hydra/*.yaml, multirun.yaml, --cfg
 hydra.core.utils.OmegaConf = basic_sweeper.OmegaConf = _Records  # type: ignore[misc]
+hydra._internal.hydra.OmegaConf = _Records  # type: ignore[misc]

@@ -57,13 +57,14 @@ Pixels = NDArray[np.uint8] | NDArray[np.uint16] | Unit
 class Stated(NamedTuple):
     """A file's statements about its colour. primaries and transfer are H.273's numbers;
     chromaticities are x and y of red, green, blue and white, in place of a number; gamma: from code
-    to light."""
+    to light; narrow: RGB of 16 to 235 of 255."""
 
     icc: bytes | None = None
     primaries: int = UNSPECIFIED
     transfer: int = UNSPECIFIED
     chromaticities: tuple[float, ...] | None = None
     gamma: float | None = None
+    narrow: bool = False
 
 
 class Conversion(NamedTuple):
@@ -100,14 +101,17 @@ def conversion(stated: Stated) -> Conversion | None:
         gamma = None
     elif gamma is not None and abs(gamma - 1) < 0.01:
         linear = True
-    if matrix is None and gamma is None and not linear:
+    if matrix is None and gamma is None and not linear and not stated.narrow:
         return None
     said = PRIMARY_NAMES.get(stated.primaries, "its own primaries")
     notes = [f"{said} brought into BT.709's"] if matrix is not None else []
     notes += ["linear light encoded as sRGB"] if linear else []
+    notes += ["16 to 235 stretched"] if stated.narrow else []
     notes += [f"gamma {gamma:.3g} brought into sRGB's"] if gamma is not None and not linear else []
 
     def to_light(unit: Unit) -> Unit:
+        if stated.narrow:
+            unit = ((unit * 255 - 16) / 219).clip(0, 1)
         if linear:
             return unit
         return decode_srgb(unit) if gamma is None else unit.clip(0, 1) ** np.float32(gamma)
@@ -123,6 +127,7 @@ def stated_or(first: Stated, second: Stated) -> Stated:
         second.transfer if first.transfer == UNSPECIFIED else first.transfer,
         first.chromaticities or second.chromaticities,
         first.gamma or second.gamma,
+        first.narrow or second.narrow,
     )
 
 

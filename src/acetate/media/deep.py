@@ -87,6 +87,7 @@ def read_deep(
         notes.append("divided by alpha")
     elif deep.associated:
         notes.append("colour taken as straight, as was said")
+    notes += pages_note(path) if deep.kind == "tiff" else []
     color, said = to_srgb(color, deep.stated)
     layer = [f"layer {deep.layer.name}"] if deep.layer and deep.layer.name else []
     notes = [*layer, *said, *notes, *deep.placement.notes()]
@@ -162,6 +163,13 @@ def _deep_tiff(path: Path) -> Deep | None:
             oriented(tags["Orientation"] or 1, aspect_of(_density(page))),
             Stated(icc=profile, transfer=LINEAR if floats else Stated().transfer),
         )  # fmt: skip
+
+
+def pages_note(path: Path) -> list[str]:
+    """Of a TIFF, where others than smaller versions of its first page are in it."""
+    with tifffile.TiffFile(path) as file:
+        count = sum(not page.is_reduced for page in file.pages)
+    return [f"the first of its {count} pages"] if count > 1 else []
 
 
 def _density(page: tifffile.TiffPage) -> float | None:

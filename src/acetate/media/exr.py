@@ -89,6 +89,11 @@ def read_exr(path: Path, layer: Layer) -> NDArray[np.float32]:
 def _plane(channel: Any) -> NDArray[np.float32]:
     if (channel.xSampling, channel.ySampling) != (1, 1):
         raise MediaError(f"channel {channel.name} is subsampled; save it as RGBA")
+    if channel.pixels.dtype == np.uint32:
+        raise MediaError(
+            f"channel {channel.name} holds whole numbers (UINT), which are no light and no share; "
+            "save it as half or float"
+        )
     return np.nan_to_num(channel.pixels.astype(np.float32), posinf=3e38, neginf=-3e38)
 
 

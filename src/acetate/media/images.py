@@ -33,6 +33,7 @@ from acetate.media.deep import (
     deep_header,
     deep_pixels,
     divides,
+    pages_note,
     png_pixels,
     read_deep,
     to_srgb,
@@ -87,6 +88,7 @@ def read_image(path: Path, limits: Limits = LIMITS, asked: Asked = AS_STATED) ->
             change, placement = _change(path, image, png), _placement(path, image)
             notes += [change.note] if change else []
             notes += placement.notes()
+            notes += pages_note(path) if image.format == "TIFF" else []
             delays = []
 
             def shown() -> Iterator[Frames]:
@@ -154,7 +156,7 @@ def image_halves(path: Path, limits: Limits = LIMITS) -> tuple[Frames, Frames]:
         if deep is not None:
             pixels = deep_pixels(path, deep, limits)[..., :3]
             color = to_uint8(to_srgb(pixels, deep.stated)[0])
-            return color, np.asarray(Image.fromarray(color).convert("L"))
+            return color, np.asarray(Image.fromarray(to_uint8(pixels)).convert("L"))
         with _opened(path) as image:
             limits.check(path, 1, *image.size)
             placement, change = _placement(path, image), _change(path, image, _png(path, image))

@@ -54,7 +54,8 @@ def png_header(data: bytes) -> Header:
 
 def _stated(parts: dict[bytes, bytes]) -> Stated:
     if len(parts.get(b"cICP", b"")) == 4:
-        return Stated(primaries=parts[b"cICP"][0], transfer=parts[b"cICP"][1])
+        primaries, transfer, _, full = parts[b"cICP"]
+        return Stated(primaries=primaries, transfer=transfer, narrow=full == 0)
     if b"iCCP" in parts:
         packed = parts[b"iCCP"].partition(b"\0")[2][1:]
         try:
