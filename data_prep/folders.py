@@ -32,7 +32,8 @@ SAID = {  # facts of a folder's maker -> the setting that they come from
     "eps": "eps of rgba_vae",
     "base_sha256": "weights of wan.vae", "text_encoder_sha256": "weights of wan.text_encoder",
     "prompt_length": "wan.prompt_length", "frozen_dtype": "wan.dtype", "code": "code that scores",
-    "synthetic_sha256": "code that draws", "sizes": "size or sizes", "max_bytes": "max_mb in bytes",
+    "synthetic_sha256": "code that draws", "scenes_sha256": "code of the scenes",
+    "blender": "version of Blender", "sizes": "size or sizes", "max_bytes": "max_mb in bytes",
 }  # fmt: skip
 PARTS = re.compile(r"^(choices|look)\.")  # what groups settings inside, not on the command line
 LONGEST = 60  # characters of a value

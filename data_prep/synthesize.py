@@ -1,14 +1,11 @@
 """Procedural RGBA clips as clip shards: exact straight colour and alpha, no download, the same
 bytes for a seed."""
 
-import hashlib
-import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -28,38 +25,7 @@ from acetate.data.writer import EncodedClip, ShardWriter, encode_clip
 from acetate.draws import stable_hash
 from data_prep.executor import check, progress
 from data_prep.folders import check_folder, making
-
-
-def sha256_of_code(*modules: ModuleType) -> str:
-    return hashlib.sha256(
-        b"".join(Path(str(module.__file__)).read_bytes() for module in modules)
-    ).hexdigest()
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Which clip comes when: kinds take turns, and so do sizes after each round of kinds. sizes:
-    (height, width)."""
-
-    clips: int
-    frames: int
-    sizes: tuple[tuple[int, int], ...]
-    seed: int
-
-    def __post_init__(self) -> None:
-        numbers = [("clips", self.clips), ("frames", self.frames)]
-        for name, value in [*numbers, *(("size", side) for size in self.sizes for side in size)]:
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}={value}; a whole number of at least 1")
-
-    def kind(self, index: int) -> str:
-        return synthetic.KINDS[index % len(synthetic.KINDS)]
-
-    def key(self, index: int) -> str:
-        return f"{self.kind(index)}-{index:06d}"
-
-    def size(self, index: int) -> tuple[int, int]:
-        return self.sizes[index // len(synthetic.KINDS) % len(self.sizes)]
+from data_prep.turns import Plan, sha256_of_files, sides, squares
 
 
 @dataclass(frozen=True)
@@ -106,11 +72,10 @@ def synthesize(
         "command": "data_prep.synthesize",
         "settings": {
             "clips": clips, "frames": frames, "seed": seed, "val_fraction": val_fraction,
-            "sizes": [height if height == width else (height, width) for height,
-            width in plan.sizes],
+            "sizes": sides(plan.sizes),
             "max_clips": max_clips, "max_bytes": max_bytes,
             # The drawing code decides the pictures as much as the seed does.
-            "synthetic_sha256": sha256_of_code(synthetic, drawing),
+            "synthetic_sha256": sha256_of_files(map(Path, (synthetic.__file__, drawing.__file__))),
         },
     }  # fmt: skip
     with making(out, made_by, replace) as folder:
@@ -141,14 +106,6 @@ def fill(writer: ShardWriter, plan: Plan, val_fraction: float, executor: str, wo
             )
 
 
-def squares(sizes: Sequence[int | Sequence[int]]) -> tuple[tuple[int, int], ...]:
-    """(height, width) of each."""
-    pairs = [(size, size) if isinstance(size, int) else size for size in sizes]
-    if not pairs or not all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in pairs):
-        raise ValueError(f"size={list(sizes)}; give a side, or [[height, width], ...]")
-    return tuple((height, width) for height, width in pairs)
-
-
 def print_preview(plan: Plan, workers: int) -> None:
     """One clip of each kind, and what the whole would take at their rate."""
     table = Table("key", "height x width", "KiB", "ms", "prompt")
@@ -163,13 +120,7 @@ def print_preview(plan: Plan, workers: int) -> None:
         table.add_row(drawn.key, sides, f"{size / 2**10:.1f}", f"{1000 * took:.0f}", drawn.prompt)
     console = Console(markup=False, highlight=False)
     console.print(table)
-    # Sizes take turns, and both time and bytes go with the area.
-    area = (
-        sum(height * width for height, width in plan.sizes)
-        / len(plan.sizes)
-        / math.prod(plan.sizes[0])
-    )
-    total = plan.clips / count * area
+    total = plan.clips / count * plan.area()  # both time and bytes go with the area
     hours = total * seconds / max(1, workers) / 3600
     text = (
         f"{plan.clips} clips: about {total * stored / 2**30:.3g} GiB, {hours:.3g} hours. Nothing "

@@ -54,6 +54,7 @@ GROUPS: dict[str, tuple[Program, ...]] = {
         _prep("inspect", "a page that shows the clips of shards"),
         _prep("cache_latents", "encode clips and prompts once, for the DiT stage"),
         _prep("synthesize", "draw procedural clips, for a first try without data"),
+        _prep("render", "render physically based clips with Blender"),
     ),
     "Training": (
         Program(
