@@ -70,15 +70,15 @@ def collect(
     check_out(out, folder=True)
     packages = packages_of(kind, source)
     with only_writer(out):
-        found = [one for package in packages for one in listed(kind, package, moving)]
-        found = few_of_each(found, per_group)
+        each = [(package, listed(kind, package, moving)) for package in packages]
+        digests = [(one, digest_of(one.root, files_of(kind, one, all_of))) for one, all_of in each]
+        found = few_of_each([clip for _, all_of in each for clip in all_of], per_group)
         if not found:
             raise ValueError(f"source={source}: {packages[0].name} holds no clip that moves")
-        digests = [
-            (package, digest_of(package.root, files_of(package, found))) for package in packages
-        ]
         said = [[package.name, package.version, digest] for package, digest in digests]
-        begin(out, {"kind": kind, "packages": said, "clips": len(found)}, replace)
+        begin(
+            out, {"kind": kind, "packages": said, "moving": moving, "per_group": per_group}, replace
+        )
         bad = write_clips(found, out, workers)
         kept = [one for one in found if one.name not in bad]
         write_lines(out / TABLE, ({"file": one.file, **one.row} for one in kept))
@@ -170,13 +170,11 @@ def few_of_each(found: Sequence[Listed], most: int | None) -> list[Listed]:
     return [one for one in found if one.name in kept]
 
 
-def files_of(package: Package, found: Sequence[Listed]) -> set[Path]:
-    files = {
-        file
-        for one in found
-        for file in (one.what.files if isinstance(one.what, Sprite) else (one.what,))
-    }
-    return {file for file in files if file.is_relative_to(package.root)}
+def files_of(kind: str, package: Package, found: Sequence[Listed]) -> set[Path]:
+    """All that the package's clips are made of, whichever of them are chosen."""
+    if kind == "emoji":
+        return set((package.root / "assets").glob("*.webp"))
+    return {file for one in found if isinstance(one.what, Sprite) for file in one.what.files}
 
 
 def begin(out: Path, made_of: Mapping[str, Any], replace: bool) -> None:

@@ -1,15 +1,18 @@
 """Builds the named set open-rgba: drawn clips, clips of free packages and rendered ones, mixed into
 shards that train and validate and a held-out test set, with checksums."""
 
+import ctypes
 import hashlib
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -42,6 +45,7 @@ from data_prep.journal import Line, open_journal, read_journal, write_lines
 from data_prep.plans import read_lines
 from data_prep.scores import over_time
 
+PR_SET_PDEATHSIG = 1  # of <linux/prctl.h>
 STRATA = ("opaque", "hair", "glass", "smoke", "glow", "effects")
 SHARE_ALIKE = re.compile(r"\bSA\b|\b[AL]?GPL\b")  # licences that pass themselves on
 SOFT = (26, 229)  # alpha in between is semi-transparent: a tenth to nine tenths
@@ -64,7 +68,10 @@ class Member:
 def prep(name: str, **settings: Any) -> None:
     """Runs a program of this package; RuntimeError if it fails, which has said why."""
     words = [f"{key}={quoted(value)}" for key, value in settings.items()]
-    done = subprocess.run([sys.executable, "-m", "acetate", "prep", name, *words])
+    # it ends with this process, however that ends
+    bound = partial(ctypes.CDLL(None).prctl, PR_SET_PDEATHSIG, signal.SIGTERM)
+    command = [sys.executable, "-m", "acetate", "prep", name, *words]
+    done = subprocess.run(command, preexec_fn=bound)
     if done.returncode:
         raise RuntimeError(
             f"acetate prep {name} {' '.join(words)} ended with {done.returncode}, for the reason "
@@ -138,9 +145,10 @@ def measure(refs: Sequence[ClipRef], journal: Path, workers: int) -> list[dict[s
     known = {line["crc32"]: line["values"] for line in read_journal(journal)}
     todo = [ref for ref in refs if ref.crc32 not in known]
     settings = {"executor": "local", "workers": workers, "name": attrgetter("name")}
-    with progress(measured, todo, desc="measure", **settings) as results, open_journal(
-        journal
-    ) as append:
+    with (
+        progress(measured, todo, desc="measure", **settings) as results,
+        open_journal(journal) as append,
+    ):
         for ref, values in results:
             if isinstance(values, BadClip):
                 raise ValueError(f"{values}; remove {ref.tar.parent} and build again")
@@ -291,7 +299,9 @@ def print_summary(console: Console, lines: Sequence[Line], per_stratum: int) -> 
 def main(cfg: DictConfig) -> None:
     settings = OmegaConf.to_container(cfg, resolve=True)
     assert isinstance(settings, dict)
-    wanted = {str(name): value for name, value in settings.items() if name not in ("paths", "hydra")}
+    wanted = {
+        str(name): value for name, value in settings.items() if name not in ("paths", "hydra")
+    }
     out = Path(cfg.out)
     workers = len(os.sched_getaffinity(0)) if cfg.workers is None else cfg.workers
     lines = build(wanted, out, workers)

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -38,14 +39,9 @@ class Sprite:
     def frames(self) -> list[Rgba]:
         """(H, W, 4) each; OSError or ValueError for pictures that cannot be read."""
         if self.places:
-            with Image.open(self.files[0]) as sheet:
-                whole = np.asarray(sheet.convert("RGBA"))
-            found = [self._cut(whole, place) for place in self.places]
+            found = [self._cut(read(self.files[0]), place) for place in self.places]
         else:
-            found = []
-            for path in self.files:
-                with Image.open(path) as picture:
-                    found.append(np.asarray(picture.convert("RGBA")))
+            found = [read(path) for path in self.files]
             high, wide = (max(frame.shape[axis] for frame in found) for axis in (0, 1))
             found = [centred(frame, high, wide) for frame in found]
         if self.opacity < 1:
@@ -59,6 +55,12 @@ class Sprite:
         frame = np.zeros((self.size[1], self.size[0], 4), np.uint8)
         frame[top : top + height, left : left + width] = sheet[y : y + height, x : x + width]
         return frame
+
+
+@lru_cache(maxsize=2)  # the clips of one sheet come one after the other
+def read(path: Path) -> Rgba:
+    with Image.open(path) as picture:
+        return np.asarray(picture.convert("RGBA"))
 
 
 def centred(frame: Rgba, high: int, wide: int) -> Rgba:

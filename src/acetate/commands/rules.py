@@ -285,6 +285,7 @@ RULES: dict[str, Rule] = {
     "max_clips": count,
     "max_mb": number(1, 1e6),
     "val_fraction": number(0, below=1),
+    "open_rgba.workers": optional(whole(0, PROCESSES)),
     "ingest.workers": optional(whole(0, PROCESSES)),
     "detect_packed": flag,
     "max_pixels": whole(1, MOST),
