@@ -22,16 +22,9 @@ from data_prep.bad_clips import print_bad
 from data_prep.emoji import codes_of, described, group_of
 from data_prep.executor import check, progress
 from data_prep.journal import only_writer, write_lines
-from data_prep.packages import Package, debian_package, digest_of, npm_packages, strangers
+from data_prep.packages import Package, digest_of, packages_of, strangers
 from data_prep.sprites import READERS, Sprite, write_animation
 
-EMOJI = [f"@lobehub/fluent-emoji-anim-{number}" for number in range(1, 5)]
-# kind -> Debian package, and its folder below usr/share/games
-DEBIAN = {
-    "flare": ("flare-game", "flare"),
-    "endless-sky": ("endless-sky-data", "endless-sky"),
-    "wesnoth": ("wesnoth-1.16-data", "wesnoth"),
-}
 TABLE, MADE_OF = "table.jsonl", ".made_of.json"  # in `out`; ingest passes over hidden files
 
 
@@ -83,24 +76,6 @@ def collect(
         kept = [one for one in found if one.name not in bad]
         write_lines(out / TABLE, ({"file": one.file, **one.row} for one in kept))
     return kept, bad, list(strangers(digests, known))
-
-
-def packages_of(kind: str, source: Path) -> list[Package]:
-    if kind == "emoji":
-        packages, lacks = npm_packages(source, EMOJI), " or ".join(("package.json of", *EMOJI[:1]))
-        way = f"npm install --prefix {source} {' '.join(EMOJI)}"
-    else:
-        name, data = DEBIAN[kind]
-        package = debian_package(source, name, data)
-        packages = [package] if package else []
-        lacks = f"usr/share/doc/{name} with usr/share/games/{data}"
-        way = f"apt-get download {name} && dpkg-deb -x {name}_*.deb {source}"
-    if not packages:
-        raise FileNotFoundError(
-            f"source={source} holds no unpacked {kind} package: it lacks {lacks}. Name the folder "
-            f"that it was unpacked into, or unpack it there: {way}"
-        )
-    return packages
 
 
 def listed(kind: str, package: Package, moving: str) -> list[Listed]:

@@ -42,6 +42,7 @@ from acetate.replacing import check_out, write_json, written
 from data_prep.executor import check, progress
 from data_prep.folders import DECISIONS, check_folder, making
 from data_prep.journal import Line, open_journal, read_journal, write_lines
+from data_prep.packages import packages_of
 from data_prep.plans import read_lines
 from data_prep.scores import over_time
 
@@ -237,10 +238,17 @@ def recipe_of(cfg: Mapping[str, Any], folders: Mapping[str, Path], parts: Path) 
 
 
 def build(cfg: Mapping[str, Any], out: Path, workers: int) -> list[Line]:
-    """Makes the set and returns the lines of LISTED. A build that was interrupted goes on."""
+    """Makes the set and returns the lines of LISTED; a build that was interrupted goes on.
+
+    FileNotFoundError for a package that is not in `source`, ShardError for what `rendered` is not.
+    """
     check("local", workers)
     check_out(out, folder=True)
     parts = out / "parts"
+    for kind in cfg["packages"]:
+        packages_of(kind, Path(cfg["source"]))
+    if cfg["rendered"]:
+        read_manifest(Path(cfg["rendered"]))
     for folder in (out / "clips", out / "test"):
         check_folder(folder)
     folders = make_parts(cfg, parts, workers)

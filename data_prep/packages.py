@@ -14,6 +14,13 @@ from typing import Any
 from acetate.documents import parse, read_plain
 
 MOST_TEXT = 2**24  # bytes of a package's description
+EMOJI = [f"@lobehub/fluent-emoji-anim-{number}" for number in range(1, 5)]
+# kind -> Debian package, and its folder below usr/share/games
+DEBIAN = {
+    "flare": ("flare-game", "flare"),
+    "endless-sky": ("endless-sky-data", "endless-sky"),
+    "wesnoth": ("wesnoth-1.16-data", "wesnoth"),
+}
 GPL = re.compile(r"General\s+Public\s+License\s+version\s+(\d)(?:\s+or\s+at\s+your\s+option)?")
 
 
@@ -33,6 +40,26 @@ class Package:
         licence, author = self.terms(inside)
         source = f"{self.name} {self.version}: {inside}; by {author}"
         return {"licence": licence, "author": author, "source": source}
+
+
+def packages_of(kind: str, source: Path) -> list[Package]:
+    """Those of the kind that are unpacked in the folder; FileNotFoundError with the way out if none
+    is."""
+    if kind == "emoji":
+        packages, lacks = npm_packages(source, EMOJI), " or ".join(("package.json of", *EMOJI[:1]))
+        way = f"npm install --prefix {source} {' '.join(EMOJI)}"
+    else:
+        name, data = DEBIAN[kind]
+        package = debian_package(source, name, data)
+        packages = [package] if package else []
+        lacks = f"usr/share/doc/{name} with usr/share/games/{data}"
+        way = f"apt-get download {name} && dpkg-deb -x {name}_*.deb {source}"
+    if not packages:
+        raise FileNotFoundError(
+            f"source={source} holds no unpacked {kind} package: it lacks {lacks}. Name the folder "
+            f"that it was unpacked into, or unpack it there: {way}"
+        )
+    return packages
 
 
 def npm_packages(source: Path, names: Sequence[str]) -> list[Package]:

@@ -10,10 +10,10 @@ from PIL import Image
 
 from acetate.data.splits import assign_splits
 from acetate.video_io import open_rgba
-from data_prep.collect import DEBIAN, EMOJI, collect
+from data_prep.collect import collect
 from data_prep.emoji import codes_of, described, group_of
 from data_prep.ingest import ingest
-from data_prep.packages import terms_of
+from data_prep.packages import DEBIAN, EMOJI, terms_of
 from data_prep.sprites import with_light
 
 COPYRIGHT = """Format: https://www.debian.org/doc/packaging-manuals/copyright-format/1.0/
