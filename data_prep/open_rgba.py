@@ -159,7 +159,7 @@ def measure(refs: Sequence[ClipRef], journal: Path, workers: int) -> list[dict[s
 
 
 def stratum_of(key: str, prompt: str, semi: float, cfg: Mapping[str, Any]) -> str:
-    """By the kind of a drawn or rendered clip, else by its alpha and its prompt."""
+    """By the kind of a drawn clip, else by its alpha and its prompt."""
     kind = re.match("[a-z]*", key)[0]
     if kind in cfg["kinds"]:
         return cfg["kinds"][kind]
@@ -181,7 +181,9 @@ def members(
             licence = meta.get("licence", "unknown")
             if SHARE_ALIKE.search(licence) and not cfg["share_alike"]:
                 continue
-            stratum = stratum_of(ref.key, meta["prompt"], values["semi"], cfg)
+            stratum = meta.get("done", {}).get("stratum") or stratum_of(
+                ref.key, meta["prompt"], values["semi"], cfg
+            )
             digest = hashlib.sha256(ref.key.encode()).hexdigest()[:8]
             key = shortened(f"{stratum}-{name}-{ref.key}", LONGEST_KEY, digest)
             line = {

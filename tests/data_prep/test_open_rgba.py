@@ -128,9 +128,11 @@ def test_wrong_folders_are_refused_before_anything_is_made(tmp_path):
 @pytest.mark.slow
 def test_killed_with_what_it_started(tmp_path):
     source = npm(tmp_path / "down", [*TONED, *OTHERS])
-    command = [sys.executable, "-m", "acetate", "prep", "open_rgba", f"source={source}", f"out={tmp_path / 'out'}",
-               "drawn.clips=400", "drawn.frames=9", "drawn.size=16", "workers=1",
-               "per_stratum=1"]  # fmt: skip
+    command = [
+        *(sys.executable, "-m", "acetate", "prep", "open_rgba", f"source={source}"),
+        *(f"out={tmp_path / 'out'}", "drawn.clips=400", "drawn.frames=9", "drawn.size=16"),
+        *("workers=1", "per_stratum=1"),
+    ]
     build = subprocess.Popen(command)
     for _ in range(600):
         if list((tmp_path / "out/parts").glob("drawn/*.tmp")):
