@@ -55,6 +55,8 @@ GROUPS: dict[str, tuple[Program, ...]] = {
         _prep("cache_latents", "encode clips and prompts once, for the DiT stage"),
         _prep("synthesize", "draw procedural clips, for a first try without data"),
         _prep("render", "render physically based clips with Blender"),
+        _prep("collect", "list the clips of a free package, for ingest"),
+        _prep("open_rgba", "build the named set open-rgba from free packages and drawn clips"),
     ),
     "Training": (
         Program(

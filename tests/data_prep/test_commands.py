@@ -22,7 +22,17 @@ def imported(source):
 
 
 def test_commands_are_found():
-    names = ["cache_latents", "caption", "filter", "ingest", "inspect", "shard", "synthesize"]
+    names = [
+        "cache_latents",
+        "caption",
+        "collect",
+        "filter",
+        "ingest",
+        "inspect",
+        "open_rgba",
+        "shard",
+        "synthesize",
+    ]
     assert sorted(COMMANDS) == names
 
 
