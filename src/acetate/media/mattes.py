@@ -78,7 +78,7 @@ def _of_images(path: Path, files: list[Path], limits: Limits) -> Stream:
     first = image_halves(files[0], limits)[0]
     if np.ptp(first, axis=-1).max() > NEAR and len(np.unique(_packed(first))) <= NAMED:
         found = {value for picture in colors() for value in np.unique(picture).tolist()}
-        pictures, note = _of_two(path, "colors", sorted(found))
+        pictures, note = _of_two(path, "colours", sorted(found))
         return stream(map(pictures, colors()), note)
     levels, notes = _of_few(path, lumas())
     return stream((levels[picture] for picture in lumas()), *notes)
@@ -156,7 +156,7 @@ def _packed(picture: Frames) -> NDArray[np.uint32]:
 def _of_two(path: Path, kind: str, found: list[int]) -> tuple[Callable[[Values], Frames], str]:
     """What makes alpha of a mask that numbers things by indices or colours, the lower 0 and the
     other 255; and in words."""
-    shown = [f"#{value:06x}" if kind == "colors" else str(value) for value in found]
+    shown = [f"#{value:06x}" if kind == "colours" else str(value) for value in found]
     if len(found) > 2:
         more = ", ..." if len(found) > NAMED else ""
         raise MediaError(
