@@ -76,8 +76,8 @@ def with_light(frame: Rgba, opacity: float) -> Rgba:
     unit = frame.astype(np.float32) / 255
     light = unit[..., :3] * unit[..., 3:]
     alpha = np.maximum(opacity * unit[..., 3], light.max(axis=-1))[..., None]
-    colour = np.divide(light, alpha, out=np.zeros_like(light), where=alpha > 0)
-    return np.rint(255 * np.concatenate([colour, alpha], axis=-1)).astype(np.uint8)
+    color = np.divide(light, alpha, out=np.zeros_like(light), where=alpha > 0)
+    return np.rint(255 * np.concatenate([color, alpha], axis=-1)).astype(np.uint8)
 
 
 def write_animation(frames: Sequence[Rgba], ms: int, path: Path) -> None:

@@ -78,7 +78,7 @@ def _of_images(path: Path, files: list[Path], limits: Limits) -> Stream:
     first = image_halves(files[0], limits)[0]
     if np.ptp(first, axis=-1).max() > NEAR and len(np.unique(_packed(first))) <= NAMED:
         found = {value for picture in colors() for value in np.unique(picture).tolist()}
-        pictures, note = _of_two(path, "colors", sorted(found))
+        pictures, note = _of_two(path, "colours", sorted(found))
         return stream(map(pictures, colors()), note)
     levels, notes = _of_few(path, lumas())
     return stream((levels[picture] for picture in lumas()), *notes)
