@@ -10,7 +10,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from PIL import Image
 from rich.console import Console
 
@@ -49,7 +49,7 @@ def collect(
     out: Path,
     moving: Literal["only", "all"] = "only",
     per_group: int | None = None,
-    known: Sequence[Mapping[str, Any]] = (),
+    known: Sequence[str] = (),
     workers: int = 0,
     replace: bool = False,
 ) -> tuple[list[Listed], dict[str, str], list[str]]:
@@ -206,9 +206,11 @@ def cut(out: Path, one: Listed) -> str | None:
 def main(cfg: DictConfig) -> None:
     out = Path(cfg.out)
     same = ("kind", "moving", "per_group", "workers", "replace")
-    known = OmegaConf.to_container(cfg.known)
     found, bad, notes = collect(
-        source=Path(cfg.source), out=out, known=known, **{name: cfg[name] for name in same}
+        source=Path(cfg.source),
+        out=out,
+        known=list(cfg.known),
+        **{name: cfg[name] for name in same},
     )
     console = Console(markup=False, highlight=False)
     groups = len({one.row["group"] for one in found})

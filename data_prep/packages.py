@@ -151,17 +151,17 @@ def digest_of(root: Path, files: Iterable[Path]) -> str:
     return digest.hexdigest()
 
 
-def strangers(
-    packages: Iterable[tuple[Package, str]], known: Sequence[Mapping[str, Any]]
-) -> Iterator[str]:
-    """A line for each package, with the digest of its files, that is not as the recipe knows it."""
+def strangers(packages: Iterable[tuple[Package, str]], known: Sequence[str]) -> Iterator[str]:
+    """A line for each package, with the digest of its files, that is not as the recipe knows it.
+    known: "NAME VERSION SHA256" each."""
+    recipe = {name: said for name, *said in map(str.split, known)}
     for package, sha256 in packages:
-        recipe = next((one for one in known if one.get("package") == package.name), None)
-        if recipe is None:
-            yield f"{package.name} {package.version} (sha256 {sha256}) is not in the recipe"
-        elif str(recipe["version"]) != package.version or recipe["sha256"] != sha256:
+        here = f"{package.name} {package.version} (sha256 {sha256})"
+        if package.name not in recipe:
+            yield f"{here} is not in the recipe"
+        elif recipe[package.name] != [package.version, sha256]:
+            version, theirs = recipe[package.name]
             yield (
-                f"{package.name} {package.version} (sha256 {sha256}) is not the one of the recipe, "
-                f"{recipe['version']} (sha256 {recipe['sha256']}): its clips, and what is made of "
-                "them, can differ"
+                f"{here} is not the one of the recipe, {version} (sha256 {theirs}): its clips, and "
+                "what is made of them, can differ"
             )

@@ -291,7 +291,7 @@ def test_another_version_is_told_and_needs_a_folder_of_its_own(tmp_path):
     npm(tmp_path, TONED)
     out = tmp_path / "out"
     *_, (note,) = collect(kind="emoji", source=tmp_path, out=out)
-    known = [{"package": EMOJI[0], "version": "1.0.0", "sha256": note.split("sha256 ")[1][:64]}]
+    known = [f"{EMOJI[0]} 1.0.0 {note.split('sha256 ')[1][:64]}"]
     assert collect(kind="emoji", source=tmp_path, out=out, known=known)[2] == []
     old = next((tmp_path / "node_modules").rglob("1f44b.webp"))
     picture(7).save(old, save_all=True, append_images=[picture(8)], lossless=True)

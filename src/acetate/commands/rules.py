@@ -330,7 +330,13 @@ RULES: dict[str, Rule] = {
     "kind": one_of("emoji", "flare", "endless-sky", "wesnoth"),
     "moving": one_of("only", "all"),
     "per_group": optional(count),
-    "known": anything,
+    "known": several(
+        Rule(
+            "NAME VERSION SHA256",
+            lambda value: re.fullmatch(r"\S+ \S+ [0-9a-f]{64}", str(value)) is not None,
+        ),
+        0,
+    ),
     "packages": several(one_of("emoji", "flare", "endless-sky", "wesnoth"), 0),
     "rendered": optional(place),
     "share_alike": flag,
