@@ -75,7 +75,7 @@ def installed(folder: Path) -> str:
     if not whole.exists():
         with writing(folder):
             folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder.with_suffix(".lock")):
+        with FileLock(folder.with_name(f"{folder.name}.lock")):
             if not whole.exists():
                 install(folder, python)
                 with writing(whole):

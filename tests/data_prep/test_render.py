@@ -96,6 +96,14 @@ def test_a_blender_that_dies_and_other_settings(tmp_path, blender, monkeypatch):
     assert not (tmp_path / "other").exists()
 
 
+def test_a_disk_that_is_full_of_frames(tmp_path, blender, monkeypatch):
+    monkeypatch.setenv("STUMBLE", "wires")
+    full = type("Usage", (), {"free": 2**20})()
+    monkeypatch.setattr("data_prep.blender.shutil.disk_usage", lambda _: full)
+    with pytest.raises(OSError, match=r"has 1 MiB left, too few.*TMPDIR=FOLDER"):
+        make(tmp_path / "out", blender, kinds=["wires"], clips=1)
+
+
 def test_kinds_that_there_are_not(tmp_path, blender):
     with pytest.raises(ValueError, match=r"kinds=\['galss'\]; known kinds: glass"):
         make(tmp_path / "out", blender, kinds=["galss"])
