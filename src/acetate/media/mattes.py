@@ -156,7 +156,7 @@ def _packed(picture: Frames) -> NDArray[np.uint32]:
 def _of_two(path: Path, kind: str, found: list[int]) -> tuple[Callable[[Values], Frames], str]:
     """Returns what makes alpha of a mask that numbers things by indices or colours, the lower 0 and
     the other 255; and a note in words."""
-    shown = [f"#{value:06x}" if kind == "colors" else str(value) for value in found]
+    shown = [f"#{value:06x}" if kind == "colours" else str(value) for value in found]
     if len(found) > 2:
         more = ", ..." if len(found) > NAMED else ""
         raise MediaError(
