@@ -246,6 +246,31 @@ def test_saved_text_encoder_reads_prompts_as_in_training(dit_task, tmp_path, pro
     assert (embeds.abs().amax(-1) > 0).sum() == (expected.abs().amax(-1) > 0).sum()
 
 
+def test_validation_tells_whether_prompts_are_read(dit_task, monkeypatch):
+    task, _, _ = dit_task
+    batch, logged = next(iter(data().val_dataloader())), {}
+    monkeypatch.setattr(task, "prompt_dropout", 0.0)
+    monkeypatch.setattr(task, "log", lambda name, value, **_: logged.update({name: float(value)}))
+    with torch.no_grad():
+        task.eval().validation_step(batch, 0)
+        assert logged["val/prompt_gain"] != 0
+        task.validation_step({**batch, "prompt": ["one"] * len(batch["prompt"])}, 0)
+    assert logged["val/prompt_gain"] == 0
+
+
+def test_a_dit_goes_on_from_an_earlier_one(dit_task):
+    task, folder, _ = dit_task
+    other = copy.deepcopy(task)
+    for value in other.parameters():
+        value.data.zero_()
+    other.start_from(folder)
+    for name, value in task.transformer.state_dict().items():
+        assert_close(other.transformer.state_dict()[name], value.half().float(), msg=name)
+    with torch.no_grad():
+        prompt = ["a teal ring that turns"]
+        assert_close(other.context(prompt), task.context(prompt), rtol=0, atol=0.01)
+
+
 def test_dit_step_is_a_function_of_the_draws(dit_task):
     task, _, _ = dit_task
     batch = next(iter(data().val_dataloader()))

@@ -298,8 +298,16 @@ class WanDiTTask(MeasuredTask):
         return {"loss": loss}
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
-        loss = self.step(batch, ClipDraws(batch["key"], self.seed, "val", device=self.device))
-        self.log("val/loss", loss, prog_bar=True, batch_size=len(batch["key"]), sync_dist=True)
+        """val/prompt_gain: by how much the error grows where each clip has its neighbour's prompt;
+        a DiT that does not read prompts has 0."""
+        others = {**batch, "prompt": [*batch["prompt"][1:], *batch["prompt"][:1]]}
+        loss, other = (
+            self.step(each, ClipDraws(batch["key"], self.seed, "val", device=self.device))
+            for each in (batch, others)
+        )
+        shared = {"batch_size": len(batch["key"]), "sync_dist": True}
+        self.log("val/loss", loss, prog_bar=True, **shared)
+        self.log("val/prompt_gain", other - loss, **shared)
         return {"loss": loss}
 
     def on_validation_epoch_end(self) -> None:
