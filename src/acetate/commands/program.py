@@ -207,7 +207,7 @@ def _settled(program: Program, arguments: Overrides, many: bool) -> DictConfig:
 
 
 def _check_secrets(program: Program, arguments: Overrides) -> None:
-    """Those that the command has are known, and no job of a sweep gets any from a file."""
+    """Notes the secrets of the command, and refuses a sweep that would get any from a file."""
     find(arguments)
     if {"-m", "--multirun"} & set(arguments):
         fixed = [text for text in arguments if not text.startswith("-") and not _sweeps(text)]

@@ -249,6 +249,9 @@ RULES: dict[str, Rule] = {
     "view.reference": optional(place),
     "view.frames": whole(1, FRAMES),
     "lossless": flag,
+    # The tiny base
+    "mattes": flag,
+    "data.folder": place,
     # Questions before a run
     "estimate.out": optional(place),
     "cost.out": optional(place),

@@ -166,7 +166,7 @@ def _deep_tiff(path: Path) -> Deep | None:
 
 
 def pages_note(path: Path) -> list[str]:
-    """Of a TIFF, where others than smaller versions of its first page are in it."""
+    """Returns a note where a TIFF holds other pages than smaller versions of its first."""
     with tifffile.TiffFile(path) as file:
         count = sum(not page.is_reduced for page in file.pages)
     return [f"the first of its {count} pages"] if count > 1 else []
