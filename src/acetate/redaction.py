@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TypeGuard
 from urllib.parse import quote, unquote
 
-from acetate.settings import is_mapping
+from acetate.settings import is_list, is_mapping
 
 HIDDEN = "***"
 # What stands for the secret of a setting until a program needs it
@@ -89,7 +89,7 @@ def settings_with_secrets(value: Any, name: str = "") -> Iterator[str]:
             if redacted({key: None}) != {key: None}:
                 yield name
             yield from settings_with_secrets(item, inner)
-    elif isinstance(value, list | tuple):
+    elif is_list(value):
         for item in value:
             yield from settings_with_secrets(item, name)
     elif redacted(value, name) != value:

@@ -46,7 +46,7 @@ def is_mapping(value: object) -> TypeGuard[Mapping[Any, Any]]:
     return isinstance(value, Mapping)
 
 
-def _is_list(value: object) -> TypeGuard[Sequence[Any]]:
+def is_list(value: object) -> TypeGuard[Sequence[Any]]:
     """Returns whether a value is a sequence and no text."""
     return isinstance(value, Sequence) and not isinstance(value, str)
 
@@ -144,7 +144,7 @@ def several(rule: Rule, least: int = 1, most: int | None = None) -> Rule:
     return Rule(
         f"{count}, each {rule.says}",
         lambda value: (
-            _is_list(value)
+            is_list(value)
             and least <= len(value) <= (len(value) if most is None else most)
             and all(map(rule.holds, value))
         ),
