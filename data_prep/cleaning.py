@@ -286,15 +286,17 @@ def _bleed(frame: Frames, radius: int | None, trusted: int) -> Frames:
     alpha = frame[..., 3:]
     if (radius == 0 and trusted <= 1) or not (alpha >= trusted).any():
         return frame * (alpha > 0)
-    picture = torch.from_numpy(np.ascontiguousarray(frame)).permute(2, 0, 1)[None].float()
-    hidden, weight = picture[:, 3:] == 0, picture[:, 3:] * (picture[:, 3:] >= trusted)
+    opacity = torch.from_numpy(alpha[..., 0].astype(np.float32))[None, None]
+    hidden, weight = opacity == 0, opacity * (opacity >= trusted)
     from_around = hidden if radius is None else hidden & _within(weight > 0, radius)
     if trusted > 1:
         from_around = from_around | (~hidden & _within(weight > 0, NEAR) & (weight == 0))
-    color = _push_pull(picture[:, :3], weight)
-    color = color.where(from_around, picture[:, :3].masked_fill_(hidden, 0))
-    color = color[0].permute(1, 2, 0).add_(0.5).clamp_(0, 255).to(torch.uint8).numpy()
-    return np.concatenate((color, alpha), axis=-1)
+    done = frame.copy()
+    for channel in range(3):  # one at a time: floats of all are much memory
+        plane = torch.from_numpy(frame[..., channel].astype(np.float32))[None, None]
+        color = _push_pull(plane, weight).where(from_around, plane.masked_fill_(hidden, 0))
+        done[..., channel] = color[0, 0].add_(0.5).clamp_(0, 255).to(torch.uint8).numpy()
+    return done
 
 
 def _within(mask: torch.Tensor, radius: int) -> torch.Tensor:
@@ -302,7 +304,9 @@ def _within(mask: torch.Tensor, radius: int) -> torch.Tensor:
     for axis in (2, 3):
         lines = mask.movedim(axis, -1)
         places = torch.arange(side := lines.shape[-1])
-        sums = F.pad(lines.cumsum(-1), (1, 0))  # so that the cost does not grow with the radius
+        sums = F.pad(
+            lines.cumsum(-1, dtype=torch.int32), (1, 0)
+        )  # so that the cost does not grow with the radius
         last, first = (
             (places + min(radius, side) + 1).clamp_max(side),
             (places - min(radius, side)).clamp_min(0),
@@ -312,7 +316,7 @@ def _within(mask: torch.Tensor, radius: int) -> torch.Tensor:
 
 
 def _push_pull(color: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """(1, 3, H, W), (1, 1, H, W) -> colour where weight is above 0, and what lies around it
+    """(1, 1, H, W) each -> colour where weight is above 0, and what lies around it
     elsewhere."""
     if max(color.shape[-2:]) == 1:
         return color * (weight > 0)
