@@ -327,13 +327,13 @@ RULES: dict[str, Rule] = {
     2)))),
     "render.kinds": several(one_of("glass", "hair", "smoke", "cloth", "leaves", "bubbles", "wires",
     "flames", "sparks", "objects", "liquid"), 0),
-    "samples": whole(1, 4096),
+    "render.samples": whole(1, 4096),
     "blender": optional(place),
     "rules": anything,
-    "kind": one_of("emoji", "flare", "endless-sky", "wesnoth"),
-    "moving": one_of("only", "all"),
+    "collect.kind": one_of("emoji", "flare", "endless-sky", "wesnoth"),
+    "collect.moving": one_of("only", "all"),
     "per_group": optional(count),
-    "known": several(
+    "collect.known": several(
         Rule(
             "NAME VERSION SHA256",
             lambda value: re.fullmatch(r"\S+ \S+ [0-9a-f]{64}", str(value)) is not None,
@@ -345,8 +345,8 @@ RULES: dict[str, Rule] = {
     "share_alike": flag,
     "drawn.size": whole(8, SIDE),
     "per_stratum": count,
-    "kinds": mapping(words, words),
-    "soft": share,
+    "open_rgba.kinds": mapping(words, words),
+    "open_rgba.soft": share,
     "open_rgba.words": mapping(words, words),
     "distance": whole(0, 128),
     "duplicates.keep": one_of("best", "first"),
