@@ -20,7 +20,7 @@ BACKDROP = re.compile("#[0-9a-f]{6}")
 def respelled(value: Any) -> Any:
     """JSON of older manifests, whose names say `colour`, with the names of today."""
     if isinstance(value, Mapping):
-        return {name.replace("color", "color"): respelled(inner) for name, inner in value.items()}
+        return {name.replace("colour", "color"): respelled(inner) for name, inner in value.items()}
     return value
 
 

@@ -22,7 +22,7 @@ def given_rectangles(candidate: Candidate, header: Description) -> tuple[Rect, R
                 f"{path} is {header.width}x{header.height}, its rectangles are for "
                 f"{size[0]}x{size[1]}"
             )
-        names = ("rgb_rect", "color_rect", "color_rect")
+        names = ("rgb_rect", "color_rect", "colour_rect")
         color = next((origin[name] for name in names if name in origin), None)
         texts = [color, origin["alpha_rect"]]
     elif column(row, "alpha_rect"):

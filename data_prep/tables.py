@@ -119,7 +119,7 @@ def read_rows(table: Path) -> list[Row]:
 
 def _plain(name: str) -> str:
     """A column's name in lower case, with _ for spaces and dashes and color for colour."""
-    return re.sub(r"[\s-]+", "_", name.strip().lower()).replace("color", "color")
+    return re.sub(r"[\s-]+", "_", name.strip().lower()).replace("colour", "color")
 
 
 def _pair(names: "_Names", table: Path, number: int, row: Row) -> tuple[tuple[Path, Path], Row]:

@@ -9,6 +9,7 @@ from tests.paths import ROOT
 
 SOURCES = {path.stem: path.read_text() for path in sorted((ROOT / "data_prep").glob("*.py"))}
 COMMANDS = {name for name, source in SOURCES.items() if f'run("prep {name}")' in source}
+FINISHED = {"check", "view"}  # commands on clips that are done, outside of `acetate prep`
 
 
 def imported(source):
@@ -30,6 +31,7 @@ def test_commands_are_found():
         "ingest",
         "inspect",
         "open_rgba",
+        "render",
         "shard",
         "synthesize",
     ]
@@ -38,4 +40,6 @@ def test_commands_are_found():
 
 @pytest.mark.parametrize("name", SOURCES)
 def test_no_module_imports_a_command(name):
-    assert {f"data_prep.{command}" for command in COMMANDS}.isdisjoint(imported(SOURCES[name]))
+    assert {f"data_prep.{command}" for command in COMMANDS | FINISHED}.isdisjoint(
+        imported(SOURCES[name])
+    )

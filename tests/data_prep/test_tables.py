@@ -29,6 +29,13 @@ def test_what_rows_may_call_a_file(tmp_path):
     assert len(notes) == 5  # those that are not the very name
 
 
+def test_columns_may_be_spelled_colour(tmp_path):
+    (tmp_path / "a.mp4").touch()
+    (tmp_path / "t.csv").write_text("file,Colour Rect,colour\na.mp4,0 0 8 8,black\n")
+    (row,) = read_tables(walk(tmp_path)).rows.values()
+    assert row == {"file": "a.mp4", "color_rect": "0 0 8 8", "color": "black"}
+
+
 def test_every_row_that_means_nothing_is_named(tmp_path):
     (tmp_path / "t.csv").write_text("file,prompt\na.png,1\nb.png,2\n,3\n/x/c.png,4\na.png,5\n")
     (tmp_path / "u.csv").write_text("picture,prompt\na.png,1\n")
