@@ -1,10 +1,13 @@
+import re
 from itertools import islice
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from acetate.data.endless import EndlessDataModule, placed
+from acetate.alpha import PALETTE, PALETTE_NAMES
+from acetate.data.drawing import COLORS, color
+from acetate.data.endless import GREYS, EndlessDataModule, background, placed
 
 
 def keys(rank, world, *, step=0, steps=2, batch_size=2, val=False):
@@ -49,24 +52,60 @@ def test_without_mattes_no_clip_is_grey():
     def grey(mattes):
         data = EndlessDataModule(
             frames=1, height=8, width=8, batch_size=1, val_clips=1, seed=0, num_workers=0,
-            smallest=0.5, mattes=mattes,
+            smallest=0.5, views={"pictures": 5, "hard": 2, "soft": 1, "mattes": mattes},
         )  # fmt: skip
         clips = data.numbered(start=0, length=40, step=1)
         videos = [clips[n]["video"] for n in range(40)]
         return sum(bool((video[0] == video[1]).all() and video.std() > 0.2) for video in videos)
 
-    assert grey(True) > 0 == grey(False)
+    assert grey(2) > 0 == grey(0)
 
 
-def test_a_scale_outside_of_its_range_is_refused():
-    with pytest.raises(ValueError, match=r"data\.smallest=0; a scale in \(0, 1\]"):
+def test_prompts_name_what_is_behind_and_where_the_subject_is():
+    data = EndlessDataModule(
+        frames=1, height=16, width=16, batch_size=1, val_clips=1, seed=0, num_workers=0,
+        smallest=0.2, views={"soft": 1},
+    )  # fmt: skip
+    clips = data.numbered(start=0, length=60, step=1)
+    small = [clip for clip in map(clips.__getitem__, range(60)) if "small, at" in clip["prompt"]]
+    assert len(small) > 20
+    shares = {"top": [], "left": []}
+    for clip in small:
+        prompt, video = clip["prompt"], clip["video"][:, 0]
+        name = re.match(r"Plain (\w+) background, procedural animation", prompt).group(1)
+        plain = PALETTE[PALETTE_NAMES.index(name.replace("black", "key"))].view(3, 1, 1)
+        drawn = (video - plain).abs().amax(0)
+        assert drawn.max() < 0.1 or drawn.min() == 0  # the plain colour is there
+        for word, half in (("top", drawn[:8]), ("left", drawn[:, :8])):
+            if word in prompt and drawn.sum() > 0:
+                shares[word].append(float(half.sum() / drawn.sum()))
+    assert all(len(found) > 5 and sum(found) / len(found) > 0.7 for found in shares.values())
+
+
+def test_backgrounds_are_named_by_style_and_color():
+    found = [background(seed, 1, 16, 16) for seed in range(40)]
+    plain = [(rgb, words) for rgb, words in found if words.startswith("Plain")]
+    assert plain and len({words for _, words in found}) > 15
+    for rgb, words in plain:
+        name = words.removeprefix("Plain ").removesuffix(" background")
+        codes = COLORS | GREYS
+        away = {
+            each: (color(code).view(3) - (rgb.mean((1, 2, 3)) + 1) / 2).norm()
+            for each, code in codes.items()
+        }
+        assert min(away, key=away.get) == name
+
+
+@pytest.mark.parametrize(
+    "setting, message",
+    [
+        ({"smallest": 0}, r"data\.smallest=0; a scale in \(0, 1\]"),
+        ({"views": {"soft": 0}}, r"data\.views=\{'soft': 0\}; whole shares, at least one above 0"),
+        ({"views": {"softly": 1}}, r"data\.views=.*pictures, hard, soft, mattes"),
+    ],
+)
+def test_settings_outside_of_their_range_are_refused(setting, message):
+    with pytest.raises(ValueError, match=message):
         EndlessDataModule(
-            frames=1,
-            height=8,
-            width=8,
-            batch_size=1,
-            val_clips=1,
-            seed=0,
-            num_workers=0,
-            smallest=0,
-        )
+            frames=1, height=8, width=8, batch_size=1, val_clips=1, seed=0, num_workers=0, **setting
+        )  # fmt: skip

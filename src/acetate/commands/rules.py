@@ -250,7 +250,10 @@ RULES: dict[str, Rule] = {
     "view.frames": whole(1, FRAMES),
     "lossless": flag,
     # The tiny base
-    "mattes": flag,
+    "views.pictures": whole(0, 1000),
+    "views.hard": whole(0, 1000),
+    "views.soft": whole(0, 1000),
+    "views.mattes": whole(0, 1000),
     "data.folder": place,
     # Questions before a run
     "estimate.out": optional(place),

@@ -3,6 +3,8 @@ model."""
 
 import math
 import sys
+from collections.abc import Mapping
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -11,19 +13,27 @@ from lightning import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from acetate.alpha import PALETTE, harden, over
+from acetate.alpha import PALETTE, PALETTE_NAMES, harden, over
 from acetate.data import drawing, synthetic
 from acetate.data.clips import TrainBatches
 from acetate.data.datamodule import apart_from_signals
-from acetate.data.drawing import Dice, canvas_of, inside, look_up, mix, rotate, splat
+from acetate.data.drawing import COLORS, Dice, canvas_of, inside, look_up, mix, rotate, splat
 from acetate.data.transforms import resize
 from acetate.draws import generator_for
 from acetate.lightning_seams import batches_done
 
+VIEWS = {"pictures": 5, "hard": 2, "soft": 1, "mattes": 2}  # shares; what an RGB model sees later
+STYLES = {
+    "plain": "Plain", "gradient": "Shaded", "stripes": "Striped", "noise": "Mottled",
+    "blobs": "Blurred", "checker": "Checkered",
+}  # fmt: skip
+GREYS = {"black": "000000", "grey": "808080", "white": "ffffff"}
+
 
 class EndlessClips(Dataset):
     """Makes clip i from (seed, i) alone, so that order and resume need no state; this one has every
-    step-th."""
+    step-th. Prompts name what is behind the subject, too, and where it is on a larger canvas: what
+    no word foretells, a DiT cannot learn to read."""
 
     def __init__(
         self,
@@ -36,11 +46,11 @@ class EndlessClips(Dataset):
         height: int,
         width: int,
         smallest: float,
-        mattes: bool,
+        views: Mapping[str, int],
     ) -> None:
         self.seed, self.start, self.length, self.step = seed, start, length, step
         self.frames, self.height, self.width = frames, height, width
-        self.smallest, self.views = smallest, 10 if mattes else 8
+        self.smallest, self.views = smallest, dict(views)
 
     def __len__(self) -> int:
         return self.length
@@ -55,32 +65,35 @@ class EndlessClips(Dataset):
         kind = synthetic.KINDS[kind_draw % len(synthetic.KINDS)]
         size = (self.frames, self.height, self.width)
         clip = synthetic.render(kind, seed_draw, *size)
-        rgb, alpha = clip.rgb, clip.alpha
+        rgb, alpha, where = clip.rgb, clip.alpha, ""
         if self.smallest < 1:
             draws = torch.rand(3, generator=generator).tolist()
-            rgb, alpha = placed(
-                rgb, alpha, self.smallest + (1 - self.smallest) * draws[0], *draws[1:]
-            )
+            place = (self.smallest + (1 - self.smallest) * draws[0], *draws[1:])
+            rgb, alpha = placed(rgb, alpha, *place)
+            where = named_place(*place)
+        video, behind = self._view(rgb, alpha, view_draw, color_draw, size)
+        subject = clip.prompt.removeprefix("Transparent background").removesuffix(".")
         return {
-            "video": self._view(rgb, alpha, view_draw % self.views, color_draw, size),
-            "prompt": clip.prompt,
+            "video": video,
+            "prompt": f"{behind}{subject}{where}.",
             "key": f"{kind}-{seed_draw}",
         }
 
-    @staticmethod
     def _view(
-        rgb: Tensor, alpha: Tensor, view: int, color: int, size: tuple[int, int, int]
-    ) -> Tensor:
-        """Renders a view of the kinds that an RGB model is shown later: pictures (5 of 10), hard
-        (2) and soft (1) renders, mattes (2, last)."""
-        plain = PALETTE[color % 8].view(3, 1, 1, 1)
-        if view < 5:
-            return over(rgb, alpha, background(color, *size))
-        if view < 7:
-            return over(rgb, harden(alpha), plain)
-        if view < 8:
-            return over(rgb, alpha, plain)
-        return (alpha * 2 - 1).expand(3, *size)
+        self, rgb: Tensor, alpha: Tensor, draw: int, color: int, size: tuple[int, int, int]
+    ) -> tuple[Tensor, str]:
+        """Renders one of the views that an RGB model is shown later, and names what is behind."""
+        ends = list(accumulate(self.views.values()))
+        draw %= ends[-1]
+        view = next(name for name, end in zip(self.views, ends, strict=True) if draw < end)
+        if view == "pictures":
+            behind, words = background(color, *size)
+            return over(rgb, alpha, behind), words
+        if view == "mattes":
+            return (alpha * 2 - 1).expand(3, *size), "Alpha"
+        plain, name = PALETTE[color % 8].view(3, 1, 1, 1), PALETTE_NAMES[color % 8]
+        words = f"Plain {name.replace('key', 'black')} background"
+        return over(rgb, harden(alpha) if view == "hard" else alpha, plain), words
 
 
 class EndlessDataModule(LightningDataModule):
@@ -88,8 +101,9 @@ class EndlessDataModule(LightningDataModule):
     seed space.
 
     Rank r of n draws the clips r, r + n, ...; batch_size is per rank, val_clips are of all ranks
-    together. smallest: scale of the subject, drawn from here to 1 with a place for it. mattes:
-    some clips are their own alpha, as a grey picture.
+    together. smallest: scale of the subject, drawn from here to 1 with a place for it. views:
+    shares of clips over pictures, hard and soft renders over a plain colour, and mattes: clips that
+    are their own alpha, as a grey picture.
     """
 
     def __init__(
@@ -103,14 +117,19 @@ class EndlessDataModule(LightningDataModule):
         seed: int,
         num_workers: int,
         smallest: float = 1.0,
-        mattes: bool = True,
+        views: Mapping[str, int] = VIEWS,
     ) -> None:
         super().__init__()
         if not 0 < smallest <= 1:
             raise ValueError(
                 f"data.smallest={smallest}; a scale in (0, 1]. 1 leaves clips as drawn."
             )
-        self.smallest, self.mattes = smallest, mattes
+        if set(views) - set(VIEWS) or min(views.values()) < 0 or not sum(views.values()):
+            raise ValueError(
+                f"data.views={dict(views)}; whole shares, at least one above 0, of"
+                f" {', '.join(VIEWS)}."
+            )
+        self.smallest, self.views = smallest, dict(views)
         self.frames, self.height, self.width = frames, height, width
         self.batch_size, self.val_clips = batch_size, val_clips
         self.seed, self.num_workers = seed, num_workers
@@ -151,7 +170,7 @@ class EndlessDataModule(LightningDataModule):
             Path(str(module.__file__)).read_text()
             for module in (synthetic, drawing, sys.modules[__name__])
         ]
-        return [self.seed, *size, self.smallest, self.mattes, *drawings]
+        return [self.seed, *size, self.smallest, self.views, *drawings]
 
     def numbered(self, *, start: int, length: int, step: int) -> EndlessClips:
         """Makes the clips of the numbers start, start + step, ..."""
@@ -164,7 +183,7 @@ class EndlessDataModule(LightningDataModule):
             height=self.height,
             width=self.width,
             smallest=self.smallest,
-            mattes=self.mattes,
+            views=self.views,
         )
 
 
@@ -180,8 +199,26 @@ def placed(
     return F.pad(small[0], pad, value=-1), F.pad(small[1], pad)
 
 
-def background(seed: int, frames: int, height: int, width: int) -> Tensor:
-    """Draws opaque moving backgrounds with a natural spread of scales: (3, T, H, W) in [-1, 1]."""
+def named_place(scale: float, above: float, before: float) -> str:
+    """Names the size and the place of a subject on a larger canvas; "" where it fills it."""
+    if scale > 0.8:
+        return ""
+    row = "top" if above < 1 / 3 else "bottom" if above > 2 / 3 else ""
+    column = "left" if before < 1 / 3 else "right" if before > 2 / 3 else ""
+    size = "small, " if scale < 0.6 else ""
+    return f", {size}at the {f'{row} {column}'.strip() or 'centre'}"
+
+
+def named_color(rgb: Tensor) -> str:
+    """Names the nearest of the drawings' colours and greys to (3,) in [0, 1]."""
+    names = COLORS | GREYS
+    values = torch.stack([drawing.color(code).view(3) for code in names.values()])
+    return list(names)[int((values - rgb).square().sum(1).argmin())]
+
+
+def background(seed: int, frames: int, height: int, width: int) -> tuple[Tensor, str]:
+    """Draws an opaque moving background with a natural spread of scales, (3, T, H, W) in [-1, 1],
+    and names it."""
     canvas, dice = canvas_of(frames, height, width), Dice("background", seed)
     style = dice.pick(
         ("plain", "gradient", "stripes", "noise", "noise", "noise", "blobs", "blobs", "checker")
@@ -219,4 +256,6 @@ def background(seed: int, frames: int, height: int, width: int) -> Tensor:
         )
     grain = look_up(tile[:, 2:], u, v) - 0.5
     rgb = rgb + dice.real(0, 0.3) * grain[:1] + dice.real(0, 0.1) * (first - second) * grain[1:]
-    return (rgb.clamp(0, 1) * 2 - 1).expand(3, frames, height, width).contiguous()
+    rgb = rgb.clamp(0, 1).expand(3, frames, height, width)
+    words = f"{STYLES[style]} {named_color(rgb.mean((1, 2, 3)))} background"
+    return (rgb * 2 - 1).contiguous(), words

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
 from acetate import flow
 from acetate.data import synthetic
+from acetate.data.endless import EndlessDataModule
 from acetate.draws import ClipDraws
 from acetate.losses.terms import sobel_l1
 from acetate.metrics.rgb import RGBQuality
@@ -151,6 +152,19 @@ class WanVAETask(MeasuredTask):
         )
 
 
+def known_prompts() -> list[str]:
+    """Prompts of the transparent clips and of the composites that the tiny base is shown."""
+    transparent = [
+        synthetic.render(kind, seed, 1, 8, 8).prompt
+        for kind in synthetic.KINDS
+        for seed in range(60)
+    ]
+    clips = EndlessDataModule(
+        frames=1, height=8, width=8, batch_size=1, val_clips=1, seed=0, num_workers=0, smallest=0.45
+    ).numbered(start=0, length=400, step=1)
+    return transparent + [str(clips[number]["prompt"]) for number in range(len(clips))]
+
+
 def train_tokenizer(
     prompts: Sequence[str], vocabulary: int, length: int
 ) -> PreTrainedTokenizerFast:
@@ -206,12 +220,7 @@ class WanDiTTask(MeasuredTask):
         self.geometry = Geometry.of(vae)
         self.encoder, self.head = WanEncoder(vae.requires_grad_(False)), WanHead(vae)
         self.transformer = transformer
-        prompts = [
-            synthetic.render(kind, seed, 1, 8, 8).prompt
-            for kind in synthetic.KINDS
-            for seed in range(200)
-        ]
-        self.tokenizer = train_tokenizer(prompts, vocabulary, prompt_length)
+        self.tokenizer = train_tokenizer(known_prompts(), vocabulary, prompt_length)
         self.text_encoder = UMT5EncoderModel(
             UMT5Config(
                 vocab_size=len(self.tokenizer),
