@@ -105,7 +105,7 @@ class Kept:
             for piece in pieces:
                 said = {
                     "clip_crc32": piece.ref.crc32,
-                    "background": self.settings.background(piece),
+                    "background": self.settings.behind(piece),
                 }
                 if read_meta_text(self.refs[piece.key]) != text_of(
                     piece, {**read_meta(piece.ref), **said}

@@ -138,7 +138,7 @@ class Encoder:
                 said = {
                     **meta,
                     "clip_crc32": ref.crc32,
-                    "background": self.settings.background(piece),
+                    "background": self.settings.behind(piece),
                 }
                 if piece in kept:
                     tensors, prompt = kept[piece]

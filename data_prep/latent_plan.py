@@ -137,7 +137,7 @@ class Settings:
     """What decides the content, beside the clips, the weights and the prompts' encoder."""
 
     seed: int
-    variants: int  # backgrounds per clip
+    variants: int  # of a clip: backgrounds and places
     frames: Sequence[int]  # lengths of buckets
     area: int  # pixels of a bucket, at most
     max_aspect: float
@@ -148,6 +148,7 @@ class Settings:
     per_tar: int
     # scale of a clip on its transparent canvas, drawn from here to 1 for each variant
     smallest: float = 1.0
+    background: str | None = None  # of PALETTE_NAMES, behind every clip; None: another per variant
 
     def __post_init__(self) -> None:
         if not 1 <= self.variants <= len(PALETTE_NAMES):
@@ -166,11 +167,20 @@ class Settings:
             raise ValueError(
                 f"smallest={self.smallest}; a scale in (0, 1]. 1 leaves clips as they are"
             )
+        if self.background not in (None, *PALETTE_NAMES):
+            raise ValueError(f"background={self.background}; one of {', '.join(PALETTE_NAMES)}")
+        if self.background and self.variants > 1 and self.smallest == 1:
+            raise ValueError(
+                f"variants={self.variants} of a clip would be equal over background="
+                f"{self.background}; set variants=1, or smallest below 1"
+            )
         if self.max_aspect < 1:
             raise ValueError(f"max_aspect={self.max_aspect}; longer side over shorter, at least 1")
 
-    def background(self, piece: Piece) -> str:
-        return PALETTE_NAMES[background(self.seed, piece.ref.key, piece.variant)]
+    def behind(self, piece: Piece) -> str:
+        """Returns the name of the colour that the encoder finds behind a piece."""
+        drawn = PALETTE_NAMES[background(self.seed, piece.ref.key, piece.variant)]
+        return self.background or drawn
 
     @property
     def torch_dtype(self) -> torch.dtype:

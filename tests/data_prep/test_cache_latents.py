@@ -218,6 +218,19 @@ def test_variants_show_a_clip_smaller_and_elsewhere(make, cached, tmp_path):
     assert all(moved[tmp_path / "placed"])
 
 
+def test_one_background_behind_every_clip(make, tmp_path):
+    """Variants differ by their place alone; without a place of their own they would be equal."""
+    make(tmp_path / "placed", smallest=0.4, background="cyan")
+    refs = index_latents(tmp_path / "placed", manifest_of(tmp_path / "placed"))
+    assert {read_meta(ref)["background"] for ref in refs} == {"cyan"}
+    with pytest.raises(
+        ValueError, match=r"variants=2 .* equal over background=cyan; set variants=1"
+    ):
+        replace(SETTINGS, background="cyan")
+    with pytest.raises(ValueError, match="background=plaid; one of key, blue"):
+        replace(SETTINGS, background="plaid", variants=1)
+
+
 @pytest.mark.parametrize("place", [(0.5, 0.0, 0.0), (0.5, 1.0, 1.0), (0.7, 0.5, 0.25)])
 def test_placed_picture_is_whole(place, clips):
     """Scale and place, by hand: an opaque square stays whole on the larger canvas."""

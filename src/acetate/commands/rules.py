@@ -371,6 +371,9 @@ RULES: dict[str, Rule] = {
     "lengths": several(strides(4, 1, FRAMES)),
     "max_aspect": number(1, 100),
     "variants": whole(1, 8),
+    "cache_latents.background": optional(
+        one_of("key", "blue", "green", "cyan", "red", "magenta", "yellow", "white")
+    ),
     "cache_latents.frames": several(strides(4, 1, FRAMES)),
     "cache_latents.space_multiple": optional(whole(1, 1024)),
     "sizes": optional(several(several(whole(8, SIDE), 2, 2))),
