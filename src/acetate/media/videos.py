@@ -3,6 +3,7 @@ constant rate."""
 
 from collections.abc import Callable, Iterator
 from fractions import Fraction
+from functools import lru_cache
 from pathlib import Path
 from typing import cast
 
@@ -181,14 +182,11 @@ def color(frame: av.VideoFrame, stated: Stated) -> Frames:
 def luma(frame: av.VideoFrame, stated: Stated) -> Frames:
     """(H, W), stretched to 0..255; of colour the green, as it is stored."""
     del stated  # a matte has none
-    if frame.format.is_rgb:
-        return np.ascontiguousarray(color(frame, Stated())[..., 1])
     bits = frame.format.components[0].bits
-    values = _plane(frame, 0, bits)
+    if frame.format.is_rgb or bits > 16:
+        return np.ascontiguousarray(color(frame, Stated())[..., 1])
     full = frame.color_range == ColorRange.JPEG or frame.format.name.startswith(("yuvj", "gray"))
-    if full:
-        return to_uint8(values / (2**bits - 1))
-    return to_uint8((values / 2 ** (bits - 8) - 16) / 219)
+    return _plane(frame, 0, bits, full)
 
 
 def has_alpha(pixels: av.VideoFormat | None) -> bool:
@@ -224,18 +222,28 @@ def _alpha(frame: av.VideoFrame) -> Frames:
     """(H, W). Rounded from the plane itself: the scaler would cut 12 bits off to 8 and make 4080
     opaque."""
     component = frame.format.components[-1]
-    if not frame.format.is_planar and component.bits > 8:
+    if component.bits > (16 if frame.format.is_planar else 8):
         return to_uint8(frame.to_ndarray(format="rgba64le")[..., 3] / np.float32(65535))
     if not frame.format.is_planar:
         return cast(Frames, frame.to_ndarray(format="rgba"))[..., 3]
-    return to_uint8(_plane(frame, component.plane, component.bits) / (2**component.bits - 1))
+    return _plane(frame, component.plane, component.bits, full=True)
 
 
-def _plane(frame: av.VideoFrame, index: int, bits: int) -> NDArray[np.float32]:
+def _plane(frame: av.VideoFrame, index: int, bits: int, full: bool) -> Frames:
+    """(H, W), rounded to 8 bits."""
     plane = frame.planes[index]
     values = np.frombuffer(memoryview(plane), np.uint8 if bits <= 8 else np.uint16)
     rows = values.reshape(-1, plane.line_size // values.itemsize)
-    return rows[: frame.height, : frame.width].astype(np.float32)
+    return _levels(bits, full).take(rows[: frame.height, : frame.width], mode="clip")
+
+
+@lru_cache(maxsize=16)
+def _levels(bits: int, full: bool) -> Frames:
+    """(2 ** bits,): what each value becomes; not full: 16 to 235 of 255 are stretched."""
+    values = np.arange(2**bits, dtype=np.float32)
+    if full:
+        return to_uint8(values / (2**bits - 1))
+    return to_uint8((values / 2 ** (bits - 8) - 16) / 219)
 
 
 def _check_header(path: Path, stream: av.VideoStream, limits: Limits) -> None:
