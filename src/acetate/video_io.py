@@ -9,7 +9,7 @@ from dataclasses import replace
 from fractions import Fraction
 from itertools import zip_longest
 from pathlib import Path
-from typing import cast
+from typing import BinaryIO, cast
 
 import av
 import numpy as np
@@ -181,6 +181,13 @@ def describe(path: Path, limits: Limits = LIMITS, asked: Asked = AS_STATED) -> D
 
 
 def encode_ffv1(frames: Iterable[Frames], fps: float) -> bytes:
+    """Returns what `write_ffv1` writes."""
+    buffer = io.BytesIO()
+    write_ffv1(buffer, frames, fps)
+    return buffer.getvalue()
+
+
+def write_ffv1(file: BinaryIO, frames: Iterable[Frames], fps: float) -> None:
     """Encodes RGBA frames, uint8 (H, W, 4) each, which may come one by one, as lossless Matroska;
     the same bytes for the same frames. Raises ValueError for others, and for none.
 
@@ -188,9 +195,8 @@ def encode_ffv1(frames: Iterable[Frames], fps: float) -> bytes:
     coder's files are a sixth larger than the range coder's (measured on effect videos) and decode
     up to twice as fast.
     """
-    buffer = io.BytesIO()
     size: tuple[int, ...] = ()
-    with av.open(buffer, "w", format="matroska", options={"fflags": "+bitexact"}) as container:
+    with av.open(file, "w", format="matroska", options={"fflags": "+bitexact"}) as container:
         options = {"level": "3", "slicecrc": "1", "coder": "rice"}
         rate = Fraction(fps).limit_denominator(1001)
         stream = cast(av.VideoStream, container.add_stream("ffv1", rate=rate, options=options))
@@ -209,7 +215,6 @@ def encode_ffv1(frames: Iterable[Frames], fps: float) -> bytes:
         if not size:
             raise ValueError("frames: none; FFV1 clips are uint8 (T, H, W, 4), not empty")
         container.mux(stream.encode())
-    return buffer.getvalue()
 
 
 def decode_ffv1(data: bytes, name: str, shape: tuple[int, int, int]) -> tuple[Frames, float]:
