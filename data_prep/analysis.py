@@ -227,7 +227,9 @@ def alpha_range(histogram: NDArray[np.int64], lossy: bool) -> tuple[tuple[int, i
         return None, ""
     floor = least + int(histogram[least : least + margin + 1].argmax())
     ceiling = most - int(histogram[: most + 1][::-1][: margin + 1].argmax())
-    said = f"alpha lies between {least} and {most}"
+    said = (
+        f"alpha lies between {least} and {most}" if least < most else f"alpha is {least} throughout"
+    )
     share = histogram / histogram.sum()
     at_floor = share[least : floor + margin + 1].sum()
     at_ceiling = share[ceiling - margin : most + 1].sum()

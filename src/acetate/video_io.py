@@ -134,27 +134,29 @@ def read_packed(
 
 
 def open_packed(path: Path, color_rect: Rect, alpha_rect: Rect, limits: Limits = LIMITS) -> Stream:
-    """Opens colour and alpha from two rectangles of an opaque video; alpha is scaled to the
-    colour's size."""
+    """Opens colour and alpha from two rectangles of an opaque video, as it is shown; alpha is
+    scaled to the colour's size."""
 
     def channels(frame: av.VideoFrame, stated: Stated) -> Frames:
-        for name, (x, y, width, height) in (("color", color_rect), ("alpha", alpha_rect)):
-            inside = 0 <= x < x + width <= frame.width and 0 <= y < y + height <= frame.height
-            if not inside:
-                raise MediaError(
-                    f"{path}: {name} rectangle {[x, y, width, height]} (x, y, width, height) is "
-                    f"not inside {frame.width}x{frame.height}. Correct the rectangle."
-                )
-        picture, matte = (
-            _cut(color(frame, stated), color_rect),
-            _cut(luma(frame, stated), alpha_rect),
-        )
-        if matte.shape != picture.shape[:2]:
-            size = (picture.shape[1], picture.shape[0])
-            matte = np.asarray(Image.fromarray(matte).resize(size, Image.Resampling.BILINEAR))
-        return np.concatenate((picture, matte[..., None]), axis=-1)
+        return np.concatenate((color(frame, stated), luma(frame, stated)[..., None]), axis=-1)
 
-    return open_film(path, channels, limits)
+    def pictures() -> Iterator[Frames]:
+        for whole in film:
+            height, width = whole.shape[:2]
+            for name, (x, y, wide, high) in (("color", color_rect), ("alpha", alpha_rect)):
+                if not (0 <= x < x + wide <= width and 0 <= y < y + high <= height):
+                    raise MediaError(
+                        f"{path}: {name} rectangle {[x, y, wide, high]} (x, y, width, height) is "
+                        f"not inside {width}x{height}. Correct the rectangle."
+                    )
+            picture, matte = _cut(whole, color_rect)[..., :3], _cut(whole, alpha_rect)[..., 3]
+            if matte.shape != picture.shape[:2]:
+                size = (picture.shape[1], picture.shape[0])
+                matte = np.asarray(Image.fromarray(matte).resize(size, Image.Resampling.BILINEAR))
+            yield np.concatenate((picture, matte[..., None]), axis=-1)
+
+    film = open_film(path, channels, limits)
+    return Stream(pictures(), film.frames, film.fps, film.lossy, None, film.notes)
 
 
 def measure_packing(path: Path, limits: Limits = LIMITS) -> Packing | None:

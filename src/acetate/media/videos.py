@@ -9,6 +9,7 @@ from typing import cast
 
 import av
 import numpy as np
+from av.error import FFmpegError
 from av.stream import Disposition
 from av.video.reformatter import ColorRange, Interpolation, VideoReformatter
 from numpy.typing import NDArray
@@ -125,11 +126,11 @@ def _pictures(
     repeats: NDArray[np.intp] | None, notes: list[str],
 ) -> Iterator[Frames]:  # fmt: skip
     """repeats: how often each picture of the file is shown; None: once."""
-    held = 0
+    held, cut_off = 0, next((note for note in notes if "cut off" in note), None)
     with decoding(path), opened(path) as container:
         stream = container.streams.video[0]
         facts: Facts | None = None
-        for frame in _decoded(stream, container, alpha_layer):
+        for frame in _whole(_decoded(stream, container, alpha_layer), cut_off):
             if frame.is_corrupt:
                 raise MediaError(
                     f"{path}: a damaged frame; the decoder had to make up parts of it. Repair or "
@@ -200,8 +201,8 @@ def _lost_alpha(container: av.container.InputContainer, stream: av.VideoStream) 
     if said.get("alpha_mode") == "1":
         return (
             "its container announces alpha (AlphaMode), and the decoder of "
-            f"{codec.codec.canonical_name} gives none; convert it from its source to VP9, "
-            "ProRes 4444 or a PNG sequence"
+            f"{codec.codec.canonical_name} gives none with its first picture; convert it from its "
+            "source to VP9, ProRes 4444 or a PNG sequence"
         )
     tracks = [
         track
@@ -274,6 +275,17 @@ def _decoded(
         decoder.thread_count = 1
         for packet in container.demux(stream):
             yield from decoder.decode(packet)
+
+
+def _whole(frames: Iterator[av.VideoFrame], cut_off: str | None) -> Iterator[av.VideoFrame]:
+    """Raises MediaError with what is known of the file's end where a decoder knows that it is
+    damaged."""
+    try:
+        yield from frames
+    except FFmpegError as error:
+        if cut_off is None:
+            raise
+        raise MediaError(f"cannot be decoded: {cut_off}; copy it again") from error
 
 
 def _seconds(frame: av.VideoFrame, stream: av.VideoStream) -> float | None:
