@@ -2,6 +2,8 @@
 applies decisions."""
 
 import math
+from array import array
+from collections.abc import MutableSequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -38,7 +40,7 @@ def analyse(
     reasons: dict[str, str] = {}
     ends, reasons["alpha_range"] = alpha_range(totals.histogram, stream.lossy)
     if ends:
-        totals, sample = totals.stretched(ends), stretch(sample, ends)
+        totals, sample = totals.stretched(ends), [stretch(frame, ends) for frame in sample]
     low, high = noise_bounds(totals.histogram) if stream.lossy else (0, 255)
     reasons["alpha_low"] = (
         f"lossy: the peaks of the histogram of alpha at 0 and 255 end at {low} and {high}"
@@ -73,7 +75,7 @@ def analyse(
     )
 
 
-def _measured(stream: Stream) -> tuple["Totals", "Stillness", "Shots", Frames]:
+def _measured(stream: Stream) -> tuple["Totals", "Stillness", "Shots", list[Frames]]:
     """One pass over the pictures; and some of them, spread over the clip's length."""
     wanted = set(sampled(stream.frames).tolist())
     totals: Totals | None = None
@@ -83,20 +85,26 @@ def _measured(stream: Stream) -> tuple["Totals", "Stillness", "Shots", Frames]:
             totals = Totals.of(frame)
         elif frame.shape[:2] != totals.most_alpha.shape:
             raise MediaError("the size changes between frames; split the file where it does")
-        totals.add(frame)
+        planes = np.ascontiguousarray(frame.transpose(2, 0, 1))
+        totals.add(planes)
         still.add(frame)
         if stream.frames > 2:
-            shots.add(thumbnail(frame))
+            shots.add(thumbnail(planes))
         if number in wanted:
             sample.append(frame)
         last = frame
     if totals is None:
         raise MediaError("no frame could be decoded; the file is empty or damaged")
-    return totals, still, shots, np.stack(sample or [last])
+    return totals, still, shots, sample or [last]
 
 
 def _color(
-    stream: Stream, sample: Frames, low: int, high: int, premultiplied: bool | None, matte: bool
+    stream: Stream,
+    sample: list[Frames],
+    low: int,
+    high: int,
+    premultiplied: bool | None,
+    matte: bool,
 ) -> tuple[str, float, str, dict[str, float]]:
     """What colour is, how sure that is, in words, and the figures behind it."""
     if matte:
@@ -142,22 +150,23 @@ class Totals:
     most_color: Frames  # of the brightest channel
     most_alpha: Frames
     least_alpha: Frames
-    coverage: list[float]  # mean alpha of every frame, in [0, 1]
+    coverage: MutableSequence[float]  # mean alpha of every frame, in [0, 1]
 
     @classmethod
     def of(cls, frame: Frames) -> "Totals":
         """None yet, for frames of that size."""
         size = frame.shape[:2]
         none, most = np.zeros(size, np.uint8), np.full(size, 255, np.uint8)
-        return cls(np.zeros(256, np.int64), none, none.copy(), most, [])
+        return cls(np.zeros(256, np.int64), none, none.copy(), most, array("d"))
 
-    def add(self, frame: Frames) -> None:
-        alpha = np.ascontiguousarray(frame[..., 3])
+    def add(self, planes: Frames) -> None:
+        """planes: (4, H, W) of a picture."""
+        *colors, alpha = planes
         counts = np.bincount(alpha.ravel(), minlength=256)
         np.add(self.histogram, counts, out=self.histogram)
         self.coverage.append(float(counts @ np.arange(256)) / (255 * alpha.size))
-        for channel in range(3):
-            np.maximum(self.most_color, frame[..., channel], out=self.most_color)
+        for color in colors:
+            np.maximum(self.most_color, color, out=self.most_color)
         np.maximum(self.most_alpha, alpha, out=self.most_alpha)
         np.minimum(self.least_alpha, alpha, out=self.least_alpha)
 
@@ -166,12 +175,11 @@ class Totals:
         levels = stretched_levels(ends)
         histogram = np.bincount(levels, weights=self.histogram, minlength=256).astype(np.int64)
         floor, ceiling = ends
-        coverage = [
-            min(max((255 * share - floor) / (ceiling - floor), 0.0), 1.0) for share in self.coverage
-        ]
+        coverage = (255 * np.array(self.coverage) - floor) / (ceiling - floor)
         return Totals(
-            histogram, self.most_color, levels[self.most_alpha], levels[self.least_alpha], coverage
-        )
+            histogram, self.most_color, levels[self.most_alpha], levels[self.least_alpha],
+            array("d", coverage.clip(0, 1)),
+        )  # fmt: skip
 
 
 def _means(frame: Frames) -> Tensor:
@@ -219,7 +227,9 @@ def alpha_range(histogram: NDArray[np.int64], lossy: bool) -> tuple[tuple[int, i
         return None, ""
     floor = least + int(histogram[least : least + margin + 1].argmax())
     ceiling = most - int(histogram[: most + 1][::-1][: margin + 1].argmax())
-    said = f"alpha lies between {least} and {most}"
+    said = (
+        f"alpha lies between {least} and {most}" if least < most else f"alpha is {least} throughout"
+    )
     share = histogram / histogram.sum()
     at_floor = share[least : floor + margin + 1].sum()
     at_ceiling = share[ceiling - margin : most + 1].sum()

@@ -8,6 +8,7 @@ give, and by colour under alpha 0 that is not the backdrop's.
 """
 
 import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -50,48 +51,68 @@ class Mixture:
 
 
 def mixtures(
-    frames: NDArray[np.uint8], low: int, high: int, lossy: bool, straight_format: bool
+    frames: Sequence[NDArray[np.uint8]], low: int, high: int, lossy: bool, straight_format: bool
 ) -> dict[str, Mixture] | None:
-    """Backdrop (black, white, #rrggbb) -> evidence; None without soft pixels. frames: (T, H, W, 4),
-    some of a clip; soft: low < alpha < high."""
-    blocks = _blocks(frames)
-    alpha = blocks[..., 3]
-    hidden = blocks[(alpha <= low).all(axis=1)]
+    """Backdrop (black, white, #rrggbb) -> evidence; None without soft pixels. frames: (H, W, 4)
+    each, some of a clip; soft: low < alpha < high."""
     margin = 8  # steps of alpha: nearer to 0 and 1 the models do not differ
-    soft = (alpha > max(low, margin)) & (alpha < min(high, 255 - margin))
-    chosen = np.flatnonzero(soft.mean(axis=1) >= 1 / 32)
-    if not len(chosen):
+    bounds = max(low, margin), min(high, 255 - margin)
+    telling, hidden = [], []
+    for frame in frames:
+        blocks = _blocks(frame)
+        hidden.append(blocks[:3].compress((blocks[3] <= low).all(axis=0), axis=-1))
+        soft = _soft(blocks[3], bounds).sum(axis=0, dtype=np.uint8) >= BLOCK * BLOCK / 32
+        telling.append(blocks.compress(soft, axis=-1))
+    blocks = np.concatenate(telling, axis=-1)
+    count = blocks.shape[-1]
+    if not count:
         return None
-    if len(chosen) > MOST_BLOCKS:
-        chosen = chosen[np.linspace(0, len(chosen) - 1, MOST_BLOCKS).astype(int)]
-    blocks, soft = blocks[chosen].astype(np.float32) / 255, soft[chosen]
+    if count > MOST_BLOCKS:
+        blocks = blocks.take(np.linspace(0, count - 1, MOST_BLOCKS).astype(int), axis=-1)
+    soft = _soft(blocks[3], bounds)
+    blocks = blocks.astype(np.float32) / 255
     noise, tolerance = (6, 8) if lossy else (1.5, 1.5)
+    color, alpha = blocks[:3], blocks[3]
+    seen = alpha * (alpha > low / 255)
     found = {}
     candidates = BACKDROPS | _other_backdrop(blocks, soft, hidden, tolerance)
     for name, backdrop in candidates.items():
-        behind = np.array(backdrop, np.float32) / 255
-        # of a mixture this is a F
-        lit = blocks[..., :3] - (1 - blocks[..., 3:]) * behind
-        known = hidden[..., :3]
-        if name not in BACKDROPS and not known.any():
-            known = known[:0]  # wiped: that says nothing
-        shown = np.abs(known.astype(np.int16) - backdrop).max(axis=-1)
-        seen = blocks[..., 3:] * (blocks[..., 3:] > low / 255)
-        fit, informative = _fit(blocks[..., :3], lit, behind, seen, noise / 255)
-        broken = _broken(lit, blocks[..., 3], soft, tolerance / 255)
-        uncovered = float((shown > 20).mean()) if len(known) else math.nan
+        behind = np.array(backdrop, np.float32)[:, None, None] / 255
+        lit = color - (1 - alpha) * behind  # of a mixture this is a F
+        # wiped colour says nothing of another backdrop
+        known = hidden if name in BACKDROPS or any(map(np.any, hidden)) else []
+        places = sum(part.shape[-1] for part in known)
+        uncovered = 1 - _near(known, backdrop, 20) if places else math.nan
+        fit, informative = _fit(color, lit, behind[..., 0], seen, noise / 255)
+        broken = _broken(lit, alpha, soft, tolerance / 255)
         prior = PRIOR.get(name, PRIOR_OTHER) + PRIOR_STRAIGHT_FORMAT * straight_format
         log_odds = (
             prior
             + 0.5 * fit * INDEPENDENT_FITS * informative / (informative + INDEPENDENT_FITS)
-            + against(broken, len(chosen))
-            + (
-                against(uncovered, len(known))
-                or COVERED.get(name, COVERED_OTHER) * bool(len(known))
-            )
+            + against(broken, blocks.shape[-1])
+            + (against(uncovered, places) or COVERED.get(name, COVERED_OTHER) * bool(places))
         )
         found[name] = Mixture(log_odds, fit, informative, broken, uncovered)
     return found
+
+
+def _soft(alpha: NDArray[np.uint8], bounds: tuple[int, int]) -> NDArray[np.bool_]:
+    return (alpha > bounds[0]) & (alpha < bounds[1])
+
+
+def _near(parts: Sequence[NDArray[np.uint8]], color: Iterable[float], by: float) -> float:
+    """The share of the pixels none of whose channels is further from a colour. parts: (3, ...)
+    each, not all of them empty."""
+    bounds = [(math.ceil(level - by), math.floor(level + by)) for level in color]
+    agree = count = 0
+    for part in parts:
+        within = [
+            (plane >= least) & (plane <= most)
+            for plane, (least, most) in zip(part, bounds, strict=True)
+        ]
+        agree += np.count_nonzero(within[0] & within[1] & within[2])
+        count += within[0].size
+    return agree / count
 
 
 def sampled(count: int) -> NDArray[np.intp]:
@@ -102,15 +123,14 @@ def sampled(count: int) -> NDArray[np.intp]:
 def _other_backdrop(
     blocks: NDArray[np.float32],
     soft: NDArray[np.bool_],
-    hidden: NDArray[np.uint8],
+    hidden: Sequence[NDArray[np.uint8]],
     tolerance: float,
 ) -> dict[str, tuple[int, int, int]]:
     """The one colour that shows under alpha 0, or, where that is wiped, the one that things of many
     colours fade into; none if that is nearly black or white."""
-    colors = hidden[..., :3].reshape(-1, 3)
-    if len(colors) and colors.any():
-        middle = np.median(colors, axis=0)
-        agree = (np.abs(colors - middle).max(axis=-1) <= 2 + tolerance).mean()
+    if any(map(np.any, hidden)):
+        middle = np.array([_median([part[channel] for part in hidden]) for channel in range(3)])
+        agree = _near(hidden, middle, 2 + tolerance)
     else:
         middle, agree = _fades_into(blocks, soft)
     if agree < ONE_COLOR or middle.max() < APART or middle.min() > 255 - APART:
@@ -119,25 +139,35 @@ def _other_backdrop(
     return {f"#{red:02x}{green:02x}{blue:02x}": (red, green, blue)}
 
 
+def _median(parts: Sequence[NDArray[np.uint8]]) -> float:
+    """Of all their levels together."""
+    counts = sum(np.bincount(part.ravel(), minlength=256) for part in parts)
+    up_to = np.cumsum(counts)
+    middle = np.searchsorted(up_to, [(up_to[-1] - 1) // 2, up_to[-1] // 2], side="right")
+    return float(middle.mean())
+
+
 def _fades_into(
     blocks: NDArray[np.float32], soft: NDArray[np.bool_]
 ) -> tuple[NDArray[np.float64], float]:
     """Where the lines through colour over alpha of the blocks meet at alpha 0, and the share of
     them that do, if they end apart at alpha 1: else one thing's own colour were the backdrop."""
-    weight = soft[..., None].astype(np.float64)
-    count = weight.sum(axis=1).clip(1)
-    alpha, color = blocks[..., 3:], blocks[..., :3]
-    mean_alpha, mean_color = (weight * alpha).sum(1) / count, (weight * color).sum(1) / count
-    spread = (weight * (alpha - mean_alpha[:, None]) ** 2).sum(1)
-    steep = spread[:, 0] > 0.1  # the others' lines are anybody's
+    weight = soft.astype(np.float64)
+    count = weight.sum(axis=0).clip(1)
+    color, alpha = blocks[:3], blocks[3]
+    mean_alpha = (weight * alpha).sum(axis=0) / count
+    off = weight * (alpha - mean_alpha)
+    spread = (off * (alpha - mean_alpha)).sum(axis=0)
+    steep = spread > 0.1  # the others' lines are anybody's
     if steep.sum() < 4:
         return np.zeros(3), 0.0
-    both = (weight * (alpha - mean_alpha[:, None]) * (color - mean_color[:, None])).sum(1)
-    slope = (both / spread.clip(1e-6))[steep]
-    start = mean_color[steep] - slope * mean_alpha[steep]
-    middle, end = np.median(start, axis=0), start + slope
-    agree = (np.abs(start - middle).max(axis=-1) < 0.08).mean()
-    apart = np.abs(end - np.median(end, axis=0)).max(axis=-1).mean()
+    mean_color = (weight * color).sum(axis=1) / count  # (3, N)
+    both = (off * (color - mean_color[:, None])).sum(axis=1)
+    slope = (both / spread.clip(1e-6))[:, steep]
+    start = mean_color[:, steep] - slope * mean_alpha[steep]
+    middle, end = np.median(start, axis=1), start + slope
+    agree = (np.abs(start - middle[:, None]).max(axis=0) < 0.08).mean()
+    apart = np.abs(end - np.median(end, axis=1)[:, None]).max(axis=0).mean()
     return 255 * middle.clip(0, 1), float(agree) if apart > 0.15 else 0.0
 
 
@@ -160,14 +190,15 @@ def confidence(log_odds: float) -> float:
     return abs(math.tanh(log_odds / 2))
 
 
-def _blocks(frames: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """(T, H, W, 4) -> (N, BLOCK * BLOCK, 4); a frame that is no multiple repeats its last rows and
+def _blocks(frame: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """(H, W, 4) -> (4, BLOCK * BLOCK, N); a frame that is no multiple repeats its last rows and
     columns."""
-    pads = [-side % BLOCK for side in frames.shape[1:3]]
-    frames = np.pad(frames, ((0, 0), (0, pads[0]), (0, pads[1]), (0, 0)), mode="edge")
-    count, height, width, channels = frames.shape
-    tiles = frames.reshape(count, height // BLOCK, BLOCK, width // BLOCK, BLOCK, channels)
-    return tiles.swapaxes(2, 3).reshape(-1, BLOCK * BLOCK, channels)
+    pads = [-side % BLOCK for side in frame.shape[:2]]
+    if any(pads):
+        frame = np.pad(frame, ((0, pads[0]), (0, pads[1]), (0, 0)), mode="edge")
+    height, width, channels = frame.shape
+    tiles = frame.reshape(height // BLOCK, BLOCK, width // BLOCK, BLOCK, channels)
+    return tiles.transpose(4, 1, 3, 0, 2).reshape(channels, BLOCK * BLOCK, -1)
 
 
 def _fit(
@@ -180,25 +211,29 @@ def _fit(
     """Mean log ratio of the models' residuals, straight to mixed; and how many blocks could tell
     them apart.
 
-    colour and lit, what the backdrop leaves of it: (N, P, 3), alpha: (N, P, 1), all in [0, 1].
-    Weighted by alpha, for what it hides is nobody's colour.
+    color and lit, what the backdrop leaves of it: (3, P, N), behind: (3, 1), alpha: (P, N), all in
+    [0, 1]. Weighted by alpha, for what it hides is nobody's colour.
     """
-    weight = alpha / alpha.sum(axis=1, keepdims=True)
-    mean = (weight * color).sum(axis=1, keepdims=True)
-    straight = (weight * (color - mean) ** 2).sum(axis=1).mean(axis=-1)
-    mixed_color = (weight * alpha * lit).sum(axis=1, keepdims=True) / (weight * alpha**2).sum(
-        axis=1, keepdims=True
-    )
-    mixed = (weight * (lit - alpha * mixed_color.clip(0, 1)) ** 2).sum(axis=1).mean(axis=-1)
+    weight = alpha / _summed(alpha)
+    mean = (weight * color).sum(axis=1)  # (3, N)
+    straight = (weight * (color - mean[:, None]) ** 2).sum(axis=1).mean(axis=0)
+    squares = _summed(weight * alpha**2)
+    mixed_color = (weight * alpha * lit).sum(axis=1) / squares
+    apart = lit - alpha * mixed_color.clip(0, 1)[:, None]
+    mixed = (weight * apart**2).sum(axis=1).mean(axis=0)
     # A mixture's colour would vary as much as alpha does; what that is beside the noise is what a
     # block can tell.
-    mean_alpha = (weight * alpha).sum(axis=1)[:, 0]
-    spread = (weight * alpha**2).sum(axis=1)[:, 0] / mean_alpha**2 - 1
-    signal = ((mean[:, 0] - behind) ** 2).mean(axis=-1) * spread.clip(0)
+    spread = squares / _summed(weight * alpha) ** 2 - 1
+    signal = ((mean - behind) ** 2).mean(axis=0) * spread.clip(0)
     tells = signal / (signal + 4 * noise**2)
     ratio = np.log((straight + noise**2) / (mixed + noise**2)).clip(-3, 3)
     informative = float(tells.sum())
     return float((tells * ratio).sum() / (informative + 1)), informative
+
+
+def _summed(values: NDArray[np.float32]) -> NDArray[np.float32]:
+    """(P, N) -> (N,), pairwise, as numpy adds what lies side by side."""
+    return np.ascontiguousarray(values.T).sum(axis=1)
 
 
 def _broken(
@@ -210,7 +245,6 @@ def _broken(
     The mean, because subsampled chroma and ringing cancel within a block, and straight colour does
     not.
     """
-    count = soft.sum(axis=1)
-    sums = (lit * soft[..., None]).sum(axis=1)
-    excess = np.maximum(sums.max(axis=-1) - (alpha * soft).sum(axis=1), -sums.min(axis=-1))
-    return float((excess / count > by).mean())
+    sums = (lit * soft).sum(axis=1)
+    excess = np.maximum(sums.max(axis=0) - _summed(alpha * soft), -sums.min(axis=0))
+    return float((excess / soft.sum(axis=0) > by).mean())

@@ -40,6 +40,7 @@ M_MMAP_THRESHOLD = -3  # of glibc's mallopt
 FROM_NAME = "Transparent background: "  # begins prompts that are made of file names
 NAMELESS = "Transparent background"  # the prompt where a name has no word
 SLEEPING = 10  # times as long by the clock as by the processor
+LEAST_PIXELS = 2**16  # that a picture counts as: small ones take as long as that to begin and end
 BYTES_PER_DECODED = 2.5  # memory that reading and measuring take, for each byte of the decoded clip
 PREMULTIPLIED = {
     "": None,
@@ -236,7 +237,7 @@ def _examined(task: Task) -> tuple[Found, Look | None]:
     _allow(task, settings.seconds)
     asked = _asked(candidate, settings)
     header = describe(path, limits, asked)
-    volume = header.frames * header.width * header.height / 1e6
+    volume = header.frames * max(header.width * header.height, LEAST_PIXELS) / 1e6
     _allow(task, settings.seconds + volume / settings.megapixels_per_second)
     candidate, header, notes = _with_own_alpha(candidate, header, limits)
     path = candidate.files[0]

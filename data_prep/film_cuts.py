@@ -1,6 +1,7 @@
 """Where a film is cut from one shot to another, and whether its coverage flickers: by thumbnails,
 as its pictures come."""
 
+from array import array
 from collections import deque
 from collections.abc import Sequence
 from functools import lru_cache
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 Frames = NDArray[np.uint8]
+Thumbnail = NDArray[np.float32]
 
 THUMB = 32  # pixels, side of the pictures that shots are compared by
 SHOT = 4  # frames of the shortest shot
@@ -23,14 +25,13 @@ def weighted(frame: Frames) -> Tensor:
     return torch.cat((picture[:3] * picture[3:], picture[3:]))
 
 
-def thumbnail(frame: Frames) -> Tensor:
-    """(4, h, w), h and w at most THUMB: means of colour times alpha, and of alpha, in [0, 1]."""
-    height, width = frame.shape[:2]
-    picture = torch.from_numpy(np.ascontiguousarray(frame)).float()
-    picture[..., :3] *= picture[..., 3:] / 255
-    down, across = _pooling(height), _pooling(width)
-    rows = (down @ picture.view(height, -1)).view(len(down), width, 4)
-    return (across @ rows).permute(2, 0, 1) / 255
+def thumbnail(planes: Frames) -> Thumbnail:
+    """(4, H, W) of a picture -> (4, h, w), h and w at most THUMB: means of colour times alpha, and
+    of alpha, in [0, 1]."""
+    height, width = planes.shape[1:]
+    picture = torch.from_numpy(planes).float()
+    picture[:3] *= picture[3] / 255
+    return (_pooling(height) @ picture @ _pooling(width).T).div_(255).numpy()
 
 
 @lru_cache(maxsize=16)
@@ -44,7 +45,7 @@ def _pooling(side: int) -> Tensor:
     return inside / inside.sum(dim=1, keepdim=True)
 
 
-def change(first: Tensor, second: Tensor) -> float:
+def change(first: Thumbnail, second: Thumbnail) -> float:
     """How much of two thumbnails was exchanged, in [0, 1]: the smaller of the shares of alpha that
     go and that come.
 
@@ -53,18 +54,17 @@ def change(first: Tensor, second: Tensor) -> float:
     else comes.
     """
     alphas = first[3], second[3]
-    colors = [picture[:3] / picture[3].clamp_min(1e-3) for picture in (first, second)]
+    colors = [picture[:3] / np.maximum(picture[3], 1e-3) for picture in (first, second)]
     means = [
-        (color * alpha).sum() / alpha.sum().clamp_min(1e-6)
+        float((color * alpha).sum()) / max(float(alpha.sum()), 1e-6)
         for color, alpha in zip(colors, alphas, strict=True)
     ]
+    both = np.minimum(*alphas)
+    least = max(min(float(alpha.sum()) for alpha in alphas), 1e-6)
     shares = []
-    for gain in (1.0, float(means[0] / means[1].clamp_min(1e-6))):
-        apart = (colors[0] - gain * colors[1]).abs().amax(dim=0)
-        stays = (torch.minimum(*alphas) * (1 - 4 * apart).clamp_min(0)).sum()
-        shares.append(
-            1 - float(stays / torch.minimum(alphas[0].sum(), alphas[1].sum()).clamp_min(1e-6))
-        )
+    for gain in (1.0, means[0] / max(means[1], 1e-6)):
+        apart = np.abs(colors[0] - np.float32(gain) * colors[1]).max(axis=0)
+        shares.append(1 - float((both * np.maximum(1 - 4 * apart, 0)).sum()) / least)
     return min(shares)
 
 
@@ -77,12 +77,12 @@ class Shots:
     """
 
     def __init__(self) -> None:
-        self.coverage: list[float] = []  # mean alpha of each frame
-        self._steps: list[float] = []  # how much each exchanges of the one before
-        self._near = deque[Tensor](maxlen=2 * SHOT)
+        self.coverage = array("d")  # mean alpha of each frame
+        self._steps = array("d")  # how much each exchanges of the one before
+        self._near = deque[Thumbnail](maxlen=2 * SHOT)
         self._candidates: list[tuple[int, float]] = []  # frame, and the most around it
 
-    def add(self, thumb: Tensor) -> None:
+    def add(self, thumb: Thumbnail) -> None:
         """thumb: the next frame's, (4, h, w)."""
         self._steps.append(change(self._near[-1], thumb) if self._near else 0.0)
         self.coverage.append(float(thumb[3].mean()))

@@ -5,7 +5,7 @@ import json
 import shutil
 from collections import Counter, deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields
 from functools import partial
 from operator import attrgetter
 from pathlib import Path
@@ -21,7 +21,6 @@ from acetate.cli import run
 from acetate.data.shards import MANIFEST, ShardError, first_reasons, read_manifest
 from acetate.data.splits import Split, assign_splits
 from acetate.data.writer import EncodedClip, ShardWriter, encode_frames
-from acetate.replacing import writing
 from data_prep.bad_clips import BadClips, print_bad
 from data_prep.cleaning import Settings, overrides, pieces
 from data_prep.cleaning import done as done_to
@@ -32,7 +31,7 @@ from data_prep.journal import read_journal, write_lines
 from data_prep.plans import Plan, decide, open_line, read_lines
 from data_prep.tree import printable
 
-IN_MEMORY = 2**26  # bytes of a clip's encoded pieces; what goes beyond waits in files
+IN_MEMORY = 2**27  # bytes that a clip's encoded pieces can take; what goes beyond waits in files
 SPILL = ".pieces"  # folder beside the tars for those
 UNSURE = 0.5  # colour below this confidence is listed after the run
 STEPS = {
@@ -140,8 +139,7 @@ def fill(
                 writer.skipped[line.key] = result
                 bad.add({line.key: result})
                 continue
-            for key, piece in zip(plan.pieces, result, strict=True):
-                clip = piece.whole()
+            for key, clip in zip(plan.pieces, result, strict=True):
                 if key not in writer:
                     writer.add(
                         key,
@@ -154,56 +152,37 @@ def fill(
                         premultiplied_source=plan.decisions.color == "black",
                         done=done_to(plan.decisions, settings),
                     )
+                if isinstance(clip.media, Path):
+                    clip.media.unlink()
     shutil.rmtree(spill, ignore_errors=True)
 
 
-@dataclass(frozen=True)
-class Piece:
-    """clip has its media in `file`, if that is not None: a long film's do not fit into memory."""
-
-    clip: EncodedClip
-    file: Path | None
-
-    def whole(self) -> EncodedClip:
-        """Takes the file away."""
-        if self.file is None:
-            return self.clip
-        media = self.file.read_bytes()
-        self.file.unlink()
-        return replace(self.clip, media=media)
-
-
-def prepare(plan: Plan, settings: Settings, spill: Path) -> list[Piece] | str:
+def prepare(plan: Plan, settings: Settings, spill: Path) -> list[EncodedClip] | str:
     """The encoded pieces of a clip, or why there are none. spill: folder for those beyond
     IN_MEMORY."""
     torch.set_num_threads(1)
     line = plan.line
     fps = settings.fps or line.fps or settings.default_fps
-    done: list[Piece] = []
+    files = [spill / hashlib.sha256(key.encode()).hexdigest() for key in plan.pieces]
+    done: list[EncodedClip] = []
     try:
         clip = open_line(line)
         held = 0
         pictures = pieces(clip, plan.frames, plan.decisions, settings)
-        for key, taken, frames in zip(plan.pieces, plan.frames, pictures, strict=True):
-            encoded = encode_frames(frames, len(taken), fps)
-            held += len(encoded.media)
-            file = None
-            if held > IN_MEMORY:
+        for taken, frames, file in zip(plan.frames, pictures, files, strict=True):
+            beyond = held + len(taken) * line.width * line.height * 4 > IN_MEMORY
+            if beyond:
                 spill.mkdir(exist_ok=True)
-                file = spill / hashlib.sha256(key.encode()).hexdigest()
-                with writing(file):
-                    file.write_bytes(encoded.media)
-                encoded = replace(encoded, media=b"")
-            done.append(Piece(encoded, file))
+            done.append(encode_frames(frames, len(taken), fps, file if beyond else None))
+            held += 0 if beyond else done[-1].size
         deque(clip, maxlen=0)
         if clip.held != line.frames:
             raise ValueError(
                 f"has {clip.held} frames, the manifest says {line.frames}; ingest the folder again"
             )
     except ValueError as error:  # MediaError is one
-        for piece in done:
-            if piece.file is not None:
-                piece.file.unlink()
+        for file in files:
+            file.unlink(missing_ok=True)
         return printable(error)
     return done
 

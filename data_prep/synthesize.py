@@ -114,7 +114,7 @@ def print_preview(plan: Plan, workers: int) -> None:
         start = time.perf_counter()
         drawn = draw(plan, index)
         took = time.perf_counter() - start
-        size = len(drawn.clip.media)
+        size = drawn.clip.size
         seconds, stored = seconds + took, stored + size
         sides = "x".join(map(str, plan.size(index)))
         table.add_row(drawn.key, sides, f"{size / 2**10:.1f}", f"{1000 * took:.0f}", drawn.prompt)

@@ -9,7 +9,7 @@ from dataclasses import replace
 from fractions import Fraction
 from itertools import zip_longest
 from pathlib import Path
-from typing import cast
+from typing import BinaryIO, cast
 
 import av
 import numpy as np
@@ -134,27 +134,29 @@ def read_packed(
 
 
 def open_packed(path: Path, color_rect: Rect, alpha_rect: Rect, limits: Limits = LIMITS) -> Stream:
-    """Opens colour and alpha from two rectangles of an opaque video; alpha is scaled to the
-    colour's size."""
+    """Opens colour and alpha from two rectangles of an opaque video, as it is shown; alpha is
+    scaled to the colour's size."""
 
     def channels(frame: av.VideoFrame, stated: Stated) -> Frames:
-        for name, (x, y, width, height) in (("color", color_rect), ("alpha", alpha_rect)):
-            inside = 0 <= x < x + width <= frame.width and 0 <= y < y + height <= frame.height
-            if not inside:
-                raise MediaError(
-                    f"{path}: {name} rectangle {[x, y, width, height]} (x, y, width, height) is "
-                    f"not inside {frame.width}x{frame.height}. Correct the rectangle."
-                )
-        picture, matte = (
-            _cut(color(frame, stated), color_rect),
-            _cut(luma(frame, stated), alpha_rect),
-        )
-        if matte.shape != picture.shape[:2]:
-            size = (picture.shape[1], picture.shape[0])
-            matte = np.asarray(Image.fromarray(matte).resize(size, Image.Resampling.BILINEAR))
-        return np.concatenate((picture, matte[..., None]), axis=-1)
+        return np.concatenate((color(frame, stated), luma(frame, stated)[..., None]), axis=-1)
 
-    return open_film(path, channels, limits)
+    def pictures() -> Iterator[Frames]:
+        for whole in film:
+            height, width = whole.shape[:2]
+            for name, (x, y, wide, high) in (("color", color_rect), ("alpha", alpha_rect)):
+                if not (0 <= x < x + wide <= width and 0 <= y < y + high <= height):
+                    raise MediaError(
+                        f"{path}: {name} rectangle {[x, y, wide, high]} (x, y, width, height) is "
+                        f"not inside {width}x{height}. Correct the rectangle."
+                    )
+            picture, matte = _cut(whole, color_rect)[..., :3], _cut(whole, alpha_rect)[..., 3]
+            if matte.shape != picture.shape[:2]:
+                size = (picture.shape[1], picture.shape[0])
+                matte = np.asarray(Image.fromarray(matte).resize(size, Image.Resampling.BILINEAR))
+            yield np.concatenate((picture, matte[..., None]), axis=-1)
+
+    film = open_film(path, channels, limits)
+    return Stream(pictures(), film.frames, film.fps, film.lossy, None, film.notes)
 
 
 def measure_packing(path: Path, limits: Limits = LIMITS) -> Packing | None:
@@ -181,6 +183,13 @@ def describe(path: Path, limits: Limits = LIMITS, asked: Asked = AS_STATED) -> D
 
 
 def encode_ffv1(frames: Iterable[Frames], fps: float) -> bytes:
+    """Returns what `write_ffv1` writes."""
+    buffer = io.BytesIO()
+    write_ffv1(buffer, frames, fps)
+    return buffer.getvalue()
+
+
+def write_ffv1(file: BinaryIO, frames: Iterable[Frames], fps: float) -> None:
     """Encodes RGBA frames, uint8 (H, W, 4) each, which may come one by one, as lossless Matroska;
     the same bytes for the same frames. Raises ValueError for others, and for none.
 
@@ -188,9 +197,8 @@ def encode_ffv1(frames: Iterable[Frames], fps: float) -> bytes:
     coder's files are a sixth larger than the range coder's (measured on effect videos) and decode
     up to twice as fast.
     """
-    buffer = io.BytesIO()
     size: tuple[int, ...] = ()
-    with av.open(buffer, "w", format="matroska", options={"fflags": "+bitexact"}) as container:
+    with av.open(file, "w", format="matroska", options={"fflags": "+bitexact"}) as container:
         options = {"level": "3", "slicecrc": "1", "coder": "rice"}
         rate = Fraction(fps).limit_denominator(1001)
         stream = cast(av.VideoStream, container.add_stream("ffv1", rate=rate, options=options))
@@ -209,7 +217,6 @@ def encode_ffv1(frames: Iterable[Frames], fps: float) -> bytes:
         if not size:
             raise ValueError("frames: none; FFV1 clips are uint8 (T, H, W, 4), not empty")
         container.mux(stream.encode())
-    return buffer.getvalue()
 
 
 def decode_ffv1(data: bytes, name: str, shape: tuple[int, int, int]) -> tuple[Frames, float]:

@@ -8,10 +8,13 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 from rich.console import Console
 
+from acetate.video_io import encode_ffv1
+from data_prep import examine as examining
 from data_prep import ingest as program
 from data_prep.bad_clips import print_bad
 from data_prep.decisions import OVERRIDES
@@ -57,6 +60,17 @@ def test_a_reader_that_waits_for_ever_is_ended(source):
     assert bad["b"].startswith(
         "took more than its time, seconds=0.3 and 1 more for every 4 megapixels"
     )
+
+
+def test_small_pictures_are_given_the_time_that_a_picture_takes(source, monkeypatch):
+    """Two hours of them took longer than 1 s for 4 megapixels."""
+    source.mkdir()
+    (source / "a.mkv").write_bytes(encode_ffv1(np.zeros((200, 8, 8, 4), np.uint8), 24))
+    asked = []
+    monkeypatch.setattr(examining.signal, "setitimer", lambda _, seconds: asked.append(seconds))
+    (task,) = program._tasks(source, program.survey(source, set()), Settings(), guarded=True)
+    examining.examine(None, task)
+    assert max(asked[::2]) >= 10 + 200 * 0.015
 
 
 @pytest.mark.slow

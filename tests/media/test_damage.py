@@ -12,7 +12,7 @@ from acetate.media.clip import MediaError
 from acetate.media.containers import missing_bytes
 from acetate.media.images import read_image
 from acetate.media.videos import read_video
-from tests.media.films import card, write
+from tests.media.films import by_ffmpeg, card, needs_ffmpeg, write
 from tests.media.stated import QUARTERS, picture, png_of
 
 
@@ -76,6 +76,21 @@ def test_a_cut_film_is_said(tmp_path):
     assert missing_bytes(tmp_path / "c.webm") == 0
     assert "says it lasts 1.00 s" in read_video(tmp_path / "c.webm").notes[0]
     assert f"ends {missing_bytes(tmp_path / 'b.webm')} bytes early: it is cut off" in clip.notes[0]
+
+
+@needs_ffmpeg
+def test_a_film_that_is_cut_within_a_picture_is_refused_as_cut(tmp_path):
+    path = tmp_path / "a.mov"
+    by_ffmpeg(
+        card(8, 64, 64), "-c:v", "prores_ks", "-pix_fmt", "yuva444p10le", "-movflags", "faststart",
+        path,
+    )  # fmt: skip
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) * 7 // 10])
+    with pytest.raises(
+        MediaError, match=r"a\.mov: cannot be decoded: the file ends \d+ bytes early"
+    ):
+        read_video(path)
 
 
 def test_alpha_in_some_of_the_pictures_only(tmp_path):

@@ -5,6 +5,7 @@ from fractions import Fraction
 import av
 import numpy as np
 import pytest
+import tifffile
 from PIL import Image, ImageDraw
 
 from acetate.media.clip import Limits, MediaError
@@ -118,6 +119,13 @@ def test_tiff_with_an_unnamed_channel_is_refused(tmp_path):
     ):
         with pytest.raises(MediaError, match=reason):
             read_image(tiff(tmp_path / "a.tif", noise(4, 4, 4, dtype=dtype), 0, 1))
+
+
+def test_tiff_of_inks_is_refused_by_its_name(tmp_path):
+    inks = np.zeros((16, 16, 5), np.uint8)
+    tifffile.imwrite(tmp_path / "a.tif", inks, photometric="separated", extrasamples=[2])
+    with pytest.raises(MediaError, match=r"a\.tif: its colour is CMYK; save it as RGBA"):
+        read_image(tmp_path / "a.tif")
 
 
 def test_exr_is_linear_and_premultiplied(tmp_path):

@@ -83,6 +83,23 @@ def test_a_packed_video_comes_back(tmp_path):
     assert np.abs(back.frames[..., 3].astype(int) - clip[..., 3]).mean() < 3
 
 
+def test_rectangles_are_of_the_picture_as_it_is_shown(tmp_path):
+    clip = drawn("flame", 22, 4, SIDE)
+    frames, _, _ = packed(clip, "right")
+    path = write(tmp_path / "a.mp4", frames, "libx264", "yuv420p", crf="20")
+    content = bytearray(path.read_bytes())
+    at = content.index(b"tkhd") + 44  # its matrix (ISO 14496-12, 8.3.2): a quarter to the right
+    content[at : at + 36] = struct.pack(
+        ">9i", 0, 1 << 16, 0, -1 << 16, 0, 0, SIDE << 16, 0, 1 << 30
+    )
+    path.write_bytes(content)
+    found = measure_packing(path)
+    assert found is not None and found.color == (0, 0, SIDE, SIDE)
+    assert found.alpha == (0, SIDE, SIDE, SIDE)
+    back = read_packed(path, found.color, found.alpha).frames[..., 3].astype(int)
+    assert np.abs(back - np.rot90(clip[..., 3], -1, (1, 2))).mean() < 3
+
+
 def test_a_grey_thing_is_never_sure():
     """It could as well be a copy."""
     clip = drawn("flame", 23, 4, SIDE)

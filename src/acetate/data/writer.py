@@ -10,13 +10,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from tarfile import USTAR_FORMAT, TarFile, TarInfo
 from textwrap import indent
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from webdataset.writer import TarWriter
 
 from acetate.data.keys import check_key
 from acetate.data.manifests import CLIP
@@ -25,7 +25,7 @@ from acetate.data.splits import Split
 from acetate.documents import parse
 from acetate.draws import stable_hash
 from acetate.replacing import write_json, writing, written
-from acetate.video_io import encode_ffv1
+from acetate.video_io import encode_ffv1, write_ffv1
 
 Kind = Literal["rgba.mkv", "rgba.png"]
 
@@ -41,8 +41,7 @@ class ShardTar:
     def __init__(self, path: Path, temporary: Path):
         self.path, self.temporary = path, temporary
         with writing(path):
-            self.stream = open(temporary, "wb")  # noqa: SIM115  closed by finish or discard
-        self.tar = TarWriter(self.stream, encoder=False, mtime=0)
+            self.tar = TarFile(temporary, "w", format=USTAR_FORMAT)
 
     def __enter__(self) -> "ShardTar":
         return self
@@ -51,26 +50,32 @@ class ShardTar:
         if kind is not None:
             self.discard()
 
-    def write(self, sample: Mapping[str, str | bytes]) -> None:
-        """Writes a sample: `__key__`, and the content of each of its files by their suffix."""
+    def write(self, sample: Mapping[str, str | bytes | Path]) -> None:
+        """Writes a sample: `__key__`, and the content of each of its files by their suffix, or the
+        path of a file that holds it."""
+        files = {suffix: content for suffix, content in sample.items() if suffix != "__key__"}
         with writing(self.path):
-            self.tar.write(sample)
+            for suffix, content in sorted(files.items()):
+                content = content.encode() if isinstance(content, str) else content
+                info = TarInfo(f"{sample['__key__']}.{suffix}")
+                info.size, info.mode = _size(content), 0o444
+                info.uname = info.gname = "bigdata"  # as webdataset writes them
+                with _opened(content) as file:
+                    self.tar.addfile(info, file)
 
     def finish(self) -> dict[str, Any]:
         """Puts the tar in its place and returns what a manifest says of it: file, bytes and
         sha256."""
         with writing(self.path):
             self.tar.close()
-            self.stream.close()
         with open(self.temporary, "rb") as file:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         os.replace(self.temporary, self.path)
         return {"file": self.path.name, "bytes": self.path.stat().st_size, "sha256": sha256}
 
     def discard(self) -> None:
-        for half in (self.tar, self.stream):
-            with suppress(OSError):  # the disk may be full
-                half.close()
+        with suppress(OSError):  # the disk may be full
+            self.tar.close()
         self.temporary.unlink(missing_ok=True)
 
 
@@ -101,14 +106,19 @@ def read_part(tar: Path, made_by: Mapping[str, Any]) -> dict[str, Any] | None:
 
 @dataclass(frozen=True)
 class EncodedClip:
-    """A clip as a shard stores it; fps is 0 for a still."""
+    """A clip as a shard stores it; fps is 0 for a still. media: its bytes, or the file that holds
+    them."""
 
-    media: bytes
+    media: bytes | Path
     kind: Kind
     frames: int
     width: int
     height: int
     fps: float
+
+    @property
+    def size(self) -> int:
+        return _size(self.media)
 
 
 def encode_clip(frames: NDArray[np.uint8], fps: float) -> EncodedClip:
@@ -117,8 +127,11 @@ def encode_clip(frames: NDArray[np.uint8], fps: float) -> EncodedClip:
     return encode_frames(frames, len(frames), fps)
 
 
-def encode_frames(frames: Iterable[NDArray[np.uint8]], count: int, fps: float) -> EncodedClip:
-    """Encodes `count` frames (H, W, 4) that come one by one, as `encode_clip` does."""
+def encode_frames(
+    frames: Iterable[NDArray[np.uint8]], count: int, fps: float, file: Path | None = None
+) -> EncodedClip:
+    """Encodes `count` frames (H, W, 4) that come one by one, as `encode_clip` does. file: what a
+    film is written into, a picture at a time; None: it is kept in memory."""
     height = width = 0
 
     def measured() -> Iterator[NDArray[np.uint8]]:
@@ -127,13 +140,33 @@ def encode_frames(frames: Iterable[NDArray[np.uint8]], count: int, fps: float) -
             height, width = frame.shape[:2]
             yield frame
 
-    if count > 1:
+    if count > 1 and file is not None:
+        media, kind = file, "rgba.mkv"
+        with writing(file), open(file, "wb") as target:
+            write_ffv1(target, measured(), fps)
+    elif count > 1:
         media, kind = encode_ffv1(measured(), fps), "rgba.mkv"
     else:
         buffer = io.BytesIO()
         Image.fromarray(next(measured())).save(buffer, "PNG")
         media, kind, fps = buffer.getvalue(), "rgba.png", 0.0
     return EncodedClip(media, kind, count, width, height, fps)
+
+
+def _size(content: bytes | Path) -> int:
+    return content.stat().st_size if isinstance(content, Path) else len(content)
+
+
+def _opened(content: bytes | Path) -> BinaryIO:
+    return open(content, "rb") if isinstance(content, Path) else io.BytesIO(content)
+
+
+def _crc32(content: bytes | Path) -> int:
+    value = 0
+    with _opened(content) as file:
+        while part := file.read(2**20):
+            value = zlib.crc32(part, value)
+    return value
 
 
 class ShardWriter:
@@ -211,7 +244,7 @@ class ShardWriter:
             "split": split,
             **size,
             "kind": clip.kind,
-            "crc32": zlib.crc32(clip.media),
+            "crc32": _crc32(clip.media),
         }
         self.write(entry, clip.media, text)
 
@@ -220,7 +253,7 @@ class ShardWriter:
         names = ("key", "split", "frames", "width", "height", "kind", "crc32")
         self.write({name: getattr(ref, name) for name in names}, media, meta)
 
-    def write(self, entry: dict[str, Any], media: bytes, meta: bytes) -> None:
+    def write(self, entry: dict[str, Any], media: bytes | Path, meta: bytes) -> None:
         """Writes a clip with its entry in the manifest."""
         key = entry["key"]
         check_key(key)
@@ -228,14 +261,14 @@ class ShardWriter:
             raise ValueError(
                 f"key {key!r} was already written; keys are unique in a folder of shards"
             )
-        if self.pending and self.pending_bytes + len(media) > self.max_bytes:
+        if self.pending and self.pending_bytes + _size(media) > self.max_bytes:
             self._finish_tar()
         if self.tar is None:
             tar = self._tar(self.tars)
             self.tar = ShardTar(tar, tar.with_suffix(".tar.tmp"))
         self.tar.write({"__key__": key, entry["kind"]: media, "json": meta})
         self.pending.append(entry)
-        self.pending_bytes += len(media) + len(meta)
+        self.pending_bytes += _size(media) + len(meta)
         if len(self.pending) == self.max_clips:
             self._finish_tar()
 

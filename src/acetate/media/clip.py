@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from av.error import FFmpegError
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 Frames = NDArray[np.uint8]
 Rect = tuple[int, int, int, int]  # x, y, width, height in pixels
@@ -205,5 +205,13 @@ def decoding(name: object) -> Iterator[None]:
         raise MediaError(
             f"{name}: does not fit into memory; cut or scale it, or allow more memory"
         ) from error
+    except UnidentifiedImageError as error:
+        raise MediaError(
+            f"{name}: cannot be decoded: its content is no picture that is read, whatever its name "
+            "says; save it as PNG"
+        ) from error
     except DECODER_ERRORS as error:
-        raise MediaError(f"{name}: cannot be decoded ({type(error).__name__}: {error})") from error
+        raise MediaError(
+            f"{name}: cannot be decoded; it is damaged, cut off, or of a kind that is not read "
+            f"({type(error).__name__}: {error})"
+        ) from error

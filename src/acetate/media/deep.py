@@ -21,6 +21,7 @@ NO_ALPHA = "save it as RGBA, or give a matte as NAME_fgr + NAME_pha"
 TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 ROUNDED = "16 bits rounded to 8"
 UNPREMULTIPLIED_FLOOR = 1e-6  # alpha below it carries no colour
+INKS = {tifffile.PHOTOMETRIC.SEPARATED: "CMYK", tifffile.PHOTOMETRIC.CIELAB: "CIELAB"}
 ASSOCIATED, UNASSOCIATED = 1, 2  # TIFF's ExtraSamples; 0 could be anything
 Unit = NDArray[np.float32]
 
@@ -149,6 +150,8 @@ def _deep_tiff(path: Path) -> Deep | None:
     with tifffile.TiffFile(path) as file:
         page = file.pages.first
         bits = max(np.atleast_1d(page.bitspersample))
+        if page.extrasamples and page.photometric in INKS:
+            raise MediaError(f"its colour is {INKS[page.photometric]}; save it as RGBA")
         if bits <= 8:
             return None
         floats = page.sampleformat == tifffile.SAMPLEFORMAT.IEEEFP

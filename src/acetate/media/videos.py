@@ -3,11 +3,13 @@ constant rate."""
 
 from collections.abc import Callable, Iterator
 from fractions import Fraction
+from functools import lru_cache
 from pathlib import Path
 from typing import cast
 
 import av
 import numpy as np
+from av.error import FFmpegError
 from av.stream import Disposition
 from av.video.reformatter import ColorRange, Interpolation, VideoReformatter
 from numpy.typing import NDArray
@@ -124,11 +126,11 @@ def _pictures(
     repeats: NDArray[np.intp] | None, notes: list[str],
 ) -> Iterator[Frames]:  # fmt: skip
     """repeats: how often each picture of the file is shown; None: once."""
-    held = 0
+    held, cut_off = 0, next((note for note in notes if "cut off" in note), None)
     with decoding(path), opened(path) as container:
         stream = container.streams.video[0]
         facts: Facts | None = None
-        for frame in _decoded(stream, container, alpha_layer):
+        for frame in _whole(_decoded(stream, container, alpha_layer), cut_off):
             if frame.is_corrupt:
                 raise MediaError(
                     f"{path}: a damaged frame; the decoder had to make up parts of it. Repair or "
@@ -181,14 +183,11 @@ def color(frame: av.VideoFrame, stated: Stated) -> Frames:
 def luma(frame: av.VideoFrame, stated: Stated) -> Frames:
     """(H, W), stretched to 0..255; of colour the green, as it is stored."""
     del stated  # a matte has none
-    if frame.format.is_rgb:
-        return np.ascontiguousarray(color(frame, Stated())[..., 1])
     bits = frame.format.components[0].bits
-    values = _plane(frame, 0, bits)
+    if frame.format.is_rgb or bits > 16:
+        return np.ascontiguousarray(color(frame, Stated())[..., 1])
     full = frame.color_range == ColorRange.JPEG or frame.format.name.startswith(("yuvj", "gray"))
-    if full:
-        return to_uint8(values / (2**bits - 1))
-    return to_uint8((values / 2 ** (bits - 8) - 16) / 219)
+    return _plane(frame, 0, bits, full)
 
 
 def has_alpha(pixels: av.VideoFormat | None) -> bool:
@@ -202,8 +201,8 @@ def _lost_alpha(container: av.container.InputContainer, stream: av.VideoStream) 
     if said.get("alpha_mode") == "1":
         return (
             "its container announces alpha (AlphaMode), and the decoder of "
-            f"{codec.codec.canonical_name} gives none; convert it from its source to VP9, "
-            "ProRes 4444 or a PNG sequence"
+            f"{codec.codec.canonical_name} gives none with its first picture; convert it from its "
+            "source to VP9, ProRes 4444 or a PNG sequence"
         )
     tracks = [
         track
@@ -224,18 +223,28 @@ def _alpha(frame: av.VideoFrame) -> Frames:
     """(H, W). Rounded from the plane itself: the scaler would cut 12 bits off to 8 and make 4080
     opaque."""
     component = frame.format.components[-1]
-    if not frame.format.is_planar and component.bits > 8:
+    if component.bits > (16 if frame.format.is_planar else 8):
         return to_uint8(frame.to_ndarray(format="rgba64le")[..., 3] / np.float32(65535))
     if not frame.format.is_planar:
         return cast(Frames, frame.to_ndarray(format="rgba"))[..., 3]
-    return to_uint8(_plane(frame, component.plane, component.bits) / (2**component.bits - 1))
+    return _plane(frame, component.plane, component.bits, full=True)
 
 
-def _plane(frame: av.VideoFrame, index: int, bits: int) -> NDArray[np.float32]:
+def _plane(frame: av.VideoFrame, index: int, bits: int, full: bool) -> Frames:
+    """(H, W), rounded to 8 bits."""
     plane = frame.planes[index]
     values = np.frombuffer(memoryview(plane), np.uint8 if bits <= 8 else np.uint16)
     rows = values.reshape(-1, plane.line_size // values.itemsize)
-    return rows[: frame.height, : frame.width].astype(np.float32)
+    return _levels(bits, full).take(rows[: frame.height, : frame.width], mode="clip")
+
+
+@lru_cache(maxsize=16)
+def _levels(bits: int, full: bool) -> Frames:
+    """(2 ** bits,): what each value becomes; not full: 16 to 235 of 255 are stretched."""
+    values = np.arange(2**bits, dtype=np.float32)
+    if full:
+        return to_uint8(values / (2**bits - 1))
+    return to_uint8((values / 2 ** (bits - 8) - 16) / 219)
 
 
 def _check_header(path: Path, stream: av.VideoStream, limits: Limits) -> None:
@@ -266,6 +275,17 @@ def _decoded(
         decoder.thread_count = 1
         for packet in container.demux(stream):
             yield from decoder.decode(packet)
+
+
+def _whole(frames: Iterator[av.VideoFrame], cut_off: str | None) -> Iterator[av.VideoFrame]:
+    """Raises MediaError with what is known of the file's end where a decoder knows that it is
+    damaged."""
+    try:
+        yield from frames
+    except FFmpegError as error:
+        if cut_off is None:
+            raise
+        raise MediaError(f"cannot be decoded: {cut_off}; copy it again") from error
 
 
 def _seconds(frame: av.VideoFrame, stream: av.VideoStream) -> float | None:
