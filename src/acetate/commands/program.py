@@ -45,6 +45,8 @@ from acetate.settings import SettingError, shown
 
 CONF = str(conf())
 TRACEBACK = "ACETATE_TRACEBACK"  # environment: 1 shows where an error was raised, too
+# Hydra's settings for all but runs, which have a folder and a log of their own
+NO_RUN = ("hydra/job_logging=stdout", "hydra.output_subdir=null", "hydra.run.dir=.")
 IN_WORDS = (ValueError, OSError, RuntimeError, ArithmeticError, ImportError, NotImplementedError)
 
 
@@ -93,7 +95,8 @@ def start(program: Program, arguments: Overrides) -> Any:
     sys.excepthook = show_without_secrets
     try:
         arguments = hide(arguments)
-        sys.argv = [given[0], *hide(command_line(program, arguments))]
+        own = () if program.short == "train" else NO_RUN
+        sys.argv = [given[0], *own, *hide(command_line(program, arguments))]
         _check_secrets(program, sys.argv[1:])
         hydra.main(version_base=None, config_path=CONF, config_name=program.config)(job)()
     except Exception as error:
