@@ -37,7 +37,7 @@ PRIOR_STRAIGHT_FORMAT = -2.0
 
 @dataclass(frozen=True)
 class Mixture:
-    """What speaks for colour mixed with one backdrop: log-odds against straight colour, and their
+    """The evidence for colour mixed with one backdrop: log-odds against straight colour, and their
     parts."""
 
     log_odds: float
@@ -52,8 +52,8 @@ class Mixture:
 def mixtures(
     frames: NDArray[np.uint8], low: int, high: int, lossy: bool, straight_format: bool
 ) -> dict[str, Mixture] | None:
-    """Backdrop (black, white, #rrggbb) -> evidence; None without soft pixels. frames: (T, H, W, 4),
-    some of a clip; soft: low < alpha < high."""
+    """Returns backdrop (black, white, #rrggbb) -> evidence; None without soft pixels. frames: (T,
+    H, W, 4), some of a clip; soft: low < alpha < high."""
     blocks = _blocks(frames)
     alpha = blocks[..., 3]
     hidden = blocks[(alpha <= low).all(axis=1)]
@@ -95,7 +95,7 @@ def mixtures(
 
 
 def sampled(count: int) -> NDArray[np.intp]:
-    """Which frames of a clip `mixtures` looks at."""
+    """Returns which frames of a clip `mixtures` looks at."""
     return np.unique(np.linspace(0, count - 1, min(FRAMES, count)).round().astype(int))
 
 
@@ -105,8 +105,8 @@ def _other_backdrop(
     hidden: NDArray[np.uint8],
     tolerance: float,
 ) -> dict[str, tuple[int, int, int]]:
-    """The one colour that shows under alpha 0, or, where that is wiped, the one that things of many
-    colours fade into; none if that is nearly black or white."""
+    """Finds the one colour that shows under alpha 0, or, where that is wiped, the one that things
+    of many colours fade into; none if that is nearly black or white."""
     colors = hidden[..., :3].reshape(-1, 3)
     if len(colors) and colors.any():
         middle = np.median(colors, axis=0)
@@ -122,8 +122,8 @@ def _other_backdrop(
 def _fades_into(
     blocks: NDArray[np.float32], soft: NDArray[np.bool_]
 ) -> tuple[NDArray[np.float64], float]:
-    """Where the lines through colour over alpha of the blocks meet at alpha 0, and the share of
-    them that do, if they end apart at alpha 1: else one thing's own colour were the backdrop."""
+    """Finds where the lines through colour over alpha of the blocks meet at alpha 0, and the share
+    of them that do, if they end apart at alpha 1: else one thing's own colour were the backdrop."""
     weight = soft[..., None].astype(np.float64)
     count = weight.sum(axis=1).clip(1)
     alpha, color = blocks[..., 3:], blocks[..., :3]
@@ -142,7 +142,7 @@ def _fades_into(
 
 
 def against(share: float, count: int) -> float:
-    """Log-odds, never above 0, from a bound that `share` of `count` blocks break.
+    """Returns log-odds, never above 0, from a bound that `share` of `count` blocks break.
 
     Binomial with rate STRAY against any rate alike (whose integral is 1 / (n + 1)). A bound that
     holds proves nothing: dark colour keeps it as well.
@@ -156,13 +156,13 @@ def against(share: float, count: int) -> float:
 
 
 def confidence(log_odds: float) -> float:
-    """How far from a coin's toss, in [0, 1]."""
+    """Returns how far log-odds are from a coin's toss, in [0, 1]."""
     return abs(math.tanh(log_odds / 2))
 
 
 def _blocks(frames: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """(T, H, W, 4) -> (N, BLOCK * BLOCK, 4); a frame that is no multiple repeats its last rows and
-    columns."""
+    """Divides (T, H, W, 4) into (N, BLOCK * BLOCK, 4); a frame that is no multiple repeats its last
+    rows and columns."""
     pads = [-side % BLOCK for side in frames.shape[1:3]]
     frames = np.pad(frames, ((0, 0), (0, pads[0]), (0, pads[1]), (0, 0)), mode="edge")
     count, height, width, channels = frames.shape
@@ -177,8 +177,8 @@ def _fit(
     alpha: NDArray[np.float32],
     noise: float,
 ) -> tuple[float, float]:
-    """Mean log ratio of the models' residuals, straight to mixed; and how many blocks could tell
-    them apart.
+    """Returns the mean log ratio of the models' residuals, straight to mixed; and how many blocks
+    could tell them apart.
 
     colour and lit, what the backdrop leaves of it: (N, P, 3), alpha: (N, P, 1), all in [0, 1].
     Weighted by alpha, for what it hides is nobody's colour.
@@ -204,8 +204,8 @@ def _fit(
 def _broken(
     lit: NDArray[np.float32], alpha: NDArray[np.float32], soft: NDArray[np.bool_], by: float
 ) -> float:
-    """Share of blocks whose soft pixels are brighter than a mixture can be, a F > a, or darker, a F
-    < 0, on the mean over a block.
+    """Returns the share of blocks whose soft pixels are brighter than a mixture can be, a F > a, or
+    darker, a F < 0, on the mean over a block.
 
     The mean, because subsampled chroma and ringing cancel within a block, and straight colour does
     not.

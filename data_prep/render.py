@@ -69,13 +69,14 @@ def render(shot: Shot, blender: Blender, index: int) -> Rendered:
 
 
 def code_sha256() -> str:
-    """Of what decides the pictures as much as the seed does."""
+    """Returns a hash of what decides the pictures as much as the seed does."""
     here = [Path(scenes.__file__), Path(light.__file__), Path(drawing.__file__)]
     return sha256_of_files([*here, *sorted(SCENES.glob("*.py"))])
 
 
 def check_kinds(kinds: Sequence[str]) -> tuple[str, ...]:
-    """All of them where none is named; ValueError for one that there is not, or twice."""
+    """Returns the kinds, all of them where none is named. Raises ValueError for one that there is
+    not, or twice."""
     unknown = [kind for kind in kinds if kind not in scenes.KINDS]
     if unknown:
         raise ValueError(f"kinds={unknown}; known kinds: {', '.join(scenes.KINDS)}")
@@ -160,7 +161,8 @@ def fill(
 
 
 def print_preview(plan: Plan, samples: int, blender: str | None, workers: int) -> None:
-    """One frame of one clip of each kind, and what the whole would take at their rate."""
+    """Renders one frame of one clip of each kind, and prints what the whole would take at their
+    rate."""
     python, version = interpreter(blender)
     process, one = Blender(python, cores_of(workers)), replace(plan, frames=1)
     table = Table("key", "height x width", "s a frame", "stratum", "prompt")

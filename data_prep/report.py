@@ -34,7 +34,7 @@ class Picture:
 
     @property
     def shares(self) -> tuple[float, float, float]:
-        """Of empty, semi-transparent and opaque pixels."""
+        """Returns the shares of empty, semi-transparent and opaque pixels."""
         return self.alpha[0], sum(self.alpha[1:-1]), self.alpha[-1]
 
     @property
@@ -216,7 +216,7 @@ def panel(title: str, note: str, body: str) -> str:
 
 
 def bars(counts: Mapping[str, int], notes: Mapping[str, str] | None = None) -> str:
-    """The most frequent ones, each with its note, if it has one; what remains in one line."""
+    """Draws the most frequent ones, each with its note, if it has one; what remains in one line."""
     order = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
     most = order[0][1] if order else 1
     rows = [
@@ -238,7 +238,7 @@ def small_note(text: str) -> str:
 
 
 def alpha_panel(pictures: Sequence[Picture]) -> str:
-    """Every clip counts the same, however large."""
+    """Draws the spread of alpha, in which every clip counts the same, however large."""
     mean = np.mean([picture.alpha for picture in pictures], axis=0) if pictures else np.zeros(256)
     shares = {"empty": mean[0], "soft": mean[1:-1].sum(), "opaque": mean[-1]}
     named = {"empty": "empty", "soft": "semi-transparent", "opaque": "opaque"}
@@ -267,7 +267,7 @@ def stack(shares: Sequence[tuple[str, float]], name: str) -> str:
 
 
 def selects(entries: Sequence[Entry]) -> str:
-    """Only where there is a choice."""
+    """Returns the choices where there is more than one."""
     parts = []
     for name, plural in (("split", "splits"), ("kind", "kinds"), ("licence", "licences")):
         values = sorted({getattr(entry, name) for entry in entries})
@@ -281,7 +281,7 @@ def selects(entries: Sequence[Entry]) -> str:
 
 
 def grounds(extra: Sequence[str] = ("alpha", "eight colours")) -> str:
-    """Return a choice of backgrounds; extra: other ways to look, named by their first word."""
+    """Returns a choice of backgrounds; extra: other ways to look, named by their first word."""
     named = {"checker": "checkerboard", **{text.split()[0]: text for text in extra}}
     parts = []
     for value in (*named, *COLORS):
@@ -303,7 +303,7 @@ def grounds_css() -> str:
 
 
 def card(entry: Entry, picture: Picture) -> str:
-    """A large frame with three small ones beside it, or the middle one over eight colours."""
+    """Draws a large frame with three small ones beside it, or the middle one over eight colours."""
     aspect, n = entry.width / entry.height, picture.frames
     middle = n // 2
     uri = base64.b64encode(picture.webp).decode()
@@ -351,7 +351,7 @@ def decisions(decided: Mapping[str, str]) -> str:
 
 
 def skipped(reasons: Mapping[str, str]) -> str:
-    """A table for each kind of reason, the most frequent first."""
+    """Draws a table for each kind of reason, the most frequent first."""
     if not reasons:
         return ""
     tables = []

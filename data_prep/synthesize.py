@@ -107,7 +107,7 @@ def fill(writer: ShardWriter, plan: Plan, val_fraction: float, executor: str, wo
 
 
 def print_preview(plan: Plan, workers: int) -> None:
-    """One clip of each kind, and what the whole would take at their rate."""
+    """Draws one clip of each kind, and prints what the whole would take at their rate."""
     table = Table("key", "height x width", "KiB", "ms", "prompt")
     seconds, stored, count = 0.0, 0, min(plan.clips, len(synthetic.KINDS))
     for index in tqdm(range(count), unit="clip"):
@@ -130,8 +130,8 @@ def print_preview(plan: Plan, workers: int) -> None:
 
 
 def stored(clip: synthetic.SyntheticClip) -> NDArray[np.uint8]:
-    """(T, H, W, 4), straight colour; black where nothing is drawn, which FFV1 stores in next to no
-    space."""
+    """Returns (T, H, W, 4), straight colour; black where nothing is drawn, which FFV1 stores in
+    next to no space."""
     return to_uint8(clip.rgb.masked_fill(clip.alpha == 0, -1), clip.alpha).numpy()
 
 

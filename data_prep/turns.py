@@ -1,4 +1,4 @@
-"""Which made-up clip comes when, and what code decides its pictures."""
+"""Says which made-up clip comes when, and what code decides its pictures."""
 
 import hashlib
 from collections.abc import Iterable, Sequence
@@ -39,13 +39,13 @@ class Plan:
         return self.sizes[index // len(self.kinds) % len(self.sizes)]
 
     def area(self) -> float:
-        """Of a clip on average, as a share of the first size's."""
+        """Returns the area of a clip on average, as a share of the first size's."""
         first = self.sizes[0][0] * self.sizes[0][1]
         return sum(height * width for height, width in self.sizes) / len(self.sizes) / first
 
 
 def squares(sizes: Sequence[int | Sequence[int]]) -> tuple[tuple[int, int], ...]:
-    """(height, width) of each."""
+    """Returns (height, width) of each. Raises ValueError for what is neither a side nor a pair."""
     pairs = [(size, size) if isinstance(size, int) else size for size in sizes]
     if not pairs or not all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in pairs):
         raise ValueError(f"size={list(sizes)}; give a side, or [[height, width], ...]")
@@ -53,5 +53,5 @@ def squares(sizes: Sequence[int | Sequence[int]]) -> tuple[tuple[int, int], ...]
 
 
 def sides(sizes: Sequence[tuple[int, int]]) -> list[int | tuple[int, int]]:
-    """As a command takes them."""
+    """Returns sizes as a command takes them."""
     return [height if height == width else (height, width) for height, width in sizes]
