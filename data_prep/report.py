@@ -15,7 +15,7 @@ from acetate.alpha import PALETTE, PALETTE_NAMES
 from data_prep.bad_clips import by_reason
 from data_prep.examine import said_of_names
 
-TEMPLATE, STYLE = (Path(__file__).with_name(name) for name in ("report.html", "page.css"))
+TEMPLATE = Path(__file__).with_name("report.html")
 SLOT = re.compile(r"<!-- slot:(\w+) -->")
 ROWS = 7  # bars of a panel before the rest is summed up
 SOFT_BINS = 32
@@ -107,8 +107,6 @@ class Report:
 
 def render(report: Report) -> str:
     parts = {
-        "title": escape(report.title),
-        "style": STYLE.read_text(encoding="utf-8"),
         "subtitle": escape(report.made_by),
         "facts": facts(report),
         "alpha": alpha_panel([entry.picture for entry in report.entries if entry.picture]),
@@ -116,11 +114,20 @@ def render(report: Report) -> str:
         "sample": sample_text(report),
         "selects": selects(report.pictured),
         "grounds": grounds(),
-        "grounds_css": grounds_css(),
         "cards": "".join(card(entry, entry.picture) for entry in report.pictured if entry.picture),
         "skipped": skipped(report.skipped),
     }
-    return SLOT.sub(lambda match: parts[match[1]], TEMPLATE.read_text(encoding="utf-8"))
+    return filled(TEMPLATE, report.title, parts)
+
+
+def filled(template: Path, title: str, parts: Mapping[str, str]) -> str:
+    """Fills the slots of a page with its parts, and with what all pages share."""
+    style, filters = (
+        template.with_name(name).read_text(encoding="utf-8") for name in ("page.css", "page.svg")
+    )
+    shared = {"title": escape(title), "style": style, "filters": filters}
+    slots = shared | {"grounds_css": grounds_css()} | dict(parts)
+    return SLOT.sub(lambda match: slots[match[1]], template.read_text(encoding="utf-8"))
 
 
 def sample_text(report: Report) -> str:

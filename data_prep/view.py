@@ -35,7 +35,7 @@ from acetate.video_out import SUFFIXES
 from data_prep.bad_clips import print_bad
 from data_prep.candidates import Candidate, sidecar, survey
 from data_prep.executor import progress
-from data_prep.report import SLOT, STYLE, grounds, grounds_css
+from data_prep.report import filled, grounds
 from data_prep.tables import read_text
 from data_prep.tree import printable
 
@@ -211,15 +211,12 @@ def page(title: str, systems: Sequence[str], clips: Sequence[tuple[str, list[Any
         name for _, made in clips for one in made if isinstance(one, Shown) for name in one.figures
     ))  # fmt: skip
     parts = {
-        "title": escape(title),
-        "style": STYLE.read_text(encoding="utf-8"),
         "grounds": grounds(extra=("light", "dark", "moving", "own picture")),
-        "grounds_css": grounds_css(),
         "systems": json.dumps(list(systems)).replace("</", "<\\/"),
         "orders": "".join(f'<option value="{escape(n)}">{escape(n)}</option>' for n in names),
         "cards": "".join(_card(*clip) for clip in clips),
     }
-    return SLOT.sub(lambda match: parts[match[1]], TEMPLATE.read_text(encoding="utf-8"))
+    return filled(TEMPLATE, title, parts)
 
 
 def _card(name: str, made: Sequence[Shown | str | None]) -> str:
