@@ -88,7 +88,7 @@ class Decisions:
 
     @classmethod
     def of_json(cls, value: Mapping[str, Any]) -> "Decisions":
-        """Makes the inverse of `as_json`. Raises ValueError that names an unknown, missing or
+        """Reads what `as_json` wrote. Raises ValueError that names an unknown, missing or
         impossible entry."""
         value = respelled(value)
         known = {entry.name for entry in fields(cls)}

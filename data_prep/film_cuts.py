@@ -1,5 +1,5 @@
-"""Where a film is cut from one shot to another, and whether its coverage flickers: by thumbnails,
-as its pictures come."""
+"""Finds where a film is cut from one shot to another, and whether its coverage flickers: by
+thumbnails, as its pictures come."""
 
 from collections import deque
 from collections.abc import Sequence
@@ -18,13 +18,14 @@ SEEN = 5e-4  # mean alpha of its fullest frame under which a clip is empty
 
 
 def weighted(frame: Frames) -> Tensor:
-    """(H, W, 4) -> colour times alpha, and alpha: (4, H, W) in [0, 1]."""
+    """Turns (H, W, 4) into colour times alpha, and alpha: (4, H, W) in [0, 1]."""
     picture = torch.from_numpy(np.ascontiguousarray(frame)).permute(2, 0, 1).float() / 255
     return torch.cat((picture[:3] * picture[3:], picture[3:]))
 
 
 def thumbnail(frame: Frames) -> Tensor:
-    """(4, h, w), h and w at most THUMB: means of colour times alpha, and of alpha, in [0, 1]."""
+    """Returns (4, h, w), h and w at most THUMB: means of colour times alpha, and of alpha, in [0,
+    1]."""
     height, width = frame.shape[:2]
     picture = torch.from_numpy(np.ascontiguousarray(frame)).float()
     picture[..., :3] *= picture[..., 3:] / 255
@@ -35,8 +36,8 @@ def thumbnail(frame: Frames) -> Tensor:
 
 @lru_cache(maxsize=16)
 def _pooling(side: int) -> Tensor:
-    """(at most THUMB, side): what takes the means of its parts, which share their border pixels, as
-    adaptive pooling does."""
+    """Returns a matrix (at most THUMB, side) that takes the means of its parts, which share their
+    border pixels, as adaptive pooling does."""
     count = min(THUMB, side)
     places, parts = torch.arange(side), torch.arange(count)[:, None]
     first, last = parts * side // count, -(-(parts + 1) * side // count)
@@ -45,8 +46,8 @@ def _pooling(side: int) -> Tensor:
 
 
 def change(first: Tensor, second: Tensor) -> float:
-    """How much of two thumbnails was exchanged, in [0, 1]: the smaller of the shares of alpha that
-    go and that come.
+    """Returns how much of two thumbnails was exchanged, in [0, 1]: the smaller of the shares of
+    alpha that go and that come.
 
     What stays has the same straight colour, at the same brightness or at another one that all
     share. So what fades, flashes, appears or leaves changes little: nothing else goes, or nothing
@@ -83,7 +84,7 @@ class Shots:
         self._candidates: list[tuple[int, float]] = []  # frame, and the most around it
 
     def add(self, thumb: Tensor) -> None:
-        """thumb: the next frame's, (4, h, w)."""
+        """Adds the next frame's thumbnail, (4, h, w)."""
         self._steps.append(change(self._near[-1], thumb) if self._near else 0.0)
         self.coverage.append(float(thumb[3].mean()))
         self._near.append(thumb)
@@ -99,7 +100,7 @@ class Shots:
             self._candidates.append((place, around))
 
     def found(self) -> tuple[tuple[int, ...], str]:
-        """And why."""
+        """Returns the cuts, and why."""
         least = 0.02 * max(self.coverage, default=0)
         found: list[int] = []
         told = []
@@ -115,8 +116,8 @@ class Shots:
 
 
 def flicker(coverages: Sequence[float], shots: tuple[int, ...] = ()) -> float:
-    """Share of the frames whose mean alpha is off that of its two neighbours by more than a
-    quarter.
+    """Returns the share of the frames whose mean alpha is off that of its two neighbours by more
+    than a quarter.
 
     A single flash sets three frames off, and is no flicker.
     """
