@@ -28,8 +28,8 @@ FLOOR, CEILING = 64, 192
 def analyse(
     clip: RGBAClip | Stream, *, premultiplied: bool | None = None, matte: bool = False
 ) -> Decisions:
-    """What the clip is, how sure that is, and why. A stream is read to its end, a picture at a
-    time.
+    """Returns what the clip is, how sure that is, and why. A stream is read to its end, a picture
+    at a time.
 
     premultiplied: what a person says, if anything; else the colour is measured, and what the format
     defines (`clip.premultiplied`) counts as a strong belief. matte: colour is a whole picture and
@@ -106,7 +106,7 @@ def _color(
     premultiplied: bool | None,
     matte: bool,
 ) -> tuple[str, float, str, dict[str, float]]:
-    """What colour is, how sure that is, in words, and the figures behind it."""
+    """Returns what colour is, how sure that is, in words, and the figures behind it."""
     if matte:
         return "matte", 1.0, "a picture with a matte: its foreground is estimated", {}
     if premultiplied is not None:
@@ -138,13 +138,13 @@ def _color(
 
 
 def how_sure(confidence: float) -> str:
-    """In a word; data_prep.shard lists what is below fairly sure."""
+    """Returns a confidence in a word; data_prep.shard lists what is below fairly sure."""
     return "sure" if confidence >= 0.9 else "fairly sure" if confidence >= 0.5 else "unsure"
 
 
 @dataclass(frozen=True)
 class Totals:
-    """Over all frames. histogram: pixels by alpha (256,); the rest: (H, W), 0..255."""
+    """The sums over all frames. histogram: pixels by alpha (256,); the rest: (H, W), 0..255."""
 
     histogram: NDArray[np.int64]
     most_color: Frames  # of the brightest channel
@@ -154,7 +154,7 @@ class Totals:
 
     @classmethod
     def of(cls, frame: Frames) -> "Totals":
-        """None yet, for frames of that size."""
+        """Makes empty totals for frames of that size."""
         size = frame.shape[:2]
         none, most = np.zeros(size, np.uint8), np.full(size, 255, np.uint8)
         return cls(np.zeros(256, np.int64), none, none.copy(), most, array("d"))
@@ -171,7 +171,7 @@ class Totals:
         np.minimum(self.least_alpha, alpha, out=self.least_alpha)
 
     def stretched(self, ends: tuple[int, int]) -> "Totals":
-        """As if alpha had been stretched."""
+        """Returns the totals as if alpha had been stretched."""
         levels = stretched_levels(ends)
         histogram = np.bincount(levels, weights=self.histogram, minlength=256).astype(np.int64)
         floor, ceiling = ends
@@ -187,8 +187,8 @@ def _means(frame: Frames) -> Tensor:
 
 
 class Stillness:
-    """Whether all of several frames are the first one; after a lossy codec, whether all 4 x 4 means
-    are within 3."""
+    """A test of whether all of several frames are the first one; after a lossy codec, whether all 4
+    x 4 means are within 3."""
 
     def __init__(self, lossy: bool):
         self.lossy, self.same, self.frames = lossy, True, 0
@@ -214,7 +214,7 @@ class Stillness:
 
 
 def alpha_range(histogram: NDArray[np.int64], lossy: bool) -> tuple[tuple[int, int] | None, str]:
-    """The levels that stand for 0 and 255 where alpha reaches neither of them, as after a
+    """Returns the levels that stand for 0 and 255 where alpha reaches neither of them, as after a
     conversion to a limited range; and in words what alpha's ends are, if not 0 and 255.
 
     None unless a fifth of all pixels lie on one level at most FLOOR, with nothing below, and a
@@ -244,8 +244,8 @@ def alpha_range(histogram: NDArray[np.int64], lossy: bool) -> tuple[tuple[int, i
 
 
 def noise_bounds(histogram: NDArray[np.int64]) -> tuple[int, int]:
-    """Up to where alpha is noise around 0, and from where around 255: the feet of the histogram's
-    end peaks.
+    """Returns up to where alpha is noise around 0, and from where around 255: the feet of the
+    histogram's end peaks.
 
     From its highest value within NOISE steps of the end, a peak goes on while the count falls by
     more than a quarter a step. Soft alpha that fades evenly, as smoke does, is no peak and stays.
@@ -274,7 +274,7 @@ def _matte(totals: Totals, low: int, high: int) -> tuple[Matte, str]:
 
 
 def _box(seen: NDArray[np.bool_]) -> Rect | None:
-    """The smallest rectangle that holds every True."""
+    """Returns the smallest rectangle that holds every True."""
     rows, columns = np.flatnonzero(seen.any(axis=1)), np.flatnonzero(seen.any(axis=0))
     if not len(rows):
         return None
@@ -283,8 +283,8 @@ def _box(seen: NDArray[np.bool_]) -> Rect | None:
 
 
 def bars(totals: Totals, low: int, high: int) -> tuple[Rect | None, str]:
-    """The picture between equal black bars at two opposite sides, through the whole clip; None
-    without bars.
+    """Returns the picture between equal black bars at two opposite sides, through the whole clip;
+    None without bars.
 
     Opaque ones are black in colour and alpha is full. Transparent ones must cut a film's picture
     off: beyond an edge that is merely empty there is no bar, and `visible` trims it.
@@ -317,7 +317,7 @@ def bars(totals: Totals, low: int, high: int) -> tuple[Rect | None, str]:
 
 
 def _cut_off(totals: Totals, axis: int, first: int, last: int) -> bool:
-    """Whether what is shown reaches both other sides, and ends at both lines as if cut."""
+    """Returns whether what is shown reaches both other sides, and ends at both lines as if cut."""
     alpha = totals.most_alpha if axis == 1 else totals.most_alpha.T
     reaches = (alpha[:, 0] >= 128).any() and (alpha[:, -1] >= 128).any()
     return bool(reaches and all((alpha[line] >= 128).mean() > 0.25 for line in (first, last)))

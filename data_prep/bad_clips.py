@@ -47,7 +47,7 @@ def print_bad(console: Console, bad: Mapping[str, str], file: Path | None) -> No
 
 
 def by_reason(bad: Mapping[str, str]) -> dict[str, dict[str, str]]:
-    """Key -> reason by the kind of reason, the most frequent kind first."""
+    """Returns key -> reason by the kind of reason, the most frequent kind first."""
     kinds: dict[str, dict[str, str]] = {}
     for key, reason in bad.items():
         kinds.setdefault(kind_of_reason(reason), {})[key] = reason
@@ -55,7 +55,7 @@ def by_reason(bad: Mapping[str, str]) -> dict[str, dict[str, str]]:
 
 
 def kind_of_reason(reason: str) -> str:
-    """Without names and numbers, so that like reasons count together."""
+    """Returns a reason without names and numbers, so that like reasons count together."""
     bare = re.sub(r"\S*[/\\]\S*|\S+\.[A-Za-z]\w{2,3}\b:?", "", reason)
     parts = [
         " ".join(re.sub(r"#?\d[\d.x]*|#[\da-f]{6}", "N", part).split()).strip(" :,")

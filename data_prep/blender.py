@@ -35,14 +35,15 @@ class BlenderError(RuntimeError):
 
 
 def home() -> Path:
-    """Where the environment lies that is made at first use."""
+    """Returns where the environment lies that is made at first use."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return cache / "acetate" / f"bpy-{VERSION}"
 
 
 def interpreter(chosen: str | None) -> tuple[str, str]:
-    """An interpreter that has Blender, and Blender's version. chosen: its path; None: the one of
-    the environment in the user's cache, which is made where it is missing. BlenderError."""
+    """Returns an interpreter that has Blender, and Blender's version. chosen: its path; None: the
+    one of the environment in the user's cache, which is made where it is missing. Raises
+    BlenderError."""
     python = chosen or installed(home())
     try:
         done = subprocess.run(
@@ -58,7 +59,7 @@ def interpreter(chosen: str | None) -> tuple[str, str]:
 
 
 def no_blender(python: str, said: str, named: bool) -> str:
-    """Why `import bpy` failed, and what helps."""
+    """Makes the error that says why `import bpy` failed and what helps."""
     last = said.strip().splitlines()[-1] if said.strip() else "it said nothing"
     if "cannot open shared object" in last:
         way = f"A library of the system is missing; on Debian: apt-get install {SYSTEM}"
@@ -70,7 +71,8 @@ def no_blender(python: str, said: str, named: bool) -> str:
 
 
 def installed(folder: Path) -> str:
-    """The interpreter of the environment in `folder`, made there if no run has finished one."""
+    """Returns the interpreter of the environment in `folder`, made there if no run has finished
+    one."""
     python, whole = folder / "bin" / "python", folder / ".complete"
     if not whole.exists():
         with writing(folder):
@@ -102,8 +104,8 @@ def install(folder: Path, python: Path) -> None:
 
 
 def commands(folder: Path, python: Path) -> list[list[str]]:
-    """What makes the environment: uv, which brings the interpreter; else this one, if it is of the
-    version."""
+    """Returns the commands that make the environment: with uv, which brings the interpreter; else
+    with this one, if it is of the version."""
     uv = shutil.which("uv", path=os.pathsep.join((str(Path(sys.executable).parent),
         os.environ.get("PATH", ""))))  # fmt: skip
     bpy = f"bpy=={VERSION}"
@@ -136,7 +138,7 @@ class Blender:
         self._answer("at its start")
 
     def render(self, facts: dict[str, Any]) -> NDArray[np.float32]:
-        """(T, H, W, 4), linear light multiplied by coverage, and coverage."""
+        """Returns the frames (T, H, W, 4): linear light multiplied by coverage, and coverage."""
         what = f"at {facts['kind']} of seed {facts['seed']}"
         with tempfile.TemporaryDirectory(prefix="acetate-render-") as name:
             request = {"facts": facts, "folder": name, "threads": self.threads}
@@ -181,6 +183,6 @@ def end(process: "subprocess.Popen[str]") -> None:
 
 
 def pixels(file: Path) -> NDArray[np.float32]:
-    """(H, W, 4)."""
+    """Reads the picture in a file, (H, W, 4)."""
     with OpenEXR.File(str(file)) as picture:
         return np.array(picture.channels()["RGBA"].pixels, np.float32)

@@ -125,7 +125,7 @@ def made_by(
     vae: RGBAVAE,
     encoder: TextEncoder,
 ) -> dict[str, Any]:
-    """All that decides the content, as JSON reads it back."""
+    """Returns all that decides the content, as JSON reads it back."""
     identity = (vae.latents_sha256(), vae.base_sha256, encoder.sha256(), sources.prompt_length)
     content = {
         **asdict(settings),
@@ -139,8 +139,8 @@ def made_by(
 
 
 def devices_for(device: str, spread: bool) -> list[str]:
-    """auto: under torchrun this process's GPU; with `spread` all GPUs, else the first; the CPU
-    where there is none."""
+    """Returns the devices to encode on. auto: under torchrun this process's GPU; with `spread` all
+    GPUs, else the first; the CPU where there is none."""
     if device != "auto":
         return [device]
     if not torch.cuda.is_available():
@@ -181,7 +181,8 @@ def way_to_encode(
     workers: int,
     gpus: float,
 ) -> Encode:
-    """In this process, with this VAE; or in others, which load their own."""
+    """Chooses where to encode: in this process, with this VAE; or in others, which load their
+    own."""
     if executor == "local" and not workers:
         return partial(encode_here, Encoder(run, vae, devices[0]))
     places = devices if executor == "local" else [device]  # Ray shows each worker its own GPUs
@@ -277,7 +278,7 @@ def manifest_of(
 
 
 def counts(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Of samples, of clips, and of clips per split."""
+    """Counts samples, clips, and clips of each split."""
     split = {sample["clip"]: sample["split"] for sample in samples}
     splits = {name: list(split.values()).count(name) for name in ("train", "val")}
     return {"samples": len(samples), "clips": len(split), "splits": splits}

@@ -1,5 +1,5 @@
-"""Which files of a folder belong together: stills, sequences, pairs, pictures with mattes; and what
-is said of them."""
+"""Finds which files of a folder belong together: stills, sequences, pairs, pictures with mattes;
+and what is said of them."""
 
 import hashlib
 import json
@@ -65,9 +65,10 @@ class Folder:
 
 
 def survey(source: Path, leave_out: Collection[Path] = ()) -> Folder:
-    """All of a folder but `leave_out`, which an earlier run wrote into it.
+    """Lists the candidates of a folder without `leave_out`, which an earlier run wrote into it.
 
-    FileNotFoundError if it is none, ValueError for a table that cannot be read or used.
+    Raises FileNotFoundError where there is no folder, ValueError for a table that cannot be read or
+    used.
     """
     tree = walk(source, leave_out)
     tables = read_tables(tree)
@@ -96,7 +97,8 @@ def survey(source: Path, leave_out: Collection[Path] = ()) -> Folder:
 
 
 def _once(tree: Tree, candidates: Sequence[Candidate]) -> tuple[list[Candidate], dict[str, str]]:
-    """Without links to files that are candidates as well; those and what they lead to."""
+    """Drops links to files that are candidates as well; returns the rest, and what each of those
+    leads to."""
     real = {c.files for c in candidates if not any(file.is_symlink() for file in c.files)}
     kept, dropped = list[Candidate](), dict[str, str]()
     for candidate in candidates:
@@ -111,7 +113,8 @@ def _once(tree: Tree, candidates: Sequence[Candidate]) -> tuple[list[Candidate],
 
 
 def clip_key(source: Path, path: Path, taken: set[str]) -> str:
-    """The path with dashes; with a hash where that is too long, no key as it stands, or taken."""
+    """Makes a clip's key: the path with dashes; with a hash where that is too long, no key as it
+    stands, or taken."""
     inside = path.relative_to(source) if source in path.parents else Path(path.name)
     folders = [part for part in inside.parent.parts if part.lower() not in PAIR_COLOR + WHOLE_COLOR]
     name = unicodedata.normalize("NFC", "-".join((*folders, inside.stem.removesuffix("_fgr"))))
@@ -123,7 +126,7 @@ def clip_key(source: Path, path: Path, taken: set[str]) -> str:
 
 
 def sidecar(path: Path) -> Path | None:
-    """NAME.txt beside the clip, for a pair also without _fgr."""
+    """Returns NAME.txt beside the clip, for a pair also without _fgr."""
     for stem in (path.stem, FORM.sub("", path.stem)):
         text = path.with_name(stem + ".txt")
         if text.is_file():
@@ -132,7 +135,7 @@ def sidecar(path: Path) -> Path | None:
 
 
 def pictures(path: Path) -> list[Path]:
-    """The frames of a sequence; else the file alone."""
+    """Returns the frames of a sequence; else the file alone."""
     if not is_sequence(path):
         return [path]
     try:
@@ -142,7 +145,8 @@ def pictures(path: Path) -> list[Path]:
 
 
 def stamps(files: Iterable[Path]) -> list[tuple[int, int] | None]:
-    """Size and time of each file, which tell one that was changed; None where there is none."""
+    """Returns size and time of each file, which tell one that was changed; None where there is
+    none."""
     stats = [path.stat() if path.exists() else None for path in files]
     return [(stat.st_size, stat.st_mtime_ns) if stat else None for stat in stats]
 
@@ -193,8 +197,8 @@ class _Neighbours:
                 self.folders[folder][path.stem] = path
 
     def matte_of(self, path: Path) -> Path | None:
-        """NAME_fgr + NAME_pha, NAME + NAME_matte, fgr/NAME + pha/NAME and their like; a folder may
-        be a sequence."""
+        """Finds a matte: NAME_fgr + NAME_pha, NAME + NAME_matte, fgr/NAME + pha/NAME and their
+        like; a folder may be a sequence."""
         stem, ending = _split(path, PAIR_COLOR + WHOLE_COLOR)
         for end in MATTES:
             found = self.find(path.parent, f"{stem}_{end}")
@@ -207,8 +211,8 @@ class _Neighbours:
         return None
 
     def has_color(self, path: Path) -> bool:
-        """Whether it is a matte that comes with its colour; one without stands alone, and is
-        refused."""
+        """Returns whether it is a matte that comes with its colour; one without stands alone, and
+        is refused."""
         stem, ending = _split(path, MATTES)
         if not ending:
             return False
@@ -226,7 +230,8 @@ class _Neighbours:
 
 
 def _still_and_folder(one: Path, other: Path) -> bool:
-    """Which make no pair: a folder is a sequence, and so is what has no file's suffix."""
+    """Returns whether the two make no pair: a folder is a sequence, and so is what has no file's
+    suffix."""
     stills = IMAGES + OPAQUE_IMAGES
     return any(
         (a.is_dir() or a.suffix.lower() not in MEDIA) and b.suffix.lower() in stills
@@ -235,8 +240,8 @@ def _still_and_folder(one: Path, other: Path) -> bool:
 
 
 def _split(path: Path, endings: tuple[str, ...]) -> tuple[str, str]:
-    """NAME and fgr of NAME_fgr.mp4; NAME and fgr of fgr/NAME.mp4; fgr and fgr of the folder fgr
-    itself."""
+    """Splits a name from its ending: NAME and fgr of NAME_fgr.mp4; NAME and fgr of fgr/NAME.mp4;
+    fgr and fgr of the folder fgr itself."""
     name, _, last = path.stem.rpartition("_")
     if name and last.lower() in endings:
         return name, last.lower()
@@ -274,7 +279,7 @@ class _Finder:
                     yield from self._one(path)
 
     def _one(self, path: Path) -> Iterator[Candidate]:
-        """path: of a file, or what a sequence is called after."""
+        """Makes a candidate. path: of a file, or what a sequence is called after."""
         neighbours, files = self.neighbours, self.frames.get(path, path)
         if path in self.taken or neighbours.has_color(path):
             return
@@ -288,8 +293,8 @@ class _Finder:
             self.beside[path] = "an opaque picture without a matte"
 
     def _sequences(self, folder: Path) -> dict[Path, Path]:
-        """What each sequence of the folder is called after -> the folder, or the pattern of its
-        frames."""
+        """Returns what each sequence of the folder is called after -> the folder, or the pattern of
+        its frames."""
         runs, images = self._runs(folder), self._images(folder)
         if folder in self.rows and not runs and images:
             return {folder: folder}
@@ -306,8 +311,8 @@ class _Finder:
         ]
 
     def _runs(self, folder: Path) -> list[Run]:
-        """The sequences of a folder; none where a table lists its images, nor in the source itself,
-        which is rather a collection of stills."""
+        """Finds the sequences of a folder; none where a table lists its images, nor in the source
+        itself, which is rather a collection of stills."""
         images = self._images(folder)
         if len(images) < 2 or any(path in self.rows or path in self.taken for path in images):
             return []

@@ -53,7 +53,8 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Settings:
-    """What decides the prompts. captioner: null leaves clips without a given prompt as they are."""
+    """The settings that decide the prompts. captioner: null leaves clips without a given prompt as
+    they are."""
 
     overwrite: Literal["missing", "all"]
     missing: str  # regular expression: prompts that count as none
@@ -92,11 +93,11 @@ class Settings:
 
 
 def read_prompts(source: Path) -> dict[str, Row]:
-    """Key -> {"caption", and whatever else the row has}, of a .csv or .jsonl file or a folder of
-    KEY.txt.
+    """Reads key -> {"caption", and whatever else the row has} from a .csv or .jsonl file or a
+    folder of KEY.txt.
 
-    Columns: key; caption (or prompt, text); more of them for the template. ValueError names the row
-    that lacks one.
+    Columns: key; caption (or prompt, text); more of them for the template. Raises ValueError that
+    names the row that lacks one.
     """
     if source.is_dir():
         texts = {
@@ -140,8 +141,8 @@ def read_prompts(source: Path) -> dict[str, Row]:
 
 
 def prompts_for(refs: Sequence[ClipRef], source: Path) -> dict[str, Row]:
-    """`read_prompts`, with a warning about rows that no clip takes; ValueError if no clip takes
-    any."""
+    """Reads prompts, with a warning about rows that no clip takes. Raises ValueError if no clip
+    takes any."""
     if not source.exists():
         raise FileNotFoundError(
             f"prompts={source} does not exist; give a .csv, a .jsonl or a folder of KEY.txt"
@@ -163,8 +164,8 @@ def prompts_for(refs: Sequence[ClipRef], source: Path) -> dict[str, Row]:
 
 
 def sentence(template: str, row: Row) -> str:
-    """The template around a caption; one that says already that its background is transparent stays
-    as it is."""
+    """Puts the template around a caption; one that says already that its background is transparent
+    stays as it is."""
     caption = row["caption"]
     if re.match(r"transparent background", caption, re.IGNORECASE):
         return caption
@@ -179,8 +180,8 @@ def sentence(template: str, row: Row) -> str:
 
 
 def decide(ref: ClipRef, settings: Settings, given: Mapping[str, Row]) -> Line | BadClip | None:
-    """The line of a clip whose prompt is known: kept, or given; None if the captioner has to see
-    it."""
+    """Returns the line of a clip whose prompt is known: kept, or given; None if the captioner has
+    to see it."""
     try:
         prompt = read_meta(ref)["prompt"]
     except BadClip as bad:
@@ -204,7 +205,8 @@ def see(captioner: Captioner, ref: ClipRef, template: str) -> Line | BadClip:
 
 
 def load_captioner(folder: Path, settings: Settings, device: str, number: int) -> Captioner:
-    """Of worker `number`; device auto: spread over the GPUs, the CPU where there is none."""
+    """Loads the captioner of worker `number`. device auto: spread over the GPUs, the CPU where
+    there is none."""
     if device == "auto":
         count = torch.cuda.device_count()
         device = f"cuda:{number % count}" if count else "cpu"
@@ -222,7 +224,7 @@ def caption_clips(
     executor: str,
     workers: int,
 ) -> Iterator[Line | BadClip]:
-    """The line of every clip; those that the captioner sees come last."""
+    """Yields the line of every clip; those that the captioner sees come last."""
     unseen = []
     for ref in tqdm(refs, unit="clip", desc="prompts"):
         line = decide(ref, settings, given)
@@ -298,7 +300,7 @@ def caption(
 
 
 def with_prompt(meta: bytes, prompt: str) -> bytes:
-    """A clip's JSON with another prompt; the same bytes if it is the same."""
+    """Returns a clip's JSON with another prompt; the same bytes if it is the same."""
     content = parse(meta)
     if content["prompt"] == prompt:
         return meta
@@ -308,7 +310,8 @@ def with_prompt(meta: bytes, prompt: str) -> bytes:
 def preview(
     shards: Sequence[Path], prompts: Path | None, settings: Settings, device: str
 ) -> tuple[list[Line], dict[str, str], int]:
-    """Lines of a few clips, reasons of those that have none, and clips in all. Writes nothing."""
+    """Returns lines of a few clips, reasons of those that have none, and the number of clips in
+    all. Writes nothing."""
     refs = index_shards(shards)
     few = sorted(refs, key=lambda ref: stable_hash(ref.key))[:PREVIEW_CLIPS]
     lines = list(

@@ -22,8 +22,8 @@ NOT_READ = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.onnx", "
 
 @dataclass(frozen=True)
 class Look:
-    """How a clip is shown: `pictures` frames of it, over grey or a checkerboard, as several images
-    or as one sheet."""
+    """The way a clip is shown: `pictures` frames of it, over grey or a checkerboard, as several
+    images or as one sheet."""
 
     pictures: int
     images: Literal["several", "sheet"]
@@ -40,7 +40,7 @@ class Look:
             raise ValueError(f"background={self.background}; choose grey or checkerboard")
 
     def of(self, frames: NDArray[np.uint8]) -> list[Image.Image]:
-        """Of (T, H, W, 4): the images, in the order of time."""
+        """Makes the images of frames (T, H, W, 4), in the order of time."""
         places = (
             np.linspace(0, len(frames) - 1, min(self.pictures, len(frames))).round().astype(int)
         )
@@ -49,7 +49,7 @@ class Look:
 
 
 def composite(frame: NDArray[np.uint8], background: str) -> Image.Image:
-    """(H, W, 4) over a background that no subject is likely to have."""
+    """Lays (H, W, 4) over a background that no subject is likely to have."""
     rgb, alpha = to_float(torch.from_numpy(frame[None].copy()))
     ground = checkerboard(*frame.shape[:2]) if background == "checkerboard" else torch.tensor(GREY)
     seen = over(rgb, alpha, ground)[:, 0]
@@ -57,7 +57,7 @@ def composite(frame: NDArray[np.uint8], background: str) -> Image.Image:
 
 
 def sheet(tiles: Sequence[Image.Image]) -> Image.Image:
-    """In rows, as nearly as many as columns."""
+    """Lays tiles in rows, as nearly as many as columns."""
     columns = int(np.ceil(len(tiles) ** 0.5))
     width, height = tiles[0].size
     whole = Image.new("RGB", (columns * width, -(-len(tiles) // columns) * height), (128, 128, 128))
@@ -67,7 +67,8 @@ def sheet(tiles: Sequence[Image.Image]) -> Image.Image:
 
 
 def locate_captioner(name: str) -> Path:
-    """The folder of a captioner; FileNotFoundError within seconds for one that is not there."""
+    """Returns the folder of a captioner. Raises FileNotFoundError within seconds for one that is
+    not there."""
     folder = Path(name).expanduser()
     if (folder / "config.json").is_file():
         return folder
@@ -110,7 +111,8 @@ class Captioner:
 
     @torch.inference_mode()
     def __call__(self, frames: NDArray[np.uint8]) -> str:
-        """uint8 (T, H, W, 4) -> one line; ValueError if the model says nothing."""
+        """Describes frames, uint8 (T, H, W, 4), in one line. Raises ValueError if the model says
+        nothing."""
         images = self.look.of(frames)
         if self.chats:
             content = [*({"type": "image", "image": image} for image in images)]

@@ -37,7 +37,7 @@ class Verdict:
 
 
 def check(path: Path, limits: Limits) -> Verdict:
-    """Decode the whole file once, a picture at a time. What cannot be read is a fault."""
+    """Decodes the whole file once, a picture at a time. What cannot be read is a fault."""
     verdict = Verdict(path)
     try:
         header, structure = describe(path, limits), carried(path)
@@ -67,12 +67,12 @@ def check(path: Path, limits: Limits) -> Verdict:
 
 
 def _said(error: MediaError, path: Path) -> str:
-    """Leave out the file's name, which stands above."""
+    """Leaves out the file's name, which stands above."""
     return printable(str(error).removeprefix(f"{path}: "))
 
 
 def _look(verdict: Verdict, path: Path, limits: Limits, structure: Carried) -> None:
-    """Add what the pictures show."""
+    """Adds what the pictures show."""
     levels = np.zeros(256, np.int64)
     clip = open_rgba(path, limits)
     clip.pictures = _counted(clip.pictures, levels)
@@ -111,14 +111,14 @@ def _look(verdict: Verdict, path: Path, limits: Limits, structure: Carried) -> N
 
 
 def _counted(pictures: Iterator[Frames], levels: NDArray[np.int64]) -> Iterator[Frames]:
-    """Give the pictures on, and count their alpha."""
+    """Gives the pictures on, and counts their alpha."""
     for picture in pictures:
         levels += np.bincount(picture[..., 3].ravel(), minlength=256)
         yield picture
 
 
 def _packed(path: Path, size: tuple[int, int], limits: Limits) -> list[str]:
-    """Say so where colour and alpha lie side by side in one picture."""
+    """Says so where colour and alpha lie side by side in one picture."""
     if path.suffix.lower() not in VIDEOS:
         return []
     try:

@@ -24,7 +24,7 @@ NEAR = 8  # pixels
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What is done to a clip. Alpha is in 0..255 throughout."""
+    """The settings of what is done to a clip. Alpha is in 0..255 throughout."""
 
     choices: Mapping[str, str]  # of Decisions.overridden, for every clip
     min_alpha: int  # colour is divided by no less than this: below, the quotient is rounding noise
@@ -54,11 +54,11 @@ class Settings:
         check_choices(self.choices)
 
     def apply(self, decisions: Decisions) -> Decisions:
-        """With what the command line decides for every clip."""
+        """Returns the decisions with what the command line decides for every clip."""
         return decisions.overridden("the command line", self.choices)
 
     def refusal(self, decisions: Decisions) -> str | None:
-        """Why the clip is left out; None if it is not."""
+        """Returns why the clip is left out; None if it is not."""
         if decisions.matte == "normal" or getattr(self, decisions.matte) == "keep":
             return None
         why = decisions.reasons.get("matte", "")
@@ -68,7 +68,7 @@ class Settings:
 
 
 def done(decisions: Decisions, settings: Settings) -> dict[str, str]:
-    """Step -> what was done to a clip and why, in the order of the steps."""
+    """Returns step -> what was done to a clip and why, in the order of the steps."""
     why = decisions.reasons
     steps = {}
     if decisions.crop:
@@ -97,8 +97,8 @@ def done(decisions: Decisions, settings: Settings) -> dict[str, str]:
 
 
 def shots(frames: int, fps: float, decisions: Decisions, settings: Settings) -> list[Indices]:
-    """Which frames each piece of a clip takes: shots, resampled in time, in pieces of at most
-    max_frames."""
+    """Returns which frames each piece of a clip takes: shots, resampled in time, in pieces of at
+    most max_frames."""
     if decisions.still:
         return [np.zeros(1, np.int64)]
     ends = [0, *(cut for cut in decisions.cuts if cut < frames), frames]
@@ -111,7 +111,7 @@ def shots(frames: int, fps: float, decisions: Decisions, settings: Settings) -> 
 
 
 def too_many(frames: int, fps: float, settings: Settings) -> str | None:
-    """Why a clip is refused that the wanted rate would repeat without end."""
+    """Returns why a clip is refused that the wanted rate would repeat without end."""
     most = max(LIMITS.max_frames, frames)
     count = frames * (settings.fps or fps) / fps
     if count <= most:
@@ -123,7 +123,7 @@ def too_many(frames: int, fps: float, settings: Settings) -> str | None:
 
 
 def resample(frames: int, fps: float, target: float | None) -> Indices:
-    """The frame that is shown at each multiple of 1 / target; nothing is blended."""
+    """Returns the frame that is shown at each multiple of 1 / target; nothing is blended."""
     if target is None or frames == 1:
         return np.arange(frames)
     times = np.arange(max(1, round(frames * target / fps))) / target
@@ -131,7 +131,7 @@ def resample(frames: int, fps: float, target: float | None) -> Indices:
 
 
 def clean(frames: Frames, decisions: Decisions, settings: Settings) -> Frames:
-    """The frames of a piece as a shard holds them."""
+    """Returns the frames of a piece as a shard holds them."""
     frames, visible = inside(frames, decisions)
     frames = stretch(frames, decisions.alpha_range)
     frames = snap(frames, decisions.alpha_low, decisions.alpha_high)
@@ -151,9 +151,9 @@ def clean(frames: Frames, decisions: Decisions, settings: Settings) -> Frames:
 def pieces(
     clip: Iterable[Frames], taken: Sequence[Indices], decisions: Decisions, settings: Settings
 ) -> Iterator[Iterator[Frames]]:
-    """The cleaned pictures of each piece, (H, W, 4), while the clip is read once, a picture at a
-    time; each piece is to be read to its end before the next. ValueError where the clip is too
-    short.
+    """Yields the cleaned pictures of each piece, (H, W, 4), while the clip is read once, a picture
+    at a time; each piece is to be read to its end before the next. Raises ValueError where the clip
+    is too short.
 
     taken: which frames each takes, none before one of an earlier piece.
     """
@@ -179,7 +179,7 @@ def pieces(
 
 
 def inside(frames: Frames, decisions: Decisions) -> tuple[Frames, Rect | None]:
-    """The frames between the bars, and where in them something is visible."""
+    """Returns the frames between the bars, and where in them something is visible."""
     if decisions.crop is None:
         return frames, decisions.visible
     x, y, width, height = decisions.crop
@@ -195,7 +195,7 @@ def inside(frames: Frames, decisions: Decisions) -> tuple[Frames, Rect | None]:
 
 
 def cut(frames: Frames, rect: Rect) -> Frames:
-    """ValueError for a rectangle that is not inside of the frames."""
+    """Cuts a rectangle out. Raises ValueError for one that is not inside of the frames."""
     x, y, width, height = rect
     if x + width > frames.shape[2] or y + height > frames.shape[1]:
         raise ValueError(
@@ -206,7 +206,7 @@ def cut(frames: Frames, rect: Rect) -> Frames:
 
 
 def snap(frames: Frames, low: int, high: int) -> Frames:
-    """Alpha up to low becomes 0, from high on 255: a hard threshold at 0 would paint all of a
+    """Sets alpha up to low to 0, from high on to 255: a hard threshold at 0 would paint all of a
     codec's noise."""
     if low == 0 and high == 255:
         return frames
@@ -216,7 +216,7 @@ def snap(frames: Frames, low: int, high: int) -> Frames:
 
 
 def stretch(frames: Frames, ends: tuple[int, int] | None) -> Frames:
-    """Alpha from one level to another, to 0..255."""
+    """Stretches alpha from one level to another to 0..255."""
     if ends is None:
         return frames
     alpha = stretched_levels(ends)[frames[..., 3:]]
@@ -224,14 +224,14 @@ def stretch(frames: Frames, ends: tuple[int, int] | None) -> Frames:
 
 
 def stretched_levels(ends: tuple[int, int]) -> NDArray[np.uint8]:
-    """(256,): what each level of alpha becomes."""
+    """Returns what each level of alpha becomes, (256,)."""
     floor, ceiling = ends
     levels = (np.arange(256) - floor) * (255 / (ceiling - floor))
     return levels.clip(0, 255).round().astype(np.uint8)
 
 
 def unmix(frames: Frames, backdrop: tuple[int, ...], min_alpha: int) -> Frames:
-    """Straight colour of colour over a backdrop (red, green, blue), 8 bit."""
+    """Returns the straight colour of colour over a backdrop (red, green, blue), 8 bit."""
     alpha = frames[..., 3:]
     behind = np.array(backdrop, np.int16)
     off = frames[..., :3].astype(np.int16) - behind
@@ -242,8 +242,8 @@ def unmix(frames: Frames, backdrop: tuple[int, ...], min_alpha: int) -> Frames:
 
 
 def foreground(frames: Frames) -> Frames:
-    """The colour of the thing alone, where a picture shows it mixed with a scene. Germer et al.
-    2020, multi-level."""
+    """Estimates the colour of the thing alone, where a picture shows it mixed with a scene. Germer
+    et al. 2020, multi-level."""
     import numba
     from pymatting import estimate_foreground_ml  # compiles itself at its first import: a minute
 
@@ -257,7 +257,7 @@ def foreground(frames: Frames) -> Frames:
 
 
 def limit_side(frames: Frames, max_side: int) -> Frames:
-    """Premultiplied, antialiased; clips that fit stay as they are."""
+    """Scales clips down, premultiplied and antialiased; those that fit stay as they are."""
     height, width = frames.shape[1:3]
     scale = max_side / max(height, width)
     if scale >= 1:
@@ -271,8 +271,8 @@ def limit_side(frames: Frames, max_side: int) -> Frames:
 
 
 def bleed(frames: Frames, radius: int | None, trusted: int = 1) -> Frames:
-    """Colour under alpha 0 goes on from visible colour for `radius` pixels, None: everywhere;
-    beyond it is black.
+    """Carries visible colour on under alpha 0 for `radius` pixels, None: everywhere; beyond it is
+    black.
 
     So that a filter which mixes straight colours finds no foreign one at an edge. Where alpha is
     below `trusted`, colour comes from around, too, if there is any within NEAR pixels. Alpha stays.
@@ -300,7 +300,7 @@ def _bleed(frame: Frames, radius: int | None, trusted: int) -> Frames:
 
 
 def _within(mask: torch.Tensor, radius: int) -> torch.Tensor:
-    """(1, 1, H, W): whether a True lies in the square of 2 radius + 1 pixels around."""
+    """Returns (1, 1, H, W): whether a True lies in the square of 2 radius + 1 pixels around."""
     for axis in (2, 3):
         lines = mask.movedim(axis, -1)
         places = torch.arange(side := lines.shape[-1])
@@ -316,7 +316,7 @@ def _within(mask: torch.Tensor, radius: int) -> torch.Tensor:
 
 
 def _push_pull(color: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """(1, 1, H, W) each -> colour where weight is above 0, and what lies around it
+    """Returns, of (1, 1, H, W) each, colour where weight is above 0, and what lies around it
     elsewhere."""
     if max(color.shape[-2:]) == 1:
         return color * (weight > 0)

@@ -79,7 +79,7 @@ def collect(
 
 
 def listed(kind: str, package: Package, moving: str) -> list[Listed]:
-    """The package's clips in the order of their names, each name once."""
+    """Returns the package's clips in the order of their names, each name once."""
     if kind == "emoji":
         files = sorted((package.root / "assets").glob("*.webp"))
         return [
@@ -126,7 +126,8 @@ def emoji(package: Package, file: Path, moves: bool) -> Listed:
 
 
 def animated(file: Path) -> bool:
-    """Also what cannot be read, for ingest to refuse with the reason."""
+    """Returns whether a file moves; so does what cannot be read, for ingest to refuse with the
+    reason."""
     try:
         with Image.open(file) as picture:
             return getattr(picture, "is_animated", False)
@@ -135,7 +136,7 @@ def animated(file: Path) -> bool:
 
 
 def few_of_each(found: Sequence[Listed], most: int | None) -> list[Listed]:
-    """At most so many of a group, a fixed draw by their names; null: all."""
+    """Keeps at most so many of a group, a fixed draw by their names; null: all."""
     drawn = sorted(found, key=lambda one: stable_hash("collect", one.name))
     counts, kept = Counter[str](), set()
     for one in drawn:
@@ -146,7 +147,7 @@ def few_of_each(found: Sequence[Listed], most: int | None) -> list[Listed]:
 
 
 def files_of(kind: str, package: Package, found: Sequence[Listed]) -> set[Path]:
-    """All that the package's clips are made of, whichever of them are chosen."""
+    """Returns all that the package's clips are made of, whichever of them are chosen."""
     if kind == "emoji":
         return set((package.root / "assets").glob("*.webp"))
     return {file for one in found if isinstance(one.what, Sprite) for file in one.what.files}
@@ -193,7 +194,7 @@ def link(path: Path, there: Path) -> None:
 
 
 def cut(out: Path, one: Listed) -> str | None:
-    """Why it could not be written, if it could not be read."""
+    """Writes a clip; returns why it could not be written, if it could not be read."""
     assert isinstance(one.what, Sprite)
     try:
         frames = one.what.frames()

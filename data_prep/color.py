@@ -38,7 +38,7 @@ PRIOR_STRAIGHT_FORMAT = -2.0
 
 @dataclass(frozen=True)
 class Mixture:
-    """What speaks for colour mixed with one backdrop: log-odds against straight colour, and their
+    """The evidence for colour mixed with one backdrop: log-odds against straight colour, and their
     parts."""
 
     log_odds: float
@@ -116,7 +116,7 @@ def _near(parts: Sequence[NDArray[np.uint8]], color: Iterable[float], by: float)
 
 
 def sampled(count: int) -> NDArray[np.intp]:
-    """Which frames of a clip `mixtures` looks at."""
+    """Returns which frames of a clip `mixtures` looks at."""
     return np.unique(np.linspace(0, count - 1, min(FRAMES, count)).round().astype(int))
 
 
@@ -172,7 +172,7 @@ def _fades_into(
 
 
 def against(share: float, count: int) -> float:
-    """Log-odds, never above 0, from a bound that `share` of `count` blocks break.
+    """Returns log-odds, never above 0, from a bound that `share` of `count` blocks break.
 
     Binomial with rate STRAY against any rate alike (whose integral is 1 / (n + 1)). A bound that
     holds proves nothing: dark colour keeps it as well.
@@ -186,7 +186,7 @@ def against(share: float, count: int) -> float:
 
 
 def confidence(log_odds: float) -> float:
-    """How far from a coin's toss, in [0, 1]."""
+    """Returns how far log-odds are from a coin's toss, in [0, 1]."""
     return abs(math.tanh(log_odds / 2))
 
 
@@ -208,8 +208,8 @@ def _fit(
     alpha: NDArray[np.float32],
     noise: float,
 ) -> tuple[float, float]:
-    """Mean log ratio of the models' residuals, straight to mixed; and how many blocks could tell
-    them apart.
+    """Returns the mean log ratio of the models' residuals, straight to mixed; and how many blocks
+    could tell them apart.
 
     color and lit, what the backdrop leaves of it: (3, P, N), behind: (3, 1), alpha: (P, N), all in
     [0, 1]. Weighted by alpha, for what it hides is nobody's colour.
@@ -239,8 +239,8 @@ def _summed(values: NDArray[np.float32]) -> NDArray[np.float32]:
 def _broken(
     lit: NDArray[np.float32], alpha: NDArray[np.float32], soft: NDArray[np.bool_], by: float
 ) -> float:
-    """Share of blocks whose soft pixels are brighter than a mixture can be, a F > a, or darker, a F
-    < 0, on the mean over a block.
+    """Returns the share of blocks whose soft pixels are brighter than a mixture can be, a F > a, or
+    darker, a F < 0, on the mean over a block.
 
     The mean, because subsampled chroma and ringing cancel within a block, and straight colour does
     not.

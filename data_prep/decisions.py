@@ -1,5 +1,5 @@
-"""What is decided about a clip before it becomes part of a shard. Lives in the lines of
-data_prep.ingest's manifest."""
+"""The decisions about a clip before it becomes part of a shard, as the lines of data_prep.ingest's
+manifest hold them."""
 
 import json
 import re
@@ -18,7 +18,7 @@ BACKDROP = re.compile("#[0-9a-f]{6}")
 
 
 def respelled(value: Any) -> Any:
-    """JSON of older manifests, whose names say `colour`, with the names of today."""
+    """Renames `colour` in the JSON of older manifests to the names of today."""
     if isinstance(value, Mapping):
         return {name.replace("colour", "color"): respelled(inner) for name, inner in value.items()}
     return value
@@ -80,7 +80,7 @@ class Decisions:
 
     @property
     def backdrop(self) -> tuple[int, int, int] | None:
-        """What colour is mixed with, as red, green, blue; None if with no one colour."""
+        """Returns what colour is mixed with, as red, green, blue; None if with no one colour."""
         if self.color in ("straight", "matte"):
             return None
         red, green, blue = ImageColor.getrgb(self.color)[:3]
@@ -88,7 +88,8 @@ class Decisions:
 
     @classmethod
     def of_json(cls, value: Mapping[str, Any]) -> "Decisions":
-        """Inverse of `as_json`; ValueError names an unknown, missing or impossible entry."""
+        """Reads what `as_json` wrote. Raises ValueError that names an unknown, missing or
+        impossible entry."""
         value = respelled(value)
         known = {entry.name for entry in fields(cls)}
         # which older manifests lack
@@ -105,8 +106,8 @@ class Decisions:
         return cls(**{**value, **sequences})
 
     def overridden(self, by: str, choices: Mapping[str, str]) -> "Decisions":
-        """With what a person chose in place of what was measured; `by` says where: "the table",
-        "the command line".
+        """Returns the decisions with what a person chose in place of what was measured; `by` says
+        where: "the table", "the command line".
 
         choices: field -> text. `auto` and empty leave a field as it is. colour: straight | black
         (or true) | white | matte | #rrggbb; alpha_range: false, or "16 235"; alpha_low, alpha_high:
@@ -126,13 +127,13 @@ class Decisions:
         return replace(self, **changes, reasons={**self.reasons, **said})
 
     def as_json(self) -> dict[str, Any]:
-        """As a line of the manifest holds it: lists in place of tuples."""
+        """Returns the decisions as a line of the manifest holds them: lists in place of tuples."""
         return json.loads(json.dumps(asdict(self)))
 
 
 def check_choices(choices: Mapping[str, str], prefix: str = "") -> None:
-    """ValueError for a choice that no clip can take, before any is read. prefix: of the setting's
-    name."""
+    """Raises ValueError for a choice that no clip can take, before any is read. prefix: of the
+    setting's name."""
     plain = Decisions(
         color="straight", confidence=1, alpha_low=0, alpha_high=255, matte="normal", crop=None,
         visible=None,

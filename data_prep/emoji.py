@@ -1,5 +1,5 @@
-"""What an emoji shows, by the code points of its file's name, and which emoji are variants of one
-picture."""
+"""Tells what an emoji shows, by the code points of its file's name, and which emoji are variants of
+one picture."""
 
 import re
 import unicodedata
@@ -31,12 +31,13 @@ SEXED = re.compile(
 
 
 def codes_of(stem: str) -> list[int]:
-    """Of a file's name, such as 1f469-1f3fb-200d-1f33e; ValueError for another one."""
+    """Reads the codes from a file's name, such as 1f469-1f3fb-200d-1f33e. Raises ValueError for
+    another one."""
     return [int(code, 16) for code in re.split("[-_]", stem)]
 
 
 def described(codes: Sequence[int]) -> str:
-    """In the words of Unicode, as in "woman farmer, medium skin tone"."""
+    """Describes codes in the words of Unicode, as in "woman farmer, medium skin tone"."""
     shown = [code for code in codes if code not in (SELECTOR, JOINER)]
     if all(0x1F1E6 <= code <= 0x1F1FF for code in shown):
         return "flag with the country code " + "".join(chr(code - 0x1F1A5) for code in shown)
@@ -67,8 +68,8 @@ def word_of(code: int) -> str:
 
 
 def group_of(codes: Sequence[int]) -> str:
-    """One for all skin tones, sexes and ages of a picture; all flags, all keycaps, all dials, all
-    couples and all families are one group each."""
+    """Returns one group for all skin tones, sexes and ages of a picture; all flags, all keycaps,
+    all dials, all couples and all families are one group each."""
     shown = [code for code in codes if code not in (SELECTOR, JOINER) and code not in TONES]
     text = described([code for code in codes if code not in TONES and code not in SEXES])
     if text.startswith(("flag with", "keycap", "clock face")):

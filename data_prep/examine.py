@@ -91,7 +91,8 @@ class Found:
 
 @dataclass(frozen=True)
 class Settings:
-    """What a file may take. choices: decisions for all clips, as in Decisions.overridden."""
+    """The limits of what a file may take. choices: decisions for all clips, as in
+    Decisions.overridden."""
 
     max_pixels: int = 2**26
     max_frames: int = 200_000
@@ -140,8 +141,8 @@ class Outcome:
 
 
 def guard(settings: Settings, number: int) -> None:
-    """Once per worker process: it gets memory_gb on top of what its libraries have mapped. number:
-    is not used.
+    """Gives a worker process, once, memory_gb on top of what its libraries have mapped. number: is
+    not used.
 
     glibc keeps freed pieces of up to 32 MB for itself, several times the clip in sum; from 1 MB on
     it gives them back.
@@ -158,8 +159,8 @@ def guard(settings: Settings, number: int) -> None:
 
 
 def examine(_: None, task: Task) -> Outcome:
-    """Never raises for what is wrong with a file. A decoder that hangs is ended with its
-    process."""
+    """Examines a file, and never raises for what is wrong with it. A decoder that hangs is ended
+    with its process."""
     begun = time.process_time()
     look: Look | None = None
     try:
@@ -181,7 +182,7 @@ def examine(_: None, task: Task) -> Outcome:
 
 
 def lost(task: Task, reason: str) -> Outcome:
-    """Of a task whose process ended."""
+    """Returns the outcome of a task whose process ended."""
     if signal.SIGALRM.name in reason or signal.SIGPROF.name in reason:
         said = (
             f"took more than its time, seconds={task.settings.seconds:g} and 1 more for every "
@@ -193,7 +194,7 @@ def lost(task: Task, reason: str) -> Outcome:
 
 
 def said_of_names(prompts: Sequence[str]) -> str | None:
-    """How many prompts are missing or mere file names, and what to do; None if none is."""
+    """Returns how many prompts are missing or mere file names, and what to do; None if none is."""
     found = [text.removeprefix(FROM_NAME) for text in prompts if text.startswith(FROM_NAME)]
     missing = sum(text.strip() in ("", NAMELESS, FROM_NAME.strip()) for text in prompts)
     said = []
@@ -220,8 +221,8 @@ def prompt_from_name(name: str) -> str:
 
 
 def _allow(task: Task, seconds: float) -> None:
-    """The default action of both signals ends the process even inside of a decoder; 0 takes them
-    back.
+    """Ends the process after so many seconds, even inside of a decoder, by the default action of
+    both signals; 0 takes them back.
 
     Time of the processor, so that a busy machine refuses nothing; and of the clock, for a decoder
     that sleeps.
@@ -290,7 +291,7 @@ def _examined(task: Task) -> tuple[Found, Look | None]:
 
 
 def _looking(clip: Stream) -> list[Look]:
-    """Where the look of its first picture will be, if it is a still by its headers."""
+    """Returns where the look of its first picture will be, if it is a still by its headers."""
     seen, pictures = list[Look](), clip.pictures
 
     def looked_at() -> Iterator[Frames]:
@@ -305,7 +306,8 @@ def _looking(clip: Stream) -> list[Look]:
 
 
 def _asked(candidate: Candidate, settings: Settings) -> Asked:
-    """What the table says of reading the file; MediaError for a word that is none."""
+    """Returns what the table says of reading the file. Raises MediaError for a word that is
+    none."""
     said = column(candidate.row, "premultiplied").lower()
     if said not in PREMULTIPLIED:
         raise MediaError(
@@ -318,8 +320,8 @@ def _asked(candidate: Candidate, settings: Settings) -> Asked:
 def _with_own_alpha(
     candidate: Candidate, header: Description, limits: Limits
 ) -> tuple[Candidate, Description, tuple[str, ...]]:
-    """Of a picture and its matte the one that is RGBA by itself, if there is one, its header, and
-    what to say of the other."""
+    """Returns, of a picture and its matte, the one that is RGBA by itself, if there is one, its
+    header, and what to say of the other."""
     if not candidate.matte:
         return candidate, header, ()
     path, matte = candidate.files
@@ -343,7 +345,8 @@ def _text(path: Path) -> str:
 def _kind(
     candidate: Candidate, header: Description, settings: Settings
 ) -> tuple[Kind, tuple[Rect, Rect] | None]:
-    """With the rectangles of a packed video; MediaError for what has no alpha."""
+    """Returns the kind, with the rectangles of a packed video. Raises MediaError for what has no
+    alpha."""
     path = candidate.files[0]
     if len(candidate.files) == 2:
         return ("matte" if candidate.matte else "pair"), None
@@ -370,7 +373,7 @@ def opened(
     limits: Limits,
     asked: Asked = AS_STATED,
 ) -> Stream:
-    """rects: of colour and alpha in the pictures of a packed video."""
+    """Opens a clip. rects: of colour and alpha in the pictures of a packed video."""
     if kind in ("pair", "matte"):
         return open_pair(files[0], files[1], limits)
     if rects is not None:
@@ -379,7 +382,7 @@ def opened(
 
 
 def least_alpha(clip: Stream) -> int:
-    """Of all its pictures."""
+    """Returns the least alpha of all its pictures."""
     return min(int(picture[..., 3].min()) for picture in clip)
 
 
@@ -388,7 +391,7 @@ def as_json(outcome: Outcome) -> dict[str, Any]:
 
 
 def of_json(line: dict[str, Any]) -> Outcome:
-    """Inverse of `as_json`; TypeError for another version's line."""
+    """Reads what `as_json` wrote. Raises TypeError for another version's line."""
     found, look = line["found"], line["look"]
     return Outcome(
         Found(**found) if found else None,

@@ -52,12 +52,12 @@ class Worker(Protocol):
     lost."""
 
     def ask(self, item: Any, time_limit: float | None) -> Answer:
-        """WorkerLost with the reason if no answer comes; NoPlace only while another worker of the
-        team runs."""
+        """Returns the answer for an item. Raises WorkerLost with the reason if no answer comes;
+        NoPlace only while another worker of the team runs."""
         ...
 
     def stop(self) -> None:
-        """At once, also from another thread, which then meets WorkerLost."""
+        """Ends at once, also from another thread, which then meets WorkerLost."""
         ...
 
 
@@ -73,7 +73,8 @@ def parallel(
     lost: Callable[[Item, str], Result] | None = None,
     gpus: float = 0,
 ) -> Generator[Result, None, None]:
-    """function(item) for each item, in the order of the items, which are taken as they are needed.
+    """Yields function(item) for each item, in the order of the items, which are taken as they are
+    needed.
 
     executor: local, spawned processes; or ray, processes that Ray places, on the cluster of
     RAY_ADDRESS or one that is started on this machine. workers: processes; with local, 0 is this
@@ -131,8 +132,8 @@ def progress(
 
 
 def check(executor: str, workers: int) -> None:
-    """ValueError for settings that `parallel` refuses: for commands, before they load or write
-    anything."""
+    """Raises ValueError for settings that `parallel` refuses: for commands, before they load or
+    write anything."""
     most = MOST_PER_CORE * (os.cpu_count() or 1)
     if executor == "local" and workers > most:
         raise ValueError(
@@ -175,7 +176,7 @@ class Team(Generic[Item, Result]):
         self.closed = threading.Event()
 
     def results(self, items: Iterable[Item]) -> Generator[Result, None, None]:
-        """In the order of the items; closing it ends the processes."""
+        """Yields results in the order of the items; closing it ends the processes."""
         threads = ThreadPoolExecutor(len(self.workers), thread_name_prefix="parallel")
         begun: deque[Future[Result]] = deque()
         try:
@@ -247,7 +248,7 @@ def attempt(function: Callable[..., Any], *arguments: Any) -> Answer:
 
 
 def portable(error: Exception) -> Exception:
-    """RuntimeError for one that does not survive pickling."""
+    """Returns the error, or RuntimeError for one that does not survive pickling."""
     try:
         pickle.loads(pickle.dumps(error))
     except Exception:
@@ -283,7 +284,7 @@ class LocalWorker:
         raise Overran(OVERRAN.format(time_limit))
 
     def _start(self) -> Answer:
-        """The answer of its setup."""
+        """Returns the answer of its setup."""
         context = get_context("spawn")
         self.pipe, theirs = context.Pipe()
         process = context.Process(target=serve, args=(theirs, *self.task), daemon=True)
@@ -299,7 +300,7 @@ class LocalWorker:
         return good, failure
 
     def _gone(self) -> str:
-        """How the process ended; the next item starts another."""
+        """Returns how the process ended; the next item starts another."""
         process, self.process = self.process, None
         process.join()
         self.pipe.close()
@@ -318,8 +319,8 @@ class LocalWorker:
 
 
 def end_with_parent() -> None:
-    """A parent that was killed cannot end its processes, which would go on writing into the folder
-    of a restart."""
+    """Ends this process with its parent: one that was killed cannot end its processes, which would
+    go on writing into the folder of a restart."""
     parent = parent_process()
     assert parent is not None
     parent.join()

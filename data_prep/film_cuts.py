@@ -1,5 +1,5 @@
-"""Where a film is cut from one shot to another, and whether its coverage flickers: by thumbnails,
-as its pictures come."""
+"""Finds where a film is cut from one shot to another, and whether its coverage flickers: by
+thumbnails, as its pictures come."""
 
 from array import array
 from collections import deque
@@ -20,7 +20,7 @@ SEEN = 5e-4  # mean alpha of its fullest frame under which a clip is empty
 
 
 def weighted(frame: Frames) -> Tensor:
-    """(H, W, 4) -> colour times alpha, and alpha: (4, H, W) in [0, 1]."""
+    """Turns (H, W, 4) into colour times alpha, and alpha: (4, H, W) in [0, 1]."""
     picture = torch.from_numpy(np.ascontiguousarray(frame)).permute(2, 0, 1).float() / 255
     return torch.cat((picture[:3] * picture[3:], picture[3:]))
 
@@ -36,8 +36,8 @@ def thumbnail(planes: Frames) -> Thumbnail:
 
 @lru_cache(maxsize=16)
 def _pooling(side: int) -> Tensor:
-    """(at most THUMB, side): what takes the means of its parts, which share their border pixels, as
-    adaptive pooling does."""
+    """Returns a matrix (at most THUMB, side) that takes the means of its parts, which share their
+    border pixels, as adaptive pooling does."""
     count = min(THUMB, side)
     places, parts = torch.arange(side), torch.arange(count)[:, None]
     first, last = parts * side // count, -(-(parts + 1) * side // count)
@@ -99,7 +99,7 @@ class Shots:
             self._candidates.append((place, around))
 
     def found(self) -> tuple[tuple[int, ...], str]:
-        """And why."""
+        """Returns the cuts, and why."""
         least = 0.02 * max(self.coverage, default=0)
         found: list[int] = []
         told = []
@@ -115,8 +115,8 @@ class Shots:
 
 
 def flicker(coverages: Sequence[float], shots: tuple[int, ...] = ()) -> float:
-    """Share of the frames whose mean alpha is off that of its two neighbours by more than a
-    quarter.
+    """Returns the share of the frames whose mean alpha is off that of its two neighbours by more
+    than a quarter.
 
     A single flash sets three frames off, and is no flicker.
     """

@@ -80,8 +80,8 @@ class Duplicates:
 
 
 def parse_rules(rules: Mapping[str, Any]) -> dict[str, Rule]:
-    """{score: {min, max}}; a rule that is null is none. ValueError for a score or an end that does
-    not exist."""
+    """Reads {score: {min, max}}; a rule that is null is none. Raises ValueError for a score or an
+    end that does not exist."""
     parsed = {}
     for name, ends in rules.items():
         if name not in SCORES:
@@ -103,7 +103,7 @@ def parse_rules(rules: Mapping[str, Any]) -> dict[str, Rule]:
 
 
 def load_rules(rules: DictConfig | str | None) -> dict[str, Rule]:
-    """Of the setting, or of the YAML file that it names."""
+    """Reads the rules of the setting, or of the YAML file that it names."""
     if isinstance(rules, str):
         if not Path(rules).is_file():
             raise FileNotFoundError(
@@ -126,7 +126,7 @@ def load_rules(rules: DictConfig | str | None) -> dict[str, Rule]:
 
 
 def duplicates_of(setting: DictConfig | None) -> Duplicates | None:
-    """null keeps them all."""
+    """Reads what counts as a duplicate; null keeps them all."""
     if setting is None:
         return None
     if not isinstance(setting, Mapping) or setting.keys() != {"distance", "color", "keep"}:
@@ -139,7 +139,7 @@ def duplicates_of(setting: DictConfig | None) -> Duplicates | None:
 def score_clips(
     refs: Sequence[ClipRef], known: Mapping[str, Line], executor: str, workers: int
 ) -> Iterator[Line | BadClip]:
-    """The line of every clip that `known` lacks, in the order of the clips."""
+    """Yields the line of every clip that `known` lacks, in the order of the clips."""
     todo = [ref for ref in refs if not current(known.get(ref.key), ref)]
     settings = {"executor": executor, "workers": workers, "name": attrgetter("name")}
     with progress(score_clip, todo, desc="scores", **settings) as results:
@@ -162,15 +162,15 @@ def score_clip(ref: ClipRef) -> Line | BadClip:
 
 
 def current(line: Line | None, ref: ClipRef) -> bool:
-    """Whether a line is of this very clip and of this way to score."""
+    """Returns whether a line is of this very clip and of this way to score."""
     return line is not None and (line["crc32"], line["code"]) == (ref.crc32, CODE)
 
 
 def judge(
     lines: Sequence[Line], rules: Mapping[str, Rule], duplicates: Duplicates | None
 ) -> list[Line]:
-    """One line per broken rule: key, score, value, rule; for a duplicate also `of`, the clip that
-    is kept."""
+    """Returns one line per broken rule: key, score, value, rule; for a duplicate also `of`, the
+    clip that is kept."""
     rejected = [
         {"key": line["key"], "score": name, "value": line[name], "rule": str(rule)}
         for line in lines
@@ -269,7 +269,7 @@ def filter_clips(
 
 
 def read_scores(*files: Path | None) -> dict[str, Line]:
-    """Key -> line; later files win. ValueError for a line that holds no scores."""
+    """Reads key -> line; later files win. Raises ValueError for a line that holds no scores."""
     for file in files[:1]:
         if file is not None and not file.is_file():
             raise FileNotFoundError(
@@ -299,8 +299,8 @@ def tally(rejected: Sequence[Line]) -> str:
 def preview(
     shards: Sequence[Path], files: Sequence[Path | None], executor: str, workers: int
 ) -> tuple[int, list[Line], dict[str, str]]:
-    """Clips in all; lines of those with scores and of a few others, or why there are none. Writes
-    nothing."""
+    """Returns the number of clips in all; lines of those with scores and of a few others, or why
+    there are none. Writes nothing."""
     refs, known = index_shards(shards), read_scores(*files)
     done = [known[ref.key] for ref in refs if current(known.get(ref.key), ref)]
     new = sorted(
@@ -316,7 +316,7 @@ def preview(
 def print_summary(
     console: Console, lines: Sequence[Line], rejected: Sequence[Line], rules: Mapping[str, Rule]
 ) -> None:
-    """How the scores spread, and what each rule takes away."""
+    """Prints how the scores spread, and what each rule takes away."""
     table = Table("score", "min", "5 %", "median", "95 %", "max", "kept", "rejected")
     broken = Counter(line["score"] for line in rejected)
     for name in SCORES:

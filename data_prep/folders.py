@@ -40,7 +40,8 @@ LONGEST = 60  # characters of a value
 
 
 def check_folder(out: Path, shards: Sequence[Folder] = ()) -> None:
-    """Before any work: OSError where `out` cannot be made, ShardError where it is read from."""
+    """Raises, before any work, OSError where `out` cannot be made and ShardError where it is read
+    from."""
     check_out(out, folder=True)
     old = standing(out)
     # a run was killed between the two renames of `settle`
@@ -57,13 +58,13 @@ def check_folder(out: Path, shards: Sequence[Folder] = ()) -> None:
 def making(
     out: Path, made_by: Mapping[str, Any], replace: bool, rank: int = 0
 ) -> Iterator[Path | None]:
-    """The folder to fill, which takes the place of `out` when the block ends; None where that is
-    full already.
+    """Yields the folder to fill, which takes the place of `out` when the block ends; None where
+    that is full already.
 
     made_by: {"command", "settings"}, what decides the content: an interrupted run of the same is
     gone on with. With `replace` a folder that was made otherwise makes way. rank: of the processes
-    that fill it together, of which the first one finishes it. RuntimeError if another process
-    writes it; ShardError as `place`.
+    that fill it together, of which the first one finishes it. Raises RuntimeError if another
+    process writes it; ShardError as `place`.
     """
     folder = place(out, made_by, replace)
     finished = (folder / MANIFEST).exists()
@@ -88,11 +89,11 @@ def manifests_sha256(shards: Sequence[Folder]) -> list[str]:
 
 
 def place(out: Path, made_by: Mapping[str, Any], replace: bool) -> Path:
-    """Where to make the folder: `out`, unless that holds what was made otherwise.
+    """Returns where to make the folder: `out`, unless that holds what was made otherwise.
 
     With `replace` it is then a folder beside it, the same one after an interruption, which `settle`
-    puts in its place. ShardError without, and if another program made the old one or something else
-    lies in it.
+    puts in its place. Raises ShardError without, and if another program made the old one or
+    something else lies in it.
     """
     wanted = json.loads(json.dumps(made_by))
     other = next((found for found in makers(out) if found != wanted), None)
@@ -121,7 +122,8 @@ def place(out: Path, made_by: Mapping[str, Any], replace: bool) -> Path:
 
 
 def settle(folder: Path, out: Path) -> None:
-    """What `place` gave, and is finished, takes its place; what other runs left beside it goes."""
+    """Puts what `place` gave, and is finished, in its place; what other runs left beside it
+    goes."""
     if folder != out:
         rename_over(folder, out)
     for left in out.absolute().parent.glob(f".new-{escape(out.name)}-????????"):
@@ -129,7 +131,8 @@ def settle(folder: Path, out: Path) -> None:
 
 
 def makers(folder: Path) -> Iterator[dict[str, Any]]:
-    """The "made_by" of the manifest, of latent tars of an unfinished folder and of its captions."""
+    """Yields the "made_by" of the manifest, of latent tars of an unfinished folder and of its
+    captions."""
     if (folder / MANIFEST).is_file():
         try:
             yield read_head(folder)["made_by"]
@@ -142,7 +145,7 @@ def makers(folder: Path) -> Iterator[dict[str, Any]]:
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """ "variants: 4 there, 6 now" for each setting that differs."""
+    """Returns "variants: 4 there, 6 now" for each setting that differs."""
     there, now = (dict(flat(maker.get("settings", {}))) for maker in (old, new))
     return [
         f"{said(name)}: {short(name, there)} there, {short(name, now)} now"

@@ -1,4 +1,5 @@
-"""Which clips come from one source, so that they never stand on both sides of the split."""
+"""Finds the clips that come from one source, so that they never stand on both sides of the
+split."""
 
 import hashlib
 import re
@@ -39,7 +40,7 @@ Mark = tuple[str, ...]  # what clips of one group share
 def grouped(
     source: Path, clips: Sequence[tuple[Candidate, Found]], looks: Mapping[str, Look] = NO_LOOKS
 ) -> tuple[list[Found], list[str]]:
-    """The clips with their groups, and what a person should know of those.
+    """Returns the clips with their groups, and what a person should know of those.
 
     One group: what a table says; what was cut from one film; forms, parts, previews and copies of
     one thing, by their names; stills of one folder that count up and look alike; files of equal
@@ -74,8 +75,8 @@ def grouped(
 
 
 def _label(source: Path, candidate: Candidate) -> str:
-    """What a table says, the film that it was cut from, or the clip's name; with its folder where
-    the name tells nothing."""
+    """Returns what a table says, the film that it was cut from, or the clip's name; with its folder
+    where the name tells nothing."""
     if said := column(candidate.row, "group"):
         return printable(said)
     if "path" in candidate.origin:
@@ -90,8 +91,8 @@ def _label(source: Path, candidate: Candidate) -> str:
 def _marks(
     candidate: Candidate, counted: Mark | None, sequences: set[Path]
 ) -> Iterator[tuple[str, ...]]:
-    """What a clip shares with others of its source, beside its group's name. counted: what stills
-    share that count up."""
+    """Yields what a clip shares with others of its source, beside its group's name. counted: what
+    stills share that count up."""
     if "path" in candidate.origin:
         yield "named", printable(candidate.name)
     if column(candidate.row, "group"):
@@ -111,7 +112,7 @@ def _marks(
 
 
 def _bare(name: str) -> str:
-    """The name without forms, previews, parts and numbers."""
+    """Returns the name without forms, previews, parts and numbers."""
     before = None
     while name != before:
         before = name
@@ -121,7 +122,7 @@ def _bare(name: str) -> str:
 
 
 def _thing(name: str) -> str:
-    """What the name tells of what is shown; "" if nothing."""
+    """Returns what the name tells of what is shown; "" if nothing."""
     bare = _bare(name)
     telling = re.search(r"[^\W\d_]{2}", bare) and not BARE.search(bare)
     return bare if telling and bare.lower() not in FORMS else ""
@@ -130,8 +131,8 @@ def _thing(name: str) -> str:
 def _counting_up(
     clips: Sequence[tuple[Candidate, Found]], looks: Mapping[str, Look]
 ) -> tuple[dict[str, Mark], set[str]]:
-    """What each still, with or without a matte, that is numbered in one folder shares with others;
-    and the keys of those that count up and show different things.
+    """Returns what each still, with or without a matte, that is numbered in one folder shares with
+    others; and the keys of those that count up and show different things.
 
     Where most neighbours look alike, all of them are frames of one thing; else those are that do.
     Under names that tell nothing, stills that mostly have a size of their own show different
@@ -169,7 +170,7 @@ def _alike(looks: Mapping[str, Look], one: Found, other: Found) -> bool:
 
 
 def _contents(clips: Sequence[tuple[Candidate, Found]]) -> dict[str, list[tuple[str, ...]]]:
-    """Key -> digest, of clips whose files have the sizes of another's, in bytes."""
+    """Returns key -> digest, of clips whose files have the sizes of another's, in bytes."""
     alike: dict[tuple[int, ...], list[tuple[str, list[Path]]]] = {}
     for _, clip in clips:
         first = Path(clip.files[0])

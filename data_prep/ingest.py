@@ -123,7 +123,8 @@ def _tasks(source: Path, folder: Folder, settings: Settings, guarded: bool) -> I
 
 
 def _finished(journal: Path) -> dict[str, Outcome]:
-    """By the fingerprint of their tasks; what another version wrote counts for nothing."""
+    """Returns outcomes by the fingerprint of their tasks; what another version wrote counts for
+    nothing."""
     done = {}
     for line in read_journal(journal):
         try:
@@ -136,7 +137,8 @@ def _finished(journal: Path) -> dict[str, Outcome]:
 def _outcomes(
     todo: list[tuple[Task, str]], journal: Path | None, executor: str, workers: int
 ) -> dict[str, Outcome]:
-    """By the fingerprints beside the tasks; each is in the journal before the next."""
+    """Yields outcomes by the fingerprints beside the tasks; each is in the journal before the
+    next."""
     tasks = [task for task, _ in todo]
     guards = {"setup": partial(guard, tasks[0].settings), "lost": lost} if workers and tasks else {}
     function = examine if guards else partial(examine, None)
@@ -154,7 +156,7 @@ def _outcomes(
 
 
 def _fingerprint(task: Task) -> str:
-    """Of all that the outcome depends on; a file by its size and time."""
+    """Returns a hash of all that the outcome depends on; a file counts by its size and time."""
     files = [path for file in task.candidate.files for path in pictures(file)]
     text = sidecar(task.candidate.path)
     return hashlib.sha256(
@@ -165,7 +167,8 @@ def _fingerprint(task: Task) -> str:
 def _account(
     source: Path, folder: Folder, tasks: list[Task], outcomes: list[Outcome]
 ) -> list[dict[str, Any]]:
-    """What became of every file but those that this run writes, in the order of their names."""
+    """Returns what became of every file but those that this run writes, in the order of their
+    names."""
 
     def name(path: Path) -> str:
         return printable(path.relative_to(source) if path.is_relative_to(source) else path)
@@ -198,7 +201,8 @@ def _account(
 def nothing_found(
     source: Path, files: Sequence[dict[str, Any]], bad: Mapping[str, str], report: Path
 ) -> str:
-    """What to say where no clip came of a folder: what was looked for, and what there was."""
+    """Returns what to say where no clip came of a folder: what was looked for, and what there
+    was."""
     looked = (
         f"{', '.join(IMAGES + VIDEOS)} with alpha, pairs of colour and alpha (NAME_fgr + NAME_pha, "
         "NAME + NAME_matte), and videos with both in one picture, in it and the folders below"
@@ -243,7 +247,7 @@ def print_summary(console: Console, out: Path, report: Path | None, result: Inge
 
 
 def print_preview(console: Console, clips: list[Found]) -> None:
-    """A line for each clip: what would be written, and why where that is not plain."""
+    """Prints a line for each clip: what would be written, and why where that is not plain."""
     for clip in clips:
         decisions = clip.decisions or {}
         found = [

@@ -50,7 +50,7 @@ def inspect(
     executor: str,
     workers: int,
 ) -> Report:
-    """Every clip's description; pictures and alpha of `sample` clips that the seed draws.
+    """Describes every clip, with pictures and alpha of `sample` clips that the seed draws.
 
     frames, side: of a clip's pictures, their longest side in pixels. vae, lengths, area,
     max_aspect: what data_prep.cache_latents would sort the clips by. Clips that cannot be read are
@@ -101,7 +101,8 @@ def inspect(
 def pieces_of(
     refs: Sequence[ClipRef], vae: str, lengths: Sequence[int], area: int, max_aspect: float
 ) -> list[Piece]:
-    """The windows that data_prep.cache_latents would cut; ValueError for what it would refuse."""
+    """Returns the windows that data_prep.cache_latents would cut. Raises ValueError for what it
+    would refuse."""
     check_list("lengths", lengths, "[17,49,81]")
     geometry = Geometry.of(blank_vae(vae))
     for length in lengths:
@@ -120,7 +121,7 @@ def buckets_of(pieces: Sequence[Piece]) -> dict[tuple[int, int, int], Bucket]:
 
 
 def bucket_of(pieces: Sequence[Piece]) -> Bucket:
-    """pieces: all windows of one bucket."""
+    """Describes a bucket. pieces: all windows of it."""
     clips = {piece.ref.key: piece for piece in pieces}.values()
     larger = [piece.enlarged for piece in clips if piece.enlarged > 1]
     short = [piece.ref.frames for piece in clips if piece.ref.frames < piece.frames]
@@ -139,8 +140,8 @@ def command_of(manifest: Mapping[str, Any]) -> str:
 
 
 def decisions_of(folder: Path) -> dict[str, dict[str, str]]:
-    """Key of each clip -> what was decided about its source, as data_prep.shard noted beside the
-    shards; nothing where it did not make them."""
+    """Returns key of each clip -> what was decided about its source, as data_prep.shard noted
+    beside the shards; nothing where it did not make them."""
     found = {}
     for line in read_journal(folder / DECISIONS):
         reasons = line.get("decisions", {}).get("reasons", {})
@@ -153,7 +154,8 @@ def decisions_of(folder: Path) -> dict[str, dict[str, str]]:
 def describe(
     ref: ClipRef, meta: Mapping[str, Any], shown: Picture | None, decided: Mapping[str, str]
 ) -> Entry:
-    """decided: of its source, where the clip's own JSON says what was done to it."""
+    """Describes a clip. decided: of its source, where the clip's own JSON says what was done to
+    it."""
     return Entry(
         key=ref.key,
         split=ref.split,
@@ -170,7 +172,7 @@ def describe(
 
 
 def picture(ref: ClipRef, *, frames: int, side: int) -> Picture | BadClip:
-    """`frames` of the clip, evenly spread, and the alpha of all of them."""
+    """Returns `frames` of the clip, evenly spread, and the alpha of all of them."""
     try:
         clip = read_clip(ref).frames
     except BadClip as bad:
@@ -187,7 +189,7 @@ def picture(ref: ClipRef, *, frames: int, side: int) -> Picture | BadClip:
 
 
 def small(frame: NDArray[np.uint8], side: int) -> Image.Image:
-    """PIL resizes RGBA premultiplied. Small frames stay as they are."""
+    """Scales a frame down, premultiplied, as PIL does with RGBA; small frames stay as they are."""
     image = Image.fromarray(frame)
     scale = min(1.0, side / max(image.size))
     return image.resize(

@@ -15,7 +15,7 @@ Line = dict[str, Any]
 
 
 def encode(line: Mapping[str, Any]) -> str:
-    """Names of files that are not Unicode are kept by escapes of JSON."""
+    """Writes a line; names of files that are not Unicode are kept by escapes of JSON."""
     text = json.dumps(line, ensure_ascii=False)
     try:
         text.encode()
@@ -25,8 +25,8 @@ def encode(line: Mapping[str, Any]) -> str:
 
 
 def read_journal(path: Path) -> list[Line]:
-    """[] without a file. A last line that was cut off is left out; ValueError for any other that is
-    not JSON."""
+    """Reads the lines of a journal; none without a file. A last line that was cut off is left out.
+    Raises ValueError for any other that is not JSON."""
     if not path.exists():
         return []
     lines = []
@@ -62,15 +62,16 @@ def open_journal(path: Path) -> Iterator[Callable[[Mapping[str, Any]], None]]:
 
 
 def lock_of(out: Path, rank: int = 0) -> Path:
-    """Beside `out`, which holds nothing but what was made; there while it is made."""
+    """Returns the lock beside `out`, which holds nothing but what was made; it is there while that
+    is made."""
     out = out.absolute()
     return out.with_name(f".{out.name}.{rank}.lock")
 
 
 @contextmanager
 def only_writer(out: Path, rank: int = 0) -> Iterator[None]:
-    """Of a file or folder; RuntimeError at once if another process writes it. Who is killed loses
-    the lock."""
+    """Locks a file or folder. Raises RuntimeError at once if another process writes it. Who is
+    killed loses the lock."""
     with writing(out):
         out.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(lock_of(out, rank))
@@ -89,6 +90,6 @@ def only_writer(out: Path, rank: int = 0) -> Iterator[None]:
 
 
 def write_lines(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
-    """Whole or not at all."""
+    """Writes lines, whole or not at all."""
     with written(path) as file:
         file.writelines(map(encode, lines))

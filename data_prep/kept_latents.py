@@ -53,7 +53,7 @@ class Kept:
         return type(self), (self.folder, self.settings, self.same_text)
 
     def only_prompts_differ(self, made_by: Mapping[str, Any], pieces: Sequence[Piece]) -> bool:
-        """Whether it has all pieces and no others, so that only descriptions can be new."""
+        """Returns whether it has all pieces and no others, so that only descriptions can be new."""
         old, new = self.made_with, made_by["settings"]
         if any(
             old.get(name) != new.get(name) for name in (old.keys() | new.keys()) - {"shards_sha256"}
@@ -62,7 +62,7 @@ class Kept:
         return self.refs.keys() == {piece.key for piece in pieces} and all(map(self.meta, pieces))
 
     def meta(self, piece: Piece) -> dict[str, Any] | None:
-        """The JSON of a piece's sample; None unless it is of the same frames."""
+        """Returns the JSON of a piece's sample; None unless it is of the same frames."""
         ref = self.refs.get(piece.key)
         wanted = {**place_of(piece), "clip_crc32": piece.ref.crc32}
         with suppress(BadClip):
@@ -76,11 +76,12 @@ class Kept:
         log.info("%d of %d latents are taken over from %s", count, len(pieces), self.folder)
 
     def has_text(self, piece: Piece, prompt: str) -> bool:
-        """Whether it has the piece with an embedding of this prompt that can be taken over."""
+        """Returns whether it has the piece with an embedding of this prompt that can be taken
+        over."""
         return self.same_text and (self.meta(piece) or {}).get("prompt") == prompt
 
     def sample(self, piece: Piece) -> tuple[dict[str, Tensor], str] | None:
-        """The tensors of a piece, and the prompt that is among them."""
+        """Returns the tensors of a piece, and the prompt that is among them."""
         if (meta := self.meta(piece)) is None:
             return None
         with suppress(BadClip):  # damaged since
@@ -125,8 +126,8 @@ class Kept:
 
 
 def find_kept(out: Path, settings: Settings, made_by: Mapping[str, Any]) -> Kept | None:
-    """The samples of a folder that is finished and whose settings give the latents of these; None
-    without one."""
+    """Returns the samples of a folder that is finished and whose settings give the latents of
+    these; None without one."""
     if not (out / MANIFEST).exists():
         return None
     found = next(makers(out))
@@ -139,7 +140,7 @@ def find_kept(out: Path, settings: Settings, made_by: Mapping[str, Any]) -> Kept
 
 
 def place_of(piece: Piece) -> dict[str, Any]:
-    """The part of a sample's JSON that says which window of which clip it is."""
+    """Returns the part of a sample's JSON that says which window of which clip it is."""
     own = {
         name: getattr(piece, name)
         for name in ("window", "start", "frames", "height", "width", "variant")
@@ -148,6 +149,6 @@ def place_of(piece: Piece) -> dict[str, Any]:
 
 
 def text_of(piece: Piece, meta: Mapping[str, Any]) -> bytes:
-    """The JSON of a sample. meta: that of its clip, with what is added to it."""
+    """Returns the JSON of a sample. meta: that of its clip, with what is added to it."""
     whole = {**meta, **place_of(piece), "split": piece.ref.split}
     return json.dumps(whole, ensure_ascii=False, sort_keys=True).encode()

@@ -62,7 +62,7 @@ class Sources:
 
 @dataclass(frozen=True)
 class Run:
-    """What every process of a run knows."""
+    """The facts that every process of a run knows."""
 
     out: Path
     made_by: dict[str, Any]
@@ -74,11 +74,11 @@ class Run:
         return self.out / f"latents-{number:06d}.tar"
 
     def done(self, number: int) -> dict[str, Any] | None:
-        """What is noted of a finished tar, as acetate.data.writer.read_part."""
+        """Returns what is noted of a finished tar, as acetate.data.writer.read_part."""
         return read_part(self.tar(number), self.made_by)
 
     def prompt(self, text: str) -> Path:
-        """Where the embedding of a text lies until the manifest is written."""
+        """Returns where the embedding of a text lies until the manifest is written."""
         parts = json.dumps([self.made_by["settings"]["text_encoder_sha256"], text])
         return self.out / "prompts" / f"{hashlib.sha256(parts.encode()).hexdigest()}.safetensors"
 
@@ -116,8 +116,8 @@ class Encoder:
         return skipped
 
     def clip(self, pieces: Sequence[Piece]) -> Iterator[Made | BadClip]:
-        """The samples of one clip, or a BadClip in the place of one; a single BadClip if the clip
-        cannot be read."""
+        """Yields the samples of one clip, or a BadClip in the place of one; a single BadClip if the
+        clip cannot be read."""
         ref = pieces[0].ref
         kept = {
             piece: found for piece in pieces if self.kept and (found := self.kept.sample(piece))
@@ -164,13 +164,13 @@ class Encoder:
                     )
 
     def text(self, prompt: str) -> dict[str, Tensor]:
-        """The tensors that a sample holds of its prompt."""
+        """Returns the tensors that a sample holds of its prompt."""
         embeds = load_file(self.run.prompt(prompt))["embeds"]
         return {"prompt_embeds": embeds, "prompt_mask": torch.ones(len(embeds), dtype=torch.bool)}
 
     def view(self, frames: Tensor, piece: Piece) -> tuple[Tensor, Tensor, Tensor]:
-        """rgb (1, 3, T, H, W), alpha (1, 1, T, H, W) and ellipses (1, F, 5) of a window as the
-        variant places it."""
+        """Returns rgb (1, 3, T, H, W), alpha (1, 1, T, H, W) and ellipses (1, F, 5) of a window as
+        the variant places it."""
         where = placement(self.settings.seed, self.settings.smallest, piece)
         rgb, alpha = (x.to(self.device) for x in cut(frames, piece, where))
         geometry = self.vae.geometry
@@ -184,14 +184,14 @@ class Encoder:
 
     @torch.inference_mode()
     def latents(self, rgb: Tensor, alpha: Tensor, color: int) -> Tensor:
-        """(C, F, h, w), normalised, on the CPU, in the stored dtype."""
+        """Returns latents (C, F, h, w), normalised, on the CPU, in the stored dtype."""
         hidden = palette_colors(torch.tensor([color], device=rgb.device))
         raw = self.vae.encode(over(rgb, harden(alpha, self.eps), hidden), alpha)
         return self.vae.normalise(raw)[0].to(self.settings.torch_dtype).cpu().contiguous()
 
 
 def made(piece: Piece, tensors: dict[str, Tensor], meta: Mapping[str, Any]) -> Made:
-    """A sample as the tar holds it, and its entry in the manifest."""
+    """Returns a sample as the tar holds it, and its entry in the manifest."""
     data = save(tensors)
     common = {"clip": piece.ref.key, "variant": piece.variant, "split": piece.ref.split}
     sizes = {"shape": list(tensors["latents"].shape[1:]), "tokens": len(tensors["prompt_embeds"])}
@@ -200,8 +200,8 @@ def made(piece: Piece, tensors: dict[str, Tensor], meta: Mapping[str, Any]) -> M
 
 
 def embed_prompts(run: Run, encoder: TextEncoder, pieces: Iterable[Piece]) -> None:
-    """Every distinct prompt once, the empty one too, but those that kept samples hold. ValueError
-    as check_lengths."""
+    """Embeds every distinct prompt once, the empty one too, but those that kept samples hold.
+    Raises ValueError as check_lengths."""
     with writing(run.out / "prompts"):
         (run.out / "prompts").mkdir(parents=True, exist_ok=True)
     prompts = {"": [""]}
@@ -231,8 +231,8 @@ def embed_prompts(run: Run, encoder: TextEncoder, pieces: Iterable[Piece]) -> No
 def check_lengths(
     encoder: TextEncoder, prompts: Mapping[str, Sequence[str]], truncate: bool
 ) -> None:
-    """prompts: text -> keys of its clips. ValueError, or with `truncate` a warning, names all that
-    are too long."""
+    """Checks that prompts fit: ValueError, or with `truncate` a warning, names all that are too
+    long. prompts: text -> keys of its clips."""
     counts = {text: encoder.tokens(text) for text in prompts}
     long = [(key, n) for text, n in counts.items() if n > encoder.length for key in prompts[text]]
     if not long:

@@ -1,5 +1,5 @@
-"""What data_prep.cache_latents makes of each clip: buckets, windows, and the background and place
-of each variant."""
+"""Plans what data_prep.cache_latents makes of each clip: buckets, windows, and the background and
+place of each variant."""
 
 import math
 from collections import Counter
@@ -45,13 +45,15 @@ class Piece:
 
     @property
     def key(self) -> str:
-        """At most LONGEST_KEY bytes; a clip's long key is cut and told apart by its hash."""
+        """Returns a key of at most LONGEST_KEY bytes; a clip's long key is cut and told apart by
+        its hash."""
         clip, suffix = self.ref.key, f"-w{self.window:03d}-v{self.variant}"
         return shortened(clip, LONGEST_KEY - len(suffix), f"{stable_hash(clip):016x}") + suffix
 
     @property
     def enlarged(self) -> float:
-        """How many times a side of what is shown of the clip; below 1 it is scaled down."""
+        """Returns how many times a side of what is shown of the clip is enlarged; below 1 it is
+        scaled down."""
         # 1 over the ratio of covering_box
         return max(self.height / self.ref.height, self.width / self.ref.width)
 
@@ -61,8 +63,8 @@ class Piece:
 
 
 def bucket_sizes(area: int, max_aspect: float, multiple: int) -> list[tuple[int, int]]:
-    """All (height, width) in multiples, within max_aspect, of which neither side can grow without
-    passing `area`."""
+    """Returns all (height, width) in multiples, within max_aspect, of which neither side can grow
+    without passing `area`."""
     sizes = []
     tallest = min(area // multiple, int(math.sqrt(area * max_aspect)) + multiple)
     for height in range(multiple, tallest + 1, multiple):
@@ -81,8 +83,8 @@ def bucket_sizes(area: int, max_aspect: float, multiple: int) -> list[tuple[int,
 def plan(
     refs: Sequence[ClipRef], lengths: Sequence[int], sizes: Sequence[tuple[int, int]], variants: int
 ) -> list[Piece]:
-    """Every clip in the size of nearest log aspect, cut into whole windows of the longest length
-    that it fills."""
+    """Puts every clip in the size of nearest log aspect, cut into whole windows of the longest
+    length that it fills."""
     pieces = []
     for ref in refs:
         # Of two that are equally near, the larger one
@@ -103,15 +105,15 @@ def _turn(ref: ClipRef, size: tuple[int, int]) -> float:
 
 
 def window_starts(count: int, length: int) -> list[int]:
-    """First frames of the whole windows, with what is left over spread evenly around them; [0] for
-    a short clip."""
+    """Returns the first frames of the whole windows, with what is left over spread evenly around
+    them; [0] for a short clip."""
     windows = max(1, count // length)
     spare = max(0, count - windows * length)
     return [i * length + spare * (2 * i + 1) // (2 * windows) for i in range(windows)]
 
 
 def placed(box: tuple[int, int, int, int], placement: Placement) -> tuple[int, int, int, int]:
-    """A larger box around it, which shows the picture smaller, somewhere on a transparent
+    """Returns a larger box around it, which shows the picture smaller, somewhere on a transparent
     canvas."""
     top, left, height, width = box
     scale, above, before = placement
@@ -122,8 +124,8 @@ def placed(box: tuple[int, int, int, int], placement: Placement) -> tuple[int, i
 def cut(
     frames: Tensor, piece: Piece, placement: Placement = (1.0, 0.0, 0.0)
 ) -> tuple[Tensor, Tensor]:
-    """uint8 (T, H, W, 4) -> rgb (1, 3, frames, height, width), alpha (1, 1, ...): one resample of a
-    source box."""
+    """Cuts uint8 (T, H, W, 4) into rgb (1, 3, frames, height, width) and alpha (1, 1, ...): one
+    resample of a source box."""
     box = placed(covering_box(*frames.shape[1:3], piece.height, piece.width), placement)
     chosen = crop(frames, *box)[window(len(frames), piece.frames, piece.start)]
     # One at a time: floats of a whole clip can take gigabytes.
@@ -134,7 +136,8 @@ def cut(
 
 @dataclass(frozen=True)
 class Settings:
-    """What decides the content, beside the clips, the weights and the prompts' encoder."""
+    """The settings that decide the content, beside the clips, the weights and the prompts'
+    encoder."""
 
     seed: int
     variants: int  # of a clip: backgrounds and places
@@ -188,7 +191,7 @@ class Settings:
 
 
 def check_list(name: str, value: Any, example: str, pairs: bool = False) -> None:
-    """ValueError unless it lists whole numbers of at least 1, or pairs of such."""
+    """Raises ValueError unless it lists whole numbers of at least 1, or pairs of such."""
 
     def good(entry: Any) -> bool:
         return isinstance(entry, int) and not isinstance(entry, bool) and entry >= 1
@@ -213,10 +216,11 @@ def check_list(name: str, value: Any, example: str, pairs: bool = False) -> None
 def plan_of(
     refs: Sequence[ClipRef], settings: Settings, geometry: Geometry, allow_empty: bool
 ) -> tuple[list[Piece], dict[str, Any]]:
-    """All pieces, sorted, and what the manifest says of clips that do not fill their bucket.
+    """Returns all pieces, sorted, and what the manifest says of clips that do not fill their
+    bucket.
 
-    ValueError for lengths and sizes that the VAE and the DiT cannot take, and for an explicit size
-    without clips.
+    Raises ValueError for lengths and sizes that the VAE and the DiT cannot take, and for an
+    explicit size without clips.
     """
     multiple = settings.space_multiple or 2 * geometry.space_stride
     check_side("space_multiple", multiple, geometry.space_stride)
@@ -260,7 +264,7 @@ def plan_of(
 
 
 def check_area(refs: Sequence[ClipRef], area: float) -> None:
-    """ValueError for buckets beyond the largest clip enlarged MOST_ENLARGED times a side."""
+    """Raises ValueError for buckets beyond the largest clip enlarged MOST_ENLARGED times a side."""
     largest = max(refs, key=lambda ref: ref.height * ref.width)
     most = MOST_ENLARGED**2 * largest.height * largest.width
     if area > most:
@@ -272,7 +276,7 @@ def check_area(refs: Sequence[ClipRef], area: float) -> None:
 
 
 def check_pieces(pieces: Sequence[Piece]) -> None:
-    """ValueError for one that is enlarged too much, or too large for any memory."""
+    """Raises ValueError for one that is enlarged too much, or too large for any memory."""
     for piece in pieces:
         if piece.enlarged > MOST_ENLARGED:
             raise ValueError(
@@ -289,7 +293,7 @@ def check_pieces(pieces: Sequence[Piece]) -> None:
 
 
 def background(seed: int, clip: str, variant: int) -> int:
-    """Palette index; the variants of a clip differ."""
+    """Returns the index of a palette colour; the variants of a clip differ."""
     order = torch.randperm(len(PALETTE_NAMES), generator=generator_for("background", seed, clip))
     return int(order[variant])
 

@@ -7,8 +7,8 @@ from acetate.media.color import encode_srgb
 
 
 def straight(rendered: NDArray[np.float32]) -> NDArray[np.uint8]:
-    """(..., 4), linear light multiplied by coverage, and coverage -> straight colour in sRGB and
-    alpha.
+    """Turns (..., 4), linear light multiplied by coverage, and coverage, into straight colour in
+    sRGB and alpha.
 
     A renderer lays layers over each other in linear light and encodes the sum; acetate.alpha.over,
     like browsers and most editors, lays encoded colour over encoded colour. No one alpha makes both

@@ -49,7 +49,7 @@ class RayWorker:
         return pickle.loads(value) if good else (good, value)
 
     def _start(self) -> Any:
-        """The actor, once it has a place; NoPlace if another worker has one."""
+        """Returns the actor, once it has a place. Raises NoPlace if another worker has one."""
         # Nodes need not have been started where this program was.
         paths = {"env_vars": {"PYTHONPATH": os.pathsep.join([*ROOTS, "${PYTHONPATH}"])}}
         options = {"num_cpus": 1, "num_gpus": self.gpus, "runtime_env": paths}
@@ -95,7 +95,7 @@ class RayWorker:
 
 
 class RayProcess:
-    """What runs in a Ray worker: a LocalWorker, so that limits, and reasons of what was lost, are
+    """The process in a Ray worker: a LocalWorker, so that limits, and reasons of what was lost, are
     those of one machine.
 
     It passes on bytes and imports nothing that the work needs; `load` is the process's setup.
@@ -115,8 +115,8 @@ class RayProcess:
 
 
 def load(main: dict[str, str], folder: str, task: bytes, _: int) -> Callable[[Any], Any]:
-    """main: where multiprocessing finds the driver's __main__. folder: the driver's, for paths that
-    begin there."""
+    """Loads what a process needs. main: where multiprocessing finds the driver's __main__. folder:
+    the driver's, for paths that begin there."""
     with suppress(FileNotFoundError):
         os.chdir(folder)
     spawn.prepare(main)
@@ -139,11 +139,11 @@ def start_team(
 
 
 def start_ray(workers: int, gpus: float) -> int:
-    """Connects, or starts Ray on this machine for so many workers; how many of them the cluster has
-    room for.
+    """Connects, or starts Ray on this machine for so many workers; returns how many of them the
+    cluster has room for.
 
-    More would wait for a place that those before them never leave. ValueError where there is room
-    for none.
+    More would wait for a place that those before them never leave. Raises ValueError where there is
+    room for none.
     """
     if not ray.is_initialized():
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is reported to anybody
@@ -195,7 +195,8 @@ def init_alone(workers: int) -> None:
 
 
 def check_address(address: str) -> None:
-    """ConnectionError if nothing listens at host:port, for which Ray would look for minutes."""
+    """Raises ConnectionError if nothing listens at host:port, for which Ray would look for
+    minutes."""
     host, _, port = address.rpartition("://")[2].rpartition(":")
     if not port.isdecimal():
         return

@@ -81,7 +81,7 @@ def prep(name: str, **settings: Any) -> None:
 
 
 def quoted(value: Any) -> str:
-    """As a command line of ours takes it."""
+    """Writes a value as a command line of ours takes it."""
     if isinstance(value, Path | str):
         text = str(value).replace("\\", "\\\\").replace('"', '\\"')
         return f'"{text}"'
@@ -89,7 +89,7 @@ def quoted(value: Any) -> str:
 
 
 def make_parts(cfg: Mapping[str, Any], parts: Path, workers: int) -> dict[str, Path]:
-    """Name -> folder of clip shards, of drawn clips and each package; what is there already
+    """Returns name -> folder of clip shards, of drawn clips and each package; what is there already
     stays."""
     drawn = {**cfg["drawn"], "val_fraction": cfg["val_fraction"], "replace": cfg["replace"]}
     prep("synthesize", out=parts / "drawn", workers=workers, **drawn)
@@ -113,7 +113,7 @@ def make_parts(cfg: Mapping[str, Any], parts: Path, workers: int) -> dict[str, P
 
 
 def groups_of(folder: Path, manifest: Path) -> dict[str, str]:
-    """Key of a piece in the shards -> group of its clip, as ingest knows it."""
+    """Returns key of a piece in the shards -> group of its clip, as ingest knows it."""
     if not manifest.exists():
         return {}
     groups = {line.key: line.group for line in read_lines(manifest)}
@@ -125,8 +125,8 @@ def groups_of(folder: Path, manifest: Path) -> dict[str, str]:
 
 
 def measured(ref: ClipRef) -> dict[str, float] | BadClip:
-    """coverage: mean alpha; semi: share of what is seen that is semi-transparent; motion: as prep
-    filter has it."""
+    """Returns coverage: mean alpha; semi: share of what is seen that is semi-transparent; motion:
+    as prep filter has it."""
     try:
         frames = read_clip(ref).frames
     except BadClip as bad:
@@ -142,7 +142,8 @@ def measured(ref: ClipRef) -> dict[str, float] | BadClip:
 
 
 def measure(refs: Sequence[ClipRef], journal: Path, workers: int) -> list[dict[str, float]]:
-    """Of each clip; the journal keeps them for a run that goes on. ValueError for a damaged one."""
+    """Measures each clip; the journal keeps the figures for a run that goes on. Raises ValueError
+    for a damaged one."""
     known = {line["crc32"]: line["values"] for line in read_journal(journal)}
     todo = [ref for ref in refs if ref.crc32 not in known]
     settings = {"executor": "local", "workers": workers, "name": attrgetter("name")}
@@ -159,7 +160,7 @@ def measure(refs: Sequence[ClipRef], journal: Path, workers: int) -> list[dict[s
 
 
 def stratum_of(key: str, prompt: str, semi: float, cfg: Mapping[str, Any]) -> str:
-    """By the kind of a drawn clip, else by its alpha and its prompt."""
+    """Returns a clip's stratum: by the kind of a drawn clip, else by its alpha and its prompt."""
     kind = re.match("[a-z]*", key)[0]
     if kind in cfg["kinds"]:
         return cfg["kinds"][kind]
@@ -171,7 +172,7 @@ def stratum_of(key: str, prompt: str, semi: float, cfg: Mapping[str, Any]) -> st
 def members(
     folders: Mapping[str, Path], parts: Path, cfg: Mapping[str, Any], workers: int
 ) -> list[Member]:
-    """All clips that the recipe takes, by their keys: STRATUM-ORIGIN-KEY."""
+    """Returns all clips that the recipe takes, by their keys: STRATUM-ORIGIN-KEY."""
     found = []
     for name, folder in folders.items():
         refs, groups = index_shards([folder]), groups_of(folder, parts / f"{name}.jsonl")
@@ -226,7 +227,7 @@ def write_shards(
 
 
 def recipe_of(cfg: Mapping[str, Any], folders: Mapping[str, Path], parts: Path) -> dict[str, Any]:
-    """What the set is made of, without a place on this machine."""
+    """Returns what the set is made of, without a place on this machine."""
     elsewhere = ("source", "out", "replace", "rendered", "workers")
     notes = [parts / f"{kind}_package/.made_of.json" for kind in cfg["packages"]]
     return {
@@ -279,7 +280,7 @@ def build(cfg: Mapping[str, Any], out: Path, workers: int) -> list[Line]:
 
 
 def sums(out: Path) -> Iterator[str]:
-    """Lines of `sha256sum` for all that the set is."""
+    """Yields lines of `sha256sum` for all that the set is."""
     shards = [path for name in ("clips", "test") for path in sorted((out / name).glob("*.tar"))]
     manifests = [out / name / MANIFEST for name in ("clips", "test")]
     for path in [*shards, *manifests, out / LISTED, out / RECIPE]:
@@ -289,7 +290,7 @@ def sums(out: Path) -> Iterator[str]:
 
 
 def print_summary(console: Console, lines: Sequence[Line], per_stratum: int) -> None:
-    """By stratum; and which strata have too few clips for the test."""
+    """Prints the clips by stratum; and which strata have too few of them for the test."""
     splits = ("train", "val", "test")
     table = Table("stratum", *splits, "frames", "coverage", "semi-transparent", "motion")
     for stratum in STRATA:

@@ -35,7 +35,7 @@ class Package:
     terms: Callable[[str], tuple[str, str]]
 
     def said(self, path: Path) -> dict[str, str]:
-        """What a table says of a file's origin: licence, author and source."""
+        """Returns what a table says of a file's origin: licence, author and source."""
         inside = path.relative_to(self.root).as_posix()
         licence, author = self.terms(inside)
         source = f"{self.name} {self.version}: {inside}; by {author}"
@@ -43,8 +43,8 @@ class Package:
 
 
 def packages_of(kind: str, source: Path) -> list[Package]:
-    """Those of the kind that are unpacked in the folder; FileNotFoundError with the way out if none
-    is."""
+    """Returns those of the kind that are unpacked in the folder. Raises FileNotFoundError with the
+    way out if none is."""
     if kind == "emoji":
         packages, lacks = npm_packages(source, EMOJI), " or ".join(("package.json of", *EMOJI[:1]))
         way = f"npm install --prefix {source} {' '.join(EMOJI)}"
@@ -63,7 +63,8 @@ def packages_of(kind: str, source: Path) -> list[Package]:
 
 
 def npm_packages(source: Path, names: Sequence[str]) -> list[Package]:
-    """Those of the names that are unpacked in the folder, in their order; none is no error."""
+    """Returns those of the names that are unpacked in the folder, in their order; none is no
+    error."""
     found = {}
     for path in sorted(source.rglob("package.json")):
         try:
@@ -82,14 +83,15 @@ def npm_packages(source: Path, names: Sequence[str]) -> list[Package]:
 
 
 def author_of(said: Any) -> str:
-    """Of a package.json, without the address."""
+    """Returns the author of a package.json, without the address."""
     name = said.get("name", "") if isinstance(said, dict) else str(said or "")
     return name.split(" <")[0].strip() or "unknown"
 
 
 def debian_package(source: Path, name: str, data: str) -> Package | None:
-    """The one that `dpkg-deb -x` has unpacked there, or that is installed if source is /. data: its
-    folder of data below usr/share/games, which licences are said of. None if it is not there."""
+    """Returns the one that `dpkg-deb -x` has unpacked there, or that is installed if source is /;
+    None if it is not there. data: its folder of data below usr/share/games, which licences are said
+    of."""
     about = source / "usr/share/doc" / name
     root = source / "usr/share/games" / data
     try:
@@ -105,7 +107,7 @@ def debian_package(source: Path, name: str, data: str) -> Package | None:
 
 
 def terms_of(text: str) -> Callable[[str], tuple[str, str]]:
-    """Of debian/copyright: path -> licence and author. Of its machine-readable form the last
+    """Reads path -> licence and author from debian/copyright. Of its machine-readable form the last
     matching paragraph counts; other texts are one licence for all."""
     paragraphs = [
         fields for part in re.split(r"\n\s*\n", text) if "Files" in (fields := fields_of(part))
@@ -128,7 +130,8 @@ def terms_of(text: str) -> Callable[[str], tuple[str, str]]:
 
 
 def fields_of(paragraph: str) -> dict[str, str]:
-    """Of the control format: a line that begins with a blank goes on with the field before it."""
+    """Reads a paragraph of the control format: a line that begins with a blank goes on with the
+    field before it."""
     parts = re.findall(r"^([A-Za-z-]+):[ \t]*(.*(?:\n[ \t].*)*)", paragraph, re.M)
     return {name: value.strip() for name, value in parts}
 
@@ -142,7 +145,7 @@ def holders(paragraph: Mapping[str, str]) -> str:
 
 
 def digest_of(root: Path, files: Iterable[Path]) -> str:
-    """SHA-256 of the names and contents of files, whatever else a folder holds."""
+    """Returns the SHA-256 of the names and contents of files, whatever else a folder holds."""
     digest = hashlib.sha256()
     for path in sorted(files):
         with open(path, "rb") as file:
@@ -152,8 +155,8 @@ def digest_of(root: Path, files: Iterable[Path]) -> str:
 
 
 def strangers(packages: Iterable[tuple[Package, str]], known: Sequence[str]) -> Iterator[str]:
-    """A line for each package, with the digest of its files, that is not as the recipe knows it.
-    known: "NAME VERSION SHA256" each."""
+    """Yields a line for each package, with the digest of its files, that is not as the recipe knows
+    it. known: "NAME VERSION SHA256" each."""
     recipe = {name: said for name, *said in map(str.split, known)}
     for package, sha256 in packages:
         here = f"{package.name} {package.version} (sha256 {sha256})"

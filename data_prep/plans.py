@@ -41,7 +41,7 @@ FOUND = Schema(
 
 @dataclass(frozen=True)
 class Plan:
-    """What is to be made of one clip. frames: which of its frames each piece takes."""
+    """A plan of what is to be made of one clip. frames: which of its frames each piece takes."""
 
     line: Found
     decisions: Decisions
@@ -51,8 +51,8 @@ class Plan:
 
     @classmethod
     def of(cls, line: Found, measured: Decisions, settings: Settings) -> "Plan":
-        """ValueError, which names the clip, for a decision of the command line that is impossible
-        for it."""
+        """Makes the plan of a clip. Raises ValueError, which names the clip, for a decision of the
+        command line that is impossible for it."""
         try:
             decisions = settings.apply(measured)
         except ValueError as error:
@@ -65,7 +65,7 @@ class Plan:
         return cls(line, decisions, None, frames, piece_keys(line.key, len(frames)))
 
     def as_json(self, settings: Settings) -> dict[str, Any]:
-        """A line of DECISIONS."""
+        """Returns a line of DECISIONS."""
         outcome = {"refused": self.refusal} if self.refusal else {"pieces": self.pieces}
         steps = done_to(self.decisions, settings)
         notes = {"notes": self.line.notes} if self.line.notes else {}
@@ -79,8 +79,8 @@ class Plan:
 
 
 def piece_keys(key: str, count: int) -> list[str]:
-    """KEY-p000, KEY-p001, ...; a key that is too long for that is cut and ends in 8 digits of its
-    hash."""
+    """Returns KEY-p000, KEY-p001, ...; a key that is too long for that is cut and ends in 8 digits
+    of its hash."""
     if count == 1:
         return [key]
     numbers = [f"-p{i:03d}" for i in range(count)]
@@ -90,7 +90,7 @@ def piece_keys(key: str, count: int) -> list[str]:
 
 
 def read_lines(manifest: Path) -> list[Found]:
-    """Lines of data_prep.ingest; ValueError names the line that is none."""
+    """Reads lines of data_prep.ingest. Raises ValueError that names the line that is none."""
     if not manifest.is_file():
         raise FileNotFoundError(
             f"manifest={manifest} does not exist; `acetate prep ingest` writes one."
@@ -116,10 +116,10 @@ def read_lines(manifest: Path) -> list[Found]:
 def decide(
     found: Sequence[Found], settings: Settings, journal: Path, *, executor: str, workers: int
 ) -> tuple[list[Plan], dict[str, str]]:
-    """What is to be made of each clip, and key -> reason of those that cannot be read.
+    """Returns what is to be made of each clip, and key -> reason of those that cannot be read.
 
     Lines that carry no decisions are measured here, and the journal keeps what was measured for a
-    restart. ValueError if two clips would be written under one key.
+    restart. Raises ValueError if two clips would be written under one key.
     """
     seen = {line.key: fingerprint(line) for line in found if line.decisions is None}
     known = {
@@ -158,13 +158,13 @@ def decide(
 
 
 def fingerprint(line: Found) -> str:
-    """Of all that measuring a clip depends on."""
+    """Returns a hash of all that measuring a clip depends on."""
     files = [file for name in line.files for file in pictures(Path(name))]
     return hashlib.sha256(repr((line, stamps(files))).encode()).hexdigest()
 
 
 def measure(line: Found) -> dict[str, Any]:
-    """{"decisions": ...} of a clip, or {"bad": why it cannot be read}."""
+    """Returns {"decisions": ...} of a clip, or {"bad": why it cannot be read}."""
     torch.set_num_threads(1)
     try:
         clip = open_line(line)
@@ -177,7 +177,7 @@ def measure(line: Found) -> dict[str, Any]:
 
 
 def open_line(line: Found) -> Stream:
-    """Whatever data_prep.ingest took: its limits may have been raised."""
+    """Opens whatever data_prep.ingest took: its limits may have been raised."""
     pixels = line.width * line.height
     limits = Limits(
         # A packed video's pictures hold more than the clip.

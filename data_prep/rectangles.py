@@ -1,4 +1,4 @@
-"""Where colour and alpha lie in a packed video, by what is said of it or by its pictures."""
+"""Finds colour and alpha in a packed video, by what is said of it or by its pictures."""
 
 import json
 from pathlib import Path
@@ -12,8 +12,8 @@ from data_prep.tables import column
 
 
 def given_rectangles(candidate: Candidate, header: Description) -> tuple[Rect, Rect] | None:
-    """Of a .json entry, of a table's columns color_rect and alpha_rect, "x y width height", or as
-    the file itself states them."""
+    """Returns the rectangles of a .json entry, of a table's columns color_rect and alpha_rect, "x y
+    width height", or as the file itself states them."""
     path, origin, row = candidate.files[0], candidate.origin, candidate.row
     if "alpha_rect" in origin:
         size = tuple(origin.get("packed_size", (header.width, header.height)))
@@ -44,7 +44,8 @@ def given_rectangles(candidate: Candidate, header: Description) -> tuple[Rect, R
 
 
 def detected_rectangles(path: Path, limits: Limits) -> tuple[Rect, Rect] | None:
-    """As its pictures show; None where they show none, MediaError where they only seem to."""
+    """Returns the rectangles that the pictures show; None where they show none. Raises MediaError
+    where they only seem to."""
     packing = measure_packing(path, limits)
     if packing is None:
         return None

@@ -9,24 +9,29 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
-from rich.console import Console
+from omegaconf import DictConfig
 from rich.table import Table
 from tqdm import tqdm
 
 from acetate.cli import run
 from acetate.data import drawing
-from acetate.data.shards import read_head
-from acetate.data.splits import split_rule
-from acetate.data.writer import EncodedClip, ShardWriter, encode_clip
+from acetate.data.writer import encode_clip
 from acetate.draws import stable_hash
 from data_prep import light, scenes
 from data_prep.blender import SCENES, Blender, interpreter
-from data_prep.executor import check, progress
-from data_prep.folders import check_folder, making
-from data_prep.turns import Plan, sha256_of_files, sides, squares
-
-LICENCE = "CC0-1.0"
+from data_prep.executor import check
+from data_prep.folders import check_folder
+from data_prep.turns import (
+    Made,
+    Plan,
+    print_tried,
+    print_written,
+    sha256_of_files,
+    sides,
+    sides_of,
+    squares,
+    write_clips,
+)
 
 
 @dataclass(frozen=True)
@@ -43,19 +48,11 @@ class Shot:
         return scenes.scene(plan.kind(index), seed, plan.frames, *plan.size(index), self.samples)
 
 
-@dataclass(frozen=True)
-class Rendered:
-    key: str
-    clip: EncodedClip
-    prompt: str
-    done: dict[str, str]
-
-
 def start(python: str, threads: int, _: int) -> Blender:
     return Blender(python, threads)
 
 
-def render(shot: Shot, blender: Blender, index: int) -> Rendered:
+def render(shot: Shot, blender: Blender, index: int) -> Made:
     facts = shot.facts(index)
     frames = light.straight(blender.render(facts))
     how = f"Cycles of Blender {shot.version}, {shot.samples} samples, seed {facts['seed']}"
@@ -65,17 +62,18 @@ def render(shot: Shot, blender: Blender, index: int) -> Rendered:
         "stratum": facts["stratum"],
         "scene": json.dumps({name: facts[name] for name in ("subject", "light", "camera")}),
     }
-    return Rendered(shot.plan.key(index), encode_clip(frames, drawing.FPS), facts["prompt"], done)
+    return Made(shot.plan.key(index), encode_clip(frames, drawing.FPS), facts["prompt"], done)
 
 
 def code_sha256() -> str:
-    """Of what decides the pictures as much as the seed does."""
+    """Returns a hash of what decides the pictures as much as the seed does."""
     here = [Path(scenes.__file__), Path(light.__file__), Path(drawing.__file__)]
     return sha256_of_files([*here, *sorted(SCENES.glob("*.py"))])
 
 
 def check_kinds(kinds: Sequence[str]) -> tuple[str, ...]:
-    """All of them where none is named; ValueError for one that there is not, or twice."""
+    """Returns the kinds, all of them where none is named. Raises ValueError for one that there is
+    not, or twice."""
     unknown = [kind for kind in kinds if kind not in scenes.KINDS]
     if unknown:
         raise ValueError(f"kinds={unknown}; known kinds: {', '.join(scenes.KINDS)}")
@@ -106,12 +104,9 @@ def render_clips(
     workers: int = 0,
     replace: bool = False,
 ) -> dict[str, Any]:
-    """Writes the shards and returns their manifest without its list of clips. sizes: sides, or
-    (height, width). blender: an interpreter that has bpy; None: the one that is made at first use.
-
-    The clips of finished tars are kept when a run was interrupted. A folder that already holds
-    these very clips is left as it is; one that holds others is made anew with `replace`, else
-    ShardError. BlenderError where Blender cannot be started.
+    """Writes the shards, as `write_clips`, and returns their manifest without its list of clips.
+    sizes: sides, or (height, width). blender: an interpreter that has bpy; None: the one that is
+    made at first use. Raises BlenderError where Blender cannot be started.
     """
     check(executor, workers)
     check_folder(out)
@@ -126,41 +121,16 @@ def render_clips(
             "blender": version, "scenes_sha256": code_sha256(),
         },
     }  # fmt: skip
-    with making(out, made_by, replace) as folder:
-        if folder:
-            with ShardWriter(
-                folder, max_clips=max_clips, max_bytes=max_bytes, made_by=made_by
-            ) as writer:
-                fill(writer, Shot(plan, samples, version), python, val_fraction, executor, workers)
-    return read_head(out)
-
-
-def fill(
-    writer: ShardWriter, shot: Shot, python: str, val_fraction: float, executor: str, workers: int
-) -> None:
-    """Adds the clips that come after those that the writer has."""
-    plan = shot.plan
-    split_of = split_rule(map(plan.key, range(plan.clips)), val_fraction)
-    todo = range(writer.clips, plan.clips)
-    run = {"executor": executor, "workers": workers, "done": writer.clips,
-        "setup": partial(start, python, cores_of(workers)), "name": plan.key}  # fmt: skip
-    with progress(partial(render, shot), todo, **run) as results:
-        for _, rendered in results:
-            writer.add(
-                rendered.key,
-                rendered.clip,
-                split=split_of(rendered.key),
-                prompt=rendered.prompt,
-                source="data_prep.render",
-                licence=LICENCE,
-                lossy=False,
-                premultiplied_source=False,
-                done=rendered.done,
-            )
+    return write_clips(
+        plan, partial(render, Shot(plan, samples, version)), made_by=made_by,
+        source="data_prep.render", out=out, executor=executor, workers=workers, replace=replace,
+        setup=partial(start, python, cores_of(workers)),
+    )  # fmt: skip
 
 
 def print_preview(plan: Plan, samples: int, blender: str | None, workers: int) -> None:
-    """One frame of one clip of each kind, and what the whole would take at their rate."""
+    """Renders one frame of one clip of each kind, and prints what the whole would take at their
+    rate."""
     python, version = interpreter(blender)
     process, one = Blender(python, cores_of(workers)), replace(plan, frames=1)
     table = Table("key", "height x width", "s a frame", "stratum", "prompt")
@@ -173,15 +143,12 @@ def print_preview(plan: Plan, samples: int, blender: str | None, workers: int) -
         seconds += took
         side = "x".join(map(str, plan.size(index)))
         table.add_row(plan.key(index), side, f"{took:.1f}", facts["stratum"], facts["prompt"])
-    console = Console(markup=False, highlight=False)
-    console.print(table)
     hours = plan.clips * plan.frames * plan.area() * seconds / count / 3600
-    text = f"{plan.clips} clips: about {hours:.3g} hours on these cores. Nothing was written."
-    console.print(text, soft_wrap=True)
+    print_tried(table, f"{plan.clips} clips: about {hours:.3g} hours on these cores.")
 
 
 def main(cfg: DictConfig) -> None:
-    sizes = OmegaConf.to_container(cfg.size) if OmegaConf.is_list(cfg.size) else [cfg.size]
+    sizes = sides_of(cfg)
     kinds = list(cfg.kinds)
     if cfg.preview:
         plan = Plan(cfg.clips, cfg.frames, squares(sizes), cfg.seed, check_kinds(kinds))
@@ -193,8 +160,7 @@ def main(cfg: DictConfig) -> None:
     head = render_clips(
         out=Path(cfg.out), sizes=sizes, kinds=kinds, max_bytes=int(cfg.max_mb * 2**20), **own
     )
-    train, val = head["splits"]["train"], head["splits"]["val"]
-    print(f"{cfg.out}: {train} clips to train and {val} to validate on, {head['frames']} frames")
+    print_written(cfg.out, head)
 
 
 if __name__ == "__main__":

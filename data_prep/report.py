@@ -15,7 +15,7 @@ from acetate.alpha import PALETTE, PALETTE_NAMES
 from data_prep.bad_clips import by_reason
 from data_prep.examine import said_of_names
 
-TEMPLATE, STYLE = (Path(__file__).with_name(name) for name in ("report.html", "page.css"))
+TEMPLATE = Path(__file__).with_name("report.html")
 SLOT = re.compile(r"<!-- slot:(\w+) -->")
 ROWS = 7  # bars of a panel before the rest is summed up
 SOFT_BINS = 32
@@ -34,7 +34,7 @@ class Picture:
 
     @property
     def shares(self) -> tuple[float, float, float]:
-        """Of empty, semi-transparent and opaque pixels."""
+        """Returns the shares of empty, semi-transparent and opaque pixels."""
         return self.alpha[0], sum(self.alpha[1:-1]), self.alpha[-1]
 
     @property
@@ -107,8 +107,6 @@ class Report:
 
 def render(report: Report) -> str:
     parts = {
-        "title": escape(report.title),
-        "style": STYLE.read_text(encoding="utf-8"),
         "subtitle": escape(report.made_by),
         "facts": facts(report),
         "alpha": alpha_panel([entry.picture for entry in report.entries if entry.picture]),
@@ -116,11 +114,20 @@ def render(report: Report) -> str:
         "sample": sample_text(report),
         "selects": selects(report.pictured),
         "grounds": grounds(),
-        "grounds_css": grounds_css(),
         "cards": "".join(card(entry, entry.picture) for entry in report.pictured if entry.picture),
         "skipped": skipped(report.skipped),
     }
-    return SLOT.sub(lambda match: parts[match[1]], TEMPLATE.read_text(encoding="utf-8"))
+    return filled(TEMPLATE, report.title, parts)
+
+
+def filled(template: Path, title: str, parts: Mapping[str, str]) -> str:
+    """Fills the slots of a page with its parts, and with what all pages share."""
+    style, filters = (
+        template.with_name(name).read_text(encoding="utf-8") for name in ("page.css", "page.svg")
+    )
+    shared = {"title": escape(title), "style": style, "filters": filters}
+    slots = shared | {"grounds_css": grounds_css()} | dict(parts)
+    return SLOT.sub(lambda match: slots[match[1]], template.read_text(encoding="utf-8"))
 
 
 def sample_text(report: Report) -> str:
@@ -216,7 +223,7 @@ def panel(title: str, note: str, body: str) -> str:
 
 
 def bars(counts: Mapping[str, int], notes: Mapping[str, str] | None = None) -> str:
-    """The most frequent ones, each with its note, if it has one; what remains in one line."""
+    """Draws the most frequent ones, each with its note, if it has one; what remains in one line."""
     order = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
     most = order[0][1] if order else 1
     rows = [
@@ -238,7 +245,7 @@ def small_note(text: str) -> str:
 
 
 def alpha_panel(pictures: Sequence[Picture]) -> str:
-    """Every clip counts the same, however large."""
+    """Draws the spread of alpha, in which every clip counts the same, however large."""
     mean = np.mean([picture.alpha for picture in pictures], axis=0) if pictures else np.zeros(256)
     shares = {"empty": mean[0], "soft": mean[1:-1].sum(), "opaque": mean[-1]}
     named = {"empty": "empty", "soft": "semi-transparent", "opaque": "opaque"}
@@ -267,7 +274,7 @@ def stack(shares: Sequence[tuple[str, float]], name: str) -> str:
 
 
 def selects(entries: Sequence[Entry]) -> str:
-    """Only where there is a choice."""
+    """Returns the choices where there is more than one."""
     parts = []
     for name, plural in (("split", "splits"), ("kind", "kinds"), ("licence", "licences")):
         values = sorted({getattr(entry, name) for entry in entries})
@@ -281,7 +288,7 @@ def selects(entries: Sequence[Entry]) -> str:
 
 
 def grounds(extra: Sequence[str] = ("alpha", "eight colours")) -> str:
-    """Return a choice of backgrounds; extra: other ways to look, named by their first word."""
+    """Returns a choice of backgrounds; extra: other ways to look, named by their first word."""
     named = {"checker": "checkerboard", **{text.split()[0]: text for text in extra}}
     parts = []
     for value in (*named, *COLORS):
@@ -303,7 +310,7 @@ def grounds_css() -> str:
 
 
 def card(entry: Entry, picture: Picture) -> str:
-    """A large frame with three small ones beside it, or the middle one over eight colours."""
+    """Draws a large frame with three small ones beside it, or the middle one over eight colours."""
     aspect, n = entry.width / entry.height, picture.frames
     middle = n // 2
     uri = base64.b64encode(picture.webp).decode()
@@ -351,7 +358,7 @@ def decisions(decided: Mapping[str, str]) -> str:
 
 
 def skipped(reasons: Mapping[str, str]) -> str:
-    """A table for each kind of reason, the most frequent first."""
+    """Draws a table for each kind of reason, the most frequent first."""
     if not reasons:
         return ""
     tables = []

@@ -1,4 +1,5 @@
-"""What a rendered clip shows, as plain facts from a seed, and the prompt that these facts make.
+"""Draws what a rendered clip shows, as plain facts from a seed, and the prompt that these facts
+make.
 
 Blender is not needed here: `data_prep/in_blender` builds the scene that the facts tell. Space: the
 subject lies around the origin, about 1 in radius; z is up. Time: seconds, at 16 frames each.
@@ -49,7 +50,7 @@ SHOTS = {"close-up": (0.97, 1.06), "medium shot": (0.84, 0.93), "wide shot": (0.
 
 
 def named(dice: Dice, options: Mapping[str, Any], name: str = "color") -> Facts:
-    """One of them: its name, and its value as `code`."""
+    """Draws one of the options: its name, and its value as `code`."""
     chosen = dice.pick(list(options))
     return {name: chosen, f"{name}_code": options[chosen]}
 
@@ -221,7 +222,7 @@ KINDS = tuple(SUBJECTS)
 
 
 def stratum(kind: str, subject: Facts) -> str:
-    """Which of STRATA a clip belongs to."""
+    """Returns which of STRATA a clip belongs to."""
     if kind == "objects":
         return "effects" if subject["shadow"] else "opaque"
     if kind == "cloth":
@@ -251,8 +252,8 @@ def filming(dice: Dice) -> Facts:
 
 
 def scene(kind: str, seed: int, frames: int, height: int, width: int, samples: int) -> Facts:
-    """Deterministic in (kind, seed); another size or length shows the same subject, frame k at k/16
-    s. ValueError for a kind that there is not."""
+    """Draws the facts of a clip, deterministic in (kind, seed); another size or length shows the
+    same subject, frame k at k/16 s. Raises ValueError for a kind that there is not."""
     if kind not in SUBJECTS:
         raise ValueError(f"kind={kind!r} cannot be rendered; known kinds: {', '.join(KINDS)}")
     dice = Dice("rendered", kind, seed)

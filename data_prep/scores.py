@@ -1,4 +1,4 @@
-"""What data_prep.filter judges a clip by: a few numbers, and a hash of how it looks."""
+"""Scores by which data_prep.filter judges a clip: a few numbers, and a hash of how it looks."""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -31,8 +31,8 @@ SCORES = {
 
 
 def score(clip: Clip) -> tuple[dict[str, float], str, list[list[int]]]:
-    """The SCORES, all but frames and sides in [0, 1]; `look` as 32 hexadecimal digits; and
-    `colours`."""
+    """Returns the SCORES, all but frames and sides in [0, 1]; `look` as 32 hexadecimal digits; and
+    `colors`."""
     frames = clip.frames
     change, flicker = over_time(frames)
     middle = frames[len(frames) // 2]
@@ -50,7 +50,8 @@ def score(clip: Clip) -> tuple[dict[str, float], str, list[list[int]]]:
 
 
 def semi(alpha: NDArray[np.uint8]) -> float:
-    """alpha (T, H, W); the last frame, row and column are repeated to fill the grid."""
+    """Returns the share of cells of alpha (T, H, W) that are mixed; the last frame, row and column
+    are repeated to fill the grid."""
     frames, height, width = alpha.shape
     pad = (
         (0, -(frames - 1) % TIME_STRIDE),
@@ -62,7 +63,7 @@ def semi(alpha: NDArray[np.uint8]) -> float:
 
 
 def over_time(frames: NDArray[np.uint8]) -> tuple[float, float]:
-    """motion and flicker. Frame by frame: floats of a whole clip can take gigabytes."""
+    """Returns motion and flicker. Frame by frame: floats of a whole clip can take gigabytes."""
     change = back = 0.0
     seen = seen_twice = 0
     before: Plane | None = None
@@ -96,8 +97,8 @@ def sharpness(frame: NDArray[np.uint8]) -> float:
 def repeats(
     looks: Sequence[str], shades: Sequence[Sequence[Sequence[int]]], distance: int, color: int
 ) -> list[tuple[int, int] | None]:
-    """For each look (an earlier one that repeats none, bits that differ), where that is within
-    `distance` and the `colours` (shades) are within `colour`: the hashes see brightness alone.
+    """Returns for each look (an earlier one that repeats none, bits that differ), where that is
+    within `distance` and the `colors` (shades) are within `color`: the hashes see brightness alone.
 
     The bits are cut into distance + 1 parts: looks that differ in so few agree in at least one of
     them. Each part mixes bits of colour and alpha, since many clips share one of the two.

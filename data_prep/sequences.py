@@ -1,4 +1,4 @@
-"""Which images of a folder are frames of a sequence, by their names, numbers and sizes."""
+"""Finds the images of a folder that are frames of a sequence, by their names, numbers and sizes."""
 
 import re
 from collections import Counter
@@ -50,7 +50,7 @@ class Sequences:
 
 
 def find_runs(images: Sequence[Path]) -> list[Run]:
-    """Of one folder's images; a file that counts with no other is in none."""
+    """Finds the runs of one folder's images; a file that counts with no other is in none."""
     alike: dict[tuple[str, ...], list[Path]] = {}
     for path in images:
         if COUNTER not in path.name:
@@ -74,8 +74,8 @@ def find_runs(images: Sequence[Path]) -> list[Run]:
 
 
 def sequences_of(images: Sequence[Path], paired: Collection[Path] = ()) -> Sequences:
-    """One run that counts up without a gap and has one size, or several with the same numbers
-    (passes of one render); other images may stand beside them.
+    """Returns one run that counts up without a gap and has one size, or several with the same
+    numbers (passes of one render); other images may stand beside them.
 
     paired: images that belong to another by their own names. Previews, and JPEGs that show the
     frames again, are left out; a run whose numbers or sizes do not agree is stills.
@@ -114,7 +114,7 @@ def sequences_of(images: Sequence[Path], paired: Collection[Path] = ()) -> Seque
 
 
 def _without_shadows(runs: list[Run], images: Sequence[Path]) -> tuple[list[Run], set[Path]]:
-    """And the JPEGs that have the names of frames with alpha."""
+    """Returns the runs without JPEGs that have the names of frames with alpha, and those JPEGs."""
     frames = {path.stem.casefold() for run in runs if not run.opaque for path in run.files}
     shadows = {
         path
@@ -125,7 +125,7 @@ def _without_shadows(runs: list[Run], images: Sequence[Path]) -> tuple[list[Run]
 
 
 def _refused(run: Run) -> str | None:
-    """Why a run is no sequence: None if it is one, "" where nothing speaks for it."""
+    """Returns why a run is no sequence: None if it is one, "" where nothing speaks for it."""
     numbers, count = run.numbers, len(run.numbers)
     span = numbers[-1] - numbers[0] + 1
     if span > 2 * count:
@@ -149,8 +149,8 @@ def _refused(run: Run) -> str | None:
 
 
 def _sizes(files: Sequence[Path]) -> dict[Path, tuple[int, int]] | None:
-    """Of those that can be read; the others are the sequence's fault. None if one is an
-    animation."""
+    """Returns the sizes of those that can be read; the others are the sequence's fault. None if one
+    is an animation."""
     sizes = {}
     for path in files:
         try:
@@ -163,6 +163,6 @@ def _sizes(files: Sequence[Path]) -> dict[Path, tuple[int, int]] | None:
 
 
 def _pattern(file: Path, field: int) -> Path:
-    """The file's name with * for the number of that index."""
+    """Returns the file's name with * for the number of that index."""
     place = list(re.finditer(r"\d+", file.stem))[field]
     return file.with_name(file.name[: place.start()] + COUNTER + file.name[place.end() :])

@@ -102,8 +102,8 @@ def shard(
 
 
 def refused_before(manifest: Path, found: Sequence[Found]) -> dict[str, str]:
-    """Key -> reason of what ingest refused, as its report beside the manifest says; nothing if the
-    report is of another run."""
+    """Returns key -> reason of what ingest refused, as its report beside the manifest says; nothing
+    if the report is of another run."""
     path = manifest.with_name(f"{manifest.stem}.report.json")
     try:
         report = json.loads(path.read_text(encoding="utf-8"))
@@ -258,7 +258,7 @@ def print_summary(out: Path, result: dict[str, Any]) -> None:
 
 
 def print_decided(console: Console, lines: Sequence[dict[str, Any]]) -> None:
-    """How many clips each step was done to; and those whose colour is a guess."""
+    """Prints how many clips each step was done to; and those whose colour is a guess."""
     counts = Counter(step for line in lines if "refused" not in line for step in line["done"])
     table = Table("what was done", "source clips")
     for step, text in STEPS.items():

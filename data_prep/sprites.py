@@ -37,7 +37,8 @@ class Sprite:
     order: tuple[int, ...] = field(default=())  # of frames, where they are not shown in turn
 
     def frames(self) -> list[Rgba]:
-        """(H, W, 4) each; OSError or ValueError for pictures that cannot be read."""
+        """Reads the frames, (H, W, 4) each. Raises OSError or ValueError for pictures that cannot
+        be read."""
         if self.places:
             found = [self._cut(read(self.files[0]), place) for place in self.places]
         else:
@@ -71,8 +72,8 @@ def centred(frame: Rgba, high: int, wide: int) -> Rgba:
 
 
 def with_light(frame: Rgba, opacity: float) -> Rgba:
-    """A sprite that is added to what lies behind it, background (1 - opacity alpha) + alpha rgb, as
-    straight colour and the least alpha that can hold it: over black nothing changes."""
+    """Returns a sprite that is added to what lies behind it, background (1 - opacity alpha) + alpha
+    rgb, as straight colour and the least alpha that can hold it: over black nothing changes."""
     unit = frame.astype(np.float32) / 255
     light = unit[..., :3] * unit[..., 3:]
     alpha = np.maximum(opacity * unit[..., 3], light.max(axis=-1))[..., None]
@@ -81,7 +82,7 @@ def with_light(frame: Rgba, opacity: float) -> Rgba:
 
 
 def write_animation(frames: Sequence[Rgba], ms: int, path: Path) -> None:
-    """An APNG, or a PNG of one frame, whole or not at all."""
+    """Writes an APNG, or a PNG of one frame, whole or not at all."""
     first, *rest = map(Image.fromarray, frames)
     temporary = path.with_name(path.name + ".tmp")
     more: dict[str, Any] = {"append_images": rest, "duration": ms} if rest else {}
@@ -91,7 +92,7 @@ def write_animation(frames: Sequence[Rgba], ms: int, path: Path) -> None:
 
 
 def flare(root: Path) -> Iterator[Sprite]:
-    """Of mods/*/animations: a clip for each animation and direction of its sheet."""
+    """Yields the clips of mods/*/animations: one for each animation and direction of its sheet."""
     for text in sorted(root.glob("mods/*/animations/**/*.txt")):
         if "avatar" in text.parts:
             continue  # clothes without anybody in them
@@ -121,8 +122,8 @@ def flare(root: Path) -> Iterator[Sprite]:
 
 
 def _of_sheet(sprite: Sprite, body: str) -> Iterator[Sprite]:
-    """A clip for each direction that the body of an animation tells the frames of; none of one that
-    is not packed in rectangles."""
+    """Yields a clip for each direction that the body of an animation tells the frames of; none of
+    one that is not packed in rectangles."""
     said = settings_of(body)
     count = int(said.get("frames", 0))
     rows = [
@@ -166,8 +167,8 @@ def settings_of(text: str) -> dict[str, str]:
 
 
 def endless_sky(root: Path) -> Iterator[Sprite]:
-    """Of images: NAME-0.png is a picture, NAME~0.png adds three quarters of its light, NAME+0.png
-    all of it; data names the effects and says how fast they are."""
+    """Yields the clips of images: NAME-0.png is a picture, NAME~0.png adds three quarters of its
+    light, NAME+0.png all of it; data names the effects and says how fast they are."""
     told = _effects(root)
     for run in runs_below(root / "images"):
         inside = run.pattern.relative_to(root / "images")
@@ -186,7 +187,7 @@ def endless_sky(root: Path) -> Iterator[Sprite]:
 
 
 def _effects(root: Path) -> dict[str, tuple[str, float]]:
-    """Sprite -> what has it, and its frames a second, 0 where that is not said."""
+    """Returns sprite -> what has it, and its frames a second, 0 where that is not said."""
     told, what, sprite = dict[str, tuple[str, float]](), "", ""
     for path in sorted(root.glob("data/*.txt")):
         for line in path.read_text(errors="replace").splitlines():
@@ -203,8 +204,8 @@ def _effects(root: Path) -> dict[str, tuple[str, float]]:
 
 
 def wesnoth(root: Path) -> Iterator[Sprite]:
-    """Of data/**/images: numbered frames of units, halos and projectiles; units' descriptions say
-    their names and how long a frame lasts."""
+    """Yields the clips of data/**/images: numbered frames of units, halos and projectiles; units'
+    descriptions say their names and how long a frame lasts."""
     names, times = dict[str, str](), dict[str, int]()
     for path in sorted(root.glob("*/data/**/*.cfg")):
         text = path.read_text(errors="replace")
@@ -237,14 +238,14 @@ def _of_wesnoth(run: Run, images: Path, names: dict[str, str], times: dict[str, 
 
 
 def starts(stem: str) -> Iterator[str]:
-    """The name and its beginnings at dashes, longest first."""
+    """Yields the name and its beginnings at dashes, longest first."""
     while stem:
         yield stem
         stem = stem.rpartition("-")[0]
 
 
 def runs_below(folder: Path) -> Iterator[Run]:
-    """Numbered pictures of each folder below that count up without a gap."""
+    """Yields the numbered pictures of each folder below that count up without a gap."""
     for path in sorted([folder, *folder.rglob("*/")]):
         images = sorted(path.glob("*.png")) if path.is_dir() else []
         for run in find_runs(images):

@@ -3,7 +3,6 @@ bytes for a seed."""
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,37 +10,35 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from omegaconf import DictConfig, OmegaConf
-from rich.console import Console
+from omegaconf import DictConfig
 from rich.table import Table
 from tqdm import tqdm
 
 from acetate.cli import run
 from acetate.data import drawing, synthetic
-from acetate.data.shards import read_head
-from acetate.data.splits import split_rule
 from acetate.data.transforms import to_uint8
-from acetate.data.writer import EncodedClip, ShardWriter, encode_clip
+from acetate.data.writer import encode_clip
 from acetate.draws import stable_hash
-from data_prep.executor import check, progress
-from data_prep.folders import check_folder, making
-from data_prep.turns import Plan, sha256_of_files, sides, squares
+from data_prep.turns import (
+    Made,
+    Plan,
+    print_tried,
+    print_written,
+    sha256_of_files,
+    sides,
+    sides_of,
+    squares,
+    write_clips,
+)
 
 
-@dataclass(frozen=True)
-class Drawn:
-    key: str
-    clip: EncodedClip
-    prompt: str
-
-
-def draw(plan: Plan, index: int) -> Drawn:
+def draw(plan: Plan, index: int) -> Made:
     # Sums over threads round differently from machine to machine; small pictures gain nothing from
     # them.
     torch.set_num_threads(1)
     seed = stable_hash("synthesize", plan.seed, index) % 2**31
     clip = synthetic.render(plan.kind(index), seed, plan.frames, *plan.size(index))
-    return Drawn(plan.key(index), encode_clip(stored(clip), drawing.FPS), clip.prompt)
+    return Made(plan.key(index), encode_clip(stored(clip), drawing.FPS), clip.prompt)
 
 
 def synthesize(
@@ -58,15 +55,8 @@ def synthesize(
     workers: int = 0,
     replace: bool = False,
 ) -> dict[str, Any]:
-    """Writes the shards and returns their manifest without its list of clips. sizes: sides, or
-    (height, width).
-
-    The clips of finished tars are kept when a run was interrupted. A folder that already holds
-    these very clips is left as it is; one that holds others is made anew with `replace`, else
-    ShardError. The memory that this takes does not depend on the number of clips.
-    """
-    check(executor, workers)
-    check_folder(out)
+    """Writes the shards, as `write_clips`, and returns their manifest without its list of clips.
+    sizes: sides, or (height, width)."""
     plan = Plan(clips, frames, squares(sizes), seed)
     made_by = {
         "command": "data_prep.synthesize",
@@ -78,36 +68,14 @@ def synthesize(
             "synthetic_sha256": sha256_of_files(map(Path, (synthetic.__file__, drawing.__file__))),
         },
     }  # fmt: skip
-    with making(out, made_by, replace) as folder:
-        if folder:
-            with ShardWriter(
-                folder, max_clips=max_clips, max_bytes=max_bytes, made_by=made_by
-            ) as writer:
-                fill(writer, plan, val_fraction, executor, workers)
-    return read_head(out)
-
-
-def fill(writer: ShardWriter, plan: Plan, val_fraction: float, executor: str, workers: int) -> None:
-    """Adds the clips that come after those that the writer has."""
-    split_of = split_rule(map(plan.key, range(plan.clips)), val_fraction)
-    todo = range(writer.clips, plan.clips)
-    run = {"executor": executor, "workers": workers, "done": writer.clips}
-    with progress(partial(draw, plan), todo, **run) as results:
-        for _, drawn in results:
-            writer.add(
-                drawn.key,
-                drawn.clip,
-                split=split_of(drawn.key),
-                prompt=drawn.prompt,
-                source="acetate.data.synthetic",
-                licence="CC0-1.0",
-                lossy=False,
-                premultiplied_source=False,
-            )
+    return write_clips(
+        plan, partial(draw, plan), made_by=made_by, source="acetate.data.synthetic", out=out,
+        executor=executor, workers=workers, replace=replace,
+    )  # fmt: skip
 
 
 def print_preview(plan: Plan, workers: int) -> None:
-    """One clip of each kind, and what the whole would take at their rate."""
+    """Draws one clip of each kind, and prints what the whole would take at their rate."""
     table = Table("key", "height x width", "KiB", "ms", "prompt")
     seconds, stored, count = 0.0, 0, min(plan.clips, len(synthetic.KINDS))
     for index in tqdm(range(count), unit="clip"):
@@ -118,25 +86,20 @@ def print_preview(plan: Plan, workers: int) -> None:
         seconds, stored = seconds + took, stored + size
         sides = "x".join(map(str, plan.size(index)))
         table.add_row(drawn.key, sides, f"{size / 2**10:.1f}", f"{1000 * took:.0f}", drawn.prompt)
-    console = Console(markup=False, highlight=False)
-    console.print(table)
     total = plan.clips / count * plan.area()  # both time and bytes go with the area
     hours = total * seconds / max(1, workers) / 3600
-    text = (
-        f"{plan.clips} clips: about {total * stored / 2**30:.3g} GiB, {hours:.3g} hours. Nothing "
-        "was written."
-    )
-    console.print(text, soft_wrap=True)
+    size = f"{total * stored / 2**30:.3g} GiB"
+    print_tried(table, f"{plan.clips} clips: about {size}, {hours:.3g} hours.")
 
 
 def stored(clip: synthetic.SyntheticClip) -> NDArray[np.uint8]:
-    """(T, H, W, 4), straight colour; black where nothing is drawn, which FFV1 stores in next to no
-    space."""
+    """Returns (T, H, W, 4), straight colour; black where nothing is drawn, which FFV1 stores in
+    next to no space."""
     return to_uint8(clip.rgb.masked_fill(clip.alpha == 0, -1), clip.alpha).numpy()
 
 
 def main(cfg: DictConfig) -> None:
-    sizes = OmegaConf.to_container(cfg.size) if OmegaConf.is_list(cfg.size) else [cfg.size]
+    sizes = sides_of(cfg)
     if cfg.preview:
         print_preview(Plan(cfg.clips, cfg.frames, squares(sizes), cfg.seed), cfg.workers)
         return
@@ -152,8 +115,7 @@ def main(cfg: DictConfig) -> None:
     )
     own = {name: cfg[name] for name in same}
     head = synthesize(out=Path(cfg.out), sizes=sizes, max_bytes=int(cfg.max_mb * 2**20), **own)
-    train, val = head["splits"]["train"], head["splits"]["val"]
-    print(f"{cfg.out}: {train} clips to train and {val} to validate on, {head['frames']} frames")
+    print_written(cfg.out, head)
 
 
 if __name__ == "__main__":

@@ -35,18 +35,19 @@ def column(row: Row, *names: str) -> str:
 
 
 def read_text(path: Path) -> str:
-    """UTF-8, or UTF-16 with its mark; a byte order mark is no part of it. UnicodeDecodeError for
-    what is neither, OSError for what is no plain file."""
+    """Reads UTF-8, or UTF-16 with its mark; a byte order mark is no part of it. Raises
+    UnicodeDecodeError for what is neither, OSError for what is no plain file."""
     data = read_plain(path, MOST_TEXT)
     wide = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     return data.decode("utf-16" if wide else "utf-8-sig")
 
 
 def read_tables(tree: Tree) -> Tables:
-    """Of the source and the folders below it, whose files are named from where the table lies.
+    """Reads the tables of the source and the folders below it, whose files are named from where the
+    table lies.
 
-    ValueError for a table of the source itself that cannot be read or used; a file below that is no
-    table of clips is left alone.
+    Raises ValueError for a table of the source itself that cannot be read or used; a file below
+    that is no table of clips is left alone.
     """
     tables, names = Tables(), _Names(tree)
     paths = [path for path in tree.files() if path.suffix.lower() in (".csv", ".jsonl")]
@@ -99,8 +100,8 @@ def _take(tables: Tables, names: "_Names", table: Path, number: int, row: Row) -
 
 
 def read_rows(table: Path) -> list[Row]:
-    """Of a .csv, whose columns a comma, a semicolon or a tab divides, or a .jsonl; ValueError for
-    what is no table."""
+    """Reads the rows of a .csv, whose columns a comma, a semicolon or a tab divides, or a .jsonl.
+    Raises ValueError for what is no table."""
     try:
         text = read_text(table)
         if table.suffix.lower() == ".csv":
@@ -118,13 +119,13 @@ def read_rows(table: Path) -> list[Row]:
 
 
 def _plain(name: str) -> str:
-    """A column's name in lower case, with _ for spaces and dashes and color for colour."""
+    """Returns a column's name in lower case, with _ for spaces and dashes and color for colour."""
     return re.sub(r"[\s-]+", "_", name.strip().lower()).replace("colour", "color")
 
 
 def _pair(names: "_Names", table: Path, number: int, row: Row) -> tuple[tuple[Path, Path], Row]:
-    """Wan-Alpha's layout: video_fgr, video_pha, prompt, and status, where `static` means a
-    still."""
+    """Reads a row of Wan-Alpha's layout: video_fgr, video_pha, prompt, and status, where `static`
+    means a still."""
     here, status = f"{printable(table)}, row {number}", column(row, "status").lower()
     if status not in ("", "static", "dynamic"):
         raise ValueError(f"{here}: status={status}; it is static or dynamic.")
@@ -150,8 +151,8 @@ class _Names:
                 self.ends.setdefault(_folded("/".join(parts[i:])), []).append(path)
 
     def find(self, text: str, base: Path) -> tuple[Path | None, str]:
-        """What a row of a table in `base` means, and why that is not its very name; or None and
-        why."""
+        """Returns what a row of a table in `base` means, and why that is not its very name; or None
+        and why."""
         source = self.tree.source
         slashed = text.replace("\\", "/")
         for name in (text, slashed):

@@ -11,7 +11,7 @@ Identity = tuple[int, int]  # device and inode
 
 
 def printable(text: object) -> str:
-    """The text with \\xNN for what is not Unicode in a file's name."""
+    """Returns the text with \\xNN for what is not Unicode in a file's name."""
     plain = str(text)
     try:
         plain.encode()
@@ -33,7 +33,7 @@ class Tree:
     ignored: dict[str, str] = field(default_factory=dict)
 
     def name(self, path: Path) -> str:
-        """How a report calls it."""
+        """Returns how a report calls it."""
         inside = path.relative_to(self.source) if path.is_relative_to(self.source) else path
         return printable(inside)
 

@@ -35,7 +35,7 @@ from acetate.video_out import SUFFIXES
 from data_prep.bad_clips import print_bad
 from data_prep.candidates import Candidate, sidecar, survey
 from data_prep.executor import progress
-from data_prep.report import SLOT, STYLE, grounds, grounds_css
+from data_prep.report import filled, grounds
 from data_prep.tables import read_text
 from data_prep.tree import printable
 
@@ -88,12 +88,12 @@ class Look:
 
 
 def clip_name(candidate: Candidate) -> str:
-    """Return the name by which clips of several systems are the same one."""
+    """Returns the name by which clips of several systems are the same one."""
     return plain_key(WRITTEN.sub("", candidate.name)) or candidate.name
 
 
 def clips_of(folder: Path) -> dict[str, Candidate]:
-    """Find the clips of a folder, each once. Raises FileNotFoundError and ValueError."""
+    """Finds the clips of a folder, each once. Raises FileNotFoundError and ValueError."""
     found: dict[str, Candidate] = {}
     for candidate in survey(folder).candidates:
         if candidate.path.name.endswith("_preview.mp4"):
@@ -110,7 +110,7 @@ def _rank(candidate: Candidate) -> int:
 
 
 def opened(candidate: Candidate, limits: Limits) -> Stream:
-    """Open a clip with alpha. Raises MediaError for a file without."""
+    """Opens a clip with alpha. Raises MediaError for a file without."""
     path = candidate.files[0]
     if len(candidate.files) == 2:
         return open_pair(*candidate.files, limits)
@@ -121,7 +121,7 @@ def opened(candidate: Candidate, limits: Limits) -> Stream:
 
 
 def show(work: Work, look: Look) -> list[Shown | str | None]:
-    """Draw the clip of each system: None where it has none, the reason where it cannot be read."""
+    """Draws the clip of each system: None where it has none, the reason where it cannot be read."""
     reference = None
     if work.reference is not None:
         try:
@@ -162,7 +162,8 @@ def _shown(candidate: Candidate, clip: RGBAClip, reference: RGBAClip | None, loo
 
 
 def _small(frame: NDArray[np.uint8], side: int) -> Image.Image:
-    """PIL resizes RGBA premultiplied. Small pictures stay as they are."""
+    """Scales a picture down, premultiplied, as PIL does with RGBA; small pictures stay as they
+    are."""
     image = Image.fromarray(frame)
     scale = min(1.0, side / max(image.size))
     sides = [max(1, round(length * scale)) for length in image.size]
@@ -170,7 +171,8 @@ def _small(frame: NDArray[np.uint8], side: int) -> Image.Image:
 
 
 def _prompt(candidate: Candidate) -> str:
-    """The text beside the clip, or the prompt of the JSON beside a sample; empty without."""
+    """Returns the text beside the clip, or the prompt of the JSON beside a sample; empty
+    without."""
     if text := sidecar(candidate.path):
         return printable(read_text(text).strip())
     described = candidate.path.with_name(WRITTEN.sub("", candidate.path.stem) + ".json")
@@ -184,7 +186,7 @@ def _prompt(candidate: Candidate) -> str:
 
 
 def figures(clip: RGBAClip, reference: RGBAClip | None) -> dict[str, float]:
-    """Measure a clip: coverage and the semi-transparent share of its pixels, mean alpha of its
+    """Measures a clip: coverage and the semi-transparent share of its pixels, mean alpha of its
     border; against a reference of the same size also `metrics.matting`."""
     alpha = _alpha(clip)
     found = {
@@ -204,20 +206,17 @@ def _alpha(clip: RGBAClip) -> Tensor:
 
 
 def page(title: str, systems: Sequence[str], clips: Sequence[tuple[str, list[Any]]]) -> str:
-    """Return the page. clips: name and, of each system, a Shown, a reason or None."""
+    """Returns the page. clips: name and, of each system, a Shown, a reason or None."""
     names = list(dict.fromkeys(
         name for _, made in clips for one in made if isinstance(one, Shown) for name in one.figures
     ))  # fmt: skip
     parts = {
-        "title": escape(title),
-        "style": STYLE.read_text(encoding="utf-8"),
         "grounds": grounds(extra=("light", "dark", "moving", "own picture")),
-        "grounds_css": grounds_css(),
         "systems": json.dumps(list(systems)).replace("</", "<\\/"),
         "orders": "".join(f'<option value="{escape(n)}">{escape(n)}</option>' for n in names),
         "cards": "".join(_card(*clip) for clip in clips),
     }
-    return SLOT.sub(lambda match: parts[match[1]], TEMPLATE.read_text(encoding="utf-8"))
+    return filled(TEMPLATE, title, parts)
 
 
 def _card(name: str, made: Sequence[Shown | str | None]) -> str:
@@ -246,7 +245,7 @@ def _card(name: str, made: Sequence[Shown | str | None]) -> str:
 
 
 def works(folders: Sequence[Path], reference: Path | None) -> Iterator[Work]:
-    """Yield every clip that any folder holds, in the order of their names."""
+    """Yields every clip that any folder holds, in the order of their names."""
     found = [clips_of(folder) for folder in folders]
     true = clips_of(reference) if reference else {}
     for name in sorted(set().union(*found)):
@@ -254,7 +253,7 @@ def works(folders: Sequence[Path], reference: Path | None) -> Iterator[Work]:
 
 
 def named(folders: Sequence[Path]) -> list[str]:
-    """Return as short a name of each folder as tells them apart."""
+    """Returns as short a name of each folder as tells them apart."""
     for parts in range(1, max(len(folder.parts) for folder in folders) + 1):
         names = ["/".join(folder.parts[-parts:]) for folder in folders]
         if len(set(names)) == len(names):

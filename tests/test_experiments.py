@@ -163,7 +163,8 @@ def test_multirun_has_a_folder_per_job_and_returns_the_objective(tmp_path, shard
 @pytest.mark.slow
 @pytest.mark.parametrize("experiment", ["wan_tiny_vae", "wan_tiny_dit"])
 def test_base_recipes_run(experiment, tmp_path):
-    extra = [] if experiment == "wan_tiny_vae" else ["task.transformer.num_layers=1"]
+    small = ["task.transformer.num_layers=1", "data.clips=128", f"data.folder={tmp_path}/latents"]
+    extra = [] if experiment == "wan_tiny_vae" else small
     steps = [
         "trainer.max_steps=2",
         "trainer.val_check_interval=2",

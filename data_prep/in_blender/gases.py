@@ -19,14 +19,14 @@ def domain(made: Any, size: tuple[float, float, float], middle: float = 0.0) -> 
 
 
 def axes_of(tree: Any) -> tuple[Any, Any, Any, Any]:
-    """World coordinates: the vector, x, y, z."""
+    """Returns world coordinates: the vector, x, y, z."""
     place = add(tree, "ShaderNodeNewGeometry").outputs["Position"]
     x, y, z = add(tree, "ShaderNodeSeparateXYZ", {0: place}).outputs
     return place, x, y, z
 
 
 def rising(tree: Any, place: Any, rate: float, fps: float, scale: float, seed: int) -> Any:
-    """Noise in [0, 1] that moves up with `rate` units a second and changes on its way."""
+    """Returns noise in [0, 1] that moves up with `rate` units a second and changes on its way."""
     low = computed(tree, "MULTIPLY", clock(tree, rate, fps), -1.0)
     shift = add(tree, "ShaderNodeCombineXYZ", {0: seed % 97 * 1.7, 2: low}).outputs[0]
     moved = add(tree, "ShaderNodeVectorMath", {0: place, 1: shift}, operation="ADD").outputs[0]
@@ -36,7 +36,8 @@ def rising(tree: Any, place: Any, rate: float, fps: float, scale: float, seed: i
 
 
 def around_axis(tree: Any, x: Any, y: Any, z: Any, lean: float, base: float) -> Any:
-    """Distance from an axis that leaves z = base upwards and leans more and more to the side."""
+    """Returns the distance from an axis that leaves z = base upwards and leans more and more to the
+    side."""
     up = computed(tree, "MAXIMUM", computed(tree, "SUBTRACT", z, base), 0.0)
     off = computed(tree, "MULTIPLY", computed(tree, "MULTIPLY", up, up), 0.35 * lean)
     dx = computed(tree, "SUBTRACT", x, off)
@@ -112,7 +113,7 @@ def coffee_cup(subject: dict[str, Any]) -> None:
 
 
 def fire(facts: dict[str, Any], base: float, height: float, width: float, calm: float) -> None:
-    """A flame: light of its own, and next to nothing in the way of what is behind it."""
+    """Makes a flame: light of its own, and next to nothing in the way of what is behind it."""
     subject = facts["subject"]
     made, tree = material("flame")
     place, x, y, z = axes_of(tree)

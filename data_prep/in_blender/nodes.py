@@ -8,7 +8,8 @@ Color = tuple[float, float, float, float]
 
 
 def add(tree: Any, kind: str, inputs: dict[Any, Any] | None = None, **settings: Any) -> Any:
-    """A node. inputs: name or number of a socket -> a value, or the output that it is linked to."""
+    """Adds a node. inputs: name or number of a socket -> a value, or the output that it is linked
+    to."""
     node = tree.nodes.new(kind)
     for name, value in settings.items():
         setattr(node, name, value)
@@ -25,7 +26,7 @@ def math(tree: Any, operation: str, *values: Any) -> Any:
 
 
 def scaled(tree: Any, value: Any, span: tuple[float, ...], smooth: bool = True) -> Any:
-    """span: from low, from high, to low, to high."""
+    """Maps a value from one span to another. span: from low, from high, to low, to high."""
     names = ("From Min", "From Max", "To Min", "To Max")
     inputs = {"Value": value, **dict(zip(names, span, strict=True))}
     kind = "SMOOTHSTEP" if smooth else "LINEAR"
@@ -43,12 +44,12 @@ def ramp(tree: Any, value: Any, stops: list[tuple[float, Color]]) -> Any:
 
 
 def mixed(tree: Any, share: Any, first: Any, second: Any) -> Any:
-    """Of two shaders."""
+    """Mixes two shaders."""
     return add(tree, "ShaderNodeMixShader", {0: share, 1: first, 2: second}).outputs[0]
 
 
 def material(name: str) -> tuple[Any, Any]:
-    """A material without nodes, and the tree of its nodes."""
+    """Makes a material without nodes, and returns it with the tree of its nodes."""
     made = bpy.data.materials.new(name)
     made.use_nodes = True
     made.node_tree.nodes.clear()
@@ -61,14 +62,14 @@ def output(tree: Any, surface: Any = None, volume: Any = None) -> None:
 
 
 def linear(code: str, alpha: float = 1.0) -> Color:
-    """A colour such as c0ffee, in linear light."""
+    """Returns a colour such as c0ffee in linear light."""
     encoded = [int(code[i : i + 2], 16) / 255 for i in (0, 2, 4)]
     light = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in encoded]
     return light[0], light[1], light[2], alpha
 
 
 def principled(name: str, color: Any, **inputs: Any) -> Any:
-    """inputs: sockets of the Principled BSDF, _ for a space."""
+    """Makes a material of the Principled BSDF. inputs: its sockets, _ for a space."""
     made, tree = material(name)
     sockets = {key.replace("_", " "): value for key, value in inputs.items()}
     shader = add(tree, "ShaderNodeBsdfPrincipled", {"Base Color": color, **sockets})
@@ -77,7 +78,7 @@ def principled(name: str, color: Any, **inputs: Any) -> Any:
 
 
 def clock(tree: Any, rate: float, fps: float) -> Any:
-    """A value that grows by `rate` a second."""
+    """Returns a value that grows by `rate` a second."""
     node = add(tree, "ShaderNodeValue")
     curve = node.outputs[0].driver_add("default_value")
     curve.driver.expression = f"frame*{rate / fps:.8f}"
@@ -85,7 +86,7 @@ def clock(tree: Any, rate: float, fps: float) -> Any:
 
 
 def glowing(name: str, color: Color, strength: float, power: float) -> Any:
-    """For a sphere: light that fades towards its outline and covers nothing."""
+    """Makes, for a sphere, light that fades towards its outline and covers nothing."""
     made, tree = material(name)
     facing = add(tree, "ShaderNodeLayerWeight", {"Blend": 0.5}).outputs["Facing"]
     inner = math(tree, "POWER", math(tree, "SUBTRACT", 1.0, facing), power)

@@ -28,7 +28,7 @@ def mesh(
 
 
 def grid_faces(rows: int, columns: int, around: bool = False) -> list[tuple[int, int, int, int]]:
-    """Of points in row order; around: the last column meets the first."""
+    """Returns the faces of points in row order; around: the last column meets the first."""
     last = columns if around else columns - 1
     return [
         (i * columns + j, i * columns + (j + 1) % columns,
@@ -38,13 +38,13 @@ def grid_faces(rows: int, columns: int, around: bool = False) -> list[tuple[int,
 
 
 def grid(rows: int, columns: int) -> tuple[np.ndarray, np.ndarray]:
-    """u (along columns) and v (along rows) in [0, 1], each flat in row order."""
+    """Returns u (along columns) and v (along rows) in [0, 1], each flat in row order."""
     v, u = np.mgrid[0 : 1 : rows * 1j, 0 : 1 : columns * 1j]
     return u.ravel(), v.ravel()
 
 
 def with_uv(thing: Any, u: np.ndarray, v: np.ndarray) -> Any:
-    """Texture coordinates by vertex."""
+    """Adds texture coordinates by vertex."""
     data = thing.data
     layer = data.uv_layers.new(name="UVMap")
     corners = np.empty(len(data.loops), np.int32)
@@ -59,8 +59,8 @@ def reshape(thing: Any, points: np.ndarray) -> None:
 
 
 def lathe(profile: Sequence[tuple[float, float]], material: Any = None, smooth: int = 4) -> Any:
-    """A solid of revolution about z. profile: (radius, height) from axis to axis; smooth: points
-    that a spline puts between two of them."""
+    """Makes a solid of revolution about z. profile: (radius, height) from axis to axis; smooth:
+    points that a spline puts between two of them."""
     points = np.array(profile, float)
     if smooth > 1:
         points = spline(points, smooth)
@@ -87,7 +87,8 @@ def outward(thing: Any) -> None:
 
 
 def spline(points: np.ndarray, between: int) -> np.ndarray:
-    """Catmull and Rom 1974; a point that is given twice stays a corner."""
+    """Draws a curve through points, Catmull and Rom 1974; a point that is given twice stays a
+    corner."""
     before = np.concatenate((points[:1], points, points[-1:]))
     out = []
     for a, b, c, d in zip(before, before[1:], before[2:], before[3:], strict=False):
@@ -100,7 +101,8 @@ def spline(points: np.ndarray, between: int) -> np.ndarray:
 
 
 def primitive(kind: str, material: Any = None, smooth: bool = True, **settings: Any) -> Any:
-    """One of Blender's own: uv_sphere, ico_sphere, torus, cube, cylinder, cone, monkey, plane."""
+    """Makes one of Blender's own: uv_sphere, ico_sphere, torus, cube, cylinder, cone, monkey,
+    plane."""
     getattr(bpy.ops.mesh, f"primitive_{kind}_add")(**settings)
     made = bpy.context.active_object
     if smooth:
@@ -118,7 +120,7 @@ def modified(thing: Any, kind: str, **settings: Any) -> Any:
 
 
 def extruded(outline: np.ndarray, depth: float, material: Any = None) -> Any:
-    """A prism of the outline (N, 2) in x and z, with rounded edges."""
+    """Makes a prism of the outline (N, 2) in x and z, with rounded edges."""
     n = len(outline)
     front = np.column_stack((outline[:, 0], np.full(n, -depth / 2), outline[:, 1]))
     back = front + (0, depth, 0)
@@ -130,7 +132,7 @@ def extruded(outline: np.ndarray, depth: float, material: Any = None) -> Any:
 
 
 def strands(points: np.ndarray, radius: np.ndarray, material: Any = None) -> Any:
-    """Hair curves. points: (N, K, 3); radius: (K,) or (N, K)."""
+    """Makes hair curves. points: (N, K, 3); radius: (K,) or (N, K)."""
     count, knots = points.shape[:2]
     data = bpy.data.hair_curves.new("strands")
     data.add_curves([knots] * count)
@@ -152,7 +154,7 @@ def set_radius(thing: Any, radius: np.ndarray) -> None:
 
 
 def tubes(paths: Sequence[np.ndarray], radius: float, material: Any, closed: bool = False) -> Any:
-    """Round wires along points (K, 3)."""
+    """Makes round wires along points (K, 3)."""
     data = bpy.data.curves.new("wire", "CURVE")
     data.dimensions, data.bevel_depth, data.bevel_resolution = "3D", radius, 3
     for path in paths:

@@ -159,7 +159,7 @@ def flag(subject: dict[str, Any], u: np.ndarray, v: np.ndarray, t: float) -> np.
 
 
 def veil(subject: dict[str, Any], u: np.ndarray, v: np.ndarray, t: float) -> np.ndarray:
-    """It hangs in folds and is blown out from below."""
+    """Makes cloth that hangs in folds and is blown out from below."""
     phase, k = subject["rate"] * t, 2 * math.pi * subject["folds"]
     gather = 0.55 + 0.45 * v
     fold = (0.05 + 0.17 * v) * np.sin(k * u + 0.8 * np.sin(phase * 0.6 + 2 * v))
@@ -233,7 +233,7 @@ def leaf(subject: dict[str, Any], rng: np.random.Generator) -> Any:
 
 
 def feather(subject: dict[str, Any], rng: np.random.Generator) -> Any:
-    """A quill with barbs on both sides, downy near its root."""
+    """Makes a quill with barbs on both sides, downy near its root."""
     look = hair_material(subject["color_code"])
     count, s = 420, np.linspace(0, 1, 6)
     place = rng.uniform(0, 1, count)

@@ -174,7 +174,7 @@ def bubbles(facts: dict[str, Any]) -> list[Update]:
 
 
 def film_of(phase: float) -> Any:
-    """A thin film: interference colours by thickness and angle, most at the outline."""
+    """Makes a thin film: interference colours by thickness and angle, most at the outline."""
     made, tree = material("film")
     facing = add(tree, "ShaderNodeLayerWeight", {"Blend": 0.5}).outputs["Facing"]
     place = add(tree, "ShaderNodeTexCoord").outputs["Object"]

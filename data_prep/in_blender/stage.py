@@ -1,4 +1,4 @@
-"""What every scene has: film, camera, lights, and the frames that are written."""
+"""The things that every scene has: film, camera, lights, and the frames that are written."""
 
 import math
 import time
@@ -15,7 +15,7 @@ Update = Callable[[float], None]  # called with the seconds of each frame
 
 
 def empty() -> Any:
-    """Blender without anything of the clip before."""
+    """Removes everything of the clip before."""
     bpy.ops.wm.read_factory_settings(use_empty=True)
     return bpy.context.scene
 
@@ -46,7 +46,7 @@ def film(scene: Any, facts: dict[str, Any], threads: int) -> None:
 
 
 def denoised(scene: Any) -> None:
-    """Open Image Denoise for light, guided by albedo and normals, and for alpha."""
+    """Sets up Open Image Denoise for light, guided by albedo and normals, and for alpha."""
     tree = bpy.data.node_groups.new("denoised", "CompositorNodeTree")
     tree.interface.new_socket("Image", in_out="OUTPUT", socket_type="NodeSocketColor")
     layers = add(tree, "CompositorNodeRLayers").outputs
@@ -67,13 +67,14 @@ def aim(thing: Any, place: Vector) -> None:
 
 
 def around(azimuth: float, elevation: float, distance: float) -> Vector:
-    """A place by degrees; azimuth 0 is in front, 90 to the right of the picture."""
+    """Returns a place by degrees; azimuth 0 is in front, 90 to the right of the picture."""
     a, e = math.radians(azimuth), math.radians(elevation)
     return distance * Vector((math.sin(a) * math.cos(e), -math.cos(a) * math.cos(e), math.sin(e)))
 
 
 def camera(scene: Any, facts: dict[str, Any]) -> None:
-    """The short side of the picture shows 2.4 units at the origin for a zoom of 1."""
+    """Places the camera: the short side of the picture shows 2.4 units at the origin for a zoom of
+    1."""
     chosen = facts["camera"]
     data = bpy.data.cameras.new("camera")
     made = bpy.data.objects.new("camera", data)
@@ -93,7 +94,7 @@ def camera(scene: Any, facts: dict[str, Any]) -> None:
 
 
 def lights(scene: Any, facts: dict[str, Any]) -> None:
-    """Softboxes, which reflections show, and a sky that is lighter above."""
+    """Places softboxes, which reflections show, and a sky that is lighter above."""
     chosen = facts["light"]
     for turn, rise, power, size in (
         (chosen["azimuth"], chosen["elevation"], chosen["power"], chosen["size"]),
@@ -119,7 +120,7 @@ def lights(scene: Any, facts: dict[str, Any]) -> None:
 
 
 def curves_of(thing: Any) -> Any:
-    """The animation curves of an object or node tree."""
+    """Returns the animation curves of an object or node tree."""
     action = thing.animation_data.action
     return action.layers[0].strips[0].channelbags[0].fcurves
 

@@ -24,14 +24,14 @@ def paint(code: str, finish: str) -> Any:
 
 
 def joined(things: list[Any]) -> Any:
-    """One thing that moves; the first carries the others."""
+    """Joins things into one that moves; the first carries the others."""
     for child in things[1:]:
         child.parent = things[0]
     return things[0]
 
 
 def outline_of(shape: str) -> np.ndarray:
-    """(N, 2), about 0.95 in radius."""
+    """Returns points (N, 2), about 0.95 in radius."""
     if shape == "star":
         angle = np.pi / 2 + np.arange(10) * np.pi / 5
         radius = np.where(np.arange(10) % 2 == 0, 0.98, 0.42)

@@ -77,7 +77,7 @@ class Seen:
 
 
 def colors_of(prompt: str) -> list[str]:
-    """Names of the subject's colors, without that of a bow in its hair."""
+    """Returns the names of the subject's colors, without that of a bow in its hair."""
     return NAMED.findall(re.sub(r"with [\w ]+ bow", "", prompt.rpartition(": ")[2]))
 
 
@@ -98,14 +98,16 @@ def alike(one: str, other: str) -> bool:
 
 
 def pictures(rgb: Tensor, alpha: Tensor) -> Tensor:
-    """rgb (B, 3, H, W) in [-1, 1], alpha (B, 1, H, W) in [0, 1] -> what the network sees."""
+    """Turns rgb (B, 3, H, W) in [-1, 1] and alpha (B, 1, H, W) in [0, 1] into what the network
+    sees."""
     both = torch.cat([rgb * alpha, alpha], 1)
     return F.interpolate(both, (SIDE, SIDE), mode="area") if both.shape[-1] != SIDE else both
 
 
 @torch.no_grad()
 def see(reader: Reader, clips: Sequence[tuple[Tensor, Tensor]]) -> Seen:
-    """clips: rgb (3, T, H, W) and alpha (1, T, H, W) each. Features are means over the frames."""
+    """Reads clips: rgb (3, T, H, W) and alpha (1, T, H, W) each. Features are means over the
+    frames."""
     reader.eval()
     views = [
         pictures(rgb.transpose(0, 1).clamp(-1, 1), alpha.transpose(0, 1).clamp(0, 1))
@@ -137,8 +139,8 @@ def agreement(seen: Seen, clips: Sequence[synthetic.SyntheticClip]) -> tuple[Ten
 
 
 def frechet(one: Tensor, other: Tensor) -> float:
-    """Squared distance of two normal distributions with the moments of features (B, D): |mean -
-    mean'|^2 + tr(C + C' - 2 (C C')^(1/2)) (Frechet 1957, Heusel et al. 2017)."""
+    """Returns the squared distance of two normal distributions with the moments of features (B, D):
+    |mean - mean'|^2 + tr(C + C' - 2 (C C')^(1/2)) (Frechet 1957, Heusel et al. 2017)."""
     a, b = one.double().numpy(), other.double().numpy()
     first, second = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
     root = sqrtm(first @ second).real
@@ -147,7 +149,7 @@ def frechet(one: Tensor, other: Tensor) -> float:
 
 
 def interval(count: int, value: Callable[[np.ndarray], float], method: str) -> tuple[float, float]:
-    """95 % of the bootstrap over `count` clips; value: of the places of clips.
+    """Returns 95 % of the bootstrap over `count` clips; value: of the places of clips.
 
     method: percentile for shares. `basic` for the Frechet distance, which grows where clips are
     drawn twice.
@@ -164,8 +166,9 @@ def interval(count: int, value: Callable[[np.ndarray], float], method: str) -> t
 
 
 def load_reader(cache: Path) -> tuple[Reader, dict[str, float]]:
-    """The network and its share of kept-back drawings that it reads right. It is trained at first
-    use, in about a minute, and kept in the folder `cache` until drawings or training change."""
+    """Returns the network and its share of kept-back drawings that it reads right. It is trained
+    at first use, in about a minute, and kept in the folder `cache` until drawings or training
+    change."""
     code = b"".join(
         Path(str(file)).read_bytes() for file in (drawing.__file__, synthetic.__file__, __file__)
     )
@@ -223,7 +226,8 @@ def train_reader() -> Reader:
 
 
 def varied(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Smaller by down to 0.4 and somewhere on its canvas; half of them blurred; noisy."""
+    """Makes images smaller by down to 0.4 and somewhere on their canvas; half of them blurred;
+    noisy."""
     scale, x, y, blur, noise = torch.rand(5, len(images), generator=generator)
     scale = 0.4 + 0.6 * scale
     room = 1 - scale
@@ -239,7 +243,8 @@ def varied(images: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def check_reader(reader: Reader) -> dict[str, float]:
-    """Share of kept-back drawings, at every size and place, whose kind and color it reads right."""
+    """Returns the share of kept-back drawings, at every size and place, whose kind and color it
+    reads right."""
     clips = drawn(FIRST + DRAWN, CHECKED)
     images = torch.cat([pictures(clip.rgb[:, 0][None], clip.alpha[:, 0][None]) for clip in clips])
     moved = varied(images, generator_for("reader", "check"))
@@ -255,8 +260,9 @@ def measure(
     clips: Sequence[synthetic.SyntheticClip],
     held_out: Sequence[tuple[Tensor, Tensor]],
 ) -> dict[str, list[float]]:
-    """[value, low, high], 95 % intervals, of the shares of sampled clips whose kind and color are
-    those of their prompts, and of the Frechet distance between them and as many held-out ones.
+    """Returns [value, low, high], 95 % intervals, of the shares of sampled clips whose kind and
+    color are those of their prompts, and of the Frechet distance between them and as many held-out
+    ones.
 
     clips: whose prompts they are. What needs more clips than there are is left out: the distance
     more than features, a share two.

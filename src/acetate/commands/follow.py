@@ -58,7 +58,7 @@ def placed(planes: Tensor, path: EllipsePath) -> Tensor:
 
 
 def whole(clip: synthetic.SyntheticClip, path: EllipsePath) -> tuple[Tensor, Tensor]:
-    """rgb and alpha of a drawn clip, shrunk and moved as `placed` does."""
+    """Returns rgb and alpha of a drawn clip, shrunk and moved as `placed` does."""
     alpha = placed(clip.alpha, path)
     premultiplied = placed((clip.rgb + 1) * clip.alpha, path)
     return premultiplied / alpha.clamp_min(1e-6) - 1, alpha

@@ -44,7 +44,7 @@ def read(file: Path) -> Documented:
             elif not text.startswith("# @package"):
                 (pending if begun else found.about).append(text[2:])
             continue
-        begun = begun or bool(text)
+        begun = True
         group, key = GROUP.match(line), KEY.match(line)
         if group and group[3]:
             found.settings.append((group[1].lstrip("/"), group[2].strip(), group[3]))
@@ -55,9 +55,20 @@ def read(file: Path) -> Documented:
             value, comment = COMMENT.match(f" {key[3]}").groups()  # type: ignore[union-attr]
             words = " ".join([*pending, *([comment] if comment else [])])
             if parents[0][1] not in ("defaults", "hydra"):
-                found.settings.append((".".join(name for _, name in parents), value.strip(), words))
+                path = ".".join(name for _, name in parents)
+                found.settings += _inside(path, value.strip(), words)
         pending = []
     return found
+
+
+def _inside(path: str, value: str, comment: str) -> Iterator[tuple[str, str, str]]:
+    """Yields a setting, and of a mapping on one line that has no comment those in it."""
+    if comment or not value.startswith("{"):
+        yield path, value, comment
+        return
+    for name, inner in yaml.safe_load(value).items():
+        text = yaml.safe_dump(inner, default_flow_style=True, width=10**6)
+        yield from _inside(f"{path}.{name}", text.removesuffix("...\n").strip(), "")
 
 
 def help_of(program: Program, given: Sequence[str]) -> str:
@@ -168,8 +179,8 @@ def _files(group: str, option: str) -> Iterator[Path]:
     if file is None or group.startswith("hydra"):
         return
     yield file
-    for base in re.findall(r"^  - (\w+)\s*(?:#|$)", file.read_text(), re.M):
-        if base != "_self_":
+    for base in (yaml.safe_load(file.read_text()) or {}).get("defaults", ()):
+        if isinstance(base, str) and base != "_self_":
             yield from _files(group, base)
 
 

@@ -6,7 +6,8 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,10 @@ from acetate.redaction import scrub_logs, scrubbed
 from acetate.settings import SettingError, shown
 
 CONF = str(conf())
+FULL_ERROR = "HYDRA_FULL_ERROR"  # environment: 1 makes Hydra raise errors
 TRACEBACK = "ACETATE_TRACEBACK"  # environment: 1 shows where an error was raised, too
+# Hydra's settings for all but runs, which have a folder and a log of their own
+NO_RUN = ("hydra/job_logging=stdout", "hydra.output_subdir=null", "hydra.run.dir=.")
 IN_WORDS = (ValueError, OSError, RuntimeError, ArithmeticError, ImportError, NotImplementedError)
 
 
@@ -85,32 +89,40 @@ def start(program: Program, arguments: Overrides) -> Any:
             error.told = True  # type: ignore[attr-defined]
             raise
 
-    before = os.environ.get("HYDRA_FULL_ERROR", "0")
-    os.environ.setdefault(TRACEBACK, before)  # processes that this one starts are told
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come here, not to Hydra's own printer
     own_configs()
-    held = os.environ.get(TABLE)
     sys.excepthook = show_without_secrets
+    own = () if program.short == "train" else NO_RUN
+    with _process_as_before():
+        os.environ.setdefault(TRACEBACK, os.environ.get(FULL_ERROR, "0"))  # children are told
+        os.environ[FULL_ERROR] = "1"  # errors come here, not to Hydra's own printer
+        try:
+            arguments = hide(arguments)
+            sys.argv = [given[0], *own, *hide(command_line(program, arguments))]
+            _check_secrets(program, sys.argv[1:])
+            hydra.main(version_base=None, config_path=CONF, config_name=program.config)(job)()
+        except Exception as error:
+            if _traceback_asked():
+                raise
+            if not getattr(error, "told", False):
+                tell(error, program, arguments)
+            raise SystemExit(1) from None
+        except KeyboardInterrupt:
+            raise SystemExit(130) from None
+
+
+@contextmanager
+def _process_as_before() -> Iterator[None]:
+    """Gives this process its arguments and its environment back at the end."""
+    arguments = sys.argv
+    names = (FULL_ERROR, TRACEBACK, TABLE)
+    held = {name: os.environ[name] for name in names if name in os.environ}
     try:
-        arguments = hide(arguments)
-        sys.argv = [given[0], *hide(command_line(program, arguments))]
-        _check_secrets(program, sys.argv[1:])
-        hydra.main(version_base=None, config_path=CONF, config_name=program.config)(job)()
-    except Exception as error:
-        if _traceback_asked():
-            raise
-        if not getattr(error, "told", False):
-            tell(error, program, arguments)
-        raise SystemExit(1) from None
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
+        yield
     finally:
-        sys.argv = given
-        os.environ["HYDRA_FULL_ERROR"] = before
-        os.environ.pop(TRACEBACK, None)
-        os.environ.pop(TABLE, None)
-        if held is not None:
-            os.environ[TABLE] = held
+        sys.argv = arguments
+        for name in names:
+            os.environ.pop(name, None)
+        os.environ.update(held)
 
 
 def _imported(program: Program) -> Any:
@@ -291,7 +303,8 @@ def in_words(
         )
     text = _one_line(error)
     if found := re.search(r"Could not override '([^']+)'\. To append", text):
-        known = [*_defaults(config_name, arguments), *_groups(config_name)]
+        with as_on_gpu(False):  # the names are the same, and to ask torch takes seconds
+            known = [*_defaults(config_name, arguments), *_groups(config_name)]
         return f"{found[1]} is no setting here{_nearest(found[1], known)}. --help lists them."
     if found := re.search(
         r"Could not find '([^']+)/([^'/]+)' Available options in '[^']+': (.*)", text

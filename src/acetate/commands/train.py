@@ -23,7 +23,7 @@ from acetate.lightning_seams import guard_resume
 
 
 def main(config: DictConfig) -> float | None:
-    """Trains, and returns the value of the metric `objective` at the last validation, None where
+    """Trains, and returns the value of the metric `objective` at the last validation; None where
     there was none."""
     lightning.seed_everything(config.seed, workers=True, verbose=False)
     run = Path(config.paths.run)

@@ -164,7 +164,7 @@ class EndlessDataModule(LightningDataModule):
         )
 
     def identity(self) -> list[object]:
-        """All that decides which pictures the clips are."""
+        """Returns all that decides which pictures the clips are."""
         size = [self.frames, self.height, self.width]
         drawings = [
             Path(str(module.__file__)).read_text()
@@ -190,7 +190,7 @@ class EndlessDataModule(LightningDataModule):
 def placed(
     rgb: Tensor, alpha: Tensor, scale: float, above: float, before: float
 ) -> tuple[Tensor, Tensor]:
-    """A clip shown smaller on its transparent canvas; above and before: shares of the slack."""
+    """Shows a clip smaller on its transparent canvas; above and before: shares of the slack."""
     height, width = alpha.shape[-2:]
     rows, columns = max(1, round(scale * height)), max(1, round(scale * width))
     top, left = round(above * (height - rows)), round(before * (width - columns))

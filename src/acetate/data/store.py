@@ -78,8 +78,8 @@ class Remote:
         return self.__dict__ | {"members": {}}
 
     def read(self, url: str, most: int) -> bytes:
-        """A small file. FileNotFoundError where there is none, FetchError past the retries or for
-        more than `most` bytes."""
+        """Reads a small file. Raises FileNotFoundError where there is none, FetchError past the
+        retries or for more than `most` bytes."""
 
         def once() -> bytes:
             with self._part(0) as part:
@@ -104,7 +104,8 @@ class Remote:
             return read_at(file, self.members[tar.sha256][name], most)
 
     def open(self, tar: "RemoteTar") -> BinaryIO:
-        """A whole tar; as long as it is open, it can be read even if it has left the cache."""
+        """Opens a whole tar; as long as it is open, it can be read even if it has left the
+        cache."""
         with suppress(FileNotFoundError):
             return self._open_cached(tar)
         self._check_failed(tar)
@@ -134,15 +135,15 @@ class Remote:
         return self.cache_dir / f"{tar.sha256}.failed"
 
     def _check_failed(self, tar: "RemoteTar") -> None:
-        """FetchError where a process of this run could not get it a moment ago."""
+        """Raises FetchError where a process of this run could not get it a moment ago."""
         with suppress(FileNotFoundError):
             when = self._failure(tar).stat().st_mtime
             if when > max(self.made, time.time() - FORGET):
                 raise FetchError(self._failure(tar).read_text())
 
     def _open_cached(self, tar: "RemoteTar") -> BinaryIO:
-        """FileNotFoundError also for what is shorter: the machine lost its power as it was
-        written."""
+        """Opens a tar of the cache. Raises FileNotFoundError also for what is shorter: the machine
+        lost its power as it was written."""
         file = open(self._path(tar), "rb")  # noqa: SIM115  for the caller
         if os.fstat(file.fileno()).st_size != tar.size:
             file.close()
@@ -166,7 +167,7 @@ class Remote:
                 return self._open_cached(tar)
 
     def _persist(self, once: Callable[[], T], what: str) -> T:
-        """`once`, tried again with pauses that are drawn, so that many machines do not come back at
+        """Tries `once` again with pauses that are drawn, so that many machines do not come back at
         the same time."""
         reason = ""
         for attempt in range(self.retries + 1):
@@ -187,8 +188,8 @@ class Remote:
         raise FetchError(scrubbed(said, self.secrets))
 
     def _download(self, url: str, part: Path, size: float = float("inf")) -> None:
-        """TimeoutError once the file has not grown for `timeout` seconds, MoreThanSaid once it has
-        more than `size` bytes."""
+        """Downloads a tar. Raises TimeoutError once the file has not grown for `timeout` seconds,
+        MoreThanSaid once it has more than `size` bytes."""
         # The instance is made here, since fsspec keeps one for every thread that asks.
         options, arguments = in_one_stream(url, self.timeout)
         files, path = fsspec.url_to_fs(url, **options | self._options(url))
@@ -241,8 +242,8 @@ class Remote:
 
     @contextmanager
     def _part(self, size: int) -> Iterator[Path]:
-        """A file whose name takes its bytes out of what the cache has left, for one try: one that
-        was left behind may still write. It is gone afterwards, also where the process ends
+        """Makes a file whose name takes its bytes out of what the cache has left, for one try: one
+        that was left behind may still write. It is gone afterwards, also where the process ends
         meanwhile."""
         since = time.monotonic()
         while (file := self._reserve(size)) is None:
@@ -258,8 +259,8 @@ class Remote:
                 drop()
 
     def _reserve(self, size: int) -> BinaryIO | None:
-        """The file, which this process locks as long as it has it open; None where downloads leave
-        too little room."""
+        """Returns the file, which this process locks as long as it has it open; None where
+        downloads leave too little room."""
         with self._lock("cache"):
             if not self._make_room(size):
                 return None
@@ -269,7 +270,7 @@ class Remote:
             return file
 
     def _make_room(self, size: int) -> bool:
-        """False where downloads under way leave too little; under the lock."""
+        """Removes tars, under the lock; False where downloads under way leave too little room."""
         tars: list[tuple[int, int, Path]] = []
         parts = 0
         for path in self.cache_dir.iterdir():
@@ -315,7 +316,7 @@ class RemoteFolder:
         return redacted(self.url)
 
     def file(self, name: str) -> str:
-        """Its URL, with what the folder's is signed with."""
+        """Returns its URL, with what the folder's is signed with."""
         place, mark, query = self.url.partition("?" if self.url.startswith("http") else "\0")
         return f"{place.rstrip('/')}/{name}{mark}{query}"
 
@@ -344,13 +345,13 @@ Folder = Path | RemoteFolder
 
 
 def listed(folders: str | Iterable[str]) -> list[str]:
-    """One folder or many, as configs name them."""
+    """Lists one folder or many, as configs name them."""
     return [folders] if isinstance(folders, str) else list(folders)
 
 
 def open_folder(place: str | Path, remote: Remote | None) -> Folder:
-    """A path, or a URL with `://`; ValueError for a URL without `remote` or one that fsspec cannot
-    read."""
+    """Returns a path, or the folder of a URL with `://`. Raises ValueError for a URL without
+    `remote` or one that fsspec cannot read."""
     if "://" not in str(place):
         return Path(place)
     shown = redacted(str(place))
@@ -370,8 +371,8 @@ def open_folder(place: str | Path, remote: Remote | None) -> Folder:
 
 
 def read_file(folder: Folder, name: str, most: int = MOST_BYTES) -> bytes:
-    """FileNotFoundError where there is none, another OSError if it cannot be read, is no plain file
-    or has more than `most` bytes."""
+    """Reads a file. Raises FileNotFoundError where there is none, another OSError if it cannot be
+    read, is no plain file or has more than `most` bytes."""
     if isinstance(folder, Path):
         return read_plain(folder / name, most)
     return folder.remote.read(folder.file(name), most)

@@ -56,7 +56,7 @@ class Carried:
     unstated: tuple[str, ...] = ()
 
     def faults(self, alpha: bool) -> list[str]:
-        """Return in words why transparency that is there is not seen, or none where it is
+        """Returns in words why transparency that is there is not seen, or none where it is
         announced. alpha: whether a decoder finds any."""
         found = []
         if self.tagged and not alpha:
@@ -78,7 +78,7 @@ class Carried:
 
 
 def carried(path: Path) -> Carried:
-    """Read the structure of a film, a still, an animation or a sequence. Raises MediaError."""
+    """Reads the structure of a film, a still, an animation or a sequence. Raises MediaError."""
     with decoding(path):
         if is_sequence(path):
             return carried(sequence_files(path)[0])
@@ -120,7 +120,7 @@ def _of_film(path: Path) -> Carried:
 
 
 def who_shows(path: Path, codec: str) -> tuple[str, str] | None:
-    """Return who shows the alpha of such a file and who does not; None where nothing is known."""
+    """Returns who shows the alpha of such a file and who does not; None where nothing is known."""
     suffix = (sequence_files(path)[0] if is_sequence(path) else path).suffix.lower()[1:]
     suffix = {"mp4": "mov", "m4v": "mov"}.get(suffix, suffix)
     return SHOWN.get((suffix, codec)) or SHOWN.get((suffix,))

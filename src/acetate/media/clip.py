@@ -80,7 +80,7 @@ class Stream:
             yield picture
 
     def collected(self, name: object, limits: "Limits") -> RGBAClip:
-        """All of it. MediaError where it takes more memory than the limits allow."""
+        """Reads all of it. Raises MediaError where it takes more memory than the limits allow."""
 
         def within() -> Iterator[Frames]:
             for picture in self:
@@ -131,7 +131,8 @@ class Limits:
     memory_per_byte: float | None = None
 
     def check(self, name: object, frames: int, width: int, height: int) -> None:
-        """MediaError if a file announces more, or no picture at all; of memory, `check_memory`."""
+        """Raises MediaError if a file announces more, or no picture at all; of memory,
+        `check_memory`."""
         size = f"{name}: {frames} frames of {width}x{height}"
         if frames < 1 or width < 1 or height < 1:
             raise MediaError(f"{size}; the file is empty or damaged")
@@ -147,7 +148,7 @@ class Limits:
             )
 
     def check_memory(self, name: object, frames: int, bytes_per_frame: int) -> None:
-        """MediaError if what is kept of the decoded frames is more."""
+        """Raises MediaError if what is kept of the decoded frames is more."""
         if frames * bytes_per_frame > self.max_bytes:
             way_out = "allow more memory"
             if self.memory_per_byte is not None:
@@ -163,10 +164,11 @@ LIMITS = Limits()
 
 
 def joined(name: object, frames: Iterable[Frames], expected: int) -> Frames:
-    """The frames as one array, (T, ...), which is filled as they come, so that the clip is not held
-    twice.
+    """Returns the frames as one array, (T, ...), which is filled as they come, so that the clip is
+    not held twice.
 
-    expected: how many there probably are. MediaError if there is none, or if their sizes differ.
+    expected: how many there probably are. Raises MediaError if there is none, or if their sizes
+    differ.
     """
     whole, count = np.empty(0, np.uint8), 0
     for frame in frames:
@@ -186,13 +188,13 @@ def joined(name: object, frames: Iterable[Frames], expected: int) -> Frames:
 
 
 def to_uint8(unit: NDArray[np.float32]) -> Frames:
-    """[0, 1] to 0..255, rounded; what is not a number becomes 0."""
+    """Scales [0, 1] to 0..255, rounded; what is not a number becomes 0."""
     return (np.nan_to_num(unit).clip(0, 1) * 255 + 0.5).astype(np.uint8)
 
 
 @contextmanager
 def decoding(name: object) -> Iterator[None]:
-    """A decoder's own errors become MediaError, and each has the file's name."""
+    """Turns a decoder's own errors into MediaError, each with the file's name."""
     try:
         yield
     except MediaError as error:

@@ -77,7 +77,8 @@ class Conversion(NamedTuple):
 
 @lru_cache(maxsize=64)
 def conversion(stated: Stated) -> Conversion | None:
-    """None where nothing is to be done. MediaError for what has no one rendering in 8 bits."""
+    """Returns what turns stated colours into sRGB; None where nothing is to be done. Raises
+    MediaError for what has no one rendering in 8 bits."""
     if stated.icc is not None:
         return _of_profile(stated.icc)
     if stated.transfer in REFUSED_TRANSFERS:
@@ -120,7 +121,8 @@ def conversion(stated: Stated) -> Conversion | None:
 
 
 def stated_or(first: Stated, second: Stated) -> Stated:
-    """Each from `first` where it says something: a picture's own words before its container's."""
+    """Takes each from `first` where it says something: a picture's own words before its
+    container's."""
     return Stated(
         first.icc or second.icc,
         second.primaries if first.primaries == UNSPECIFIED else first.primaries,
@@ -132,8 +134,8 @@ def stated_or(first: Stated, second: Stated) -> Stated:
 
 
 def to_bt709(places: tuple[float, ...]) -> NDArray[np.float32] | None:
-    """3 x 3, light in other primaries to light in BT.709's, the white point adapted; None where
-    they are the same. MediaError for places that no colours have."""
+    """Returns 3 x 3, light in other primaries to light in BT.709's, the white point adapted; None
+    where they are the same. Raises MediaError for places that no colours have."""
     if np.abs(np.subtract(places, PRIMARIES[1])).max() < SAME:
         return None
     try:
@@ -149,7 +151,7 @@ def to_bt709(places: tuple[float, ...]) -> NDArray[np.float32] | None:
 
 
 def encode_srgb(linear: Unit) -> Unit:
-    """IEC 61966-2-1, [0, 1] to [0, 1]."""
+    """Encodes light as IEC 61966-2-1 does, [0, 1] to [0, 1]."""
     linear = linear.clip(0, 1)
     return np.where(
         linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055
@@ -157,7 +159,7 @@ def encode_srgb(linear: Unit) -> Unit:
 
 
 def decode_srgb(unit: Unit) -> Unit:
-    """Inverse of `encode_srgb`."""
+    """Computes the inverse of `encode_srgb`."""
     unit = unit.clip(0, 1)
     return np.where(unit <= 0.04045, unit / 12.92, ((unit + 0.055) / 1.055) ** 2.4).astype(
         np.float32
@@ -185,8 +187,8 @@ def _by_tables(to_light: Callable[[Unit], Unit], matrix: Unit | None) -> Callabl
 
 
 def _of_profile(icc: bytes) -> Conversion | None:
-    """Relative colorimetric, by Little CMS on 8 bits; None for sRGB. A profile that cannot be read
-    is passed over, as in browsers, and the note says so."""
+    """Converts by relative colorimetry, by Little CMS on 8 bits; None for sRGB. A profile that
+    cannot be read is passed over, as in browsers, and the note says so."""
     try:
         profile = ImageCms.ImageCmsProfile(io.BytesIO(icc))
         mode = {"RGB": "RGB", "GRAY": "L"}[profile.profile.xcolor_space.strip()]
@@ -220,6 +222,6 @@ def _xyz(x: float, y: float) -> NDArray[np.float64]:
 
 
 def _to_xyz(places: tuple[float, ...]) -> NDArray[np.float64]:
-    """Light in these primaries to CIE XYZ (SMPTE RP 177)."""
+    """Returns what turns light in these primaries into CIE XYZ (SMPTE RP 177)."""
     corners = np.stack([_xyz(*places[i : i + 2]) for i in (0, 2, 4)], axis=1)
     return corners * np.linalg.solve(corners, _xyz(*places[6:8]))

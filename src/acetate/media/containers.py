@@ -82,8 +82,8 @@ def _pixel_crop(file: BinaryIO, size: int) -> tuple[int, int, int, int]:
 def _clean_aperture(
     file: BinaryIO, size: int, width: int, height: int
 ) -> tuple[int, int, int, int]:
-    """ISO 14496-12, 12.1.4.2: the size of the aperture, and how far its middle is off the
-    picture's."""
+    """Reads the size of the aperture, and how far its middle is off the picture's: ISO 14496-12,
+    12.1.4.2."""
     for box in _iso(file, 0, size):
         if box.kind not in (b"moov", b"meta"):
             continue
@@ -102,7 +102,7 @@ def _clean_aperture(
 
 
 def _iso(file: BinaryIO, start: int, end: int) -> Iterator[Box]:
-    """ISO 14496-12, 4.2. A box of size 0 goes on to the end."""
+    """Yields the boxes of ISO 14496-12, 4.2. A box of size 0 goes on to the end."""
     for _ in range(MOST_BOXES):
         if start + 8 > end:
             return
@@ -119,7 +119,7 @@ def _iso(file: BinaryIO, start: int, end: int) -> Iterator[Box]:
 
 
 def _ebml(file: BinaryIO, start: int, end: int) -> Iterator[Box]:
-    """RFC 8794. An element of unknown size goes on to the end."""
+    """Yields the elements of RFC 8794. An element of unknown size goes on to the end."""
     for _ in range(MOST_BOXES):
         if start >= end:
             return
@@ -139,7 +139,7 @@ def _ebml_in(file: BinaryIO, box: Box | None, kind: int) -> Iterator[Box]:
 
 
 def _number(file: BinaryIO, keep_marker: bool) -> tuple[int, int] | None:
-    """A number of variable length, and that length; None at the end of the file."""
+    """Reads a number of variable length, and that length; None at the end of the file."""
     first = file.read(1)
     if not first or not first[0]:
         return None

@@ -43,7 +43,7 @@ class Deep(NamedTuple):
 
 
 def deep_header(path: Path, asked: Asked = AS_STATED) -> Deep | None:
-    """By content; None for a file that PIL reads without loss. MediaError
+    """Reads the header by content; None for a file that PIL reads without loss. Raises MediaError
     for a kind of it that is not read."""
     with open(path, "rb") as file:
         head = file.read(32)
@@ -69,7 +69,7 @@ def deep_header(path: Path, asked: Asked = AS_STATED) -> Deep | None:
 def read_deep(
     path: Path, deep: Deep, limits: Limits, asked: Asked = AS_STATED
 ) -> tuple[Frames, list[str]]:
-    """One frame (H, W, 4), straight sRGB; and what was done."""
+    """Reads one frame (H, W, 4), straight sRGB; and returns what was done."""
     if not deep.alpha:
         what = (
             "no channel that ExtraSamples calls alpha"
@@ -104,13 +104,13 @@ def divides(deep: Deep, asked: Asked) -> bool:
 
 
 def to_srgb(color: Unit, stated: Stated) -> tuple[Unit, list[str]]:
-    """And what was done."""
+    """Converts to sRGB, and returns what was done."""
     change = conversion(stated)
     return (color, []) if change is None else (cast(Unit, change.apply(color)), [change.note])
 
 
 def deep_pixels(path: Path, deep: Deep, limits: Limits) -> Unit:
-    """(H, W, 3 or 4) upright, in [0, 1] for integers."""
+    """Reads (H, W, 3 or 4) upright, in [0, 1] for integers."""
     limits.check(path, 1, deep.width, deep.height)
     if deep.layer is not None:
         pixels = read_exr(path, deep.layer)
@@ -122,7 +122,7 @@ def deep_pixels(path: Path, deep: Deep, limits: Limits) -> Unit:
 
 
 def png_pixels(data: bytes) -> Unit:
-    """(H, W, 3 or 4) in [0, 1] of a PNG with 16 bits, as stored."""
+    """Reads (H, W, 3 or 4) in [0, 1] of a PNG with 16 bits, as stored."""
     context = cast(av.VideoCodecContext, av.CodecContext.create("png", "r"))
     frames = context.decode(av.Packet(data)) + context.decode(None)
     if not frames:
@@ -201,7 +201,7 @@ def _tiff_pixels(path: Path, deep: Deep) -> Unit:
 
 
 def _as_color(pixels: NDArray) -> NDArray:
-    """Grey, or grey and alpha, as colour."""
+    """Returns grey, or grey and alpha, as colour."""
     if pixels.shape[-1] > 2:
         return pixels
     return np.concatenate((pixels[..., :1].repeat(3, axis=-1), pixels[..., 1:]), axis=-1)

@@ -41,10 +41,11 @@ class Header(NamedTuple):
 
 
 def exr_header(path: Path, asked: str | None) -> Header:
-    """asked: a layer by name; None: the main one if it has alpha, else the only one that has.
+    """Reads the header. asked: a layer by name; None: the main one if it has alpha, else the only
+    one that has.
 
-    MediaError for deep pixels, for no or several layers to choose from,
-    and for one that is not there.
+    Raises MediaError for deep pixels, for no or several layers to choose from, and for one that is
+    not there.
     """
     with OpenEXR.File(str(path), header_only=True, separate_channels=True) as file:
         layer = _chosen(_layers(file), asked)
@@ -68,7 +69,7 @@ def exr_header(path: Path, asked: str | None) -> Header:
 
 
 def read_exr(path: Path, layer: Layer) -> NDArray[np.float32]:
-    """(H, W, 3 or 4) of the display window as stored; transparent where there are no data."""
+    """Reads (H, W, 3 or 4) of the display window as stored; transparent where there are no data."""
     with OpenEXR.File(str(path), separate_channels=True, num_threads=0) as file:
         part = file.parts[layer.part]
         (left, top), (right, bottom) = part.header["displayWindow"]

@@ -54,8 +54,8 @@ def opened(path: Path) -> av.container.InputContainer:
 
 
 def facts_of(path: Path, stream: av.VideoStream, frame: av.VideoFrame) -> Facts:
-    """frame: the first. Other decoders than FFmpeg's own do not hand on what the container says of
-    placement; its own first frame has that."""
+    """Gathers what a film says. frame: the first. Other decoders than FFmpeg's own do not hand on
+    what the container says of placement; its own first frame has that."""
     if stream.codec_context.name in (*ALPHA_DECODERS, "hevc"):
         with suppress(StopIteration, FFmpegError), opened(path) as container:
             frame = next(container.decode(container.streams.video[0]))
@@ -79,8 +79,9 @@ def of_frame(frame: av.VideoFrame) -> Stated:
 
 
 def name_matrix(frame: av.VideoFrame, stream: av.VideoStream) -> None:
-    """The container's word where the stream has none, and before VP8's, which knows no matrix but
-    BT.601's. What nobody names is BT.601 up to 576 lines and BT.709 above, as players take it."""
+    """Takes the container's word where the stream has none, and before VP8's, which knows no
+    matrix but BT.601's. What nobody names is BT.601 up to 576 lines and BT.709 above, as players
+    take it."""
     if frame.format.is_rgb:
         return
     codec = stream.codec_context

@@ -29,13 +29,13 @@ def delays_as_shown(delays: list[float]) -> list[float]:
 def constant_rate(
     name: object, starts: NDArray[np.float64], end: float | None, tick: float, max_frames: int
 ) -> Rate:
-    """starts: when each frame appears, increasing; end: of the last one, where the file says; tick:
-    its clock, seconds.
+    """Finds a constant rate. starts: when each frame appears, increasing; end: of the last one,
+    where the file says; tick: its clock, seconds.
 
     Times that a constant rate explains but for the clock's rounding are left as they are. Otherwise
     the most common delay (of equally common ones the shortest) is the new clip's, and each of its
     frames is the one that is shown in the middle of that time: longer ones repeat, shorter ones may
-    go. MediaError, which names the file, past max_frames.
+    go. Raises MediaError, which names the file, past max_frames.
     """
     if len(starts) == 1:
         return Rate(
@@ -68,7 +68,7 @@ def constant_rate(
 
 
 def most_common(delays: NDArray[np.float64], tick: float) -> float:
-    """The mean of those that round to the most common number of ticks or its neighbours."""
+    """Returns the mean of those that round to the most common number of ticks or its neighbours."""
     ticks = np.rint(delays / tick)
     values, counts = np.unique(ticks, return_counts=True)
     mode = values[counts.argmax()]

@@ -32,7 +32,8 @@ class AlphaLayer:
 
     @classmethod
     def of(cls, path: Path, stream: av.VideoStream) -> "AlphaLayer | None":
-        """None for another codec, or for HEVC without a second layer in its first picture."""
+        """Returns the layer; None for another codec, or for HEVC without a second layer in its
+        first picture."""
         extra = stream.codec_context.extradata
         if stream.codec_context.name != "hevc" or not extra or len(extra) < 23 or extra[0] != 1:
             return None
@@ -51,7 +52,7 @@ class AlphaLayer:
     def frames(
         self, container: av.container.InputContainer, stream: av.VideoStream
     ) -> Iterator[av.VideoFrame]:
-        """Colour with its alpha as one more plane."""
+        """Yields colour with its alpha as one more plane."""
         alpha_decoder = cast(av.VideoCodecContext, av.CodecContext.create("hevc", "r"))
         alpha_decoder.thread_count = 1
         head = b"".join(START + _as_base(unit) for unit in self._alpha_sets())
@@ -79,7 +80,7 @@ class AlphaLayer:
             )
 
     def _alpha_sets(self) -> list[bytes]:
-        """Layer 1's, and layer 0's video parameter set."""
+        """Returns layer 1's parameter sets, and layer 0's video parameter set."""
         return [
             s
             for s in self.sets
@@ -88,7 +89,8 @@ class AlphaLayer:
 
 
 def with_alpha(color: av.VideoFrame, alpha: av.VideoFrame) -> av.VideoFrame:
-    """A frame with the colour's planes and the luma of `alpha`, in full range, as the fourth."""
+    """Returns a frame with the colour's planes and the luma of `alpha`, in full range, as the
+    fourth."""
     if color.format.name not in PLANES or (color.width, color.height) != (
         alpha.width,
         alpha.height,
@@ -118,8 +120,8 @@ def _rows(plane: av.video.plane.VideoPlane, bits: int) -> np.ndarray:
 
 
 def _units(data: bytes, length_size: int) -> Iterator[bytes]:
-    """NAL units, each behind its length; what a damaged length cuts off is left to the decoder to
-    miss."""
+    """Yields NAL units, each behind its length; what a damaged length cuts off is left to the
+    decoder to miss."""
     at = 0
     while at + length_size < len(data):
         length = int.from_bytes(data[at : at + length_size], "big")
@@ -142,8 +144,8 @@ def _as_base(unit: bytes) -> bytes:
 
 
 def _hvcc(record: bytes, at: int) -> list[bytes]:
-    """The NAL units of a decoder configuration record whose number of arrays stands at `at` (ISO
-    14496-15, 8.3.3)."""
+    """Returns the NAL units of a decoder configuration record whose number of arrays stands at `at`
+    (ISO 14496-15, 8.3.3)."""
     units, arrays, at = [], record[at], at + 1
     for _ in range(arrays):
         count, at = int.from_bytes(record[at + 1 : at + 3], "big"), at + 3
@@ -163,8 +165,8 @@ def _lhvc(path: Path) -> list[bytes]:
 
 
 def _premultiplied(sei: list[bytes]) -> bool | None:
-    """alpha_channel_use_idc, ITU-T H.265 F.14.3.8: 0: colour is to be multiplied by alpha; 1: it
-    has been."""
+    """Reads alpha_channel_use_idc, ITU-T H.265 F.14.3.8: 0: colour is to be multiplied by alpha; 1:
+    it has been."""
     for unit in sei:
         if len(unit) > 4 and unit[2] == ALPHA_CHANNEL_INFORMATION and not unit[4] & 0x80:
             return {0: False, 1: True}.get(unit[4] >> 4 & 7)

@@ -118,7 +118,8 @@ def read_image(path: Path, limits: Limits = LIMITS, asked: Asked = AS_STATED) ->
 
 
 def describe_image(path: Path, limits: Limits = LIMITS, asked: Asked = AS_STATED) -> Description:
-    """frames: of the file. A GIF may turn out opaque once its frames are seen."""
+    """Describes an image from its header. frames: of the file. A GIF may turn out opaque once its
+    frames are seen."""
     with decoding(path):
         deep = deep_header(path, asked)
         if deep is not None:
@@ -136,8 +137,8 @@ def describe_image(path: Path, limits: Limits = LIMITS, asked: Asked = AS_STATED
 
 
 def image_size(path: Path) -> tuple[int, int]:
-    """Width and height from the header; nothing is decoded. MediaError for what is not one
-    still."""
+    """Reads width and height from the header; nothing is decoded. Raises MediaError for what is not
+    one still."""
     with decoding(path):
         deep = deep_header(path)
         if deep is not None:
@@ -149,8 +150,8 @@ def image_size(path: Path) -> tuple[int, int]:
 
 
 def image_halves(path: Path, limits: Limits = LIMITS) -> tuple[Frames, Frames]:
-    """Colour (H, W, 3), in sRGB, and luma (H, W), as stored, of an image; one of the two is half of
-    a pair."""
+    """Reads colour (H, W, 3), in sRGB, and luma (H, W), as stored, of an image; one of the two is
+    half of a pair."""
     with decoding(path):
         deep = deep_header(path)
         if deep is not None:
@@ -169,7 +170,7 @@ def image_halves(path: Path, limits: Limits = LIMITS) -> tuple[Frames, Frames]:
 def _pictures(
     path: Path, image: Image.Image, png: Header | None, first: int, count: int
 ) -> Iterator[tuple[Frames, float]]:
-    """(H, W, 4) as stored, and for how many milliseconds each is shown."""
+    """Yields (H, W, 4) as stored, and for how many milliseconds each is shown."""
     if png is not None and count > 1:
         decode = _eight_bits if png.bits < 16 else png_pixels
         for picture, delay in islice(composed(path.read_bytes(), decode), count):
@@ -185,7 +186,8 @@ def _pictures(
 
 
 def _keyed_grey(image: Image.Image, png: Header) -> Frames:
-    """PIL (13.0) compares the transparent level, as it is stored, with levels of 8 bits."""
+    """Reads grey with a transparent level itself: PIL (13.0) compares that, as it is stored, with
+    levels of 8 bits."""
     grey = np.asarray(image.convert("L"))
     level = int.from_bytes(png.transparent or b"", "big") * 255 // (2**png.bits - 1)
     alpha = np.where(grey == level, 0, 255).astype(np.uint8)
@@ -193,12 +195,12 @@ def _keyed_grey(image: Image.Image, png: Header) -> Frames:
 
 
 def _png(path: Path, image: Image.Image) -> Header | None:
-    """Its checksums are compared, too, which PIL does not do."""
+    """Reads a PNG; its checksums are compared, too, which PIL does not do."""
     return png_header(path.read_bytes()) if image.format == "PNG" else None
 
 
 def _change(path: Path, image: Image.Image, png: Header | None) -> Conversion | None:
-    """To sRGB, if its colour is not."""
+    """Returns what turns its colour into sRGB, if it is another."""
     stated = png.stated if png is not None else Stated(icc=image.info.get("icc_profile") or None)
     if image.format == "AVIF" and stated.icc is None:
         stated = _nclx(path)
@@ -206,8 +208,8 @@ def _change(path: Path, image: Image.Image, png: Header | None) -> Conversion | 
 
 
 def _nclx(path: Path) -> Stated:
-    """The colour information box of code points (ISO 14496-12, 12.1.5), which PIL does not hand
-    out."""
+    """Reads the colour information box of code points (ISO 14496-12, 12.1.5), which PIL does not
+    hand out."""
     with open(path, "rb") as file:
         head = file.read(65536)
     at = head.find(b"colrnclx") + 8
@@ -239,22 +241,22 @@ def _cut_off(path: Path, image: Image.Image) -> str | None:
 
 
 def _eight_bits(file: bytes) -> Unit:
-    """A PNG, (H, W, 4)."""
+    """Reads a PNG, (H, W, 4)."""
     with Image.open(io.BytesIO(file), formats=("PNG",)) as image:
         return np.asarray(image.convert("RGBA")).astype(np.float32) / np.float32(255)
 
 
 @contextmanager
 def _opened(path: Path) -> Iterator[Image.Image]:
-    """Not by its path: PIL would map an uncompressed TIFF into memory, and turn that wrongly
-    (13.0)."""
+    """Opens an image, but not by its path: PIL would map an uncompressed TIFF into memory, and turn
+    that wrongly (13.0)."""
     with open(path, "rb") as file, Image.open(file, formats=FORMATS) as image:
         yield image
 
 
 def _animation(image: Image.Image) -> tuple[int, int]:
-    """First frame and number of frames; the default image of some APNG is not part of it, nor are
-    pages of a TIFF."""
+    """Returns first frame and number of frames; the default image of some APNG is not part of it,
+    nor are pages of a TIFF."""
     first = int(getattr(image, "default_image", False))
     return first, 1 if image.format == "TIFF" else getattr(image, "n_frames", 1) - first
 
@@ -265,7 +267,7 @@ def _rate(path: Path, delays: list[float], limits: Limits) -> Rate:
 
 
 def _may_have_alpha(image: Image.Image, png: Header | None) -> bool:
-    """A GIF's first frame may be opaque and a later one not."""
+    """Returns whether alpha may come: a GIF's first frame may be opaque and a later one not."""
     keyed = png is not None and png.transparent is not None
     return image.has_transparency_data or keyed or image.format == "GIF"
 

@@ -27,11 +27,11 @@ Values = NDArray[np.unsignedinteger]
 
 
 def open_matte(path: Path, limits: Limits = LIMITS) -> Stream:
-    """(H, W) of each picture of a video, an image or a sequence, in 0..255: alpha where it has one
-    that varies, else luma.
+    """Opens a matte: (H, W) of each picture of a video, an image or a sequence, in 0..255: alpha
+    where it has one that varies, else luma.
 
-    All pictures are looked at first where they may number things. MediaError, also while it is
-    iterated over, for what cannot be read, and for a mask that tells more than two things apart.
+    All pictures are looked at first where they may number things. Raises MediaError, also while it
+    is iterated over, for what cannot be read, and for a mask that tells more than two things apart.
     """
     with decoding(path):
         if not is_sequence(path) and path.suffix.lower() not in IMAGES + OPAQUE_IMAGES:
@@ -136,8 +136,8 @@ def _its_alpha(path: Path) -> str:
 
 
 def _numbers(path: Path, limits: Limits) -> tuple[Values, bool] | None:
-    """(H, W): indices of a palette, or 16-bit values below LABELS; and whether they are more than
-    shades of grey. None for any other picture."""
+    """Returns (H, W): indices of a palette, or 16-bit values below LABELS; and whether they are
+    more than shades of grey. None for any other picture."""
     with decoding(path), open(path, "rb") as file, Image.open(file, formats=FORMATS) as image:
         limits.check(path, 1, *image.size)
         values = np.asarray(image) if image.mode == "P" or image.mode.startswith("I") else None
@@ -149,7 +149,7 @@ def _numbers(path: Path, limits: Limits) -> tuple[Values, bool] | None:
 
 
 def _packed(picture: Frames) -> NDArray[np.uint32]:
-    """(H, W): 0xRRGGBB of (H, W, 3)."""
+    """Packs (H, W, 3) into (H, W): 0xRRGGBB."""
     return picture.astype(np.uint32) @ np.array([1 << 16, 1 << 8, 1], np.uint32)
 
 
@@ -173,8 +173,8 @@ def _of_two(path: Path, kind: str, found: list[int]) -> tuple[Callable[[Values],
 
 
 def _of_few(path: Path, pictures: Iterable[Frames]) -> tuple[Frames, list[str]]:
-    """(256,), what each value of a lossless mask becomes, and why: where they number things, 0 and
-    1 become 0 and 255."""
+    """Returns (256,), what each value of a lossless mask becomes, and why: where they number
+    things, 0 and 1 become 0 and 255."""
     counts = np.zeros(256, np.int64)
     for picture in pictures:
         counts += np.bincount(picture.ravel(), minlength=256)

@@ -53,10 +53,10 @@ class Shift(NamedTuple):
 
 
 def stated_packing(path: Path, size: tuple[int, int]) -> tuple[Rect, Rect] | None:
-    """Colour and alpha as Tencent's VAP states them: in the MP4's own `vapc` box, or in vapc.json
-    or NAME.json beside it where that is for a picture of this size, width and height.
+    """Returns colour and alpha as Tencent's VAP states them: in the MP4's own `vapc` box, or in
+    vapc.json or NAME.json beside it where that is for a picture of this size, width and height.
 
-    None if neither is there. MediaError for a layout that cannot be used.
+    None if neither is there. Raises MediaError for a layout that cannot be used.
     """
     with decoding(path):
         box = _vapc_box(path)
@@ -75,7 +75,7 @@ def stated_packing(path: Path, size: tuple[int, int]) -> tuple[Rect, Rect] | Non
 
 
 def _vapc_box(path: Path) -> Any:
-    """Content of the box of that name at the top of an MP4; None without one."""
+    """Returns the content of the box of that name at the top of an MP4; None without one."""
     with open(path, "rb") as file:
         end = file.seek(0, 2)
         place = 0
@@ -96,7 +96,7 @@ def _vapc_box(path: Path) -> Any:
 
 
 def _stated(where: str, content: Any, size: tuple[int, int]) -> tuple[Rect, Rect]:
-    """rgbFrame and aFrame of VAP's JSON; they lie inside of the picture that it states."""
+    """Reads rgbFrame and aFrame of VAP's JSON; they lie inside of the picture that it states."""
     info = content.get("info") if isinstance(content, dict) else None
     if not isinstance(info, dict):
         raise MediaError(f"{where} has no entry info; VAP's layout has one")
@@ -147,8 +147,8 @@ def find_packing(pictures: list[Frames]) -> Packing | None:
 
 
 def edges(luma: NDArray[np.float32]) -> Edges:
-    """Direction and strength of the gradient, its angle doubled: an outline counts alike from dark
-    to light and back.
+    """Computes direction and strength of the gradient, its angle doubled: an outline counts alike
+    from dark to light and back.
 
     Granlund 1978. Strong edges are held down, so that a few of them do not decide alone.
     """
@@ -197,7 +197,7 @@ def _coarse_shifts(pictures: list[Frames]) -> Iterator[Shift]:
 
 
 def _refined(pictures: list[Frames], coarse: Shift, factor: int) -> Shift:
-    """The best of the shifts of whole pixels around it."""
+    """Returns the best of the shifts of whole pixels around it."""
     if factor == 1:
         return coarse
     whole = [edges(_luma(picture)) for picture in pictures]
@@ -229,8 +229,8 @@ def _overlap(whole: Edges, small: Edges, shift: Shift) -> float:
 
 
 def _rectangles(shift: Shift, width: int, height: int) -> Iterator[tuple[Rect, Rect]]:
-    """The largest colour and alpha that keep to the shift, inside the picture, apart along either
-    axis."""
+    """Yields the largest colour and alpha that keep to the shift, inside the picture, apart along
+    either axis."""
     scale = shift.scale
     for columns, rows in (
         (_apart(shift.right, scale, width), _free(shift.down, scale, height)),
@@ -252,12 +252,12 @@ def _rectangles(shift: Shift, width: int, height: int) -> Iterator[tuple[Rect, R
 
 
 def _free(shift: int, scale: float, size: int) -> tuple[int, int]:
-    """First and end of the colour along an axis where it and alpha may overlap."""
+    """Returns first and end of the colour along an axis where it and alpha may overlap."""
     return max(0, round(-shift / scale)), min(size, int((size - shift) / scale))
 
 
 def _apart(shift: int, scale: float, size: int) -> tuple[int, int]:
-    """Along the axis where alpha stands after the colour, or before it."""
+    """Divides along the axis where alpha stands after the colour, or before it."""
     if shift >= 0:
         return 0, min(shift, int((size - shift) / scale))
     first = round(-shift / scale)
@@ -265,7 +265,7 @@ def _apart(shift: int, scale: float, size: int) -> tuple[int, int]:
 
 
 def _judged(pictures: list[Frames], color_rect: Rect, alpha_rect: Rect) -> tuple[float, str]:
-    """Confidence in [0, 1] that the two are colour and alpha, and what it rests on.
+    """Returns the confidence in [0, 1] that the two are colour and alpha, and what it rests on.
 
     Alpha is grey, mostly at its ends, and has the colour's outlines; the colour's edges lie where
     alpha is not 0. Both together fill most of the picture. A grey colour could as well be a copy,
@@ -317,12 +317,14 @@ def _ramp(value: float, low: float, high: float) -> float:
 
 
 def _luma(picture: Frames) -> NDArray[np.float32]:
-    """BT.601's weights, as the edges of colours of one brightness do not matter here."""
+    """Returns luma by BT.601's weights, as the edges of colours of one brightness do not matter
+    here."""
     return picture.astype(np.float32) @ np.array([0.299, 0.587, 0.114], np.float32)
 
 
 def _reduced(picture: Frames, factor: int) -> Frames:
-    """By a whole number, each pixel the mean of a block; what does not fill a block is left out."""
+    """Reduces by a whole number, each pixel the mean of a block; what does not fill a block is left
+    out."""
     return np.asarray(Image.fromarray(picture).reduce(factor)) if factor > 1 else picture
 
 

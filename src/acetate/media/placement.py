@@ -41,7 +41,8 @@ class Placement(NamedTuple):
     turns: int = 0
 
     def apply(self, picture: Pixels) -> Pixels:
-        """(H, W) or (H, W, C). Pixels are stretched along their longer side, channel by channel."""
+        """Places (H, W) or (H, W, C). Pixels are stretched along their longer side, channel by
+        channel."""
         if self.crop is not None:
             x, y, width, height = self.crop
             picture = picture[y : y + height, x : x + width]
@@ -82,21 +83,21 @@ class Placement(NamedTuple):
 
 
 def oriented(orientation: int, aspect: float = 1.0) -> Placement:
-    """orientation: of EXIF."""
+    """Returns the placement of EXIF's orientation."""
     turns, mirrored = TURNS.get(orientation, (0, False))
     return Placement(None, aspect, mirrored, turns)
 
 
 def aspect_of(ratio: float | None) -> float:
-    """1 for what is square but for rounding, and for damage."""
+    """Returns the ratio, or 1 for what is square but for rounding, and for damage."""
     if not ratio or not 1 / WIDEST_PIXEL <= ratio <= WIDEST_PIXEL or abs(ratio - 1) < SQUARE:
         return 1.0
     return float(ratio)
 
 
 def turned_by(matrix: bytes | None) -> tuple[int, bool]:
-    """Quarter turns and whether mirrored, of a display matrix: nine integers of 16.16. MediaError
-    for a matrix that does anything else."""
+    """Returns quarter turns and whether mirrored, of a display matrix: nine integers of 16.16.
+    Raises MediaError for a matrix that does anything else."""
     if matrix is None or len(matrix) < 36:
         return 0, False
     a, b, _, c, d = struct.unpack("<5i", matrix[:20])

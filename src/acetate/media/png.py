@@ -91,8 +91,8 @@ class Control(NamedTuple):
 
 
 def chunks(data: bytes) -> Iterator[tuple[bytes, bytes]]:
-    """Kind and contents, in order. ValueError where a checksum is wrong or the file is cut off
-    before IEND."""
+    """Yields kind and contents, in order. Raises ValueError where a checksum is wrong or the file
+    is cut off before IEND."""
     at, kind = len(SIGNATURE), b""
     while kind != b"IEND":
         if at + 12 > len(data):
@@ -134,8 +134,8 @@ def composed(data: bytes, decode: Callable[[bytes], Unit]) -> Iterator[tuple[Uni
 
 
 def _frames(data: bytes, header: bytes) -> Iterator[tuple[Control, bytes]]:
-    """Each as a PNG file of its own. The default image is one of them only if it has a control
-    chunk before it."""
+    """Yields each frame as a PNG file of its own. The default image is one of them only if it has a
+    control chunk before it."""
     shared: list[tuple[bytes, bytes]] = []  # palette and its transparency
     control: Control | None = None
     body = b""
@@ -168,7 +168,7 @@ def _file(parts: list[tuple[bytes, bytes]]) -> bytes:
 
 
 def _over(top: Unit, below: Unit) -> Unit:
-    """Porter and Duff 1984, straight colour."""
+    """Computes Porter and Duff 1984 for straight colour."""
     kept = below[..., 3:] * (1 - top[..., 3:])
     alpha = top[..., 3:] + kept
     color = (top[..., :3] * top[..., 3:] + below[..., :3] * kept) / np.where(alpha > 0, alpha, 1)

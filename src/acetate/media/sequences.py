@@ -16,7 +16,8 @@ def is_sequence(path: Path) -> bool:
 
 
 def sequence_files(path: Path) -> list[Path]:
-    """The frames in natural order: frame2 before frame10. MediaError if there is none."""
+    """Returns the frames in natural order: frame2 before frame10. Raises MediaError if there is
+    none."""
     folder, pattern = (path, None) if path.is_dir() else (path.parent, _compiled(path.name))
     files = [
         file
@@ -36,7 +37,7 @@ def sequence_files(path: Path) -> list[Path]:
 
 
 def check_frames(path: Path, files: list[Path]) -> None:
-    """MediaError names the first frame that is an empty placeholder."""
+    """Raises MediaError that names the first frame that is an empty placeholder."""
     for file in files:
         if not file.stat().st_size:
             raise MediaError(

@@ -57,14 +57,14 @@ Channels = Callable[[av.VideoFrame, Stated], Frames]
 
 
 def read_video(path: Path, limits: Limits = LIMITS) -> RGBAClip:
-    """All of `open_video`."""
+    """Reads all of `open_video`."""
     with decoding(path):
         return open_video(path, limits).collected(path, limits)
 
 
 def open_video(path: Path, limits: Limits = LIMITS) -> Stream:
-    """(H, W, 4) of every codec that gives an alpha plane, VP8, VP9 and HEVC with alpha among them.
-    Raises MediaError."""
+    """Opens a video: (H, W, 4) of every codec that gives an alpha plane, VP8, VP9 and HEVC with
+    alpha among them. Raises MediaError."""
 
     def channels(frame: av.VideoFrame, stated: Stated) -> Frames:
         if not has_alpha(frame.format):
@@ -79,8 +79,8 @@ def open_video(path: Path, limits: Limits = LIMITS) -> Stream:
 
 
 def open_film(path: Path, channels: Channels, limits: Limits = LIMITS) -> Stream:
-    """channels: of a decoded frame and the colour that is stated for it, (H, W) or (H, W, C); it is
-    called in the order in which frames are shown.
+    """Opens a film. channels: of a decoded frame and the colour that is stated for it, (H, W) or
+    (H, W, C); it is called in the order in which frames are shown.
 
     Pictures are cropped, turned and mirrored as the file says; pixels that are not square are
     stretched, the longer side up. The colour that is stated becomes sRGB's (`media.color`). Raises
@@ -172,7 +172,7 @@ def describe_video(path: Path, limits: Limits = LIMITS) -> Description:
 
 
 def color(frame: av.VideoFrame, stated: Stated) -> Frames:
-    """(H, W, 3) in sRGB, by the frame's own matrix and range."""
+    """Returns (H, W, 3) in sRGB, by the frame's own matrix and range."""
     change = conversion(stated)
     pixels = "rgb24" if change is None else "rgb48le"
     rgb = SCALER.reformat(frame, format=pixels, interpolation=INTERPOLATION, threads=1)
@@ -181,7 +181,7 @@ def color(frame: av.VideoFrame, stated: Stated) -> Frames:
 
 
 def luma(frame: av.VideoFrame, stated: Stated) -> Frames:
-    """(H, W), stretched to 0..255; of colour the green, as it is stored."""
+    """Returns (H, W), stretched to 0..255; of colour the green, as it is stored."""
     del stated  # a matte has none
     bits = frame.format.components[0].bits
     if frame.format.is_rgb or bits > 16:
@@ -220,8 +220,8 @@ def _lost_alpha(container: av.container.InputContainer, stream: av.VideoStream) 
 
 
 def _alpha(frame: av.VideoFrame) -> Frames:
-    """(H, W). Rounded from the plane itself: the scaler would cut 12 bits off to 8 and make 4080
-    opaque."""
+    """Returns (H, W), rounded from the plane itself: the scaler would cut 12 bits off to 8 and make
+    4080 opaque."""
     component = frame.format.components[-1]
     if component.bits > (16 if frame.format.is_planar else 8):
         return to_uint8(frame.to_ndarray(format="rgba64le")[..., 3] / np.float32(65535))
@@ -248,8 +248,8 @@ def _levels(bits: int, full: bool) -> Frames:
 
 
 def _check_header(path: Path, stream: av.VideoStream, limits: Limits) -> None:
-    """Before anything is decoded; a header without the number of frames still has a duration and a
-    rate."""
+    """Checks, before anything is decoded; a header without the number of frames still has a
+    duration and a rate."""
     codec, rate = stream.codec_context, _rate(stream)
     count = stream.frames
     if not count and rate and stream.duration and stream.time_base:
@@ -297,8 +297,8 @@ def _check_count(
     path: Path, stream: av.VideoStream, held: int, packets: int, alpha_layer: AlphaLayer | None,
     notes: list[str],
 ) -> None:  # fmt: skip
-    """A decoder that gives far fewer pictures than there are packets is not believed, and none that
-    drops pictures for want of their alpha."""
+    """Disbelieves a decoder that gives far fewer pictures than there are packets, or that drops
+    pictures for want of their alpha."""
     lost = packets - held
     if lost <= 0 or not held:
         return

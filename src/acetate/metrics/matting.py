@@ -22,7 +22,7 @@ LEAST = 0.15  # below this distance a pixel counts as connected
 
 
 def derivative_kernels(sigma: float = SIGMA) -> Tensor:
-    """Return the first derivatives of a Gaussian along x and y, (2, 1, K, K) of unit L2 norm.
+    """Returns the first derivatives of a Gaussian along x and y, (2, 1, K, K) of unit L2 norm.
 
     The window ends where the Gaussian falls below 0.01 (Rhemann et al. 2009).
     """
@@ -35,20 +35,20 @@ def derivative_kernels(sigma: float = SIGMA) -> Tensor:
 
 
 def spread(mattes: Tensor) -> Tensor:
-    """Stretch each matte (N, H, W) to [0, 1]; a constant one becomes 0."""
+    """Stretches each matte (N, H, W) to [0, 1]; a constant one becomes 0."""
     low, high = mattes.amin((1, 2), keepdim=True), mattes.amax((1, 2), keepdim=True)
     return torch.where(high > low, (mattes - low) / (high - low).clamp_min(1e-12), 0)
 
 
 def gradient_magnitude(mattes: Tensor) -> Tensor:
-    """Return the magnitude of the gradient, (N, H, W), with the border repeated outside."""
+    """Returns the magnitude of the gradient, (N, H, W), with the border repeated outside."""
     kernels = derivative_kernels().to(mattes)
     padded = F.pad(mattes[:, None], (kernels.shape[-1] // 2,) * 4, mode="replicate")
     return F.conv2d(padded, kernels).square().sum(1).sqrt()
 
 
 def gradient_error(prediction: Tensor, target: Tensor, normalised: bool = False) -> Tensor:
-    """Return the summed squared difference of gradient magnitudes in thousands, (N,).
+    """Returns the summed squared difference of gradient magnitudes in thousands, (N,).
 
     Rhemann et al. 2009, "A perceptually motivated online benchmark for image matting". normalised:
     each matte is stretched to [0, 1] before, as in the evaluation of RobustVideoMatting (Lin et al.
@@ -61,7 +61,7 @@ def gradient_error(prediction: Tensor, target: Tensor, normalised: bool = False)
 
 
 def connectivity_error(prediction: Tensor, target: Tensor) -> Tensor:
-    """Return the connectivity error in thousands, (N,).
+    """Returns the connectivity error in thousands, (N,).
 
     A pixel's degree of connectivity falls with its distance from the highest threshold at which it
     still belongs to the largest region (4-connected) that both mattes have in common; distances
@@ -120,7 +120,7 @@ class MattingErrors(Metric):
         self._last: tuple[Tensor, Tensor] | None = None
 
     def update(self, prediction: Tensor, target: Tensor, goes_on: bool = False) -> None:
-        """Add clips (B, 1, T, H, W); ValueError for shapes that differ or cannot go on."""
+        """Adds clips (B, 1, T, H, W); ValueError for shapes that differ or cannot go on."""
         if prediction.shape != target.shape or prediction.ndim != 5 or prediction.shape[1] != 1:
             raise ValueError(
                 f"alpha of shapes {tuple(prediction.shape)} and {tuple(target.shape)}; both are "
@@ -146,7 +146,7 @@ class MattingErrors(Metric):
             self._add_pixels(of_frame.double(), of_target.double(), error)
 
     def _temporal(self, prediction: Tensor, target: Tensor, goes_on: bool) -> Tensor:
-        """Return dtSSD of each frame, (B, T)."""
+        """Returns dtSSD of each frame, (B, T)."""
         if goes_on and (self._last is None or self._last[0].shape != prediction[:, :, -1].shape):
             raise ValueError("goes_on=true, but no piece of the same clips and size came before.")
         before = self._last if goes_on and self._last else (prediction[:, :, 0], target[:, :, 0])
@@ -171,7 +171,7 @@ class MattingErrors(Metric):
         self._last = None
 
     def compute(self) -> dict[str, Tensor]:
-        """Return the figures by name; those of pixels that did not occur are left out."""
+        """Returns the figures by name; those of pixels that did not occur are left out."""
         means = self.frame_sums / self.frame_count
         figures: dict[str, Tensor] = dict(zip(OF_FRAMES, means, strict=True))
         if not self.connectivity:

@@ -307,8 +307,8 @@ class WanDiTTask(MeasuredTask):
         return {"loss": loss}
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
-        """val/prompt_gain: by how much the error grows where each clip has its neighbour's prompt;
-        a DiT that does not read prompts has 0."""
+        """Logs val/prompt_gain: by how much the error grows where each clip has its neighbour's
+        prompt; a DiT that does not read prompts has 0."""
         others = {**batch, "prompt": [*batch["prompt"][1:], *batch["prompt"][:1]]}
         loss, other = (
             self.step(each, ClipDraws(batch["key"], self.seed, "val", device=self.device))

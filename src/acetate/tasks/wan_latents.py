@@ -43,7 +43,7 @@ class KeptLatents(Dataset):
         return len(self.keys)
 
     def __getitem__(self, index: int) -> dict[str, Tensor | str]:
-        """{latents (C, F, h, w) as the head gives them, prompt, key}."""
+        """Returns {latents (C, F, h, w) as the head gives them, prompt, key}."""
         epoch, place = divmod(index, len(self))
         if self.endless and epoch != self.epoch:
             generator = generator_for("kept latents", self.seed, epoch)
