@@ -90,7 +90,7 @@ DEFECTS = {
     ),
     "twice": (
         lambda rgb, alpha: ((rgb + 1) * alpha - 1, alpha),
-        ["color is multiplied by alpha once too often"],
+        ["colour is multiplied by alpha once too often"],
     ),
     "squared": (lambda rgb, alpha: (rgb, alpha.square()), ["alpha is multiplied by itself"]),
     "noisy": (
@@ -121,3 +121,10 @@ def test_how_often_color_is_multiplied_grows():
         for part in (0.0, 0.25, 0.5, 1.0)
     ]
     assert found == pytest.approx([0, 0.25, 0.5, 1], abs=1e-5)
+
+
+def test_color_that_is_not_seen_is_no_fault():
+    alpha = disc(4)
+    rgb, behind = painted(alpha), late(alpha, 1)
+    hidden = torch.where(behind > 0, rgb, -1)  # black where it was not seen
+    assert named(figures(Faults(), hidden, behind, rgb, alpha)) == ["alpha is 1 frame late"]

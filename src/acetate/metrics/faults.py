@@ -54,8 +54,9 @@ class Faults(Metric):
             for one, other in zip(seen[:, 0], true[:, 0], strict=True):
                 self._displaced(one, other, held)
             unit_hat, unit = (rgb_hat.float().clamp(-1, 1) + 1) / 2, (rgb.float() + 1) / 2
+            shown = alpha * (alpha_hat > 0)  # color that nobody sees is anything
             moments = (
-                _moments(alpha * (unit_hat - unit), alpha * (alpha - 1) * unit),
+                _moments(shown * (unit_hat - unit), shown * (alpha - 1) * unit),
                 _moments(alpha_hat - alpha, alpha * (alpha - 1)),
             )
             self.moments = self.moments + torch.stack(moments)
@@ -123,9 +124,9 @@ def named(figures: Mapping[str, float]) -> list[str]:
         count = f"{abs(delay):g} frame{'s' * (abs(delay) != 1)}"
         found.append(f"alpha is {count} {'late' if delay > 0 else 'early'}")
     if (often := figures.get("multiplied", 0)) > 0.5:
-        found.append("color is multiplied by alpha once too often")
+        found.append("colour is multiplied by alpha once too often")
     elif often < -0.5:
-        found.append("color is divided by alpha once too often")
+        found.append("colour is divided by alpha once too often")
     if figures.get("squared", 0) > 0.5:
         found.append("alpha is multiplied by itself")
     return found
