@@ -4,7 +4,6 @@ side."""
 import base64
 import json
 import math
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -23,30 +22,18 @@ from rich.console import Console
 from torch import Tensor
 
 from acetate.cli import run
-from acetate.data.keys import plain_key
-from acetate.documents import parse, read_plain
-from acetate.media.clip import Limits, MediaError, RGBAClip, Stream
-from acetate.media.sequences import is_sequence
+from acetate.media.clip import Limits, MediaError, RGBAClip
 from acetate.metrics.alpha import border_mean
 from acetate.metrics.matting import MattingErrors
 from acetate.replacing import check_out, written
-from acetate.video_io import describe, open_pair, open_rgba
-from acetate.video_out import SUFFIXES
 from data_prep.bad_clips import print_bad
-from data_prep.candidates import Candidate, sidecar, survey
+from data_prep.candidates import Candidate
 from data_prep.executor import progress
-from data_prep.report import filled, grounds
-from data_prep.tables import read_text
+from data_prep.finished import clips_of, named, opened, prompt_of
+from data_prep.report import SLOT, STYLE, grounds, grounds_css
 from data_prep.tree import printable
 
 TEMPLATE = Path(__file__).with_name("view.html")
-# Of one clip in several formats: what loses least is shown.
-PREFERRED = ("", ".exr", ".tif", ".tiff", ".png", ".mov", ".mkv", ".apng", ".webp", ".webm")
-WRITTEN = re.compile(
-    "|".join(f"{re.escape(end.partition('.')[0])}$" for ends in SUFFIXES.values() for end in ends
-             if end.startswith("_"))
-)  # fmt: skip
-MOST_JSON = 2**20  # bytes of a file that describes a sample
 
 
 @dataclass(frozen=True)
@@ -87,39 +74,6 @@ class Look:
     limits: Limits
 
 
-def clip_name(candidate: Candidate) -> str:
-    """Returns the name by which clips of several systems are the same one."""
-    return plain_key(WRITTEN.sub("", candidate.name)) or candidate.name
-
-
-def clips_of(folder: Path) -> dict[str, Candidate]:
-    """Finds the clips of a folder, each once. Raises FileNotFoundError and ValueError."""
-    found: dict[str, Candidate] = {}
-    for candidate in survey(folder).candidates:
-        if candidate.path.name.endswith("_preview.mp4"):
-            continue
-        name, held = clip_name(candidate), found.get(clip_name(candidate))
-        if held is None or _rank(candidate) < _rank(held):
-            found[name] = candidate
-    return found
-
-
-def _rank(candidate: Candidate) -> int:
-    suffix = "" if is_sequence(candidate.files[0]) else candidate.files[0].suffix.lower()
-    return PREFERRED.index(suffix) if suffix in PREFERRED else len(PREFERRED)
-
-
-def opened(candidate: Candidate, limits: Limits) -> Stream:
-    """Opens a clip with alpha. Raises MediaError for a file without."""
-    path = candidate.files[0]
-    if len(candidate.files) == 2:
-        return open_pair(*candidate.files, limits)
-    header = describe(path, limits)
-    if not header.alpha:
-        raise MediaError(f"{path}: {header.lost or 'no alpha'}")
-    return open_rgba(path, limits)
-
-
 def show(work: Work, look: Look) -> list[Shown | str | None]:
     """Draws the clip of each system: None where it has none, the reason where it cannot be read."""
     reference = None
@@ -157,7 +111,7 @@ def _shown(candidate: Candidate, clip: RGBAClip, reference: RGBAClip | None, loo
     fps = (clip.fps or 16.0) * len(pictures) / len(clip.frames)
     return Shown(
         buffer.getvalue(), columns, (width, height), len(pictures), len(clip.frames), fps,
-        _prompt(candidate), figures(clip, reference),
+        prompt_of(candidate), figures(clip, reference),
     )  # fmt: skip
 
 
@@ -168,21 +122,6 @@ def _small(frame: NDArray[np.uint8], side: int) -> Image.Image:
     scale = min(1.0, side / max(image.size))
     sides = [max(1, round(length * scale)) for length in image.size]
     return image.resize(sides, Image.Resampling.LANCZOS) if scale < 1 else image
-
-
-def _prompt(candidate: Candidate) -> str:
-    """Returns the text beside the clip, or the prompt of the JSON beside a sample; empty
-    without."""
-    if text := sidecar(candidate.path):
-        return printable(read_text(text).strip())
-    described = candidate.path.with_name(WRITTEN.sub("", candidate.path.stem) + ".json")
-    if not described.is_file():
-        return ""
-    try:
-        said = parse(read_plain(described, MOST_JSON))
-    except ValueError:
-        return ""
-    return printable(str(said.get("prompt", ""))) if isinstance(said, dict) else ""
 
 
 def figures(clip: RGBAClip, reference: RGBAClip | None) -> dict[str, float]:
@@ -250,15 +189,6 @@ def works(folders: Sequence[Path], reference: Path | None) -> Iterator[Work]:
     true = clips_of(reference) if reference else {}
     for name in sorted(set().union(*found)):
         yield Work(name, tuple(clips.get(name) for clips in found), true.get(name))
-
-
-def named(folders: Sequence[Path]) -> list[str]:
-    """Returns as short a name of each folder as tells them apart."""
-    for parts in range(1, max(len(folder.parts) for folder in folders) + 1):
-        names = ["/".join(folder.parts[-parts:]) for folder in folders]
-        if len(set(names)) == len(names):
-            return names
-    raise ValueError(f"folders={', '.join(map(str, folders))}; a folder is named twice.")
 
 
 def main(config: DictConfig) -> Path:

@@ -63,11 +63,18 @@ def program_of(line: str) -> str:
 def shortened(line: str, resumed: int = 0) -> str:
     """With settings appended. resumed: how many lines have gone on with a run; each ends a step
     later."""
-    more = list(SHORTER.get(program_of(line), []))
+    more = [] if of_clips(line) else list(SHORTER.get(program_of(line), []))
     if program_of(line) == "train":
         more += [f"trainer.max_steps={2 + resumed}", f"trainer.val_check_interval={2 + resumed}"]
         more += ["callbacks.samples.solver.steps=2"] if "dit_dora" in line else []
     return " ".join([line, *more])
+
+
+def of_clips(line: str) -> bool:
+    """Whether it measures finished clips, not a run."""
+    words = shlex.split(line)
+    place = words.index("evaluate") if "evaluate" in words else len(words)
+    return any("=" not in word for word in words[place + 1 :])
 
 
 class Clone:

@@ -21,7 +21,8 @@ class Program:
     line about it.
 
     inherits: the function of `acetate.commands.inherited` that takes settings over from a run, if
-    any. takes: the setting that bare words of the command line are a list of, if any.
+    any. takes: the setting that bare words of the command line are a list of, if any. of_words: the
+    program that runs in its place where that setting is given, if any.
     """
 
     name: str
@@ -30,6 +31,7 @@ class Program:
     line: str
     inherits: str | None = None
     takes: str | None = None
+    of_words: "Program | None" = None
 
     @property
     def short(self) -> str:
@@ -68,7 +70,12 @@ GROUPS: dict[str, tuple[Program, ...]] = {
     ),
     "Clips out": (
         _command("sample", "prompts to transparent clips", "sample"),
-        _command("evaluate", "a trained model's figures on the validation clips", "evaluate"),
+        Program(
+            "evaluate", "acetate.commands.evaluate", "command/evaluate",
+            "figures of finished clips, or of a trained model on its validation clips",
+            "evaluate", "folders",
+            Program("evaluate", "data_prep.evaluate", "command/evaluate_clips", ""),
+        ),
         _command("follow", "whether samples stay where their guide says", "follow"),
         _command("export", "weights for diffusers, ComfyUI or Wan-Alpha", "export"),
         Program(
@@ -116,8 +123,11 @@ def run(name: str, arguments: Sequence[str] | None = None) -> Any:
     out: object = sys.stdout
     if isinstance(out, TextIOWrapper):  # names of files may be no Unicode
         out.reconfigure(errors="backslashreplace")
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    return start(PROGRAMS[name], _named(PROGRAMS[name].takes, given))
+    program = PROGRAMS[name]
+    given = _named(program.takes, list(sys.argv[1:] if arguments is None else arguments))
+    if program.of_words and any(text.startswith(f"{program.takes}=") for text in given):
+        program = program.of_words
+    return start(program, given)
 
 
 def _named(setting: str | None, arguments: list[str]) -> list[str]:

@@ -151,6 +151,13 @@ def outlines(ellipses: Tensor, height: int, width: int, frames: int) -> Tensor:
     return points[cells.clamp_max(len(ellipses) - 1)]
 
 
+def inside(ellipses: Tensor, height: int, width: int) -> Tensor:
+    """Tells which cells of a grid have their centres in ellipses: (N, 5), as of `fit_ellipses`, ->
+    bool (N, height, width); none where the lengths are 0."""
+    centre, lengths, angle = ellipses[:, :2], ellipses[:, 2:4], ellipses[:, 4]
+    return _inside(centre, lengths, angle, height, width) & (lengths[:, :1, None] > 0)
+
+
 def _mean_pool(x: Tensor, time_stride: int, space_stride: int) -> Tensor:
     s = space_stride
     first = F.avg_pool3d(x[:, :, :1], (1, s, s))

@@ -4,8 +4,9 @@ import torch
 from torch.testing import assert_close
 
 from acetate.commands import agreement
-from acetate.commands.agreement import Seen, alike, colors_of, frechet, interval
+from acetate.commands.agreement import Seen, alike, colors_of, frechet
 from acetate.data.synthetic import KINDS, SyntheticClip, render
+from acetate.metrics.intervals import interval
 
 
 @pytest.mark.parametrize("kind", KINDS)

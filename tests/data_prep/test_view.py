@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_prep.view import clips_of
+from data_prep.finished import clips_of
 from tests.browser import chromium, needs_chromium, screenshot
 from tests.compose import called
 

@@ -37,6 +37,8 @@ def test_known_errors():
     assert found["residue"] == pytest.approx(50 * 0.1 / 80, rel=1e-5)
     assert found["soft_iou"] == pytest.approx(110 / (110 + 4 + 5), rel=1e-5)
     assert found["dtssd"] == 0
+    assert found["sad_mixed"] == pytest.approx(20 * 0.2 / 1e3, rel=1e-5)
+    assert 0 < found["grad_mixed"] < found["grad"] and found["conn_mixed"] <= found["conn"]
 
 
 def test_known_dtssd():

@@ -3,7 +3,7 @@ drawn clips, and the Frechet distance in its features."""
 
 import hashlib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -15,12 +15,12 @@ import torch.nn.functional as F
 from filelock import FileLock
 from safetensors.torch import load_file
 from scipy.linalg import sqrtm
-from scipy.stats import bootstrap
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from acetate.data import drawing, synthetic
 from acetate.draws import generator_for
+from acetate.metrics.intervals import interval
 from acetate.replacing import new_mode, rename_over, write_tensors
 
 SIDE = 48  # pixels that the network sees
@@ -37,7 +37,6 @@ NAMED = re.compile(r"\b(" + "|".join(sorted(NAMES, key=len, reverse=True)) + r")
 DRAWN, CHECKED = 4200, 420  # pictures that it learns from, and that are kept back
 EPOCHS, BATCH, RATE = 8, 60, 6e-3
 FIRST = 2 * 10**6  # numbers of the drawings; neither a demo shard nor `held_out` has them
-RESAMPLES = 1000  # of the bootstrap
 
 
 class Reader(nn.Module):
@@ -148,23 +147,6 @@ def frechet(one: Tensor, other: Tensor) -> float:
     return float(away @ away + np.trace(first + second - 2 * root))
 
 
-def interval(count: int, value: Callable[[np.ndarray], float], method: str) -> tuple[float, float]:
-    """Returns 95 % of the bootstrap over `count` clips; value: of the places of clips.
-
-    method: percentile for shares. `basic` for the Frechet distance, which grows where clips are
-    drawn twice.
-    """
-    found = bootstrap(
-        (np.arange(count),),
-        value,
-        n_resamples=RESAMPLES if method == "percentile" else RESAMPLES // 4,
-        vectorized=False,
-        method=method,
-        rng=np.random.default_rng(0),
-    ).confidence_interval
-    return max(0.0, float(found.low)), float(found.high)
-
-
 def load_reader(cache: Path) -> tuple[Reader, dict[str, float]]:
     """Returns the network and its share of kept-back drawings that it reads right. It is trained
     at first use, in about a minute, and kept in the folder `cache` until drawings or training
@@ -273,10 +255,11 @@ def measure(
         if len(right) > 1:
             values = right.double().numpy()
             share = partial(_mean_at, values)
-            results[name] = [share(slice(None)), *interval(len(values), share, "percentile")]
+            results[name] = [share(slice(None)), *interval(len(values), share)]
     if len(real) > FEATURES:
         between = partial(_frechet_at, seen.features, real)
-        results["frechet"] = [between(slice(None)), *interval(len(real), between, "basic")]
+        low, high = interval(len(real), between, "basic")
+        results["frechet"] = [between(slice(None)), max(0.0, low), high]
     return results
 
 

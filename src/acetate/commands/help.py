@@ -81,6 +81,9 @@ def help_of(program: Program, given: Sequence[str]) -> str:
         lines += [*experiments(), *groups(), "", *chosen(program, given)]
     else:
         lines += ["", "Settings", *rows(found.settings)]
+    if program.of_words:
+        clips = read(conf() / f"{program.of_words.config}.yaml")
+        lines += ["", *paragraphs(clips.about), "", "Settings", *rows(clips.settings)]
     lines += ["", f"acetate {program.name} ... --cfg job prints every setting and starts nothing."]
     return "\n".join(lines)
 

@@ -247,6 +247,9 @@ RULES: dict[str, Rule] = {
     "files": several(place),
     "folders": several(place),
     "view.reference": optional(place),
+    "references": optional(place),
+    "cut_longer": flag,
+    "alphavae": either(auto, flag),
     "view.frames": whole(1, FRAMES),
     "lossless": flag,
     # The tiny base

@@ -14,10 +14,13 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from acetate.alpha import frames
+from acetate.metrics.history import History
 
 SIGMA = 1.4  # pixels, of the Gaussian whose derivative measures a matte's gradient
 LEVELS = np.arange(0, 1.1, 0.1)  # of the threshold that connectivity is followed through
-OF_FRAMES = ("mad", "mse", "sad", "grad", "conn", "dtssd")
+OF_FRAMES = (
+    "mad", "mse", "sad", "grad", "conn", "dtssd", "sad_mixed", "grad_mixed", "conn_mixed",
+)  # fmt: skip
 LEAST = 0.15  # below this distance a pixel counts as connected
 
 
@@ -54,10 +57,14 @@ def gradient_error(prediction: Tensor, target: Tensor, normalised: bool = False)
     each matte is stretched to [0, 1] before, as in the evaluation of RobustVideoMatting (Lin et al.
     2022) and of MODNet; tables that were made by it compare only so.
     """
+    return gradient_errors(prediction, target, normalised).sum((1, 2)) / 1000
+
+
+def gradient_errors(prediction: Tensor, target: Tensor, normalised: bool) -> Tensor:
+    """Return the squared difference of gradient magnitudes of each pixel, (N, H, W)."""
     if normalised:
         prediction, target = spread(prediction), spread(target)
-    change = gradient_magnitude(prediction) - gradient_magnitude(target)
-    return change.square().sum((1, 2)) / 1000
+    return (gradient_magnitude(prediction) - gradient_magnitude(target)).square()
 
 
 def connectivity_error(prediction: Tensor, target: Tensor) -> Tensor:
@@ -67,12 +74,16 @@ def connectivity_error(prediction: Tensor, target: Tensor) -> Tensor:
     still belongs to the largest region (4-connected) that both mattes have in common; distances
     below 0.15 count as none (Rhemann et al. 2009). The loop over regions runs on the CPU.
     """
+    return (connectivity_errors(prediction, target).sum((1, 2)) / 1000).float()
+
+
+def connectivity_errors(prediction: Tensor, target: Tensor) -> Tensor:
+    """Return the difference in connectivity of each pixel, (N, H, W) in float64."""
     pairs = zip(prediction.cpu().numpy(), target.cpu().numpy(), strict=True)
-    errors = [_connectivity(a, b) for a, b in pairs]
-    return torch.tensor(errors, dtype=torch.float32, device=prediction.device)
+    return torch.from_numpy(np.stack([_connectivity(a, b) for a, b in pairs])).to(target.device)
 
 
-def _connectivity(prediction: np.ndarray, target: np.ndarray) -> float:
+def _connectivity(prediction: np.ndarray, target: np.ndarray) -> np.ndarray:
     level = np.full(target.shape, -1.0)
     for lower, upper in pairwise(LEVELS):
         regions = np.empty(target.shape, np.int32)
@@ -85,7 +96,7 @@ def _connectivity(prediction: np.ndarray, target: np.ndarray) -> float:
     degrees = [
         1 - np.where(matte - level >= LEAST, matte - level, 0) for matte in (prediction, target)
     ]
-    return float(np.abs(degrees[0] - degrees[1]).sum() / 1000)
+    return np.abs(degrees[0] - degrees[1])
 
 
 class MattingErrors(Metric):
@@ -94,10 +105,11 @@ class MattingErrors(Metric):
     mad, mse: mean absolute and squared error of a pixel, times 1e3. sad: sum of absolute errors of
     a frame, divided by 1e3. grad, conn: `gradient_error` and `connectivity_error` of a frame.
     dtssd: root of the mean squared difference of the changes from frame to frame, times 1e2, 0 for
-    a clip's first frame (Erofeev et al. 2015). mad_mixed, mse_mixed: of the pixels whose true alpha
-    is neither 0 nor 1. residue: mean predicted alpha where the truth is 0. soft_iou: sum of the
-    smaller over the sum of the larger alpha, 1 for two empty clips. Scale factors are those of
-    RobustVideoMatting's evaluation (Lin et al. 2022), whose gradient is `normalised=True`.
+    a clip's first frame (Erofeev et al. 2015). mad_mixed, mse_mixed: means over the pixels whose
+    true alpha is neither 0 nor 1; sad_mixed, grad_mixed, conn_mixed: sums over those. residue: mean
+    predicted alpha where the truth is 0. soft_iou: sum of the smaller over the sum of the larger
+    alpha, 1 for two empty clips. Scale factors are those of RobustVideoMatting's evaluation (Lin et
+    al. 2022), whose gradient is `normalised=True`.
 
     Long clips may be given in pieces: `update(..., goes_on=True)` takes the first frame as the
     successor of the last one of the update before.
@@ -112,12 +124,14 @@ class MattingErrors(Metric):
     def __init__(self, normalised: bool = False, connectivity: bool = True):
         super().__init__()
         self.normalised, self.connectivity = normalised, connectivity
-        self.add_state("frame_sums", torch.zeros(6, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state(
+            "frame_sums", torch.zeros(len(OF_FRAMES), dtype=torch.float64), dist_reduce_fx="sum"
+        )
         self.add_state("frame_count", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
         # absolute and squared error where mixed, prediction where empty, smaller and larger alpha
         self.add_state("pixel_sums", torch.zeros(5, dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("pixel_counts", torch.zeros(2, dtype=torch.long), dist_reduce_fx="sum")
-        self._last: tuple[Tensor, Tensor] | None = None
+        self._before = History(keep=1)
 
     def update(self, prediction: Tensor, target: Tensor, goes_on: bool = False) -> None:
         """Adds clips (B, 1, T, H, W); ValueError for shapes that differ or cannot go on."""
@@ -131,29 +145,29 @@ class MattingErrors(Metric):
             dtssd = self._temporal(prediction, target, goes_on)
             of_frame, of_target = frames(prediction)[:, 0], frames(target)[:, 0]
             error = (of_frame - of_target).abs().double()
+            gradient = gradient_errors(of_frame, of_target, self.normalised).double()
+            connection = (
+                connectivity_errors(of_frame, of_target)
+                if self.connectivity
+                else torch.zeros_like(error)
+            )
+            of_pixels, mixed = (error, gradient, connection), (of_target > 0) & (of_target < 1)
             values = [
                 1e3 * error.mean((1, 2)),
                 1e3 * error.square().mean((1, 2)),
-                error.sum((1, 2)) / 1e3,
-                gradient_error(of_frame, of_target, self.normalised),
-                connectivity_error(of_frame, of_target)
-                if self.connectivity
-                else torch.zeros(len(error), device=error.device),
+                *(value.sum((1, 2)) / 1e3 for value in of_pixels),
                 dtssd.flatten(),
+                *((value * mixed).sum((1, 2)) / 1e3 for value in of_pixels),
             ]
             self.frame_sums = self.frame_sums + torch.stack([v.double().sum() for v in values])
             self.frame_count = self.frame_count + len(error)
             self._add_pixels(of_frame.double(), of_target.double(), error)
 
     def _temporal(self, prediction: Tensor, target: Tensor, goes_on: bool) -> Tensor:
-        """Returns dtSSD of each frame, (B, T)."""
-        if goes_on and (self._last is None or self._last[0].shape != prediction[:, :, -1].shape):
-            raise ValueError("goes_on=true, but no piece of the same clips and size came before.")
-        before = self._last if goes_on and self._last else (prediction[:, :, 0], target[:, :, 0])
-        self._last = (prediction[:, :, -1], target[:, :, -1])
+        """Return dtSSD of each frame, (B, T)."""
+        whole, held = self._before.joined((prediction, target), goes_on)
         first, second = (
-            torch.diff(matte, dim=2, prepend=last[:, :, None])
-            for matte, last in zip((prediction, target), before, strict=True)
+            torch.diff(matte, dim=2, prepend=None if held else matte[:, :, :1]) for matte in whole
         )
         return 1e2 * (first - second).double().square().mean((1, 3, 4)).sqrt()
 
@@ -168,14 +182,14 @@ class MattingErrors(Metric):
 
     def reset(self) -> None:
         super().reset()
-        self._last = None
+        self._before.clear()
 
     def compute(self) -> dict[str, Tensor]:
         """Returns the figures by name; those of pixels that did not occur are left out."""
         means = self.frame_sums / self.frame_count
         figures: dict[str, Tensor] = dict(zip(OF_FRAMES, means, strict=True))
         if not self.connectivity:
-            del figures["conn"]
+            del figures["conn"], figures["conn_mixed"]
         mixed, empty = self.pixel_counts
         if mixed > 0:
             figures["mad_mixed"] = 1e3 * self.pixel_sums[0] / mixed
