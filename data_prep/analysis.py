@@ -76,7 +76,8 @@ def analyse(
 
 
 def _measured(stream: Stream) -> tuple["Totals", "Stillness", "Shots", list[Frames]]:
-    """One pass over the pictures; and some of them, spread over the clip's length."""
+    """Passes over the pictures once; returns what was measured, and some of them, spread over the
+    clip's length."""
     wanted = set(sampled(stream.frames).tolist())
     totals: Totals | None = None
     still, shots, sample = Stillness(stream.lossy), Shots(), []
@@ -160,7 +161,7 @@ class Totals:
         return cls(np.zeros(256, np.int64), none, none.copy(), most, array("d"))
 
     def add(self, planes: Frames) -> None:
-        """planes: (4, H, W) of a picture."""
+        """Adds a picture. planes: (4, H, W) of a picture."""
         *colors, alpha = planes
         counts = np.bincount(alpha.ravel(), minlength=256)
         np.add(self.histogram, counts, out=self.histogram)

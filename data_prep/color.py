@@ -53,8 +53,8 @@ class Mixture:
 def mixtures(
     frames: Sequence[NDArray[np.uint8]], low: int, high: int, lossy: bool, straight_format: bool
 ) -> dict[str, Mixture] | None:
-    """Backdrop (black, white, #rrggbb) -> evidence; None without soft pixels. frames: (H, W, 4)
-    each, some of a clip; soft: low < alpha < high."""
+    """Returns backdrop (black, white, #rrggbb) -> evidence; None without soft pixels. frames: (H,
+    W, 4) each, some of a clip; soft: low < alpha < high."""
     margin = 8  # steps of alpha: nearer to 0 and 1 the models do not differ
     bounds = max(low, margin), min(high, 255 - margin)
     telling, hidden = [], []
@@ -101,8 +101,8 @@ def _soft(alpha: NDArray[np.uint8], bounds: tuple[int, int]) -> NDArray[np.bool_
 
 
 def _near(parts: Sequence[NDArray[np.uint8]], color: Iterable[float], by: float) -> float:
-    """The share of the pixels none of whose channels is further from a colour. parts: (3, ...)
-    each, not all of them empty."""
+    """Returns the share of the pixels none of whose channels is further from a colour. parts: (3,
+    ...) each, not all of them empty."""
     bounds = [(math.ceil(level - by), math.floor(level + by)) for level in color]
     agree = count = 0
     for part in parts:
@@ -126,8 +126,8 @@ def _other_backdrop(
     hidden: Sequence[NDArray[np.uint8]],
     tolerance: float,
 ) -> dict[str, tuple[int, int, int]]:
-    """The one colour that shows under alpha 0, or, where that is wiped, the one that things of many
-    colours fade into; none if that is nearly black or white."""
+    """Finds the one colour that shows under alpha 0, or, where that is wiped, the one that things
+    of many colours fade into; none if that is nearly black or white."""
     if any(map(np.any, hidden)):
         middle = np.array([_median([part[channel] for part in hidden]) for channel in range(3)])
         agree = _near(hidden, middle, 2 + tolerance)
@@ -140,7 +140,7 @@ def _other_backdrop(
 
 
 def _median(parts: Sequence[NDArray[np.uint8]]) -> float:
-    """Of all their levels together."""
+    """Returns the median of all their levels together."""
     counts = sum(np.bincount(part.ravel(), minlength=256) for part in parts)
     up_to = np.cumsum(counts)
     middle = np.searchsorted(up_to, [(up_to[-1] - 1) // 2, up_to[-1] // 2], side="right")
@@ -150,8 +150,8 @@ def _median(parts: Sequence[NDArray[np.uint8]]) -> float:
 def _fades_into(
     blocks: NDArray[np.float32], soft: NDArray[np.bool_]
 ) -> tuple[NDArray[np.float64], float]:
-    """Where the lines through colour over alpha of the blocks meet at alpha 0, and the share of
-    them that do, if they end apart at alpha 1: else one thing's own colour were the backdrop."""
+    """Finds where the lines through colour over alpha of the blocks meet at alpha 0, and the share
+    of them that do, if they end apart at alpha 1: else one thing's own colour were the backdrop."""
     weight = soft.astype(np.float64)
     count = weight.sum(axis=0).clip(1)
     color, alpha = blocks[:3], blocks[3]
@@ -191,8 +191,8 @@ def confidence(log_odds: float) -> float:
 
 
 def _blocks(frame: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """(H, W, 4) -> (4, BLOCK * BLOCK, N); a frame that is no multiple repeats its last rows and
-    columns."""
+    """Divides (H, W, 4) into (4, BLOCK * BLOCK, N); a frame that is no multiple repeats its last
+    rows and columns."""
     pads = [-side % BLOCK for side in frame.shape[:2]]
     if any(pads):
         frame = np.pad(frame, ((0, pads[0]), (0, pads[1]), (0, 0)), mode="edge")
@@ -232,7 +232,7 @@ def _fit(
 
 
 def _summed(values: NDArray[np.float32]) -> NDArray[np.float32]:
-    """(P, N) -> (N,), pairwise, as numpy adds what lies side by side."""
+    """Sums (P, N) into (N,), pairwise, as numpy adds what lies side by side."""
     return np.ascontiguousarray(values.T).sum(axis=1)
 
 

@@ -27,14 +27,14 @@ TOLD = 5  # names in a message
 
 
 def stratum_of(candidate: Candidate, folder: Path) -> str:
-    """Return what kind of clip it is: as its table's column or its JSON says, else the folder that
+    """Returns what kind of clip it is: as its table's column or its JSON says, else the folder that
     it lies in."""
     said = candidate.row.get("stratum") or said_of(candidate).get("stratum")
     return printable(said) if said else place_of(candidate, folder)
 
 
 def works(folders: Sequence[Path], references: Path | None, through: bool) -> list[Work]:
-    """Return every clip of every folder, with its reference. through: each goes through a VAE.
+    """Returns every clip of every folder, with its reference. through: each goes through a VAE.
     Raises FileNotFoundError and ValueError where there is nothing to measure."""
     for setting, folder in [*(("folders", f) for f in folders), ("references", references)]:
         if folder and not folder.is_dir():
@@ -69,7 +69,7 @@ def works(folders: Sequence[Path], references: Path | None, through: bool) -> li
 
 
 def _few(names: Mapping[str, Any]) -> str:
-    """Return the first names in words."""
+    """Returns the first names in words."""
     shown = [printable(name) for name in sorted(names)[:TOLD]]
     return ", ".join(shown) + (", ..." if len(names) > TOLD else "") if shown else "no clip is"
 
@@ -81,7 +81,7 @@ def _unmatched(name: str, true: Mapping[str, Candidate]) -> str:
 
 
 def missing(works: Sequence[Work], references: Path | None) -> list[str]:
-    """Say which references a system has no clip of."""
+    """Says which references a system has no clip of."""
     if references is None:
         return []
     true, systems = set(clips_of(references)), dict.fromkeys(work.system for work in works)
@@ -95,13 +95,13 @@ def missing(works: Sequence[Work], references: Path | None) -> list[str]:
 
 
 def lost(work: Work, why: str) -> Measured:
-    """Return what stands for a clip whose process was ended."""
+    """Returns what stands for a clip whose process was ended."""
     return Measured(why=why)
 
 
 def prepared(number: int, run: str | None) -> Reconstruct | None:
-    """Keep this process to one thread, so that several do not take each other's cores; load the VAE
-    that clips go through, if any."""
+    """Keeps this process to one thread, so that several do not take each other's cores; loads the
+    VAE that clips go through, if any."""
     torch.set_num_threads(1)
     if run is None:
         return None
@@ -111,7 +111,7 @@ def prepared(number: int, run: str | None) -> Reconstruct | None:
 
 
 def measure(again: Reconstruct | None, work: Work, choices: Choices) -> Measured:
-    """Return `measured`, in the form that a process with a setup is asked in."""
+    """Returns `measured`, in the form that a process with a setup is asked in."""
     return measured(work, choices, again)
 
 

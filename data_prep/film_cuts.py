@@ -26,8 +26,8 @@ def weighted(frame: Frames) -> Tensor:
 
 
 def thumbnail(planes: Frames) -> Thumbnail:
-    """(4, H, W) of a picture -> (4, h, w), h and w at most THUMB: means of colour times alpha, and
-    of alpha, in [0, 1]."""
+    """Shrinks (4, H, W) of a picture to (4, h, w), h and w at most THUMB: means of colour times
+    alpha, and of alpha, in [0, 1]."""
     height, width = planes.shape[1:]
     picture = torch.from_numpy(planes).float()
     picture[:3] *= picture[3] / 255
@@ -46,8 +46,8 @@ def _pooling(side: int) -> Tensor:
 
 
 def change(first: Thumbnail, second: Thumbnail) -> float:
-    """How much of two thumbnails was exchanged, in [0, 1]: the smaller of the shares of alpha that
-    go and that come.
+    """Returns how much of two thumbnails was exchanged, in [0, 1]: the smaller of the shares of
+    alpha that go and that come.
 
     What stays has the same straight colour, at the same brightness or at another one that all
     share. So what fades, flashes, appears or leaves changes little: nothing else goes, or nothing
@@ -83,7 +83,7 @@ class Shots:
         self._candidates: list[tuple[int, float]] = []  # frame, and the most around it
 
     def add(self, thumb: Thumbnail) -> None:
-        """thumb: the next frame's, (4, h, w)."""
+        """Adds a frame. thumb: the next frame's, (4, h, w)."""
         self._steps.append(change(self._near[-1], thumb) if self._near else 0.0)
         self.coverage.append(float(thumb[3].mean()))
         self._near.append(thumb)

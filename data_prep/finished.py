@@ -28,12 +28,12 @@ MOST_JSON = 2**20  # bytes of a file that describes a sample
 
 
 def clip_name(candidate: Candidate) -> str:
-    """Return the name by which clips of several systems are the same one."""
+    """Returns the name by which clips of several systems are the same one."""
     return plain_key(WRITTEN.sub("", candidate.name)) or candidate.name
 
 
 def clips_of(folder: Path) -> dict[str, Candidate]:
-    """Find the clips of a folder, each once. Names that several folders below it have begin with
+    """Finds the clips of a folder, each once. Names that several folders below it have begin with
     the folder. Raises FileNotFoundError and ValueError."""
     found: dict[str, dict[str, Candidate]] = {}
     for candidate in survey(folder).candidates:
@@ -50,7 +50,7 @@ def clips_of(folder: Path) -> dict[str, Candidate]:
 
 
 def place_of(candidate: Candidate, folder: Path) -> str:
-    """Return the folder below `folder` that the clip lies in, "" for none; those that halves of
+    """Returns the folder below `folder` that the clip lies in, "" for none; those that halves of
     pairs lie in do not count."""
     path = candidate.path
     inside = path.relative_to(folder).parent if path.is_relative_to(folder) else Path()
@@ -64,7 +64,7 @@ def _rank(candidate: Candidate) -> int:
 
 
 def opened(candidate: Candidate, limits: Limits) -> Stream:
-    """Open a clip with alpha, also colour and alpha packed in one picture. Raises MediaError for a
+    """Opens a clip with alpha, also colour and alpha packed in one picture. Raises MediaError for a
     file without."""
     path = candidate.files[0]
     if len(candidate.files) == 2:
@@ -82,7 +82,7 @@ def opened(candidate: Candidate, limits: Limits) -> Stream:
 
 
 def said_of(candidate: Candidate) -> dict[str, Any]:
-    """Return what the JSON beside a sample says; nothing without one."""
+    """Returns what the JSON beside a sample says; nothing without one."""
     described = candidate.path.with_name(WRITTEN.sub("", candidate.path.stem) + ".json")
     if not described.is_file():
         return {}
@@ -94,14 +94,14 @@ def said_of(candidate: Candidate) -> dict[str, Any]:
 
 
 def prompt_of(candidate: Candidate) -> str:
-    """Return the text beside the clip, or the prompt of the JSON beside it; empty without."""
+    """Returns the text beside the clip, or the prompt of the JSON beside it; empty without."""
     if text := sidecar(candidate.path):
         return printable(read_text(text).strip())
     return printable(str(said_of(candidate).get("prompt", "")))
 
 
 def named(folders: Sequence[Path]) -> list[str]:
-    """Return as short a name of each folder as tells them apart."""
+    """Returns as short a name of each folder as tells them apart."""
     for parts in range(1, max(len(folder.parts) for folder in folders) + 1):
         names = ["/".join(folder.parts[-parts:]) for folder in folders]
         if len(set(names)) == len(names):

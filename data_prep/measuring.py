@@ -57,7 +57,7 @@ class Choices:
 
 @dataclass(frozen=True)
 class Measured:
-    """What was measured of a clip; faults in words; why it was not."""
+    """A clip's figures; faults in words; why it was not measured."""
 
     frames: int = 0
     height: int = 0
@@ -90,7 +90,7 @@ Reconstruct = Callable[[Candidate, Stream, Limits], Iterator[tuple[Piece, Piece]
 
 
 def measured(work: Work, choices: Choices, again: Reconstruct | None = None) -> Measured:
-    """Measure a clip; why it cannot be is in the result. again: what makes the
+    """Measures a clip; why it cannot be is in the result. again: what makes the
     reconstruction of clips that go through a VAE."""
     if work.why:
         return Measured(why=work.why)
@@ -137,7 +137,7 @@ class Measures:
         self.faults = [Faults()] if against else []
 
     def add(self, piece: Piece, true: Piece | None, guide: Tensor | None, goes_on: bool) -> None:
-        """Add a piece of the clip, the first one of which does not go on."""
+        """Adds a piece of the clip, the first one of which does not go on."""
         self.looks.update(*piece)
         self.moving.update(*piece, goes_on=goes_on)
         for metric in self.guided if guide is not None else ():
@@ -152,7 +152,7 @@ class Measures:
             metric.update(*piece, *true, goes_on=goes_on)
 
     def figures(self) -> dict[str, float]:
-        """Return all of them by name."""
+        """Returns all of them by name."""
         metrics = (
             *self.pairs, *self.published, *self.mattes, *self.faults, self.looks, self.moving,
             *self.guided,
@@ -165,7 +165,7 @@ class Measures:
 def _pieces(
     work: Work, stream: Stream, true: Stream | None, cut_longer: bool
 ) -> Iterator[tuple[Piece, Piece | None]]:
-    """Yield pieces of the clip and of the true one. Raises MediaError where size or length
+    """Yields pieces of the clip and of the true one. Raises MediaError where size or length
     differ."""
     pieces = _read(work.candidate, stream)
     if true is None or work.reference is None:
@@ -197,14 +197,14 @@ def _pieces(
 
 
 def _length(stream: Stream, pieces: Iterator[Piece]) -> int:
-    """Return how many pictures there are, once the others are read, too."""
+    """Returns how many pictures there are, once the others are read, too."""
     for _ in pieces:
         continue
     return stream.held
 
 
 def _read(candidate: Candidate, stream: Stream) -> Iterator[Piece]:
-    """Yield the clip in pieces of straight color. Raises MediaError where its size changes."""
+    """Yields the clip in pieces of straight color. Raises MediaError where its size changes."""
     pictures, shape = iter(stream), None
     while held := list(islice(pictures, PIECE)):
         shape = shape or held[0].shape
@@ -216,14 +216,14 @@ def _read(candidate: Candidate, stream: Stream) -> Iterator[Piece]:
 
 
 def piece_of(pictures: Sequence[Frames], stream: Stream) -> Piece:
-    """Return pictures, uint8 (H, W, 4), of straight color."""
+    """Returns pictures, uint8 (H, W, 4), of straight color."""
     unit = torch.from_numpy(np.stack(pictures)).permute(3, 0, 1, 2)[None].float() / 255
     rgb, alpha = unit[:, :3] * 2 - 1, unit[:, 3:]
     return Piece(unpremultiply(rgb, alpha) if stream.premultiplied else rgb, alpha)
 
 
 def guide_of(candidate: Candidate) -> dict[str, Any]:
-    """Return the ellipse that the JSON beside a clip gives as its guide; nothing without one."""
+    """Returns the ellipse that the JSON beside a clip gives as its guide; nothing without one."""
     said = said_of(candidate).get("guide")
     if not isinstance(said, dict):
         return {}
@@ -240,7 +240,7 @@ def guide_of(candidate: Candidate) -> dict[str, Any]:
 
 
 def _ellipses(guide: Mapping[str, Any], frames: int, piece: Piece, start: int) -> Tensor:
-    """Return the guide's ellipses in pixels of the piece's frames, (T, 5)."""
+    """Returns the guide's ellipses in pixels of the piece's frames, (T, 5)."""
     from acetate.sampling import EllipsePath  # seconds to import, and few clips have a guide
 
     path = EllipsePath(**guide).ellipses(max(frames, 1), *piece.alpha.shape[3:])[0]

@@ -158,7 +158,7 @@ def fill(
 
 
 def prepare(plan: Plan, settings: Settings, spill: Path) -> list[EncodedClip] | str:
-    """The encoded pieces of a clip, or why there are none. spill: folder for those beyond
+    """Returns the encoded pieces of a clip, or why there are none. spill: folder for those beyond
     IN_MEMORY."""
     torch.set_num_threads(1)
     line = plan.line

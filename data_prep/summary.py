@@ -1,4 +1,4 @@
-"""What figures of many clips say together: means with intervals, by stratum, and paired differences
+"""Means with intervals, by stratum, and paired differences
 of systems; as tables on the screen and in files."""
 
 import csv
@@ -32,7 +32,7 @@ Row = dict[str, Any]
 
 
 def row_of(work: Work, found: Measured) -> Row:
-    """Return a clip's row of the table: facts, figures, faults in words, why it was skipped."""
+    """Returns a clip's row of the table: facts, figures, faults in words, why it was skipped."""
     facts = (work.system, printable(work.name), work.stratum, *_size(found))
     words = ("; ".join(found.faults), found.why)
     figures = {name: found.figures[name] for name in BY_NAME if name in found.figures}
@@ -44,8 +44,9 @@ def _size(found: Measured) -> tuple[int | None, ...]:
 
 
 def summarised(rows: Sequence[Row]) -> list[Row]:
-    """Return means and 95 % intervals of every figure, of all clips and by stratum, of each system;
-    and of the differences of each further system from the first, over the clips that both have."""
+    """Returns means and 95 % intervals of every figure, of all clips and by stratum, of each
+    system; and of the differences of each further system from the first, over the clips that both
+    have."""
     systems, strata = systems_of(rows), strata_of(rows)
     made: list[Row] = []
     for stratum in (ALL, *(strata if len(strata) > 1 else ())):
@@ -90,7 +91,7 @@ def strata_of(rows: Sequence[Row]) -> list[str]:
 
 
 def print_summary(console: Console, rows: Sequence[Row], summary: Sequence[Row]) -> None:
-    """Print the table of all clips, that by stratum, and what is wrong with clips."""
+    """Prints the table of all clips, that by stratum, and what is wrong with clips."""
     systems = systems_of(rows)
     counts = Counter(row["system"] for row in rows if not row["skipped"])
     found = {(line["system"], line["against"], line["stratum"], line["figure"]): line
@@ -121,7 +122,7 @@ def print_summary(console: Console, rows: Sequence[Row], summary: Sequence[Row])
 
 
 def _cells(found: Mapping[tuple[str, ...], Row], systems: Sequence[str], name: str) -> list[str]:
-    """Return a figure's row: its title, which way is better, systems, differences."""
+    """Returns a figure's row: its title, which way is better, systems, differences."""
     figure = BY_NAME[name]
     cells = [_shown(found.get((system, "", ALL, name))) for system in systems]
     for system in systems[1:]:
@@ -131,7 +132,7 @@ def _cells(found: Mapping[tuple[str, ...], Row], systems: Sequence[str], name: s
 
 
 def _shown(line: Row | None, sign: str = "") -> str:
-    """Return the mean with four digits and half of its interval with two."""
+    """Returns the mean with four digits and half of its interval with two."""
     if line is None:
         return ""
     mean = f"{line['mean']:{sign}.4g}"
@@ -139,7 +140,7 @@ def _shown(line: Row | None, sign: str = "") -> str:
 
 
 def _verdict(line: Row, better: str) -> str:
-    """Say which way a difference goes, where its interval leaves out 0."""
+    """Says which way a difference goes, where its interval leaves out 0."""
     if better not in ("higher", "lower") or not (line["low"] > 0 or line["high"] < 0):
         return ""
     return " better" if (line["mean"] > 0) == (better == "higher") else " worse"
@@ -161,7 +162,7 @@ def _by_stratum(
 
 
 def faults_of(rows: Sequence[Row], counts: Mapping[str, int]) -> Iterator[str]:
-    """Yield what is wrong with the clips of each system, and with how many of them."""
+    """Yields what is wrong with the clips of each system, and with how many of them."""
     for system in systems_of(rows):
         own = [row for row in rows if row["system"] == system]
         told = Counter(fault for row in own for fault in filter(None, row["faults"].split("; ")))
@@ -174,7 +175,7 @@ def faults_of(rows: Sequence[Row], counts: Mapping[str, int]) -> Iterator[str]:
 
 
 def check_ours(out: Path) -> None:
-    """Raise FileExistsError where `out` is a folder that holds something else."""
+    """Raises FileExistsError where `out` is a folder that holds something else."""
     others = sorted(path.name for path in out.iterdir() if path.name not in OURS) if (
         out.is_dir()
     ) else []  # fmt: skip
@@ -186,7 +187,7 @@ def check_ours(out: Path) -> None:
 
 
 def write_tables(console: Console, out: Path, rows: Sequence[Row], summary: Sequence[Row]) -> None:
-    """Write the tables into a folder that takes the place of `out` once it is whole."""
+    """Writes the tables into a folder that takes the place of `out` once it is whole."""
     folder = out.absolute().with_name(f".new-{out.absolute().name}")
     held = {name for row in rows for name in row}
     columns = [name for name in (*FACTS, *BY_NAME, *WORDS) if name in held]
@@ -214,7 +215,7 @@ def write_tables(console: Console, out: Path, rows: Sequence[Row], summary: Sequ
 
 
 def _write_csv(path: Path, columns: Sequence[str], rows: Sequence[Row]) -> None:
-    """Write rows with numbers of nine digits; what a row does not have is empty."""
+    """Writes rows with numbers of nine digits; what a row does not have is empty."""
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(columns)
@@ -242,7 +243,7 @@ def _write_parquet(path: Path, columns: Sequence[str], rows: Sequence[Row]) -> N
 
 
 def _json(columns: Sequence[str], rows: Sequence[Row], summary: Sequence[Row]) -> str:
-    """Return the summary as JSON, with what its figures say. NaN is null."""
+    """Returns the summary as JSON, with what its figures say. NaN is null."""
     said = {
         name: {"says": BY_NAME[name].says, "better": BY_NAME[name].better,
                "source": BY_NAME[name].source}

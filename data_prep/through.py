@@ -11,14 +11,14 @@ from data_prep.measuring import PIECE, Piece, Reconstruct, piece_of
 
 
 def reconstruction(run: str) -> Reconstruct:
-    """Load the RGBA-VAE of a run, a checkpoint or a file. Raises as `RGBAVAE.load`."""
+    """Loads the RGBA-VAE of a run, a checkpoint or a file. Raises as `RGBAVAE.load`."""
     return partial(reconstructed, vae=RGBAVAE.load(run))
 
 
 def reconstructed(
     candidate: Candidate, stream: Stream, limits: Limits, vae: RGBAVAE
 ) -> Iterator[tuple[Piece, Piece]]:
-    """Yield pieces of the clip as the RGBA-VAE gives it back, and of the clip itself, cut to 4k+1
+    """Yields pieces of the clip as the RGBA-VAE gives it back, and of the clip itself, cut to 4k+1
     frames and around its middle to sides that the VAE takes. The whole clip is in memory. Raises
     MediaError for one that is smaller."""
     frames = stream.collected(candidate.files[0], limits).frames

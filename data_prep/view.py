@@ -30,7 +30,7 @@ from data_prep.bad_clips import print_bad
 from data_prep.candidates import Candidate
 from data_prep.executor import progress
 from data_prep.finished import clips_of, named, opened, prompt_of
-from data_prep.report import SLOT, STYLE, grounds, grounds_css
+from data_prep.report import filled, grounds
 from data_prep.tree import printable
 
 TEMPLATE = Path(__file__).with_name("view.html")

@@ -200,7 +200,8 @@ def placed(
 
 
 def named_place(scale: float, above: float, before: float) -> str:
-    """Names the size and the place of a subject on a larger canvas; "" where it fills it."""
+    """Returns the size and the place, in words, of a subject on a larger canvas; "" where it fills
+    it."""
     if scale > 0.8:
         return ""
     row = "top" if above < 1 / 3 else "bottom" if above > 2 / 3 else ""
@@ -210,7 +211,7 @@ def named_place(scale: float, above: float, before: float) -> str:
 
 
 def named_color(rgb: Tensor) -> str:
-    """Names the nearest of the drawings' colours and greys to (3,) in [0, 1]."""
+    """Finds the name of the nearest of the drawings' colours and greys to (3,) in [0, 1]."""
     names = COLORS | GREYS
     values = torch.stack([drawing.color(code).view(3) for code in names.values()])
     return list(names)[int((values - rgb).square().sum(1).argmin())]

@@ -125,7 +125,7 @@ def _pictures(
     path: Path, channels: Channels, limits: Limits, alpha_layer: AlphaLayer | None, shown: Shown,
     repeats: NDArray[np.intp] | None, notes: list[str],
 ) -> Iterator[Frames]:  # fmt: skip
-    """repeats: how often each picture of the file is shown; None: once."""
+    """Makes the reader. repeats: how often each picture of the file is shown; None: once."""
     held, cut_off = 0, next((note for note in notes if "cut off" in note), None)
     with decoding(path), opened(path) as container:
         stream = container.streams.video[0]
@@ -231,7 +231,7 @@ def _alpha(frame: av.VideoFrame) -> Frames:
 
 
 def _plane(frame: av.VideoFrame, index: int, bits: int, full: bool) -> Frames:
-    """(H, W), rounded to 8 bits."""
+    """Returns (H, W), rounded to 8 bits."""
     plane = frame.planes[index]
     values = np.frombuffer(memoryview(plane), np.uint8 if bits <= 8 else np.uint16)
     rows = values.reshape(-1, plane.line_size // values.itemsize)
@@ -240,7 +240,7 @@ def _plane(frame: av.VideoFrame, index: int, bits: int, full: bool) -> Frames:
 
 @lru_cache(maxsize=16)
 def _levels(bits: int, full: bool) -> Frames:
-    """(2 ** bits,): what each value becomes; not full: 16 to 235 of 255 are stretched."""
+    """Returns (2 ** bits,): what each value becomes; not full: 16 to 235 of 255 are stretched."""
     values = np.arange(2**bits, dtype=np.float32)
     if full:
         return to_uint8(values / (2**bits - 1))

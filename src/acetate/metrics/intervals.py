@@ -1,4 +1,4 @@
-"""How sure a figure of several clips is: the bootstrap's interval."""
+"""The bootstrap's interval: how sure a figure of several clips is."""
 
 from collections.abc import Callable
 

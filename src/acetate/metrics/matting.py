@@ -61,7 +61,7 @@ def gradient_error(prediction: Tensor, target: Tensor, normalised: bool = False)
 
 
 def gradient_errors(prediction: Tensor, target: Tensor, normalised: bool) -> Tensor:
-    """Return the squared difference of gradient magnitudes of each pixel, (N, H, W)."""
+    """Returns the squared difference of gradient magnitudes of each pixel, (N, H, W)."""
     if normalised:
         prediction, target = spread(prediction), spread(target)
     return (gradient_magnitude(prediction) - gradient_magnitude(target)).square()
@@ -78,7 +78,7 @@ def connectivity_error(prediction: Tensor, target: Tensor) -> Tensor:
 
 
 def connectivity_errors(prediction: Tensor, target: Tensor) -> Tensor:
-    """Return the difference in connectivity of each pixel, (N, H, W) in float64."""
+    """Returns the difference in connectivity of each pixel, (N, H, W) in float64."""
     pairs = zip(prediction.cpu().numpy(), target.cpu().numpy(), strict=True)
     return torch.from_numpy(np.stack([_connectivity(a, b) for a, b in pairs])).to(target.device)
 
@@ -164,7 +164,7 @@ class MattingErrors(Metric):
             self._add_pixels(of_frame.double(), of_target.double(), error)
 
     def _temporal(self, prediction: Tensor, target: Tensor, goes_on: bool) -> Tensor:
-        """Return dtSSD of each frame, (B, T)."""
+        """Returns dtSSD of each frame, (B, T)."""
         whole, held = self._before.joined((prediction, target), goes_on)
         first, second = (
             torch.diff(matte, dim=2, prepend=None if held else matte[:, :, :1]) for matte in whole
