@@ -1,19 +1,17 @@
 """One candidate, decoded once within limits of size, time and memory: what it is, or why it is
 refused."""
 
-import ctypes
+import json
 import re
 import resource
 import signal
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import torch
-
+from acetate.documents import FieldError
 from acetate.media.clip import AS_STATED, Asked, Frames, Limits, Stream
 from acetate.media.mattes import is_cutout
 from acetate.media.sequences import is_sequence
@@ -30,13 +28,13 @@ from acetate.video_io import (
 from data_prep.analysis import analyse
 from data_prep.candidates import Candidate, sidecar
 from data_prep.decisions import OVERRIDES, check_choices
+from data_prep.executor import alone_and_lean
+from data_prep.found import FOUND, Found, Kind
 from data_prep.looks import Look, look_of
 from data_prep.rectangles import detected_rectangles, given_rectangles
 from data_prep.tables import column, read_text
 from data_prep.tree import printable
 
-Kind = Literal["still", "sequence", "video", "pair", "matte", "packed"]
-M_MMAP_THRESHOLD = -3  # of glibc's mallopt
 FROM_NAME = "Transparent background: "  # begins prompts that are made of file names
 NAMELESS = "Transparent background"  # the prompt where a name has no word
 SLEEPING = 10  # times as long by the clock as by the processor
@@ -55,38 +53,6 @@ NO_ALPHA = (
     "has no alpha: it is neither RGBA nor colour with a matte beside it (NAME_fgr + NAME_pha, NAME "
     "+ NAME_matte)"
 )
-
-
-@dataclass(frozen=True)
-class Found:
-    """One line of the manifest. files: one, or colour and alpha. The rectangles are of a packed
-    video.
-
-    kind: matte is a whole picture with its matte, whose foreground is estimated when shards are
-    made.
-    """
-
-    key: str
-    kind: Kind
-    files: list[str]
-    frames: int
-    width: int
-    height: int
-    fps: float | None
-    prompt: str
-    licence: str
-    source: str
-    group: str  # clips of one group stay on one side of the split
-    lossy: bool
-    premultiplied: bool | None  # None: the format does not say, it is measured
-    color_rect: Rect | None
-    alpha_rect: Rect | None
-    # Decisions.as_json; None: data_prep.shard measures the clip
-    decisions: dict[str, Any] | None = None
-    layer: str | None = None  # of an OpenEXR file; None: the one that has alpha
-    # whether reading divides colour by alpha, where a person said so of linear light
-    divide: bool | None = None
-    notes: list[str] = field(default_factory=list)  # what reading did to the pictures
 
 
 @dataclass(frozen=True)
@@ -142,20 +108,14 @@ class Outcome:
 
 def guard(settings: Settings, number: int) -> None:
     """Gives a worker process, once, memory_gb on top of what its libraries have mapped. number: is
-    not used.
-
-    glibc keeps freed pieces of up to 32 MB for itself, several times the clip in sum; from 1 MB on
-    it gives them back.
-    """
+    not used."""
     mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     bound = mapped + int(settings.memory_gb * 2**30)
     hard = resource.getrlimit(resource.RLIMIT_AS)[1]
     resource.setrlimit(
         resource.RLIMIT_AS, (bound if hard == resource.RLIM_INFINITY else min(bound, hard), hard)
     )
-    with suppress(AttributeError):  # another C library
-        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**20)
-    torch.set_num_threads(1)
+    alone_and_lean()
 
 
 def examine(_: None, task: Task) -> Outcome:
@@ -165,7 +125,7 @@ def examine(_: None, task: Task) -> Outcome:
     look: Look | None = None
     try:
         (found, look), reason = _examined(task), None
-    except MediaError as error:
+    except (MediaError, FieldError) as error:
         found, reason = None, printable(error)
     except (MemoryError, RuntimeError) as error:
         # as torch says it
@@ -277,7 +237,7 @@ def _examined(task: Task) -> tuple[Found, Look | None]:
         or prompt_from_name(candidate.name),
         licence=column(row, "licence", "license") or "unknown",
         source=column(row, "source") or "unknown",
-        group=column(row, "group") or cut_from or candidate.name,
+        group=printable(column(row, "group") or cut_from or candidate.name),
         lossy=clip.lossy,
         premultiplied=clip.premultiplied if believed is None else believed,
         color_rect=rects[0] if rects else None,
@@ -287,6 +247,7 @@ def _examined(task: Task) -> tuple[Found, Look | None]:
         divide=declared if linear else None,
         notes=[printable(note) for note in (*clip.notes, *notes)],
     )
+    FOUND.check(json.loads(json.dumps(asdict(found))), str(path))
     return found, look[0] if look and clip.held == 1 else None
 
 

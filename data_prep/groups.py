@@ -11,7 +11,7 @@ from pathlib import Path
 
 from acetate.media.sequences import is_sequence, sequence_files
 from data_prep.candidates import FORM, MATTES, PAIR_COLOR, WHOLE_COLOR, Candidate
-from data_prep.examine import Found
+from data_prep.found import Found
 from data_prep.looks import Look, alike
 from data_prep.sequences import PREVIEW
 from data_prep.tables import column

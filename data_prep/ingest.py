@@ -24,7 +24,6 @@ from data_prep.bad_clips import SHOWN, BadClips, print_bad
 from data_prep.candidates import Folder, clip_key, pictures, sidecar, stamps, survey
 from data_prep.examine import (
     SETTINGS,
-    Found,
     Outcome,
     Settings,
     Task,
@@ -36,6 +35,7 @@ from data_prep.examine import (
     said_of_names,
 )
 from data_prep.executor import check, progress
+from data_prep.found import Found
 from data_prep.groups import grouped
 from data_prep.journal import lock_of, only_writer, open_journal, read_journal, write_lines
 from data_prep.tree import printable

@@ -5,38 +5,23 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
-import torch
-
-from acetate.data.keys import KEY, LONGEST_KEY, shortened
-from acetate.documents import Schema, names, open_plain, parse, prose
+from acetate.data.keys import LONGEST_KEY, shortened
+from acetate.documents import open_plain, parse
 from acetate.media.clip import LIMITS, Asked, Limits, MediaError, Stream
-from acetate.settings import flag, number, one_of, optional, place, several, text, whole
 from data_prep.analysis import analyse
 from data_prep.candidates import pictures, stamps
 from data_prep.cleaning import Indices, Settings, shots, too_many
 from data_prep.cleaning import done as done_to
 from data_prep.decisions import Decisions, respelled
-from data_prep.examine import Found, Kind, opened
-from data_prep.executor import progress
+from data_prep.examine import opened
+from data_prep.executor import alone_and_lean, progress
+from data_prep.found import FOUND, Found
 from data_prep.journal import open_journal, read_journal
 from data_prep.tree import printable
 
 LONGEST_LINE = 2**24  # bytes; more of them are no line of ours
-_size = whole(1, 2**24)
-_rect = optional(several(whole(0, 2**24), 4, 4))
-FOUND = Schema(
-    {
-        "key": KEY, "kind": one_of(*get_args(Kind)), "files": several(place, 1, 2),
-        "frames": _size, "width": _size, "height": _size, "fps": optional(number(0, 1e6)),
-        **dict.fromkeys(("prompt", "licence", "source", "group"), prose(100_000)), "lossy": flag,
-        "premultiplied": optional(flag), "color_rect": _rect, "alpha_rect": _rect,
-    },
-    {"decisions": optional(names), "notes": several(prose(100_000), 0), "layer": optional(text),
-     "divide": optional(flag)},
-    open=False,
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -165,7 +150,7 @@ def fingerprint(line: Found) -> str:
 
 def measure(line: Found) -> dict[str, Any]:
     """Returns {"decisions": ...} of a clip, or {"bad": why it cannot be read}."""
-    torch.set_num_threads(1)
+    alone_and_lean()
     try:
         clip = open_line(line)
         # A line that only repeats the format's definition is nobody's word.

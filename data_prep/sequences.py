@@ -141,7 +141,7 @@ def _refused(run: Run) -> str | None:
         odd = next(path for path in sizes if sizes[path] != usual)
         (wide, high), (width, height) = sizes[odd], usual
         said = f"{odd.name} is {wide}x{high} and others {width}x{height}"
-        return f"{said}, so its {count} images are stills" if 2 * most > count else ""
+        return f"{said}, so its {count} images are stills" if 2 * most >= max(count, 4) else ""
     if span > count:
         missing = next(n for n in range(numbers[0], numbers[-1]) if n not in set(numbers))
         return f"number {missing} is missing, so its {count} images are stills"

@@ -12,7 +12,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import torch
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
@@ -24,9 +23,10 @@ from acetate.data.writer import EncodedClip, ShardWriter, encode_frames
 from data_prep.bad_clips import BadClips, print_bad
 from data_prep.cleaning import Settings, overrides, pieces
 from data_prep.cleaning import done as done_to
-from data_prep.examine import Found, said_of_names
-from data_prep.executor import check, progress
+from data_prep.examine import said_of_names
+from data_prep.executor import alone_and_lean, check, progress
 from data_prep.folders import DECISIONS, MEASURED, check_folder, making
+from data_prep.found import Found
 from data_prep.journal import read_journal, write_lines
 from data_prep.plans import Plan, decide, open_line, read_lines
 from data_prep.tree import printable
@@ -160,7 +160,7 @@ def fill(
 def prepare(plan: Plan, settings: Settings, spill: Path) -> list[EncodedClip] | str:
     """Returns the encoded pieces of a clip, or why there are none. spill: folder for those beyond
     IN_MEMORY."""
-    torch.set_num_threads(1)
+    alone_and_lean()
     line = plan.line
     fps = settings.fps or line.fps or settings.default_fps
     files = [spill / hashlib.sha256(key.encode()).hexdigest() for key in plan.pieces]

@@ -11,6 +11,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from acetate.documents import parse, read_plain, shown
+from acetate.media.images import IMAGES, OPAQUE_IMAGES
+from acetate.media.videos import VIDEOS
 from data_prep.tree import Tree, printable
 
 FILE = ("file", "path", "name", "filename", "file_name")  # columns that name a row's file
@@ -58,12 +60,13 @@ def read_tables(tree: Tree) -> Tables:
                 {_plain(name): value for name, value in row.items() if name}
                 for row in read_rows(path)
             ]
-        except ValueError:
+        except ValueError as error:
             if top:
                 raise
+            tables.notes.append(f"{tree.name(path)}: no row of it counts: {error}")
             continue
         if not any(column(row, *FILE, *PAIR) for row in found):
-            if top:
+            if top or _names_media(found):
                 known = ", ".join((*FILE, *PAIR))
                 tables.notes.append(
                     f"{tree.name(path)}: no row of it names a file; the column for that is one of "
@@ -78,6 +81,12 @@ def read_tables(tree: Tree) -> Tables:
             else:
                 _take(tables, names, path, number, row)
     return tables
+
+
+def _names_media(rows: list[Row]) -> bool:
+    """Whether a name or a value of its first rows is called as media are."""
+    words = [str(word).strip().lower() for row in rows[:3] for pair in row.items() for word in pair]
+    return any(word.endswith((*IMAGES, *OPAQUE_IMAGES, *VIDEOS)) for word in words)
 
 
 def _take(tables: Tables, names: "_Names", table: Path, number: int, row: Row) -> None:
@@ -171,10 +180,11 @@ class _Names:
             inside = parts[len(parts) - parts[::-1].index(source.name) :]
             loose.append((self.folded.get(_folded("/".join(inside)), []), "by its path in there"))
         if _absolute(slashed):
-            loose += [
-                (self.ends.get(_folded("/".join(parts[i:])), []), "by the end of its path")
-                for i in range(1, len(parts))
-            ]
+            for i in range(1, len(parts)):
+                ends = self.ends.get(_folded("/".join(parts[i:])), [])
+                if i == len(parts) - 1:  # a bare name may be anything's in another folder
+                    ends = [path for path in ends if path.is_relative_to(base)]
+                loose.append((ends, "by the end of its path"))
         for found, why in loose:
             if len(found) == 1:
                 return found[0], why

@@ -6,7 +6,7 @@ from PIL import Image, ImageDraw
 
 from acetate.data.splits import assign_splits
 from data_prep.candidates import Candidate
-from data_prep.examine import Found
+from data_prep.found import Found
 from data_prep.groups import NO_LOOKS, grouped
 from data_prep.looks import alike, look_of
 

@@ -10,7 +10,8 @@ from PIL import Image
 from acetate.video_io import IMAGES
 from data_prep.bad_clips import TooManyBad
 from data_prep.decisions import Decisions
-from data_prep.examine import NO_ALPHA, Found, Settings
+from data_prep.examine import NO_ALPHA, Settings
+from data_prep.found import Found
 from data_prep.ingest import ingest
 from tests.data_prep.material import (
     film,

@@ -11,7 +11,8 @@ from rich.console import Console
 
 from acetate.data.keys import plain_key
 from data_prep.bad_clips import print_bad
-from data_prep.examine import Found, prompt_from_name, said_of_names
+from data_prep.examine import prompt_from_name, said_of_names
+from data_prep.found import Found
 from data_prep.ingest import ingest, print_summary
 from tests.data_prep.material import (
     notes,
@@ -114,6 +115,17 @@ def test_marks_of_encodings_are_no_part_of_prompts(source):
     (source / "._t.csv").write_bytes(b"\0\5\x16\7\xff")
     clips, _ = run(source)
     assert [clip.prompt for clip in clips.values()] == ["a red disc", "ein Fl\u00fcgel"]
+
+
+def test_a_prompt_that_a_manifest_cannot_hold_is_refused_by_name(source):
+    """It ended shard, for all clips."""
+    still(source / "a.png")
+    still(source / "b.png", width=11)
+    (source / "a.txt").write_text("x" * 100_001)
+    (source / "b.txt").write_text("a\0 red \x1b[31mdisc\nand more")
+    clips, bad = run(source, 1)
+    assert "a.png" in bad["a"] and "prompt" in bad["a"] and "at most 100,000" in bad["a"]
+    assert clips["b"].prompt == r"a\x00 red \x1b[31mdisc" + "\nand more"
 
 
 def test_prompt_from_name():

@@ -13,9 +13,9 @@ def still(path, number=0, size=(10, 8)):
     Image.new("RGBA", size, (20 * number % 256, 9, 9, 128)).save(path)
 
 
-def frames(folder, name="{:04d}.png", numbers=range(1, 7)):
+def frames(folder, name="{:04d}.png", numbers=range(1, 7), *size):
     for number in numbers:
-        still(folder / name.format(number), number)
+        still(folder / name.format(number), number, *size)
 
 
 def found(source):
@@ -71,6 +71,7 @@ def test_an_empty_frame_is_the_sequences_fault(tmp_path):
     [
         (lambda f: (f / "0003.png").unlink(), "number 3 is missing, so its 5 images are stills"),
         (lambda f: still(f / "0003.png", 3, (4, 4)), "0003.png is 4x4 and others 10x8"),
+        (lambda f: frames(f, "{:04d}.png", range(4, 7), (4, 4)), "0004.png is 4x4 and others"),
         (lambda f: still(f / "03.png", 3), "number 3 is there twice"),
         (lambda f: frames(f, "run{}.png", range(5)), "2 runs of numbered images"),
     ],

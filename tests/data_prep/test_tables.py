@@ -62,5 +62,23 @@ def test_marks_of_encodings(tmp_path, encoding):
 def test_tables_of_folders_below(tmp_path):
     (tmp_path / "set").mkdir()
     (tmp_path / "set/t.jsonl").write_text('{"file_name": "a.png", "prompt": "x"}\n')
-    (tmp_path / "set/log.csv").write_bytes(b"\xff\0no table")
+    (tmp_path / "set/metrics.csv").write_text("step,loss\n1,0.5\n")
     assert tables(tmp_path, "set/a.png", "a.png") == ({"set/a.png": "x"}, [])
+
+
+def test_a_table_below_that_is_not_used_is_named(tmp_path):
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set/latin.csv").write_bytes("file,prompt\na.png,caf\u00e9\n".encode("latin-1"))
+    (tmp_path / "set/headless.csv").write_text("a.png,a red disc\nb.png,a blue one\n")
+    found, notes = tables(tmp_path, "set/a.png", "set/b.png")
+    assert not found and len(notes) == 2
+    assert notes[0].startswith("set/headless.csv: no row of it names a file; the column for that")
+    assert notes[1].startswith("set/latin.csv: no row of it counts: ") and "utf-8" in notes[1]
+
+
+def test_a_bare_name_means_nothing_in_another_folder(tmp_path):
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set/t.csv").write_text("file,prompt\n/footage/a.png,1\n/x/other/b.png,2\n")
+    found, notes = tables(tmp_path, "other/a.png", "other/b.png")
+    assert found == {"other/b.png": "2"}
+    assert notes[0] == "set/t.csv, row 1: /footage/a.png names no file"
