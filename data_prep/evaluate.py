@@ -12,6 +12,7 @@ from omegaconf import DictConfig
 from rich.console import Console
 
 from acetate.cli import run
+from acetate.commands.recorded import run_of
 from acetate.media.clip import Limits
 from acetate.replacing import check_out
 from acetate.vgg import lpips_network
@@ -40,6 +41,13 @@ def works(folders: Sequence[Path], references: Path | None, through: bool) -> li
         if folder and not folder.is_dir():
             raise NotADirectoryError(
                 f"{setting}={printable(folder)} is not a folder. Name one that holds clips."
+            )
+    for folder in folders:
+        trained = run_of(str(folder))
+        if trained is not None and trained.is_relative_to(folder):
+            raise ValueError(
+                f"folders={printable(folder)} is a run, not a folder of clips. Give run={folder}: "
+                "that measures its last checkpoint."
             )
     found = [clips_of(folder) for folder in folders]
     empty = [str(folder) for folder, clips in zip(folders, found, strict=True) if not clips]
@@ -139,7 +147,7 @@ def main(config: DictConfig) -> Path:
         done = list(results)
     console = Console(markup=False, highlight=False, width=120)
     bad = {str(work): found.why for work, found in done if found.why}
-    print_bad(console, bad, out / "clips.csv")
+    print_bad(console, bad, None if len(bad) == len(done) else out / "clips.csv")
     rows = [row_of(work, found) for work, found in done]
     if len(bad) == len(done):
         raise ValueError(

@@ -97,7 +97,7 @@ def measured(work: Work, choices: Choices, again: Reconstruct | None = None) -> 
     try:
         with torch.no_grad():
             return _measured(work, choices, again)
-    except MediaError as error:
+    except ValueError as error:  # of the file, its guide, or frames that are too small
         return Measured(why=printable(error))
 
 
@@ -184,8 +184,8 @@ def _pieces(
         yield piece, other
     if piece is None and other is None:
         return
-    lengths = [_length(stream, pieces), _length(true, others)]
     if not cut_longer:
+        lengths = [_length(stream, pieces), _length(true, others)]
         raise MediaError(
             f"has {lengths[0]} frames, and its reference {work.reference.files[0]} {lengths[1]}; a "
             "pair has one length. Cut the longer one, or give cut_longer=true: the first "
