@@ -243,7 +243,7 @@ def bind(
 
 
 def alone_and_lean() -> None:
-    """What a process does first that reads pictures beside others: torch takes one thread.
+    """Prepares a process that reads pictures beside others: torch takes one thread.
 
     And glibc, which keeps freed pieces of up to 32 MB for itself, several pictures in sum, gives
     them back from 1 MB on.

@@ -1,4 +1,4 @@
-"""What ingest finds: a line of its manifest, and what such a line may say."""
+"""A find of ingest: a line of its manifest, and what such a line may say."""
 
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args

@@ -84,7 +84,7 @@ def read_tables(tree: Tree) -> Tables:
 
 
 def _names_media(rows: list[Row]) -> bool:
-    """Whether a name or a value of its first rows is called as media are."""
+    """Tells whether a name or a value of its first rows is called as media are."""
     words = [str(word).strip().lower() for row in rows[:3] for pair in row.items() for word in pair]
     return any(word.endswith((*IMAGES, *OPAQUE_IMAGES, *VIDEOS)) for word in words)
 

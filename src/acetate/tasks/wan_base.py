@@ -327,6 +327,8 @@ class WanDiTTask(MeasuredTask):
             text = UMT5EncoderModel(self.text_encoder.config).half()
             text.load_state_dict(self.text_encoder.state_dict())
             replace_folder(self.save_to / "text_encoder", text.save_pretrained)
+            self.tokenizer.backend_tokenizer.no_padding()  # those of the last call are kept else
+            self.tokenizer.backend_tokenizer.no_truncation()
             replace_folder(self.save_to / "tokenizer", self.tokenizer.save_pretrained)
 
     def configure_optimizers(self) -> dict:
