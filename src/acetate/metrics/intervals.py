@@ -1,4 +1,4 @@
-"""How sure a figure of several clips is: the bootstrap's interval."""
+"""Says how sure a figure of several clips is, by the interval of a bootstrap."""
 
 from collections.abc import Callable
 
