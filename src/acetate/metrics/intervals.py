@@ -1,4 +1,4 @@
-"""The bootstrap's interval: how sure a figure of several clips is."""
+"""Says how sure a figure of several clips is, by the interval of a bootstrap."""
 
 from collections.abc import Callable
 

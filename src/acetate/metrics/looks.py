@@ -79,7 +79,8 @@ def _background(alpha: Plane) -> tuple[float, int]:
     subject = alpha >= SUBJECT
     if not subject.any():
         return 0.0, 0
-    away = alpha[~ndimage.maximum_filter(subject, 2 * AWAY + 1, mode="nearest")]
+    near = np.asarray(ndimage.maximum_filter(subject, 2 * AWAY + 1, mode="nearest"), bool)
+    away = alpha[~near]
     return float(away.sum(dtype=np.float64)), away.size
 
 
@@ -96,7 +97,9 @@ def holes_of_frame(alpha: Plane) -> tuple[float, float]:
         size += int(shape.sum())
         if not shape.any() or shape.all():
             continue
-        labels, count = ndimage.label(~shape)
+        labels = np.empty(shape.shape, np.int32)
+        ndimage.label(~shape, output=labels)
+        count = int(labels.max())
         edges = (labels[0], labels[-1], labels[:, 0], labels[:, -1])
         outside = np.unique(np.concatenate(edges))
         if count + 1 > len(outside) + (0 not in outside):
@@ -131,7 +134,9 @@ def halo_of_frame(color: Plane, alpha: Plane) -> tuple[float, int]:
     edge = (alpha > SOFT) & ~solid
     if not solid.any() or not edge.any():
         return 0.0, 0
-    distance, nearest = ndimage.distance_transform_edt(~solid, return_indices=True)
+    found = ndimage.distance_transform_edt(~solid, return_indices=True)
+    assert isinstance(found, tuple)
+    distance, nearest = found
     edge &= distance <= NEAR
     thing = color[nearest[0][edge], nearest[1][edge]].astype(np.float64)
     shown, weight = color[edge].astype(np.float64), alpha[edge].astype(np.float64)[:, None]
