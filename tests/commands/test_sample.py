@@ -73,7 +73,8 @@ def test_writes_clips_that_editors_open_and_seeds_reproduce(tmp_path, cached, do
     code, printed = run(tmp_path / "b", 'prompt="blue smoke"', "seed=3", *small, *guide)
     assert code == 0, printed[-2000:]
     alone = read_rgba(tmp_path / "b/000-blue-smoke-seed3_png").frames
-    assert abs(clip.frames.astype(int) - alone.astype(int)).max() <= 1
+    apart = abs(clip.frames.astype(int) - alone.astype(int))  # sums of another order
+    assert apart.max() <= 2 and apart.mean() < 0.25
 
 
 @pytest.mark.slow
