@@ -87,10 +87,11 @@ def soak(
         assert running(run), (
             f"ended before it was killed; give it more than steps={steps}: {log_of(parts)}"
         )
+        victims = data_workers(run) if kind == "worker" else run
+        if not victims:  # its workers have ended, as it saves the last step
+            kind, victims = "process", run
         counts[kind] += 1
-        for victim in (
-            run if early else [chance.choice(data_workers(run) if kind == "worker" else run)]
-        ):
+        for victim in run if early else [chance.choice(victims)]:
             victim.kill()
         codes = ended(*run, within=PATIENCE)
         assert not {0, None} & set(codes), f"exit codes {codes}: {log_of(parts)}"
