@@ -197,6 +197,7 @@ def dit_task(tmp_path_factory):
         vocabulary=320,
         prompt_length=24,
         prompt_dropout=0.5,
+        shift=2.0,
         lr=1e-3,
         warmup_steps=0,
         seed=0,

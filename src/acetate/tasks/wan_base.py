@@ -16,6 +16,7 @@ from acetate import flow
 from acetate.data import synthetic
 from acetate.data.endless import EndlessDataModule
 from acetate.draws import ClipDraws
+from acetate.flow import NoiseLevels
 from acetate.losses.terms import sobel_l1
 from acetate.metrics.rgb import RGBQuality
 from acetate.models.dit import velocity
@@ -193,12 +194,14 @@ class WanDiTTask(MeasuredTask):
     """Trains a small text-to-video Wan DiT with its own text encoder, by flow matching on a frozen
     VAE's latents.
 
-    l = |DiT(x_t, t, prompt) - (noise - z)|^2, z normalised, one step per clip; prompts are dropped
-    with probability `prompt_dropout`. `save_to` receives transformer, text_encoder and tokenizer in
+    l = |DiT(x_t, t, prompt) - (noise - z)|^2, z normalised, one noise level per clip, drawn from a
+    schedule of `shift`: Wan's 5 is for large pictures and leaves small ones few levels where shapes
+    and colours are decided. Validation draws with Wan's. Prompts are dropped with probability
+    `prompt_dropout`. `save_to` receives transformer, text_encoder and tokenizer in
     diffusers layout; `init_from` is such a folder to go on from.
     """
 
-    levels = flow.schedule()
+    levels = flow.schedule()  # of validation
 
     def __init__(
         self,
@@ -210,6 +213,7 @@ class WanDiTTask(MeasuredTask):
         vocabulary: int,
         prompt_length: int,
         prompt_dropout: float,
+        shift: float,
         lr: float,
         warmup_steps: int,
         seed: int,
@@ -217,6 +221,7 @@ class WanDiTTask(MeasuredTask):
         init_from: str | None = None,
     ) -> None:
         super().__init__()
+        self.train_levels = flow.schedule(shift=shift)
         self.geometry = Geometry.of(vae)
         self.encoder, self.head = WanEncoder(vae.requires_grad_(False)), WanHead(vae)
         self.transformer = transformer
@@ -263,15 +268,15 @@ class WanDiTTask(MeasuredTask):
         embeds = self.text_encoder(tokens.input_ids, tokens.attention_mask).last_hidden_state
         return embeds * tokens.attention_mask[..., None]
 
-    def step(self, batch: dict[str, Any], draws: ClipDraws) -> Tensor:
-        ids = self.levels.seen(draws.integers(len(self.levels)))
+    def step(self, batch: dict[str, Any], draws: ClipDraws, levels: NoiseLevels) -> Tensor:
+        ids = levels.seen(draws.integers(len(levels)))
         kept = draws.integers(1000) >= 1000 * self.prompt_dropout
         prompts = [
             prompt if keep else ""
             for prompt, keep in zip(batch["prompt"], kept.tolist(), strict=True)
         ]
         latents = self.latents(batch)
-        return self.error(latents, prompts, draws.normal(latents.shape[1:]), ids)
+        return self.error(latents, prompts, draws.normal(latents.shape[1:]), levels, ids)
 
     def latents(self, batch: dict[str, Any]) -> Tensor:
         """Returns normalised latents of clips, or of what the head has made of them before."""
@@ -280,12 +285,17 @@ class WanDiTTask(MeasuredTask):
             raw = self.head(self.encoder(batch["video"]))[0] if kept is None else kept
             return (raw - self.mean) / self.std
 
-    def error(self, latents: Tensor, prompts: list[str], noise: Tensor, ids: Tensor) -> Tensor:
+    def error(
+        self,
+        latents: Tensor,
+        prompts: list[str],
+        noise: Tensor,
+        levels: NoiseLevels,
+        ids: Tensor,
+    ) -> Tensor:
         """Returns the mean squared error of the velocity at the noise levels of steps ids (B,)."""
         field = partial(velocity, self.transformer)
-        return flow.squared_error(
-            latents, noise, self.levels, ids, field, self.context(prompts)
-        ).mean()
+        return flow.squared_error(latents, noise, levels, ids, field, self.context(prompts)).mean()
 
     def example_batch(self, load: Load, geometry: Geometry | None) -> dict[str, Any]:
         video = torch.empty(load.batch_size, 3, *load.pixels)
@@ -294,15 +304,14 @@ class WanDiTTask(MeasuredTask):
     def example_loss(self, batch: dict[str, Any]) -> Tensor:
         ids = torch.zeros(len(batch["key"]), dtype=torch.long)
         noise = torch.empty(len(ids), *self.geometry.latent_shape(*batch["video"].shape[2:]))
-        return self.error(self.latents(batch), batch["prompt"], noise, ids)
+        return self.error(self.latents(batch), batch["prompt"], noise, self.train_levels, ids)
 
     def sharded(self) -> list[Group]:
         return [(self, [])]
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
-        loss = self.step(
-            batch, ClipDraws(batch["key"], self.seed, "train", self.global_step, device=self.device)
-        )
+        draws = ClipDraws(batch["key"], self.seed, "train", self.global_step, device=self.device)
+        loss = self.step(batch, draws, self.train_levels)
         log_means(self, self.step_means, {"train/loss": loss}, len(batch["key"]))
         return {"loss": loss}
 
@@ -311,7 +320,9 @@ class WanDiTTask(MeasuredTask):
         prompt; a DiT that does not read prompts has 0."""
         others = {**batch, "prompt": [*batch["prompt"][1:], *batch["prompt"][:1]]}
         loss, other = (
-            self.step(each, ClipDraws(batch["key"], self.seed, "val", device=self.device))
+            self.step(
+                each, ClipDraws(batch["key"], self.seed, "val", device=self.device), self.levels
+            )
             for each in (batch, others)
         )
         shared = {"batch_size": len(batch["key"]), "sync_dist": True}
