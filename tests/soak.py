@@ -25,7 +25,8 @@ from data_prep.synthesize import synthesize
 from tests.processes import ended, train_ranks
 from tests.test_resume import assert_same_run, run_of, small
 
-KINDS = ("process", "checkpoint", "worker")
+# a worker first: towards its end a run has none, while a checkpoint is always still to come
+KINDS = ("worker", "process", "checkpoint")
 CHECKPOINT_EVERY = 3  # steps
 PATIENCE = 300.0  # seconds for anything that has to happen
 

@@ -73,8 +73,10 @@ def test_writes_clips_that_editors_open_and_seeds_reproduce(tmp_path, cached, do
     code, printed = run(tmp_path / "b", 'prompt="blue smoke"', "seed=3", *small, *guide)
     assert code == 0, printed[-2000:]
     alone = read_rgba(tmp_path / "b/000-blue-smoke-seed3_png").frames
-    apart = abs(clip.frames.astype(int) - alone.astype(int))  # sums of another order
-    assert apart.max() <= 2 and apart.mean() < 0.25
+    other = read_rgba(tmp_path / "a" / folders[2]).frames  # the same prompt, another seed
+    apart, seeds_apart = (abs(x.astype(int) - alone.astype(int)) for x in (clip.frames, other))
+    # sums of another order, which guidance enlarges, and then rounding
+    assert apart.max() <= 8 and apart.mean() < 0.25 < 4 < seeds_apart.mean()
 
 
 @pytest.mark.slow

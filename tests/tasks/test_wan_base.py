@@ -278,7 +278,8 @@ def test_dit_step_is_a_function_of_the_draws(dit_task):
 
     def step(*parts):
         with torch.no_grad():
-            return task.step(batch, ClipDraws(batch["key"], *parts, device=torch.device("cpu")))
+            draws = ClipDraws(batch["key"], *parts, device=torch.device("cpu"))
+            return task.step(batch, draws, task.train_levels)
 
     task.train()
     first = step(0, "train", 1)
