@@ -162,7 +162,11 @@ def measure(line: Found) -> dict[str, Any]:
 
 
 def open_line(line: Found) -> Stream:
-    """Opens whatever data_prep.ingest took: its limits may have been raised."""
+    """Opens whatever data_prep.ingest took: its limits may have been raised. Raises MediaError also
+    for a pipe or a device, which would be waited for."""
+    for file in (file for name in line.files for file in pictures(Path(name))):
+        if file.exists() and not file.is_file():
+            raise MediaError(f"{file}: no plain file; ingest the folder again")
     pixels = line.width * line.height
     limits = Limits(
         # A packed video's pictures hold more than the clip.

@@ -63,13 +63,14 @@ def with_decisions(source, lines_of_clips):
     return lines
 
 
+def with_a_slow_film(source):
+    """Makes the last film one that takes seconds, so that a kill comes before its end."""
+    noise = np.random.default_rng(0).integers(0, 256, (121, 256, 256, 4), np.uint8)
+    (source / "film3.mkv").write_bytes(encode_ffv1(noise, 12))
+
+
 def kill_in_the_middle(source, out, executor, env):
-    """The command on 2 processes of `executor`, killed as it reads the last film, which is then not
-    there yet."""
-    last = source / "film3.mkv"
-    film = last.read_bytes()
-    last.unlink()
-    os.mkfifo(last)  # whoever opens it waits
+    """The command on 2 processes of `executor`, killed as soon as it has written a shard."""
     settings = [
         f"manifest={source.parent / 'found.jsonl'}",
         f"out={out}",
@@ -84,12 +85,10 @@ def kill_in_the_middle(source, out, executor, env):
         start_new_session=True,
     )
     while program.poll() is None and not (out / "clips-000000.part.json").exists():
-        time.sleep(0.05)
+        time.sleep(0.005)
     assert program.poll() is None
     os.killpg(program.pid, signal.SIGKILL)
     program.wait()
-    last.unlink()
-    last.write_bytes(film)
     assert not (out / MANIFEST).exists()
 
 

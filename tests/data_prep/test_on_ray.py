@@ -31,6 +31,7 @@ from tests.data_prep.sharded import (  # noqa: F401
     kill_in_the_middle,
     lines_of,
     source,
+    with_a_slow_film,
     with_decisions,
 )
 from tests.data_prep.sharded import make as make_shards
@@ -212,6 +213,7 @@ def test_ingest_finds_the_same_also_after_a_restart(tmp_path):
 
 def test_clip_shards_have_the_same_bytes_also_after_a_kill(source, tmp_path):
     settings = replace(SETTINGS, max_frames=121, bleed=None)  # the command's
+    with_a_slow_film(source)
     make_shards(source, tmp_path / "first", settings)
     with_decisions(source, lines_of(tmp_path / "first"))
     limits = {"max_clips": 2, "max_bytes": 2**30}

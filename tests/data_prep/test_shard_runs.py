@@ -10,11 +10,11 @@ import pytest
 from PIL import Image
 
 from acetate.data.shards import ShardError
-from acetate.video_io import encode_ffv1
+from acetate.video_io import MediaError, encode_ffv1
 from data_prep import shard as program
 from data_prep.folders import MEASURED
 from data_prep.journal import only_writer, read_journal
-from data_prep.plans import decide, measure, read_lines
+from data_prep.plans import decide, measure, open_line, read_lines
 from data_prep.shard import DECISIONS, prepare
 from tests.data_prep.sharded import (
     SETTINGS,
@@ -23,6 +23,7 @@ from tests.data_prep.sharded import (
     make,
     soft,
     source,  # noqa: F401
+    with_a_slow_film,
     with_decisions,
 )
 from tests.media.films import drawn
@@ -39,6 +40,7 @@ def test_workers_make_the_same_bytes(source, tmp_path):
 @pytest.mark.long
 def test_a_killed_command_goes_on(source, tmp_path):
     settings = replace(SETTINGS, max_frames=121, bleed=None)  # the command's
+    with_a_slow_film(source)
     make(source, tmp_path / "first", settings)
     with_decisions(source, lines_of(tmp_path / "first"))
     whole = make(source, tmp_path / "whole", settings, max_clips=2, max_bytes=2**30)
@@ -174,3 +176,12 @@ def test_what_was_measured_of_another_file_does_not_count(source, tmp_path):
     again = [entry["key"] for entry in read_journal(journal)[len(lines) :]]
     assert again == [lines[2].key, "still0"]
     assert next(plan for plan in plans if plan.line.key == "still0").refusal
+
+
+def test_a_pipe_in_a_manifest_is_not_waited_for(source):
+    make(source, source.parent / "out")
+    (line, *_) = read_lines(source.parent / "found.jsonl")
+    os.mkfifo(source / "pipe.mov")
+    waits = replace(line, files=[str(source / "pipe.mov")])
+    with pytest.raises(MediaError, match=r"pipe\.mov: no plain file"):
+        open_line(waits)
