@@ -6,21 +6,16 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from acetate.alpha import PALETTE, PALETTE_NAMES
+from acetate.pages.templates import COLORS, filled, grounds
 from data_prep.bad_clips import by_reason
 from data_prep.examine import said_of_names
 
-TEMPLATE = Path(__file__).with_name("report.html")
-SLOT = re.compile(r"<!-- slot:(\w+) -->")
 ROWS = 7  # bars of a panel before the rest is summed up
 SOFT_BINS = 32
-COLORS = {name: "#" + "".join(f"{round(255 * (x + 1) / 2):02x}" for x in rgb.tolist())
-           for name, rgb in zip(PALETTE_NAMES, PALETTE, strict=True)}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -117,17 +112,7 @@ def render(report: Report) -> str:
         "cards": "".join(card(entry, entry.picture) for entry in report.pictured if entry.picture),
         "skipped": skipped(report.skipped),
     }
-    return filled(TEMPLATE, report.title, parts)
-
-
-def filled(template: Path, title: str, parts: Mapping[str, str]) -> str:
-    """Fills the slots of a page with its parts, and with what all pages share."""
-    style, filters = (
-        template.with_name(name).read_text(encoding="utf-8") for name in ("page.css", "page.svg")
-    )
-    shared = {"title": escape(title), "style": style, "filters": filters}
-    slots = shared | {"grounds_css": grounds_css()} | dict(parts)
-    return SLOT.sub(lambda match: slots[match[1]], template.read_text(encoding="utf-8"))
+    return filled("report.html", report.title, parts)
 
 
 def sample_text(report: Report) -> str:
@@ -285,28 +270,6 @@ def selects(entries: Sequence[Entry]) -> str:
                 f"{plural}</option>{options}</select>"
             )
     return "".join(parts)
-
-
-def grounds(extra: Sequence[str] = ("alpha", "eight colours")) -> str:
-    """Returns a choice of backgrounds; extra: other ways to look, named by their first word."""
-    named = {"checker": "checkerboard", **{text.split()[0]: text for text in extra}}
-    parts = []
-    for value in (*named, *COLORS):
-        checked = " checked" if value == "checker" else ""
-        inside = named.get(value, "")
-        look = "" if inside else f' class="swatch" style="--ground:{COLORS[value]}"'
-        parts.append(
-            f'<label title="{value}"><input type="radio" name="ground" value="{value}" '
-            f'aria-label="{value}"{checked}>'
-            f"<span{look}>{inside}</span></label>"
-        )
-    return "".join(parts)
-
-
-def grounds_css() -> str:
-    return "\n".join(
-        f".cards[data-ground={name}] {{ --ground: {code}; }}" for name, code in COLORS.items()
-    )
 
 
 def card(entry: Entry, picture: Picture) -> str:

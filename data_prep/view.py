@@ -1,23 +1,14 @@
 """Writes one HTML page that plays transparent clips: of one folder, or of several systems side by
 side."""
 
-import base64
-import json
-import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
-from html import escape
-from io import BytesIO
 from operator import attrgetter
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from omegaconf import DictConfig
-from PIL import Image
 from rich.console import Console
 from torch import Tensor
 
@@ -25,33 +16,13 @@ from acetate.cli import run
 from acetate.media.clip import Limits, MediaError, RGBAClip
 from acetate.metrics.alpha import border_mean
 from acetate.metrics.matting import MattingErrors
+from acetate.pages.clips import Shown, page, shown
 from acetate.replacing import check_out, written
 from data_prep.bad_clips import print_bad
 from data_prep.candidates import Candidate
 from data_prep.executor import progress
 from data_prep.finished import clips_of, named, opened, prompt_of
-from data_prep.report import filled, grounds
 from data_prep.tree import printable
-
-TEMPLATE = Path(__file__).with_name("view.html")
-
-
-@dataclass(frozen=True)
-class Shown:
-    """A clip of one system: a sheet of its pictures as WebP, and what is measured of it.
-
-    columns: pictures in a row of the sheet. size: of a picture, width and height. frames: of the
-    clip, `held` of them in the sheet.
-    """
-
-    sheet: bytes
-    columns: int
-    size: tuple[int, int]
-    held: int
-    frames: int
-    fps: float
-    prompt: str
-    figures: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -99,29 +70,15 @@ def _read(candidate: Candidate, limits: Limits) -> RGBAClip:
 
 
 def _shown(candidate: Candidate, clip: RGBAClip, reference: RGBAClip | None, look: Look) -> Shown:
-    places = np.linspace(0, len(clip.frames) - 1, min(look.frames, len(clip.frames))).round()
-    pictures = [_small(clip.frames[int(place)], look.side) for place in np.unique(places)]
-    columns = math.ceil(math.sqrt(len(pictures)))
-    width, height = pictures[0].size
-    sheet = Image.new("RGBA", (columns * width, math.ceil(len(pictures) / columns) * height))
-    for i, picture in enumerate(pictures):
-        sheet.paste(picture, (i % columns * width, i // columns * height))
-    buffer = BytesIO()
-    sheet.save(buffer, "WEBP", quality=90, alpha_quality=100, lossless=look.lossless, exact=True)
-    fps = (clip.fps or 16.0) * len(pictures) / len(clip.frames)
-    return Shown(
-        buffer.getvalue(), columns, (width, height), len(pictures), len(clip.frames), fps,
-        prompt_of(candidate), figures(clip, reference),
-    )  # fmt: skip
-
-
-def _small(frame: NDArray[np.uint8], side: int) -> Image.Image:
-    """Scales a picture down, premultiplied, as PIL does with RGBA; small pictures stay as they
-    are."""
-    image = Image.fromarray(frame)
-    scale = min(1.0, side / max(image.size))
-    sides = [max(1, round(length * scale)) for length in image.size]
-    return image.resize(sides, Image.Resampling.LANCZOS) if scale < 1 else image
+    return shown(
+        clip.frames,
+        clip.fps or 16.0,
+        prompt_of(candidate),
+        figures(clip, reference),
+        most=look.frames,
+        side=look.side,
+        lossless=look.lossless,
+    )
 
 
 def figures(clip: RGBAClip, reference: RGBAClip | None) -> dict[str, float]:
@@ -141,46 +98,7 @@ def figures(clip: RGBAClip, reference: RGBAClip | None) -> dict[str, float]:
 
 
 def _alpha(clip: RGBAClip) -> Tensor:
-    return torch.from_numpy(clip.frames[..., 3].astype(np.float32) / 255)[None, None]
-
-
-def page(title: str, systems: Sequence[str], clips: Sequence[tuple[str, list[Any]]]) -> str:
-    """Returns the page. clips: name and, of each system, a Shown, a reason or None."""
-    names = list(dict.fromkeys(
-        name for _, made in clips for one in made if isinstance(one, Shown) for name in one.figures
-    ))  # fmt: skip
-    parts = {
-        "grounds": grounds(extra=("light", "dark", "moving", "own picture")),
-        "systems": json.dumps(list(systems)).replace("</", "<\\/"),
-        "orders": "".join(f'<option value="{escape(n)}">{escape(n)}</option>' for n in names),
-        "cards": "".join(_card(*clip) for clip in clips),
-    }
-    return filled(TEMPLATE, title, parts)
-
-
-def _card(name: str, made: Sequence[Shown | str | None]) -> str:
-    held = [one for one in made if isinstance(one, Shown)]
-    prompt = next((one.prompt for one in held if one.prompt), "")
-    facts = [
-        {
-            "columns": one.columns, "size": one.size, "held": one.held, "frames": one.frames,
-            "fps": one.fps, "figures": {n: float(f"{v:.4g}") for n, v in one.figures.items()},
-        }
-        if isinstance(one, Shown)
-        else {"why": one or "not there"}
-        for one in made
-    ]  # fmt: skip
-    sheets = "".join(
-        f'<template data-of="{i}">{base64.b64encode(one.sheet).decode()}</template>'
-        for i, one in enumerate(made)
-        if isinstance(one, Shown)
-    )
-    return (
-        f'<article class="card" data-name="{escape(name)}" data-text="{escape(name.lower())} '
-        f'{escape(prompt.lower())}" data-facts="{escape(json.dumps(facts))}">{sheets}'
-        f'<div class="stages"></div><div class="text"><h3 class="name">{escape(name)}</h3>'
-        f'<p class="prompt">{escape(prompt)}</p><p class="about"></p></div></article>'
-    )
+    return torch.from_numpy(clip.frames[..., 3].astype("float32") / 255)[None, None]
 
 
 def works(folders: Sequence[Path], reference: Path | None) -> Iterator[Work]:

@@ -98,7 +98,8 @@ def fit(
 
 
 def files(folder: Path) -> list[str]:
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    found = (path for path in folder.rglob("panels/**/*") if path.is_file())
+    return sorted(str(path.relative_to(folder)) for path in found)
 
 
 def test_files_of_the_first_clips_at_every_validation(tmp_path: Path):
@@ -121,6 +122,13 @@ def test_clips_count_across_batches_and_repeats(tmp_path: Path):
         for key in ("cat", "dog", "fox")
         for kind in ("mp4", "png")
     ]
+
+
+def test_a_page_plays_what_each_validation_made(tmp_path: Path):
+    fit(tmp_path, Panels(clips=2, fps=16))
+    page = (tmp_path / "clips.html").read_text()
+    assert page.count('class="card"') == 2 and "demo/cat" in page
+    assert 'id="systems">["source", "step 0", "step 2"]' in page
 
 
 def test_a_still_has_no_video(tmp_path: Path):

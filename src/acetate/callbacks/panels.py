@@ -19,6 +19,8 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from acetate.alpha import PALETTE, PALETTE_NAMES, checkerboard, over
+from acetate.pages import of_run
+from acetate.pages.clips import Shown, shown
 from acetate.video_io import write_video
 from acetate.video_out import draw_guide
 
@@ -45,6 +47,12 @@ class Clip:
     alpha_hat: Tensor
     psnr: float = math.nan  # dB, over the eight colours
     mae: float = math.nan  # of alpha
+
+    def on_page(self, fps: float, source: bool) -> Shown:
+        """Returns the clip, or what was made of it, as the run's page shows it."""
+        parts = (self.rgb, self.alpha) if source else (self.rgb_hat, self.alpha_hat)
+        figures = {} if source else {"PSNR": self.psnr, "alpha MAE": self.mae}
+        return shown(torch.cat(parts).permute(1, 2, 3, 0).numpy(), fps, self.key, figures)
 
     def title(self, step: int) -> str:
         figures = f"PSNR over 8 colours {self.psnr:.2f} dB, alpha MAE {self.mae:.4f}"
@@ -284,9 +292,9 @@ class Panels(Callback):
     is step 0.
 
     Files: `<directory, or the trainer's default_root_dir>/panels/step_00001000/<key>.png` and, for
-    clips of more than one frame, `.mp4`. wandb gets both, TensorBoard the picture (its video needs
-    moviepy below 2); other loggers have the files. The task's validation_step returns rgb_hat and
-    alpha_hat, unclamped.
+    clips of more than one frame, `.mp4`; beside panels/ clips.html, which plays the clips of all
+    validations. wandb gets both, TensorBoard the picture (its video needs moviepy below 2); other
+    loggers have the files. The task's validation_step returns rgb_hat and alpha_hat, unclamped.
     """
 
     def __init__(self, clips: int, fps: float, rows: int = 3, directory: str | None = None):
@@ -299,6 +307,7 @@ class Panels(Callback):
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._drawn: set[str] = set()
+        self._played: list[tuple[Clip, str]] = []  # with the name that it has on the page
 
     def on_validation_batch_end(
         self,
@@ -318,9 +327,22 @@ class Panels(Callback):
                 self._drawn.add(key)
                 self._draw(trainer, _clip(outputs, batch, i))
 
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not self._played:
+            return
+        run = self._folder(trainer)
+        for source in (True, False):
+            clips = [(name, clip.on_page(self.fps, source)) for clip, name in self._played]
+            of_run.keep(run, trainer.global_step, clips, source)
+        self._played = []
+
+    def _folder(self, trainer: Trainer) -> Path:
+        return Path(self.directory or trainer.default_root_dir)
+
     def _draw(self, trainer: Trainer, clip: Clip) -> None:
         step, name = trainer.global_step, re.sub(r"[^\w.-]", "_", clip.key)
-        folder = Path(self.directory or trainer.default_root_dir) / "panels" / f"step_{step:08d}"
+        self._played.append((clip, name))
+        folder = self._folder(trainer) / "panels" / f"step_{step:08d}"
         folder.mkdir(parents=True, exist_ok=True)
         image, video = folder / f"{name}.png", folder / f"{name}.mp4"
         sheet = strip(clip, self.rows, step)

@@ -9,12 +9,15 @@ import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
 from acetate import regions
 from acetate.alpha import checkerboard, over
-from acetate.callbacks.panels import GAP, Sheet, tile_size
+from acetate.callbacks.panels import GAP, Sheet, tile_size, to_bytes
+from acetate.pages import of_run
+from acetate.pages.clips import shown
 from acetate.sampling import EllipsePath, Solver, sample_clips
 from acetate.video_out import write_clip
 
@@ -176,6 +179,11 @@ class Samples(Callback):
         folder = Path(trainer.default_root_dir) / "samples" / f"step_{step:08d}"
         sheet = contact_sheet(clips, f"step {step}", self.outline)
         save_picture(sheet, folder / "sheet.png")
+        played = [
+            (f"{index:02d}", shown(rgba_bytes(rgb, alpha), self.fps, prompt))
+            for index, (prompt, rgb, alpha) in enumerate(clips)
+        ]
+        of_run.keep(Path(trainer.default_root_dir), step, played)
         for index, (prompt, rgb, alpha) in enumerate(clips):
             files = write_clip(
                 folder / f"{index:02d}", rgb, alpha, self.fps, ("webm", "preview"), self.outline
@@ -184,6 +192,11 @@ class Samples(Callback):
                 _log_video(logger, index, prompt, files[1], step)
         for logger in trainer.loggers:
             _log_sheet(logger, sheet, folder / "sheet.png", step)
+
+
+def rgba_bytes(rgb: Tensor, alpha: Tensor) -> NDArray[np.uint8]:
+    """Returns (3, T, H, W) in [-1, 1] and (1, T, H, W) in [0, 1] as uint8 (T, H, W, 4)."""
+    return torch.cat([to_bytes(rgb, -1), to_bytes(alpha, 0)]).permute(1, 2, 3, 0).numpy()
 
 
 def _log_video(logger: Logger, index: int, prompt: str, video: Path, step: int) -> None:

@@ -11,6 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from tqdm import tqdm
 
 from acetate.callbacks.metrics_file import Best, MetricsFile, best_of, direction, read_metrics
+from acetate.pages.of_run import PAGE
 
 log = logging.getLogger(__name__)
 # train.log alone: tracebacks, of which the console has the message
@@ -147,10 +148,11 @@ class Story(Callback):
     def _places(self, trainer: Trainer) -> dict[str, str]:
         """Returns the files and pages that there are to look at."""
         root = Path(trainer.default_root_dir)
-        names = ["curves.png", "metrics.csv", "panels", "samples", "checkpoints", "train.log"]
+        names = ["curves.png", PAGE, "metrics.csv", "panels", "samples", "checkpoints", "train.log"]
         callbacks = {type(callback).__name__.lower() for callback in trainer.callbacks}  # pyright: ignore
         due = {name for name in ("panels", "samples") if name in callbacks} | {"checkpoints"}
         due |= {"curves.png"} if "curves" in callbacks else set()
+        due |= {PAGE} if due & {"panels", "samples"} else set()
         there = [name for name in names if name in due or (root / name).exists()]
         rows = {"look at": "  ".join(f"{name}/" if "." not in name else name for name in there)}
         for logger in trainer.loggers:
