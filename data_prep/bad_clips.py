@@ -37,7 +37,7 @@ def print_bad(console: Console, bad: Mapping[str, str], file: Path | None) -> No
     """Prints all of them by their reasons, or the first ones where a file has the rest."""
     left = len(bad) if file is None else SHOWN
     for kind, clips in by_reason(bad).items():
-        if len(bad) > 1:
+        if len(clips) > 1 or not left:
             console.print(f"{len(clips)} skipped: {kind}", soft_wrap=True)
         for key, reason in islice(clips.items(), left):
             console.print(Text.assemble(("skipped", "red"), f" {key}: {reason}"), soft_wrap=True)
