@@ -73,26 +73,11 @@ def soak(
     assert ended(*run, within=PATIENCE * 4) == [0] * ranks, log_of(whole)
     share = (time.monotonic() - began) / (2 * kills)  # what a kill lets pass on average
     for number in tqdm(range(kills), unit="kill"):
-        kind, since, early = KINDS[number % len(KINDS)], time.time(), False
+        kind, since = KINDS[number % len(KINDS)], time.time()
         run = start(parts)
-        if kind == "checkpoint":
-            until(lambda since=since: half_written(parts, since), run)
-            time.sleep(chance.uniform(0, 0.02))
-        elif kind == "process" and chance.random() < 0.3:
-            time.sleep(chance.uniform(0, 2))  # before it trains
-            # ranks that still wait for each other would go on to, and a launcher ends them
-            early = True
-        else:
-            until(lambda run=run: len(data_workers(run)) >= workers * ranks, run)
-            time.sleep(chance.uniform(0, 2 * share))
-        assert running(run), (
-            f"ended before it was killed; give it more than steps={steps}: {log_of(parts)}"
-        )
-        victims = data_workers(run) if kind == "worker" else run
-        if not victims:  # its workers have ended, as it saves the last step
-            kind, victims = "process", run
+        kind, victims = caught(run, kind, parts, chance, 2 * share, workers * ranks)
         counts[kind] += 1
-        for victim in run if early else [chance.choice(victims)]:
+        for victim in victims:
             victim.kill()
         codes = ended(*run, within=PATIENCE)
         assert not {0, None} & set(codes), f"exit codes {codes}: {log_of(parts)}"
@@ -103,6 +88,33 @@ def soak(
     assert ended(*start(parts), within=PATIENCE * 4) == [0] * ranks, log_of(parts)
     assert_same_run(run_of(whole), run_of(parts))
     return counts
+
+
+def caught(
+    run: list[BaseProcess],
+    kind: str,
+    outputs: Path,
+    chance: random.Random,
+    longest: float,
+    workers: int,
+) -> tuple[str, Sequence[BaseProcess | psutil.Process]]:
+    """Waits for a moment to kill at; returns what is killed then, and its processes."""
+    if kind == "process" and chance.random() < 0.3:
+        time.sleep(chance.uniform(0, 2))  # before it trains
+        assert running(run), log_of(outputs)
+        return kind, run  # ranks that still wait for each other would go on to
+    if kind == "checkpoint":
+        since = time.time()
+        until(lambda: half_written(outputs, since), run)
+        time.sleep(chance.uniform(0, 0.02))
+    else:
+        until(lambda: len(data_workers(run)) >= workers, run)
+        time.sleep(chance.uniform(0, longest))
+    assert running(run), f"ended before it was killed; give it more steps: {log_of(outputs)}"
+    victims = data_workers(run) if kind == "worker" else run
+    if not victims:  # its workers have ended, as it saves the last step
+        return "process", [chance.choice(run)]
+    return kind, [chance.choice(victims)]
 
 
 def half_written(outputs: Path, since: float) -> list[Path]:

@@ -192,9 +192,7 @@ def dit_task(tmp_path_factory):
     task = WanDiTTask(
         vae=AutoencoderKLWan(**TINY),
         transformer=transformer,
-        text_width=16,
-        text_layers=1,
-        vocabulary=320,
+        text={"width": 16, "layers": 1, "vocabulary": 320},
         prompt_length=24,
         prompt_dropout=0.5,
         shift=2.0,

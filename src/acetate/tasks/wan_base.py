@@ -1,7 +1,7 @@
 """Trains the tiny base model itself: a plain RGB VAE and a text-to-video flow model of Wan's
 architecture."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -196,7 +196,8 @@ class WanDiTTask(MeasuredTask):
 
     l = |DiT(x_t, t, prompt) - (noise - z)|^2, z normalised, one noise level per clip, drawn from a
     schedule of `shift`: Wan's 5 is for large pictures and leaves small ones few levels where shapes
-    and colours are decided. Validation draws with Wan's. Prompts are dropped with probability
+    and colours are decided. Validation draws with Wan's. text: width and layers of the text
+    encoder, and the vocabulary of its tokenizer. Prompts are dropped with probability
     `prompt_dropout`. `save_to` receives transformer, text_encoder and tokenizer in
     diffusers layout; `init_from` is such a folder to go on from.
     """
@@ -208,9 +209,7 @@ class WanDiTTask(MeasuredTask):
         *,
         vae: AutoencoderKLWan,
         transformer: WanTransformer3DModel,
-        text_width: int,
-        text_layers: int,
-        vocabulary: int,
+        text: Mapping[str, int],
         prompt_length: int,
         prompt_dropout: float,
         shift: float,
@@ -225,15 +224,15 @@ class WanDiTTask(MeasuredTask):
         self.geometry = Geometry.of(vae)
         self.encoder, self.head = WanEncoder(vae.requires_grad_(False)), WanHead(vae)
         self.transformer = transformer
-        self.tokenizer = train_tokenizer(known_prompts(), vocabulary, prompt_length)
+        self.tokenizer = train_tokenizer(known_prompts(), text["vocabulary"], prompt_length)
         self.text_encoder = UMT5EncoderModel(
             UMT5Config(
                 vocab_size=len(self.tokenizer),
-                d_model=text_width,
-                d_kv=text_width // 4,
+                d_model=text["width"],
+                d_kv=text["width"] // 4,
                 num_heads=4,
-                d_ff=2 * text_width,
-                num_layers=text_layers,
+                d_ff=2 * text["width"],
+                num_layers=text["layers"],
                 dropout_rate=0.0,  # chance belongs to the clip, not to hidden generator state
                 pad_token_id=0,
                 eos_token_id=1,
