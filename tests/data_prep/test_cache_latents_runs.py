@@ -119,6 +119,7 @@ def test_the_bytes_do_not_depend_on_threads(make, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.long
+@pytest.mark.usefixtures("forked")
 def test_workers_make_the_same_bytes(make, cached, tmp_path):
     make(tmp_path / "l", workers=2)
     assert files(tmp_path / "l") == files(cached)
