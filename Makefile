@@ -43,6 +43,9 @@ lint: setup ## format, lint, types
 	$(BIN)/ruff check .
 	$(BIN)/pyright
 
+# as many processes as cores are busy already
+check test test-all pages: export OMP_NUM_THREADS = 1
+
 check: lint ## the above and the fast tests
 	$(RUN) -m pytest -n logical --dist loadgroup -m "not slow and not gpu"
 

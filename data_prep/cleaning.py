@@ -1,9 +1,12 @@
 """Applies what was decided about a clip to its frames: uint8 (T, H, W, 4) in and out, straight
 colour out."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from itertools import pairwise
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -20,6 +23,7 @@ Frames = NDArray[np.uint8]
 Indices = NDArray[np.int64]
 Verdict = Literal["refuse", "keep"]
 NEAR = 8  # pixels
+MULTI_LEVEL = "pymatting.foreground.estimate_foreground_ml"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -245,15 +249,31 @@ def foreground(frames: Frames) -> Frames:
     """Estimates the colour of the thing alone, where a picture shows it mixed with a scene. Germer
     et al. 2020, multi-level."""
     import numba
-    from pymatting import estimate_foreground_ml  # compiles itself at its first import: a minute
 
+    estimate = multi_level()
     numba.set_num_threads(1)  # its threads race, and the result would change from run to run
     done = []
     for frame in frames:
         picture, alpha = frame[..., :3] / 255.0, frame[..., 3] / 255.0
-        color = estimate_foreground_ml(picture, alpha).clip(0, 1)
+        color = estimate(picture, alpha).clip(0, 1)
         done.append(np.concatenate(((color * 255 + 0.5).astype(np.uint8), frame[..., 3:]), axis=-1))
     return np.stack(done)
+
+
+def multi_level() -> Callable[..., NDArray[np.float32]]:
+    """Returns pymatting's estimate_foreground_ml without importing the package, which compiles all
+    that it has when it is first imported: a minute in place of seconds."""
+    module = sys.modules.get(MULTI_LEVEL)
+    if module is None:
+        package = find_spec(MULTI_LEVEL.partition(".")[0])
+        assert package is not None and package.submodule_search_locations is not None
+        file = Path(*package.submodule_search_locations, *MULTI_LEVEL.split(".")[1:])
+        spec = spec_from_file_location(MULTI_LEVEL, file.with_suffix(".py"))
+        assert spec is not None and spec.loader is not None
+        # under its own name, by which numba finds what it has compiled before
+        module = sys.modules[MULTI_LEVEL] = module_from_spec(spec)
+        spec.loader.exec_module(module)
+    return module.estimate_foreground_ml
 
 
 def limit_side(frames: Frames, max_side: int) -> Frames:

@@ -22,6 +22,7 @@ from typing import Any, Generic, Protocol, TypeVar
 from tqdm import tqdm
 
 EXECUTORS = ("local", "ray")
+START = "spawn"  # of local processes, with nothing of this one
 OVERRAN = "took more than {:g} s, so that its worker process was stopped"
 OVERRUN_SIGNALS = ("SIGPROF", "SIGALRM")  # of a process that set itself a time limit
 MOST_PER_CORE = 32  # processes; more wait for each other and fill the memory
@@ -300,7 +301,7 @@ class LocalWorker:
 
     def _start(self) -> Answer:
         """Returns the answer of its setup."""
-        context = get_context("spawn")
+        context = get_context(START)
         self.pipe, theirs = context.Pipe()
         process = context.Process(target=serve, args=(theirs, *self.task), daemon=True)
         process.start()

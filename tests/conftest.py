@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from data_prep import executor
 from data_prep.synthesize import synthesize
 from tests.paths import ROOT
 
@@ -57,6 +58,15 @@ def fill_(module: nn.Module, seed: int) -> None:
                 parameter.copy_(draw * parameter[0].numel() ** -0.5)
             else:
                 parameter.copy_(0.1 * draw)
+
+
+@pytest.fixture
+def forked(monkeypatch):
+    """Worker processes that begin in one that has imported torch and the rest, as those of
+    tests.processes do; test_executor has those that import it themselves."""
+    from tests import processes  # noqa: F401  (what is imported before)
+
+    monkeypatch.setattr(executor, "START", "forkserver")
 
 
 @pytest.fixture(scope="session")

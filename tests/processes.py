@@ -37,15 +37,26 @@ STORES: list[dist.TCPStore] = []
 
 def train(log: Path, *arguments: str, environment: Mapping[str, str] | None = None) -> BaseProcess:
     """Starts `python train.py ARGUMENTS`, a session of its own; what it prints goes on in `log`."""
-    process = FORKS.Process(target=_run, args=(log, "train.py", arguments, dict(environment or {})))
+    given = (log, "train.py", arguments, dict(environment or {}))
+    process = FORKS.Process(target=_run, args=given)
     process.start()
     return process
 
 
-def program(log: Path, name: str, *arguments: str) -> tuple[int, str]:
+def program(
+    log: Path,
+    name: str,
+    *arguments: str,
+    environment: Mapping[str, str] | None = None,
+    folder: Path = ROOT,
+    code: Sequence[Path] = (),
+) -> tuple[int, str]:
     """`python NAME ARGUMENTS`, or `python -m NAME ARGUMENTS`, to its end: exit code and all that it
-    printed."""
-    process = FORKS.Process(target=_run, args=(log, name, arguments, {}))
+    printed. It is started in `folder`, a clone of this repository unless `code` says where the code
+    lies that it runs."""
+    places = [*code] or [folder / "src", folder]
+    given = (log, name, arguments, dict(environment or {}), folder, places)
+    process = FORKS.Process(target=_run, args=given)
     process.start()
     (code,) = ended(process)
     assert code is not None, f"{name} does not end: {log.read_text()[-2000:]}"
@@ -127,7 +138,14 @@ def _environments(world: int) -> list[dict[str, str]]:
     return [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world)]
 
 
-def _run(log: Path, name: str, arguments: Sequence[str], environment: Mapping[str, str]) -> None:
+def _run(
+    log: Path,
+    name: str,
+    arguments: Sequence[str],
+    environment: Mapping[str, str],
+    folder: Path = ROOT,
+    code: Sequence[Path] = (),
+) -> None:
     os.setsid()
     with log.open("ab") as file:
         os.dup2(file.fileno(), 1)
@@ -137,8 +155,10 @@ def _run(log: Path, name: str, arguments: Sequence[str], environment: Mapping[st
     # which a shell's & takes from all that it starts
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ.pop("WANDB_SERVICE", None)  # a test's that ran before: this one starts its own
+    if folder != ROOT:
+        _import_from(code)
     os.environ.update(environment)
-    os.chdir(ROOT)
+    os.chdir(folder)
     torch.set_num_threads(1)
     sys.argv = [name, *arguments]
     try:
@@ -148,6 +168,16 @@ def _run(log: Path, name: str, arguments: Sequence[str], environment: Mapping[st
             runpy.run_module(name, run_name="__main__", alter_sys=True)
     finally:
         atexit._run_exitfuncs()  # which multiprocessing leaves out, and wandb ends its run in
+
+
+def _import_from(places: Sequence[Path]) -> None:
+    """Of the modules that were imported before, only those of other packages stay."""
+    os.environ.pop("ACETATE_ROOT", None)
+    os.environ["PYTHONPATH"] = os.pathsep.join(map(str, places))
+    sys.path[:0] = map(str, places)
+    for name in list(sys.modules):
+        if name.partition(".")[0] in ("acetate", "data_prep"):
+            del sys.modules[name]
 
 
 def _answer(sender: Any, function: Callable, arguments: tuple) -> None:

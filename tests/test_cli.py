@@ -11,6 +11,7 @@ import pytest
 from acetate.cli import PROGRAMS, completions, conf, main
 from acetate.commands.help import read
 from tests.paths import ROOT
+from tests.processes import program
 
 ACETATE = Path(sys.executable).with_name("acetate")
 HEAVY = ("torch", "lightning", "diffusers", "transformers", "numpy", "hydra")
@@ -30,8 +31,8 @@ def test_help_lists_the_commands_and_imports_nothing_heavy():
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     ).stdout
     assert said.endswith("heavy []\n")
-    for name, program in PROGRAMS.items():
-        assert f"  {name:20} {program.line}\n" in said
+    for name, command in PROGRAMS.items():
+        assert f"  {name:20} {command.line}\n" in said
     assert max(map(len, said.splitlines())) <= 100
 
 
@@ -173,8 +174,11 @@ def test_the_installed_command_takes_configs_and_modules_of_ones_own(tmp_path, s
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert next(tmp_path.glob("outputs/mine/*/metrics.csv")).exists()
-    done = said("experiment=mine", "data.shards=none")
-    assert done.returncode == 1 and "none does not exist" in done.stderr
+    code, text = program(
+        tmp_path / "log", "acetate", "train", "experiment=mine", "data.shards=none",
+        environment={"ACETATE_ROOT": str(tmp_path)}, folder=tmp_path, code=[ROOT / "src", ROOT],
+    )  # fmt: skip
+    assert code == 1 and "none does not exist" in text
 
 
 def test_train_py_is_the_same_command():

@@ -1,5 +1,6 @@
 """The wheel, in a new environment and another folder: the main job, a sample, clips."""
 
+import os
 import subprocess
 import sys
 import tomllib
@@ -12,6 +13,7 @@ import pytest
 
 from acetate.clips import Clip
 from tests.paths import ROOT
+from tests.processes import program
 
 pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.xdist_group("package")]
 TINY = ["data.num_workers=0", "data.val_clips=2", "callbacks.panels.clips=1"]
@@ -30,8 +32,8 @@ def wheel(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def acetate(wheel, tmp_path_factory):
-    """Runs the installed command in a folder that holds nothing else; the libraries are those of
-    this environment."""
+    """Runs the installed command in a folder that holds nothing else, or (`forked`) the installed
+    code in a process that has imported the packages it needs, those of this environment."""
     place = tmp_path_factory.mktemp("installed")
     venv.create(place / "env", with_pip=False)
     python = place / "env/bin/python"
@@ -44,18 +46,26 @@ def acetate(wheel, tmp_path_factory):
         [uv, "pip", "install", "--quiet", "--no-deps", "--python", python, wheel], check=True
     )
     (place / "work").mkdir()
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
 
     def run(*arguments):
         done = subprocess.run(
             [place / "env/bin/acetate", *arguments],
             cwd=place / "work",
+            env=env,
             capture_output=True,
             text=True,
         )
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
         return done.stdout
 
-    run.work = place / "work"
+    def forked(*arguments):
+        log = place / "log"
+        log.unlink(missing_ok=True)
+        code, said = program(log, "acetate", *arguments, folder=place / "work", code=[site])
+        assert code == 0, said[-5000:]
+
+    run.forked, run.work = forked, place / "work"
     return run
 
 
@@ -75,7 +85,7 @@ def test_it_holds_everything(wheel):
 @pytest.mark.timeout(1200)
 def test_the_main_job_in_another_folder(acetate):
     acetate("prep", "synthesize", "out=data/demo", "clips=12", "frames=9", "size=48")
-    acetate(
+    acetate.forked(
         "train",
         "experiment=vae_rgba",
         "name=demo",
@@ -84,8 +94,8 @@ def test_the_main_job_in_another_folder(acetate):
         *TINY,
     )
     latents = ["shards=data/demo", "out=data/demo_latents", "rgba_vae=outputs/demo", "variants=1"]
-    acetate("prep", "cache_latents", *latents)
-    acetate(
+    acetate.forked("prep", "cache_latents", *latents)
+    acetate.forked(
         "train", "experiment=dit_dora", "name=demo_dit", "trainer.max_steps=3",
         "trainer.val_check_interval=3",
         "data.num_workers=0", "data.val_clips=2", "data.batch_size=2",
@@ -102,4 +112,6 @@ def test_the_main_job_in_another_folder(acetate):
     clip = Clip.read(next((acetate.work / "clips").glob("*.webm")))
     assert clip.rgb.shape == (3, 9, 48, 48)
     assert (acetate.work / "clips/sheet.png").exists()
+    for settings in acetate.work.glob("outputs/*/*/config.yaml"):
+        assert "commit: null" in settings.read_text()  # the installed code is of no repository
     assert sorted(path.name for path in acetate.work.iterdir()) == ["clips", "data", "outputs"]

@@ -2,6 +2,7 @@ import json
 
 import pytest
 
+from acetate import memory
 from acetate.commands.estimate import (
     CARDS,
     GPUS,
@@ -13,9 +14,8 @@ from acetate.commands.estimate import (
     without_weights,
 )
 from acetate.memory import Footprint, Load
-from tests.compose import composed
+from tests.compose import called, composed
 from tests.paths import ROOT
-from tests.processes import program
 
 EXPERIMENTS = sorted(path.stem for path in (ROOT / "conf/experiment").glob("*.yaml"))
 GIB = 2**30
@@ -95,13 +95,13 @@ def test_a_batch_has_clips(tmp_path):
 @pytest.mark.slow
 @pytest.mark.long
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
-def test_every_experiment_has_an_answer(experiment, tmp_path):
+def test_every_experiment_has_an_answer(experiment, tmp_path, monkeypatch, capsys):
+    """The 14B as it is; of the 1.3B, whose blocks take as long, eight of thirty."""
+    few = {**memory.WAN21["1.3B"], "num_layers": 8}
+    monkeypatch.setitem(memory.WAN21, "1.3B", few)
     out = tmp_path / "deep/out.json"
-    code, printed = program(
-        tmp_path / "log", "acetate.commands.estimate", f"experiment={experiment}", f"out={out}"
-    )
-    assert code == 0, printed[-2000:]
-    found = json.loads(out.read_text())
+    called("estimate", f"experiment={experiment}", f"out={out}")
+    printed, found = capsys.readouterr().out, json.loads(out.read_text())
     assert list(found["bytes_per_gpu"]) == [str(n) for n in GPUS]
     assert list(found["cards"]) == [str(card) for card in CARDS]
     totals = [found["bytes_per_gpu"][str(n)]["total"] for n in GPUS]

@@ -140,6 +140,7 @@ def test_datamodule_reads_them(cached):
     assert [batch["key"] for batch in data.val_dataloader()] == [["still-w000-v0"]]
 
 
+@pytest.mark.usefixtures("forked")
 def test_how_it_is_run_does_not_matter(make, cached, sources):
     assert make(cached, sources=replace(sources, chunk=1), workers=3) == manifest_of(cached)
 

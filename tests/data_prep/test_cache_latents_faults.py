@@ -104,6 +104,7 @@ def test_all_prompts_that_are_too_long_are_named_at_once(make, sources, tmp_path
 
 @pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.long
+@pytest.mark.usefixtures("forked")
 def test_no_readable_clip_leaves_no_folder(make, tmp_path, workers):
     broken = write(tmp_path / "s")
     for name in CLIPS:

@@ -97,8 +97,9 @@ def test_executors_are_checked_before_anything_is_loaded(make, sources, tmp_path
 
 @pytest.mark.slow
 @pytest.mark.long
-def test_the_bytes_do_not_depend_on_threads(make, tmp_path):
+def test_the_bytes_do_not_depend_on_threads(make, tmp_path, monkeypatch):
     """Of clips that are large enough for convolutions to be divided."""
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)  # a process of its own takes all cores
     noise = np.random.default_rng(0).integers(0, 256, (2, 17, 96, 160, 4), dtype=np.uint8)
     with ShardWriter(tmp_path / "clips", max_clips=100, max_bytes=10**9, made_by={}) as writer:
         for i, frames in enumerate(noise):
@@ -119,6 +120,7 @@ def test_the_bytes_do_not_depend_on_threads(make, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.long
+@pytest.mark.usefixtures("forked")
 def test_workers_make_the_same_bytes(make, cached, tmp_path):
     make(tmp_path / "l", workers=2)
     assert files(tmp_path / "l") == files(cached)

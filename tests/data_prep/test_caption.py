@@ -199,6 +199,7 @@ def test_the_captioner_sees_what_is_missing_and_a_restart_goes_on(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked")
 def test_workers_make_the_same_bytes(source, model, tmp_path):
     settings = replace(SETTINGS, captioner=model)
     run(source, tmp_path / "a", settings)

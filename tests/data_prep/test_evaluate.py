@@ -142,6 +142,7 @@ def test_the_screen_has_both_systems_and_their_difference(folders, capsys):
 
 @pytest.mark.slow
 @pytest.mark.long
+@pytest.mark.usefixtures("forked")
 def test_the_same_bytes_for_any_number_of_processes(folders, evaluated):
     out = folders / "two"
     called("evaluate", f"{folders}/mine", f"{folders}/theirs", f"references={folders}/true",

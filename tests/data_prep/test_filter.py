@@ -137,6 +137,7 @@ def test_an_interrupted_run_goes_on_and_makes_the_same_bytes(source, tmp_path, m
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked")
 def test_workers_make_the_same_bytes(source, tmp_path):
     run(source, tmp_path / "a")
     run(source, tmp_path / "b", workers=2)

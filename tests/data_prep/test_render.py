@@ -67,6 +67,7 @@ def test_facts_do_not_depend_on_the_number_of_clips(tmp_path, blender):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked")
 def test_processes_make_the_same_bytes(tmp_path, blender):
     make(tmp_path / "a", blender)
     make(tmp_path / "b", blender, workers=2)

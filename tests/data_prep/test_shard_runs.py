@@ -31,6 +31,7 @@ from tests.paths import ROOT
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked")
 def test_workers_make_the_same_bytes(source, tmp_path):
     assert make(source, tmp_path / "a") == make(source, tmp_path / "b", workers=2)
     assert (tmp_path / "a" / DECISIONS).read_bytes() == (tmp_path / "b" / DECISIONS).read_bytes()

@@ -77,6 +77,7 @@ def test_sizes_need_not_be_square(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked")
 def test_workers_make_the_same_bytes(tmp_path):
     make(tmp_path / "a")
     make(tmp_path / "b", workers=2)
