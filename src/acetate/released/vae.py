@@ -45,7 +45,7 @@ class ReleasedVAELoss(VAELoss):
 
 
 class ReleasedDiffusionLoss(DiffusionLoss):
-    levels = schedule()
+    schedule_levels = staticmethod(schedule)
 
 
 class ReleasedVAETask(RGBAVAETask):

@@ -201,8 +201,6 @@ class WanDiTTask(MeasuredTask):
     diffusers layout; `init_from` is such a folder to go on from.
     """
 
-    levels = flow.schedule()  # of validation
-
     def __init__(
         self,
         *,
@@ -221,7 +219,7 @@ class WanDiTTask(MeasuredTask):
         init_from: str | None = None,
     ) -> None:
         super().__init__()
-        self.train_levels = flow.schedule(shift=shift)
+        self.levels, self.train_levels = flow.schedule(), flow.schedule(shift=shift)
         self.geometry = Geometry.of(vae)
         self.encoder, self.head = WanEncoder(vae.requires_grad_(False)), WanHead(vae)
         self.transformer = transformer
@@ -302,8 +300,10 @@ class WanDiTTask(MeasuredTask):
         return {"key": load.keys, "video": video, "prompt": [""] * load.batch_size}
 
     def example_loss(self, batch: dict[str, Any]) -> Tensor:
-        ids = torch.zeros(len(batch["key"]), dtype=torch.long)
-        noise = torch.empty(len(ids), *self.geometry.latent_shape(*batch["video"].shape[2:]))
+        ids = torch.zeros(len(batch["key"]), dtype=torch.long, device=batch["video"].device)
+        noise = torch.empty(
+            len(ids), *self.geometry.latent_shape(*batch["video"].shape[2:]), device=ids.device
+        )
         return self.error(self.latents(batch), batch["prompt"], noise, self.train_levels, ids)
 
     def sharded(self) -> list[Group]:
