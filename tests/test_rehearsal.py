@@ -22,7 +22,6 @@ SMALL = {
 }
 PUBLISHED = {
     "vae_rgba_wan21": ["data.shards=x"],
-    "dit_dora_wan21_1b": ["data.latents=x", "rgba_vae=x"],
 }
 
 
@@ -33,7 +32,6 @@ def check(step):
     assert step.attentions
     assert [attention for attention in step.attentions if not attention.fused] == []
     assert not step.softmaxes
-    assert [c.place for c in step.large() if not c.channels_last] == []
 
 
 @pytest.mark.parametrize("experiment", SMALL)
@@ -55,9 +53,7 @@ def test_a_step_of_the_published_size(experiment, tmp_path):
     with fake_gpu() as gpu:
         step, _ = rehearse(gpu, of_published_size(config), batch, validate=False)
     check(step)
-    assert {attention.dtype for attention in step.attentions} == {torch.bfloat16}
-    if experiment == "vae_rgba_wan21":
-        assert len(step.large()) > 100
+    assert len(step.large()) > 100
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
@@ -101,5 +97,5 @@ def test_caching(tmp_path):
         rgb, alpha = (torch.zeros(1, c, 9, 32, 32, device="cuda:0") for c in (3, 1))
         latents = Encoder(run, vae, "cuda:0").latents(rgb, alpha, 0)
         ellipses = fit_ellipses(alpha, 4, 4)
-        assert (latents.shape, latents.dtype) == ((4, 3, 8, 8), torch.bfloat16)
+        assert (latents.shape, latents.dtype) == ((16, 3, 8, 8), torch.bfloat16)
         assert (latents.device.type, ellipses.device.type) == ("cpu", "cuda")
