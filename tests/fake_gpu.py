@@ -91,6 +91,8 @@ class FakeGPU(FakeTensorMode):
         self.within = True
         try:
             result = super().__torch_dispatch__(func, types, args, kwargs)
+            if func in (aten.convolution.default, aten.convolution_backward.default):
+                result = _as_cudnn(result, [x for x in args[:3] if isinstance(x, Tensor)])
         finally:
             self.within = False
         self._check_generators(func, leaves, result)
@@ -169,6 +171,23 @@ class FakeGPU(FakeTensorMode):
 
         with patch("torch.nn.functional.scaled_dot_product_attention", noted):
             yield
+
+
+def _as_cudnn(result: Any, inputs: list[Tensor]) -> Any:
+    """Returns results of a convolution channels-last where anything that it reads is; without a
+    driver torch does not choose cuDNN for bfloat16, and leaves the layout."""
+    layout = LAYOUTS.get(inputs[0].ndim)
+    if layout is None or not any(
+        x.is_contiguous(memory_format=layout) and not x.is_contiguous()
+        for x in inputs
+        if x.ndim == inputs[0].ndim
+    ):
+        return result
+    if isinstance(result, Tensor):
+        return result.to(memory_format=layout)
+    return tuple(
+        x if x is None or x.ndim != inputs[0].ndim else x.to(memory_format=layout) for x in result
+    )
 
 
 def _place() -> str:
