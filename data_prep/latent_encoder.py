@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 from tqdm import tqdm
 
-from acetate.alpha import PALETTE_NAMES, harden, over, palette_colors
+from acetate.alpha import PALETTE_NAMES, harden, over, palette
 from acetate.data.shards import BadClip, read_clip, read_meta
 from acetate.data.writer import ShardTar, read_part, write_part
 from acetate.formats.rgba_vae import load_rgba_vae
@@ -185,7 +185,7 @@ class Encoder:
     @torch.inference_mode()
     def latents(self, rgb: Tensor, alpha: Tensor, color: int) -> Tensor:
         """Returns latents (C, F, h, w), normalised, on the CPU, in the stored dtype."""
-        hidden = palette_colors(torch.tensor([color], device=rgb.device))
+        hidden = palette(rgb.device)[color]
         raw = self.vae.encode(over(rgb, harden(alpha, self.eps), hidden), alpha)
         return self.vae.normalise(raw)[0].to(self.settings.torch_dtype).cpu().contiguous()
 

@@ -11,7 +11,8 @@ from lightning import LightningDataModule, LightningModule, Trainer
 from acetate.callbacks.dashboards import TensorBoardRun, WandbRun
 from acetate.callbacks.metrics_file import MetricsFile
 from acetate.commands.loggers import build_loggers
-from acetate.released.dit import ReleasedDoRATask, third
+from acetate.released.dit import third
+from acetate.released.flow import ReleasedLevels
 from tests.compose import composed
 from tests.paths import ROOT
 from tests.processes import program
@@ -122,7 +123,8 @@ def test_unknown_names_are_named(tmp_path):
 def test_released_dit_choices(tmp_path):
     config = composed(tmp_path, "experiment=dit_dora", "reproduce=upstream_dit")
     task = instantiate(config.task)
-    assert (task.levels, task.warmup, task.mean_shift) == (ReleasedDoRATask.levels, third, 0.05)
+    assert isinstance(task.levels, ReleasedLevels)
+    assert (task.warmup, task.mean_shift) == (third, 0.05)
     assert task.adapter_dtype == torch.bfloat16
 
 

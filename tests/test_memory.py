@@ -58,7 +58,7 @@ def test_without_numbers_keeps_shapes_precision_and_ties():
     module["a"].bias.requires_grad_(False)
     facts = {name: (p.shape, p.dtype, p.requires_grad) for name, p in module.named_parameters()}
     with memory.FakeTensorMode(allow_non_fake_inputs=True):
-        memory._without_numbers(module)
+        memory.without_numbers(module)
         assert {
             name: (p.shape, p.dtype, p.requires_grad) for name, p in module.named_parameters()
         } == facts

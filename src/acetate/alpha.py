@@ -42,8 +42,14 @@ def unpremultiply(rgb: Tensor, alpha: Tensor, min_alpha: float = 1 / 255) -> Ten
 
 def palette_colors(indices: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """Turns palette indices (B,) into backgrounds (B, 3, 1, 1, 1) in {-1, 1}, on the indices'
-    device."""
-    return PALETTE.to(device=indices.device, dtype=dtype)[indices][:, :, None, None, None]
+    device, to which nothing is copied."""
+    bits = torch.stack([indices >> b & 1 for b in (2, 1, 0)], 1)
+    return (bits.to(dtype) * 2 - 1)[:, :, None, None, None]
+
+
+def palette(device: torch.device) -> Tensor:
+    """Returns the backgrounds of all eight colors, (8, 3, 1, 1, 1), in the palette's order."""
+    return palette_colors(torch.arange(len(PALETTE_NAMES), device=device))
 
 
 def checkerboard(height: int, width: int, cell: int = 8) -> Tensor:

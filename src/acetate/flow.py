@@ -2,36 +2,55 @@
 2022)."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
-@dataclass(frozen=True)
-class NoiseLevels:
-    """Training noise levels in float32 on the CPU: bf16 would collapse 1000 steps to 294 values.
+class NoiseLevels(nn.Module):
+    """Training noise levels in float32: bf16 would collapse 1000 steps to 294 values. They go to a
+    device with the module that they are part of.
 
     sigmas (N,) fall from 1, timesteps = N * sigma, weights (N,) sum to N.
     """
 
-    sigmas: Tensor
-    timesteps: Tensor
-    weights: Tensor
+    bits: Tensor
+
+    def __init__(self, sigmas: Tensor, timesteps: Tensor, weights: Tensor) -> None:
+        super().__init__()
+        # Integers of the same bits, (3, N), which no cast of a whole module reaches
+        bits = torch.stack([sigmas, timesteps, weights]).view(torch.int32)
+        self.register_buffer("bits", bits, persistent=False)
+
+    @property
+    def sigmas(self) -> Tensor:
+        return self.bits[0].view(torch.float32)
+
+    @property
+    def timesteps(self) -> Tensor:
+        return self.bits[1].view(torch.float32)
+
+    @property
+    def weights(self) -> Tensor:
+        return self.bits[2].view(torch.float32)
 
     def __len__(self) -> int:
-        return len(self.sigmas)
+        return self.bits.shape[1]
 
     def seen(self, ids: Tensor) -> Tensor:
-        """Returns the ids of levels (B,), on the CPU, that training sees for drawn ones."""
-        return ids.cpu()
+        """Returns the ids of levels (B,) that training sees for drawn ones, on their device."""
+        return ids
 
     def timestep(self, ids: Tensor) -> Tensor:
         """Returns the timesteps (B,) in [0, N] that the DiT is told."""
         return self.timesteps[ids]
 
 
-def schedule(steps: int = 1000, shift: float = 5.0) -> NoiseLevels:
+L = TypeVar("L", bound=NoiseLevels)
+
+
+def schedule(steps: int = 1000, shift: float = 5.0, kind: type[L] = NoiseLevels) -> L:
     """Returns the levels sigma = s*u / (1 + (s-1)*u), u = linspace(1, 0, N+1)[:-1]; w = N*y/sum(y),
     y = exp(-2((t-N/2)/N)^2) - min."""
     u = torch.linspace(1, 0, steps + 1)[:-1]
@@ -40,12 +59,12 @@ def schedule(steps: int = 1000, shift: float = 5.0) -> NoiseLevels:
     y = torch.exp(-2 * ((timesteps - steps / 2) / steps) ** 2)
     y = y - y.min()
     weights = y * (steps / y.sum())
-    return NoiseLevels(sigmas, timesteps, weights)
+    return kind(sigmas, timesteps, weights)
 
 
 def per_clip(values: Tensor, like: Tensor) -> Tensor:
-    """Reshapes (B,) to (B, 1, 1, 1, 1) on `like`'s device, to scale a batch of clips."""
-    return values.to(like.device).reshape(-1, *[1] * (like.ndim - 1))
+    """Reshapes (B,) to (B, 1, 1, 1, 1), to scale a batch of clips."""
+    return values.reshape(-1, *[1] * (like.ndim - 1))
 
 
 def interpolate(latents: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
@@ -69,11 +88,12 @@ def squared_error(
 ) -> Tensor:
     """Returns |v_hat - (noise - z)|^2 at every place, in float32; v_hat = field(x_t, t, *context).
 
-    latents z and noise (B, C, F, h, w); ids (B,) of the levels, as `levels.seen` gives them.
+    latents z and noise (B, C, F, h, w); ids (B,) of the levels, as `levels.seen` gives them,
+    on their device.
     """
     x_t = interpolate(latents, noise, levels.sigmas[ids])
-    timestep = levels.timestep(ids).to(latents.device)
-    return (field(x_t, timestep, *context).float() - velocity(latents, noise).float()).square()
+    v_hat = field(x_t, levels.timestep(ids), *context)
+    return (v_hat.float() - velocity(latents, noise).float()).square()
 
 
 def mean_shift(noise: Tensor, guide: Tensor, shift: float) -> Tensor:

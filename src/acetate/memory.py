@@ -229,7 +229,7 @@ def build(task: MeasuredTask) -> None:
         task.configure_model()
 
 
-def _without_numbers(module: nn.Module) -> None:
+def without_numbers(module: nn.Module, device: str = "cpu") -> None:
     """Replaces every parameter and buffer by a new one of the same shape and precision, of the
     current FakeTensorMode."""
     made: dict[int, Tensor] = {}  # tied weights stay tied
@@ -239,7 +239,7 @@ def _without_numbers(module: nn.Module) -> None:
                 if tensor is None:
                     continue
                 if id(tensor) not in made:
-                    new = torch.empty_like(tensor, device="cpu", requires_grad=False)
+                    new = torch.empty_like(tensor, device=device, requires_grad=False)
                     if isinstance(tensor, nn.Parameter):
                         new = nn.Parameter(new, requires_grad=tensor.requires_grad)
                     made[id(tensor)] = new
@@ -262,7 +262,7 @@ def measure(
     with FakeTensorMode(allow_non_fake_inputs=True), warnings.catch_warnings():
         # There is no trainer to log to, and the kernels are a CPU's
         warnings.filterwarnings("ignore", ".*self.log.*|.*Cannot dispatch to fused.*")
-        _without_numbers(task)
+        without_numbers(task)
         trainable = [p for p in task.parameters() if p.requires_grad]
         for parameter in trainable:
             parameter.grad = torch.empty_like(parameter)

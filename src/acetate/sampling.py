@@ -31,6 +31,8 @@ class Scheduler(Protocol):
 
     timesteps: Tensor
 
+    def set_begin_index(self, begin_index: int) -> None: ...
+
     def step(
         self, model_output: Tensor, timestep: Tensor, sample: Tensor, *, return_dict: bool
     ) -> tuple[Tensor, ...]: ...
@@ -167,6 +169,7 @@ def sample_latents(
     """Returns normalised latents like noise (B, C, F, h, w). context (B, L, D); negative (1, L, D)
     is used by guidance."""
     scheduler = solver.scheduler(noise.device)
+    scheduler.set_begin_index(0)  # else it looks for its first timestep, and the GPU's answer
     x = noise
     negative = negative.expand_as(context)
     for t in tqdm(

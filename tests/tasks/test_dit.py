@@ -317,7 +317,7 @@ def test_overfits_eight_clips(tmp_path, cached):
     data.setup()
     task.configure_model()
     batch = next(iter(data.train_dataloader()))
-    ids = task.val_ids.repeat(2)
+    ids = torch.tensor([*task.val_ids.values()]).repeat(2)
     noise = ClipDraws(batch["key"], 0, "val", device=torch.device("cpu")).normal(
         batch["latents"].shape[1:]
     )

@@ -7,7 +7,6 @@ from hydra.utils import instantiate
 from lightning import Trainer
 
 from acetate import memory
-from acetate.draws import generator_for
 from acetate.models.text import embed_prompt
 from acetate.models.wan import Geometry
 from tests.compose import composed
@@ -53,14 +52,3 @@ def test_a_step_on_one_gpu(experiment, released, tmp_path):
         with torch.autocast("cuda", torch.bfloat16):
             loss = task.training_step(batch, 0)["loss"]
         assert loss.device == torch.device("cuda:0") and loss.requires_grad
-
-
-def test_what_a_gpu_refuses():
-    with fake_gpu():
-        there = torch.zeros(2, device="cuda:0")
-        with pytest.raises(RuntimeError, match="generator of the cpu fills"):
-            there.uniform_(generator=generator_for("seed"))
-        there.uniform_(generator=generator_for("seed of the GPU", device="cuda:0"))
-        with pytest.raises(Exception, match="on the same device"):
-            there + torch.zeros(2)
-        assert (torch.arange(3) * 2).tolist() == [0, 2, 4]  # the CPU has numbers

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from acetate.alpha import PALETTE, PALETTE_NAMES, checkerboard, over
+from acetate.alpha import PALETTE, PALETTE_NAMES, checkerboard, over, palette
 from acetate.pages import of_run
 from acetate.pages.clips import Shown, shown
 from acetate.video_io import write_video
@@ -67,7 +67,7 @@ def quality(rgb_hat: Tensor, alpha_hat: Tensor, rgb: Tensor, alpha: Tensor) -> t
     rgb, alpha = rgb.float(), alpha.float()
     errors = [
         (over(rgb_hat, alpha_hat, ground) - over(rgb, alpha, ground)).square().mean((0, 2, 3)) / 4
-        for ground in PALETTE.to(rgb.device)[:, :, None, None, None]
+        for ground in palette(rgb.device)
     ]
     psnr = -10 * torch.stack(errors).clamp_min(1e-10).log10().mean()
     return float(psnr), float((alpha_hat - alpha).abs().mean())

@@ -40,8 +40,7 @@ class DiffusionLoss(nn.Module):
     mode needs one.
     """
 
-    # plain tensors, not buffers: a module-wide cast to bf16 must not reach them
-    levels = flow.schedule()
+    schedule_levels = staticmethod(flow.schedule)
 
     def __init__(
         self,
@@ -63,7 +62,7 @@ class DiffusionLoss(nn.Module):
                 raise ValueError(f"loss.diffusion.{name} {value!r}; known: {', '.join(known)}.")
         self.mode, self.weight, self.margin = mode, weight, margin
         self.latents, self.timestep_weight, self.eps = latents, timestep_weight, eps
-        self.build_judge = build_judge
+        self.build_judge, self.levels = build_judge, self.schedule_levels()
 
     def forward(
         self,

@@ -46,6 +46,9 @@ class VGGFeatures(nn.Module):
     torchvision's cache. pretrained False leaves the network on the meta device, to measure with.
     """
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(
         self, *, imagenet_norm: bool, weights: str | None = None, pretrained: bool = True
     ) -> None:
@@ -64,6 +67,8 @@ class VGGFeatures(nn.Module):
             )
         self.requires_grad_(False)
         self.imagenet_norm = imagenet_norm
+        for name, values in (("mean", [0.485, 0.456, 0.406]), ("std", [0.229, 0.224, 0.225])):
+            self.register_buffer(name, torch.tensor(values)[:, None, None], persistent=False)
 
     def forward(self, x_hat: Tensor, x: Tensor, feature_maps: FeatureMaps) -> Tensor:
         with torch.no_grad():
@@ -73,8 +78,7 @@ class VGGFeatures(nn.Module):
     def _features(self, video: Tensor) -> Tensor:
         x = frames(video) * 0.5 + 0.5
         if self.imagenet_norm:
-            mean, std = x.new_tensor([0.485, 0.456, 0.406]), x.new_tensor([0.229, 0.224, 0.225])
-            x = (x - mean[:, None, None]) / std[:, None, None]
+            x = (x - self.mean.to(x.dtype)) / self.std.to(x.dtype)
         return self.features(x)
 
 

@@ -4,7 +4,7 @@ from torch import Tensor, nn
 
 from acetate.alpha import harden, over
 from acetate.losses.perceptual import FeatureMaps
-from acetate.losses.terms import l1, sobel_l1
+from acetate.losses.terms import SobelL1, l1
 
 
 class VAELoss(nn.Module):
@@ -14,8 +14,6 @@ class VAELoss(nn.Module):
     The alpha view is the matte as a grey picture in [-1, 1], so that all three share a range. The
     hard render shows a prediction where the target's alpha is above eps.
     """
-
-    edge = staticmethod(sobel_l1)
 
     def __init__(
         self,
@@ -37,7 +35,11 @@ class VAELoss(nn.Module):
             perceptual_weight,
             edge_weight,
         )
-        self.perceptual, self.eps = perceptual, eps
+        self.perceptual, self.eps, self.sobel_l1 = perceptual, eps, SobelL1()
+
+    def edge(self, x_hat: Tensor, x: Tensor) -> Tensor:
+        """Returns the edge term of a view."""
+        return self.sobel_l1(x_hat, x)
 
     def hard_support(self, alpha_hat: Tensor, alpha: Tensor) -> Tensor:
         """Returns where the hard render of the prediction shows it, (B, 1, T, H, W) in {0, 1}."""

@@ -64,7 +64,8 @@ class AlphaQuality(Metric):
             self.error = self.error + torch.stack([torch.where(m, error, 0).sum() for m in masks])
             self.pixels = self.pixels + torch.stack([m.sum() for m in masks])
             level = (alpha * LEVELS).round().long().flatten()
-            self.histogram = self.histogram + torch.bincount(level, minlength=LEVELS + 1)
+            # bincount would make a GPU's host wait for the largest level
+            self.histogram = self.histogram.index_add(0, level, torch.ones_like(level))
 
     def compute(self) -> dict[str, Tensor]:
         """Returns psnr, ssim, mae; mae_empty, mae_mixed, mae_opaque for the regions that occurred;

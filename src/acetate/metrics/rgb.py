@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-from acetate.alpha import PALETTE, frames, over
+from acetate.alpha import frames, over, palette
 from acetate.vgg import lpips_network
 
 FRAMES_AT_ONCE = 16  # SSIM holds ten copies of its frames, LPIPS many more
@@ -159,6 +159,5 @@ class CompositeQuality(_FrameQuality):
         with torch.autocast(rgb.device.type, enabled=False):  # SSIM's variances vanish in bfloat16
             rgb_hat, alpha_hat = rgb_hat.float().clamp(-1, 1), alpha_hat.float().clamp(0, 1)
             rgb, alpha = rgb.float(), alpha.float()
-            colors = PALETTE.to(rgb.device)[:, :, None, None, None]  # (8, 3, 1, 1, 1)
-            for color, weight in zip(colors, SSIM_WEIGHTS, strict=True):
+            for color, weight in zip(palette(rgb.device), SSIM_WEIGHTS, strict=True):
                 self._add(over(rgb_hat, alpha_hat, color), over(rgb, alpha, color), weight)

@@ -10,10 +10,6 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 LAYOUT = torch.channels_last_3d  # 3-D convolutions run fastest in it (1.5 times on a CPU, measured)
-# Upsampling doubles every pixel, so an output row of parity a sees rows i - 1 + a and i + a through
-# these sums of taps.
-# (parity, row seen, tap)
-DOUBLED = torch.tensor([[[1.0, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]])
 
 
 class _NormSiLU(torch.autograd.Function):
@@ -48,6 +44,14 @@ def norm_silu(norm: WanRMS_norm, x: Tensor) -> Tensor:
     return _NormSiLU.apply(x, norm.gamma.to(x.dtype))
 
 
+def _doubled(like: Tensor) -> Tensor:
+    """Returns the sums of taps through which an output row of parity a sees rows i - 1 + a and
+    i + a, since upsampling doubles every pixel: 0 or 1, (parity, row seen, tap)."""
+    at = torch.arange(3, device=like.device)
+    parity, row = at[:2, None, None], at[:2, None]
+    return ((at > parity) == row.bool()).to(like.dtype)
+
+
 def upsample_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """Applies a 3x3 convolution to every frame upsampled twofold (nearest), (B, C, T, H, W) -> (B,
     C', T, 2H, 2W).
@@ -58,7 +62,7 @@ def upsample_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """
     height, width = x.shape[3:]
     out = weight.shape[0]
-    taps = DOUBLED.to(weight)
+    taps = _doubled(weight)
     kernel = torch.einsum("aip,bjq,ocpq->abocij", taps, taps, weight).flatten(0, 2)
     y = F.conv3d(x, kernel[:, :, None], bias.repeat(4), padding=(0, 1, 1)).permute(0, 2, 3, 4, 1)
     parities = [

@@ -15,6 +15,6 @@ class ReleasedDoRATask(DoRATask):
     """Keeps adapters in bfloat16, in which a magnitude of 1.5 does not move at a learning rate of
     1e-4."""
 
-    levels = schedule()
+    schedule_levels = staticmethod(schedule)
     adapter_dtype = torch.bfloat16
     warmup = staticmethod(third)

@@ -38,14 +38,15 @@ def central_difference_l1(x_hat: Tensor, x: Tensor) -> Tensor:
 class ReleasedVAELoss(VAELoss):
     """Shows a prediction in the hard render where the prediction itself is above eps."""
 
-    edge = staticmethod(central_difference_l1)
+    def edge(self, x_hat: Tensor, x: Tensor) -> Tensor:
+        return central_difference_l1(x_hat, x)
 
     def hard_support(self, alpha_hat: Tensor, alpha: Tensor) -> Tensor:
         return harden(alpha_hat, self.eps)
 
 
 class ReleasedDiffusionLoss(DiffusionLoss):
-    levels = schedule()
+    schedule_levels = staticmethod(schedule)
 
 
 class ReleasedVAETask(RGBAVAETask):

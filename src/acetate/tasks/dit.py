@@ -34,8 +34,9 @@ class DoRATask(AdapterTask, MeasuredTask):
     decay_steps: as in `adamw_with_warmup`.
     """
 
-    levels = flow.schedule()
+    schedule_levels = staticmethod(flow.schedule)
     adapter_dtype = torch.float32
+    binned: Tensor
 
     def __init__(
         self,
@@ -60,10 +61,14 @@ class DoRATask(AdapterTask, MeasuredTask):
         self.mean_shift, self.caption_dropout, self.seed = mean_shift, caption_dropout, seed
         self.lr, self.warmup_steps, self.decay_steps = lr, warmup_steps, decay_steps
         self.betas, self.weight_decay = betas, weight_decay
-        self.val_ids = ((torch.arange(VAL_LEVELS) + 0.5) * len(self.levels) / VAL_LEVELS).long()
-        # Of this rank since the last log; float64, so that a sum does not depend on the order that
-        # ranks and resumed runs add in
-        self.bin_sums, self.bin_counts = torch.zeros(2, BINS, dtype=torch.float64)
+        self.levels = self.schedule_levels()
+        middles = ((torch.arange(VAL_LEVELS) + 0.5) * len(self.levels) / VAL_LEVELS).long()
+        self.val_ids = {f"val_t/{self.levels.timesteps[i]:04.0f}": int(i) for i in middles}
+        # Sums and counts of this rank since the last log; float64, so that a sum does not depend on
+        # the order that ranks and resumed runs add in, as integers, which no module-wide cast
+        # reaches
+        bins = torch.zeros(2, BINS, dtype=torch.float64).view(torch.int64)
+        self.register_buffer("binned", bins, persistent=False)
         self.means, self.step_means = Means(), Means()
         self.transformer: WanTransformer3DModel | None = None
         self.cache: dict[str, Any] = {}
@@ -132,7 +137,7 @@ class DoRATask(AdapterTask, MeasuredTask):
         }
 
     def example_loss(self, batch: dict[str, Any]) -> Tensor:
-        ids = torch.zeros(len(batch["key"]), dtype=torch.long)
+        ids = torch.zeros(len(batch["key"]), dtype=torch.long, device=batch["latents"].device)
         return self.errors(batch, torch.empty_like(batch["latents"]), ids, batch["context"]).mean()
 
     def sharded(self) -> list[Group]:
@@ -148,37 +153,35 @@ class DoRATask(AdapterTask, MeasuredTask):
         dropped = draws.integers(1_000_000) < 1_000_000 * self.caption_dropout
         context = torch.where(dropped[:, None, None], batch["null_context"], batch["context"])
         errors = self.errors(batch, noise, ids, context)
-        loss, size = (self.levels.weights[ids].to(errors.device) * errors).mean(), clips_in(batch)
+        loss, size = (self.levels.weights[ids] * errors).mean(), clips_in(batch)
         log_means(self, self.step_means, {"train/loss": loss, "train/mse": errors.mean()}, size)
-        self.log_bins(errors[:size].detach().double().cpu(), ids[:size])
+        self.log_bins(errors[:size].detach().double(), ids[:size])
         return {"loss": share_of(self, loss, size), "parts": {"mse": errors.mean()}}
 
     def log_bins(self, errors: Tensor, ids: Tensor) -> None:
         """Logs the mean error of all ranks since the last log per range of timesteps; one that no
         clip fell into is left out."""
-        count = len(self.bin_sums)
-        places = (self.levels.timesteps[ids] / len(self.levels) * count).long().clamp_max(count - 1)
-        self.bin_sums.index_add_(0, places, errors)
-        self.bin_counts.index_add_(0, places, torch.ones_like(errors))
+        places = (self.levels.timesteps[ids] / len(self.levels) * BINS).long().clamp_max(BINS - 1)
+        self.binned.view(torch.float64).index_add_(
+            1, places, torch.stack([errors, torch.ones_like(errors)])
+        )
         if not (logs_step(self) and ends_step(self)):
             return
-        width, (sums, counts) = len(self.levels) // count, self.bins()
+        width, (sums, counts) = len(self.levels) // BINS, self.bins().tolist()
         means = {
-            f"train_t/{place * width:04}-{(place + 1) * width:04}": float(
-                sums[place] / counts[place]
-            )
-            for place in counts.nonzero().flatten().tolist()
+            f"train_t/{place * width:04}-{(place + 1) * width:04}": sums[place] / counts[place]
+            for place in range(BINS)
+            if counts[place]
         }
         self.log_dict(means, batch_size=1)
-        self.bin_sums.zero_()
-        self.bin_counts.zero_()
+        self.binned.zero_()
 
     def bins(self) -> Tensor:
         """Returns sums and counts (2, bins) of all ranks, which must call this together."""
-        local = torch.stack([self.bin_sums, self.bin_counts])
-        if self.trainer.world_size == 1:
-            return local
-        return self.trainer.strategy.reduce(local.to(self.device), reduce_op="sum").cpu()
+        local = self.binned.view(torch.float64).clone()
+        if self.trainer.world_size > 1:
+            local = self.trainer.strategy.reduce(local.to(self.device), reduce_op="sum")
+        return local.cpu()
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
         """Measures with the same noise and noise levels at every validation."""
@@ -186,9 +189,9 @@ class DoRATask(AdapterTask, MeasuredTask):
             batch["latents"].shape[1:]
         )
         size, values = len(batch["key"]), {}
-        for step in self.val_ids:
-            name = f"val_t/{self.levels.timesteps[step]:04.0f}"
-            values[name] = self.errors(batch, noise, step.expand(size), batch["context"]).mean()
+        for name, step in self.val_ids.items():
+            ids = torch.full((size,), step, device=noise.device)
+            values[name] = self.errors(batch, noise, ids, batch["context"]).mean()
         self.means.add(
             {**values, "val/loss": torch.stack([*values.values()]).mean()}, clips_in(batch)
         )
@@ -217,7 +220,6 @@ class DoRATask(AdapterTask, MeasuredTask):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
-        if "bins" in checkpoint:  # older ones have none
-            sums, counts = checkpoint["bins"][:2]
-            if self.trainer.is_global_zero:  # for all ranks, on any number of them
-                self.bin_sums, self.bin_counts = sums.double(), counts.double()
+        # older ones have none; one rank takes them for all, on any number of them
+        if "bins" in checkpoint and self.trainer.is_global_zero:
+            self.binned.view(torch.float64).copy_(torch.stack([*checkpoint["bins"][:2]]))

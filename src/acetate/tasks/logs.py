@@ -27,7 +27,7 @@ def share_of(task: LightningModule, loss: Tensor, size: int, whole: Tensor | flo
     if task.trainer.world_size == 1:
         return loss
     # Lightning's reduce waits for the GPU
-    total = sum_over_ranks(torch.tensor(float(size), device=loss.device))
+    total = sum_over_ranks(torch.full((), float(size), device=loss.device))
     weight = size * task.trainer.world_size / total.clamp_min(1)
     return loss + (weight - 1) * (loss - whole) if size else loss
 
@@ -40,7 +40,10 @@ def means_of(task: LightningModule, sums: Mapping[str, Tensor], size: int) -> di
     """
     counted = {"device": task.device, "dtype": torch.float64}
     local = torch.stack(
-        [*(value.detach().to(**counted) for value in sums.values()), torch.tensor(size, **counted)]
+        [
+            *(value.detach().to(**counted) for value in sums.values()),
+            torch.full((), size, **counted),
+        ]
     )
     *totals, count = task.trainer.strategy.reduce(local, reduce_op="sum")
     return (

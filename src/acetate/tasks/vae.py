@@ -251,8 +251,7 @@ class PlainVAETask(LightningModule):
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         rgb, alpha = batch["rgb"], batch["alpha"]
-        for index in range(len(compositing.PALETTE)):
-            color = compositing.palette_colors(torch.full((len(rgb),), index, device=rgb.device))
+        for color in compositing.palette(rgb.device):
             composite = compositing.over(rgb, alpha, color)
             self.rgb_quality.update(self(composite), composite)
         matte = self((alpha * 2 - 1).expand_as(rgb)).mean(1, keepdim=True)

@@ -17,7 +17,7 @@ from acetate.data import synthetic
 from acetate.data.endless import EndlessDataModule
 from acetate.draws import ClipDraws
 from acetate.flow import NoiseLevels
-from acetate.losses.terms import sobel_l1
+from acetate.losses.terms import SobelL1
 from acetate.metrics.rgb import RGBQuality
 from acetate.models.dit import velocity
 from acetate.models.loading import load_transformer
@@ -91,7 +91,7 @@ class WanVAETask(MeasuredTask):
         self.vae = vae
         self.encoder, self.head, self.decoder = WanEncoder(vae), WanHead(vae), WanDecoder(vae)
         self.lr, self.warmup_steps, self.seed = lr, warmup_steps, seed
-        self.edge_weight, self.kl_weight = edge_weight, kl_weight
+        self.edge_weight, self.kl_weight, self.sobel_l1 = edge_weight, kl_weight, SobelL1()
         self.save_to = Path(save_to)
         self.quality, self.step_means = RGBQuality(), Means()
         self.latents: list[Tensor] = []
@@ -105,7 +105,7 @@ class WanVAETask(MeasuredTask):
         video_hat = self.decoder(latents)
         parts = {
             "mse": (video_hat - video).square().mean(),
-            "edge": self.edge_weight * sobel_l1(video_hat, video),
+            "edge": self.edge_weight * self.sobel_l1(video_hat, video),
             "kl": self.kl_weight * 0.5 * (mean**2 + log_variance.exp() - 1 - log_variance).mean(),
         }
         loss = sum(parts.values())
@@ -202,8 +202,6 @@ class WanDiTTask(MeasuredTask):
     diffusers layout; `init_from` is such a folder to go on from.
     """
 
-    levels = flow.schedule()  # of validation
-
     def __init__(
         self,
         *,
@@ -220,7 +218,7 @@ class WanDiTTask(MeasuredTask):
         init_from: str | None = None,
     ) -> None:
         super().__init__()
-        self.train_levels = flow.schedule(shift=shift)
+        self.levels, self.train_levels = flow.schedule(), flow.schedule(shift=shift)
         self.geometry = Geometry.of(vae)
         self.encoder, self.head = WanEncoder(vae.requires_grad_(False)), WanHead(vae)
         self.transformer = transformer
@@ -301,8 +299,10 @@ class WanDiTTask(MeasuredTask):
         return {"key": load.keys, "video": video, "prompt": [""] * load.batch_size}
 
     def example_loss(self, batch: dict[str, Any]) -> Tensor:
-        ids = torch.zeros(len(batch["key"]), dtype=torch.long)
-        noise = torch.empty(len(ids), *self.geometry.latent_shape(*batch["video"].shape[2:]))
+        ids = torch.zeros(len(batch["key"]), dtype=torch.long, device=batch["video"].device)
+        noise = torch.empty(
+            len(ids), *self.geometry.latent_shape(*batch["video"].shape[2:]), device=ids.device
+        )
         return self.error(self.latents(batch), batch["prompt"], noise, self.train_levels, ids)
 
     def sharded(self) -> list[Group]:
