@@ -27,6 +27,7 @@ LAYERS = (
         "console",
         "documents",
         "clips",
+        "pages",
         "settings",
     },
     {"models", "losses", "metrics", "data"},
