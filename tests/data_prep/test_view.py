@@ -88,13 +88,13 @@ def regions(picture, color):
 @needs_chromium
 @pytest.mark.slow
 def test_a_background_is_seen_through(page, tmp_path):
-    picture, said = screenshot(page, tmp_path, "at=0&ground=red&q=square")
+    picture, said = screenshot(page, tmp_path, "at=0&zoom=0&ground=red&q=square")
     assert said == []
     # of 128 of 255 white over red the half is red; of 64 a fourth: pixels of each system
     assert regions(picture, (255, 128, 128)) == 150 and regions(picture, (255, 64, 64)) == 150
     reds = regions(picture, (255, 0, 0))
     assert reds > 2 * (SIDE**2 - 300)
-    alpha, _ = screenshot(page, tmp_path, "at=0&see=alpha&q=square")
+    alpha, _ = screenshot(page, tmp_path, "at=0&zoom=0&see=alpha&q=square")
     alpha = alpha[260 : 260 + 2 * SIDE, :200]  # without the page's own greys
     assert 150 <= regions(alpha, (128, 128, 128)) < 155 > regions(alpha, (64, 64, 64)) >= 150
 
@@ -105,7 +105,7 @@ def test_frames_step_and_the_wipe_shows_both(page, tmp_path):
     dom, said = chromium(page, tmp_path / "profile", "at=0.2&q=square&layout=wipe&sort=mad")
     assert said == [] and "frame 3 of 6" in dom and "1 of 2" in dom
     assert "mad of theirs" in dom and "mine | theirs" in dom
-    picture, _ = screenshot(page, tmp_path, "at=0&ground=red&q=square&layout=wipe")
+    picture, _ = screenshot(page, tmp_path, "at=0&zoom=0&ground=red&q=square&layout=wipe")
     # the opaque left half is mine, the soft right one theirs
     assert regions(picture, (255, 128, 128)) == 0
     assert regions(picture, (255, 64, 64)) == 150 - 10  # a column lies under the wipe's line
