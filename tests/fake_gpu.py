@@ -35,8 +35,8 @@ LAYOUTS = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 @dataclass(frozen=True)
 class Convolution:
-    """A convolution or one of its gradients: FLOPs, whether all that it reads is channels-last, and
-    where it was asked for."""
+    """A convolution or one of its gradients: FLOPs, whether the clips and gradients that it reads
+    are channels-last, and where it was asked for."""
 
     flops: float
     dimensions: int
@@ -138,10 +138,10 @@ class FakeGPU(FakeTensorMode):
             self._wait(str(func.overloadpacket))
         elif func is aten.convolution.default:
             flops = 2.0 * result.numel() * args[1][0].numel()
-            self._convolution(flops, args[0], args[1])
+            self._convolution(flops, args[0])
         elif func is aten.convolution_backward.default:
             flops = 2.0 * args[0].numel() * args[2][0].numel()
-            self._convolution(flops, *args[:3])
+            self._convolution(flops, *args[:2])
         elif func is aten._softmax.default and not self.attending:
             self.softmaxes[_place()] += 1
 

@@ -54,6 +54,8 @@ def test_a_step_of_the_published_size(experiment, tmp_path):
         step, _ = rehearse(gpu, of_published_size(config), batch, validate=False)
     check(step)
     assert len(step.large()) > 100
+    # but for what losses give back: of the pictures of two decoders, and of the latents
+    assert len([c for c in step.large() if not c.channels_last]) == 3
 
 
 @pytest.mark.parametrize("solver", SOLVERS)

@@ -111,7 +111,9 @@ def mid(block: nn.Module, x: Tensor, state: State) -> Tensor:
 def downsample(block: WanResample, x: Tensor, state: State) -> Tensor:
     """Passes frame 0; later frames 2k+1, 2k+2 merge with the one before them: (T-1) -> (T-1)/2."""
     conv = block.resample[1]
-    x = F.conv3d(F.pad(x, (0, 1, 0, 1)), conv.weight[:, :, None], conv.bias, stride=(1, 2, 2))
+    # padded as it lies in memory: F.pad of x itself leaves LAYOUT
+    x = F.pad(x.permute(0, 2, 3, 4, 1), (0, 0, 0, 1, 0, 1)).permute(0, 4, 1, 2, 3)
+    x = F.conv3d(x, conv.weight[:, :, None], conv.bias, stride=(1, 2, 2))
     if block.mode != "downsample3d":
         return x
     before = None if state is None else state.get(block)
@@ -136,11 +138,12 @@ def upsample(block: WanResample, x: Tensor, state: State) -> Tensor:
         first = state is None or block not in state
         if state is not None:
             state[block] = x[:, :, :0]
-        head, tail = x[:, :, :first], x[:, :, int(first) :]
+        # not two slices, whose gradients leave LAYOUT
+        head, tail = x.split([int(first), x.shape[2] - int(first)], 2)
         if tail.shape[2]:
-            b, c, t, h, w = tail.shape
-            pairs = causal_conv(block.time_conv, tail, state).view(b, 2, c, t, h, w)
-            tail = pairs.permute(0, 2, 3, 1, 4, 5).reshape(b, c, 2 * t, h, w)
+            pairs = causal_conv(block.time_conv, tail, state).permute(0, 2, 3, 4, 1)
+            pairs = pairs.unflatten(4, (2, -1)).permute(0, 1, 4, 2, 3, 5)  # (B, T, 2, H, W, C)
+            tail = pairs.flatten(1, 2).permute(0, 4, 1, 2, 3)
             x = torch.cat([head, tail], 2)
     conv = block.resample[1]
     return upsample_conv(x, conv.weight, conv.bias)
