@@ -1,4 +1,4 @@
-"""What all pages share: style, filters, and the backgrounds that a reader picks."""
+"""Fills the templates of pages with what all of them share: style, filters and backgrounds."""
 
 import re
 from collections.abc import Mapping, Sequence
