@@ -73,7 +73,8 @@ def test_it_holds_everything(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     for name in (
         "acetate/py.typed", "acetate/conf/config.yaml", "acetate/conf/experiment/vae_rgba.yaml",
-        "acetate/assets/wan-tiny/vae/diffusion_pytorch_model.safetensors", "acetate/pages/report.html",
+        "acetate/assets/wan-tiny/vae/diffusion_pytorch_model.safetensors",
+        "acetate/pages/report.html",
     ):  # fmt: skip
         assert name in names
     (about,) = (name for name in names if name.endswith(".dist-info/METADATA"))
