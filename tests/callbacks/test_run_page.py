@@ -41,6 +41,13 @@ def test_the_page_has_the_source_and_steps_from_the_first_to_the_last(tmp_path):
     assert (picture[:8, :20] == [77, 77, 77, 128]).all()
 
 
+def test_figures_of_a_diverged_step_are_left_out(tmp_path):
+    bad = clip(3)
+    bad.figures["PSNR"] = float("nan")
+    keep(tmp_path, 0, [("cat", bad)])
+    assert "NaN" not in (tmp_path / "clips.html").read_text()
+
+
 def test_a_page_that_cannot_be_written_stops_nothing(tmp_path, recwarn):
     (tmp_path / ".clips").write_text("in the way")
     keep(tmp_path, 0, [("cat", clip(1))])

@@ -47,12 +47,13 @@ class Clip:
     alpha_hat: Tensor
     psnr: float = math.nan  # dB, over the eight colours
     mae: float = math.nan  # of alpha
+    prompt: str = ""
 
     def on_page(self, fps: float, source: bool) -> Shown:
         """Returns the clip, or what was made of it, as the run's page shows it."""
         parts = (self.rgb, self.alpha) if source else (self.rgb_hat, self.alpha_hat)
         figures = {} if source else {"PSNR": self.psnr, "alpha MAE": self.mae}
-        return shown(torch.cat(parts).permute(1, 2, 3, 0).numpy(), fps, self.key, figures)
+        return shown(torch.cat(parts).permute(1, 2, 3, 0).numpy(), fps, self.prompt, figures)
 
     def title(self, step: int) -> str:
         figures = f"PSNR over 8 colours {self.psnr:.2f} dB, alpha MAE {self.mae:.4f}"
@@ -307,7 +308,7 @@ class Panels(Callback):
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._drawn: set[str] = set()
-        self._played: list[tuple[Clip, str]] = []  # with the name that it has on the page
+        self._played: list[Clip] = []
 
     def on_validation_batch_end(
         self,
@@ -332,7 +333,7 @@ class Panels(Callback):
             return
         run = self._folder(trainer)
         for source in (True, False):
-            clips = [(name, clip.on_page(self.fps, source)) for clip, name in self._played]
+            clips = [(clip.key, clip.on_page(self.fps, source)) for clip in self._played]
             of_run.keep(run, trainer.global_step, clips, source)
         self._played = []
 
@@ -341,7 +342,7 @@ class Panels(Callback):
 
     def _draw(self, trainer: Trainer, clip: Clip) -> None:
         step, name = trainer.global_step, re.sub(r"[^\w.-]", "_", clip.key)
-        self._played.append((clip, name))
+        self._played.append(clip)
         folder = self._folder(trainer) / "panels" / f"step_{step:08d}"
         folder.mkdir(parents=True, exist_ok=True)
         image, video = folder / f"{name}.png", folder / f"{name}.mp4"
@@ -373,6 +374,7 @@ def _clip(outputs: Any, batch: Any, index: int) -> Clip:
         alpha_hat=to_bytes(alpha_hat, 0),
         psnr=psnr,
         mae=mae,
+        prompt=batch["prompt"][index] if "prompt" in batch else "",
     )
 
 

@@ -92,7 +92,9 @@ def _card(name: str, made: Sequence[Shown | str | None]) -> str:
     facts = [
         {
             "columns": one.columns, "size": one.size, "held": one.held, "frames": one.frames,
-            "fps": one.fps, "figures": {n: float(f"{v:.4g}") for n, v in one.figures.items()},
+            "fps": one.fps, "figures": {
+                n: float(f"{v:.4g}") for n, v in one.figures.items() if math.isfinite(v)
+            },
         }
         if isinstance(one, Shown)
         else {"why": one or "not there"}
