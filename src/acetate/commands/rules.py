@@ -122,6 +122,8 @@ RULES: dict[str, Rule] = {
     "merge_init": one_of("residual", "scratch"),
     "average_alpha": flag,
     "checkpointing": flag,
+    "keep_attention": flag,
+    "compile": flag,
     "chunk": optional(whole(1, FRAMES)),
     "rank": whole(1, 4096),
     "alpha": positive,

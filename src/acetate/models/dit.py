@@ -12,15 +12,31 @@ from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 from tqdm import tqdm
 
 from acetate.draws import generator_for
+from acetate.models import dora
 from acetate.models.loading import load_transformer
 from acetate.models.sharding import shard, shard_like
 from acetate.models.text import embed_prompt
 
 # q, k, v, o of both attentions and both feed-forward layers of every block: 400 layers in the 14B
 DORA_TARGETS = r"blocks\.\d+\.(attn[12]\.(to_[qkv]|to_out\.0)|ffn\.net\.(0\.proj|2))"
+# fused attention, on a GPU and on a CPU
+ATTENTION = [
+    getattr(torch.ops.aten, f"_scaled_dot_product_{kind}").default
+    for kind in (
+        "cudnn_attention",
+        "efficient_attention",
+        "flash_attention",
+        "flash_attention_for_cpu",
+    )
+]
 
 
 @dataclass(frozen=True)
@@ -98,6 +114,44 @@ def shard_transformer(transformer: WanTransformer3DModel, mesh: DeviceMesh) -> N
     shard([*transformer.blocks, transformer], mesh)
 
 
+def keep_attention_alone(_: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    """Says of an operation whether what it makes is kept, for selective checkpointing."""
+    kept = operation in ATTENTION
+    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def recomputed(keep_attention: bool) -> Callable[..., Any]:
+    """Returns f, *inputs -> f(*inputs) that keeps its inputs alone, and computes the rest again in
+    the backward pass.
+
+    keep_attention: fused attention's outputs are kept as well. Attention is most of the work of a
+    long clip's block and a small part of what it makes.
+    """
+    selection = partial(create_selective_checkpoint_contexts, keep_attention_alone)
+    context = {"context_fn": selection} if keep_attention else {}
+    return partial(checkpoint, use_reentrant=False, **context)
+
+
+def checkpoint_blocks(transformer: WanTransformer3DModel, keep_attention: bool = True) -> None:
+    """Lets every block be computed again in the backward pass, as `recomputed` does."""
+    transformer.enable_gradient_checkpointing(recomputed(keep_attention))
+
+
+def compile_blocks(
+    transformer: WanTransformer3DModel,
+    checkpointing: bool = False,
+    keep_attention: bool = True,
+    backend: str = "inductor",
+) -> None:
+    """Compiles every block, once for each shape of its inputs: the blocks of a DiT share what is
+    compiled. checkpointing, keep_attention: as in `checkpoint_blocks`, within what is compiled.
+    backend: of torch.compile."""
+    again = recomputed(keep_attention)
+    for block in transformer.blocks:
+        forward = partial(again, block.forward) if checkpointing else block.forward
+        block.forward = torch.compile(forward, dynamic=False, backend=backend)
+
+
 def velocity(
     transformer: WanTransformer3DModel, x_t: Tensor, timestep: Tensor, context: Tensor
 ) -> Tensor:
@@ -137,6 +191,8 @@ def attach_dora(
     for name, parameter in transformer.named_parameters():
         if "lora_" in name:
             parameter.data = parameter.data.to(dtype)
+    for layer in dora_layers(transformer).values():
+        dora.fuse(layer)
 
 
 @torch.no_grad()
@@ -184,12 +240,8 @@ def merged_weight(layer: LoraLayer, strength: float = 1.0, device: str | None = 
         for part in (layer.lora_magnitude_vector, layer.lora_A, layer.lora_B)
     )
     base = cast(Tensor, layer.get_base_layer().weight).to(device, torch.float32)
-    adapted = base + strength * layer.scaling["default"] * (up @ down)
-    return (
-        magnitude[:, None]
-        * adapted
-        / torch.linalg.vector_norm(adapted, dim=1, keepdim=True).clamp_min(1e-8)
-    )
+    whole = dora.adapted(base, down, up, strength * layer.scaling["default"])
+    return whole * dora.gain(magnitude, whole)[:, None]
 
 
 @torch.no_grad()

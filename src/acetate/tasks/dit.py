@@ -13,7 +13,15 @@ from acetate import flow, regions
 from acetate.data.latents import MADE_WITH
 from acetate.draws import ClipDraws
 from acetate.lightning_seams import batch_number
-from acetate.models.dit import FrozenDiT, attach_dora, shard_transformer, start_dora, velocity
+from acetate.models.dit import (
+    FrozenDiT,
+    attach_dora,
+    checkpoint_blocks,
+    compile_blocks,
+    shard_transformer,
+    start_dora,
+    velocity,
+)
 from acetate.models.loading import transformer_sha256
 from acetate.models.wan import Geometry
 from acetate.steps import ends_step, logs_step
@@ -30,8 +38,9 @@ class DoRATask(AdapterTask, MeasuredTask):
     - G), one t per clip.
 
     rank, alpha: of DoRA. G is the Gaussian ellipse that the cache holds. checkpointing: blocks are
-    computed again in the backward pass. caption_dropout: share of clips that see the empty prompt.
-    decay_steps: as in `adamw_with_warmup`.
+    computed again in the backward pass, all but what attention gives where keep_attention is true.
+    compile: compiles the blocks, once for each shape of clips. caption_dropout: share of clips that
+    see the empty prompt. decay_steps: as in `adamw_with_warmup`.
     """
 
     schedule_levels = staticmethod(flow.schedule)
@@ -53,11 +62,14 @@ class DoRATask(AdapterTask, MeasuredTask):
         betas: Sequence[float],
         weight_decay: float,
         seed: int,
+        keep_attention: bool = True,
+        compile: bool = False,
     ) -> None:
         super().__init__()
         if not 0 <= caption_dropout <= 1:
             raise ValueError(f"task.caption_dropout {caption_dropout}; a share in [0, 1].")
         self.base, self.rank, self.alpha, self.checkpointing = base, rank, alpha, checkpointing
+        self.keep_attention, self.compile_blocks = keep_attention, compile
         self.mean_shift, self.caption_dropout, self.seed = mean_shift, caption_dropout, seed
         self.lr, self.warmup_steps, self.decay_steps = lr, warmup_steps, decay_steps
         self.betas, self.weight_decay = betas, weight_decay
@@ -79,8 +91,10 @@ class DoRATask(AdapterTask, MeasuredTask):
         self.transformer = self.base.load(self.adapt).train()
         start_dora(self.transformer, self.seed)
         self.base_sha256 = transformer_sha256(self.transformer)
-        if self.checkpointing:
-            self.transformer.enable_gradient_checkpointing()
+        if self.compile_blocks:
+            compile_blocks(self.transformer, self.checkpointing, self.keep_attention)
+        elif self.checkpointing:
+            checkpoint_blocks(self.transformer, self.keep_attention)
 
     def adapt(self, transformer: WanTransformer3DModel) -> None:
         """Puts adapters on a frozen base without numbers; on many ranks each keeps its shards."""
