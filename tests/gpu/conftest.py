@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.gpu.training import STAGES, Train, trainer_of
+from tests.gpu.training import STAGES, Train, needs_card, trainer_of
 
 # cuBLAS reads it once in a process, before any of these tests; deterministic runs need it
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -15,8 +15,7 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 @pytest.fixture(autouse=True)
 def card():
     """Skips where there is none; leaves torch as it was, whatever a run has set."""
-    if not torch.cuda.is_available():
-        pytest.skip("needs an NVIDIA GPU: torch.cuda.is_available() is False")
+    needs_card()
     environment, threads = dict(os.environ), torch.get_num_threads()
     yield torch.cuda.get_device_name()
     if dist.is_initialized():

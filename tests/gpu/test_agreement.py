@@ -87,7 +87,9 @@ def step_of(task, loss, values, device, dtype=torch.float32, autocast=False) -> 
     result.backward()
     trained = trainable_state(task)
     assert all(p.grad is not None for p in trained.values())
-    return Step(float(result.detach()), {name: p.grad.double().cpu() for name, p in trained.items()})
+    return Step(
+        float(result.detach()), {name: p.grad.double().cpu() for name, p in trained.items()}
+    )
 
 
 def vae_stage(folder):
