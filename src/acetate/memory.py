@@ -2,8 +2,8 @@
 
 The models are built from their configs and the step itself runs, forward, backward and optimizer,
 on tensors that have shapes and no numbers (FakeTensorMode), while every storage that it creates and
-frees is counted. Kernels are those of a CPU with fused attention, as on a GPU: no T x T matrix. For
-N GPUs, in bytes per GPU:
+frees is counted. Kernels are those of a CPU with fused attention, as on a GPU: no T x T matrix;
+autocast chooses precisions as CUDA's does. For N GPUs, in bytes per GPU:
 
     total(N) = replicated + (frozen - replicated + trainable + gradients + optimizer + EMA) / N +
     gathered(N)
@@ -40,6 +40,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 from torch.utils.weak import WeakIdKeyDictionary
 
+from acetate.cuda_autocast import cuda_autocast
 from acetate.losses.perceptual import LPIPSFeatures, VGGFeatures
 from acetate.models.dit import FrozenDiT, VelocityField
 from acetate.models.wan import Geometry
@@ -259,7 +260,7 @@ def measure(
     if precision not in AUTOCAST:
         raise ValueError(f"trainer.precision {precision!r}; known: {', '.join(AUTOCAST)}.")
     counts = [(p.numel(), p.requires_grad) for p in task.parameters()]
-    with FakeTensorMode(allow_non_fake_inputs=True), warnings.catch_warnings():
+    with FakeTensorMode(allow_non_fake_inputs=True), cuda_autocast(), warnings.catch_warnings():
         # There is no trainer to log to, and the kernels are a CPU's
         warnings.filterwarnings("ignore", ".*self.log.*|.*Cannot dispatch to fused.*")
         without_numbers(task)
