@@ -1,6 +1,6 @@
-"""What a device gives at most, for commands.benchmark: products of matrices, the decoder's heaviest
-convolution, attention at the DiT's shapes, and copies, each by itself and in the precision of the
-steps.
+"""Measures what a device gives at most, for commands.benchmark: products of matrices, the decoder's
+heaviest convolution, attention at the DiT's shapes, and copies, each by itself and in the precision
+of the steps.
 
 The backward pass of attention counts twice its forward pass: the scores that a fused kernel
 computes once more are not counted, here and in the steps' figures alike.
@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from diffusers import AutoencoderKLWan
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -20,9 +21,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import conv_flop_count
 
 from acetate.commands.benchmark_clock import DTYPES, failures_in, median_of, release
-from acetate.commands.benchmark_step import Workload, new_vae
+from acetate.commands.benchmark_step import Workload
 from acetate.memory import without_numbers
 from acetate.models.ops import LAYOUT
+from acetate.models.wan import Geometry, WanDecoder
 
 BACKENDS = {
     "cpu": (None,),
@@ -69,15 +71,12 @@ def heaviest(load: Workload) -> list[tuple[Convolution, int]]:
     """Returns the decoder's convolutions of the most FLOPs at the step's shape, with that count;
     several where they tie."""
     with torch.device("meta"):
-        vae = new_vae(load, checkpointing=False)
-    shape = vae.geometry.latent_shape(load.frames, load.height, load.width)
-    with (
-        FakeTensorMode(allow_non_fake_inputs=True),
-        torch.no_grad(),
-        Convolutions() as convolutions,
-    ):
-        without_numbers(vae)
-        vae.decoder_rgb(torch.empty(load.batch_size, *shape))
+        vae = AutoencoderKLWan(base_dim=load.base_dim)
+    decoder = WanDecoder(vae).requires_grad_(False)
+    shape = Geometry.of(vae).latent_shape(load.frames, load.height, load.width)
+    with FakeTensorMode(allow_non_fake_inputs=True), Convolutions() as convolutions:
+        without_numbers(decoder)
+        decoder(torch.empty(load.batch_size, *shape))
     most = max(convolutions.flops.values())
     return [(one, flops) for one, flops in convolutions.flops.items() if flops == most]
 

@@ -1,4 +1,4 @@
-"""What the parts of commands.benchmark share: the clock, the memory, and failures that cost one way
+"""Shared by the parts of commands.benchmark: the clock, the memory, and failures that cost one way
 alone."""
 
 import gc

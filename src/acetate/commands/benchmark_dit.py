@@ -138,7 +138,7 @@ def fill(transformer: WanTransformer3DModel, device: str, seed: int) -> None:
     """Gives a DiT on the meta device random values on a device, by the seed: matrices small ones,
     norms and magnitudes 1, biases 0, and the rotary embedding its own."""
     transformer.to_empty(device=device)
-    generator = torch.Generator(device).manual_seed(seed)
+    generator = generator_for("benchmark", seed, device=device)
     for name, parameter in sorted(transformer.named_parameters()):
         if parameter.ndim > 1:
             parameter.normal_(std=0.02, generator=generator)
