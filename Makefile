@@ -58,7 +58,7 @@ test-all: setup ## with the long ones: kills, many ranks, Ray, launchers, the wh
 pages: setup ## the commands of docs/, as written, in a fresh copy
 	$(RUN) -m pytest tests/test_documentation.py -m pages
 
-bench: setup ## one VAE-stage step at full width against the released way, and reading clips against plain decoding
+bench: setup ## what the device gives at most, one VAE-stage step at full width against the released way, and reading clips
 	$(BIN)/acetate benchmark $(ARGS)
 
 clean: ## remove what runs wrote: outputs, multirun, demo shards

@@ -25,6 +25,7 @@ for them), NCCL's buffers, and validation, which needs less unless its clips are
 import math
 import warnings
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -127,21 +128,28 @@ class LiveStorages(TorchDispatchMode):
 
 
 class Flops(TorchDispatchMode):
-    """Counts the `total` of the operations within it, by torch's own formulas; torch's
-    FlopCounterMode would also take fused attention apart, whose memory is then another."""
+    """Counts the operations within it by torch's own formulas, in `kinds`: attention, conv and
+    matmul. torch's FlopCounterMode would also take fused attention apart, whose memory is then
+    another."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.total = 0
+        self.kinds: Counter[str] = Counter()
+
+    @property
+    def total(self) -> int:
+        return self.kinds.total()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **kwargs or {})
         if func is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default:
-            self.total += sdpa_flop_count(*(x.shape for x in args[:3]))
+            self.kinds["attention"] += sdpa_flop_count(*(x.shape for x in args[:3]))
         elif func is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default:
-            self.total += sdpa_backward_flop_count(*(x.shape for x in args[:4]))
+            self.kinds["attention"] += sdpa_backward_flop_count(*(x.shape for x in args[:4]))
         elif formula := flop_registry.get(func._overloadpacket):
-            self.total += formula(*args, **kwargs or {}, out_val=out)
+            name = str(func._overloadpacket)
+            kinds = (kind for kind in ("attention", "conv") if kind in name)
+            self.kinds[next(kinds, "matmul")] += formula(*args, **kwargs or {}, out_val=out)
         return out
 
 

@@ -9,9 +9,18 @@ import torch
 from omegaconf import OmegaConf
 from torch.testing import assert_close
 
-from acetate.commands import benchmark
-from acetate.commands.benchmark import WAYS, DisagreementError, FactoredLoRA, Workload
+from acetate.commands import benchmark, benchmark_step
+from acetate.commands.benchmark_clock import (
+    DisagreementError,
+    failures_in,
+    failures_of,
+    share_of,
+    timed,
+)
 from acetate.commands.benchmark_reader import ReaderLoad
+from acetate.commands.benchmark_released import FactoredLoRA
+from acetate.commands.benchmark_step import PARTS, WAYS, Workload
+from acetate.memory import Flops
 from acetate.models.adapters import MergedLoRA, trainable_state
 from tests.compose import called
 
@@ -24,7 +33,14 @@ TINY = {
     "threads": 1,
     "device": "cpu",
 }
-SETTINGS = TINY | {"lora_alpha": 1.0, "batch_size": 1, "precision": "float32", "seed": 0}
+SETTINGS = TINY | {
+    "lora_alpha": 1.0,
+    "batch_size": 1,
+    "checkpointing": False,
+    "cudnn_benchmark": False,
+    "precision": "float32",
+    "seed": 0,
+}
 
 
 def load(**settings):
@@ -32,7 +48,7 @@ def load(**settings):
 
 
 def build_both(workload):
-    return [benchmark.build(way, workload) for way in WAYS]
+    return [benchmark_step.build(way, workload) for way in WAYS]
 
 
 def run(*arguments, **settings):
@@ -51,7 +67,7 @@ def run(*arguments, **settings):
 def test_both_ways_agree(settings):
     workload = load(**settings)
     ours, released = build_both(workload)
-    agreement = benchmark.check_agreement([ours, released], benchmark.draw_clip(workload))
+    agreement = benchmark_step.check_agreement([ours, released], benchmark_step.draw_clip(workload))
     trained = trainable_state(ours)
     # no time convolution runs
     assert agreement["gradients"] == len(trained) - (8 if workload.frames == 1 else 0)
@@ -77,7 +93,7 @@ def test_released_way_is_chunked_and_factored():
             lambda _, x: seen.append(("decode", x[0].shape[2]))
         )
     with torch.no_grad():
-        benchmark.step_loss(released, benchmark.draw_clip(workload), "float32")
+        benchmark_step.step_loss(released, benchmark_step.draw_clip(workload), "float32")
     assert seen == 2 * [("encode", 1), ("encode", 4), ("encode", 4)] + 3 * [("merge", 1)] + 6 * [
         ("decode", 1)
     ]
@@ -96,7 +112,7 @@ def test_disagreement_is_an_error(change):
         else:
             conv.scale *= 1.1
     with pytest.raises(DisagreementError, match="one way computes another step"):
-        benchmark.check_agreement([ours, released], benchmark.draw_clip(workload))
+        benchmark_step.check_agreement([ours, released], benchmark_step.draw_clip(workload))
 
 
 def test_factored_lora_is_the_merged_convolution():
@@ -110,19 +126,17 @@ def test_factored_lora_is_the_merged_convolution():
 
 def check_output(folder, printed, repeats):
     assert "released / ours" in printed.out and "Both ways agree" in printed.out.replace("\n", " ")
-    assert all(
-        row in printed.out
-        for row in ("step, median, s", "step, min, s", "encode", "merge", "decode")
-    )
-    assert "check" in printed.err and "check" not in printed.out
-    results = json.loads((folder / "new/speed.json").read_text())
+    assert all(row in printed.out for row in ("step, s", "quickest, s", "encode", "backward, s"))
+    assert "time ours" in printed.err and "time ours" not in printed.out
+    written = json.loads((folder / "new/speed.json").read_text())
+    assert "base_dim=4" in written["machine"]["command"]
+    results = written["step"]
     assert results["workload"] == SETTINGS
     assert results["agreement"]["gradients"] == 185
     for way in WAYS:
-        assert len(results[way]["seconds"]) == repeats
-        for seconds in results[way]["seconds"]:
-            parts = seconds["encode"] + seconds["merge"] + seconds["decode"] + seconds["backward"]
-            assert 0 < parts <= seconds["step"]
+        assert len(results[way]["seconds"]) == repeats and min(results[way]["seconds"]) > 0
+        assert all(one.keys() == set(PARTS) for one in results[way]["parts"])
+        assert all(min(one.values()) > 0 for one in results[way]["parts"])
         assert sys.platform != "linux" or results[way]["peak_memory"] > 0
     # no log, no temporary file
     assert sorted(path.name for path in folder.rglob("*")) == ["new", "speed.json"]
@@ -132,7 +146,7 @@ def test_command_prints_a_table_and_writes_json(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     # A process takes seconds to import torch; the slow test below starts real ones.
     monkeypatch.setattr(
-        benchmark, "ProcessPoolExecutor", lambda workers, _: ThreadPoolExecutor(workers)
+        benchmark_step, "ProcessPoolExecutor", lambda workers, _: ThreadPoolExecutor(workers)
     )
     run(out="new/speed.json")
     check_output(tmp_path, capsys.readouterr(), repeats=2)
@@ -152,18 +166,19 @@ def test_module_runs_from_anywhere(tmp_path):
 
 def test_no_speed_without_agreement(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(benchmark, "LOSS_TOLERANCE", -1.0)
+    monkeypatch.setattr(benchmark_step, "LOSS_TOLERANCE", -1.0)
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
-    with pytest.raises(DisagreementError):
+    with pytest.raises(RuntimeError, match="step: DisagreementError: Loss differs"):
         run(out="speed.json")
-    assert "step" not in capsys.readouterr().out and not list(tmp_path.iterdir())
+    assert "quickest" not in capsys.readouterr().out
+    assert json.loads((tmp_path / "speed.json").read_text())["step"].keys() == {"workload", "error"}
 
 
 def test_bfloat16_runs():
     workload = load(precision="bfloat16")
-    clip = benchmark.draw_clip(workload)
+    clip = benchmark_step.draw_clip(workload)
     for vae in build_both(workload):
-        loss = benchmark.step_loss(benchmark.freeze_in(vae, "bfloat16"), clip, "bfloat16")
+        loss = benchmark_step.step_loss(benchmark_step.freeze_in(vae, "bfloat16"), clip, "bfloat16")
         loss.backward()
         assert loss.isfinite() and loss.dtype == torch.float32
         assert all(p.dtype == p.grad.dtype == torch.float32 for p in trainable_state(vae).values())
@@ -200,14 +215,14 @@ def test_clips_that_cannot_be_drawn(settings, message):
 
 def test_steps_are_timed_once_at_least():
     with pytest.raises(ValueError, match="repeats=0; must be at least 1"):
-        benchmark.benchmark(load(), 0, 0)
+        benchmark_step.time_step(load(), 0, 0)
     with pytest.raises(ValueError, match="warmup=-1; must be at least 0"):
-        benchmark.benchmark(load(), -1, 1)
+        benchmark_step.time_step(load(), -1, 1)
 
 
 @pytest.mark.parametrize("parts", [["step", "writer"], [], "reader"])
 def test_parts_are_a_list_of_known_ones(parts):
-    with pytest.raises(ValueError, match=r"parts=.*; a list of step, reader, one at least"):
+    with pytest.raises(ValueError, match=r"parts=.*; a list of ceilings, step, dit, reader, one"):
         benchmark.main(OmegaConf.create({"out": None, "parts": parts}))
 
 
@@ -215,3 +230,56 @@ def test_the_program_checks_its_settings(monkeypatch):
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
     with pytest.raises(ValueError, match=r"reader\.size=40; sides are multiples of 16"):
         run(**{"reader.size": 40})
+
+
+@pytest.mark.parametrize("settings", [{}, {"batch_size": 2}, {"precision": "bfloat16"}])
+def test_flops_of_a_step_are_those_of_real_tensors(settings):
+    workload = load(**settings)
+    vae = benchmark_step.freeze_in(benchmark_step.build("ours", workload), workload.precision)
+    with Flops() as flops:
+        benchmark_step.step(vae, benchmark_step.draw_clip(workload), workload.precision)
+    counted = benchmark_step.count_flops(workload)
+    assert benchmark_step.whole(counted) == dict(flops.kinds)
+    assert counted["backward"]["conv"] > counted["decode"]["conv"] > counted["merge"]["conv"] > 0
+
+
+def test_checkpointing_is_no_need():
+    """What is computed again is not counted; it runs in ours, and hooks leave nothing behind."""
+    workload = load(checkpointing=True)
+    assert benchmark_step.count_flops(workload) == benchmark_step.count_flops(load())
+    vae, clip = benchmark_step.build("ours", workload), benchmark_step.draw_clip(workload)
+    with Flops() as flops:
+        benchmark_step.step(vae, clip, "float32")
+    assert flops.total > sum(benchmark_step.whole(benchmark_step.count_flops(load())).values())
+    assert min(benchmark_step.time_parts(vae, clip, workload).values()) > 0
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in vae.modules())
+
+
+def test_share_of_ceilings_by_hand():
+    flops = {"encode": {"conv": 20}, "merge": {}, "decode": {"conv": 60, "attention": 5}}
+    flops["backward"] = {"conv": 160, "matmul": 15}
+    rates = {"conv forward": 10.0, "conv backward": 20.0, "matmul": 5.0}
+    assert benchmark_step.at_rates(flops, "decode") == {"conv forward": 60, "matmul": 5}
+    needed = benchmark_step.at_rates(flops, "step")  # 8 s + 8 s + 4 s
+    assert share_of(rates, needed, 40.0) == pytest.approx(0.5)
+
+
+def test_a_failure_is_told_with_its_place_and_costs_no_other():
+    results = {"step": {"ours": {"seconds": [1.0]}, "released": {}}, "dit": [{}]}
+    with failures_in(results["step"]["released"], "cpu"):
+        torch.empty(-1)
+    assert [text.partition(":")[0] for text in failures_of(results)] == ["step.released"]
+    rows = benchmark_step.summarise(
+        {
+            "ours": {"seconds": [2.0], "parts": [dict.fromkeys(PARTS, 0.5)]},
+            "released": results["step"]["released"],
+            "flops": {part: {"conv": 2} for part in PARTS},
+        },
+        None,
+    )
+    assert rows["step, s"] == {"ours": 2.0, "tflop": 8e-12}
+
+
+def test_the_clock_counts_one_call():
+    calls = []
+    assert 0 < timed(lambda: calls.append(1), "cpu") < 1 and calls == [1]

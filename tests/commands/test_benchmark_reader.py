@@ -75,7 +75,7 @@ def test_command(tmp_path, monkeypatch, capsys):
     arguments = ["parts=[reader]", "out=speed.json", *(f"reader.{setting}" for setting in small)]
     called("benchmark", *arguments)
     results = json.loads((tmp_path / "speed.json").read_text())
-    assert results.keys() == {"reader"} and results["reader"].keys() == {
+    assert results.keys() == {"machine", "reader"} and results["reader"].keys() == {
         "workload",
         *STORED.values(),
     }
