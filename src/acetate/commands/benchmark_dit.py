@@ -116,21 +116,12 @@ def prepare(
     transformer: WanTransformer3DModel, way: str, *, checkpointing: bool, keep_attention: bool
 ) -> None:
     """Gives a DiT with adapters what the way runs with: checkpointing, compiled blocks."""
-    if way == "stock":
-        if checkpointing:
-            transformer.enable_gradient_checkpointing()
-        return
-    checkpoint_blocks = getattr(dit, "checkpoint_blocks", None)
-    if checkpointing and checkpoint_blocks is not None:
-        checkpoint_blocks(transformer, keep_attention=keep_attention)
+    if way == "ours_compiled":
+        dit.compile_blocks(transformer, checkpointing, keep_attention)
+    elif checkpointing and way == "ours":
+        dit.checkpoint_blocks(transformer, keep_attention)
     elif checkpointing:
         transformer.enable_gradient_checkpointing()
-    compile_blocks = getattr(dit, "compile_blocks", None)
-    if way == "ours_compiled" and compile_blocks is not None:
-        compile_blocks(transformer)
-    elif way == "ours_compiled":
-        for block in transformer.blocks:
-            block.compile(dynamic=False)
 
 
 @torch.no_grad()
