@@ -10,8 +10,7 @@ from tests.test_resume import logged, run_of
 
 pytestmark = pytest.mark.gpu
 STEPS, EVERY = 300, 20
-# Of the validation loss after EVERY steps; on a CPU 0.58 and 0.86 are left of it
-LEFT = {"vae_rgba": 0.8, "dit_dora": 0.95}
+LEFT = 0.6  # at most, of the validation loss after EVERY steps; on a CPU a third
 
 
 def learned(outputs: Path, experiment: str, device: str, *settings: str) -> list[float]:
@@ -30,7 +29,7 @@ def check_learning(losses: list[float], experiment: str) -> None:
     print(f"{experiment}: {[round(loss, 4) for loss in losses]}")
     assert len(losses) == STEPS // EVERY
     left = losses[-1] / losses[0]
-    assert left < LEFT[experiment], f"{left:.2f} of the validation loss is left"
+    assert left < LEFT, f"{left:.2f} of the validation loss is left"
 
 
 def draw(folder: Path) -> Path:
