@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 
 from tests.compose import called
-from tests.gpu.training import needs_card
 from tests.test_resume import logged, run_of
 
 pytestmark = pytest.mark.gpu
@@ -59,7 +58,6 @@ def dit_run(outputs: Path, latents: Path, vae: Path, device: str) -> list[float]
 @pytest.fixture(scope="module")
 def vae(tmp_path_factory):
     """Shards, the run of the VAE stage on them, and its validation losses."""
-    needs_card()
     folder = tmp_path_factory.mktemp("learning")
     shards = draw(folder / "clips")
     losses = vae_run(folder / "vae", shards, "cuda")
