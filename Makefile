@@ -8,7 +8,7 @@ export GOMP_SPINCOUNT = 20000
 export TOKENIZERS_PARALLELISM = false
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo train-vae train-dit lint check test test-all pages bench clean
+.PHONY: help setup demo train-vae train-dit lint check test test-all pages bench gpu clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -60,6 +60,10 @@ pages: setup ## the commands of docs/, as written, in a fresh copy
 
 bench: setup ## what the device gives at most, one VAE-stage step at full width against the released way, and reading clips
 	$(BIN)/acetate benchmark $(ARGS)
+
+gpu: setup ## on a machine with an NVIDIA GPU: the tests that only one can settle, then its speeds
+	$(RUN) -m pytest -m gpu tests/gpu --tb=short --durations=20
+	$(BIN)/acetate benchmark parts=[ceilings,step,dit] device=cuda $(ARGS)
 
 clean: ## remove what runs wrote: outputs, multirun, demo shards
 	rm -rf outputs multirun data/demo data/demo_latents

@@ -4,6 +4,8 @@ ours."""
 import csv
 import os
 import socket
+import subprocess
+import sys
 import threading
 import time
 from contextlib import contextmanager
@@ -270,3 +272,9 @@ def test_a_reader_knows_what_wandb_writes(tmp_path):
     cut = Path(tmp_path / "cut.wandb")
     cut.write_bytes(path.read_bytes()[:-10])
     assert read(cut).exit_code is None
+
+
+@pytest.mark.slow
+def test_a_run_without_a_dashboard_does_not_import_wandb():
+    code = "import sys; sys.modules['wandb'] = None; import acetate.commands.train"
+    subprocess.run([sys.executable, "-c", code], check=True)

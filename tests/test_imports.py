@@ -16,6 +16,7 @@ LAYERS = (
         "flow",
         "lightning_seams",
         "vgg",
+        "cuda_autocast",
         "draws",
         "media",
         "video_io",

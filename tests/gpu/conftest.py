@@ -6,18 +6,24 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.gpu.training import STAGES, Train, needs_card, trainer_of
+from tests.gpu.training import STAGES, Train, trainer_of
 
 # cuBLAS reads it once in a process, before any of these tests; deterministic runs need it
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(scope="session", autouse=True)
 def card():
-    """Skips where there is none; leaves torch as it was, whatever a run has set."""
-    needs_card()
+    """Skips before anything is made for the tests."""
+    if not torch.cuda.is_available():
+        pytest.skip("needs an NVIDIA GPU: torch.cuda.is_available() is False")
+
+
+@pytest.fixture(autouse=True)
+def torch_as_before():
+    """Whatever a run has set."""
     environment, threads = dict(os.environ), torch.get_num_threads()
-    yield torch.cuda.get_device_name()
+    yield
     if dist.is_initialized():
         dist.destroy_process_group()
     os.environ.clear()

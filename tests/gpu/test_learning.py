@@ -5,13 +5,11 @@ from pathlib import Path
 import pytest
 
 from tests.compose import called
-from tests.gpu.training import needs_card
 from tests.test_resume import logged, run_of
 
 pytestmark = pytest.mark.gpu
 STEPS, EVERY = 300, 20
-# Of the validation loss after EVERY steps; on a CPU 0.58 and 0.86 are left of it
-LEFT = {"vae_rgba": 0.8, "dit_dora": 0.95}
+LEFT = 0.6  # at most, of the validation loss after EVERY steps; on a CPU a third
 
 
 def learned(outputs: Path, experiment: str, device: str, *settings: str) -> list[float]:
@@ -30,7 +28,7 @@ def check_learning(losses: list[float], experiment: str) -> None:
     print(f"{experiment}: {[round(loss, 4) for loss in losses]}")
     assert len(losses) == STEPS // EVERY
     left = losses[-1] / losses[0]
-    assert left < LEFT[experiment], f"{left:.2f} of the validation loss is left"
+    assert left < LEFT, f"{left:.2f} of the validation loss is left"
 
 
 def draw(folder: Path) -> Path:
@@ -60,7 +58,6 @@ def dit_run(outputs: Path, latents: Path, vae: Path, device: str) -> list[float]
 @pytest.fixture(scope="module")
 def vae(tmp_path_factory):
     """Shards, the run of the VAE stage on them, and its validation losses."""
-    needs_card()
     folder = tmp_path_factory.mktemp("learning")
     shards = draw(folder / "clips")
     losses = vae_run(folder / "vae", shards, "cuda")

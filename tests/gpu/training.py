@@ -3,20 +3,12 @@
 from collections.abc import Callable
 from pathlib import Path
 
-import pytest
-import torch
-
 from tests.compose import called
 from tests.test_resume import logged, run_of, small
 
 STAGES = ("vae_rgba", "dit_dora")
 EXACT = "trainer.deterministic=true"
 Train = Callable[..., Path]
-
-
-def needs_card() -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("needs an NVIDIA GPU: torch.cuda.is_available() is False")
 
 
 def trainer_of(experiment: str, shards: Path, cached: tuple[Path, Path], accelerator: str) -> Train:

@@ -5,24 +5,26 @@ import platform
 import shlex
 import subprocess
 import sys
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
 from hydra.utils import instantiate
-from lightning.pytorch.loggers import Logger
+from lightning.pytorch.loggers import Logger, WandbLogger
 from omegaconf import DictConfig, OmegaConf
 
-from acetate.callbacks.dashboards import WandbRun
 from acetate.callbacks.metrics_file import MetricsFile
 from acetate.callbacks.story import Story
 from acetate.commands import launched
 from acetate.commands.runs import rank
 from acetate.redaction import redacted
+
+if TYPE_CHECKING:  # only a run with a dashboard imports wandb
+    from acetate.callbacks.dashboards import WandbRun
 
 PACKAGES = ("torch", "lightning", "diffusers", "transformers", "peft", "hydra-core", "wandb")
 SOURCE = Path(__file__).parents[3]
@@ -64,8 +66,8 @@ def build_story(config: DictConfig) -> Story:
 def finish_loggers(loggers: list[Logger], failed: bool) -> None:
     """Closes the loggers. A wandb run ends here: a sweep's next job begins another."""
     for logger in loggers:
-        if isinstance(logger, WandbRun):
-            logger.finish(failed)
+        if isinstance(logger, WandbLogger):
+            cast("WandbRun", logger).finish(failed)
         else:
             logger.finalize("failed" if failed else "success")
 
@@ -88,10 +90,17 @@ def about(config: DictConfig) -> dict[str, Any]:
         "host": platform.node(),
         "versions": {
             "python": platform.python_version(),
-            **{name: version(name) for name in PACKAGES},
+            **{name: _version(name) for name in PACKAGES},
         },
     }
     return {**redacted(settings), "run": run}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:  # of a dashboard that is not used
+        return None
 
 
 def job_name(config: DictConfig) -> str:
