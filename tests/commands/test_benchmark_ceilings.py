@@ -1,6 +1,9 @@
 import json
 
+from torch.nn.attention import SDPBackend
+
 from acetate.commands.benchmark_ceilings import (
+    BACKENDS,
     CeilingsLoad,
     Convolution,
     benchmark_ceilings,
@@ -8,7 +11,7 @@ from acetate.commands.benchmark_ceilings import (
     rates_of,
     works,
 )
-from acetate.commands.benchmark_clock import DTYPES
+from acetate.commands.benchmark_clock import DTYPES, failures_of
 from tests.commands.test_benchmark import load, run
 from tests.fake_gpu import fake_gpu
 
@@ -46,16 +49,26 @@ def test_the_best_of_a_kind_is_its_rate():
     assert rates_of([*rows, {"what": "x", "error": "no memory"}]) == {"matmul": 3.0}
 
 
+def test_a_kernel_that_the_device_lacks_is_no_failure(monkeypatch):
+    """A CPU has no cuDNN."""
+    monkeypatch.setitem(BACKENDS, "cpu", (None, SDPBackend.CUDNN_ATTENTION))
+    rows = benchmark_ceilings(SIZES, load(), SHAPES)
+    assert [row["what"] for row in rows if "missing" in row] == [
+        "attention of 5x32x32, cudnn_attention"
+    ]
+    assert not list(failures_of(rows)) and rates_of(rows).keys() == KINDS
+
+
 def test_on_a_card_nothing_leaves_it():
     """On a fake one, which refuses what mixes devices; it has no backends of attention to choose
     from."""
     workload = load(precision="bfloat16")
     object.__setattr__(workload, "device", "cuda")
     planned = list(works(SIZES, workload, SHAPES))
-    assert sum("flash" in what or "cudnn" in what for what, _ in planned) == 2
+    assert sum(optional for _, optional, _ in planned) == 2
     with fake_gpu() as gpu:
-        for what, measures in planned:
-            if "flash" in what or "cudnn" in what:
+        for _, optional, measures in planned:
+            if optional:
                 continue
             for _, count, call in measures("cuda", DTYPES["bfloat16"]):
                 call()

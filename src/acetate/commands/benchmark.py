@@ -134,7 +134,7 @@ def measure_ceilings(
     table = Table("ceilings", "", "ms", "TFLOP/s", "TB/s")
     for row in rows:
         if "rate" not in row:
-            table.add_row(row["what"], "failed", "", "", "")
+            table.add_row(row["what"], "missing" if "missing" in row else "failed", "", "", "")
             continue
         rate = f"{row['rate'] / 1e12:.3f}"
         rates = ("", rate) if row["kind"] == "copy" else (rate, "")

@@ -91,7 +91,7 @@ def benchmark_ceilings(
     """
     rows: list[dict[str, Any]] = []
     device, dtype = load.device, DTYPES[load.precision]
-    for what, measures in works(sizes, load, attention):
+    for what, optional, measures in works(sizes, load, attention):
         row: dict[str, Any] = {"what": what}
         with failures_in(row, device):
             for kind, count, call in measures(device, dtype):
@@ -100,7 +100,7 @@ def benchmark_ceilings(
                     {"what": what, "kind": kind, "seconds": seconds, "rate": count / seconds}
                 )
         if "error" in row:
-            rows.append(row)
+            rows.append({"what": what, "missing": row["error"]} if optional else row)
         release(device)
     return rows
 
@@ -111,15 +111,16 @@ Work = Callable[[str, torch.dtype], Measures]
 
 def works(
     sizes: CeilingsLoad, load: Workload, attention: Mapping[str, Sequence[int]]
-) -> Iterator[tuple[str, Work]]:
-    """Yields what is measured and how."""
+) -> Iterator[tuple[str, bool, Work]]:
+    """Yields what is measured, whether a card may lack it, and how it is measured."""
     n = sizes.side
-    yield f"{n} x {n} matrices", lambda device, dtype: products(n, device, dtype)
+    yield f"{n} x {n} matrices", False, lambda device, dtype: products(n, device, dtype)
     for one, flops in heaviest(load):
         (out, into, *kernel), shape = one.weight, "x".join(map(str, one.x[2:]))
         name = f"convolution {'x'.join(map(str, kernel))}, {into} to {out} channels, {shape}"
         yield (
             name,
+            False,
             lambda device, dtype, one=one, flops=flops: convolution(one, flops, device, dtype),
         )
     for name, shape in attention.items():
@@ -127,11 +128,16 @@ def works(
             label = "as torch chooses" if backend is None else backend.name.lower()
             yield (
                 f"attention of {name}, {label}",
+                backend is not None,
                 lambda device, dtype, name=name, shape=shape, backend=backend: attend(
                     name, shape, backend, device, dtype
                 ),
             )
-    yield f"copy of {sizes.gib:g} GiB", lambda device, dtype: copies(sizes.gib, device, dtype)
+    yield (
+        f"copy of {sizes.gib:g} GiB",
+        False,
+        lambda device, dtype: copies(sizes.gib, device, dtype),
+    )
 
 
 def products(n: int, device: str, dtype: torch.dtype) -> Measures:
