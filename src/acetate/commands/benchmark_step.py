@@ -66,6 +66,7 @@ class Workload:
     width: int
     batch_size: int
     checkpointing: bool  # of ours; the released way has none
+    compile: bool  # of ours
     device: str
     precision: str
     cudnn_benchmark: bool
@@ -257,6 +258,8 @@ def time_step(load: Workload, warmup: int, repeats: int) -> dict[str, Any]:
     results["flops"] = count_flops(load)
     set_up(load.threads, load.cudnn_benchmark)
     clip = draw_clip(load)
+    if load.compile:
+        vaes["ours"].compile_halves()
     # On a CPU in turns, so that other work on the machine slows both; a card has no other work, and
     # a way there leaves its memory to the next
     rounds = [(way, turn) for turn in range(-warmup, repeats) for way in WAYS]

@@ -300,7 +300,6 @@ RULES: dict[str, Rule] = {
     "dit.shapes": optional(several(several(count, 3, 3))),
     "dit.ways": several(one_of("stock", "ours", "ours_compiled")),
     "dit.warmup": whole(0, 1000),
-    "keep_attention": flag,
     "reader.clips": count,
     "size": whole(16, SIDE),
     # Data preparation

@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from acetate.draws import generator_for
 from acetate.models import dora
+from acetate.models.compiled import compile_forward
 from acetate.models.loading import load_transformer
 from acetate.models.sharding import shard, shard_like
 from acetate.models.text import embed_prompt
@@ -146,10 +147,10 @@ def compile_blocks(
     """Compiles every block, once for each shape of its inputs: the blocks of a DiT share what is
     compiled. checkpointing, keep_attention: as in `checkpoint_blocks`, within what is compiled.
     backend: of torch.compile."""
-    again = recomputed(keep_attention)
     for block in transformer.blocks:
-        forward = partial(again, block.forward) if checkpointing else block.forward
-        block.forward = torch.compile(forward, dynamic=False, backend=backend)
+        if checkpointing:
+            block.forward = partial(recomputed(keep_attention), block.forward)
+        compile_forward(block, backend)
 
 
 def velocity(

@@ -11,6 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from acetate.alpha import one_channel
 from acetate.models.adapters import add_lora, trainable_state
+from acetate.models.compiled import compile_forward
 from acetate.models.loading import tensors_sha256, weights_sha256
 from acetate.models.merge import FeatureMerge
 from acetate.models.sharding import shard
@@ -162,6 +163,11 @@ class RGBAVAE(RGBADecoders):
             wan_latents = self.head(rgb_features)[0] if self.merge_init == "residual" else None
         merged = self.merge(rgb_features.to(self.mean.dtype), alpha_features.to(self.mean.dtype))
         return merged if wan_latents is None else wan_latents + merged
+
+    def compile_halves(self, backend: str = "inductor") -> None:
+        """Compiles encoder and decoders, as compile_forward does."""
+        for half in (self.encoder, self.decoder_rgb, self.decoder_alpha):
+            compile_forward(half, backend)
 
     def shard(self, mesh: DeviceMesh) -> None:
         """Shards the merge block and each decoder, each gathered by itself. Encoder and head stay

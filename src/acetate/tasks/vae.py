@@ -16,7 +16,8 @@ from acetate.losses.ranks import moments
 from acetate.losses.vae import VAELoss
 from acetate.metrics.alpha import AlphaQuality
 from acetate.metrics.rgb import CompositeQuality, RGBQuality
-from acetate.models.dit import VelocityField, check_latent_grid
+from acetate.models.compiled import compile_forward
+from acetate.models.dit import VelocityField, check_latent_grid, compile_blocks
 from acetate.models.rgba_vae import RGBAVAE
 from acetate.models.wan import Geometry, WanDecoder, WanEncoder, WanHead
 from acetate.regions import check_clip_shape
@@ -45,7 +46,8 @@ class RGBAVAETask(AdapterTask, MeasuredTask):
     background_per: one palette colour per `clip` and use, or per `batch` (released). moment_weight:
     of the penalty that holds the normalised latents' per-channel mean at 0 and variance at 1, the
     base's own. lpips: measure it in validation (needs VGG16 weights). decay_steps: as in
-    `adamw_with_warmup`.
+    `adamw_with_warmup`. compile: compiles the VAE's halves, the losses and the judge, once
+    for each shape of clips.
     """
 
     def __init__(
@@ -63,6 +65,7 @@ class RGBAVAETask(AdapterTask, MeasuredTask):
         weight_decay: float,
         lpips: bool,
         seed: int,
+        compile: bool = False,
     ) -> None:
         super().__init__()
         if background_per not in ("clip", "batch"):
@@ -71,6 +74,7 @@ class RGBAVAETask(AdapterTask, MeasuredTask):
         self.lr, self.warmup_steps, self.decay_steps = lr, warmup_steps, decay_steps
         self.betas, self.weight_decay, self.moment_weight = betas, weight_decay, moment_weight
         self.background_per, self.lpips, self.seed = background_per, lpips, seed
+        self.compile_parts = compile
         self.means, self.step_means, self.latent_means = Means(), Means(), Means()
         self.vae: RGBAVAE | None = None
         self.judge: VelocityField | None = None
@@ -83,6 +87,11 @@ class RGBAVAETask(AdapterTask, MeasuredTask):
             self.vae.shard(self.shards)
         if self.diffusion.mode != "off":
             self.judge = self.diffusion.build_judge(mesh=self.shards)
+        if self.compile_parts:
+            self.vae.compile_halves()
+            compile_forward(self.loss)
+            if self.judge is not None:
+                compile_blocks(self.judge.transformer)
         geometry = self.vae.geometry
         self.composite_quality = CompositeQuality(lpips=self.lpips)
         self.alpha_quality = AlphaQuality(
