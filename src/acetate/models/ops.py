@@ -48,8 +48,8 @@ def _doubled(like: Tensor) -> Tensor:
     """Returns the sums of taps through which an output row of parity a sees rows i - 1 + a and
     i + a, since upsampling doubles every pixel: 0 or 1, (parity, row seen, tap)."""
     at = torch.arange(3, device=like.device)
-    parity, row = at[:2, None, None], at[:2, None]
-    return ((at > parity) == row.bool()).to(like.dtype)
+    later = at > at[:2, None]  # (parity, tap)
+    return torch.stack([~later, later], 1).to(like.dtype)
 
 
 def upsample_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
