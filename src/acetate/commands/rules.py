@@ -165,6 +165,7 @@ RULES: dict[str, Rule] = {
     "gradient_clip_val": optional(weight),
     "gradient_clip_algorithm": one_of("norm", "value"),
     "deterministic": flag,
+    "benchmark": flag,
     "num_sanity_val_steps": whole(-1, MOST),
     "limit_val_batches": either(share, whole(0, MOST)),
     "limit_train_batches": either(share, whole(0, MOST)),
