@@ -17,7 +17,8 @@ from rich.console import Console
 from rich.table import Table
 
 from acetate.cli import run
-from acetate.data.shards import MANIFEST, ShardError, first_reasons, read_manifest
+from acetate.data.keys import first_reasons
+from acetate.data.shards import MANIFEST, ShardError, read_manifest
 from acetate.data.splits import Split, assign_splits
 from acetate.data.writer import EncodedClip, ShardWriter, encode_frames
 from data_prep.bad_clips import BadClips, print_bad
