@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from acetate.console import printable
 from acetate.documents import FieldError
 from acetate.media.clip import AS_STATED, Asked, Frames, Limits, Stream
 from acetate.media.mattes import is_cutout
@@ -32,7 +33,6 @@ from data_prep.found import FOUND, Found, Kind
 from data_prep.looks import Look, look_of
 from data_prep.rectangles import detected_rectangles, given_rectangles
 from data_prep.tables import column, read_text
-from data_prep.tree import printable
 
 FROM_NAME = "Transparent background: "  # begins prompts that are made of file names
 NAMELESS = "Transparent background"  # the prompt where a name has no word
