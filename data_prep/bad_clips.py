@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
-from acetate.data.shards import first_reasons
+from acetate.data.keys import first_reasons
 
 SHOWN = 20
 

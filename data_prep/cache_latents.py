@@ -22,13 +22,13 @@ from rich.table import Table
 from tqdm import tqdm
 
 from acetate.cli import run
+from acetate.data.keys import first_reasons
 from acetate.data.latent_shards import EMPTY_PROMPT
 from acetate.data.manifests import IDENTITY
 from acetate.data.shards import (
     MANIFEST,
     SCHEMA,
     ShardError,
-    first_reasons,
     index_shards,
     read_manifest,
 )

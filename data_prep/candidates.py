@@ -10,13 +10,14 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from acetate.console import printable
 from acetate.data.keys import LONGEST_KEY, beginning, plain_key
 from acetate.media.packed import VAPC
 from acetate.media.sequences import is_sequence, sequence_files
 from acetate.video_io import IMAGES, OPAQUE_IMAGES, VIDEOS, MediaError
 from data_prep.sequences import Run, find_runs, sequences_of
 from data_prep.tables import Row, read_tables, read_text
-from data_prep.tree import NOWHERE, Tree, printable, walk
+from data_prep.tree import NOWHERE, Tree, walk
 
 MEDIA = IMAGES + OPAQUE_IMAGES + VIDEOS
 PAIR_COLOR = ("fgr",)  # straight colour without its background

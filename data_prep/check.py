@@ -10,13 +10,13 @@ from numpy.typing import NDArray
 from omegaconf import DictConfig
 
 from acetate.cli import run
+from acetate.console import printable
 from acetate.media.alpha_plane import Carried, carried, who_shows
 from acetate.media.clip import Frames, Limits, MediaError
 from acetate.media.packed import stated_packing
 from acetate.video_io import VIDEOS, describe, open_rgba
 from data_prep.analysis import analyse, how_sure
 from data_prep.rectangles import detected_rectangles
-from data_prep.tree import printable
 
 
 @dataclass

@@ -306,17 +306,26 @@ def _bleed(frame: Frames, radius: int | None, trusted: int) -> Frames:
     alpha = frame[..., 3:]
     if (radius == 0 and trusted <= 1) or not (alpha >= trusted).any():
         return frame * (alpha > 0)
-    opacity = torch.from_numpy(alpha[..., 0].astype(np.float32))[None, None]
-    hidden, weight = opacity == 0, opacity * (opacity >= trusted)
+    weight = torch.from_numpy(alpha[..., 0].astype(np.float32))[None, None]
+    hidden = weight == 0
+    weight *= weight >= trusted
     from_around = hidden if radius is None else hidden & _within(weight > 0, radius)
     if trusted > 1:
         from_around = from_around | (~hidden & _within(weight > 0, NEAR) & (weight == 0))
     done = frame.copy()
     for channel in range(3):  # one at a time: floats of all are much memory
-        plane = torch.from_numpy(frame[..., channel].astype(np.float32))[None, None]
-        color = _push_pull(plane, weight).where(from_around, plane.masked_fill_(hidden, 0))
-        done[..., channel] = color[0, 0].add_(0.5).clamp_(0, 255).to(torch.uint8).numpy()
+        done[..., channel] = _filled(done[..., channel], weight, hidden, from_around)
     return done
+
+
+def _filled(
+    channel: Frames, weight: torch.Tensor, hidden: torch.Tensor, from_around: torch.Tensor
+) -> Frames:
+    """Returns a channel (H, W) that is its surroundings' where `from_around` says so, and black
+    where else it is hidden."""
+    plane = torch.from_numpy(channel.astype(np.float32))[None, None]
+    color = _push_pull(plane, weight).where(from_around, plane.masked_fill_(hidden, 0))
+    return color[0, 0].add_(0.5).clamp_(0, 255).to(torch.uint8).numpy()
 
 
 def _within(mask: torch.Tensor, radius: int) -> torch.Tensor:

@@ -13,6 +13,7 @@ from rich.console import Console
 
 from acetate.cli import run
 from acetate.commands.recorded import run_of
+from acetate.console import printable
 from acetate.media.clip import Limits
 from acetate.replacing import check_out
 from acetate.vgg import lpips_network
@@ -22,7 +23,6 @@ from data_prep.executor import progress
 from data_prep.finished import clips_of, named, place_of, said_of
 from data_prep.measuring import Choices, Measured, Reconstruct, Work, measured
 from data_prep.summary import check_ours, print_summary, row_of, summarised, write_tables
-from data_prep.tree import printable
 
 TOLD = 5  # names in a message
 

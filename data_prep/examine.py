@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from acetate.console import printable
 from acetate.documents import FieldError
 from acetate.media.clip import AS_STATED, Asked, Frames, Limits, Stream
 from acetate.media.mattes import is_cutout
@@ -25,7 +26,6 @@ from acetate.video_io import (
     open_pair,
     open_rgba,
 )
-from data_prep.analysis import analyse
 from data_prep.candidates import Candidate, sidecar
 from data_prep.decisions import OVERRIDES, check_choices
 from data_prep.executor import alone_and_lean
@@ -33,7 +33,6 @@ from data_prep.found import FOUND, Found, Kind
 from data_prep.looks import Look, look_of
 from data_prep.rectangles import detected_rectangles, given_rectangles
 from data_prep.tables import column, read_text
-from data_prep.tree import printable
 
 FROM_NAME = "Transparent background: "  # begins prompts that are made of file names
 NAMELESS = "Transparent background"  # the prompt where a name has no word
@@ -109,6 +108,7 @@ class Outcome:
 def guard(settings: Settings, number: int) -> None:
     """Gives a worker process, once, memory_gb on top of what its libraries have mapped. number: is
     not used."""
+    load()
     mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     bound = mapped + int(settings.memory_gb * 2**30)
     hard = resource.getrlimit(resource.RLIMIT_AS)[1]
@@ -118,9 +118,18 @@ def guard(settings: Settings, number: int) -> None:
     alone_and_lean()
 
 
+def load() -> None:
+    """Imports what measures clips, before a file's own time begins: torch, and what imagehash needs
+    for its first hash. The process that hands out files does without."""
+    import scipy.fftpack  # noqa: F401
+
+    import data_prep.analysis  # noqa: F401
+
+
 def examine(_: None, task: Task) -> Outcome:
     """Examines a file, and never raises for what is wrong with it. A decoder that hangs is ended
     with its process."""
+    load()
     begun = time.process_time()
     look: Look | None = None
     try:
@@ -193,6 +202,8 @@ def _allow(task: Task, seconds: float) -> None:
 
 
 def _examined(task: Task) -> tuple[Found, Look | None]:
+    from data_prep.analysis import analyse
+
     candidate, settings = task.candidate, task.settings
     path, row, limits = candidate.files[0], candidate.row, settings.limits
     _allow(task, settings.seconds)

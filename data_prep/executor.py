@@ -26,7 +26,10 @@ START = "spawn"  # of local processes, with nothing of this one
 OVERRAN = "took more than {:g} s, so that its worker process was stopped"
 OVERRUN_SIGNALS = ("SIGPROF", "SIGALRM")  # of a process that set itself a time limit
 MOST_PER_CORE = 32  # processes; more wait for each other and fill the memory
-M_MMAP_THRESHOLD = -3  # of glibc's mallopt
+# glibc's mallopt: freed pieces from so many bytes on go back at once; of smaller ones, what lies
+# free beyond so many
+M_MMAP_THRESHOLD, GIVEN_BACK = -3, 2**24
+M_TRIM_THRESHOLD, KEPT = -1, 2**26
 AHEAD = 4  # items per worker that are begun before their results are asked for
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -246,14 +249,18 @@ def bind(
 def alone_and_lean() -> None:
     """Prepares a process that reads pictures beside others: torch takes one thread.
 
-    And glibc, which keeps freed pieces of up to 32 MB for itself, several pictures in sum, gives
-    them back from 1 MB on.
+    And glibc, which learns to keep freed pieces of up to 32 MB and twice as much in sum, gives
+    those back that are larger than a picture of 1080p (8.3 MB; as floats 33), and keeps those of a
+    few pictures for the next ones: where each goes back, as from 1 MB on, fetching it anew page by
+    page is a third of the time.
     """
     import torch  # which not all programs here need
 
     torch.set_num_threads(1)
     with suppress(AttributeError):  # another C library
-        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**20)
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(M_MMAP_THRESHOLD, GIVEN_BACK)
+        mallopt(M_TRIM_THRESHOLD, KEPT)
 
 
 def attempt(function: Callable[..., Any], *arguments: Any) -> Answer:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from acetate.console import printable
 from acetate.data.keys import plain_key
 from acetate.documents import parse, read_plain
 from acetate.media.clip import Limits, MediaError, Stream
@@ -16,7 +17,6 @@ from acetate.video_out import SUFFIXES
 from data_prep.candidates import PAIR_COLOR, WHOLE_COLOR, Candidate, sidecar, survey
 from data_prep.rectangles import detected_rectangles
 from data_prep.tables import read_text
-from data_prep.tree import printable
 
 # Of one clip in several formats: what loses least.
 PREFERRED = ("", ".exr", ".tif", ".tiff", ".png", ".mov", ".mkv", ".apng", ".webp", ".webm")

@@ -9,13 +9,13 @@ from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
+from acetate.console import printable
 from acetate.media.sequences import is_sequence, sequence_files
 from data_prep.candidates import FORM, MATTES, PAIR_COLOR, WHOLE_COLOR, Candidate
 from data_prep.found import Found
 from data_prep.looks import Look, alike
 from data_prep.sequences import PREVIEW
 from data_prep.tables import column
-from data_prep.tree import printable
 
 # what a name ends in that is one part or copy of a thing; and numbers that stand alone in it
 PART = re.compile(

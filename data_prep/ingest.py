@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from acetate.cli import run
+from acetate.console import printable
 from acetate.media.sequences import is_sequence
 from acetate.replacing import check_out, write_json
 from acetate.video_io import IMAGES, VIDEOS
@@ -38,7 +39,6 @@ from data_prep.executor import check, progress
 from data_prep.found import Found
 from data_prep.groups import grouped
 from data_prep.journal import lock_of, only_writer, open_journal, read_journal, write_lines
-from data_prep.tree import printable
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ from typing import NamedTuple
 
 import imagehash
 import numpy as np
-import scipy.fftpack  # noqa: F401  imagehash imports it with its first hash, in a file's own time
 from numpy.typing import NDArray
 from PIL import Image
 

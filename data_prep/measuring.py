@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from acetate.alpha import unpremultiply
+from acetate.console import printable
 from acetate.media.clip import Frames, Limits, MediaError, Stream
 from acetate.metrics.faults import Faults, named
 from acetate.metrics.looks import AlphaLooks, GuideAdherence
@@ -20,7 +21,6 @@ from acetate.metrics.published import PublishedComposites
 from acetate.metrics.temporal import TemporalErrors
 from data_prep.candidates import Candidate
 from data_prep.finished import opened, said_of
-from data_prep.tree import printable
 
 PIECE = 8  # pictures in memory at a time
 PATH = ("centre", "axes", "angle", "end_centre", "end_axes", "end_angle")  # of a guide's ellipse

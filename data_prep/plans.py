@@ -7,6 +7,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
+from acetate.console import printable
 from acetate.data.keys import LONGEST_KEY, shortened
 from acetate.documents import open_plain, parse
 from acetate.media.clip import LIMITS, Asked, Limits, MediaError, Stream
@@ -19,7 +20,6 @@ from data_prep.examine import opened
 from data_prep.executor import alone_and_lean, progress
 from data_prep.found import FOUND, Found
 from data_prep.journal import open_journal, read_journal
-from data_prep.tree import printable
 
 LONGEST_LINE = 2**24  # bytes; more of them are no line of ours
 

@@ -17,7 +17,9 @@ from rich.console import Console
 from rich.table import Table
 
 from acetate.cli import run
-from acetate.data.shards import MANIFEST, ShardError, first_reasons, read_manifest
+from acetate.console import printable
+from acetate.data.keys import first_reasons
+from acetate.data.shards import MANIFEST, ShardError, read_manifest
 from acetate.data.splits import Split, assign_splits
 from acetate.data.writer import EncodedClip, ShardWriter, encode_frames
 from data_prep.bad_clips import BadClips, print_bad
@@ -29,7 +31,6 @@ from data_prep.folders import DECISIONS, MEASURED, check_folder, making
 from data_prep.found import Found
 from data_prep.journal import read_journal, write_lines
 from data_prep.plans import Plan, decide, open_line, read_lines
-from data_prep.tree import printable
 
 IN_MEMORY = 2**27  # bytes that a clip's encoded pieces can take; what goes beyond waits in files
 SPILL = ".pieces"  # folder beside the tars for those

@@ -15,11 +15,11 @@ import numpy as np
 from rich.console import Console
 from rich.table import Column, Table
 
+from acetate.console import printable
 from acetate.metrics.catalogue import BY_NAME, FIGURES, PER_COLOR, WRONG
 from acetate.metrics.intervals import mean_interval
 from acetate.replacing import remove, rename_over, writing
 from data_prep.measuring import Measured, Work
-from data_prep.tree import printable
 
 FACTS = ("system", "clip", "stratum", "frames", "height", "width")
 WORDS = ("faults", "skipped")

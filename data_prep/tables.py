@@ -10,10 +10,11 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from acetate.console import printable
 from acetate.documents import parse, read_plain, shown
 from acetate.media.images import IMAGES, OPAQUE_IMAGES
 from acetate.media.videos import VIDEOS
-from data_prep.tree import Tree, printable
+from data_prep.tree import Tree
 
 FILE = ("file", "path", "name", "filename", "file_name")  # columns that name a row's file
 PAIR = ("video_fgr", "video_pha")

@@ -1,30 +1,15 @@
 """Every file and folder below a folder, each found once, whichever links lead to it."""
 
 import os
-import re
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from acetate.console import printable
+
 APPLE_DOUBLE = "macOS's notes on another file (AppleDouble)"
 NOWHERE = "a link that leads nowhere"
-# but for tabs and the ends of lines; and what turns the direction of writing
-CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 Identity = tuple[int, int]  # device and inode
-
-
-def printable(text: object) -> str:
-    """Returns the text with \\xNN for what is not Unicode in a file's name, and for control codes:
-    they could rewrite what a terminal shows."""
-    plain = str(text)
-    try:
-        plain.encode()
-    except UnicodeEncodeError:
-        try:
-            plain = os.fsencode(plain).decode(errors="backslashreplace")
-        except UnicodeEncodeError:
-            plain = plain.encode(errors="backslashreplace").decode()
-    return CONTROL.sub(lambda code: ascii(code[0])[1:-1], plain)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from rich.console import Console
 from torch import Tensor
 
 from acetate.cli import run
+from acetate.console import printable
 from acetate.media.clip import Limits, MediaError, RGBAClip
 from acetate.metrics.alpha import border_mean
 from acetate.metrics.matting import MattingErrors
@@ -22,7 +23,6 @@ from data_prep.bad_clips import print_bad
 from data_prep.candidates import Candidate
 from data_prep.executor import progress
 from data_prep.finished import clips_of, named, opened, prompt_of
-from data_prep.tree import printable
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from contextlib import suppress
 import psutil
 import pytest
 
+from acetate.torchrun import NAME, settled
 from tests.paths import ROOT
 
 SMALL = [
@@ -29,13 +30,28 @@ def listening(process):
     return found
 
 
+@pytest.mark.parametrize(
+    ("options", "alone"),
+    [
+        ("--nproc-per-node=2", True), ("--standalone --nnodes=1", True), ("--nnodes 1:1", True),
+        ("--master-addr 127.0.0.1 --master-port 29511", True),
+        ("--rdzv_backend=c10d --rdzv_endpoint=localhost:29555", True),
+        ("--rdzv-backend c10d --rdzv-endpoint [::1]:29400", True), ("--nnodes=2", False),
+        ("--nnodes=1:4", False), ("--master-addr 10.0.0.1", False),
+        ("--rdzv-backend=etcd --rdzv-endpoint=localhost:1", False),
+    ],
+)  # fmt: skip
+def test_options_that_need_no_other_machine_are_of_one(options, alone):
+    assert (settled([*options.split(), "train.py"]).rdzv_backend == NAME) is alone
+
+
 @pytest.mark.slow
 @pytest.mark.long
 @pytest.mark.parametrize(
     "command",
     [
         ["-m", "acetate.torchrun", "--nproc-per-node", "2", "train.py"],
-        ["-m", "acetate.torchrun", "--standalone", "--nproc-per-node=2", "train.py"],
+        ["-m", "acetate.torchrun", "--standalone", "--nnodes=1", "--nproc-per-node=2", "train.py"],
         ["train.py", "trainer.devices=2"],
     ],
 )

@@ -18,6 +18,7 @@ from acetate.redaction import redacted
         ("https://HUSH@github.com/a", "https://***@github.com/a"),
         ("s3://bucket/a?X-Amz-Signature=HUSH&part=1", "s3://bucket/a?X-Amz-Signature=***&part=***"),
         ("https://host/a?sig=HUSH#x", "https://host/a?sig=***#x"),
+        ("parsing 'https://host/a?sig='HUSH HUSH''", "parsing 'https://host/a?sig=***'"),
         (["train.py", "+data.remote.storage_options.s3.user=HUSH", "lr=1"],
          ["train.py", "+data.remote.storage_options.s3.user=***", "lr=1"]),
         ("+data.remote={storage_options: {s3: {user: HUSH}}}", "+data.remote=***"),

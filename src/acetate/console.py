@@ -1,9 +1,28 @@
-"""Writes lines of a run to a terminal."""
+"""Writes lines to a terminal, which they cannot control."""
 
 import logging
+import os
+import re
 from typing import TextIO
 
 from tqdm import tqdm
+
+# but for tabs and the ends of lines; and what turns the direction of writing
+CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+
+
+def printable(text: object) -> str:
+    """Returns the text with \\xNN for what is not Unicode in a file's name, and for control codes:
+    they could rewrite what a terminal shows."""
+    plain = str(text)
+    try:
+        plain.encode()
+    except UnicodeEncodeError:
+        try:
+            plain = os.fsencode(plain).decode(errors="backslashreplace")
+        except UnicodeEncodeError:
+            plain = plain.encode(errors="backslashreplace").decode()
+    return CONTROL.sub(lambda code: ascii(code[0])[1:-1], plain)
 
 
 class Console(logging.StreamHandler[TextIO]):
@@ -14,7 +33,7 @@ class Console(logging.StreamHandler[TextIO]):
             text = self.format(record)
             if record.levelno > logging.INFO:
                 text = f"{record.levelname.lower()}: {text}"
-            tqdm.write(text, file=self.stream)
+            tqdm.write(printable(text), file=self.stream)
             self.flush()
         except Exception:
             self.handleError(record)

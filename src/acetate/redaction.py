@@ -20,9 +20,11 @@ PLACES = re.compile(r"\.(endpoint_url|region_name)$")  # below storage_options, 
 REFERENCE = re.compile(r"\$\{[\w.:]+\}")  # to another setting, or to the environment
 # of a URL: user, password, or a token in the place of both
 LOGIN = re.compile(r"(?<=://)[^/\s?#]+(?=@)")
-# and what a signed one is signed with: every value behind the question mark
-QUERY = re.compile(r"(?<=://)([^\s?#'\",]*)\?([^\s#'\"]+)")
-PAIR = re.compile(r"(?<==)[^&#\s,\]}]+")
+# and what a signed one is signed with: every value behind the question mark, also in quotes, as
+# Hydra's errors show it
+QUOTED = r"(?<==)(?:'[^']*'|\"[^\"]*\")"
+QUERY = re.compile(rf"(?<=://)([^\s?#'\",]*)\?((?:{QUOTED}|[^\s#'\"])+)")
+PAIR = re.compile(rf"{QUOTED}|(?<==)[^&#\s,\]}}]+")
 OVERRIDE = re.compile(r"(?s)([+~-]{0,2}[\w.@/-]+)=(.*)")  # name=value, as on a command line
 SHORTEST = 4  # letters of a secret that is looked for in texts: others would be found everywhere
 KNOWN: set[str] = set()  # what this process has been given
@@ -144,7 +146,7 @@ def _text(text: str) -> str:
 
 def _urls(text: str) -> str:
     def keep(match: re.Match[str]) -> str:
-        return match[0] if TOKEN.fullmatch(match[0]) else HIDDEN
+        return match[0] if TOKEN.fullmatch(match[0].strip("'\"")) else HIDDEN
 
     text = LOGIN.sub(keep, text)
     return QUERY.sub(lambda match: f"{match[1]}?{PAIR.sub(keep, match[2])}", text)

@@ -2,12 +2,14 @@
 
 The processes of a run meet in a store without a password. PyTorch's listens on every interface of
 the machine, whatever address it is given; those of a run on one machine listen on loopback here.
-With --nnodes, --rdzv-... or --master-... it is torchrun itself.
+With several nodes, or an address that is not loopback, it is torchrun itself.
 """
 
 import os
 import socket
 import sys
+from argparse import Namespace
+from collections.abc import Sequence
 from datetime import timedelta
 from importlib import import_module
 from typing import Any
@@ -16,10 +18,13 @@ from torch.distributed import Store, TCPStore
 from torch.distributed.elastic.rendezvous import RendezvousInfo, RendezvousParameters
 from torch.distributed.elastic.rendezvous import rendezvous_handler_registry as registry
 from torch.distributed.elastic.rendezvous.static_tcp_rendezvous import StaticTCPRendezvous
+from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
 
 NAME = "one_machine"
 HOST = "127.0.0.1"
-MANY = ("--nnodes", "--node", "--rdzv", "--master")  # options of several machines
+ONE = ("1", "1:1")  # nodes, of torchrun's options
+LOCAL = ("localhost", HOST, "::1")
+OF_TORCH = ("static", "c10d")  # meeting places that need no server of their own
 TIMEOUT = timedelta(minutes=10)
 LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"
 _stores: dict[int, TCPStore] = {}  # by port, of this process
@@ -81,13 +86,25 @@ def _create(
     return listening(port, timeout)
 
 
+def settled(arguments: Sequence[str]) -> Namespace:
+    """Reads torchrun's options; a run that needs no other machine by them meets in a store of
+    `listening`, whatever port is given."""
+    from torch.distributed.run import parse_args
+
+    options = parse_args(arguments)
+    host, _ = parse_rendezvous_endpoint(options.rdzv_endpoint or options.master_addr, 0)
+    alone = options.nnodes in ONE and options.rdzv_backend in OF_TORCH and host in LOCAL
+    if alone or options.standalone:
+        options.standalone, options.rdzv_backend, options.rdzv_endpoint = False, NAME, ""
+    return options
+
+
 def main() -> None:
     from torch.distributed import run
+    from torch.distributed.elastic.multiprocessing.errors import record
 
     registry.register(NAME, start_of)
-    given = [text for text in sys.argv[1:] if text != "--standalone"]
-    many = any(text.replace("_", "-").startswith(MANY) for text in given)
-    run.main(sys.argv[1:] if many else [f"--rdzv-backend={NAME}", *given])
+    record(run.run)(settled(sys.argv[1:]))
 
 
 if __name__ == "__main__":

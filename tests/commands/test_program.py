@@ -1,5 +1,6 @@
 """The command line as users write it, and errors as they read them."""
 
+import logging
 import os
 import random
 import subprocess
@@ -13,6 +14,7 @@ from omegaconf import OmegaConf
 from acetate.cli import PROGRAMS
 from acetate.commands.program import composed, in_words, tell, to_the_letter
 from acetate.commands.recorded import quoted
+from acetate.console import Console
 from acetate.models.merge import FeatureMerge
 from acetate.settings import SettingError
 from tests.paths import ROOT
@@ -122,6 +124,13 @@ def test_a_fault_of_the_program_shows_where(capsys):
     assert "Traceback" in printed(lambda: {}["x"])
     # of this file, which is no part of the programs
     assert "Traceback" in printed(lambda: int("x"))
+
+
+def test_names_from_files_do_not_control_the_terminal(capsys):
+    tell(ValueError("a.safetensors: 1 not used: merge.\x1b[2J\u202ex"), PROGRAMS["export"], [])
+    assert r"merge.\x1b[2J\u202ex" in capsys.readouterr().err
+    Console(sys.stderr).emit(logging.makeLogRecord({"msg": "clip \x1b[2J is bad"}))
+    assert r"clip \x1b[2J is bad" in capsys.readouterr().err
 
 
 def run_train(folder, *arguments, **environment):

@@ -1,5 +1,6 @@
 import os
 import pickle
+import platform
 import signal
 import subprocess
 import sys
@@ -12,6 +13,29 @@ import pytest
 
 from data_prep.executor import AHEAD, WorkerLost, parallel, portable
 from tests.paths import ROOT
+
+PICTURES = """
+import resource
+from pathlib import Path
+from data_prep.executor import alone_and_lean
+
+def held():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 1e6
+
+def fetched():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt * resource.getpagesize() / 1e6
+
+alone_and_lean()
+picture = 1920 * 1080 * 4
+len(b"x" * picture)
+before, pages = held(), fetched()
+for _ in range(20):
+    len(b"x" * picture)
+pages = fetched() - pages
+many = [b"x" * picture for _ in range(30)] + [b"x" * (4 * picture) for _ in range(8)]
+del many
+print(pages, held() - before)
+"""
 
 
 class Unlucky(ValueError):
@@ -180,6 +204,15 @@ def test_processes_end_with_a_parent_that_was_killed(tmp_path):
     while Path(f"/proc/{pid}").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not Path(f"/proc/{pid}").exists()
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's settings")
+def test_freed_pictures_serve_the_next_ones_and_what_lies_free_is_bounded():
+    run = subprocess.run([sys.executable, "-c", PICTURES], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    fetched, held = map(float, run.stdout.split())  # MB
+    assert fetched < 20, "one picture in place of 20 x 8.3 MB"
+    assert held < 75, "of 514 MB that were freed"
 
 
 def test_leaving_early_stops_the_processes():

@@ -232,3 +232,8 @@ def test_bad_clips_are_printed_by_reason(capsys):
 def test_source_must_be_a_folder(tmp_path):
     with pytest.raises(FileNotFoundError, match="name the folder"):
         run(tmp_path / "none")
+
+
+def test_the_process_that_hands_out_files_does_without_torch():
+    code = "import sys, data_prep.ingest\nassert not {'torch', 'scipy'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

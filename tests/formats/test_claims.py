@@ -39,6 +39,8 @@ def nan(state):
             ("1000000000", r"rank=1000000000: must be a whole number"), ("null", "rank=None"),
             ("60000", "of another shape"), ('"x"', "rank='x'"), ("[" * 5000, "nested too deeply"))),
         ({"alpha": "NaN", "lora_alpha": "NaN"}, None, "NaN is no number"),
+        *(({"alpha": value, "lora_alpha": value}, None, r"alpha=.*: must be a number at .*0")
+          for value in ("1e300", "-3")),
         ({}, nan, "values that are not finite"),
     ],
 )  # fmt: skip

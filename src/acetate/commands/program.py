@@ -41,6 +41,7 @@ from acetate.commands.secrets import (
     reveal,
     show_without_secrets,
 )
+from acetate.console import printable
 from acetate.redaction import scrub_logs, scrubbed
 from acetate.settings import SettingError, shown
 
@@ -276,7 +277,7 @@ def tell(error: BaseException, program: Program, arguments: Overrides) -> None:
     """Prints what went wrong, with the traceback where no text was meant for users."""
     if not _meant_for_users(error):
         show_without_secrets(type(error), error, error.__traceback__)
-    said = scrubbed(in_words(error, program.config, arguments))
+    said = printable(scrubbed(in_words(error, program.config, arguments)))
     print(f"{program.name}: {said}", file=sys.stderr, flush=True)
 
 

@@ -15,8 +15,9 @@ from lightning import LightningDataModule
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.utils.data import DataLoader, Dataset
 
+from acetate.data.keys import first_reasons
 from acetate.data.order import ClipOrder, MixedOrder, Order
-from acetate.data.shards import ShardError, TarRef, first_reasons
+from acetate.data.shards import ShardError, TarRef
 from acetate.data.store import Remote, RemoteTar, listed, open_folder
 from acetate.documents import Schema
 from acetate.lightning_seams import batches_done, replaces_samplers

@@ -1,8 +1,10 @@
-"""Keys of clips and latents: names that a tar takes for a sample, and how long ones become
-short."""
+"""Keys of clips and latents: names that a tar takes for a sample, how long ones become short, and
+what is wrong with whose."""
 
 import re
 import unicodedata
+from collections.abc import Mapping
+from itertools import islice
 from typing import Any
 
 from acetate.settings import Rule
@@ -57,3 +59,8 @@ def shortened(key: str, most: int, digest: str) -> str:
     if len(key.encode()) <= most:
         return key
     return f"{beginning(key, most - len(digest) - 1)}-{digest}"
+
+
+def first_reasons(bad: Mapping[str, str]) -> str:
+    """Writes the first three of key -> reason in words."""
+    return "; ".join(f"{key}: {reason}" for key, reason in islice(bad.items(), 3))

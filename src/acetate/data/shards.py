@@ -9,7 +9,7 @@ import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice, takewhile
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -56,11 +56,6 @@ class BadClip(ValueError):
 
     def __reduce__(self):
         return type(self), (self.key, self.reason)
-
-
-def first_reasons(bad: Mapping[str, str]) -> str:
-    """Writes the first three of key -> reason in words."""
-    return "; ".join(f"{key}: {reason}" for key, reason in islice(bad.items(), 3))
 
 
 @dataclass(frozen=True)

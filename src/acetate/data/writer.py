@@ -18,9 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from acetate.data.keys import check_key
+from acetate.data.keys import check_key, first_reasons
 from acetate.data.manifests import CLIP
-from acetate.data.shards import MANIFEST, SCHEMA, SHARDS, ClipRef, ShardError, first_reasons
+from acetate.data.shards import MANIFEST, SCHEMA, SHARDS, ClipRef, ShardError
 from acetate.data.splits import Split
 from acetate.documents import parse
 from acetate.draws import stable_hash

@@ -18,14 +18,15 @@ from acetate.models.merge import INITS, FeatureMerge
 from acetate.settings import Rule, flag, number, one_of, text, whole
 
 RANK = whole(1, 2**16)
+ALPHA = number(0, 2**20)  # of low rank, by which a rank's adapters are scaled
 NEEDED: dict[str, dict[str, Rule]] = {
     "rgba_vae": {
         "base": text, "base_sha256": text, "merge_init": one_of(*INITS), "lora_rank": RANK,
-        "lora_alpha": number(), "average_alpha": flag,
+        "lora_alpha": ALPHA, "average_alpha": flag,
     },
     "dit_dora": {
-        "base": text, "transformer_sha256": text, "rank": RANK, "alpha": number(),
-        "mean_shift": number(),
+        "base": text, "transformer_sha256": text, "rank": RANK, "alpha": ALPHA,
+        "mean_shift": number(-100, 100),
     },
 }  # fmt: skip
 # what may stand beside them
