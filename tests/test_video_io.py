@@ -1,9 +1,12 @@
+import io
+
 import av
 import numpy as np
 import pytest
 from PIL import Image
 
 from acetate.video_io import (
+    KEY,
     MediaError,
     decode_ffv1,
     describe,
@@ -55,6 +58,22 @@ def test_ffv1_keeps_broadcast_rates():
 def test_ffv1_refuses_other_arrays(frames):
     with pytest.raises(ValueError, match=r"uint8 \(T, H, W, 4\)"):
         encode_ffv1(frames, 24)
+
+
+@pytest.mark.parametrize("span", [(0, 1), (3, 9), (8, 12), (12, 13), (0, 13)])
+def test_frames_of_a_clip_are_decoded_without_the_others(span):
+    """Every other frame is damaged: those before its key frame, and those after it."""
+    first, last = span
+    frames = np.random.default_rng(0).integers(0, 256, (13, 16, 24, 4), dtype=np.uint8)
+    data = encode_ffv1(frames, 24)
+    with av.open(io.BytesIO(data)) as film:
+        packets = [bytes(packet) for packet in film.demux(video=0) if packet.size]
+    key = first - first % KEY
+    for packet in packets[:key] + packets[last:]:
+        assert data.count(packet) == 1
+        data = data.replace(packet, bytes(len(packet)))
+    found, _ = decode_ffv1(data, "clip", (13, 16, 24), span)
+    assert np.array_equal(found, frames[first:last])
 
 
 def test_ffv1_errors_name_the_clip(tmp_path):

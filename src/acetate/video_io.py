@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from fractions import Fraction
-from itertools import zip_longest
+from itertools import islice, zip_longest
 from pathlib import Path
 from typing import BinaryIO, cast
 
@@ -51,6 +51,7 @@ FFV1_ALONE = {
     "codec_whitelist": "ffv1",
     "protocol_whitelist": "none",
 }
+KEY = 4  # frames from one key frame to the next
 SPARE = 64  # pixels of a side by which FFmpeg's buffers may be larger than the picture
 SAME_RATE = 0.01  # rates of a pair nearer than this share are one
 PACKING_PICTURES = 6  # of a video, spread over its length, that its rectangles are measured on
@@ -195,11 +196,12 @@ def write_ffv1(file: BinaryIO, frames: Iterable[Frames], fps: float) -> None:
 
     bgra: FFV1 codes it through a reversible colour transform, so every bit survives. The Rice
     coder's files are a sixth larger than the range coder's (measured on effect videos) and decode
-    up to twice as fast.
+    up to twice as fast. Every KEY-th frame is a key frame, so that a few frames of a long clip can
+    be decoded without the others.
     """
     size: tuple[int, ...] = ()
     with av.open(file, "w", format="matroska", options={"fflags": "+bitexact"}) as container:
-        options = {"level": "3", "slicecrc": "1", "coder": "rice"}
+        options = {"level": "3", "slicecrc": "1", "coder": "rice", "g": str(KEY)}
         rate = Fraction(fps).limit_denominator(1001)
         stream = cast(av.VideoStream, container.add_stream("ffv1", rate=rate, options=options))
         for frame in frames:
@@ -219,14 +221,18 @@ def write_ffv1(file: BinaryIO, frames: Iterable[Frames], fps: float) -> None:
         container.mux(stream.encode())
 
 
-def decode_ffv1(data: bytes, name: str, shape: tuple[int, int, int]) -> tuple[Frames, float]:
+def decode_ffv1(
+    data: bytes, name: str, shape: tuple[int, int, int], span: tuple[int, int] | None = None
+) -> tuple[Frames, float]:
     """Inverts `encode_ffv1`: returns frames (T, H, W, 4) and fps.
 
-    shape: the frames, height and width that were promised; decoding stops where there are more.
-    Raises MediaError, which names `name`, for another shape, for what has no alpha, and for
-    anything but Matroska with one stream of FFV1.
+    shape: the frames, height and width that were promised. span: first frame and the one after the
+    last that are wanted; None: all. Nothing after them is decoded, and nothing before the key frame
+    that they need. Raises MediaError, which names `name`, for another shape, for what has no alpha,
+    and for anything but Matroska with one stream of FFV1.
     """
     count, height, width = shape
+    first, last = span or (0, count)
     limit = {"max_pixels": str((height + SPARE) * (width + SPARE))}
     with (
         decoding(name),
@@ -239,19 +245,27 @@ def decode_ffv1(data: bytes, name: str, shape: tuple[int, int, int]) -> tuple[Fr
             size = "x".join(map(str, found)) if all(found) else "larger"
             raise MediaError(f"{name}: pictures are {size}, promised are {height}x{width}")
         stream.codec_context.options = limit
-        fps, seen = float(stream.average_rate or stream.guessed_rate or 0), 0
-        frames = np.empty((count, height, width, 4), np.uint8)
-        for frame in container.decode(stream):
-            if frame.format.name != "bgra":
-                raise MediaError(
-                    f"{name}: pixel format {frame.format.name}; a clip has alpha, FFV1 in bgra"
-                )
-            if seen == count:
-                raise MediaError(f"{name}: more than the promised {count} frames")
-            frames[seen] = frame.to_ndarray(format="rgba")
-            seen += 1
-    if seen != count:
-        raise MediaError(f"{name}: {seen} frames, promised are {count}")
+        fps = float(stream.average_rate or stream.guessed_rate or 0)
+        packets = list(
+            islice((packet for packet in container.demux(stream) if packet.size), count + 1)
+        )
+        if len(packets) > count:
+            raise MediaError(f"{name}: more than the promised {count} frames")
+        if len(packets) < count:
+            raise MediaError(f"{name}: {len(packets)} frames, promised are {count}")
+        start = max(i for i in range(first + 1) if packets[i].is_keyframe or not i)
+        frames, seen = np.empty((last - first, height, width, 4), np.uint8), start
+        for packet in (*packets[start:last], None):  # None: what the decoder holds back
+            for frame in stream.codec_context.decode(packet):
+                if frame.format.name != "bgra":
+                    raise MediaError(
+                        f"{name}: pixel format {frame.format.name}; a clip has alpha, FFV1 in bgra"
+                    )
+                if first <= seen < last:
+                    frames[seen - first] = frame.to_ndarray(format="rgba")
+                seen += 1
+    if seen != last:
+        raise MediaError(f"{name}: {seen - start} of {last - start} pictures can be decoded")
     return frames, fps
 
 

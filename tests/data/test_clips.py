@@ -7,7 +7,7 @@ import torch
 from omegaconf import OmegaConf
 
 from acetate.data import clips
-from acetate.data.clips import ClipCache, ClipDataModule, TrainBatches, ValBatches
+from acetate.data.clips import ClipDataModule, ClipReader, TrainBatches, ValBatches
 from acetate.data.datamodule import BadDataError
 from acetate.data.shards import MANIFEST, ShardError, index_shards, read_clip
 from acetate.data.writer import ShardWriter, encode_clip
@@ -114,7 +114,9 @@ def test_resume_decodes_nothing_of_what_it_skips(shards, tmp_path, monkeypatch):
     _, _, trainer = fit(shards, tmp_path, 7, batch_size=3)
     trainer.save_checkpoint(tmp_path / "a.ckpt")
     read = []
-    monkeypatch.setattr(clips, "read_clip", lambda ref: [read.append(ref.key), read_clip(ref)][1])
+    monkeypatch.setattr(
+        clips, "read_clip", lambda ref, span: [read.append(ref.key), read_clip(ref, span)][1]
+    )
     rest, _, _ = fit(shards, tmp_path, 8, resume=tmp_path / "a.ckpt", batch_size=3, cache_mb=0)
     trained = [key for key in read if int(key[4:]) % 3 != 2]
     assert trained[:3] == rest.seen[0][0] and len(trained) <= 6  # one batch is fetched ahead
@@ -235,7 +237,7 @@ def test_lost_tar_is_counted_at_setup(tmp_path):
 
 def test_values_that_are_not_finite_are_bad(shards):
     data = ready(shards, batch_size=TRAIN)
-    data.train_transform = lambda frames, _: (
+    data.train_transform.shown = lambda frames, _: (
         torch.full((3, 5, 16, 16), float("nan")),
         torch.zeros(1, 5, 16, 16),
     )
@@ -311,16 +313,18 @@ def test_folders_are_mixed_by_weight(shards, tmp_path):
         ClipDataModule(shards={"x": -1}, **SETTINGS)
 
 
-def test_cache_drops_the_least_recently_used(shards, tmp_path):
-    zero, four, eight = (index_shards([shards])[i] for i in (0, 4, 8))  # of one size
-    cache = ClipCache(2 * 5 * 16 * 16 * 4)
-    kept = cache.read(zero)
-    cache.read(four)
-    assert cache.read(zero) is kept
-    cache.read(eight)
-    assert list(cache.clips) == ["clip00", "clip08"] and cache.bytes == cache.max_bytes
-    tiny = ClipCache(100)
-    assert np.array_equal(tiny.read(zero).frames, kept.frames) and not tiny.clips
+def test_clips_are_kept_where_all_of_them_fit(shards, monkeypatch):
+    refs, frames = index_shards([shards]), torch.tensor([2, 3, 2])
+    wanted = read_clip(refs[0]).frames[frames]
+    size = sum(ref.frames * ref.height * ref.width * 4 for ref in refs)
+    read = []
+    monkeypatch.setattr(clips, "read_clip", lambda *a: [read.append(a[1]), read_clip(*a)][1])
+    for room in (size, size - 1):
+        reader = ClipReader(refs, room)
+        for _ in range(2):
+            found, prompt = reader.read(refs[0], frames)
+            assert np.array_equal(found, wanted) and prompt == read_clip(refs[0]).prompt
+    assert read == [(0, refs[0].frames), (2, 4), (2, 4)]
 
 
 def two_ranks(data, use_distributed_sampler):

@@ -2,7 +2,6 @@
 stopped."""
 
 import logging
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import count
 from operator import attrgetter
@@ -69,24 +68,21 @@ class ValBatches(Sampler[list[int]]):
         return len(self.batches)
 
 
-class ClipCache:
-    """Keeps decoded clips of this process; the least recently used go first beyond `max_bytes`."""
+class ClipReader:
+    """Reads frames of clips. Where all of `refs` decoded are no more than `max_bytes`, whole clips
+    are kept in memory; else of each the wanted frames alone are decoded, every time."""
 
-    def __init__(self, max_bytes: float):
-        self.max_bytes, self.bytes = max_bytes, 0
-        self.clips: OrderedDict[str, Clip] = OrderedDict()
+    def __init__(self, refs: Sequence[ClipRef], max_bytes: float):
+        whole = sum(4 * ref.frames * ref.height * ref.width for ref in refs)
+        self.keeps, self.clips = whole <= max_bytes, dict[str, Clip]()
 
-    def read(self, ref: ClipRef) -> Clip:
-        if ref.key in self.clips:
-            self.clips.move_to_end(ref.key)
-            return self.clips[ref.key]
-        clip = read_clip(ref)
-        if clip.frames.nbytes <= self.max_bytes:
+    def read(self, ref: ClipRef, frames: Tensor) -> tuple[Tensor, str]:
+        """Returns the frames of these numbers, uint8 (T, H, W, 4), and the prompt."""
+        first, last = (0, ref.frames) if self.keeps else (int(frames.min()), int(frames.max()) + 1)
+        clip = self.clips.get(ref.key) or read_clip(ref, (first, last))
+        if self.keeps:
             self.clips[ref.key] = clip
-            self.bytes += clip.frames.nbytes
-        while self.bytes > self.max_bytes:
-            self.bytes -= self.clips.popitem(last=False)[1].frames.nbytes
-        return clip
+        return torch.from_numpy(clip.frames)[frames - first], clip.prompt
 
 
 class ClipDataset(Dataset[Sample | BadClip]):
@@ -99,14 +95,14 @@ class ClipDataset(Dataset[Sample | BadClip]):
     def __init__(
         self,
         refs: Sequence[ClipRef],
-        transform: Callable[[Tensor, torch.Generator], tuple[Tensor, Tensor]],
+        transform: ClipTransform,
         seed: int,
         cache_bytes: float,
         order: Order | None,
         step: int = 1,
     ):
         self.refs, self.transform, self.seed, self.order = refs, transform, seed, order
-        self.cache, self.step = ClipCache(cache_bytes), step
+        self.reader, self.step = ClipReader(refs, cache_bytes), step
         remote = order and any(isinstance(ref.tar, RemoteTar) for ref in refs)
         self.ahead = ReadAhead(self._coming, len(refs)) if remote else None
 
@@ -118,13 +114,14 @@ class ClipDataset(Dataset[Sample | BadClip]):
         generator = generator_for("clip", self.seed, epoch, ref.key)
         try:
             with blame(ref):
-                clip = self.cache.read(ref)
-                rgb, alpha = self.transform(torch.from_numpy(clip.frames), generator)
+                places = self.transform.window(ref.frames, generator)
+                frames, prompt = self.reader.read(ref, places)
+                rgb, alpha = self.transform.shown(frames, generator)
                 if not (rgb.isfinite().all() and alpha.isfinite().all()):
                     raise ValueError("values that are not finite")
         except BadClip as bad:
             return bad
-        return {"rgb": rgb, "alpha": alpha, "prompt": clip.prompt, "key": ref.key}
+        return {"rgb": rgb, "alpha": alpha, "prompt": prompt, "key": ref.key}
 
     def _coming(self, position: int) -> Iterator[tuple[int, Path | RemoteTar]]:
         assert self.order is not None

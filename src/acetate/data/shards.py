@@ -270,19 +270,23 @@ def read_media(ref: TarRef) -> bytes:
     return data
 
 
-def read_clip(ref: ClipRef) -> Clip:
+def read_clip(ref: ClipRef, span: tuple[int, int] | None = None) -> Clip:
     """Reads and checks one clip, and decodes no more of it than the manifest promises. Raises
-    BadClip with the reason if anything is wrong with it."""
+    BadClip with the reason if anything is wrong with it.
+
+    span: first frame and the one after the last that the result has; None: all.
+    """
     shape = (ref.frames, ref.height, ref.width)
+    first, last = span or (0, ref.frames)
     with blame(ref):
         LIMITS.check(ref.name, *shape)
-        LIMITS.check_memory(ref.name, ref.frames, 4 * ref.height * ref.width)
+        LIMITS.check_memory(ref.name, last - first, 4 * ref.height * ref.width)
     data = read_media(ref)
     with blame(ref):
         if ref.kind == STILL:
             frames, fps = decode_png(data, ref.name, shape), 0.0
         else:
-            frames, fps = decode_ffv1(data, ref.name, shape)
+            frames, fps = decode_ffv1(data, ref.name, shape, (first, last))
     return Clip(frames, read_meta(ref)["prompt"], fps)
 
 

@@ -188,8 +188,23 @@ class ClipTransform:
     def __call__(self, frames: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
         """Transforms frames, uint8 (T, H, W, 4) of straight colour. The result depends on frames
         and generator alone."""
-        if len(frames) > 1 or self.frames == 1:
-            frames = frames[self._window(len(frames), generator)]
+        return self.shown(frames[self.window(len(frames), generator)], generator)
+
+    def window(self, count: int, generator: Generator) -> Tensor:
+        """Draws which of a clip's `count` frames are shown: indices (frames,), or (1,) of a still
+        that is panned over."""
+        if count == 1 < self.frames:
+            return torch.zeros(1, dtype=torch.long)
+        spare = count - self.frames
+        if not self.train:
+            return window(count, self.frames, max(spare, 0) // 2)
+        # A short clip may start at any phase of its way forth and back.
+        starts = spare + 1 if spare >= 0 else max(1, 2 * (count - 1))
+        return window(count, self.frames, int(torch.randint(starts, (), generator=generator)))
+
+    def shown(self, frames: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
+        """Transforms the frames of a `window`."""
+        if len(frames) == self.frames:
             clip = to_float(crop(frames, *self._box(frames, generator)))
             rgb, alpha = resize(*clip, self.height, self.width, self.space)
         else:
@@ -197,14 +212,6 @@ class ClipTransform:
         if self.train and _uniform(generator, 0, 1) < self.flip:
             rgb, alpha = rgb.flip(-1), alpha.flip(-1)
         return rgb.contiguous(), alpha.contiguous()
-
-    def _window(self, count: int, generator: Generator) -> Tensor:
-        spare = count - self.frames
-        if not self.train:
-            return window(count, self.frames, max(spare, 0) // 2)
-        # A short clip may start at any phase of its way forth and back.
-        starts = spare + 1 if spare >= 0 else max(1, 2 * (count - 1))
-        return window(count, self.frames, int(torch.randint(starts, (), generator=generator)))
 
     def _box(self, frames: Tensor, generator: Generator) -> tuple[int, int, int, int]:
         """Returns top, left, height, width in source pixels: the first of CROP_TRIES boxes that
