@@ -136,7 +136,9 @@ def bucket_of(pieces: Sequence[Piece]) -> Bucket:
 
 
 def command_of(manifest: Mapping[str, Any]) -> str:
-    return str(manifest["made_by"].get("command", "an unknown command"))
+    """Returns the command that made shards, as a user types it."""
+    command = str(manifest["made_by"].get("command", "an unknown command"))
+    return command.replace("data_prep.", "acetate prep ")
 
 
 def decisions_of(folder: Path) -> dict[str, dict[str, str]]:

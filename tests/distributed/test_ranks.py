@@ -3,10 +3,12 @@
 import shutil
 from collections import Counter
 
+import numpy as np
 import pytest
 import torch
 from accelerate import init_empty_weights
 from diffusers import WanTransformer3DModel
+from PIL import Image
 from safetensors.torch import save_file
 from torch.testing import assert_close
 
@@ -52,7 +54,7 @@ def stages(clips, tmp_path_factory):
             f"rgba_vae={adapters}",
             "task.checkpointing=true", "task.rank=4", "callbacks.samples.frames=5",
             "callbacks.samples.height=24",
-            "callbacks.samples.width=24", "callbacks.samples.prompts=[a star]",
+            "callbacks.samples.width=24", "callbacks.samples.prompts=[a star,blue smoke,a ring]",
             "callbacks.samples.solver.steps=1",
             *COMMON,
         ],
@@ -99,6 +101,19 @@ def test_losses_are_those_of_one_process(found, stage):
         assert_close(results[stage, kind]["logged"], one["logged"], rtol=1e-4, atol=1e-5)
     held = [results[stage, kind]["held"] for kind in ("ddp", "fsdp", "fsdp4")]
     assert held[2] < 0.7 * held[1] < 0.7 * 0.7 * held[0]
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp", "fsdp4"])
+def test_samples_that_ranks_share_are_those_of_one(found, kind):
+    """Three of them: two and four ranks have one too few or too many."""
+    _, folders = found
+    sheets = [
+        np.asarray(Image.open(folders["dit", one] / f"samples/step_{STEPS:08d}/sheet.png"))
+        for one in ("one", kind)
+    ]
+    assert sheets[0].shape == sheets[1].shape
+    # of 8 bits where ranks hand them over
+    assert np.abs(sheets[0].astype(int) - sheets[1]).max() <= 3
 
 
 @pytest.mark.parametrize("stage", ["vae", "dit"])

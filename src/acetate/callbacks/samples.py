@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from time import perf_counter
 from typing import Any, cast
 
 import numpy as np
@@ -16,6 +17,7 @@ from torch import Tensor
 from acetate import regions
 from acetate.alpha import checkerboard, over
 from acetate.callbacks.panels import GAP, Sheet, tile_size, to_bytes
+from acetate.lightning_seams import log_row
 from acetate.pages import of_run
 from acetate.pages.clips import shown
 from acetate.sampling import EllipsePath, Solver, sample_clips
@@ -75,6 +77,7 @@ class Samples(Callback):
     prompts None: captions of the first validation clips, which are of different kinds; the data
     module's `captions`.
 
+    Ranks share the prompts; perf/samples_s is the time that it took, writing included.
     Memory: the text encoder is loaded once, before training, on rank 0, and dropped; the VAE waits
     on the CPU, and decodes one clip at a time. Files:
     `<default_root_dir>/samples/step_00001000/<number>.webm` and a contact sheet; wandb gets both,
@@ -140,11 +143,17 @@ class Samples(Callback):
         every = self.every_n_validations * cast(int, trainer.val_check_interval)
         if trainer.sanity_checking or trainer.global_step % every:
             return
-        clips = list(self._sample(pl_module))
+        began = perf_counter()
+        clips = self._sample(trainer, pl_module)
         if trainer.is_global_zero:
             self._write(trainer, clips)
+        log_row(trainer, {"perf/samples_s": perf_counter() - began})
 
-    def _sample(self, pl_module: LightningModule) -> list[tuple[str, Tensor, Tensor]]:
+    def _sample(
+        self, trainer: Trainer, pl_module: LightningModule
+    ) -> list[tuple[str, Tensor, Tensor]]:
+        """Returns prompt, rgb and alpha of every clip, the same on all ranks, of which each has
+        made its share."""
         grid, device = self.vae.geometry.latent_shape(*self.size)[1:], pl_module.device
         shift: Any = pl_module.mean_shift
         ellipses = None if self.guide is None or not shift else self.guide.ellipses(*grid)
@@ -152,10 +161,13 @@ class Samples(Callback):
         self.outline = (
             None if ellipses is None else regions.outlines(ellipses[0], *grid[1:], self.size[0])
         )
-        clips = []
-        # one at a time: training holds most of the memory
-        for index, prompt in enumerate(self.shown):
-            made = sample_clips(
+        clips: list[tuple[Tensor, Tensor]] = []
+        # one at a time on each rank: training holds most of the memory
+        for first in range(0, len(self.shown), trainer.world_size):
+            # A rank for which none is left makes the last one, too: sharded weights are gathered by
+            # all ranks together
+            index = min(first + trainer.global_rank, len(self.shown) - 1)
+            (made,) = sample_clips(
                 pl_module.transformer,  # type: ignore[arg-type]
                 self.vae,
                 self.context[index : index + 1],
@@ -168,11 +180,11 @@ class Samples(Callback):
                 device=device,
                 progress=False,
             )
-            clips += [(prompt, *clip) for clip in made]
             self.vae.cpu()
+            clips += of_all_ranks(pl_module, made) if trainer.world_size > 1 else [made]
         if device.type == "cuda":
             torch.cuda.empty_cache()
-        return clips
+        return [(prompt, *clip) for prompt, clip in zip(self.shown, clips, strict=False)]
 
     def _write(self, trainer: Trainer, clips: list[tuple[str, Tensor, Tensor]]) -> None:
         step = trainer.global_step
@@ -192,6 +204,16 @@ class Samples(Callback):
                 _log_video(logger, index, prompt, files[1], step)
         for logger in trainer.loggers:
             _log_sheet(logger, sheet, folder / "sheet.png", step)
+
+
+def of_all_ranks(
+    pl_module: LightningModule, clip: tuple[Tensor, Tensor]
+) -> list[tuple[Tensor, Tensor]]:
+    """Returns the clips of all ranks, rank 0's first, as their files hold them: of 8 bits."""
+    frames = torch.from_numpy(rgba_bytes(*clip)).to(pl_module.device)
+    everyone: Any = pl_module.all_gather(frames)  # (ranks, T, H, W, 4)
+    channels = everyone.cpu().permute(0, 4, 1, 2, 3).float() / 255
+    return [(each[:3] * 2 - 1, each[3:]) for each in channels]
 
 
 def rgba_bytes(rgb: Tensor, alpha: Tensor) -> NDArray[np.uint8]:
