@@ -133,7 +133,7 @@ def test_on_a_card_nothing_leaves_it():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"layers": 9}, r"dit\.layers=9; a DiT of size tiny has 4"),
+        ({"layers": 9}, r"dit\.layers=9; a DiT of size tiny has 8"),
         ({"shapes": ((6, 32, 32),)}, "6 frames; this VAE needs 4k.1"),
         ({"shapes": ((5, 40, 32),)}, "height 40; the DiT needs multiples of 16"),
         ({"size": "2B"}, r"dit\.size=2B; known: tiny, 1\.3B, 14B"),

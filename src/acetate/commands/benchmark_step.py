@@ -66,12 +66,12 @@ class Workload:
     width: int
     batch_size: int
     checkpointing: bool  # of ours; the released way has none
-    compile: bool  # of ours
     device: str
     precision: str
     cudnn_benchmark: bool
     threads: int
     seed: int
+    compile: bool = False  # of ours
 
     def __post_init__(self) -> None:
         at_least(

@@ -108,6 +108,9 @@ def remedies(config: DictConfig, load: memory.Load) -> list[str]:
     for part in ("task", "model"):
         if (config.get(part) or {}).get("checkpointing") is False:
             found.append(f"{part}.checkpointing=true")
+    task = config.get("task") or {}
+    if task.get("checkpointing") and task.get("keep_attention"):
+        found.append("task.keep_attention=false")
     if load.batch_size > 1:
         found.append(f"data.batch_size={load.batch_size // 2}")
     if "frames" in config.data:

@@ -116,8 +116,9 @@ def shard_transformer(transformer: WanTransformer3DModel, mesh: DeviceMesh) -> N
 
 
 def keep_attention_alone(_: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    """Says of an operation whether what it makes is kept, for selective checkpointing."""
-    kept = operation in ATTENTION
+    """Says of an operation whether what it makes is kept, for selective checkpointing: fused
+    attention of a clip to itself; that to its prompt is little work."""
+    kept = operation in ATTENTION and args[0].shape == args[1].shape
     return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
 
@@ -125,8 +126,8 @@ def recomputed(keep_attention: bool) -> Callable[..., Any]:
     """Returns f, *inputs -> f(*inputs) that keeps its inputs alone, and computes the rest again in
     the backward pass.
 
-    keep_attention: fused attention's outputs are kept as well. Attention is most of the work of a
-    long clip's block and a small part of what it makes.
+    keep_attention: what fused self-attention gives is kept as well. It is most of the work of a
+    long clip's block and a small part of what that makes.
     """
     selection = partial(create_selective_checkpoint_contexts, keep_attention_alone)
     context = {"context_fn": selection} if keep_attention else {}
