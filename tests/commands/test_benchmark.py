@@ -37,6 +37,7 @@ SETTINGS = TINY | {
     "lora_alpha": 1.0,
     "batch_size": 1,
     "checkpointing": False,
+    "compile": False,
     "cudnn_benchmark": False,
     "precision": "float32",
     "seed": 0,

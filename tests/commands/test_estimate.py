@@ -53,7 +53,10 @@ def test_remedies_name_what_the_config_has(tmp_path):
     ]
     one = Load(batch_size=1, frames=5, height=48, width=48, prompt_length=64)
     config = composed(tmp_path, "experiment=dit_dora", "task.checkpointing=true")
-    assert remedies(config, one) == ["latents cached with fewer frames or a smaller area"]
+    assert remedies(config, one) == [
+        "task.keep_attention=false",
+        "latents cached with fewer frames or a smaller area",
+    ]
 
 
 def test_targets_are_replaced_however_deep():
