@@ -176,9 +176,9 @@ def test_bytes_of_a_sample_are_those_of_real_shards(cached):
 
 
 def test_groups_that_train(tmp_path):
-    """The DiT's four blocks have adapters, what lies in none has not; three parts of the VAE, and
+    """The DiT's eight blocks have adapters, what lies in none has not; three parts of the VAE, and
     not its judge."""
-    for stage, groups, trained in ((TINY, 5, 4), (VAE, 8, 3)):
+    for stage, groups, trained in ((TINY, 9, 8), (VAE, 12, 3)):
         config = composed(tmp_path, *stage)
         assert (footprint(config)[1].groups, trained_groups(blank_task(config))) == (
             groups,
