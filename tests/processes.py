@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 from tests.paths import ROOT
 
-TIMEOUT = 500.0  # seconds
+TIMEOUT = 900.0  # seconds
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(
     ["acetate.commands.train", "acetate.tasks.vae", "acetate.tasks.dit", "acetate.formats.rgba_vae",

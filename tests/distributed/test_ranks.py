@@ -20,12 +20,17 @@ from tests.conftest import cache_demo
 from tests.distributed import runs
 from tests.processes import launch
 
-STEPS, MIDDLE = 10, 5
+STEPS, MIDDLE = 6, 3
 COMMON = [f"trainer.max_steps={STEPS}", f"trainer.val_check_interval={MIDDLE}",
     "callbacks.checkpoint.save_top_k=-1",
           "trainer.log_every_n_steps=2", "data.val_batch_size=1", "data.val_clips=4",
           "callbacks.ema.decay=0.5"]  # fmt: skip
-pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.xdist_group("ranks")]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.long,
+    pytest.mark.xdist_group("ranks"),
+    pytest.mark.timeout(1800),  # fourteen trainings, half of them of four ranks
+]
 
 
 @pytest.fixture(scope="module")
