@@ -1,7 +1,6 @@
 """Tars that come before their clips are asked for: by the order of events, since a server holds
 answers back."""
 
-import multiprocessing
 import threading
 import time
 
@@ -14,6 +13,7 @@ from acetate.data.shards import BadClip
 from tests.data.served import PER_TAR, SETTINGS, TARS, quick, server, shards, tar_bytes  # noqa: F401
 from tests.data.written_latents import SETTINGS as LATENTS
 from tests.data.written_latents import write as write_latents
+from tests.processes import FORKS
 
 PER_EPOCH = TARS * (PER_TAR - 1)  # one clip of every tar is for validation
 
@@ -149,7 +149,7 @@ def test_a_process_ends_in_the_middle_of_a_download(server, tmp_path):
     _, tars = dataset_of(server, quick(tmp_path))
     held = threading.Event()
     server.faults[tars[2]] = [held]
-    process = multiprocessing.Process(target=read_one_and_leave, args=(server.url, tmp_path))
+    process = FORKS.Process(target=read_one_and_leave, args=(server.url, tmp_path))
     process.start()
     process.join(60)
     assert process.exitcode == 0

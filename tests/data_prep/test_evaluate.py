@@ -131,13 +131,13 @@ def test_the_summary_is_of_all_of_each_stratum_and_of_pairs(evaluated):
         assert len(list(csv.DictReader(file))) == len(lines)
 
 
-def test_the_screen_has_both_systems_and_their_difference(folders, capsys):
+def test_the_screen_has_both_systems_and_their_difference(folders, evaluated, capsys):
     called("evaluate", f"{folders}/mine", f"{folders}/theirs", f"references={folders}/true",
            f"out={folders}/again")  # fmt: skip
     said = capsys.readouterr().out
     assert "theirs - mine" in said and "4 clips" in said and "worse" in said
     assert "theirs: alpha is 1 frame late in 4 of 4 clips" in said
-    assert (folders / "again/clips.csv").read_bytes() == (folders / "out/clips.csv").read_bytes()
+    assert (folders / "again/clips.csv").read_bytes() == (evaluated / "clips.csv").read_bytes()
 
 
 @pytest.mark.slow
