@@ -128,7 +128,8 @@ def main(config: DictConfig) -> Path:
     check_out(out, folder=True)
     check_ours(out)
     if config.lpips:
-        lpips_network("set lpips=false")
+        for net in ("vgg",) if config.alphavae is False else ("vgg", "alex"):
+            lpips_network("set lpips=false", net=net)
     folders = [Path(folder).resolve() for folder in config.folders]
     references = Path(config.references).resolve() if config.references else None
     if config.run and references:

@@ -132,7 +132,7 @@ class Measures:
         self.looks, self.moving = AlphaLooks(), AlphaMotion()
         self.guided = [GuideAdherence()] if guided else []
         self.pairs = [PaletteQuality(lpips)] if against else []
-        self.published = [PublishedComposites()] if against and published else []
+        self.published = [PublishedComposites(lpips)] if against and published else []
         self.mattes = [MattingErrors(normalised=True), TemporalErrors()] if against else []
         self.faults = [Faults()] if against else []
 

@@ -15,12 +15,14 @@ from pathlib import Path
 import pytest
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from wandb.wandb_agent import Agent
 
 from acetate.callbacks.dashboards import unreachable
 from tests.clones import clone
+from tests.paths import ROOT
 from tests.processes import alone, ended, program, train
 from tests.test_resume import small
-from tests.wandb_files import read, runs_below
+from tests.wandb_files import read, records, runs_below
 
 pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.xdist_group("runs")]
 
@@ -136,6 +138,54 @@ def test_several_loggers_at_once(tmp_path, tiny, logger, there):
         assert "_hparams_/experiment" in events.summary_metadata
     for name in ("litlogger", "Tip:", "GPU available", "gcsfs", "FLOPs", "Seed set"):
         assert name not in said
+
+
+def test_a_sweep_of_wandb_runs_as_it_is(tmp_path, tiny, monkeypatch):
+    """wandb's own agent starts what docs/sweep.yaml says, with values as its server would send."""
+    shipped = yaml.safe_load((ROOT / "docs/sweep.yaml").read_text())
+    values = {
+        name: {"value": next(iter(one.get("values", [one.get("min")])))}
+        for name, one in shipped["parameters"].items()
+    }
+    environment = {
+        "WANDB_SWEEP_ID": "abcd1234", "WANDB_MODE": "offline", "WANDB_DIR": str(tmp_path),
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "WANDB_RUN_ID": "", "WANDB_SWEEP_PARAM_PATH": "",
+    }  # fmt: skip
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)  # the agent adds its own, which end with the test
+    (tmp_path / "wandb").mkdir()
+    agent = Agent(None, None, "abcd1234")
+    rest = [text for text in tiny if text.partition("=")[0] not in ("experiment", *values)]
+    agent._sweep_command = [*shipped["command"], *rest]
+    run = {"type": "run", "run_id": "ofagent1", "program": shipped["program"], "args": values}
+    answer = agent._process_command(run)
+    assert "exception" not in answer, answer
+    assert agent._run_processes["ofagent1"].wait() == 0
+    (one,) = runs_below(tmp_path / "runs")
+    assert one.id == "ofagent1" and one.exit_code == 0
+    assert one.config["task"]["moment_weight"] == 0.0 and one.config["task"]["lr"] == 5e-4
+    assert one.config["loss"]["diffusion"]["mode"] == "off"
+    assert "task.lr=0.0005" in one.name and "max_steps" not in one.name
+    assert any(shipped["metric"]["name"] in row for row in one.history)
+
+
+def test_artifacts_on_request(tmp_path, tiny):
+    folder, _ = run(tmp_path, *tiny, "logger=wandb", "logger.wandb.artifacts=true")
+    (file,) = folder.glob("wandb/offline-run-*/*.wandb")
+    kept = {
+        record.request.log_artifact.artifact.type or record.artifact.type: {
+            entry.path
+            for of in (record.request.log_artifact.artifact, record.artifact)
+            for entry in of.manifest.contents
+        }
+        for record in records(file)
+        if record.WhichOneof("record_type") == "artifact"
+        or record.request.WhichOneof("request_type") == "log_artifact"
+    }
+    assert kept.keys() == {"adapters", "pages"}
+    assert {"last.safetensors", "best.safetensors", "best.json"} <= kept["adapters"]
+    assert {"clips.html", "curves.png"} <= kept["pages"]
 
 
 def test_a_run_that_goes_on_keeps_its_best_in_the_summary(tmp_path, tiny):

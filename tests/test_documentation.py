@@ -3,7 +3,7 @@
 
 A block that is marked `sh` runs on a CPU, line by line, shortened only by settings that are
 appended. Other marks say what a block needs: `sh gpu`, `sh cluster`, `sh cloud`, `sh model`,
-`sh blender`.
+`sh blender`, `sh hours`.
 """
 
 import os
@@ -27,7 +27,7 @@ PAGES = sorted(
     ["README.md", *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))],
     key=lambda page: (page == "docs/figures.md", page),  # last, as it trains the base anew
 )
-NEEDS = {"gpu", "cluster", "cloud", "model", "blender"}
+NEEDS = {"gpu", "cluster", "cloud", "model", "blender", "hours"}
 # Files of a user's own; numbered stills of one folder would be one source
 THINGS = ("hair", "vase", "smoke", "torch", "dust", "shade", "star", "wig")
 # What makes each program short, by its name

@@ -5,7 +5,7 @@ from torch.testing import assert_close
 
 from acetate.alpha import palette_colors
 from acetate.losses.terms import l1
-from acetate.losses.vae import VAELoss
+from acetate.losses.vae import UnrenderedVAELoss, VAELoss
 from acetate.released.vae import ReleasedVAELoss
 
 RED, BLUE, KEY = (palette_colors(torch.tensor([i])) for i in (4, 1, 0))
@@ -39,6 +39,17 @@ class SquaredError(nn.Module):
 
 def values(parts):
     return {name: round(value.item(), 5) for name, value in parts.items()}
+
+
+def test_without_rendering_hidden_color_counts():
+    """0.5 off where nothing is seen: nothing to a render, all of it to straight colour."""
+    rgb, alpha = flat(0.0), flat(0.0, 1)
+    rendered, straight = (
+        loss(kind)(rgb + 0.5, alpha, rgb, alpha, RED, BLUE, None)
+        for kind in (VAELoss, UnrenderedVAELoss)
+    )
+    assert rendered[0].item() == 0
+    assert values(straight[1]) == {"alpha/l1": 0.0, "rgb/l1": 0.5}
 
 
 @pytest.mark.parametrize("kind", [VAELoss, ReleasedVAELoss])

@@ -6,6 +6,7 @@ import torch
 from torch.testing import assert_close
 
 from acetate.alpha import frames, over
+from acetate.metrics import published
 from acetate.metrics.palette import COLORS, NAMES, PaletteQuality
 from acetate.metrics.published import PublishedComposites, composite
 from acetate.metrics.rgb import frame_psnr, frame_ssim
@@ -79,8 +80,32 @@ def test_published_figures_by_hand():
     assert same["alphavae_psnr"] == pytest.approx(80) and same["alphavae_ssim"] == 1
 
 
+@pytest.mark.filterwarnings("ignore:.*deprecated since 0.13.*")
+def test_published_lpips_is_of_composites_after_jpeg(pair, monkeypatch):
+    """lpips itself, on a trunk without its weights."""
+    import lpips
+
+    torch.manual_seed(0)
+    network = lpips.LPIPS(net="alex", pnet_rand=True, verbose=False).eval().requires_grad_(False)
+    monkeypatch.setattr(published, "frozen_lpips", lambda net: network if net == "alex" else None)
+    found = figures(PublishedComposites(lpips=True), *pair)
+    pictures = (published.eight_bits(*pair[:2])[0], published.eight_bits(*pair[2:])[0])
+    red = [
+        torch.tensor(composite(one, COLORS[4].numpy())).permute(2, 0, 1)[None] / 127.5 - 1
+        for one in pictures
+    ]
+    first = PublishedComposites(lpips=True)
+    first.update(*(part[:1, :, :1] for part in pair))
+    by_hand = float(network(*red))
+    assert by_hand > 0
+    assert float(first.compute()["alphavae_lpips_red"]) == pytest.approx(by_hand, rel=1e-5)
+    assert found["alphavae_lpips"] > 0
+    same = figures(PublishedComposites(lpips=True), *pair[2:], *pair[2:])
+    assert same["alphavae_lpips"] == 0
+
+
 def test_published_figures_stand_beside_the_exact_ones(pair):
-    exact, published = figures(PaletteQuality(), *pair), figures(PublishedComposites(), *pair)
-    assert {name.removeprefix("alphavae_") for name in published} <= exact.keys()
-    assert published["alphavae_psnr"] == pytest.approx(exact["psnr"], abs=4)
-    assert published["alphavae_psnr"] != pytest.approx(exact["psnr"], abs=0.01)
+    exact, cut = figures(PaletteQuality(), *pair), figures(PublishedComposites(), *pair)
+    assert {name.removeprefix("alphavae_") for name in cut} <= exact.keys()
+    assert cut["alphavae_psnr"] == pytest.approx(exact["psnr"], abs=4)
+    assert cut["alphavae_psnr"] != pytest.approx(exact["psnr"], abs=0.01)

@@ -27,6 +27,14 @@ log = logging.getLogger(__name__)
 STEP = "trainer/global_step"  # of all values: optimizer steps that are done
 ANSWER = 8.0  # seconds that wandb's server has to answer before anything is sent to it
 START = 30.0  # seconds that it then has to open the run
+ARTIFACTS = {  # type -> files of a run's folder
+    "adapters": (
+        "checkpoints/last.safetensors",
+        "checkpoints/best.safetensors",
+        "checkpoints/best.json",
+    ),
+    "pages": ("clips.html", "curves.png", "evaluation*.json"),
+}
 GRACE = 30.0  # seconds beyond `finish_timeout` until wandb's own process is killed
 
 
@@ -36,7 +44,8 @@ class WandbRun(WandbLogger):
     Where the server does not answer within seconds, or does not take the key, that is said and the
     run stays on disk. The summary has the best and the last of what validations measure, over the
     whole life of a run that goes on in its folder. finish_timeout: seconds that the upload may take
-    at the end; what is left stays on disk, for `wandb sync`.
+    at the end; what is left stays on disk, for `wandb sync`. artifacts: a run that ends well leaves
+    its adapters and its pages as artifacts, too.
     """
 
     def __init__(
@@ -53,7 +62,7 @@ class WandbRun(WandbLogger):
         job_type: str | None = None,
         tags: Sequence[str] = (),
         notes: str | None = None,
-        log_model: bool | str = False,
+        artifacts: bool = False,
     ) -> None:
         about = {
             "entity": entity,
@@ -68,11 +77,10 @@ class WandbRun(WandbLogger):
             id=id,
             offline=offline,
             project=project,
-            log_model=log_model,
             **about,
         )  # type: ignore[arg-type]
         self._wandb_init.pop("anonymous", None)  # wandb warns of it, whatever its value
-        self.finish_timeout = finish_timeout
+        self.finish_timeout, self.artifacts = finish_timeout, artifacts
         self._defined: set[str] = set()
         self._best: dict[str, float] = {}
 
@@ -161,6 +169,9 @@ class WandbRun(WandbLogger):
         process: subprocess.Popen | None = getattr(service, "_process", None)
 
         def end() -> None:
+            if self.artifacts and not failed:
+                for artifact in _artifacts(Path(str(self._save_dir)), run.id):
+                    run.log_artifact(artifact)
             run.finish(exit_code=int(failed))
             wandb.teardown()
 
@@ -198,6 +209,17 @@ class TensorBoardRun(TensorBoardLogger):
     @property
     def where(self) -> str:
         return f"tensorboard --logdir {self.log_dir}"
+
+
+def _artifacts(folder: Path, run: str) -> Iterator[wandb.Artifact]:
+    """Yields what a run's folder holds of the files that artifacts carry."""
+    for kind, patterns in ARTIFACTS.items():
+        files = [file for pattern in patterns for file in sorted(folder.glob(pattern))]
+        if files:
+            artifact = wandb.Artifact(f"{run}-{kind}", type=kind)
+            for file in files:
+                artifact.add_file(str(file), name=file.name)
+            yield artifact
 
 
 def unreachable() -> str | None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+import yaml
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
@@ -150,10 +151,12 @@ def _sweep_overrides(sweep: Path) -> list[str]:
 
 def _swept() -> list[str]:
     """Returns the job's overrides that may differ in other jobs of its sweep."""
-    sweep = _sweep_folder()
+    sweep, parser = _sweep_folder(), OverridesParser.create()
+    if chosen := os.environ.get("WANDB_SWEEP_PARAM_PATH"):  # of wandb's agent
+        of_agent = yaml.safe_load(Path(chosen).read_text())
+        return [text for text in _overrides() if text.partition("=")[0] in of_agent]
     if sweep is None:
         return []
-    parser = OverridesParser.create()
     given = parser.parse_overrides(_sweep_overrides(sweep))
     same = {one.key_or_group for one in given if not one.is_sweep_override()}
     return [text for text in _overrides() if parser.parse_override(text).key_or_group not in same]

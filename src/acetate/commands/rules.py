@@ -35,6 +35,7 @@ PROCESSES = max(64, 4 * CORES)  # more would only take memory
 SIDE = 16384  # pixels
 FRAMES = 10_000
 MOST = ENDLESS
+VIEWS = ("pictures", "hard", "soft", "mattes")  # of the tiny base
 
 auto = one_of("auto")
 count = whole(1, MOST)
@@ -42,6 +43,8 @@ share = number(0, 1)
 weight = number(0)
 positive = number(above=0)
 seed = whole(0, 2**32 - 1)
+pixels = whole(8, SIDE)
+sizes = either(pixels, several(either(pixels, several(pixels, 2, 2))))
 dtype = one_of("float32", "bfloat16", "float16")
 places = Rule(
     "a folder or URL, a list of them, or a mapping {FOLDER: WEIGHT, ...}",
@@ -81,8 +84,7 @@ RULES: dict[str, Rule] = {
     "width": whole(8, SIDE),
     "area": whole(256, SIDE * SIDE),
     "fps": number(0.01, 1000),
-    "batch_size": whole(1, 65536),
-    "val_batch_size": whole(1, 65536),
+    **dict.fromkeys(("batch_size", "val_batch_size"), whole(1, 65536)),
     "val_clips": count,
     "num_workers": whole(0, PROCESSES),
     "bad_clip_budget": whole(0, MOST),
@@ -167,8 +169,8 @@ RULES: dict[str, Rule] = {
     "deterministic": flag,
     "benchmark": flag,
     "num_sanity_val_steps": whole(-1, MOST),
-    "limit_val_batches": either(share, whole(0, MOST)),
-    "limit_train_batches": either(share, whole(0, MOST)),
+    "artifacts": flag,
+    **dict.fromkeys(("limit_val_batches", "limit_train_batches"), either(share, whole(0, MOST))),
     "accelerator": one_of("auto", "cpu", "gpu", "cuda", "mps"),
     "devices": either(auto, whole(-1, 4096), several(whole(0, 4096)), place),
     "num_nodes": whole(1, 65536),
@@ -206,19 +208,15 @@ RULES: dict[str, Rule] = {
     "length": whole(1, 4096),
     "adapters": either(place, several(place)),
     # Sampling
-    "solver": one_of("unipc", "euler"),
-    "solver.name": one_of("unipc", "euler"),
+    **dict.fromkeys(("solver", "solver.name"), one_of("unipc", "euler")),
     "steps": whole(1, 1000),
     "guidance": number(0, 100),
     "shift": number(above=0, high=1000),
     "strength": number(-100, 100),
     "few_step.lora": optional(place),
-    "centre": optional(several(number(-10, 10), 2, 2)),
-    "end_centre": optional(several(number(-10, 10), 2, 2)),
-    "axes": optional(several(number(above=0, high=100), 2, 2)),
-    "end_axes": optional(several(number(above=0, high=100), 2, 2)),
-    "angle": optional(number(-3600, 3600)),
-    "end_angle": optional(number(-3600, 3600)),
+    **dict.fromkeys(("centre", "end_centre"), optional(several(number(-10, 10), 2, 2))),
+    **dict.fromkeys(("axes", "end_axes"), optional(several(number(above=0, high=100), 2, 2))),
+    **dict.fromkeys(("angle", "end_angle"), optional(number(-3600, 3600))),
     "guide.clip": optional(place),
     "guide.mask": optional(place),
     "offload": flag,
@@ -256,10 +254,7 @@ RULES: dict[str, Rule] = {
     "view.frames": whole(1, FRAMES),
     "lossless": flag,
     # The tiny base
-    "views.pictures": whole(0, 1000),
-    "views.hard": whole(0, 1000),
-    "views.soft": whole(0, 1000),
-    "views.mattes": whole(0, 1000),
+    **dict.fromkeys((f"views.{name}" for name in VIEWS), whole(0, 1000)),
     "data.folder": place,
     # Questions before a run
     "estimate.out": optional(place),
@@ -333,18 +328,14 @@ RULES: dict[str, Rule] = {
     "manifest": place,
     "min_alpha": whole(1, 255),
     "trim": flag,
-    "empty": one_of("refuse", "keep"),
-    "full": one_of("refuse", "keep"),
-    "flickers": one_of("refuse", "keep"),
+    **dict.fromkeys(("empty", "full", "flickers"), one_of("refuse", "keep")),
     "bleed": optional(whole(0, SIDE)),
     "max_side": optional(whole(1, SIDE)),
     "shard.fps": optional(number(0.01, 1000)),
     "default_fps": number(0.01, 1000),
     "clips": count,
-    "synthesize.size": either(whole(8, SIDE), several(either(whole(8, SIDE), several(whole(8, SIDE),
-    2, 2)))),
-    "render.size": either(whole(8, SIDE), several(either(whole(8, SIDE), several(whole(8, SIDE), 2,
-    2)))),
+    "synthesize.size": sizes,
+    "render.size": sizes,
     "render.kinds": several(one_of("glass", "hair", "smoke", "cloth", "leaves", "bubbles", "wires",
     "flames", "sparks", "objects", "liquid"), 0),
     "render.samples": whole(1, 4096),

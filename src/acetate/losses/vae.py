@@ -85,3 +85,20 @@ class VAELoss(nn.Module):
             if self.edge_weight:
                 parts[f"{name}/edge"] = self.edge_weight * self.edge(x_hat, x)
         return sum(parts.values()), parts  # type: ignore[return-value]
+
+
+class UnrenderedVAELoss(VAELoss):
+    """Sums two views, alpha and straight colour, also where nothing of it is seen: the ablation
+    without rendering (Wan-Alpha, section 4)."""
+
+    def views(
+        self,
+        rgb_hat: Tensor,
+        alpha_hat: Tensor,
+        rgb: Tensor,
+        alpha: Tensor,
+        soft: Tensor,
+        hard: Tensor,
+    ) -> dict[str, tuple[Tensor, Tensor]]:
+        matte_hat, matte = ((a * 2 - 1).expand_as(rgb) for a in (alpha_hat, alpha))
+        return {"alpha": (matte_hat, matte), "rgb": (rgb_hat, rgb)}

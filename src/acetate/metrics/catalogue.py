@@ -38,6 +38,8 @@ POOLED = (
            "as its table has it: composites cut to 8 bits, after JPEG; 80 at most", PUBLISHED),
     Figure("alphavae_ssim", COMPOSITES, "SSIM as AlphaVAE", "higher",
            "as its table has it: of brightness, after JPEG", PUBLISHED),
+    Figure("alphavae_lpips", COMPOSITES, "LPIPS as AlphaVAE", "lower",
+           "as its table has it: what AlexNet sees, after JPEG; `lpips=true`", PUBLISHED),
 )  # fmt: skip
 
 FIGURES = (

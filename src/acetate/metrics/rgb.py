@@ -7,6 +7,7 @@ unclamped.
 
 import math
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +18,7 @@ from acetate.alpha import frames, over, palette
 from acetate.vgg import lpips_network
 
 FRAMES_AT_ONCE = 16  # SSIM holds ten copies of its frames, LPIPS many more
-LPIPS_MIN_SIDE = 16  # pixels that survive the four poolings of VGG16
+LPIPS_MIN_SIDES = {"vgg": ("VGG16", 16), "alex": ("AlexNet", 31)}  # pixels that survive poolings
 # SSIM is a mean over channels, and over the palette each channel sees -1 four times and +1 four
 # times: key and white say it all, exactly, in a quarter of the time.
 SSIM_WEIGHTS = (4, 0, 0, 0, 0, 0, 0, 4)
@@ -81,17 +82,18 @@ def window_mean(x: Tensor, weights: Sequence[float]) -> Tensor:
     return x
 
 
-def frozen_lpips() -> nn.Module:
-    return lpips_network("set lpips=false")
+@cache  # metrics of single clips share it
+def frozen_lpips(net: str = "vgg") -> nn.Module:
+    return lpips_network("set lpips=false", net=net)
 
 
-def check_lpips_size(rgb: Tensor) -> None:
-    """Raises ValueError for frames that VGG16 cannot take."""
-    height, width = rgb.shape[-2:]
-    if min(height, width) < LPIPS_MIN_SIDE:
+def check_lpips_size(rgb: Tensor, net: str = "vgg") -> None:
+    """Raises ValueError for frames that VGG16, or AlexNet, cannot take."""
+    (height, width), (name, least) = rgb.shape[-2:], LPIPS_MIN_SIDES[net]
+    if min(height, width) < least:
         raise ValueError(
-            f"LPIPS of {height}x{width} frames; VGG16 needs {LPIPS_MIN_SIDE} pixels on each "
-            "side. Use larger frames, or set lpips=false."
+            f"LPIPS of {height}x{width} frames; {name} needs {least} pixels on each side. Use "
+            "larger frames, or set lpips=false."
         )
 
 

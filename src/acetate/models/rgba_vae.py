@@ -113,8 +113,10 @@ class RGBAVAE(RGBADecoders):
 
     merge_init: `residual` (raw = Wan's own latents of rgb + merge, merge starts at zero) or
     `scratch`. average_alpha, checkpointing, chunk: as RGBADecoders. trainable_dtype: master
-    precision of what trains; frozen_dtype: of all else.
+    precision of what trains; frozen_dtype: of all else. kind: that of its adapter files.
     """
+
+    kind = "rgba_vae"
 
     def __init__(
         self,

@@ -214,7 +214,7 @@ class RGBAVAETask(AdapterTask, MeasuredTask):
     def facts(self) -> dict[str, Any]:
         vae = self.vae
         return {
-            "kind": "rgba_vae",
+            "kind": vae.kind,
             "base": vae.source,
             "base_sha256": vae.base_sha256,
             "merge_init": vae.merge_init,
