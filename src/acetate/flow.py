@@ -7,6 +7,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from acetate.draws import ClipDraws
+
 
 class NoiseLevels(nn.Module):
     """Training noise levels in float32: bf16 would collapse 1000 steps to 294 values. They go to a
@@ -47,6 +49,7 @@ class NoiseLevels(nn.Module):
         return self.timesteps[ids]
 
 
+DENSITIES = ("uniform", "logit_normal")
 L = TypeVar("L", bound=NoiseLevels)
 
 
@@ -60,6 +63,49 @@ def schedule(steps: int = 1000, shift: float = 5.0, kind: type[L] = NoiseLevels)
     y = y - y.min()
     weights = y * (steps / y.sum())
     return kind(sigmas, timesteps, weights)
+
+
+class NoiseDraws:
+    """Says how training draws noise levels.
+
+    shift: of the schedule; where shift_tokens is given it is that of clips of so many latent cells,
+    and one of n cells has shift * sqrt(n / shift_tokens), so that large and small ones lose as much
+    of their signal (Esser et al. 2024, arXiv 2403.03206, equation 23). density: `uniform` over the
+    schedule's levels, as Wan, or `logit_normal`, u = sigmoid(mean + deviation * normal) (section
+    3.1 there). weighted: errors count w(t), Wan's weights. Raises ValueError for another density.
+    """
+
+    def __init__(
+        self,
+        *,
+        shift: float = 5.0,
+        shift_tokens: int | None = None,
+        density: str = "uniform",
+        mean: float = 0.0,
+        deviation: float = 1.0,
+        weighted: bool = True,
+    ) -> None:
+        if density not in DENSITIES:
+            raise ValueError(f"task.noise.density {density!r}; known: {', '.join(DENSITIES)}.")
+        self.shift, self.shift_tokens, self.density = shift, shift_tokens, density
+        self.mean, self.deviation, self.weighted = mean, deviation, weighted
+
+    def shift_of(self, latents: Tensor) -> float:
+        """Returns the shift of clips of latents (B, C, F, h, w), to three digits."""
+        if self.shift_tokens is None:
+            return self.shift
+        return round(self.shift * (latents[0, 0].numel() / self.shift_tokens) ** 0.5, 3)
+
+    def ids(self, levels: NoiseLevels, draws: ClipDraws) -> Tensor:
+        """Draws the ids of levels (B,), a clip's from its own generator."""
+        if self.density == "uniform":
+            return draws.integers(len(levels))
+        u = torch.sigmoid(self.mean + self.deviation * draws.normal((1,))[:, 0])
+        return ((1 - u) * len(levels)).long().clamp_max(len(levels) - 1)
+
+    def weights(self, levels: NoiseLevels, ids: Tensor) -> Tensor:
+        """Returns what the errors of clips count, (B,)."""
+        return levels.weights[ids] if self.weighted else torch.ones_like(levels.weights[ids])
 
 
 def per_clip(values: Tensor, like: Tensor) -> Tensor:

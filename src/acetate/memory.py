@@ -46,7 +46,7 @@ from acetate.losses.perceptual import LPIPSFeatures, VGGFeatures
 from acetate.models.dit import FrozenDiT, VelocityField
 from acetate.models.wan import Geometry
 from acetate.tasks.example import Load, MeasuredTask
-from acetate.tasks.optim import adamw_with_warmup
+from acetate.tasks.optim import with_warmup
 
 RESERVE = 0.1  # share of a card that tensors do not get
 AUTOCAST = {"32-true": None, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
@@ -275,7 +275,7 @@ def measure(
         trainable = [p for p in task.parameters() if p.requires_grad]
         for parameter in trainable:
             parameter.grad = torch.empty_like(parameter)
-        optimizer = adamw_with_warmup(trainable, lr=0.0, warmup_steps=0)["optimizer"]
+        optimizer = with_warmup(trainable, lr=0.0, warmup_steps=0)["optimizer"]
         for group in optimizer.param_groups:
             group["foreach"] = True  # as on a GPU
         optimizer.step()  # makes the moments

@@ -23,7 +23,6 @@ from acetate.models.adapters import ADAPTER_SCHEMA, trainable_state
 from acetate.models.dit import add_dora, velocity
 from acetate.steps import StepTrainer
 from acetate.tasks.adapter import AdapterTask
-from acetate.tasks.optim import adamw_with_warmup
 from tests.processes import launch
 
 CHANNELS, WIDTH = 4, 24
@@ -36,7 +35,9 @@ class DoRA(AdapterTask):
     """A tiny DiT with DoRA, sharded where there is a device mesh."""
 
     def __init__(self):
-        super().__init__()
+        super().__init__(
+            lr=0.1, warmup_steps=0, decay_steps=None, betas=(0.9, 0.99), weight_decay=0.0
+        )
         self.transformer: WanTransformer3DModel | None = None
 
     def configure_model(self) -> None:
@@ -61,9 +62,6 @@ class DoRA(AdapterTask):
             .square()
             .mean()
         )
-
-    def configure_optimizers(self):
-        return adamw_with_warmup(self.parameters(), lr=0.1, warmup_steps=0)
 
     def adapter_metadata(self):
         return {name: json.dumps(value) for name, value in FACTS.items()}

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from acetate.commands.estimate import footprint
-from acetate.tasks.optim import adamw_with_warmup
+from acetate.tasks.optim import with_warmup
 from tests.gpu.published import batch_of, config_of, loss_of, task_of
 
 pytestmark = pytest.mark.gpu
@@ -23,7 +23,7 @@ def steps(config, device, measured) -> None:
     """Calls measured() around the second of two training steps, whose optimizer has its moments."""
     task = task_of(config, device)
     trained = [p for p in task.parameters() if p.requires_grad]
-    optimizer = adamw_with_warmup(trained, lr=1e-6, warmup_steps=0)["optimizer"]
+    optimizer = with_warmup(trained, lr=1e-6, warmup_steps=0)["optimizer"]
     for parameter in trained:
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()  # makes the moments

@@ -142,6 +142,34 @@ def test_resume_is_exact(tmp_path, cached):
         assert_close(a, b, rtol=0, atol=0, msg=name)
 
 
+def test_levels_go_with_the_size_of_clips(tmp_path, cached):
+    """A fourth of the cells: half the shift; every level as far from the picture as it says."""
+    task = instantiate(
+        config_for(tmp_path, cached, "task.noise.shift=6", "task.noise.shift_tokens=400").task
+    )
+    large, small = (task.levels_for(torch.zeros(2, 16, 1, side, side)) for side in (20, 10))
+    u = 1 - 250 / 1000
+    assert large.sigmas[250].item() == pytest.approx(6 * u / (1 + 5 * u))
+    assert small.sigmas[250].item() == pytest.approx(3 * u / (1 + 2 * u))
+    assert task.levels_for(torch.zeros(1, 16, 1, 10, 10)) is small
+    default = instantiate(config_for(tmp_path, cached).task)
+    assert torch.equal(default.levels_for(torch.zeros(1, 16, 3, 9, 9)).bits, flow.schedule().bits)
+
+
+def test_levels_of_a_logit_normal():
+    levels, keys = flow.schedule(shift=1.0), [f"clip{n}" for n in range(4000)]
+    noise = flow.NoiseDraws(shift=1.0, density="logit_normal", mean=0.5, deviation=0.8)
+    draws = (ClipDraws(keys, 0, "train", device=torch.device("cpu")) for _ in range(2))
+    ids = noise.ids(levels, next(draws))
+    logits = torch.logit(levels.sigmas[ids].clamp(1e-3, 1 - 1e-3))
+    assert logits.mean().item() == pytest.approx(0.5, abs=0.05)
+    assert logits.std().item() == pytest.approx(0.8, abs=0.05)
+    assert torch.equal(noise.ids(levels, next(draws)), ids)
+    assert torch.equal(flow.NoiseDraws(weighted=False).weights(levels, ids), torch.ones(4000))
+    with pytest.raises(ValueError, match="density 'normal'; known: uniform, logit_normal"):
+        flow.NoiseDraws(density="normal")
+
+
 class Rates(Callback):
     """Learning rate of every step."""
 

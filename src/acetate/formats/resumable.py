@@ -4,6 +4,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -57,6 +58,7 @@ CALLBACKS = {
 }  # fmt: skip
 METRICS = Schema({"rows": several(COUNT, 0)})
 WALK = several(several(COUNT, 2, 2), 0)
+ADAM = {"step", "exp_avg", "exp_avg_sq"}
 GROUP = {"lr": number(0), "initial_lr": number(0), "weight_decay": number(0), "eps": number(0),
          "betas": several(number(0, 1), 2, 2)}  # fmt: skip
 
@@ -164,10 +166,13 @@ def _check_optimizer(state: Mapping[str, Any], optimizer: Optimizer, place: str)
     if len(groups) != len(like["param_groups"]):
         raise FieldError(f"{place}.param_groups: must be {len(like['param_groups'])}")
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    like_adam = type(optimizer) in (torch.optim.Adam, torch.optim.AdamW)
     for index, (group, own) in enumerate(zip(groups, like["param_groups"], strict=True)):
         at = f"{place}.param_groups[{index}]"
+        kept = {name: value for name, value in own.items() if name != "params"}
         Schema(
-            {name: rule for name, rule in GROUP.items() if name in own}, dict.fromkeys(own, switch)
+            {name: rule for name, rule in GROUP.items() if name in own and like_adam},
+            {name: switch if like_adam else _alike(value) for name, value in kept.items()},
         ).check({name: value for name, value in group.items() if name != "params"}, at)
         if group.get("params") != own["params"]:
             raise FieldError(f"{at}.params: must number the {len(own['params'])} parameters")
@@ -175,13 +180,38 @@ def _check_optimizer(state: Mapping[str, Any], optimizer: Optimizer, place: str)
         at = f"{place}.state[{shown(key)}]"
         if not isinstance(key, int) or not 0 <= key < len(parameters):
             raise FieldError(f"{at}: there are {len(parameters)} parameters")
-        if not tensors.holds(values) or values.keys() != {"step", "exp_avg", "exp_avg_sq"}:
-            raise FieldError(f"{at}: must be the tensors step, exp_avg and exp_avg_sq")
+        known = ADAM if like_adam else _state_names(optimizer, parameters[key].ndim)
+        if not tensors.holds(values) or (known and values.keys() != known):
+            raise FieldError(f"{at}: must be the tensors {', '.join(sorted(known)) or 'by name'}")
         for name, value in values.items():
             shape = () if name == "step" else tuple(parameters[key].shape)
-            if tuple(value.shape) != shape or not value.is_floating_point():
+            # others keep rows and columns, or blocks of 8 bits
+            fits = not like_adam or (tuple(value.shape) == shape and value.is_floating_point())
+            if not fits:
                 raise FieldError(
                     f"{at}.{name} is {value.dtype} {tuple(value.shape)}: must be a float {shape}"
                 )
             if not bool(value.isfinite().all()):
                 raise FieldError(f"{at}.{name}: must be finite")
+
+
+def _alike(value: Any) -> Rule:
+    """Returns the rule that a setting of an optimizer's group keeps, from its own value."""
+    if value is None or isinstance(value, bool):
+        return switch
+    if isinstance(value, (tuple, list)):
+        return several(optional(number()), len(value), len(value))
+    return number()
+
+
+def _state_names(optimizer: Optimizer, dimensions: int) -> set[str]:
+    """Returns the names of what an optimizer keeps of a parameter, from a step of a small one; none
+    where that cannot be had, as of one that runs on a GPU alone."""
+    small = torch.zeros((2,) * dimensions, requires_grad=True)
+    small.grad = torch.ones_like(small)
+    try:
+        probe = type(optimizer)([small], **optimizer.defaults)
+        probe.step()
+    except Exception:  # whatever a package of others raises
+        return set()
+    return {str(name) for name in probe.state[small]}

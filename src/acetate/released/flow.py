@@ -20,5 +20,5 @@ class ReleasedLevels(flow.NoiseLevels):
         return (self.timesteps[None] - self.timestep(ids)[:, None]).abs().argmin(1)
 
 
-def schedule() -> ReleasedLevels:
-    return flow.schedule(kind=ReleasedLevels)
+def schedule(shift: float = 5.0) -> ReleasedLevels:
+    return flow.schedule(shift=shift, kind=ReleasedLevels)

@@ -9,24 +9,30 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch.distributed.device_mesh import DeviceMesh
 
 from acetate.models.adapters import ADAPTER_SCHEMA, load_trainable, read_facts, trainable_state
-from acetate.tasks.optim import adamw_with_warmup, linear
+from acetate.tasks.optim import linear, with_warmup
 
 
 class AdapterTask(LightningModule):
     """Saves and loads exactly the parameters that train; the frozen base is never in a checkpoint.
 
-    A subclass sets what `adamw_with_warmup` asks for.
+    lr, warmup_steps, decay_steps, betas, weight_decay, optimizer: as in `with_warmup`.
     """
 
-    lr: float
-    warmup_steps: int
-    decay_steps: int | None
-    betas: Sequence[float]
-    weight_decay: float
     warmup = staticmethod(linear)
 
-    def __init__(self) -> None:
+    def __init__(
+        self,
+        *,
+        lr: float,
+        warmup_steps: int,
+        decay_steps: int | None,
+        betas: Sequence[float],
+        weight_decay: float,
+        optimizer: str = "AdamW",
+    ) -> None:
         super().__init__()
+        self.lr, self.warmup_steps, self.decay_steps = lr, warmup_steps, decay_steps
+        self.betas, self.weight_decay, self.optimizer = betas, weight_decay, optimizer
         self.strict_loading = False  # on_load_checkpoint is strict about what trains
         self._schedule_before: dict[str, Any] = {}  # of the checkpoint that the run goes on from
 
@@ -36,10 +42,11 @@ class AdapterTask(LightningModule):
         return None if self.device_mesh is None else self.device_mesh["data_parallel"]
 
     def configure_optimizers(self) -> dict[str, Any]:
-        return adamw_with_warmup(
+        return with_warmup(
             self.parameters(), lr=self.lr, warmup_steps=self.warmup_steps,
             decay_steps=self.decay_steps,
             betas=self.betas, weight_decay=self.weight_decay, warmup=self.warmup,
+            optimizer=self.optimizer,
         )  # fmt: skip
 
     def facts(self) -> dict[str, Any]:
@@ -75,7 +82,9 @@ class AdapterTask(LightningModule):
             strict=True,
         ):
             changed = [
-                name for name in ("initial_lr", "betas", "weight_decay") if group[name] != own[name]
+                name
+                for name in ("initial_lr", "betas", "momentum", "weight_decay")
+                if name in own and group.get(name) != own[name]
             ]
             for name in changed:
                 rank_zero_warn(

@@ -1,7 +1,6 @@
 """DoRA training of Wan's DiT on cached RGBA latents with mean-shifted noise (method of Wan-Alpha,
 section 3.3)."""
 
-from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -40,7 +39,8 @@ class DoRATask(AdapterTask, MeasuredTask):
     rank, alpha: of DoRA. G is the Gaussian ellipse that the cache holds. checkpointing: blocks are
     computed again in the backward pass, all but what attention gives where keep_attention is true.
     compile: compiles the blocks, once for each shape of clips. caption_dropout: share of clips that
-    see the empty prompt. decay_steps: as in `adamw_with_warmup`.
+    see the empty prompt. noise: how noise levels are drawn; null: as Wan. optimization: as in
+    AdapterTask.
     """
 
     schedule_levels = staticmethod(flow.schedule)
@@ -56,24 +56,20 @@ class DoRATask(AdapterTask, MeasuredTask):
         checkpointing: bool,
         mean_shift: float,
         caption_dropout: float,
-        lr: float,
-        warmup_steps: int,
-        decay_steps: int | None,
-        betas: Sequence[float],
-        weight_decay: float,
         seed: int,
         keep_attention: bool = True,
         compile: bool = False,
+        noise: flow.NoiseDraws | None = None,
+        **optimization: Any,
     ) -> None:
-        super().__init__()
+        super().__init__(**optimization)
         if not 0 <= caption_dropout <= 1:
             raise ValueError(f"task.caption_dropout {caption_dropout}; a share in [0, 1].")
         self.base, self.rank, self.alpha, self.checkpointing = base, rank, alpha, checkpointing
         self.keep_attention, self.compile_blocks = keep_attention, compile
         self.mean_shift, self.caption_dropout, self.seed = mean_shift, caption_dropout, seed
-        self.lr, self.warmup_steps, self.decay_steps = lr, warmup_steps, decay_steps
-        self.betas, self.weight_decay = betas, weight_decay
-        self.levels = self.schedule_levels()
+        self.noise, self.levels = noise or flow.NoiseDraws(), self.schedule_levels()
+        self.levels_by_shift: dict[float, flow.NoiseLevels] = {}
         middles = ((torch.arange(VAL_LEVELS) + 0.5) * len(self.levels) / VAL_LEVELS).long()
         self.val_ids = {f"val_t/{self.levels.timesteps[i]:04.0f}": int(i) for i in middles}
         # Sums and counts of this rank since the last log; float64, so that a sum does not depend on
@@ -126,17 +122,30 @@ class DoRATask(AdapterTask, MeasuredTask):
                     f"{found}. Cache them with the same wan= as the run."
                 )
 
-    def errors(self, batch: dict[str, Any], noise: Tensor, ids: Tensor, context: Tensor) -> Tensor:
-        """Returns the mean squared error of the velocity per clip, (B,); ids (B,) as `levels.seen`
-        gives them."""
+    def levels_for(self, latents: Tensor) -> flow.NoiseLevels:
+        """Returns the noise levels that clips of this size are trained on."""
+        shift = self.noise.shift_of(latents)
+        if shift not in self.levels_by_shift:
+            self.levels_by_shift[shift] = self.schedule_levels(shift=shift).to(latents.device)
+        return self.levels_by_shift[shift]
+
+    def errors(
+        self,
+        batch: dict[str, Any],
+        noise: Tensor,
+        ids: Tensor,
+        context: Tensor,
+        levels: flow.NoiseLevels | None = None,
+    ) -> Tensor:
+        """Returns the mean squared error of the velocity per clip, (B,). ids (B,), as `levels.seen`
+        gives them; levels: null for those of Wan, which validation measures at."""
         self.check_fit(batch)
         latents = batch["latents"]
         guide = regions.gaussian(batch["ellipses"], *latents.shape[-2:])
         noise = flow.mean_shift(noise, guide, self.mean_shift)
         field = partial(velocity, self.transformer)
-        return (
-            flow.squared_error(latents, noise, self.levels, ids, field, context).flatten(1).mean(1)
-        )
+        levels = levels or self.levels
+        return flow.squared_error(latents, noise, levels, ids, field, context).flatten(1).mean(1)
 
     def example_batch(self, load: Load, geometry: Geometry | None) -> dict[str, Any]:
         assert geometry is not None, "it trains on latents"
@@ -152,7 +161,8 @@ class DoRATask(AdapterTask, MeasuredTask):
 
     def example_loss(self, batch: dict[str, Any]) -> Tensor:
         ids = torch.zeros(len(batch["key"]), dtype=torch.long, device=batch["latents"].device)
-        return self.errors(batch, torch.empty_like(batch["latents"]), ids, batch["context"]).mean()
+        noise, levels = torch.empty_like(batch["latents"]), self.levels_for(batch["latents"])
+        return self.errors(batch, noise, ids, batch["context"], levels).mean()
 
     def sharded(self) -> list[Group]:
         assert self.transformer is not None, "configure_model comes first"
@@ -163,19 +173,20 @@ class DoRATask(AdapterTask, MeasuredTask):
             batch["key"], self.seed, "train", batch_number(self.trainer), device=self.device
         )
         noise = draws.normal(batch["latents"].shape[1:])
-        ids = self.levels.seen(draws.integers(len(self.levels)))
+        levels = self.levels_for(batch["latents"])
+        ids = levels.seen(self.noise.ids(levels, draws))
         dropped = draws.integers(1_000_000) < 1_000_000 * self.caption_dropout
         context = torch.where(dropped[:, None, None], batch["null_context"], batch["context"])
-        errors = self.errors(batch, noise, ids, context)
-        loss, size = (self.levels.weights[ids] * errors).mean(), clips_in(batch)
+        errors = self.errors(batch, noise, ids, context, levels)
+        loss, size = (self.noise.weights(levels, ids) * errors).mean(), clips_in(batch)
         log_means(self, self.step_means, {"train/loss": loss, "train/mse": errors.mean()}, size)
-        self.log_bins(errors[:size].detach().double(), ids[:size])
+        self.log_bins(errors[:size].detach().double(), levels.timesteps[ids[:size]])
         return {"loss": share_of(self, loss, size), "parts": {"mse": errors.mean()}}
 
-    def log_bins(self, errors: Tensor, ids: Tensor) -> None:
+    def log_bins(self, errors: Tensor, timesteps: Tensor) -> None:
         """Logs the mean error of all ranks since the last log per range of timesteps; one that no
         clip fell into is left out."""
-        places = (self.levels.timesteps[ids] / len(self.levels) * BINS).long().clamp_max(BINS - 1)
+        places = (timesteps / len(self.levels) * BINS).long().clamp_max(BINS - 1)
         self.binned.view(torch.float64).index_add_(
             1, places, torch.stack([errors, torch.ones_like(errors)])
         )

@@ -1,10 +1,17 @@
-"""AdamW with linear warm-up and, where wanted, cosine decay."""
+"""Optimizers by name, with linear warm-up and, where wanted, cosine decay."""
 
+import importlib
+import inspect
 import math
 from collections.abc import Callable, Iterable, Sequence
+from difflib import get_close_matches
 
 import torch
 from torch import nn
+
+OTHERS = {"bitsandbytes": "bitsandbytes.optim"}  # package of a name -> module
+# needs a closure; only sparse gradients; only matrices, which a magnitude of DoRA is not
+UNFIT = {"LBFGS", "SparseAdam", "Muon"}
 
 
 def linear(step: int, steps: int) -> float:
@@ -12,7 +19,35 @@ def linear(step: int, steps: int) -> float:
     return min(1.0, (step + 1) / (steps + 1))
 
 
-def adamw_with_warmup(
+def optimizer_class(name: str) -> type[torch.optim.Optimizer]:
+    """Returns the class of a name: of torch.optim, as AdamW, or of bitsandbytes where that is
+    installed, as bitsandbytes.AdamW8bit. Raises ValueError that says what is known."""
+    package, _, own = name.rpartition(".")
+    place = {"": "torch.optim", "torch.optim": "torch.optim", **OTHERS}.get(package)
+    if place is None:
+        raise ValueError(
+            f"task.optimizer={name}: of the package {package}; known: torch.optim, {next(iter(OTHERS))}."
+        )
+    try:
+        module = importlib.import_module(place)
+    except ImportError as error:
+        raise ValueError(
+            f"task.optimizer={name}: {package} is not installed ({error}). Install it, or choose "
+            "one of torch.optim, as task.optimizer=AdamW."
+        ) from error
+    known = {
+        found
+        for found, of in vars(module).items()
+        if inspect.isclass(of) and issubclass(of, torch.optim.Optimizer) and found != "Optimizer"
+    } - UNFIT
+    if own not in known:
+        near = get_close_matches(own, known, 1)
+        said = f"the nearest is {near[0]}" if near else f"known: {', '.join(sorted(known))}"
+        raise ValueError(f"task.optimizer={name}: {place} has no such optimizer; {said}.")
+    return getattr(module, own)
+
+
+def with_warmup(
     parameters: Iterable[nn.Parameter],
     *,
     lr: float,
@@ -21,17 +56,20 @@ def adamw_with_warmup(
     betas: Sequence[float] = (0.9, 0.99),
     weight_decay: float = 0.0,
     warmup: Callable[[int, int], float] = linear,
+    optimizer: str = "AdamW",
 ) -> dict:
     """Returns the value of `configure_optimizers`. decay_steps: the step at which a half cosine
-    reaches zero."""
+    reaches zero. optimizer: as of `optimizer_class`; betas and weight decay are for those that have
+    them, and the first beta is SGD's momentum."""
     if decay_steps is not None and decay_steps < 1:
         raise ValueError(
             f"decay_steps {decay_steps}; the cosine ends at a positive step. Set trainer.max_steps."
         )
     trainable = [p for p in parameters if p.requires_grad]
-    optimizer = torch.optim.AdamW(
-        trainable, lr=lr, betas=(betas[0], betas[1]), weight_decay=weight_decay
-    )
+    kind = optimizer_class(optimizer)
+    given = {"betas": (betas[0], betas[1]), "momentum": betas[0], "weight_decay": weight_decay}
+    taken = inspect.signature(kind).parameters
+    made = kind(trainable, lr=lr, **{n: value for n, value in given.items() if n in taken})
 
     def factor(step: int) -> float:
         warm = warmup(step, warmup_steps)
@@ -39,5 +77,5 @@ def adamw_with_warmup(
             return warm
         return warm * 0.5 * (1 + math.cos(math.pi * min(1.0, step / decay_steps)))
 
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+    scheduler = torch.optim.lr_scheduler.LambdaLR(made, factor)
+    return {"optimizer": made, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

@@ -1,7 +1,7 @@
 """RGBA-VAE training: merge block and decoder LoRA on a frozen Wan2.1 VAE (method of Wan-Alpha,
 section 3)."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -45,9 +45,8 @@ class RGBAVAETask(AdapterTask, MeasuredTask):
 
     background_per: one palette colour per `clip` and use, or per `batch` (released). moment_weight:
     of the penalty that holds the normalised latents' per-channel mean at 0 and variance at 1, the
-    base's own. lpips: measure it in validation (needs VGG16 weights). decay_steps: as in
-    `adamw_with_warmup`. compile: compiles the VAE's halves, the losses and the judge, once
-    for each shape of clips.
+    base's own. lpips: measure it in validation (needs VGG16 weights). compile: compiles the VAE's
+    halves, the losses and the judge, once for each shape of clips. optimization: as in AdapterTask.
     """
 
     def __init__(
@@ -58,23 +57,17 @@ class RGBAVAETask(AdapterTask, MeasuredTask):
         diffusion: DiffusionLoss,
         moment_weight: float,
         background_per: str,
-        lr: float,
-        warmup_steps: int,
-        decay_steps: int | None,
-        betas: Sequence[float],
-        weight_decay: float,
         lpips: bool,
         seed: int,
         compile: bool = False,
+        **optimization: Any,
     ) -> None:
-        super().__init__()
+        super().__init__(**optimization)
         if background_per not in ("clip", "batch"):
             raise ValueError(f"task.background_per {background_per!r}; known: clip, batch.")
         self.build_vae, self.loss, self.diffusion = build_vae, loss, diffusion
-        self.lr, self.warmup_steps, self.decay_steps = lr, warmup_steps, decay_steps
-        self.betas, self.weight_decay, self.moment_weight = betas, weight_decay, moment_weight
+        self.moment_weight, self.compile_parts = moment_weight, compile
         self.background_per, self.lpips, self.seed = background_per, lpips, seed
-        self.compile_parts = compile
         self.means, self.step_means, self.latent_means = Means(), Means(), Means()
         self.vae: RGBAVAE | None = None
         self.judge: VelocityField | None = None

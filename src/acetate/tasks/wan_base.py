@@ -24,7 +24,7 @@ from acetate.models.loading import load_transformer
 from acetate.models.wan import Geometry, WanDecoder, WanEncoder, WanHead, replace_folder, save_vae
 from acetate.tasks.example import Group, Load, MeasuredTask
 from acetate.tasks.logs import Means, log_means
-from acetate.tasks.optim import adamw_with_warmup
+from acetate.tasks.optim import with_warmup
 
 
 def start_as_image_model_(vae: AutoencoderKLWan) -> None:
@@ -145,7 +145,7 @@ class WanVAETask(MeasuredTask):
             save_vae(self.vae, self.save_to)
 
     def configure_optimizers(self) -> dict:
-        return adamw_with_warmup(
+        return with_warmup(
             self.vae.parameters(),
             lr=self.lr,
             warmup_steps=self.warmup_steps,
@@ -342,7 +342,7 @@ class WanDiTTask(MeasuredTask):
             replace_folder(self.save_to / "tokenizer", self.tokenizer.save_pretrained)
 
     def configure_optimizers(self) -> dict:
-        return adamw_with_warmup(
+        return with_warmup(
             self.parameters(),
             lr=self.lr,
             warmup_steps=self.warmup_steps,

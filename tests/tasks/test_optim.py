@@ -1,0 +1,58 @@
+"""Optimizers by name: what they are given, what is refused, and that runs with them go on."""
+
+import pytest
+import torch
+from torch import nn
+
+from acetate.formats.resumable import check_optimizers
+from acetate.tasks.optim import optimizer_class, with_warmup
+from tests.tasks.test_dit import config_for, fit
+
+
+def made(name):
+    parameter = nn.Parameter(torch.ones(3))
+    return with_warmup(
+        [parameter], lr=0.5, warmup_steps=1, betas=(0.8, 0.95), weight_decay=0.1, optimizer=name
+    )["optimizer"]
+
+
+def test_each_gets_what_it_knows():
+    assert type(made("AdamW")) is torch.optim.AdamW
+    group = made("torch.optim.NAdam").param_groups[0]
+    assert (group["lr"], group["betas"], group["weight_decay"]) == (0.25, (0.8, 0.95), 0.1)
+    group = made("SGD").param_groups[0]
+    assert (group["momentum"], group["weight_decay"]) == (0.8, 0.1) and "betas" not in group
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("Adamm", r"torch.optim has no such optimizer; the nearest is Adam\."),
+        ("LBFGS", "torch.optim has no such optimizer"),  # it needs a closure
+        ("Optimizer", "torch.optim has no such optimizer"),
+        ("os.system", "of the package os; known: torch.optim, bitsandbytes"),
+        ("bitsandbytes.AdamW8bit", "bitsandbytes is not installed"),
+    ],
+)
+def test_other_names_are_refused(name, said):
+    with pytest.raises(ValueError, match=f"task.optimizer={name}: .*{said}"):
+        optimizer_class(name)
+
+
+@pytest.mark.parametrize("name", ["SGD", "Adafactor", "RAdam", "RMSprop"])
+def test_a_run_goes_on_bit_for_bit(tmp_path, cached, name):
+    more = [f"task.optimizer={name}", "trainer.val_check_interval=1", "task.decay_steps=4"]
+    whole = fit(config_for(tmp_path / "whole", cached, *more, "trainer.max_steps=3"))
+    fit(config_for(tmp_path / "parts", cached, *more, "trainer.max_steps=2"))
+    last = tmp_path / "parts/checkpoints/last.ckpt"
+    again = fit(
+        config_for(tmp_path / "parts", cached, *more, "trainer.max_steps=3"), resume=str(last)
+    )
+    assert again[2].losses == whole[2].losses[2:]
+    state = torch.load(last, weights_only=True)
+    (optimizer,) = whole[0].optimizers
+    check_optimizers(state | {"lr_schedulers": []}, [optimizer], [])
+    held = next(iter(state["optimizer_states"][0]["state"].values()))
+    held[next(iter(held))] = torch.tensor(float("nan"))
+    with pytest.raises(ValueError, match=r"optimizer_states\[0\].state.*must be finite"):
+        check_optimizers(state | {"lr_schedulers": []}, [optimizer], [])
