@@ -46,6 +46,8 @@ def test_a_step_and_a_validation(experiment, tmp_path):
     assert not [place for place in validation.waits if place.startswith("copy to the cuda")]
 
 
+@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("experiment", PUBLISHED)
 def test_a_step_of_the_published_size(experiment, tmp_path):
     config = composed(tmp_path, f"experiment={experiment}", *PUBLISHED[experiment])

@@ -36,6 +36,8 @@ def test_prompts_are_captions_of_validation_clips_by_default(tmp_path, cached):
     assert len(list((tmp_path / "samples/step_00000002").glob("*.webm"))) == len(samples.shown)
 
 
+@pytest.mark.slow
+@pytest.mark.long
 def test_sampling_leaves_training_as_it_was(tmp_path, cached):
     plain = fit(config_for(tmp_path / "a", cached, "trainer.max_steps=4"))
     sampled = fit(config_for(tmp_path / "b", cached, "trainer.max_steps=4", *SAMPLES))

@@ -105,6 +105,7 @@ def test_measures_of_clips_against_themselves_and_shuffled(quick):
         assert low <= value <= high
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_the_reader_reads_kept_back_drawings(tmp_path):
     _, right = agreement.load_reader(tmp_path)

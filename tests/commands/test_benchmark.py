@@ -143,6 +143,8 @@ def check_output(folder, printed, repeats):
     assert sorted(path.name for path in folder.rglob("*")) == ["new", "speed.json"]
 
 
+@pytest.mark.slow
+@pytest.mark.long
 def test_command_prints_a_table_and_writes_json(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     # A process takes seconds to import torch; the slow test below starts real ones.
@@ -244,6 +246,8 @@ def test_flops_of_a_step_are_those_of_real_tensors(settings):
     assert counted["backward"]["conv"] > counted["decode"]["conv"] > counted["merge"]["conv"] > 0
 
 
+@pytest.mark.slow
+@pytest.mark.long
 def test_checkpointing_is_no_need():
     """What is computed again is not counted; it runs in ours, and hooks leave nothing behind."""
     workload = load(checkpointing=True)

@@ -145,6 +145,8 @@ def test_work_that_cannot_run(settings, message):
         load(**settings)
 
 
+@pytest.mark.slow
+@pytest.mark.long
 def test_command(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     small = {"ceilings.side": 16, "ceilings.gib": 1e-5, "ceilings.repeats": 1}

@@ -54,6 +54,8 @@ def test_verdicts():
     )
 
 
+@pytest.mark.slow
+@pytest.mark.long
 def test_a_fixed_batch_ends_with_its_clips(run, tmp_path, capsys):
     """The published 8 clips: on fewer GPUs a step takes as many passes more, on more GPUs none is
     left."""
@@ -82,6 +84,8 @@ def test_short_times_keep_their_digits():
     ]  # fmt: skip
 
 
+@pytest.mark.slow
+@pytest.mark.long
 def test_dit_stage(run, tmp_path, capsys):
     out = tmp_path / "cost.json"
     run(
@@ -109,6 +113,8 @@ def test_dit_stage(run, tmp_path, capsys):
     )
 
 
+@pytest.mark.slow
+@pytest.mark.long
 def test_full_precision_has_its_own_peak(run, tmp_path, capsys):
     run(
         "experiment=dit_dora",

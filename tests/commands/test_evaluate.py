@@ -23,6 +23,7 @@ def run(log, name, *arguments):
     return printed
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_train_then_evaluate(tmp_path, shards):
     places = [f"paths.outputs={tmp_path}", f"data.shards={shards}", f"paths.cache={tmp_path}"]

@@ -39,6 +39,8 @@ from tests.commands.exported import (
 from tests.paths import ROOT
 
 
+@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("stage", ["vae", "dit"])
 def test_acetate_is_what_training_writes(tmp_path, request, stage):
     """Out of the .ckpt, bit for bit; of the VAE, which ran with EMA, the average."""
@@ -176,6 +178,8 @@ def test_comfyui_dit_of_wan_tiny(tmp_path, dit_run, trained_dit, capsys):
     assert_same_output(trained_dit, transformer)
 
 
+@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(("rank", "dtype"), [(4, "bfloat16"), (128, "float32")])
 def test_svd_lora_misses_what_it_says(tmp_path, dit_run, trained_dit, capsys, rank, dtype):
     """Merged by the reader of few-step files, which takes the same names; a full rank misses
@@ -229,6 +233,8 @@ def test_diffusers_vaes(tmp_path, vae_run):
     assert_decodes_the_same(load_rgba_vae(vae=BASE, adapters=str(vae_run)), rgb, alpha)
 
 
+@pytest.mark.slow
+@pytest.mark.long
 def test_diffusers_pipeline_samples_as_we_do(tmp_path, dit_run, cached, trained_dit):
     out = export(tmp_path / "out", f"checkpoint={dit_run}", "to=diffusers", f"rgba_vae={cached[1]}")
     assert_same_output(trained_dit, WanTransformer3DModel.from_pretrained(out / "transformer"))

@@ -30,6 +30,7 @@ def test_a_run_that_read_nothing_fails_and_saves_nothing(tmp_path, shards):
         assert not list(tmp_path.rglob("finished"))
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_an_evaluation_that_read_nothing_fails(tmp_path, shards):
     places = [f"paths.outputs={tmp_path}/out", f"paths.cache={tmp_path}/cache"]

@@ -263,6 +263,8 @@ def test_ranks_of_srun_name_the_folder_after_the_job(tmp_path, monkeypatch):
     assert choose(tmp_path, "auto") == str(first)
 
 
+@pytest.mark.slow
+@pytest.mark.long
 def test_ranks_of_torchrun_hear_of_rank_zeros_choice(tmp_path):
     """Two processes with clocks that differ, and the store that torchrun's agent serves."""
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)

@@ -79,6 +79,7 @@ def test_writes_clips_that_editors_open_and_seeds_reproduce(tmp_path, cached, do
     assert apart.max() <= 8 and apart.mean() < 0.25 < 4 < seeds_apart.mean()
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_run_of_a_users_own_is_enough(tmp_path, cached):
     """Base, RGBA-VAE and size are the run's; the JSON makes the clip again; no clip is overwritten
@@ -151,6 +152,8 @@ def test_dora_of_another_base_is_refused(dora, wan_folder):
         load_dit(config_for(f"dora={dora}", f"wan.transformer={wan_folder}"), "cpu")
 
 
+@pytest.mark.slow
+@pytest.mark.long
 def test_few_step_lora_is_an_explicit_switch(tmp_path, dora):
     plain, _ = load_dit(config_for(f"dora={dora}"), "cpu")
     name = "blocks.0.self_attn.q"

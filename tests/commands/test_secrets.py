@@ -35,6 +35,7 @@ def leaks(folder):
     ]
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_run_writes_no_secret_and_goes_on_with_it(tmp_path, many_shards):
     said = tmp_path / "said"
@@ -70,6 +71,7 @@ def test_a_run_writes_no_secret_and_goes_on_with_it(tmp_path, many_shards):
     assert not leaks(tmp_path)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_failed_fetch_says_no_secret(tmp_path, many_shards):
     def broken(path, headers):

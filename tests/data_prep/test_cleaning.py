@@ -207,6 +207,7 @@ def test_foreground_of_a_picture_and_its_matte():
     assert "pymatting" not in sys.modules  # whose import compiles for a minute
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.xdist_group("matting")
 @pytest.mark.parametrize("seed", [31, 32, 33])

@@ -77,6 +77,8 @@ def renamed(path, name):
     os.rename(path, os.fsencode(path.parent) + b"/" + name)
 
 
+@pytest.mark.slow
+@pytest.mark.long
 def test_names_in_other_encodings(source):
     """Taken, refused or ignored, and printed; the files are found again by what is written."""
     flame = "\u706b\u7130".encode("gbk")

@@ -50,6 +50,7 @@ def listed_pairs(source, names):
     (source / "t.csv").write_text("\n".join(("video_fgr,video_pha", *rows)))
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_reader_that_waits_for_ever_is_ended(source):
     listed_pairs(source, "abc")

@@ -125,6 +125,7 @@ def test_wrong_folders_are_refused_before_anything_is_made(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_killed_with_what_it_started(tmp_path):
     source = npm(tmp_path / "down", [*TONED, *OTHERS])

@@ -119,6 +119,8 @@ for name in ("warm", "short", "long"):
 """
 
 
+@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("side", "noise", "short", "long", "allowed"),
     [

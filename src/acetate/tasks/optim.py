@@ -25,9 +25,8 @@ def optimizer_class(name: str) -> type[torch.optim.Optimizer]:
     package, _, own = name.rpartition(".")
     place = {"": "torch.optim", "torch.optim": "torch.optim", **OTHERS}.get(package)
     if place is None:
-        raise ValueError(
-            f"task.optimizer={name}: of the package {package}; known: torch.optim, {next(iter(OTHERS))}."
-        )
+        known = ", ".join(["torch.optim", *OTHERS])
+        raise ValueError(f"task.optimizer={name}: of the package {package}; known: {known}.")
     try:
         module = importlib.import_module(place)
     except ImportError as error:
