@@ -15,6 +15,11 @@ from data_prep.bad_clips import by_reason
 from data_prep.examine import said_of_names
 
 ROWS = 7  # bars of a panel before the rest is summed up
+JOINING = {
+    "above", "against", "along", "among", "and", "around", "before", "behind", "below", "beside",
+    "between", "from", "have", "into", "onto", "over", "that", "their", "there", "these", "this",
+    "those", "through", "towards", "under", "very", "while", "which", "with", "without",
+}  # fmt: skip
 SOFT_BINS = 32
 
 
@@ -193,12 +198,13 @@ def sides(*numbers: int) -> str:
 
 
 def words(entries: Sequence[Entry]) -> dict[str, int]:
-    """Prompts that have the word; the most frequent words of four letters or more that not nearly
-    all share."""
+    """Prompts that have the word; the most frequent of those that say something, have four letters
+    or more, and that not nearly all share."""
     counts = Counter(
         word for entry in entries for word in set(re.findall(r"[^\W\d_]{4,}", entry.prompt.lower()))
     )
-    telling = {word: count for word, count in counts.items() if count <= 0.6 * len(entries)}
+    most = 0.6 * len(entries)
+    telling = {word: n for word, n in counts.items() if n <= most and word not in JOINING}
     return dict(sorted(telling.items(), key=lambda item: (-item[1], item[0]))[:ROWS])
 
 

@@ -10,7 +10,7 @@ from acetate.data.writer import ShardWriter, encode_clip
 from data_prep.folders import DECISIONS
 from data_prep.inspect import inspect, picture
 from data_prep.journal import write_lines
-from data_prep.report import COLORS, Bucket, Entry, Picture, Report, bars, render, size_text
+from data_prep.report import COLORS, Bucket, Entry, Picture, Report, bars, render, size_text, words
 from tests.browser import chromium, needs_chromium
 from tests.compose import called
 from tests.paths import ROOT
@@ -138,6 +138,12 @@ def test_page_says_what_was_decided_and_refused(source, page):
     text = page.read_text(encoding="utf-8")
     assert "<dt>read</dt><dd>turned; cut</dd><dt>still</dt><dd>&lt;kept&gt; one</dd>" in text
     assert "<summary><b>2</b> was &lt;never&gt; there</summary>" in text
+
+
+def test_words_that_tell_prompts_apart():
+    prompts = ["red glass with foam", "blue glass with foam", "red glass over sand", "blue glass"]
+    entries = [Entry(p, "train", 1, 8, 8, 0, p, "MIT", "s", None) for p in prompts]
+    assert words(entries) == {"blue": 2, "foam": 2, "sand": 1}
 
 
 def test_numbers_in_words():
