@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from acetate.alpha import PALETTE, one_channel, over
 from acetate.commands.recorded import recorded_config
+from acetate.commands.runs import FINISHED
 from acetate.losses.diffusion import DiffusionLoss
 from acetate.metrics.alpha import AlphaQuality
 from acetate.metrics.rgb import CompositeQuality
@@ -43,7 +44,7 @@ Run = dict[str, Any]
 def runs_of(sweeps: list[str]) -> list[Path]:
     """Returns the folders of the jobs that ended."""
     jobs = [job for sweep in sweeps for job in Path(sweep).iterdir() if job.name.isdigit()]
-    return sorted(job for job in jobs if (job / "checkpoints/last.ckpt").exists())
+    return sorted(job for job in jobs if (job / FINISHED).exists())
 
 
 def settings_of(config: DictConfig) -> dict[str, Any]:

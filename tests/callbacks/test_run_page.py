@@ -8,8 +8,9 @@ from io import BytesIO
 import numpy as np
 from PIL import Image
 
+from acetate.callbacks.curves import draw
 from acetate.pages.clips import shown
-from acetate.pages.of_run import keep
+from acetate.pages.of_run import keep, write
 
 
 def clip(level, frames=3):
@@ -39,6 +40,20 @@ def test_the_page_has_the_source_and_steps_from_the_first_to_the_last(tmp_path):
     picture = np.asarray(Image.open(BytesIO(base64.b64decode(sheets[0]))))
     assert picture.shape == (16, 20, 4)  # three pictures in two rows of two
     assert (picture[:8, :20] == [77, 77, 77, 128]).all()
+
+
+def test_the_page_has_the_curves_as_they_stand(tmp_path):
+    draw({"train/loss": [(1, 2.0), (2, 1.0)]}, tmp_path / "curves.png", "run")
+    write(tmp_path)
+    assert not (tmp_path / "clips.html").exists()  # no clips yet
+    keep(tmp_path, 0, [("cat", clip(1))])
+    for last in (0.5, 0.1):
+        draw({"train/loss": [(1, 2.0), (3, last)]}, tmp_path / "curves.png", "run")
+        write(tmp_path)
+        text = (tmp_path / "clips.html").read_text()
+        (held,) = re.findall(r'src="data:image/png;base64,(.*?)"', text)
+        assert base64.b64decode(held) == (tmp_path / "curves.png").read_bytes()
+    assert text.count('class="card"') == 1
 
 
 def test_figures_of_a_diverged_step_are_left_out(tmp_path):

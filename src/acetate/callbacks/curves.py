@@ -1,5 +1,5 @@
-"""Draws curves.png of a run from its metrics.csv: losses, what validations measured, learning
-rate."""
+"""Draws curves.png of a run from its metrics.csv, for its page, too: losses, what validations
+measured, learning rate."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -11,6 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
 from acetate.callbacks.metrics_file import MetricsFile, direction, measured, read_metrics
+from acetate.pages.of_run import CURVES, write
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -66,9 +67,10 @@ class Curves(Callback):
         try:
             draw(
                 read_metrics(self.directory / "metrics.csv"),
-                self.directory / "curves.png",
+                self.directory / CURVES,
                 _title(self.directory),
             )
+            write(self.directory)  # which shows them below the clips
         except Exception as error:  # a picture is worth less than the run
             rank_zero_warn(f"curves.png is not drawn: {error}")
 

@@ -71,9 +71,13 @@ def _small(frame: NDArray[np.uint8], side: int) -> Image.Image:
 
 
 def page(
-    title: str, systems: Sequence[str], clips: Sequence[tuple[str, Sequence[Shown | str | None]]]
+    title: str,
+    systems: Sequence[str],
+    clips: Sequence[tuple[str, Sequence[Shown | str | None]]],
+    below: str = "",
 ) -> str:
-    """Returns the page. clips: name and, of each system, a Shown, a reason or None."""
+    """Returns the page. clips: name and, of each system, a Shown, a reason or None. below: HTML
+    after them."""
     names = list(dict.fromkeys(
         name for _, made in clips for one in made if isinstance(one, Shown) for name in one.figures
     ))  # fmt: skip
@@ -82,6 +86,7 @@ def page(
         "systems": json.dumps(list(systems)).replace("</", "<\\/"),
         "orders": "".join(f'<option value="{escape(n)}">{escape(n)}</option>' for n in names),
         "cards": "".join(_card(*clip) for clip in clips),
+        "below": below,
     }
     return filled("view.html", title, parts)
 
