@@ -1,7 +1,7 @@
 """The study of docs/ablation.md: figures of every run of sweeps on the clips kept back, as a table
 and as a picture.
 
-python docs/ablation.py SWEEP [SWEEP ...] out=FOLDER picture=FILE.png
+python docs/ablation.py SWEEP [SWEEP ...] out=FOLDER [picture=FILE.png shown=SHARDS]
 """
 
 import csv
@@ -37,7 +37,46 @@ FIGURES = {  # name -> heading, digits
     "velocity": ("DiT's error, opaque cells", 3),
     "std": ("latents' deviation", 2),
 }
-DRAWS, SHOWN, SIDE = 2000, 5, 112
+RESIDUAL, SCRATCH = "merge block, residual", "merge block, scratch"
+OPAQUE = "rendering + opaque"
+CHANGES = {  # what changes -> from, to
+    "rendering": ((RESIDUAL, "no rendering", "", ""), (RESIDUAL, "rendering", "", "")),
+    "rendering, from scratch": ((SCRATCH, "no rendering", "", ""), (SCRATCH, "rendering", "", "")),
+    "the judge": (
+        (RESIDUAL, "rendering", "", ""), (RESIDUAL, OPAQUE, "normalised", ""),
+    ),
+    "the judge, from scratch": (
+        (SCRATCH, "rendering", "", ""), (SCRATCH, OPAQUE, "normalised", ""),
+    ),
+    "it also pushes transparent cells away": (
+        (RESIDUAL, OPAQUE, "normalised", ""),
+        (RESIDUAL, "rendering + bidirectional", "normalised", ""),
+    ),
+    "it sees normalised latents, not raw": (
+        (RESIDUAL, OPAQUE, "raw", ""), (RESIDUAL, OPAQUE, "normalised", ""),
+    ),
+    "merge block starts as a correction, not from scratch": (
+        (SCRATCH, OPAQUE, "normalised", ""), (RESIDUAL, OPAQUE, "normalised", ""),
+    ),
+    "moments held": (
+        (RESIDUAL, OPAQUE, "normalised", ""), (RESIDUAL, OPAQUE, "normalised", "held"),
+    ),
+    "no merge block": (
+        (RESIDUAL, OPAQUE, "normalised", "held"),
+        ("decoders alone", OPAQUE, "normalised", "held"),
+    ),
+    "one VAE of four channels": (
+        (RESIDUAL, OPAQUE, "normalised", "held"),
+        ("four channels, opaque init", OPAQUE, "normalised", "held"),
+    ),
+}  # fmt: skip
+PICTURED = (
+    (RESIDUAL, "no rendering", "", ""), (RESIDUAL, "rendering", "", ""),
+    (RESIDUAL, OPAQUE, "normalised", ""), (SCRATCH, OPAQUE, "normalised", ""),
+    (RESIDUAL, OPAQUE, "normalised", "held"), ("decoders alone", OPAQUE, "normalised", "held"),
+    ("four channels, opaque init", OPAQUE, "normalised", "held"),
+)  # fmt: skip
+DRAWS, SHOWN, SIDE = 2000, 6, 96
 Run = dict[str, Any]
 
 
@@ -63,7 +102,9 @@ def settings_of(config: DictConfig) -> dict[str, Any]:
     }
 
 
-def clips_through(config: DictConfig, checkpoint: Path) -> Iterator[tuple[dict, Tensor, Tensor]]:
+def clips_through(
+    config: DictConfig, checkpoint: Path
+) -> Iterator[tuple[dict[str, Any], Tensor, dict[str, float]]]:
     """Yields (batch of one clip, reconstruction, figures) of the clips kept back."""
     task: RGBAVAETask = instantiate(config.task).eval()
     task.configure_model()
@@ -131,25 +172,43 @@ def table(groups: dict[tuple[str, ...], list[Run]]) -> str:
     lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
     for choice, runs in groups.items():
         cells = [*choice, str(len(runs))]
-        for name, (_, digits) in FIGURES.items():
-            of_runs = [[clip[name] for clip in run["clips"].values()] for run in runs]
-            mean, low, high = interval(np.array(of_runs))
-            cells.append(f"{mean:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})")
+        cells += [f"{np.nanmean(values(runs, n)):.{d}f}" for n, (_, d) in FIGURES.items()]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
-def picture(groups: dict[tuple[str, ...], list[Path]], out: Path) -> None:
-    """Draws the first clips: a row for each choice, the source above; over magenta, and alpha."""
+def values(runs: list[Run], name: str) -> NDArray[np.float64]:
+    """Returns a figure of (seeds, clips)."""
+    return np.array([[clip[name] for clip in run["clips"].values()] for run in runs])
+
+
+def changes(groups: dict[tuple[str, ...], list[Run]]) -> str:
+    """Returns what each change does to the same clips at the same seeds, as Markdown."""
+    heads = ["change", *(head for head, _ in FIGURES.values())]
+    lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
+    for name, (before, after) in CHANGES.items():
+        cells = [name]
+        for figure, (_, d) in FIGURES.items():
+            apart = values(groups[after], figure) - values(groups[before], figure)
+            mean, low, high = interval(apart)
+            sure = "**" if low > 0 or high < 0 else ""
+            cells.append(f"{sure}{mean:+.{d}f}{sure} ({low:+.{d}f} to {high:+.{d}f})")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def picture(of_choice: dict[tuple[str, ...], list[Path]], shards: str, out: Path) -> None:
+    """Draws clips of `shards`: a row for each choice, the source above; over magenta, and alpha."""
     rows: list[tuple[str, list[Tensor]]] = []
-    for choice, runs in groups.items():
+    for choice in PICTURED:
+        run = of_choice[choice][0]
+        config = recorded_config(run)
+        config.data.shards = shards
         with torch.no_grad():
-            made = list(clips_through(recorded_config(runs[0]), runs[0] / "checkpoints/last.ckpt"))
-        chosen = made[:: max(1, len(made) // SHOWN)][:SHOWN]
+            made = list(clips_through(config, run / "checkpoints/last.ckpt"))[:SHOWN]
         if not rows:
-            sources = [torch.cat([b["rgb"], b["alpha"]], 1)[0] for b, _, _ in chosen]
-            rows.append(("source", sources))
-        rows.append((", ".join(part for part in choice if part), [clip for _, clip, _ in chosen]))
+            rows.append(("source", [torch.cat([b["rgb"], b["alpha"]], 1)[0] for b, _, _ in made]))
+        rows.append((", ".join(part for part in choice if part), [clip for _, clip, _ in made]))
     width, label = 2 * SIDE * SHOWN, 18
     sheet = Image.new("RGB", (width, len(rows) * (SIDE + label)), (24, 24, 24))
     for row, (name, clips) in enumerate(rows):
@@ -187,10 +246,12 @@ def main(*arguments: str) -> None:
             clips = run["clips"].values()
             means = {n: round(float(np.nanmean([c[n] for c in clips])), 5) for n in FIGURES}
             rows.writerow({**run, **means})
-    (out / "ablation_table.md").write_text(table(groups))
-    print(table(groups))
+    groups = dict(sorted(groups.items(), key=lambda item: (item[0][0] != RESIDUAL, item[0])))
+    for name, text in (("table", table(groups)), ("changes", changes(groups))):
+        (out / f"ablation_{name}.md").write_text(text)
+        print(text)
     if "picture" in given:
-        picture(of_choice, Path(given["picture"]))
+        picture(of_choice, given["shown"], Path(given["picture"]))
 
 
 if __name__ == "__main__":
