@@ -58,7 +58,7 @@ CALLBACKS = {
 }  # fmt: skip
 METRICS = Schema({"rows": several(COUNT, 0)})
 WALK = several(several(COUNT, 2, 2), 0)
-ADAM = {"step", "exp_avg", "exp_avg_sq"}
+ADAM = ["step", "exp_avg", "exp_avg_sq"]
 GROUP = {"lr": number(0), "initial_lr": number(0), "weight_decay": number(0), "eps": number(0),
          "betas": several(number(0, 1), 2, 2)}  # fmt: skip
 
@@ -181,8 +181,10 @@ def _check_optimizer(state: Mapping[str, Any], optimizer: Optimizer, place: str)
         if not isinstance(key, int) or not 0 <= key < len(parameters):
             raise FieldError(f"{at}: there are {len(parameters)} parameters")
         known = ADAM if like_adam else _state_names(optimizer, parameters[key].ndim)
-        if not tensors.holds(values) or (known and values.keys() != known):
-            raise FieldError(f"{at}: must be the tensors {', '.join(sorted(known)) or 'by name'}")
+        if not tensors.holds(values) or (known and values.keys() != set(known)):
+            listed = " and ".join(part for part in (", ".join(known[:-1]), *known[-1:]) if part)
+            said = f"the tensors {listed}" if known else tensors.says
+            raise FieldError(f"{at}: must be {said}")
         for name, value in values.items():
             shape = () if name == "step" else tuple(parameters[key].shape)
             # others keep rows and columns, or blocks of 8 bits
@@ -204,7 +206,7 @@ def _alike(value: Any) -> Rule:
     return number()
 
 
-def _state_names(optimizer: Optimizer, dimensions: int) -> set[str]:
+def _state_names(optimizer: Optimizer, dimensions: int) -> list[str]:
     """Returns the names of what an optimizer keeps of a parameter, from a step of a small one; none
     where that cannot be had, as of one that runs on a GPU alone."""
     small = torch.zeros((2,) * dimensions, requires_grad=True)
@@ -213,5 +215,5 @@ def _state_names(optimizer: Optimizer, dimensions: int) -> set[str]:
         probe = type(optimizer)([small], **optimizer.defaults)
         probe.step()
     except Exception:  # whatever a package of others raises
-        return set()
-    return {str(name) for name in probe.state[small]}
+        return []
+    return [str(name) for name in probe.state[small]]

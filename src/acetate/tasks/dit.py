@@ -69,6 +69,7 @@ class DoRATask(AdapterTask, MeasuredTask):
         self.keep_attention, self.compile_blocks = keep_attention, compile
         self.mean_shift, self.caption_dropout, self.seed = mean_shift, caption_dropout, seed
         self.noise, self.levels = noise or flow.NoiseDraws(), self.schedule_levels()
+        self.train_levels = self.schedule_levels(shift=self.noise.shift)
         self.levels_by_shift: dict[float, flow.NoiseLevels] = {}
         middles = ((torch.arange(VAL_LEVELS) + 0.5) * len(self.levels) / VAL_LEVELS).long()
         self.val_ids = {f"val_t/{self.levels.timesteps[i]:04.0f}": int(i) for i in middles}
@@ -125,8 +126,11 @@ class DoRATask(AdapterTask, MeasuredTask):
     def levels_for(self, latents: Tensor) -> flow.NoiseLevels:
         """Returns the noise levels that clips of this size are trained on."""
         shift = self.noise.shift_of(latents)
+        if shift == self.noise.shift:
+            return self.train_levels
         if shift not in self.levels_by_shift:
-            self.levels_by_shift[shift] = self.schedule_levels(shift=shift).to(latents.device)
+            with torch.device(latents.device):  # no copy, for which the device would be waited for
+                self.levels_by_shift[shift] = self.schedule_levels(shift=shift)
         return self.levels_by_shift[shift]
 
     def errors(
