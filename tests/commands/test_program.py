@@ -97,6 +97,8 @@ def test_unknown_names_are_said_with_the_nearest():
     assert (
         said("task.learning_rate=1") == "task.learning_rate is no setting here. --help lists them."
     )
+    for group, near in (("reproduce", "upstream"), ("sweep", "ablation")):  # which may be null
+        assert f"unknown, the nearest is {near}; there are" in said(f"{group}={near[:-1]}")
     assert "the nearest is task.lr." in said("task.lrr=1")
     assert "the nearest is experiment." in said("experimnt=vae_rgba")
     assert "the nearest is trainer.max_steps." in said("trainer.max_step=1")

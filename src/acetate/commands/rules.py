@@ -80,8 +80,7 @@ RULES: dict[str, Rule] = {
     ),
     # Clips
     "frames": strides(4, 1, FRAMES),
-    "height": whole(8, SIDE),
-    "width": whole(8, SIDE),
+    **dict.fromkeys(("height", "width"), pixels),
     "area": whole(256, SIDE * SIDE),
     "fps": number(0.01, 1000),
     **dict.fromkeys(("batch_size", "val_batch_size"), whole(1, 65536)),
@@ -108,16 +107,11 @@ RULES: dict[str, Rule] = {
     "timeout": positive,
     "storage_options": anything,
     # The base
-    "vae": place,
-    "transformer": place,
-    "text_encoder": place,
-    "source": place,
-    "save_to": place,
+    **dict.fromkeys(("vae", "transformer", "text_encoder", "source", "save_to"), place),
     "init_from": optional(place),
     "layers": whole(1, 1000),
     "vocabulary": whole(260, 10**7),
-    "dtype": dtype,
-    "frozen_dtype": dtype,
+    **dict.fromkeys(("dtype", "frozen_dtype"), dtype),
     # What trains
     "lora_rank": whole(1, 4096),
     "lora_alpha": positive,
