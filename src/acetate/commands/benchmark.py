@@ -3,8 +3,8 @@
 `ceilings` (benchmark_ceilings) is what the device gives at most. `step` (benchmark_step) is a
 training step of the RGBA-VAE, ours and as released; `dit` (benchmark_dit) one of the DiT with DoRA,
 ours and PEFT's on diffusers; both beside the ceilings where these are measured. `reader`
-(benchmark_reader) is reading clips. Each part is printed and written as soon as it is done, and one
-that fails does not cost the others.
+(benchmark_reader) is reading clips, `evaluate` (benchmark_evaluate) measuring them. Each part is
+printed and written as soon as it is done, and one that fails does not cost the others.
 """
 
 import os
@@ -26,11 +26,12 @@ from acetate.commands import benchmark_dit, benchmark_step
 from acetate.commands.benchmark_ceilings import CeilingsLoad, benchmark_ceilings, rates_of
 from acetate.commands.benchmark_clock import failures_in, failures_of, release, set_up
 from acetate.commands.benchmark_dit import DiTLoad, attention_shapes, check_ways, time_shape
+from acetate.commands.benchmark_evaluate import EvaluateLoad, benchmark_evaluate
 from acetate.commands.benchmark_reader import ReaderLoad, benchmark_reader, rows_of
 from acetate.commands.benchmark_step import Workload
 from acetate.replacing import check_out, write_json
 
-PARTS = ("ceilings", "step", "dit", "reader")
+PARTS = ("ceilings", "step", "dit", "reader", "evaluate")
 # What a setting without a value is
 BY_DEVICE: dict[str, dict[str, Any]] = {
     "cuda": {
@@ -71,6 +72,7 @@ def main(config: DictConfig) -> None:
     choose(config)
     load = Workload(**{field.name: config[field.name] for field in fields(Workload)})
     sizes, reading = CeilingsLoad(**config.ceilings), ReaderLoad(**config.reader)
+    measuring = EvaluateLoad(**config.evaluate)
     generator = dit_load(config)
     set_up(load.threads, load.cudnn_benchmark)
     console = Console(width=140)
@@ -88,6 +90,9 @@ def main(config: DictConfig) -> None:
                 measure_step(load, config, rates, results[part], console)
             elif part == "dit":
                 measure_dit(generator, rates, results[part], console)
+            elif part == "evaluate":
+                results[part] |= {"workload": asdict(measuring), **benchmark_evaluate(measuring)}
+                print_evaluate(results[part], measuring, console)
             else:
                 results[part] |= {"workload": asdict(reading), **benchmark_reader(reading)}
                 print_reader(results[part], reading, console)
@@ -226,6 +231,19 @@ def print_reader(results: dict[str, Any], load: ReaderLoad, console: Console) ->
     )
     for row in rows_of({kind: ways for kind, ways in results.items() if kind != "workload"}):
         table.add_row(*row)
+    console.print(table)
+
+
+def print_evaluate(results: dict[str, Any], load: EvaluateLoad, console: Console) -> None:
+    table = Table("evaluate", "core s", "core s/frame", "decoding", "metrics", "peak GiB")
+    for name in ("few", "all"):
+        one = results[name]
+        table.add_row(
+            f"{one['frames'] // load.frames} clips", f"{one['seconds']:.1f}",
+            f"{one['seconds'] / one['frames']:.3f}", f"{one['decoding']:.1%}",
+            f"{one['metrics']:.1%}", f"{one['peak_memory'] / 2**30:.2f}",
+        )  # fmt: skip
+    console.print(f"{load}; start included")
     console.print(table)
 
 

@@ -279,7 +279,7 @@ RULES: dict[str, Rule] = {
     "node_gb_s": positive,
     "gpu.name": words,
     "benchmark.out": optional(place),
-    "parts": several(one_of("ceilings", "step", "dit", "reader")),
+    "parts": several(one_of("ceilings", "step", "dit", "reader", "evaluate")),
     "benchmark.base_dim": whole(1, 1024),
     "benchmark.frames": optional(strides(4, 1, FRAMES)),
     "benchmark.height": optional(whole(8, SIDE)),
@@ -296,7 +296,7 @@ RULES: dict[str, Rule] = {
     "dit.shapes": optional(several(several(count, 3, 3))),
     "dit.ways": several(one_of("stock", "ours", "ours_compiled")),
     "dit.warmup": whole(0, 1000),
-    "reader.clips": count,
+    "evaluate.clips": whole(2, 1_000_000),
     "size": whole(16, SIDE),
     # Data preparation
     "executor": one_of("local", "ray"),
