@@ -8,7 +8,7 @@ export GOMP_SPINCOUNT = 20000
 export TOKENIZERS_PARALLELISM = false
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo train-vae train-dit lint check test test-all pages bench gpu clean
+.PHONY: help setup demo train-vae train-dit lint check test test-all failed pages bench gpu clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -44,7 +44,7 @@ lint: setup ## format, lint, types
 	$(BIN)/pyright
 
 # as many processes as cores are busy already
-check test test-all pages: export OMP_NUM_THREADS = 1
+check test test-all failed pages: export OMP_NUM_THREADS = 1
 
 check: lint ## the above and the fast tests
 	$(RUN) -m pytest -n logical --dist loadgroup -m "not slow and not gpu"
@@ -54,6 +54,9 @@ test: setup ## the tests that need no GPU, but for the long ones
 
 test-all: setup ## with the long ones: kills, many ranks, Ray, launchers, the wheel, the README's commands
 	$(RUN) -m pytest -n logical --dist loadgroup -m "not gpu and not pages"
+
+failed: setup ## what failed in the last run of tests, once more, with the machine to itself
+	$(RUN) -m pytest --last-failed --last-failed-no-failures none --tb=short -m "not gpu and not pages"
 
 pages: setup ## the commands of docs/, as written, in a fresh copy
 	$(RUN) -m pytest tests/test_documentation.py -m pages
