@@ -158,9 +158,13 @@ def test_a_wrong_setting_is_one_line_and_leaves_nothing(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.long
-def test_a_run_that_cannot_start_leaves_no_folder(tmp_path):
-    done = run_train(tmp_path, "experiment=vae_rgba", "data.shards=nowhere")
+@pytest.mark.parametrize(
+    ("setting", "why"),
+    [("data.shards=nowhere", "nowhere does not exist"), ("task.optimizer=AdmW", "nearest is AdamW")],
+)
+def test_a_run_that_cannot_start_leaves_no_folder(tmp_path, setting, why):
+    done = run_train(tmp_path, "experiment=vae_rgba", setting)
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
-    assert "nowhere does not exist" in done.stderr
+    assert why in done.stderr
     assert not [*tmp_path.glob("outputs/*")]

@@ -9,13 +9,14 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch.distributed.device_mesh import DeviceMesh
 
 from acetate.models.adapters import ADAPTER_SCHEMA, load_trainable, read_facts, trainable_state
-from acetate.tasks.optim import linear, with_warmup
+from acetate.tasks.optim import linear, optimizer_class, with_warmup
 
 
 class AdapterTask(LightningModule):
     """Saves and loads exactly the parameters that train; the frozen base is never in a checkpoint.
 
-    lr, warmup_steps, decay_steps, betas, weight_decay, optimizer: as in `with_warmup`.
+    lr, warmup_steps, decay_steps, betas, weight_decay, optimizer: as in `with_warmup`. Raises
+    ValueError for an optimizer that is not known.
     """
 
     warmup = staticmethod(linear)
@@ -31,6 +32,7 @@ class AdapterTask(LightningModule):
         optimizer: str = "AdamW",
     ) -> None:
         super().__init__()
+        optimizer_class(optimizer)  # at once, not when the run has its folder
         self.lr, self.warmup_steps, self.decay_steps = lr, warmup_steps, decay_steps
         self.betas, self.weight_decay, self.optimizer = betas, weight_decay, optimizer
         self.strict_loading = False  # on_load_checkpoint is strict about what trains
