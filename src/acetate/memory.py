@@ -13,11 +13,11 @@ frozen, trainable: weights, each in the precision that it is kept in. gradients:
 weights. optimizer: AdamW's two moments, a byte each in bitsandbytes' AdamW8bit. EMA: fp32.
 activations: what the forward pass keeps for the backward pass, and the batch. working: what is
 needed beyond that at the worst moment, the recomputed block of checkpointing included. Blocks that
-wait in the host's memory (base.offload) are on the device two at a time (gathered). N > 1 is trainer=fsdp: the batch is per GPU, so that
-activations do not shrink. gathered(N) is what is whole at a time: of the DiT the block at work, the
-next one and what is in no block; of the VAE the merge block or a decoder. gathered(1) = 0.
-replicated: frozen weights that every GPU holds whole (the VAE's encoder and head, perceptual
-networks).
+wait in the host's memory (base.offload) are on the device two at a time (gathered). N > 1 is
+trainer=fsdp: the batch is per GPU, so that activations do not shrink. gathered(N) is what is whole
+at a time: of the DiT the block at work, the next one and what is in no block; of the VAE the merge
+block or a decoder. gathered(1) = 0. replicated: frozen weights that every GPU holds whole (the
+VAE's encoder and head, perceptual networks).
 
 Not in it: the CUDA context, cuDNN's workspaces and the allocator's gaps (RESERVE of a card is left
 for them), NCCL's buffers, and validation, which needs less unless its clips are larger.

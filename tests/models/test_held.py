@@ -121,7 +121,7 @@ def test_fp8_keeps_three_bits_of_every_weight_that_is_not_tiny():
     assert codes.dtype == torch.float8_e4m3fn
     back = codes.float() * scale
     least = scale * 2**-10  # half the smallest that the type has
-    assert (((back - weight).abs() <= weight.abs() * 2**-4 + least).all())
+    assert ((back - weight).abs() <= weight.abs() * 2**-4 + least).all()
     assert not back[3].any()
 
 

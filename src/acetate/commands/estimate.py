@@ -103,10 +103,7 @@ def verdict(found: memory.Footprint, card: int) -> str:
     if room <= 0:
         named = named.removesuffix(", even sharded")
         return f"does not fit {named}: the weights alone are too large"
-    return (
-        f"does not fit {named}: room for {room / clip:.0%} of activations and "
-        "working peak"
-    )
+    return f"does not fit {named}: room for {room / clip:.0%} of activations and working peak"
 
 
 def remedies(config: DictConfig, load: memory.Load) -> list[str]:
