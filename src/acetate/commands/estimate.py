@@ -118,9 +118,9 @@ def remedies(config: DictConfig, load: memory.Load) -> list[str]:
         found.append("task.keep_attention=false")
     base = task.get("base") or {}
     if base.get("weights") == "full":
-        found.append("task.base.weights=fp8 (one GPU or trainer=ddp)")
+        found.append("task.base.weights=fp8 (one GPU)")
     if base.get("offload") is False and task.get("checkpointing"):
-        found.append("task.base.offload=true (one GPU or trainer=ddp)")
+        found.append("task.base.offload=true (one GPU)")
     if load.batch_size > 1:
         found.append(f"data.batch_size={load.batch_size // 2}")
     if "frames" in config.data:

@@ -76,7 +76,7 @@ class FrozenDiT:
         if self.held and shards is not None:
             raise ValueError(
                 f"task.{self.held}: trainer=fsdp cannot shard such weights. Use trainer=default on "
-                "one GPU or trainer=ddp on several, or task.base.weights=full and "
+                "one GPU, or task.base.weights=full and "
                 "task.base.offload=false."
             )
 
