@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loops import _FitLoop, _TrainingEpochLoop
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from lightning.pytorch.trainer.connectors.logger_connector import _LoggerConnector
+from torch.nn.parallel import DistributedDataParallel
 
 
 def step_is_due(trainer: Trainer) -> bool:
@@ -132,6 +133,12 @@ def _named(trainer: Trainer, restore: Callable[..., None]) -> Callable[..., None
 def set_ddp(strategy: DDPStrategy, **settings: Any) -> None:
     """Sets arguments of DistributedDataParallel for a strategy that Lightning chose itself."""
     strategy._ddp_kwargs |= settings
+
+
+def leave_out_of_ddp(task: LightningModule, names: Sequence[str]) -> None:
+    """Keeps DistributedDataParallel from parameters of a task, which it would send from rank 0 and
+    ask for one device: those that every rank has read by itself and holds where it likes."""
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(task, names)  # pyright: ignore
 
 
 def share_data_among_all(strategy: ModelParallelStrategy) -> None:

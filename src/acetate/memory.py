@@ -10,19 +10,21 @@ autocast chooses precisions as CUDA's does. For N GPUs, in bytes per GPU:
                + activations + working
 
 frozen, trainable: weights, each in the precision that it is kept in. gradients: as the trainable
-weights. optimizer: AdamW's two moments. EMA: fp32. activations: what the forward pass keeps for the
-backward pass, and the batch. working: what is needed beyond that at the worst moment, the
-recomputed block of checkpointing included. N > 1 is trainer=fsdp: the batch is per GPU, so that
-activations do not shrink. gathered(N) is what is whole at a time: of the DiT the block at work, the
-next one and what is in no block; of the VAE the merge block or a decoder. gathered(1) = 0.
-replicated: frozen weights that every GPU holds whole (the VAE's encoder and head, perceptual
-networks).
+weights. optimizer: AdamW's two moments, a byte each in bitsandbytes' AdamW8bit. EMA: fp32.
+activations: what the forward pass keeps for the backward pass, and the batch. working: what is
+needed beyond that at the worst moment, the recomputed block of checkpointing included. Blocks that
+wait in the host's memory (base.offload) are on the device two at a time (gathered). N > 1 is
+trainer=fsdp: the batch is per GPU, so that activations do not shrink. gathered(N) is what is whole
+at a time: of the DiT the block at work, the next one and what is in no block; of the VAE the merge
+block or a decoder. gathered(1) = 0. replicated: frozen weights that every GPU holds whole (the
+VAE's encoder and head, perceptual networks).
 
 Not in it: the CUDA context, cuDNN's workspaces and the allocator's gaps (RESERVE of a card is left
 for them), NCCL's buffers, and validation, which needs less unless its clips are larger.
 """
 
 import math
+import re
 import warnings
 import weakref
 from collections import Counter
@@ -44,11 +46,13 @@ from torch.utils.weak import WeakIdKeyDictionary
 from acetate.cuda_autocast import cuda_autocast
 from acetate.losses.perceptual import LPIPSFeatures, VGGFeatures
 from acetate.models.dit import FrozenDiT, VelocityField
+from acetate.models.held import held_layers
 from acetate.models.wan import Geometry
 from acetate.tasks.example import Load, MeasuredTask
 from acetate.tasks.optim import with_warmup
 
 RESERVE = 0.1  # share of a card that tensors do not get
+EIGHT_BIT_FROM = 4096  # values of a tensor; bitsandbytes keeps smaller moments in fp32
 AUTOCAST = {"32-true": None, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 # Wan2.1's DiTs where they differ from diffusers' defaults, which are the 14B's
 WAN21 = {"14B": {}, "1.3B": {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30}}
@@ -75,6 +79,8 @@ class Footprint:
     # of a step: multiplications and additions of matrices, convolutions and attention, recomputed
     # ones too
     flops: int
+    host: int = 0  # frozen weights in the host's memory, which are in no other row
+    shards: bool = True  # whether FSDP2 can shard it
 
     def per_gpu(self, gpus: int) -> dict[str, int]:
         """Returns bytes by row; the last row, total, is the sum of the others."""
@@ -88,7 +94,7 @@ class Footprint:
         }
         rows = {name: math.ceil(size / gpus) for name, size in sharded.items()}
         rows["frozen weights"] += replicated
-        rows["gathered weights"] = self.gathered if gpus > 1 else 0
+        rows["gathered weights"] = self.gathered if gpus > 1 or not self.shards else 0
         rows |= {"activations": self.activations, "working peak": self.working}
         return {**rows, "total": sum(rows.values())}
 
@@ -176,8 +182,8 @@ def blank_transformer(source: str, dtype: torch.dtype) -> WanTransformer3DModel:
 class BlankDiT(FrozenDiT):
     """A FrozenDiT whose base has no values."""
 
-    def load(
-        self, prepare: Callable[[WanTransformer3DModel], object] | None = None
+    def read(
+        self, prepare: Callable[[WanTransformer3DModel], object] | None
     ) -> WanTransformer3DModel:
         transformer = blank_transformer(self.transformer, getattr(torch, self.dtype))
         if prepare is not None:
@@ -268,6 +274,9 @@ def measure(
     if precision not in AUTOCAST:
         raise ValueError(f"trainer.precision {precision!r}; known: {', '.join(AUTOCAST)}.")
     counts = [(p.numel(), p.requires_grad) for p in task.parameters()]
+    packed = sum(  # that NF4 has two of in a place
+        layer.weight.numel() for layer in held_layers(task).values() if layer.kind == "nf4"
+    )
     with FakeTensorMode(allow_non_fake_inputs=True), cuda_autocast(), warnings.catch_warnings():
         # There is no trainer to log to, and the kernels are a CPU's
         warnings.filterwarnings("ignore", ".*self.log.*|.*Cannot dispatch to fused.*")
@@ -275,11 +284,7 @@ def measure(
         trainable = [p for p in task.parameters() if p.requires_grad]
         for parameter in trainable:
             parameter.grad = torch.empty_like(parameter)
-        optimizer = with_warmup(trainable, lr=0.0, warmup_steps=0)["optimizer"]
-        for group in optimizer.param_groups:
-            group["foreach"] = True  # as on a GPU
-        optimizer.step()  # makes the moments
-        moments = [x for x in tree_leaves(list(optimizer.state.values())) if isinstance(x, Tensor)]
+        step, moments = _optimizer(trainable, getattr(task, "optimizer", "AdamW"))
         known = [*task.parameters(), *task.buffers(), *(p.grad for p in trainable), *moments]
         with LiveStorages(known) as storages, Flops() as flops:
             batch = task.example_batch(load, geometry)
@@ -290,13 +295,15 @@ def measure(
             kept = storages.live
             loss.backward()
             nn.utils.clip_grad_norm_(trainable, 1.0, foreach=True)
-            optimizer.step()
+            step()
         groups = task.sharded()
+        held = held_layers(task).values()
+        host = _bytes(layer.weight for layer in held if layer.offloaded)
         frozen = _bytes([*(p for p in task.parameters() if not p.requires_grad), *task.buffers()])
         return Footprint(
-            parameters=sum(size for size, _ in counts),
+            parameters=sum(size for size, _ in counts) + packed,
             trainable_parameters=sum(size for size, trains in counts if trains),
-            frozen=frozen,
+            frozen=frozen - host,
             trainable=_bytes(trainable),
             gradients=_bytes(trainable),
             optimizer=_bytes(moments),
@@ -307,17 +314,46 @@ def measure(
             - sum(
                 _bytes(p for p in group.parameters() if not p.requires_grad) for group, _ in groups
             ),
-            gathered=max(_gathered(group, blocks) for group, blocks in groups),
+            gathered=max(_gathered(group, blocks, bool(held)) for group, blocks in groups),
             groups=sum(len(blocks) + 1 for _, blocks in groups),
             flops=flops.total,
+            host=host,
+            shards=not held,
         )
+
+
+def _optimizer(
+    trainable: list[nn.Parameter], name: str
+) -> tuple[Callable[[], object], list[Tensor]]:
+    """Returns the step of an optimizer, AdamW's but for bitsandbytes' of eight bits, and the
+    tensors that it keeps.
+
+    The latter works in place and keeps, of tensors of EIGHT_BIT_FROM values and more, two moments
+    of a byte and the scale of each 256 values.
+    """
+    if re.fullmatch(r"bitsandbytes\.(Paged)?AdamW?8bit", name):
+        sizes = [p.numel() for p in trainable]
+        small = sum(size for size in sizes if size < EIGHT_BIT_FROM)
+        large = [size for size in sizes if size >= EIGHT_BIT_FROM]
+        values = 8 * small + sum(2 * size + 8 * math.ceil(size / 256) for size in large)
+        return (lambda: None), [torch.empty(values, dtype=torch.uint8)]
+    optimizer = with_warmup(trainable, lr=0.0, warmup_steps=0)["optimizer"]
+    for group in optimizer.param_groups:
+        group["foreach"] = True  # as on a GPU
+    optimizer.step()  # makes the moments
+    kept = tree_leaves(list(optimizer.state.values()))
+    return lambda: optimizer.step(), [x for x in kept if isinstance(x, Tensor)]
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def _gathered(group: nn.Module, blocks: Sequence[nn.Module]) -> int:
-    """Returns the bytes of its weights that are whole at a time: two blocks, and those in none."""
+def _gathered(group: nn.Module, blocks: Sequence[nn.Module], held: bool = False) -> int:
+    """Returns the bytes of its weights that are whole at a time: two blocks, and those in none; of
+    weights that are held, what two blocks bring from the host's memory."""
+    if held:
+        layers = (held_layers(block).values() for block in blocks)
+        return sum(sorted(_bytes(x.weight for x in part if x.offloaded) for part in layers)[-2:])
     sizes = sorted(_bytes(block.parameters()) for block in blocks)
     return _bytes(group.parameters()) - sum(sizes) + sum(sizes[-2:])

@@ -55,6 +55,8 @@ def test_remedies_name_what_the_config_has(tmp_path):
     config = composed(tmp_path, "experiment=dit_dora", "task.checkpointing=true")
     assert remedies(config, one) == [
         "task.keep_attention=false",
+        "task.base.weights=fp8 (one GPU)",
+        "task.base.offload=true (one GPU)",
         "latents cached with fewer frames or a smaller area",
     ]
 

@@ -364,3 +364,26 @@ def test_overfits_eight_clips(tmp_path, cached):
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < losses[0] / 4
+
+
+HELD = ["task.base.weights=fp8", "task.base.offload=true", "task.checkpointing=true"]
+
+
+def test_a_run_on_held_weights_goes_on_to_the_bit(tmp_path, cached):
+    """Rounded and offloaded, stopped after two steps of four and resumed; its checkpoint goes on on
+    whole weights as well."""
+    whole = ["trainer.max_steps=4", "task.decay_steps=9", *HELD]
+    _, task, record = fit(config_for(tmp_path / "a", cached, *whole))
+    half = config_for(tmp_path / "b", cached, "trainer.max_steps=2", *whole[1:])
+    _, _, first = fit(half)
+    last = tmp_path / "b/checkpoints/last.ckpt"
+    with pytest.warns(match="max_steps 2 of the checkpoint is now 4"):
+        _, again, second = fit(config_for(tmp_path / "c", cached, *whole), resume=last)
+    assert first.losses + second.losses == record.losses
+    for name, value in trainable_state(task).items():
+        assert torch.equal(value, trainable_state(again)[name]), name
+    with pytest.warns(match="max_steps 2 of the checkpoint is now 3"):
+        plain = config_for(tmp_path / "d", cached, "trainer.max_steps=3", "task.decay_steps=9")
+        _, _, third = fit(plain, resume=last)
+    assert third.losses[0] == pytest.approx(record.losses[2], rel=0.02)
+    assert third.losses[0] != record.losses[2]

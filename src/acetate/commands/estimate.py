@@ -70,9 +70,15 @@ def footprint(config: DictConfig) -> tuple[memory.Load, memory.Footprint]:
     )
 
 
+def counts(found: memory.Footprint) -> tuple[int, ...]:
+    """Returns the numbers of GPUs that a run can be sharded over."""
+    return GPUS if found.shards else GPUS[:1]
+
+
 def table(found: memory.Footprint) -> Table:
-    view = Table("GiB per GPU", *("1 GPU" if n == 1 else f"{n} GPUs, trainer=fsdp" for n in GPUS))
-    columns = [found.per_gpu(n) for n in GPUS]
+    heads = ("1 GPU" if n == 1 else f"{n} GPUs, trainer=fsdp" for n in counts(found))
+    view = Table("GiB per GPU", *heads)
+    columns = [found.per_gpu(n) for n in counts(found)]
     for row in columns[0]:
         if row == "total":
             view.add_section()
@@ -83,22 +89,21 @@ def table(found: memory.Footprint) -> Table:
 def verdict(found: memory.Footprint, card: int) -> str:
     """Says how many GPUs of a card a run takes, or which share of the activations fits the most of
     them."""
-    enough = [n for n in GPUS if found.per_gpu(n)["total"] <= memory.room(card)]
+    enough = [n for n in counts(found) if found.per_gpu(n)["total"] <= memory.room(card)]
     if enough:
         return (
             "fits one GPU"
             if enough[0] == 1
             else f"does not fit one GPU; fits {enough[0]}, {SHARDED}"
         )
-    most = found.per_gpu(GPUS[-1])
+    most = found.per_gpu(counts(found)[-1])
+    named = f"{GPUS[-1]}, even sharded" if found.shards else "one GPU"
     clip = most["activations"] + most["working peak"]
     room = memory.room(card) - (most["total"] - clip)
     if room <= 0:
-        return f"does not fit {GPUS[-1]}: the weights alone are too large"
-    return (
-        f"does not fit {GPUS[-1]}, even sharded: room for {room / clip:.0%} of activations and "
-        "working peak"
-    )
+        named = named.removesuffix(", even sharded")
+        return f"does not fit {named}: the weights alone are too large"
+    return f"does not fit {named}: room for {room / clip:.0%} of activations and working peak"
 
 
 def remedies(config: DictConfig, load: memory.Load) -> list[str]:
@@ -111,6 +116,11 @@ def remedies(config: DictConfig, load: memory.Load) -> list[str]:
     task = config.get("task") or {}
     if task.get("checkpointing") and task.get("keep_attention"):
         found.append("task.keep_attention=false")
+    base = task.get("base") or {}
+    if base.get("weights") == "full":
+        found.append("task.base.weights=fp8 (one GPU)")
+    if base.get("offload") is False and task.get("checkpointing"):
+        found.append("task.base.offload=true (one GPU)")
     if load.batch_size > 1:
         found.append(f"data.batch_size={load.batch_size // 2}")
     if "frames" in config.data:
@@ -133,16 +143,21 @@ def main(config: DictConfig) -> None:
         f"{load.frames} frames, {load.height}x{load.width}, {config.trainer.precision}"
     )
     console.print(table(found))
+    if found.host:
+        console.print(f"frozen weights in the host's memory: {found.host / 2**30:.2f} GiB per GPU")
+    sharded = (
+        "trainer=fsdp shards weights, gradients, optimizer and average: the other columns."
+        if found.shards
+        else "trainer=fsdp cannot shard such frozen weights."
+    )
     console.print(
-        "trainer=ddp: however many GPUs, each holds column 1 and the gradients again. "
-        "trainer=fsdp shards weights, "
-        "gradients, optimizer and average: the other columns."
+        "trainer=ddp: however many GPUs, each holds column 1 and the gradients again. " + sharded
     )
     for card, text in verdicts.items():
         console.print(f"{card:>4} GiB  {text}")
     console.print(f"less memory: {'; '.join(remedies(config, load))}")
     if config.out is not None:
-        per_gpu = {str(n): found.per_gpu(n) for n in GPUS}
+        per_gpu = {str(n): found.per_gpu(n) for n in counts(found)}
         write_json(
             Path(config.out),
             {

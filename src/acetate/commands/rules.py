@@ -156,6 +156,7 @@ RULES: dict[str, Rule] = {
     "diffusion.latents": one_of("normalised", "raw"),
     "imagenet_norm": flag,
     "weights": optional(place),
+    "base.weights": one_of("full", "fp8", "nf4"),
     "stages": whole(1, 10),
     # The trainer
     "max_steps": count,
@@ -201,8 +202,7 @@ RULES: dict[str, Rule] = {
     "panels.clips": count,
     "rows": whole(1, 64),
     "refresh_rate": count,
-    "signals": signals,
-    "requeue": signals,
+    **dict.fromkeys(("signals", "requeue"), signals),
     "samples.prompts": optional(several(text)),
     "negative_prompt": text,
     "length": whole(1, 4096),

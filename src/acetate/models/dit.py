@@ -22,6 +22,7 @@ from tqdm import tqdm
 from acetate.draws import generator_for
 from acetate.models import dora
 from acetate.models.compiled import compile_forward
+from acetate.models.held import KINDS, HeldLinear, hold, whole
 from acetate.models.loading import load_transformer
 from acetate.models.sharding import shard, shard_like
 from acetate.models.text import embed_prompt
@@ -42,16 +43,55 @@ ATTENTION = [
 
 @dataclass(frozen=True)
 class FrozenDiT:
-    """The place of a base, as `load_transformer` takes it, and the precision that it is kept in."""
+    """The place of a base, as `load_transformer` takes it, and how it is kept: its precision, what
+    the weights of its blocks are rounded to (one of held.KINDS), and whether they wait in the
+    host's memory."""
 
     transformer: str
     dtype: str
+    weights: str = "full"
+    offload: bool = False
+
+    def __post_init__(self) -> None:
+        if self.weights not in KINDS:
+            raise ValueError(f"base.weights={self.weights}; known: {', '.join(KINDS)}.")
+
+    @property
+    def held(self) -> str:
+        """The settings that keep weights in another way than whole on the device; empty without."""
+        kept = [f"base.weights={self.weights}"] * (self.weights != "full")
+        return " and ".join([*kept, *["base.offload=true"] * self.offload])
+
+    def check_step(self, checkpointing: bool, compiled: bool) -> None:
+        """Raises ValueError for a training step that would keep what is offloaded on the device."""
+        if self.offload and (compiled or not checkpointing):
+            way = "task.compile=false" if compiled else "task.checkpointing=true"
+            raise ValueError(
+                "task.base.offload=true: blocks come and go with their recomputation, one at a "
+                f"time; needed: {way}."
+            )
+
+    def check_shards(self, shards: DeviceMesh | None) -> None:
+        """Raises ValueError where weights that are held in another way would be sharded."""
+        if self.held and shards is not None:
+            raise ValueError(
+                f"task.{self.held}: trainer=fsdp cannot shard such weights. Use trainer=default on "
+                "one GPU, or task.base.weights=full and "
+                "task.base.offload=false."
+            )
 
     def load(
         self, prepare: Callable[[WanTransformer3DModel], object] | None = None
     ) -> WanTransformer3DModel:
         """Loads the base. prepare: called on it before it has values, to put adapters on it or
         shard it."""
+        transformer = self.read(prepare)
+        hold(transformer.blocks, self.weights, self.offload)
+        return transformer
+
+    def read(
+        self, prepare: Callable[[WanTransformer3DModel], object] | None
+    ) -> WanTransformer3DModel:
         return load_transformer(self.transformer, getattr(torch, self.dtype), prepare)
 
 
@@ -207,7 +247,7 @@ def start_dora(transformer: WanTransformer3DModel, seed: int) -> None:
             layer.lora_B["default"],
             layer.lora_magnitude_vector["default"],
         ]
-        base = cast(Tensor, layer.get_base_layer().weight)
+        base = whole(layer.get_base_layer())
         if base.is_meta:  # shapes without numbers
             continue
         down, up = (part.weight for part in parts[:2])
@@ -241,9 +281,9 @@ def merged_weight(layer: LoraLayer, strength: float = 1.0, device: str | None = 
         cast(Tensor, part["default"].weight).to(device, torch.float32)
         for part in (layer.lora_magnitude_vector, layer.lora_A, layer.lora_B)
     )
-    base = cast(Tensor, layer.get_base_layer().weight).to(device, torch.float32)
-    whole = dora.adapted(base, down, up, strength * layer.scaling["default"])
-    return whole * dora.gain(magnitude, whole)[:, None]
+    base = whole(layer.get_base_layer()).to(device, torch.float32)
+    made = dora.adapted(base, down, up, strength * layer.scaling["default"])
+    return made * dora.gain(magnitude, made)[:, None]
 
 
 @torch.no_grad()
@@ -254,6 +294,8 @@ def merge_dora(transformer: WanTransformer3DModel, strength: float = 1.0) -> Non
         dora_layers(transformer).items(), desc="merge DoRA", unit="layer", delay=2, leave=False
     ):
         base = layer.get_base_layer()
+        if isinstance(base, HeldLinear):
+            raise TypeError(f"{name}: merge into whole weights, which a base has by default.")
         base.weight.copy_(merged_weight(layer, strength))
         parent, _, child = name.rpartition(".")
         setattr(transformer.get_submodule(parent), child, base)

@@ -15,6 +15,8 @@ from peft.tuners.lora import Linear, LoraLayer
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from acetate.models.held import whole
+
 LEAST = 1e-8  # of a row's norm
 
 
@@ -44,9 +46,9 @@ class _DoRA(torch.autograd.Function):
         magnitude: Tensor,
         scale: float,
     ) -> Tensor:
-        whole = adapted(weight, down, up, scale)
-        g = gain(magnitude, whole)
-        merged = whole.mul_(g[:, None]).to(x.dtype)
+        made = adapted(weight, down, up, scale)
+        g = gain(magnitude, made)
+        merged = made.mul_(g[:, None]).to(x.dtype)
         bias = None if bias is None else bias.to(x.dtype)
         y = F.linear(x, merged, bias)
         ctx.save_for_backward(x, merged, y, bias, down, up, magnitude, g)
@@ -87,7 +89,7 @@ class DoRALinear(Linear):
         (name,) = self.active_adapters
         with torch.autocast(kind, enabled=False):
             y = _DoRA.apply(
-                x.reshape(-1, x.shape[-1]), base.weight, base.bias, self.lora_A[name].weight,
+                x.reshape(-1, x.shape[-1]), whole(base), base.bias, self.lora_A[name].weight,
                 self.lora_B[name].weight, self.lora_magnitude_vector[name].weight,
                 self.scaling[name],
             )  # fmt: skip

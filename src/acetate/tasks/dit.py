@@ -11,7 +11,7 @@ from torch import Tensor
 from acetate import flow, regions
 from acetate.data.latents import MADE_WITH
 from acetate.draws import ClipDraws
-from acetate.lightning_seams import batch_number
+from acetate.lightning_seams import batch_number, leave_out_of_ddp
 from acetate.models.dit import (
     FrozenDiT,
     attach_dora,
@@ -21,6 +21,7 @@ from acetate.models.dit import (
     start_dora,
     velocity,
 )
+from acetate.models.held import held_layers
 from acetate.models.loading import transformer_sha256
 from acetate.models.wan import Geometry
 from acetate.steps import ends_step, logs_step
@@ -65,6 +66,7 @@ class DoRATask(AdapterTask, MeasuredTask):
         super().__init__(**optimization)
         if not 0 <= caption_dropout <= 1:
             raise ValueError(f"task.caption_dropout {caption_dropout}; a share in [0, 1].")
+        base.check_step(checkpointing, compile)
         self.base, self.rank, self.alpha, self.checkpointing = base, rank, alpha, checkpointing
         self.keep_attention, self.compile_blocks = keep_attention, compile
         self.mean_shift, self.caption_dropout, self.seed = mean_shift, caption_dropout, seed
@@ -85,7 +87,10 @@ class DoRATask(AdapterTask, MeasuredTask):
     def configure_model(self) -> None:
         if self.transformer is not None:
             return
+        self.base.check_shards(self.shards)
         self.transformer = self.base.load(self.adapt).train()
+        held = held_layers(self.transformer)
+        leave_out_of_ddp(self, [f"transformer.{name}.weight" for name in held])
         start_dora(self.transformer, self.seed)
         self.base_sha256 = transformer_sha256(self.transformer)
         if self.compile_blocks:
