@@ -20,8 +20,10 @@ from torch.utils.checkpoint import (
 from tqdm import tqdm
 
 from acetate.draws import generator_for
+from acetate.flow import NoiseLevels
 from acetate.models import dora
 from acetate.models.compiled import compile_forward
+from acetate.models.experts import PARTS
 from acetate.models.loading import load_transformer
 from acetate.models.sharding import shard, shard_like
 from acetate.models.text import embed_prompt
@@ -42,17 +44,59 @@ ATTENTION = [
 
 @dataclass(frozen=True)
 class FrozenDiT:
-    """The place of a base, as `load_transformer` takes it, and the precision that it is kept in."""
+    """The place of a base, as `load_transformer` takes it, and the precision that it is kept in.
+
+    expert: `high` or `low`, the one of Wan2.2's two experts that is loaded, from `transformer` or
+    `transformer_2`; null for a base that is one DiT. boundary: the share of the training steps
+    from which on the high-noise expert sees them. Raises ValueError where base and expert do not
+    fit together.
+    """
 
     transformer: str
     dtype: str
+    transformer_2: str | None = None
+    boundary: float | None = None
+    expert: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.expert not in (None, *PARTS):
+            raise ValueError(f"task.base.expert {self.expert!r}; known: {', '.join(PARTS)}.")
+        two = self.transformer_2 is not None and self.boundary is not None
+        if self.expert and not two:
+            raise ValueError(
+                f"task.base.expert={self.expert}, but {self.transformer} is one DiT (no "
+                "wan.transformer_2 or wan.boundary). Give task.base.expert=null, or "
+                "wan=wan22_a14b."
+            )
+        if two and not self.expert:
+            raise ValueError(
+                f"{self.transformer} has two experts, of which a run trains one. Give "
+                "task.base.expert=high or low, or -m task.base.expert=high,low for a run each."
+            )
+
+    @property
+    def source(self) -> str:
+        """The place of the weights that are loaded."""
+        return self.transformer_2 if self.expert == "low" else self.transformer  # pyright: ignore[reportReturnType]
+
+    def facts(self) -> dict[str, Any]:
+        """Returns what a file of adapters says of their expert; nothing for one DiT."""
+        return {"expert": self.expert, "boundary": self.boundary} if self.expert else {}
+
+    def span(self, levels: NoiseLevels) -> tuple[int, int]:
+        """Returns the first id of the levels that this expert sees, and the one after its last."""
+        if self.expert is None:
+            return 0, len(levels)
+        high = levels.at_least(cast(float, self.boundary))
+        return (0, high) if self.expert == "high" else (high, len(levels))
 
     def load(
         self, prepare: Callable[[WanTransformer3DModel], object] | None = None
     ) -> WanTransformer3DModel:
         """Loads the base. prepare: called on it before it has values, to put adapters on it or
         shard it."""
-        return load_transformer(self.transformer, getattr(torch, self.dtype), prepare)
+        part = PARTS[self.expert or "high"]
+        return load_transformer(self.source, getattr(torch, self.dtype), prepare, part)
 
 
 class VelocityField(nn.Module):

@@ -71,7 +71,9 @@ class DoRATask(AdapterTask, MeasuredTask):
         self.noise, self.levels = noise or flow.NoiseDraws(), self.schedule_levels()
         self.train_levels = self.schedule_levels(shift=self.noise.shift)
         self.levels_by_shift: dict[float, flow.NoiseLevels] = {}
-        middles = ((torch.arange(VAL_LEVELS) + 0.5) * len(self.levels) / VAL_LEVELS).long()
+        self.spans: dict[float, tuple[int, int]] = {}
+        first, end = base.span(self.levels)
+        middles = first + ((torch.arange(VAL_LEVELS) + 0.5) * (end - first) / VAL_LEVELS).long()
         self.val_ids = {f"val_t/{self.levels.timesteps[i]:04.0f}": int(i) for i in middles}
         # Sums and counts of this rank since the last log; float64, so that a sum does not depend on
         # the order that ranks and resumed runs add in, as integers, which no module-wide cast
@@ -133,6 +135,15 @@ class DoRATask(AdapterTask, MeasuredTask):
                 self.levels_by_shift[shift] = self.schedule_levels(shift=shift)
         return self.levels_by_shift[shift]
 
+    def span_for(self, latents: Tensor) -> tuple[int, int]:
+        """Returns the ids of those levels that the base sees of clips of this size: the first one,
+        and the one after the last."""
+        shift = self.noise.shift_of(latents)
+        if shift not in self.spans:
+            with torch.device("cpu"):  # whose answer is not waited for
+                self.spans[shift] = self.base.span(self.schedule_levels(shift=shift))
+        return self.spans[shift]
+
     def errors(
         self,
         batch: dict[str, Any],
@@ -178,7 +189,7 @@ class DoRATask(AdapterTask, MeasuredTask):
         )
         noise = draws.normal(batch["latents"].shape[1:])
         levels = self.levels_for(batch["latents"])
-        ids = levels.seen(self.noise.ids(levels, draws))
+        ids = levels.seen(self.noise.ids(levels, draws, self.span_for(batch["latents"])))
         dropped = draws.integers(1_000_000) < 1_000_000 * self.caption_dropout
         context = torch.where(dropped[:, None, None], batch["null_context"], batch["context"])
         errors = self.errors(batch, noise, ids, context, levels)
@@ -235,7 +246,8 @@ class DoRATask(AdapterTask, MeasuredTask):
     def facts(self) -> dict[str, Any]:
         return {
             "kind": "dit_dora",
-            "base": self.base.transformer,
+            "base": self.base.source,
+            **self.base.facts(),
             "transformer_sha256": self.base_sha256,
             "rank": self.rank,
             "alpha": self.alpha,
