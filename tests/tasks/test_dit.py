@@ -309,6 +309,36 @@ def test_error_is_the_published_one(tmp_path, cached):
             assert_close(ours[i], (v - (shifted - z)).square().mean(), rtol=1e-4, atol=1e-6)
 
 
+def test_cells_count_by_coverage(tmp_path, cached):
+    """An empty cell a tenth of a full one, and all of a clip 1 on average; floor 1 is no weight."""
+    task, batch = ready(tmp_path, cached, "task.alpha_floor=0.1")
+    covered = batch["coverage"]
+    weights = task.cell_weights(batch)
+    assert covered.min() == 0 and covered.max() > 0.1
+    assert_close(weights.flatten(1).mean(1), torch.ones(2))
+    for one, share in zip(weights, covered, strict=True):
+        assert_close(one * (0.1 + 0.9 * share).mean(), 0.1 + 0.9 * share)
+    noise = ClipDraws(batch["key"], 0, "x", device=torch.device("cpu")).normal(
+        batch["latents"].shape[1:]
+    )
+    ids, context = torch.tensor([30, 800]), batch["context"]
+    with torch.no_grad():
+        plain = task.errors(batch, noise, ids, context)
+        assert torch.equal(task.errors(batch, noise, ids, context, None, weights**0), plain)
+        empty, seen = (
+            task.errors(batch, noise, ids, context, None, part.float())
+            for part in (covered == 0, covered > 0)
+        )
+        ours = task.errors(batch, noise, ids, context, None, weights)
+    assert_close(empty + seen, plain)
+    lifted = (ours - empty * weights.flatten(1).amin(1)) / seen  # of what is seen
+    assert (lifted > 1).all()
+    del batch["coverage"]
+    assert instantiate(config_for(tmp_path, cached).task).cell_weights(batch) is None
+    with pytest.raises(ValueError, match=r"alpha_floor=0\.1 .* cache is older\. Cache them anew"):
+        task.errors(batch, noise, ids, context)
+
+
 def test_captions_are_dropped_for_a_share_of_the_clips():
     with pytest.raises(ValueError, match="caption_dropout 2; a share"):
         DoRATask(

@@ -205,9 +205,7 @@ def second_of(config: DictConfig) -> Trained:
     return second
 
 
-def merged_low(
-    trained: Trained, config: DictConfig
-) -> tuple[WanTransformer3DModel, PEFTAdapter]:
+def merged_low(trained: Trained, config: DictConfig) -> tuple[WanTransformer3DModel, PEFTAdapter]:
     """Returns the low-noise expert with its DoRA merged, and that DoRA. Raises ValueError where it
     was trained on other latents or noise than the high one's."""
     second = second_of(config)

@@ -213,6 +213,7 @@ RULES: dict[str, Rule] = {
     "guidance": number(0, 100),
     "guidance_2": optional(number(0, 100)),
     "boundary": optional(number(above=0, below=1)),
+    "alpha_floor": optional(number(above=0, high=1)),
     "expert": optional(one_of("high", "low")),
     "shift": number(above=0, high=1000),
     "strength": number(-100, 100),
