@@ -45,6 +45,7 @@ from acetate.cuda_autocast import cuda_autocast
 from acetate.losses.perceptual import LPIPSFeatures, VGGFeatures
 from acetate.models.dit import FrozenDiT, VelocityField
 from acetate.models.experts import PARTS
+from acetate.models.offload import kept_in
 from acetate.models.wan import Geometry
 from acetate.tasks.example import Load, MeasuredTask
 from acetate.tasks.optim import with_warmup
@@ -116,7 +117,9 @@ class LiveStorages(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **kwargs or {})
         for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor) and tensor.untyped_storage() not in self.seen:
+            if not isinstance(tensor, Tensor) or tensor.device.type == "meta":  # as offloaded
+                continue
+            if tensor.untyped_storage() not in self.seen:
                 storage = tensor.untyped_storage()
                 self.seen[storage] = True
                 self.live += storage.nbytes()
@@ -273,7 +276,8 @@ def measure(
     if precision not in AUTOCAST:
         raise ValueError(f"trainer.precision {precision!r}; known: {', '.join(AUTOCAST)}.")
     counts = [(p.numel(), p.requires_grad) for p in task.parameters()]
-    with FakeTensorMode(allow_non_fake_inputs=True), cuda_autocast(), warnings.catch_warnings():
+    quiet, away = warnings.catch_warnings(), kept_in("meta")
+    with FakeTensorMode(allow_non_fake_inputs=True), cuda_autocast(), quiet, away:
         # There is no trainer to log to, and the kernels are a CPU's
         warnings.filterwarnings("ignore", ".*self.log.*|.*Cannot dispatch to fused.*")
         without_numbers(task)

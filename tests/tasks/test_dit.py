@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 
 from acetate import flow, regions
+from acetate.commands.estimate import footprint
 from acetate.draws import ClipDraws
 from acetate.models.adapters import trainable_state
 from acetate.models.dit import FrozenDiT
@@ -243,6 +244,29 @@ def test_recomputed_blocks_give_the_same_gradients(tmp_path, cached):
     )
     for name, value in plain.items():
         assert_close(recomputed[name], value, rtol=1e-5, atol=1e-7, msg=name)
+
+
+def test_offloaded_inputs_give_the_same_gradients(tmp_path, cached):
+    """To the bit; and by the estimate a block's input less is held for each block."""
+    (plain,), (offloaded,) = (
+        gradients(tmp_path / name, cached, "trainer.max_steps=1", f"task.checkpointing={name}")
+        for name in ("true", "offload")
+    )
+    for name, value in plain.items():
+        assert torch.equal(offloaded[name], value), name
+    clip = ["wan.frames=9", "wan.height=96", "wan.width=96", "task.keep_attention=false"]
+    found = {}
+    for way in ("true", "offload"):
+        config = config_for(tmp_path, cached, *clip, f"task.checkpointing={way}")
+        _, found[way] = footprint(config)
+    kept, blocks = 2 * 3 * 12 * 12 * 128 * 4, 8  # of one block: clips, tokens, width, bytes
+    assert found["true"].activations - found["offload"].activations == pytest.approx(
+        blocks * kept, rel=0.05
+    )
+    assert found["offload"].working <= found["true"].working + 2 * kept
+    both = ["task.checkpointing=offload", "task.compile=true"]
+    with pytest.raises(ValueError, match="offload is not for compiled blocks"):
+        instantiate(config_for(tmp_path, cached, *both).task)
 
 
 def test_average_of_the_adapters_is_what_is_exported(tmp_path, cached):

@@ -111,6 +111,8 @@ def remedies(config: DictConfig, load: memory.Load) -> list[str]:
     task = config.get("task") or {}
     if task.get("checkpointing") and task.get("keep_attention"):
         found.append("task.keep_attention=false")
+    if task.get("checkpointing") is True and "keep_attention" in task:
+        found.append("task.checkpointing=offload")
     if load.batch_size > 1:
         found.append(f"data.batch_size={load.batch_size // 2}")
     if "frames" in config.data:

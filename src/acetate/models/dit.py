@@ -25,6 +25,7 @@ from acetate.models import dora
 from acetate.models.compiled import compile_forward
 from acetate.models.experts import PARTS
 from acetate.models.loading import load_transformer
+from acetate.models.offload import inputs_offloaded
 from acetate.models.sharding import shard, shard_like
 from acetate.models.text import embed_prompt
 
@@ -166,21 +167,25 @@ def keep_attention_alone(_: Any, operation: Any, *args: Any, **kwargs: Any) -> C
     return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def recomputed(keep_attention: bool) -> Callable[..., Any]:
+def recomputed(keep_attention: bool, offload: bool = False) -> Callable[..., Any]:
     """Returns f, *inputs -> f(*inputs) that keeps its inputs alone, and computes the rest again in
     the backward pass.
 
     keep_attention: what fused self-attention gives is kept as well. It is most of the work of a
-    long clip's block and a small part of what that makes.
+    long clip's block and a small part of what that makes. offload: the first input is kept in the
+    CPU's memory, as `inputs_offloaded` does.
     """
     selection = partial(create_selective_checkpoint_contexts, keep_attention_alone)
     context = {"context_fn": selection} if keep_attention else {}
-    return partial(checkpoint, use_reentrant=False, **context)
+    run = partial(checkpoint, use_reentrant=False, **context)
+    return inputs_offloaded(run) if offload else run
 
 
-def checkpoint_blocks(transformer: WanTransformer3DModel, keep_attention: bool = True) -> None:
+def checkpoint_blocks(
+    transformer: WanTransformer3DModel, keep_attention: bool = True, offload: bool = False
+) -> None:
     """Lets every block be computed again in the backward pass, as `recomputed` does."""
-    transformer.enable_gradient_checkpointing(recomputed(keep_attention))
+    transformer.enable_gradient_checkpointing(recomputed(keep_attention, offload))
 
 
 def compile_blocks(

@@ -37,7 +37,8 @@ class DoRATask(AdapterTask, MeasuredTask):
     - G), one t per clip.
 
     rank, alpha: of DoRA. G is the Gaussian ellipse that the cache holds. checkpointing: blocks are
-    computed again in the backward pass, all but what attention gives where keep_attention is true.
+    computed again in the backward pass, all but what attention gives where keep_attention is true;
+    `offload`: and what a block begins with waits in the CPU's memory.
     compile: compiles the blocks, once for each shape of clips. caption_dropout: share of clips that
     see the empty prompt. noise: how noise levels are drawn; null: as Wan. alpha_floor:
     what an empty cell's error counts in training beside a full one's, by coverage in between; null:
@@ -54,7 +55,7 @@ class DoRATask(AdapterTask, MeasuredTask):
         base: FrozenDiT,
         rank: int,
         alpha: float,
-        checkpointing: bool,
+        checkpointing: bool | str,
         mean_shift: float,
         caption_dropout: float,
         seed: int,
@@ -67,6 +68,11 @@ class DoRATask(AdapterTask, MeasuredTask):
         super().__init__(**optimization)
         if not 0 <= caption_dropout <= 1:
             raise ValueError(f"task.caption_dropout {caption_dropout}; a share in [0, 1].")
+        if compile and checkpointing == "offload":
+            raise ValueError(
+                "task.checkpointing=offload is not for compiled blocks (task.compile=true). Give "
+                "task.checkpointing=true, or task.compile=false."
+            )
         self.base, self.rank, self.alpha, self.checkpointing = base, rank, alpha, checkpointing
         self.keep_attention, self.compile_blocks = keep_attention, compile
         self.mean_shift, self.caption_dropout, self.seed = mean_shift, caption_dropout, seed
@@ -94,9 +100,10 @@ class DoRATask(AdapterTask, MeasuredTask):
         start_dora(self.transformer, self.seed)
         self.base_sha256 = transformer_sha256(self.transformer)
         if self.compile_blocks:
-            compile_blocks(self.transformer, self.checkpointing, self.keep_attention)
+            compile_blocks(self.transformer, bool(self.checkpointing), self.keep_attention)
         elif self.checkpointing:
-            checkpoint_blocks(self.transformer, self.keep_attention)
+            offload = self.checkpointing == "offload"
+            checkpoint_blocks(self.transformer, self.keep_attention, offload)
 
     def adapt(self, transformer: WanTransformer3DModel) -> None:
         """Puts adapters on a frozen base without numbers; on many ranks each keeps its shards."""
