@@ -86,6 +86,8 @@ class Kept:
             return None
         with suppress(BadClip):  # damaged since
             tensors = read_latents(self.refs[piece.key])
+            if "coverage" not in tensors:  # of an older cache
+                return None
             return {
                 name: value for name, value in tensors.items() if isinstance(value, Tensor)
             }, meta["prompt"]
@@ -102,6 +104,8 @@ class Kept:
         ):
             return None
         source = self.folder / shard["file"]
+        if self.sample(pieces[0]) is None:
+            return None
         try:
             for piece in pieces:
                 said = {

@@ -25,7 +25,7 @@ from acetate.data.writer import ShardTar, read_part, write_part
 from acetate.formats.rgba_vae import load_rgba_vae
 from acetate.models.rgba_vae import DECODERS_ONLY, RGBAVAE
 from acetate.models.text import TextEncoder
-from acetate.regions import fit_ellipses
+from acetate.regions import coverage, fit_ellipses
 from acetate.replacing import writing
 from data_prep.kept_latents import Kept, text_of
 from data_prep.latent_plan import Piece, Settings, cut, placement
@@ -149,11 +149,14 @@ class Encoder:
                 if shown is None or self.settings.smallest < 1:
                     shown = self.view(frames, piece)
                 rgb, alpha, ellipses = shown
+                stride = self.vae.geometry
+                covered = coverage(alpha, stride.time_stride, stride.space_stride)[0, 0]
                 latents = self.latents(rgb, alpha, PALETTE_NAMES.index(said["background"]))
                 if latents.isfinite().all():
                     tensors = {
                         "latents": latents,
                         "ellipse": ellipses[0].float().cpu(),
+                        "coverage": (255 * covered).round().to(torch.uint8).cpu(),
                         **self.text(meta["prompt"]),
                     }
                     yield made(piece, tensors, said)

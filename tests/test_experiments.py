@@ -29,17 +29,18 @@ SMALL = [
 
 def required(experiment):
     """What a recipe on real weights asks its user for."""
-    if "wan21" not in experiment:
+    if "wan2" not in experiment:
         return []
     return ["data.latents=x", "rgba_vae=x"] if experiment.startswith("dit") else ["data.shards=x"]
 
 
 def offline(experiment):
     """What stands in for downloads: the tiny base, and a perceptual loss without weights."""
-    if "wan21" not in experiment:
+    if "wan2" not in experiment:
         return []
     return [
         "wan=tiny",
+        *(["task.base.expert=null"] if "wan22" in experiment else []),
         *(
             []
             if experiment.startswith("dit")

@@ -89,6 +89,7 @@ def test_blank_models_have_the_shapes_of_loaded_ones(wan_folder):
         ("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", 1_418_996_800),
         ("Wan-AI/Wan2.1-T2V-14B-Diffusers", 14_288_491_584),
         ("/models/Wan2.1-T2V-14B", 14_288_491_584),
+        ("Wan-AI/Wan2.2-T2V-A14B-Diffusers", 14_288_491_584),  # of each expert
     ],
 )
 def test_wan21_is_known_without_its_files(source, parameters):

@@ -190,6 +190,7 @@ def latent_sample_bytes(
     tensors = {
         "latents": torch.zeros(shape, dtype=torch.float16),
         "ellipse": torch.zeros(shape[1], 5),
+        "coverage": torch.zeros(*shape[1:], dtype=torch.uint8),
         "prompt_embeds": torch.zeros(tokens, text_dim, dtype=torch.float16),
         "prompt_mask": torch.ones(tokens, dtype=torch.bool),
     }

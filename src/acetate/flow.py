@@ -2,7 +2,7 @@
 2022)."""
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +40,10 @@ class NoiseLevels(nn.Module):
     def __len__(self) -> int:
         return self.bits.shape[1]
 
+    def at_least(self, share: float) -> int:
+        """Returns how many levels have a timestep of at least share * N: the first ones."""
+        return int((self.timesteps >= share * len(self)).sum())
+
     def seen(self, ids: Tensor) -> Tensor:
         """Returns the ids of levels (B,) that training sees for drawn ones, on their device."""
         return ids
@@ -49,6 +53,7 @@ class NoiseLevels(nn.Module):
         return self.timesteps[ids]
 
 
+normal_of: Any = torch.special  # which has no types
 DENSITIES = ("uniform", "logit_normal")
 L = TypeVar("L", bound=NoiseLevels)
 
@@ -96,12 +101,27 @@ class NoiseDraws:
             return self.shift
         return round(self.shift * (latents[0, 0].numel() / self.shift_tokens) ** 0.5, 3)
 
-    def ids(self, levels: NoiseLevels, draws: ClipDraws) -> Tensor:
-        """Draws the ids of levels (B,), a clip's from its own generator."""
+    def ids(
+        self, levels: NoiseLevels, draws: ClipDraws, span: tuple[int, int] | None = None
+    ) -> Tensor:
+        """Draws the ids of levels (B,), a clip's from its own generator.
+
+        span: the first id and the one after the last that may be drawn. The density on them
+        is itself, divided by its share there: one draw a clip, whose quantile is moved into the
+        span's, and none is drawn again.
+        """
+        first, end = span or (0, len(levels))
         if self.density == "uniform":
-            return draws.integers(len(levels))
-        u = torch.sigmoid(self.mean + self.deviation * draws.normal((1,))[:, 0])
-        return ((1 - u) * len(levels)).long().clamp_max(len(levels) - 1)
+            return first + draws.integers(end - first)
+        normal = draws.normal((1,))[:, 0]
+        if end - first < len(levels):
+            # u of the span's ends -> quantiles; torch.logit of 0 and 1 are infinite, as they should
+            ends = 1 - torch.tensor([end, first], dtype=torch.float64) / len(levels)
+            low, high = normal_of.ndtr((ends.logit() - self.mean) / self.deviation).tolist()
+            quantile = low + (high - low) * normal_of.ndtr(normal.double())
+            normal = normal_of.ndtri(quantile)
+        u = torch.sigmoid(self.mean + self.deviation * normal)
+        return ((1 - u) * len(levels)).long().clamp(first, end - 1)
 
     def weights(self, levels: NoiseLevels, ids: Tensor) -> Tensor:
         """Returns what the errors of clips count, (B,)."""

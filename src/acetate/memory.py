@@ -46,7 +46,9 @@ from torch.utils.weak import WeakIdKeyDictionary
 from acetate.cuda_autocast import cuda_autocast
 from acetate.losses.perceptual import LPIPSFeatures, VGGFeatures
 from acetate.models.dit import FrozenDiT, VelocityField
+from acetate.models.experts import PARTS
 from acetate.models.held import held_layers
+from acetate.models.offload import kept_in
 from acetate.models.wan import Geometry
 from acetate.tasks.example import Load, MeasuredTask
 from acetate.tasks.optim import with_warmup
@@ -54,7 +56,7 @@ from acetate.tasks.optim import with_warmup
 RESERVE = 0.1  # share of a card that tensors do not get
 EIGHT_BIT_FROM = 4096  # values of a tensor; bitsandbytes keeps smaller moments in fp32
 AUTOCAST = {"32-true": None, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
-# Wan2.1's DiTs where they differ from diffusers' defaults, which are the 14B's
+# Wan's DiTs where they differ from diffusers' defaults, which are the 14B's and each A14B expert's
 WAN21 = {"14B": {}, "1.3B": {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30}}
 M = TypeVar("M", bound=ModelMixin)
 
@@ -121,7 +123,9 @@ class LiveStorages(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **kwargs or {})
         for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor) and tensor.untyped_storage() not in self.seen:
+            if not isinstance(tensor, Tensor) or tensor.device.type == "meta":  # as offloaded
+                continue
+            if tensor.untyped_storage() not in self.seen:
                 storage = tensor.untyped_storage()
                 self.seen[storage] = True
                 self.live += storage.nbytes()
@@ -165,10 +169,12 @@ def blank_vae(source: str) -> AutoencoderKLWan:
     return _blank(AutoencoderKLWan, _diffusers_config(source, "vae") or {}, torch.float32)
 
 
-def blank_transformer(source: str, dtype: torch.dtype) -> WanTransformer3DModel:
+def blank_transformer(
+    source: str, dtype: torch.dtype, part: str = "transformer"
+) -> WanTransformer3DModel:
     """Builds a DiT as load_transformer does, on the meta device. Raises ValueError for a source
     whose shape is not known."""
-    config = _diffusers_config(source, "transformer")
+    config = _diffusers_config(source, part)
     if config is None:
         config = next((shape for size, shape in WAN21.items() if size in Path(source).name), None)
     if config is None:
@@ -185,7 +191,8 @@ class BlankDiT(FrozenDiT):
     def read(
         self, prepare: Callable[[WanTransformer3DModel], object] | None
     ) -> WanTransformer3DModel:
-        transformer = blank_transformer(self.transformer, getattr(torch, self.dtype))
+        part = PARTS[self.expert or "high"]
+        transformer = blank_transformer(self.source, getattr(torch, self.dtype), part)
         if prepare is not None:
             prepare(transformer)
         return transformer
@@ -219,7 +226,8 @@ BLANK = {
 
 def _diffusers_config(source: str, part: str) -> dict[str, Any] | None:
     folder = Path(source).expanduser()
-    model = {"vae": AutoencoderKLWan, "transformer": WanTransformer3DModel}[part]
+    models: dict[str, Any] = {"vae": AutoencoderKLWan}
+    model = models.get(part, WanTransformer3DModel)
     for place in (folder / part, folder):
         if (place / "config.json").is_file():
             config = model.load_config(place)
@@ -277,7 +285,8 @@ def measure(
     packed = sum(  # that NF4 has two of in a place
         layer.weight.numel() for layer in held_layers(task).values() if layer.kind == "nf4"
     )
-    with FakeTensorMode(allow_non_fake_inputs=True), cuda_autocast(), warnings.catch_warnings():
+    quiet, away = warnings.catch_warnings(), kept_in("meta")
+    with FakeTensorMode(allow_non_fake_inputs=True), cuda_autocast(), quiet, away:
         # There is no trainer to log to, and the kernels are a CPU's
         warnings.filterwarnings("ignore", ".*self.log.*|.*Cannot dispatch to fused.*")
         without_numbers(task)

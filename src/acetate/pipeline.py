@@ -23,13 +23,14 @@ from acetate.formats.rgba_vae import load_rgba_vae
 from acetate.formats.trained import read_whole_adapters
 from acetate.formats.wan_alpha import dora_from_wan_alpha
 from acetate.guides import Guide, draw, outline
+from acetate.models import experts
 from acetate.models.adapters import load_trainable
 from acetate.models.dit import add_dora, merge_dora
 from acetate.models.loading import load_transformer, transformer_sha256
 from acetate.models.rgba_vae import RGBADecoders
 from acetate.models.text import TextEncoder
 from acetate.models.weights import read_weights
-from acetate.sampling import Solver, check_size, decode, sample_clips
+from acetate.sampling import LowNoise, Solver, check_size, decode, sample_clips
 
 # What the released t2v.safetensors was trained with; the file itself does not say
 RELEASED = {
@@ -81,8 +82,21 @@ class RGBAPipeline:
 
     @property
     def transformer(self) -> WanTransformer3DModel:
-        """The DiT, with DoRA and few-step LoRA merged into its weights."""
+        """The DiT, with DoRA and few-step LoRA merged into its weights; of two experts that of high
+        noise."""
         return self._dit[0]
+
+    @cached_property
+    def low_noise(self) -> LowNoise | None:
+        """The low-noise expert, as `transformer`, of a base that has two."""
+        wan = self.config.wan
+        if wan.transformer_2 is None:
+            return None
+        transformer, facts = load_dit(
+            self.config, "cpu" if self.config.offload else self.device, "low"
+        )
+        experts.check_pair(self.facts, facts)
+        return LowNoise(transformer, wan.boundary)
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -128,6 +142,14 @@ class RGBAPipeline:
         size = (frames or config.frames, height or config.height, width or config.width)
         solver = solver or solver_of(config, steps, guidance)
         first, at_once = config.seed if seed is None else seed, batch_size or config.batch_size
+        experts.check_given(
+            config.wan.transformer_2,
+            config.wan.boundary,
+            {
+                "dora": (config.dora, config.dora_2),
+                "few_step.lora": (config.few_step.lora, config.few_step.lora_2),
+            },
+        )
         vae = self.vae
         negative = config.negative_prompt if negative_prompt is None else negative_prompt
         words, text_sha256 = self.embed([*prompts, negative])
@@ -150,6 +172,7 @@ class RGBAPipeline:
                 solver=solver,
                 device=self.device,
                 offload=config.offload,
+                low=self.low_noise,
             )
             for (rgb, alpha), prompt, number, line in zip(
                 made, prompts[part], seeds, outlines[part], strict=True
@@ -239,40 +262,54 @@ def _config(settings: Mapping[str, Any]) -> DictConfig:
 def solver_of(
     config: DictConfig, steps: int | None = None, guidance: float | None = None
 ) -> Solver:
-    """Builds the solver of a config of `acetate sample`. A few-step LoRA means 4 steps without
-    guidance, unless they are given."""
-    few = config.few_step.lora is not None
+    """Builds the solver of a config of `acetate sample`: as its base is sampled, but a few-step
+    LoRA means 4 steps without guidance, unless they are given. guidance alone is both experts'."""
+    few, wan = config.few_step.lora is not None, config.wan
     steps = config.steps if steps is None else steps
     guidance = config.guidance if guidance is None else guidance
+    second = config.guidance_2
+    if second is None and guidance is None and not few:
+        second = wan.guidance_2
     return Solver(
         name=config.solver,
         shift=config.shift,
-        steps=(4 if few else 50) if steps is None else steps,
-        guidance=(1.0 if few else 5.0) if guidance is None else guidance,
+        steps=(4 if few else wan.steps) if steps is None else steps,
+        guidance=(1.0 if few else wan.guidance) if guidance is None else guidance,
+        guidance_2=second,
     )
 
 
-def load_dit(config: DictConfig, device: str) -> tuple[WanTransformer3DModel, dict[str, Any]]:
+def load_dit(
+    config: DictConfig, device: str, expert: str = "high"
+) -> tuple[WanTransformer3DModel, dict[str, Any]]:
     """Returns the DiT with DoRA, then the few-step LoRA, merged into its weights, and the metadata
-    of the DoRA file."""
-    transformer = load_transformer(config.wan.transformer, getattr(torch, config.wan.dtype))
+    of the DoRA file. expert: of `experts.PARTS`; `high` is the DiT of a base with one."""
+    low = expert == "low"
+    transformer = load_transformer(
+        config.wan.transformer_2 if low else config.wan.transformer,
+        getattr(torch, config.wan.dtype),
+        part=experts.PARTS[expert],
+    )
     facts: dict[str, Any] = {}
-    if config.dora is not None:
-        facts = put_dora(transformer, config.dora)
-    if config.few_step.lora is not None:
-        path = Path(config.few_step.lora).expanduser()
+    dora, few = (config.dora_2, "lora_2") if low else (config.dora, "lora")
+    if dora not in (None, experts.AS_IT_IS):
+        facts = put_dora(transformer, dora, expert if config.wan.transformer_2 else None)
+    if config.few_step[few] not in (None, experts.AS_IT_IS):
+        path = Path(config.few_step[few]).expanduser()
         if not path.exists():
             raise FileNotFoundError(
-                f"few_step.lora={path} does not exist. Give a file, or a folder of its shards."
+                f"few_step.{few}={path} does not exist. Give a file, or a folder of its shards."
             )
         merge_few_step(transformer, read_weights(path), config.few_step.strength, str(path))
     cast(nn.Module, transformer).to(device)
     return transformer, facts
 
 
-def put_dora(transformer: WanTransformer3DModel, source: str) -> dict[str, Any]:
+def put_dora(
+    transformer: WanTransformer3DModel, source: str, expert: str | None = None
+) -> dict[str, Any]:
     """Merges adapters of experiment=dit_dora, or of the released t2v.safetensors (alpha = rank, no
-    metadata)."""
+    metadata). expert: of a base with two, whose adapters they must be."""
     path = Path(source).expanduser()
     if path.is_file() and released(state := read_weights(path)):
         adapters, facts = dora_from_wan_alpha(state, str(path)), dict(RELEASED)
@@ -282,6 +319,7 @@ def put_dora(transformer: WanTransformer3DModel, source: str) -> dict[str, Any]:
     else:
         path, adapters, facts = read_whole_adapters(source, "dit_dora")
         rank, alpha = facts["rank"], facts["alpha"]
+        experts.check_own(path, facts, expert)
         found = transformer_sha256(transformer)
         if found != facts["transformer_sha256"]:
             raise ValueError(

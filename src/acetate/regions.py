@@ -62,6 +62,22 @@ def cells(alpha: Tensor, time_stride: int, space_stride: int, eps: float = 0.0) 
     return regions
 
 
+def coverage(alpha: Tensor, time_stride: int, space_stride: int) -> Tensor:
+    """Returns the mean alpha of every latent cell, (B, 1, T, H, W) -> (B, 1, F, h, w)."""
+    return _mean_pool(alpha, time_stride, space_stride)
+
+
+def by_coverage(covered: Tensor, floor: float) -> Tensor:
+    """Returns what the errors of cells count, like covered (B, 1, F, h, w) in [0, 1]: an empty cell
+    `floor` of a full one, and all of a clip 1 on average.
+
+    Masked training of other trainers (OneTrainer's unmasked weight, with its normalisation), with
+    soft alpha as the mask.
+    """
+    weights = floor + (1 - floor) * covered
+    return weights / weights.flatten(1).mean(1).reshape(-1, 1, 1, 1, 1)
+
+
 def fit_ellipses(
     alpha: Tensor,
     time_stride: int,

@@ -41,12 +41,13 @@ class Scheduler(Protocol):
 @dataclass(frozen=True)
 class Solver:
     """Settings of the solver from noise to latents. guidance 1 runs the DiT once a step, without
-    the negative prompt."""
+    the negative prompt. guidance_2: of a low-noise expert; null: as guidance."""
 
     name: str = "unipc"
     steps: int = 50
     guidance: float = 5.0
     shift: float = 5.0
+    guidance_2: float | None = None
 
     def __post_init__(self) -> None:
         if self.name not in SOLVERS:
@@ -74,6 +75,18 @@ class Solver:
         )
         unipc.set_timesteps(self.steps, device=device)
         return cast(Scheduler, unipc)
+
+
+@dataclass(frozen=True)
+class LowNoise:
+    """The second of Wan2.2's two experts, for timesteps below 1000 boundary."""
+
+    transformer: WanTransformer3DModel
+    boundary: float
+
+    def first(self, timesteps: Tensor) -> int:
+        """Returns the first step, of timesteps that fall, that is this expert's."""
+        return int((timesteps >= 1000 * self.boundary).sum())
 
 
 @dataclass(frozen=True)
@@ -165,21 +178,30 @@ def sample_latents(
     negative: Tensor,
     solver: Solver,
     progress: bool = True,
+    low: LowNoise | None = None,
+    offload: bool = False,
 ) -> Tensor:
     """Returns normalised latents like noise (B, C, F, h, w). context (B, L, D); negative (1, L, D)
-    is used by guidance."""
+    is used by guidance. low: takes over from `transformer` where its steps begin; offload: and its
+    place on the device."""
     scheduler = solver.scheduler(noise.device)
     scheduler.set_begin_index(0)  # else it looks for its first timestep, and the GPU's answer
-    x = noise
+    x, guidance = noise, solver.guidance
+    switch = None if low is None else low.first(scheduler.timesteps)
     negative = negative.expand_as(context)
-    for t in tqdm(
-        scheduler.timesteps, desc="sample", unit="step", disable=not progress, leave=False
-    ):
+    steps = tqdm(scheduler.timesteps, desc="sample", unit="step", disable=not progress, leave=False)
+    for step, t in enumerate(steps):
+        if low is not None and step == switch:
+            if offload:
+                transformer.cpu()
+                cast(nn.Module, low.transformer).to(noise.device)
+            transformer = low.transformer
+            guidance = guidance if solver.guidance_2 is None else solver.guidance_2
         timestep = t.to(noise.device, torch.float32).expand(len(x))
         v = velocity(transformer, x, timestep, context)
-        if solver.guidance != 1:
+        if guidance != 1:
             without = velocity(transformer, x, timestep, negative)
-            v = without + solver.guidance * (v - without)
+            v = without + guidance * (v - without)
         x = scheduler.step(v.float(), t, x, return_dict=False)[0]
     return x
 
@@ -209,22 +231,25 @@ def sample_clips(
     device: torch.device | str,
     offload: bool = False,
     progress: bool = True,
+    low: LowNoise | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yields rgb (3, T, H, W) and alpha (1, T, H, W) of every seed, on the CPU.
 
     context (B, L, D), negative (1, L, D): of the prompts. size: frames, height, width in pixels.
-    guide: G in [0, 1], (1 or B, 1, F, h, w). offload: only the model at work is on the device, both
-    wait on the CPU.
+    guide: G in [0, 1], (1 or B, 1, F, h, w). offload: only the model at work is on the device, the
+    others wait on the CPU. low: the low-noise expert, where `transformer` is the other one.
     """
     noise = initial_noise(seeds, vae.geometry.latent_shape(*size), guide, mean_shift, device)
     if offload:
         vae.cpu()
         cast(nn.Module, transformer).to(device)
     latents = sample_latents(
-        transformer, noise, context.to(device), negative.to(device), solver, progress
+        transformer, noise, context.to(device), negative.to(device), solver, progress, low, offload
     )
     if offload:
         transformer.cpu()
+        if low is not None:
+            low.transformer.cpu()
     yield from decode(vae.to(device), latents)
     if offload:
         vae.cpu()

@@ -6,10 +6,10 @@ import torch
 from omegaconf import OmegaConf
 
 from acetate.data import latents
-from acetate.data.latent_shards import read_latents
+from acetate.data.latent_shards import index_latents, read_latents
 from acetate.data.latents import BucketBatches, LatentDataModule
 from acetate.data.order import BucketWalk, ClipOrder
-from acetate.data.shards import MANIFEST, ShardError, read_manifest
+from acetate.data.shards import MANIFEST, BadClip, ShardError, read_manifest
 from acetate.replacing import write_json
 from tests.data.written_latents import (
     SETTINGS,
@@ -241,3 +241,21 @@ def test_unequal_validation_is_announced(folder, caplog):
     with caplog.at_level(logging.WARNING):
         data.val_dataloader()
     assert "unequal" in caplog.text and "val_batch_size=1 and val_clips=4" in caplog.text
+
+
+def test_coverage_is_read_where_the_cache_has_it(tmp_path):
+    """Of every cell, as a share; a batch of an older cache has none."""
+
+    def spoiled(name, made):
+        return write(
+            tmp_path / name, spoil=lambda _, t: t | {"coverage": made(t["latents"].shape[1:])}
+        )
+
+    old, new = write(tmp_path / "old"), spoiled("new", lambda shape: torch.full(shape, 51).byte())
+    without, batch = (first(ready(of).train_dataloader(), 1)[0] for of in (old, new))
+    assert "coverage" not in without
+    assert batch["coverage"].shape == (2, 1, *batch["latents"].shape[2:])
+    torch.testing.assert_close(batch["coverage"], torch.full_like(batch["coverage"], 0.2))
+    wrong = spoiled("wrong", torch.zeros)
+    with pytest.raises(BadClip, match=r"coverage torch\.float32 .*; promised torch\.uint8"):
+        read_latents(index_latents(wrong, read_manifest(wrong, "latents"))[0])

@@ -15,7 +15,7 @@ from acetate.data.shards import (
 from acetate.models.loading import load_vae
 from acetate.models.rgba_vae import RGBAVAE
 from acetate.models.text import TextEncoder
-from acetate.regions import fit_ellipses
+from acetate.regions import coverage, fit_ellipses
 from data_prep.cache_latents import made_by
 from data_prep.latent_plan import Piece, background, cut
 from tests.compose import called
@@ -90,6 +90,8 @@ def test_samples_equal_a_direct_encode(cached, clips, sources):
         assert sample["latents"].dtype == torch.float16
         torch.testing.assert_close(sample["latents"].float(), wanted, atol=2e-2, rtol=2e-3)
         assert torch.equal(sample["ellipse"], fit_ellipses(alpha, 4, 8, **ELLIPSE)[0].float())
+        covered = coverage(alpha, 4, 8)[0, 0]
+        torch.testing.assert_close(sample["coverage"] / 255, covered, atol=0.51 / 255, rtol=0)
         embeds = text(CLIPS[ref.clip][3])
         torch.testing.assert_close(sample["prompt_embeds"].float(), embeds, atol=1e-2, rtol=1e-3)
         assert (

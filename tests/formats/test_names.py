@@ -15,6 +15,8 @@ from acetate.formats.names import (
     original_vae_name,
     vae_name,
 )
+from acetate.memory import blank_transformer
+from acetate.models.experts import PARTS
 
 
 def conv(name, out, *rest):
@@ -85,6 +87,36 @@ def wan21_dit(layers, d, ffn):
     return table
 
 
+def diffusers_dit(layers, d, ffn):
+    """The same as diffusers names them."""
+    embedder = "condition_embedder"
+    table = {**conv("patch_embedding", d, 16, 1, 2, 2), **conv("proj_out", 64, d),
+             **conv(f"{embedder}.time_embedder.linear_1", d, 256),
+             **conv(f"{embedder}.time_embedder.linear_2", d, d),
+             **conv(f"{embedder}.time_proj", 6 * d, d),
+             **conv(f"{embedder}.text_embedder.linear_1", d, 4096),
+             **conv(f"{embedder}.text_embedder.linear_2", d, d),
+             "scale_shift_table": (1, 2, d)}  # fmt: skip
+    for block in (f"blocks.{index}" for index in range(layers)):
+        for attention in ("attn1", "attn2"):
+            for part in ("to_q", "to_k", "to_v", "to_out.0"):
+                table |= conv(f"{block}.{attention}.{part}", d, d)
+            table |= {f"{block}.{attention}.norm_{part}.weight": (d,) for part in "qk"}
+        table |= {f"{block}.scale_shift_table": (1, 6, d), **conv(f"{block}.norm2", d)}
+        table |= conv(f"{block}.ffn.net.0.proj", ffn, d) | conv(f"{block}.ffn.net.2", d, ffn)
+    return table
+
+
+# Of either expert of Wan2.2's T2V-A14B: transformer/ and transformer_2/config.json of its
+# diffusers release, and high_noise_model/config.json of the original one
+A14B = {
+    "patch_size": [1, 2, 2], "num_attention_heads": 40, "attention_head_dim": 128,
+    "in_channels": 16, "out_channels": 16, "text_dim": 4096, "freq_dim": 256, "ffn_dim": 13824,
+    "num_layers": 40, "cross_attn_norm": True, "qk_norm": "rms_norm_across_heads", "eps": 1e-6,
+    "image_dim": None, "added_kv_proj_dim": None, "rope_max_seq_len": 1024,
+    "pos_embed_seq_len": None,
+}  # fmt: skip
+ORIGINAL_A14B = {"dim": 5120, "ffn_dim": 13824, "num_heads": 40, "num_layers": 40, "in_dim": 16}
 DITS = {  # layers, heads, width of the feed-forward part, tensors, parameters
     "1.3B": (30, 12, 8960, 825, 1_418_996_800),
     "14B": (40, 40, 13824, 1095, 14_288_491_584),
@@ -176,3 +208,20 @@ def test_full_size_dit(size):
     assert len(state) == tensors
     assert sum(value.numel() for value in state.values()) == parameters
     assert {name: tuple(value.shape) for name, value in state.items()} == wan21_dit(layers, d, ffn)
+
+
+def test_full_size_experts():
+    """Both layouts of Wan2.2's T2V-A14B, and what we build for either expert without files."""
+    with torch.device("meta"):
+        transformer = WanTransformer3DModel.from_config(A14B)
+    layers, d, ffn = (ORIGINAL_A14B[name] for name in ("num_layers", "dim", "ffn_dim"))
+    assert d == 128 * ORIGINAL_A14B["num_heads"]
+    state = {name: tuple(value.shape) for name, value in transformer.state_dict().items()}
+    assert state == diffusers_dit(layers, d, ffn)
+    theirs = {name: tuple(x.shape) for name, x in named(transformer, original_dit_name).items()}
+    assert theirs == wan21_dit(layers, d, ffn)
+    assert theirs["patch_embedding.weight"][1] == ORIGINAL_A14B["in_dim"]
+    assert convert_wan_transformer_to_diffusers(dict(theirs)) == state
+    for part in PARTS.values():
+        built = blank_transformer("Wan-AI/Wan2.2-T2V-A14B-Diffusers", torch.bfloat16, part)
+        assert {name: tuple(x.shape) for name, x in built.state_dict().items()} == state

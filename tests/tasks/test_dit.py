@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from lightning import Callback
 from lightning.pytorch.loggers import CSVLogger
@@ -13,6 +14,7 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 
 from acetate import flow, regions
+from acetate.commands.estimate import footprint
 from acetate.draws import ClipDraws
 from acetate.models.adapters import trainable_state
 from acetate.models.dit import FrozenDiT
@@ -245,6 +247,31 @@ def test_recomputed_blocks_give_the_same_gradients(tmp_path, cached):
         assert_close(recomputed[name], value, rtol=1e-5, atol=1e-7, msg=name)
 
 
+@pytest.mark.slow
+@pytest.mark.long
+def test_offloaded_inputs_give_the_same_gradients(tmp_path, cached):
+    """To the bit; and by the estimate a block's input less is held for each block."""
+    (plain,), (offloaded,) = (
+        gradients(tmp_path / name, cached, "trainer.max_steps=1", f"task.checkpointing={name}")
+        for name in ("true", "offload")
+    )
+    for name, value in plain.items():
+        assert torch.equal(offloaded[name], value), name
+    clip = ["wan.frames=9", "wan.height=96", "wan.width=96", "task.keep_attention=false"]
+    found = {}
+    for way in ("true", "offload"):
+        config = config_for(tmp_path, cached, *clip, f"task.checkpointing={way}")
+        _, found[way] = footprint(config)
+    kept, blocks = 2 * 3 * 12 * 12 * 128 * 4, 8  # of one block: clips, tokens, width, bytes
+    assert found["true"].activations - found["offload"].activations == pytest.approx(
+        blocks * kept, rel=0.05
+    )
+    assert found["offload"].working <= found["true"].working + 2 * kept
+    both = ["task.checkpointing=offload", "task.compile=true"]
+    with pytest.raises(InstantiationException, match="offload is not for compiled blocks"):
+        instantiate(config_for(tmp_path, cached, *both).task)
+
+
 def test_average_of_the_adapters_is_what_is_exported(tmp_path, cached):
     _, task, _ = fit(config_for(tmp_path, cached, "callbacks=ema", "trainer.max_steps=4"))
     saved = load_file(tmp_path / "checkpoints/last.safetensors")
@@ -307,6 +334,36 @@ def test_error_is_the_published_one(tmp_path, cached):
             context = batch["context"][i : i + 1]
             v = task.transformer(x_t, 1000 * sigma[None], context, return_dict=False)[0]
             assert_close(ours[i], (v - (shifted - z)).square().mean(), rtol=1e-4, atol=1e-6)
+
+
+def test_cells_count_by_coverage(tmp_path, cached):
+    """An empty cell a tenth of a full one, and all of a clip 1 on average; floor 1 is no weight."""
+    task, batch = ready(tmp_path, cached, "task.alpha_floor=0.1")
+    covered = batch["coverage"]
+    weights = task.cell_weights(batch)
+    assert covered.min() == 0 and covered.max() > 0.1
+    assert_close(weights.flatten(1).mean(1), torch.ones(2))
+    for one, share in zip(weights, covered, strict=True):
+        assert_close(one * (0.1 + 0.9 * share).mean(), 0.1 + 0.9 * share)
+    noise = ClipDraws(batch["key"], 0, "x", device=torch.device("cpu")).normal(
+        batch["latents"].shape[1:]
+    )
+    ids, context = torch.tensor([30, 800]), batch["context"]
+    with torch.no_grad():
+        plain = task.errors(batch, noise, ids, context)
+        assert torch.equal(task.errors(batch, noise, ids, context, None, weights**0), plain)
+        empty, seen = (
+            task.errors(batch, noise, ids, context, None, part.float())
+            for part in (covered == 0, covered > 0)
+        )
+        ours = task.errors(batch, noise, ids, context, None, weights)
+    assert_close(empty + seen, plain)
+    lifted = (ours - empty * weights.flatten(1).amin(1)) / seen  # of what is seen
+    assert (lifted > 1).all()
+    del batch["coverage"]
+    assert instantiate(config_for(tmp_path, cached).task).cell_weights(batch) is None
+    with pytest.raises(ValueError, match=r"alpha_floor=0\.1 .* cache is older\. Cache them anew"):
+        task.errors(batch, noise, ids, context)
 
 
 def test_captions_are_dropped_for_a_share_of_the_clips():

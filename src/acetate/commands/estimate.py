@@ -121,6 +121,8 @@ def remedies(config: DictConfig, load: memory.Load) -> list[str]:
         found.append("task.base.weights=fp8 (one GPU)")
     if base.get("offload") is False and task.get("checkpointing"):
         found.append("task.base.offload=true (one GPU)")
+    if task.get("checkpointing") is True and "keep_attention" in task:
+        found.append("task.checkpointing=offload")
     if load.batch_size > 1:
         found.append(f"data.batch_size={load.batch_size // 2}")
     if "frames" in config.data:

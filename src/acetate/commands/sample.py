@@ -172,7 +172,7 @@ def main(config: DictConfig) -> None:
         resolve=True).items()  # type: ignore
            if name not in OF_THE_CALL},
         "solver": solver.name, "steps": solver.steps, "guidance": solver.guidance,
-        "shift": solver.shift,
+        "guidance_2": solver.guidance_2, "shift": solver.shift,
     }  # fmt: skip
     names = [
         file_name(n // config.count, prompt, config.seed + n) for n, prompt in enumerate(prompts)
@@ -242,6 +242,8 @@ def origins(pipeline: RGBAPipeline, guide: Guide | None) -> dict[str, Any]:
         "dora": None if config.dora is None else origin(config.dora, "dit_dora"),
         "rgba_vae": origin(adapters, "rgba_vae"), "ellipses": drawn,
     }  # fmt: skip
+    if config.dora_2 is not None:
+        made_with["dora_2"] = origin(config.dora_2, "dit_dora")
     if config.settings is not None:
         warn_of_others(Path(config.settings).expanduser(), made_with)
     return made_with

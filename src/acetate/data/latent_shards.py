@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import safetensors.torch
-from torch import Tensor
+from torch import Tensor, uint8
 
 from acetate.data.shards import (
     HOW_TO_MAKE,
@@ -23,7 +23,8 @@ from acetate.data.store import Folder, read_file
 
 EMPTY_PROMPT = "empty_prompt.safetensors"
 MOST_EMPTY = 2**26  # bytes of it
-# latents (C, F, h, w), ellipse (F, 5), prompt_embeds (n, D), prompt_mask (n,), prompt, ref
+# latents (C, F, h, w), ellipse (F, 5), coverage (F, h, w) in uint8 (not in older caches),
+# prompt_embeds (n, D), prompt_mask (n,), prompt, ref
 Sample = dict[str, Any]
 
 
@@ -80,6 +81,11 @@ def read_latents(ref: LatentRef, width: int | None = None) -> Sample:
                 raise ValueError(f"{name} of {value.dtype}; needed: a float of 16 bits or more")
             if not value.float().isfinite().all():
                 raise ValueError(f"{name}: values that are not finite")
+        covered = sample.get("coverage")
+        if covered is not None and (tuple(covered.shape), covered.dtype) != (ref.shape, uint8):
+            raise ValueError(
+                f"coverage {covered.dtype} {tuple(covered.shape)}; promised {uint8} {ref.shape}"
+            )
     return sample | {"prompt": meta["prompt"], "ref": ref}
 
 

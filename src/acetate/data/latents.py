@@ -113,7 +113,11 @@ def collate(
     def stack(tensors: Iterable[Tensor]) -> Tensor:
         return torch.stack([tensor.float() for tensor in tensors]) if good else torch.empty(0)
 
-    return {
+    covered = [sample["coverage"] for sample in good if "coverage" in sample]
+    known = (
+        {"coverage": stack(covered)[:, None] / 255} if good and len(covered) == len(good) else {}
+    )
+    return known | {
         "latents": stack(sample["latents"] for sample in good),
         "ellipses": stack(sample["ellipse"] for sample in good),
         "context": stack(pad(sample["prompt_embeds"], prompt_length) for sample in good),
@@ -133,7 +137,8 @@ def pad(embeds: Tensor, length: int) -> Tensor:
 class LatentDataModule(ShardDataModule):
     """Gives batches of one bucket: latents (B, C, F, h, w) normalised, ellipses (B, F, 5) in latent
     cells (fit_ellipses), context (B, prompt_length, D) and null_context (1, prompt_length, D)
-    zero-padded, all fp32; prompt, key, clip (lists of B) and skipped.
+    zero-padded, all fp32; prompt, key, clip (lists of B) and skipped; coverage (B, 1, F, h, w), the
+    mean alpha of each cell, unless the cache is an older one without.
 
     latents: folders or URLs; a mapping from them to weights mixes them as MixedOrder does. Remote
     ones, order, position and bad clips as in ShardDataModule; the position counts samples, and
@@ -336,6 +341,7 @@ class LatentDataModule(ShardDataModule):
         return {
             "latents": torch.zeros(1, self.manifest["geometry"]["channels"], frames, height, width),
             "ellipses": torch.zeros(1, frames, 5),
+            "coverage": torch.zeros(1, 1, frames, height, width),
             "context": self.null_context,
             "prompt": [""],
             "key": [""],

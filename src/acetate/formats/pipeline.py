@@ -16,15 +16,20 @@ def wan_pipeline(
     vae: AutoencoderKLWan,
     text: TextEncoder,
     scheduler: UniPCMultistepScheduler,
+    low: WanTransformer3DModel | None = None,
+    boundary: float | None = None,
 ) -> WanPipeline:
     """Builds a pipeline whose `save_pretrained` writes the folder that
-    `WanPipeline.from_pretrained` reads."""
+    `WanPipeline.from_pretrained` reads. low, boundary: the low-noise expert of a base with two, and
+    the share of the steps from which on `transformer` works."""
     return WanPipeline(
         tokenizer=text.tokenizer,
         text_encoder=text.model,
         vae=vae,
         scheduler=scheduler,
         transformer=transformer,
+        transformer_2=low,
+        boundary_ratio=boundary,
     )
 
 

@@ -14,6 +14,7 @@ from acetate.formats.names import DIT_IN_BLOCKS, VAE_OUTSIDE_BLOCKS, original_va
 from acetate.formats.wan_alpha import OUR_LORA_KEY
 from acetate.models.adapters import check_finite, misfits, read_adapters
 from acetate.models.dit import DORA_TARGETS
+from acetate.models.experts import PARTS
 from acetate.models.merge import INITS, FeatureMerge
 from acetate.settings import Rule, flag, number, one_of, text, whole
 
@@ -31,6 +32,7 @@ NEEDED: dict[str, dict[str, Rule]] = {
 }  # fmt: skip
 # what may stand beside them
 KNOWN: dict[str, Rule] = {
+    "expert": one_of(*PARTS), "boundary": number(0, 1),
     "eps": number(0), "step": whole(0), "averaged": flag, "prompt_length": whole(1, 2**20),
     **dict.fromkeys(("vae_sha256", "text_encoder_sha256", "base_sha256"), text),
     **dict.fromkeys(("ellipse", "geometry"), names),

@@ -20,10 +20,13 @@ from torch.utils.checkpoint import (
 from tqdm import tqdm
 
 from acetate.draws import generator_for
+from acetate.flow import NoiseLevels
 from acetate.models import dora
 from acetate.models.compiled import compile_forward
+from acetate.models.experts import PARTS
 from acetate.models.held import KINDS, HeldLinear, hold, whole
 from acetate.models.loading import load_transformer
+from acetate.models.offload import inputs_offloaded
 from acetate.models.sharding import shard, shard_like
 from acetate.models.text import embed_prompt
 
@@ -45,16 +48,55 @@ ATTENTION = [
 class FrozenDiT:
     """The place of a base, as `load_transformer` takes it, and how it is kept: its precision, what
     the weights of its blocks are rounded to (one of held.KINDS), and whether they wait in the
-    host's memory."""
+    host's memory.
+
+    expert: `high` or `low`, the one of Wan2.2's two experts that is loaded, from `transformer` or
+    `transformer_2`; null for a base that is one DiT. boundary: the share of the training steps
+    from which on the high-noise expert sees them. Raises ValueError for an unknown rounding, and
+    where base and expert do not fit together.
+    """
 
     transformer: str
     dtype: str
+    transformer_2: str | None = None
+    boundary: float | None = None
+    expert: str | None = None
     weights: str = "full"
     offload: bool = False
 
     def __post_init__(self) -> None:
         if self.weights not in KINDS:
             raise ValueError(f"base.weights={self.weights}; known: {', '.join(KINDS)}.")
+        if self.expert not in (None, *PARTS):
+            raise ValueError(f"task.base.expert {self.expert!r}; known: {', '.join(PARTS)}.")
+        two = self.transformer_2 is not None and self.boundary is not None
+        if self.expert and not two:
+            raise ValueError(
+                f"task.base.expert={self.expert}, but {self.transformer} is one DiT (no "
+                "wan.transformer_2 or wan.boundary). Give task.base.expert=null, or "
+                "wan=wan22_a14b."
+            )
+        if two and not self.expert:
+            raise ValueError(
+                f"{self.transformer} has two experts, of which a run trains one. Give "
+                "task.base.expert=high or low, or -m task.base.expert=high,low for a run each."
+            )
+
+    @property
+    def source(self) -> str:
+        """The place of the weights that are loaded."""
+        return self.transformer_2 if self.expert == "low" else self.transformer  # pyright: ignore[reportReturnType]
+
+    def facts(self) -> dict[str, Any]:
+        """Returns what a file of adapters says of their expert; nothing for one DiT."""
+        return {"expert": self.expert, "boundary": self.boundary} if self.expert else {}
+
+    def span(self, levels: NoiseLevels) -> tuple[int, int]:
+        """Returns the first id of the levels that this expert sees, and the one after its last."""
+        if self.expert is None:
+            return 0, len(levels)
+        high = levels.at_least(cast(float, self.boundary))
+        return (0, high) if self.expert == "high" else (high, len(levels))
 
     @property
     def held(self) -> str:
@@ -62,7 +104,7 @@ class FrozenDiT:
         kept = [f"base.weights={self.weights}"] * (self.weights != "full")
         return " and ".join([*kept, *["base.offload=true"] * self.offload])
 
-    def check_step(self, checkpointing: bool, compiled: bool) -> None:
+    def check_step(self, checkpointing: bool | str, compiled: bool) -> None:
         """Raises ValueError for a training step that would keep what is offloaded on the device."""
         if self.offload and (compiled or not checkpointing):
             way = "task.compile=false" if compiled else "task.checkpointing=true"
@@ -76,8 +118,7 @@ class FrozenDiT:
         if self.held and shards is not None:
             raise ValueError(
                 f"task.{self.held}: trainer=fsdp cannot shard such weights. Use trainer=default on "
-                "one GPU, or task.base.weights=full and "
-                "task.base.offload=false."
+                "one GPU, or task.base.weights=full and task.base.offload=false."
             )
 
     def load(
@@ -92,7 +133,8 @@ class FrozenDiT:
     def read(
         self, prepare: Callable[[WanTransformer3DModel], object] | None
     ) -> WanTransformer3DModel:
-        return load_transformer(self.transformer, getattr(torch, self.dtype), prepare)
+        part = PARTS[self.expert or "high"]
+        return load_transformer(self.source, getattr(torch, self.dtype), prepare, part)
 
 
 class VelocityField(nn.Module):
@@ -162,21 +204,25 @@ def keep_attention_alone(_: Any, operation: Any, *args: Any, **kwargs: Any) -> C
     return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def recomputed(keep_attention: bool) -> Callable[..., Any]:
+def recomputed(keep_attention: bool, offload: bool = False) -> Callable[..., Any]:
     """Returns f, *inputs -> f(*inputs) that keeps its inputs alone, and computes the rest again in
     the backward pass.
 
     keep_attention: what fused self-attention gives is kept as well. It is most of the work of a
-    long clip's block and a small part of what that makes.
+    long clip's block and a small part of what that makes. offload: the first input is kept in the
+    CPU's memory, as `inputs_offloaded` does.
     """
     selection = partial(create_selective_checkpoint_contexts, keep_attention_alone)
     context = {"context_fn": selection} if keep_attention else {}
-    return partial(checkpoint, use_reentrant=False, **context)
+    run = partial(checkpoint, use_reentrant=False, **context)
+    return inputs_offloaded(run) if offload else run
 
 
-def checkpoint_blocks(transformer: WanTransformer3DModel, keep_attention: bool = True) -> None:
+def checkpoint_blocks(
+    transformer: WanTransformer3DModel, keep_attention: bool = True, offload: bool = False
+) -> None:
     """Lets every block be computed again in the backward pass, as `recomputed` does."""
-    transformer.enable_gradient_checkpointing(recomputed(keep_attention))
+    transformer.enable_gradient_checkpointing(recomputed(keep_attention, offload))
 
 
 def compile_blocks(

@@ -21,6 +21,7 @@ from diffusers.loaders.single_file_utils import (
 from torch import Tensor, nn
 
 from acetate.documents import FieldError, Schema
+from acetate.models import experts
 from acetate.models.adapters import listed
 from acetate.models.configs import building, config_of_model
 from acetate.models.hub import from_hub, is_hub_name
@@ -58,10 +59,11 @@ def load_transformer(
     source: str,
     dtype: torch.dtype = torch.float32,
     prepare: Callable[[WanTransformer3DModel], object] | None = None,
+    part: str = "transformer",
 ) -> WanTransformer3DModel:
-    """Loads Wan2.1's DiT. Raises as `load_vae` does. prepare: as in `weights.assign`, of the frozen
-    model."""
-    weights = open_weights(locate(source, "transformer"))
+    """Loads Wan's DiT. Raises as `load_vae` does. prepare: as in `weights.assign`, of the frozen
+    model. part: of `experts.PARTS`, where the source holds two of them."""
+    weights = open_weights(locate(source, part))
     original = renamed(weights.meta, lambda name: DIT_PREFIX.sub("", name, count=1))
     if "text_embedding.0.weight" in original:
         config = _original_transformer_config(weights, original)
@@ -117,6 +119,13 @@ def locate(source: str, part: str) -> Path:
     if path.is_dir():
         if (path / part).is_dir():
             return path / part
+        if (path / experts.ORIGINAL.get(part, part)).is_dir():
+            return path / experts.ORIGINAL[part]
+        if part == experts.PARTS["low"] and (path / "transformer").is_dir():
+            raise FileNotFoundError(
+                f"{source} has no {part}/ (nor {experts.ORIGINAL[part]}/): only Wan2.2's A14B has "
+                "two experts. Give its folder or file as wan.transformer_2=, or null for one DiT."
+            )
         original = sorted(path.glob("*VAE*.pth"))  # the original release keeps it beside the DiT
         if part == "vae" and len(original) > 1:
             raise ValueError(

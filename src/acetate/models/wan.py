@@ -50,7 +50,7 @@ class Geometry:
             raise ValueError(
                 "This VAE has residual down blocks or patches (Wan2.2); acetate trains on "
                 "Wan2.1's VAE. "
-                "Choose wan=wan21_1b, wan=wan21_14b or wan=tiny."
+                "Choose wan=wan21_1b, wan21_14b, wan22_a14b or tiny."
             )
         return cls(
             channels=config.z_dim,

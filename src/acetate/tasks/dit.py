@@ -38,10 +38,12 @@ class DoRATask(AdapterTask, MeasuredTask):
     - G), one t per clip.
 
     rank, alpha: of DoRA. G is the Gaussian ellipse that the cache holds. checkpointing: blocks are
-    computed again in the backward pass, all but what attention gives where keep_attention is true.
+    computed again in the backward pass, all but what attention gives where keep_attention is true;
+    `offload`: and what a block begins with waits in the CPU's memory.
     compile: compiles the blocks, once for each shape of clips. caption_dropout: share of clips that
-    see the empty prompt. noise: how noise levels are drawn; null: as Wan. optimization: as in
-    AdapterTask.
+    see the empty prompt. noise: how noise levels are drawn; null: as Wan. alpha_floor:
+    what an empty cell's error counts in training beside a full one's, by coverage in between; null:
+    all the same. optimization: as in AdapterTask.
     """
 
     schedule_levels = staticmethod(flow.schedule)
@@ -54,26 +56,35 @@ class DoRATask(AdapterTask, MeasuredTask):
         base: FrozenDiT,
         rank: int,
         alpha: float,
-        checkpointing: bool,
+        checkpointing: bool | str,
         mean_shift: float,
         caption_dropout: float,
         seed: int,
         keep_attention: bool = True,
         compile: bool = False,
         noise: flow.NoiseDraws | None = None,
+        alpha_floor: float | None = None,
         **optimization: Any,
     ) -> None:
         super().__init__(**optimization)
         if not 0 <= caption_dropout <= 1:
             raise ValueError(f"task.caption_dropout {caption_dropout}; a share in [0, 1].")
         base.check_step(checkpointing, compile)
+        if compile and checkpointing == "offload":
+            raise ValueError(
+                "task.checkpointing=offload is not for compiled blocks (task.compile=true). Give "
+                "task.checkpointing=true, or task.compile=false."
+            )
         self.base, self.rank, self.alpha, self.checkpointing = base, rank, alpha, checkpointing
         self.keep_attention, self.compile_blocks = keep_attention, compile
         self.mean_shift, self.caption_dropout, self.seed = mean_shift, caption_dropout, seed
+        self.alpha_floor = alpha_floor
         self.noise, self.levels = noise or flow.NoiseDraws(), self.schedule_levels()
         self.train_levels = self.schedule_levels(shift=self.noise.shift)
         self.levels_by_shift: dict[float, flow.NoiseLevels] = {}
-        middles = ((torch.arange(VAL_LEVELS) + 0.5) * len(self.levels) / VAL_LEVELS).long()
+        self.spans: dict[float, tuple[int, int]] = {}
+        first, end = base.span(self.levels)
+        middles = first + ((torch.arange(VAL_LEVELS) + 0.5) * (end - first) / VAL_LEVELS).long()
         self.val_ids = {f"val_t/{self.levels.timesteps[i]:04.0f}": int(i) for i in middles}
         # Sums and counts of this rank since the last log; float64, so that a sum does not depend on
         # the order that ranks and resumed runs add in, as integers, which no module-wide cast
@@ -94,9 +105,10 @@ class DoRATask(AdapterTask, MeasuredTask):
         start_dora(self.transformer, self.seed)
         self.base_sha256 = transformer_sha256(self.transformer)
         if self.compile_blocks:
-            compile_blocks(self.transformer, self.checkpointing, self.keep_attention)
+            compile_blocks(self.transformer, bool(self.checkpointing), self.keep_attention)
         elif self.checkpointing:
-            checkpoint_blocks(self.transformer, self.keep_attention)
+            offload = self.checkpointing == "offload"
+            checkpoint_blocks(self.transformer, self.keep_attention, offload)
 
     def adapt(self, transformer: WanTransformer3DModel) -> None:
         """Puts adapters on a frozen base without numbers; on many ranks each keeps its shards."""
@@ -127,6 +139,12 @@ class DoRATask(AdapterTask, MeasuredTask):
                     f"{self.base.transformer} reads {needed} {name}, the cached samples have "
                     f"{found}. Cache them with the same wan= as the run."
                 )
+        if self.alpha_floor is not None and "coverage" not in batch:
+            raise ValueError(
+                f"task.alpha_floor={self.alpha_floor} weights cells by coverage, which the cached "
+                f"samples ({', '.join(batch['key'][:3])}, ...) do not hold: their cache is older. "
+                "Cache them anew, with another out=, or give task.alpha_floor=null."
+            )
 
     def levels_for(self, latents: Tensor) -> flow.NoiseLevels:
         """Returns the noise levels that clips of this size are trained on."""
@@ -138,6 +156,15 @@ class DoRATask(AdapterTask, MeasuredTask):
                 self.levels_by_shift[shift] = self.schedule_levels(shift=shift)
         return self.levels_by_shift[shift]
 
+    def span_for(self, latents: Tensor) -> tuple[int, int]:
+        """Returns the ids of those levels that the base sees of clips of this size: the first one,
+        and the one after the last."""
+        shift = self.noise.shift_of(latents)
+        if shift not in self.spans:
+            with torch.device("cpu"):  # whose answer is not waited for
+                self.spans[shift] = self.base.span(self.schedule_levels(shift=shift))
+        return self.spans[shift]
+
     def errors(
         self,
         batch: dict[str, Any],
@@ -145,16 +172,24 @@ class DoRATask(AdapterTask, MeasuredTask):
         ids: Tensor,
         context: Tensor,
         levels: flow.NoiseLevels | None = None,
+        weights: Tensor | None = None,
     ) -> Tensor:
         """Returns the mean squared error of the velocity per clip, (B,). ids (B,), as `levels.seen`
-        gives them; levels: null for those of Wan, which validation measures at."""
+        gives them; levels: null for those of Wan, which validation measures at. weights (B, 1, F,
+        h, w): of cells; null: all count the same."""
         self.check_fit(batch)
         latents = batch["latents"]
         guide = regions.gaussian(batch["ellipses"], *latents.shape[-2:])
         noise = flow.mean_shift(noise, guide, self.mean_shift)
         field = partial(velocity, self.transformer)
         levels = levels or self.levels
-        return flow.squared_error(latents, noise, levels, ids, field, context).flatten(1).mean(1)
+        errors = flow.squared_error(latents, noise, levels, ids, field, context)
+        return (errors if weights is None else weights * errors).flatten(1).mean(1)
+
+    def cell_weights(self, batch: dict[str, Any]) -> Tensor | None:
+        if self.alpha_floor is None or "coverage" not in batch:  # which check_fit refuses
+            return None
+        return regions.by_coverage(batch["coverage"], self.alpha_floor)
 
     def example_batch(self, load: Load, geometry: Geometry | None) -> dict[str, Any]:
         assert geometry is not None, "it trains on latents"
@@ -163,6 +198,7 @@ class DoRATask(AdapterTask, MeasuredTask):
             "key": load.keys,
             "latents": torch.empty(load.batch_size, *shape),
             "ellipses": torch.empty(load.batch_size, shape[1], 5),
+            "coverage": torch.empty(load.batch_size, 1, *shape[1:]),
             "context": torch.empty(
                 load.batch_size, load.prompt_length, self.transformer.config.text_dim
             ),
@@ -171,7 +207,8 @@ class DoRATask(AdapterTask, MeasuredTask):
     def example_loss(self, batch: dict[str, Any]) -> Tensor:
         ids = torch.zeros(len(batch["key"]), dtype=torch.long, device=batch["latents"].device)
         noise, levels = torch.empty_like(batch["latents"]), self.levels_for(batch["latents"])
-        return self.errors(batch, noise, ids, batch["context"], levels).mean()
+        weights = self.cell_weights(batch)
+        return self.errors(batch, noise, ids, batch["context"], levels, weights).mean()
 
     def sharded(self) -> list[Group]:
         assert self.transformer is not None, "configure_model comes first"
@@ -183,10 +220,10 @@ class DoRATask(AdapterTask, MeasuredTask):
         )
         noise = draws.normal(batch["latents"].shape[1:])
         levels = self.levels_for(batch["latents"])
-        ids = levels.seen(self.noise.ids(levels, draws))
+        ids = levels.seen(self.noise.ids(levels, draws, self.span_for(batch["latents"])))
         dropped = draws.integers(1_000_000) < 1_000_000 * self.caption_dropout
         context = torch.where(dropped[:, None, None], batch["null_context"], batch["context"])
-        errors = self.errors(batch, noise, ids, context, levels)
+        errors = self.errors(batch, noise, ids, context, levels, self.cell_weights(batch))
         loss, size = (self.noise.weights(levels, ids) * errors).mean(), clips_in(batch)
         log_means(self, self.step_means, {"train/loss": loss, "train/mse": errors.mean()}, size)
         self.log_bins(errors[:size].detach().double(), levels.timesteps[ids[:size]])
@@ -240,7 +277,8 @@ class DoRATask(AdapterTask, MeasuredTask):
     def facts(self) -> dict[str, Any]:
         return {
             "kind": "dit_dora",
-            "base": self.base.transformer,
+            "base": self.base.source,
+            **self.base.facts(),
             "transformer_sha256": self.base_sha256,
             "rank": self.rank,
             "alpha": self.alpha,
