@@ -216,7 +216,7 @@ def sample_clips(
     guide: G in [0, 1], (1 or B, 1, F, h, w). offload: only the model at work is on the device, both
     wait on the CPU.
     """
-    noise = initial_noise(seeds, vae.geometry.latent_shape(*size), guide, mean_shift, device)
+    noise = initial_noise(seeds, vae.latent_shape(*size), guide, mean_shift, device)
     if offload:
         vae.cpu()
         cast(nn.Module, transformer).to(device)

@@ -29,6 +29,11 @@ from acetate.tasks.example import Group, Load, MeasuredTask
 from acetate.tasks.logs import Means, clips_in, log_means, share_of
 
 VAL_LEVELS = 4  # noise levels of the validation loss, evenly spread over the steps
+# The way to latents of either scheme
+CACHED_BY = {
+    "rgba": "Give those of acetate prep cache_latents rgba_vae=RUN, or train experiment=dit_joint.",
+    "joint": "Give those of acetate prep cache_latents scheme=joint, or train experiment=dit_dora.",
+}
 BINS = 10  # ranges of timesteps that the training loss is logged by
 
 
@@ -45,6 +50,7 @@ class DoRATask(AdapterTask, MeasuredTask):
 
     schedule_levels = staticmethod(flow.schedule)
     adapter_dtype = torch.float32
+    scheme = "rgba"  # of the latents
     binned: Tensor
 
     def __init__(
@@ -86,7 +92,7 @@ class DoRATask(AdapterTask, MeasuredTask):
         if self.transformer is not None:
             return
         self.transformer = self.base.load(self.adapt).train()
-        start_dora(self.transformer, self.seed)
+        self.start(self.transformer)
         self.base_sha256 = transformer_sha256(self.transformer)
         if self.compile_blocks:
             compile_blocks(self.transformer, self.checkpointing, self.keep_attention)
@@ -99,8 +105,17 @@ class DoRATask(AdapterTask, MeasuredTask):
         if self.shards is not None:
             shard_transformer(transformer, self.shards)
 
+    def start(self, transformer: WanTransformer3DModel) -> None:
+        """Gives the adapters their first values, by the seed."""
+        start_dora(transformer, self.seed)
+
     def setup(self, stage: str) -> None:
         manifest = self.trainer.datamodule.manifest  # pyright: ignore[reportAttributeAccessIssue]
+        if (found := manifest.get("scheme", "rgba")) != self.scheme:
+            raise ValueError(
+                f"data.latents: cached with scheme={found}, this experiment reads those of "
+                f"scheme={self.scheme}. {CACHED_BY[self.scheme]}"
+            )
         self.cache = {name: manifest[name] for name in MADE_WITH}
 
     def on_validation_model_eval(self) -> None:
@@ -144,12 +159,15 @@ class DoRATask(AdapterTask, MeasuredTask):
         """Returns the mean squared error of the velocity per clip, (B,). ids (B,), as `levels.seen`
         gives them; levels: null for those of Wan, which validation measures at."""
         self.check_fit(batch)
-        latents = batch["latents"]
-        guide = regions.gaussian(batch["ellipses"], *latents.shape[-2:])
-        noise = flow.mean_shift(noise, guide, self.mean_shift)
+        latents, noise = batch["latents"], self.shifted(noise, batch)
         field = partial(velocity, self.transformer)
         levels = levels or self.levels
         return flow.squared_error(latents, noise, levels, ids, field, context).flatten(1).mean(1)
+
+    def shifted(self, noise: Tensor, batch: dict[str, Any]) -> Tensor:
+        """Returns noise~ of the clips' ellipses."""
+        guide = regions.gaussian(batch["ellipses"], *noise.shape[-2:])
+        return flow.mean_shift(noise, guide, self.mean_shift)
 
     def example_batch(self, load: Load, geometry: Geometry | None) -> dict[str, Any]:
         assert geometry is not None, "it trains on latents"
