@@ -68,7 +68,7 @@ class Sources:
 
     @property
     def eps(self) -> float:
-        """Of alpha, up to which a clip is empty: what the adapters were trained with."""
+        """The alpha up to which a clip is empty: what the adapters were trained with."""
         return 0.0 if self.rgba_vae is None else read_rgba_vae(self.rgba_vae)[2]["eps"]
 
     def load_vae(self) -> RGBAVAE | PlainVAE:
