@@ -1,5 +1,5 @@
-"""Turns clip shards into latent shards: RGBA-VAE latents over drawn backgrounds, the subject's
-ellipses, prompts."""
+"""Turns clip shards into latent shards: RGBA-VAE latents over drawn backgrounds, or the plain VAE's
+of colour and alpha, the subject's ellipses, prompts."""
 
 import json
 import logging
@@ -33,7 +33,7 @@ from acetate.data.shards import (
     read_manifest,
 )
 from acetate.data.store import Folder, listed, open_folder
-from acetate.formats.rgba_vae import read_rgba_vae
+from acetate.models.plain_vae import PlainVAE
 from acetate.models.rgba_vae import RGBAVAE
 from acetate.models.text import TextEncoder
 from acetate.replacing import write_json, writing
@@ -122,7 +122,7 @@ def made_by(
     shards: Sequence[Folder],
     sources: Sources,
     settings: Settings,
-    vae: RGBAVAE,
+    vae: RGBAVAE | PlainVAE,
     encoder: TextEncoder,
 ) -> dict[str, Any]:
     """Returns all that decides the content, as JSON reads it back."""
@@ -132,7 +132,8 @@ def made_by(
         **dict(zip(IDENTITY, identity, strict=True)),
         "frozen_dtype": sources.frozen_dtype,
         **({"long_prompts": sources.long_prompts} if sources.long_prompts != "error" else {}),
-        "eps": read_rgba_vae(sources.rgba_vae)[2]["eps"],
+        **({"scheme": sources.scheme} if sources.scheme != "rgba" else {}),
+        "eps": sources.eps,
         "shards_sha256": sorted(manifests_sha256(shards)),
     }
     return json.loads(json.dumps({"command": "data_prep.cache_latents", "settings": content}))
@@ -174,7 +175,7 @@ def make_tars(
 
 def way_to_encode(
     run: Run,
-    vae: RGBAVAE,
+    vae: RGBAVAE | PlainVAE,
     device: str,
     devices: Sequence[str],
     executor: str,
@@ -262,14 +263,20 @@ def manifest_of(
     geometry = facts["geometry"]
     buckets = {name: counts([]) for name in facts["empty_buckets"]}
     by_shape = sorted(samples, key=lambda sample: sample["shape"])
+    joint = run.sources.scheme == "joint"
     for (frames, height, width), group in groupby(by_shape, key=lambda sample: sample["shape"]):
+        frames //= 1 + joint  # of colour, and as many of alpha
         sides = (
             1 + (frames - 1) * geometry["time_stride"],
             *(n * geometry["space_stride"] for n in (height, width)),
         )
         buckets["x".join(map(str, sides))] = counts(list(group))
     content = run.made_by["settings"]
-    facts = {**{name: content[name] for name in (*IDENTITY, "ellipse")}, **facts}
+    facts = {
+        **({"scheme": "joint"} if joint else {}),
+        **{name: content[name] for name in (*IDENTITY, "ellipse")},
+        **facts,
+    }
     del facts["empty_buckets"]
     return {
         "schema": SCHEMA, "kind": "latents", "made_by": run.made_by, **facts, **counts(samples),
@@ -292,7 +299,7 @@ def main(cfg: DictConfig) -> None:
     sources = Sources(
         frozen_dtype=cfg.wan.dtype,
         **{name: cfg.wan[name] for name in ("vae", "text_encoder", "prompt_length")},
-        **{name: cfg[name] for name in ("rgba_vae", "chunk", "long_prompts")},
+        **{name: cfg[name] for name in ("rgba_vae", "chunk", "long_prompts", "scheme")},
     )
     same = (
         "allow_empty_buckets",

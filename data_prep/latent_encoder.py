@@ -22,7 +22,8 @@ from tqdm import tqdm
 from acetate.alpha import PALETTE_NAMES, harden, over, palette
 from acetate.data.shards import BadClip, read_clip, read_meta
 from acetate.data.writer import ShardTar, read_part, write_part
-from acetate.formats.rgba_vae import load_rgba_vae
+from acetate.formats.rgba_vae import load_rgba_vae, read_rgba_vae
+from acetate.models.plain_vae import PlainVAE
 from acetate.models.rgba_vae import DECODERS_ONLY, RGBAVAE
 from acetate.models.text import TextEncoder
 from acetate.regions import coverage, fit_ellipses
@@ -31,6 +32,7 @@ from data_prep.kept_latents import Kept, text_of
 from data_prep.latent_plan import Piece, Settings, cut, placement
 
 log = logging.getLogger(__name__)
+SCHEMES = ("rgba", "joint")
 Report = Callable[[int, dict[str, str]], None]  # samples done; key -> reason of bad clips
 Made = tuple[dict[str, Any], dict[str, Any]]  # as `made` returns it
 
@@ -40,22 +42,40 @@ class Sources:
     """Models, as load_rgba_vae and TextEncoder take them."""
 
     vae: str
-    rgba_vae: str
+    rgba_vae: str | None  # None: the plain VAE, of scheme=joint
     text_encoder: str
     prompt_length: int  # tokens that the DiT reads
     frozen_dtype: str  # the VAE computes in
     chunk: int | None = None  # latent frames at a time
     long_prompts: str = "error"  # or truncate: prompts of more than prompt_length tokens
+    scheme: str = "rgba"  # or joint: latents of colour and of alpha, by the plain VAE
 
     def __post_init__(self) -> None:
+        if self.scheme not in SCHEMES:
+            raise ValueError(f"scheme={self.scheme}; choose {' or '.join(SCHEMES)}")
+        if self.scheme == "joint" and self.rgba_vae is not None:
+            raise ValueError(
+                f"rgba_vae={self.rgba_vae}: scheme=joint encodes with the plain VAE of wan=. Leave "
+                "rgba_vae out, or scheme=rgba."
+            )
+        if self.scheme == "rgba" and self.rgba_vae is None:
+            raise ValueError(
+                "rgba_vae has no value: scheme=rgba encodes with a trained RGBA-VAE. Give "
+                "rgba_vae=RUN, or scheme=joint for the plain VAE."
+            )
         if self.long_prompts not in ("error", "truncate"):
             raise ValueError(f"long_prompts={self.long_prompts}; choose error or truncate")
 
-    def load_vae(self) -> RGBAVAE:
+    @property
+    def eps(self) -> float:
+        """The alpha up to which a clip is empty: what the adapters were trained with."""
+        return 0.0 if self.rgba_vae is None else read_rgba_vae(self.rgba_vae)[2]["eps"]
+
+    def load_vae(self) -> RGBAVAE | PlainVAE:
         vae = load_rgba_vae(
             vae=self.vae, adapters=self.rgba_vae, chunk=self.chunk, frozen_dtype=self.frozen_dtype
         )
-        if not isinstance(vae, RGBAVAE):
+        if not isinstance(vae, RGBAVAE | PlainVAE):
             raise ValueError(f"rgba_vae={self.rgba_vae}: {DECODERS_ONLY}")
         return vae
 
@@ -86,7 +106,7 @@ class Run:
 class Encoder:
     """Makes the samples of latent shards; its models stay loaded between tars."""
 
-    def __init__(self, run: Run, vae: RGBAVAE, device: str):
+    def __init__(self, run: Run, vae: RGBAVAE | PlainVAE, device: str):
         self.run, self.settings, self.device = run, run.settings, device
         self.vae, self.eps = vae.to(device), run.made_by["settings"]["eps"]
         self.kept = run.kept
@@ -152,11 +172,17 @@ class Encoder:
                 stride = self.vae.geometry
                 covered = coverage(alpha, stride.time_stride, stride.space_stride)[0, 0]
                 latents = self.latents(rgb, alpha, PALETTE_NAMES.index(said["background"]))
+                again = latents.shape[1] // len(covered)
                 if latents.isfinite().all():
                     tensors = {
                         "latents": latents,
-                        "ellipse": ellipses[0].float().cpu(),
-                        "coverage": (255 * covered).round().to(torch.uint8).cpu(),
+                        # one for each latent frame, also of alpha's own
+                        "ellipse": ellipses[0].repeat(again, 1).float().cpu(),
+                        "coverage": (255 * covered)
+                        .round()
+                        .to(torch.uint8)
+                        .repeat(again, 1, 1)
+                        .cpu(),
                         **self.text(meta["prompt"]),
                     }
                     yield made(piece, tensors, said)

@@ -6,6 +6,7 @@ import resource
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -174,8 +175,15 @@ def cached(shards, tmp_path_factory):
     return cache_demo(shards, tmp_path_factory.mktemp("cached"))
 
 
-def cache_demo(shards: Path, folder: Path) -> tuple[Path, Path]:
-    """`cached`, of any shards, below a folder."""
+@pytest.fixture(scope="session")
+def cached_joint(shards, tmp_path_factory):
+    """The same clips as colour and alpha latents of the plain VAE."""
+    folder = tmp_path_factory.mktemp("cached_joint")
+    return cache_demo(shards, folder, scheme="joint", rgba_vae=None)[0]
+
+
+def cache_demo(shards: Path, folder: Path, **sources: Any) -> tuple[Path, Path]:
+    """`cached`, of any shards, below a folder. sources: in the place of its own."""
     from acetate.models.adapters import ADAPTER_SCHEMA, trainable_state
     from acetate.models.loading import load_vae
     from acetate.models.rgba_vae import RGBAVAE
@@ -199,8 +207,8 @@ def cache_demo(shards: Path, folder: Path) -> tuple[Path, Path]:
     cache_latents(
         shards=[shards],
         out=folder / "latents",
-        sources=Sources(vae=base, rgba_vae=str(adapters), text_encoder=base, prompt_length=64,
-        frozen_dtype="float32"),
+        sources=Sources(**{"vae": base, "rgba_vae": str(adapters), "text_encoder": base,
+        "prompt_length": 64, "frozen_dtype": "float32", **sources}),
         settings=Settings(
             seed=0, variants=1, frames=(5,), area=24 * 24, max_aspect=1.0, sizes=None,
             space_multiple=None,

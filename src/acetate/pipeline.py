@@ -26,7 +26,9 @@ from acetate.guides import Guide, draw, outline
 from acetate.models import experts
 from acetate.models.adapters import load_trainable
 from acetate.models.dit import add_dora, merge_dora
+from acetate.models.joint import attach_joint, start_joint
 from acetate.models.loading import load_transformer, transformer_sha256
+from acetate.models.plain_vae import PlainVAE
 from acetate.models.rgba_vae import RGBADecoders
 from acetate.models.text import TextEncoder
 from acetate.models.weights import read_weights
@@ -67,11 +69,12 @@ class RGBAPipeline:
 
     @cached_property
     def vae(self) -> RGBADecoders:
-        """The RGBA-VAE, or its decoders alone where the files hold no more."""
+        """The RGBA-VAE, or its decoders alone where the files hold no more; without rgba_vae the
+        plain VAE, of a joint model."""
         source = self.config.rgba_vae
         return load_rgba_vae(
             vae=self.config.wan.vae,
-            adapters=source if isinstance(source, str) else list(source),
+            adapters=source if source is None or isinstance(source, str) else list(source),
             chunk=self.config.decode_chunk,
             frozen_dtype=self.config.wan.dtype,
         )
@@ -155,6 +158,12 @@ class RGBAPipeline:
         words, text_sha256 = self.embed([*prompts, negative])
         check_size(*size, vae.geometry, self.transformer.config["patch_size"])
         check_models(self.facts, vae, text_sha256)
+        if is_joint(self.facts) and (guide is not None or self.mean_shift):
+            raise ValueError(
+                f"{self.facts['file']} is a joint model: its noise has no mean shift, and no guide "
+                "can lead it. Leave guide and mean_shift out, or sample a model of "
+                "experiment=dit_dora."
+            )
         guides, outlines = self._draw(guide, len(prompts), size)
         starts = range(0, len(prompts), at_once)
         for start in tqdm(starts, desc="clips", unit="batch", disable=len(starts) < 2):
@@ -295,6 +304,11 @@ def load_dit(
     if dora not in (None, experts.AS_IT_IS):
         facts = put_dora(transformer, dora, expert if config.wan.transformer_2 else None)
     if config.few_step[few] not in (None, experts.AS_IT_IS):
+        if is_joint(facts):
+            raise ValueError(
+                f"few_step.{few}={config.few_step[few]}: few-step LoRA is merged after DoRA, and "
+                f"{facts['file']} is a joint model. Leave it out."
+            )
         path = Path(config.few_step[few]).expanduser()
         if not path.exists():
             raise FileNotFoundError(
@@ -309,7 +323,8 @@ def put_dora(
     transformer: WanTransformer3DModel, source: str, expert: str | None = None
 ) -> dict[str, Any]:
     """Merges adapters of experiment=dit_dora, or of the released t2v.safetensors (alpha = rank, no
-    metadata). expert: of a base with two, whose adapters they must be."""
+    metadata); puts those of experiment=dit_joint on, which colour tokens must not see. expert: of a
+    base with two, whose adapters they must be."""
     path = Path(source).expanduser()
     if path.is_file() and released(state := read_weights(path)):
         adapters, facts = dora_from_wan_alpha(state, str(path)), dict(RELEASED)
@@ -317,7 +332,7 @@ def put_dora(
             value.shape[0] for name, value in adapters.items() if ".lora_A." in name
         )
     else:
-        path, adapters, facts = read_whole_adapters(source, "dit_dora")
+        path, adapters, facts = read_whole_adapters(source, "dit_dora", "dit_joint")
         rank, alpha = facts["rank"], facts["alpha"]
         experts.check_own(path, facts, expert)
         found = transformer_sha256(transformer)
@@ -326,6 +341,12 @@ def put_dora(
                 f"{path} was trained on another DiT ({facts['base']}). {wan_for(facts)}, or the "
                 "files as wan.transformer=."
             )
+    if is_joint(facts):
+        attach_joint(transformer, rank, alpha, bool(facts["rgb_attends_alpha"]))
+        start_joint(transformer, seed=0)
+        load_trainable(transformer, adapters, str(path))
+        transformer.requires_grad_(False)
+        return facts | {"file": str(path)}
     add_dora(transformer, rank, alpha)
     load_trainable(transformer, adapters, str(path))
     merge_dora(transformer)
@@ -338,6 +359,11 @@ def wan_for(facts: Mapping[str, Any]) -> str:
     return "Choose the wan= it was trained with" + (f", by its name wan={preset}" if preset else "")
 
 
+def is_joint(facts: Mapping[str, Any]) -> bool:
+    """Returns whether the file's model makes colour and alpha of the plain VAE side by side."""
+    return facts.get("kind") == "dit_joint"
+
+
 def released(state: dict[str, Tensor]) -> bool:
     return any(re.search(r"(self|cross)_attn\.[qkvo]\.lora_A", name) for name in state)
 
@@ -345,6 +371,14 @@ def released(state: dict[str, Tensor]) -> bool:
 def check_models(facts: dict[str, Any], vae: RGBADecoders, text_sha256: str) -> None:
     """Raises ValueError for a VAE or a text encoder that the DoRA was not trained with; warns where
     no file tells."""
+    if is_joint(facts) != isinstance(vae, PlainVAE):
+        raise ValueError(
+            f"{facts['file']} is a joint model, which writes latents of the plain VAE. Give "
+            "rgba_vae=null."
+            if is_joint(facts)
+            else "rgba_vae=null is the plain VAE, which a model of experiment=dit_joint alone "
+            "writes for. Give the rgba_vae= that the latents of this one were cached with."
+        )
     for name, found, way_out in (
         (
             "vae_sha256",

@@ -239,7 +239,7 @@ def sample_clips(
     guide: G in [0, 1], (1 or B, 1, F, h, w). offload: only the model at work is on the device, the
     others wait on the CPU. low: the low-noise expert, where `transformer` is the other one.
     """
-    noise = initial_noise(seeds, vae.geometry.latent_shape(*size), guide, mean_shift, device)
+    noise = initial_noise(seeds, vae.latent_shape(*size), guide, mean_shift, device)
     if offload:
         vae.cpu()
         cast(nn.Module, transformer).to(device)

@@ -160,7 +160,10 @@ def test_a_wrong_setting_is_one_line_and_leaves_nothing(tmp_path):
 @pytest.mark.long
 @pytest.mark.parametrize(
     ("setting", "why"),
-    [("data.shards=nowhere", "nowhere does not exist"), ("task.optimizer=AdmW", "nearest is AdamW")],
+    [
+        ("data.shards=nowhere", "nowhere does not exist"),
+        ("task.optimizer=AdmW", "nearest is AdamW"),
+    ],
 )
 def test_a_run_that_cannot_start_leaves_no_folder(tmp_path, setting, why):
     done = run_train(tmp_path, "experiment=vae_rgba", setting)

@@ -144,7 +144,9 @@ def measure(config: DictConfig, checkpoint: str | None) -> dict[str, dict[str, f
         rows["base VAE, plain RGB"] = _figures(plain, base, data)
         untrained, trained = "RGBA-VAE, step 0", "RGBA-VAE"
     elif isinstance(task, DoRATask):
-        untrained, trained = "base DiT, without DoRA", "DoRA"
+        joint = task.scheme == "joint"
+        untrained = "base DiT, without LoRA" if joint else "base DiT, without DoRA"
+        trained = "joint LoRA" if joint else "DoRA"
     else:
         raise ValueError(
             f"experiment={config.name} trains a base, which evaluate does not measure: its figures "

@@ -36,6 +36,7 @@ CHOICES = {
 OF_A_KIND: dict[tuple[str, str], tuple[str, ...]] = {  # settings that change what is written
     ("acetate", "rgba_vae"): (),
     ("acetate", "dit_dora"): (),
+    ("acetate", "dit_joint"): (),
     ("wan-alpha", "rgba_vae"): ("decoder_only",),
     ("wan-alpha", "dit_dora"): (),
     ("comfyui", "rgba_vae"): (),
@@ -49,6 +50,7 @@ def to_acetate(trained: Trained, config: DictConfig) -> Export:
     prefix, use = {
         "rgba_vae": ("vae.", "rgba_vae={file} of sample and cache_latents"),
         "dit_dora": ("transformer.", "dora={file} of sample and follow"),
+        "dit_joint": ("transformer.", "dora={file} rgba_vae=null of sample and follow"),
     }[trained.kind]
     state = {f"{prefix}{name}": value for name, value in trained.state.items()}
     file = named(trained, f"{trained.kind}.safetensors")
@@ -85,6 +87,7 @@ def of_two(trained: Trained, config: DictConfig) -> Export:
 EXPORTS: dict[tuple[str, str], Callable[[Trained, DictConfig], Export]] = {
     ("acetate", "rgba_vae"): to_acetate,
     ("acetate", "dit_dora"): to_acetate,
+    ("acetate", "dit_joint"): to_acetate,
     ("wan-alpha", "rgba_vae"): vae_to_wan_alpha,
     ("wan-alpha", "dit_dora"): dit_to_wan_alpha,
     ("comfyui", "rgba_vae"): vae_to_comfyui,
@@ -130,6 +133,11 @@ def main(config: DictConfig) -> None:
             "5, Wan2.2's A14B with 12."
         )
     trained = read_trained(config.checkpoint, config.ema)
+    if (config.to, trained.kind) not in EXPORTS:
+        raise ValueError(
+            f"to={config.to} cannot hold {trained.path}, a {trained.kind}: its LoRA acts on alpha "
+            "tokens alone, which no other program has. Give to=acetate, and sample with acetate."
+        )
     settings = {name: config[name] for name in ("to", *OF_A_KIND[config.to, trained.kind])}
     if config.checkpoint_2:
         settings["checkpoint_2"] = config.checkpoint_2

@@ -178,7 +178,8 @@ def as_trained(
     for name, places in also.items():
         values = (OmegaConf.select(config, place) for place in places)
         value = next((value for value in values if value is not None), None)
-        if value is not None:
+        # a joint model's run has none, and says so
+        if value is not None or (name == "rgba_vae" and name in config):
             taken[name] = _in_place(value, run) if name == "rgba_vae" else _plain(value)
     overrides = without([f"{name}={quoted(value)}" for name, value in taken.items()], given)
     shown = [text for text in overrides if not text.startswith("wan.")]

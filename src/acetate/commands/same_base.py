@@ -10,6 +10,7 @@ from torch import Tensor
 from acetate.data.shards import ShardError
 from acetate.formats.rgba_vae import comfyui_pair, read_rgba_vae
 from acetate.models.loading import load_vae, weights_sha256
+from acetate.models.plain_vae import joint_sha256
 from acetate.models.rgba_vae import latents_sha256
 
 
@@ -26,6 +27,13 @@ class SameBase(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         data: Any = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
+        joint = data.manifest.get("scheme") == "joint"
+        if joint and self.rgba_vae is not None:
+            raise ShardError(
+                f"{_folders(data)}: latents of scheme=joint, which no RGBA-VAE made, and "
+                f"rgba_vae={self.rgba_vae} is given. Train experiment=dit_joint on them, or give "
+                "those of acetate prep cache_latents rgba_vae=RUN."
+            )
         unknown: dict[str, str] = {}
         blocks, base = 2, None
         try:
@@ -35,6 +43,11 @@ class SameBase(Callback):
             del vae
         except FileNotFoundError as error:
             unknown["base_sha256"] = f"{error}"
+        if joint:  # made by the base alone
+            if base is not None:
+                found = joint_sha256(base)
+                self._compare(data, "vae_sha256", found, f"the plain VAE of wan.vae={self.vae}")
+            return self._warn(data, unknown) if unknown else None
         try:
             state, facts = self._adapters(blocks)
         except FileNotFoundError as error:

@@ -144,10 +144,10 @@ def folder_for(config: DictConfig) -> Path:
     return new_folder(Path("samples") / time.strftime("%Y-%m-%d_%H-%M-%S"))
 
 
-def origin(source: Any, kind: str) -> dict[str, Any]:
+def origin(source: Any, *kinds: str) -> dict[str, Any]:
     """Returns file, run and step of weights, as far as they say."""
     try:
-        file = read_adapters(source, kind)[0] if isinstance(source, str) else None
+        file = read_adapters(source, *kinds)[0] if isinstance(source, str) else None
     except (FileNotFoundError, ValueError):  # released files, which were read as what they are
         file = None
     if file is None:
@@ -229,17 +229,18 @@ def origins(pipeline: RGBAPipeline, guide: Guide | None) -> dict[str, Any]:
     """Returns the sources of the clips, for the JSON beside them, and says what the DoRA's file
     decided."""
     config, facts = pipeline.config, pipeline.facts
-    if facts and config.mean_shift is None:
+    if "mean_shift" in facts and config.mean_shift is None:
         ellipse = facts.get("ellipse", "of the defaults")
         print(f"mean_shift={pipeline.mean_shift}, ellipse {ellipse}, as {facts['file']} says")
     drawn = None
     if guide is not None:
         size = (config.frames, config.height, config.width)
         drawn = draw(guide, size, pipeline.vae.geometry, facts.get("ellipse", {}))[1][0].tolist()
-    adapters = config.rgba_vae if isinstance(config.rgba_vae, str) else list(config.rgba_vae)
+    adapters = config.rgba_vae
+    adapters = list(adapters) if OmegaConf.is_config(adapters) else adapters
     made_with = {
         "versions": versions(), "device": pipeline.device,
-        "dora": None if config.dora is None else origin(config.dora, "dit_dora"),
+        "dora": None if config.dora is None else origin(config.dora, "dit_dora", "dit_joint"),
         "rgba_vae": origin(adapters, "rgba_vae"), "ellipses": drawn,
     }  # fmt: skip
     if config.dora_2 is not None:

@@ -17,6 +17,7 @@ Read = Callable[[str, str], tuple[dict[str, Tensor], dict[str, Any], str]]
 STRUCTURE = {
     "rgba_vae": {name: f"model.{name}" for name in ("merge_init", "lora_rank", "lora_alpha")},
     "dit_dora": {name: f"task.{name}" for name in ("rank", "alpha")},
+    "dit_joint": {name: f"task.{name}" for name in ("rank", "alpha", "rgb_attends_alpha")},
 }
 BASE = ("base_sha256", "transformer_sha256")
 MADE_WITH = ("vae_sha256", "text_encoder_sha256")

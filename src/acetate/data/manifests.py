@@ -46,7 +46,7 @@ MANIFESTS = {
             "vae_sha256": text, "base_sha256": text, "text_encoder_sha256": text,
             "prompt_length": count(1, 2**20), "ellipse": names, "geometry": names, "shards": many,
         },
-        {**HEAD, "samples": COUNT, "clips": COUNT, "buckets": names},
+        {**HEAD, "samples": COUNT, "clips": COUNT, "buckets": names, "scheme": text},
     ),
 }  # fmt: skip
 GEOMETRY = Schema(

@@ -23,7 +23,7 @@ from acetate.models.weights import load_data
 from acetate.replacing import standing
 from acetate.settings import whole
 
-KINDS = ("rgba_vae", "dit_dora")
+KINDS = ("rgba_vae", "dit_dora", "dit_joint")
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Trained:
     the run noted of them."""
 
     path: Path
-    kind: str  # rgba_vae or dit_dora
+    kind: str  # of KINDS
     state: dict[str, Tensor]
     facts: dict[str, Any]
 
@@ -69,7 +69,7 @@ def read_trained(source: str, ema: bool | None = None) -> Trained:
         raise ValueError(
             f"{path} is of kind {kind!r}, schema {facts.get('schema')!r}; needed: "
             f"{' or '.join(KINDS)}, schema {ADAPTER_SCHEMA}. Give a checkpoint of "
-            "experiment=vae_rgba or dit_dora."
+            "experiment=vae_rgba, dit_dora or dit_joint."
         )
     check_facts(path, kind, facts)
     state = {name.removeprefix(PREFIX[kind]): value for name, value in state.items()}

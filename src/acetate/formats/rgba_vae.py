@@ -14,6 +14,7 @@ from acetate.formats.trained import read_whole_adapters
 from acetate.formats.wan_alpha import trainable_from_wan_alpha, unwrapped
 from acetate.models.adapters import load_trainable
 from acetate.models.loading import load_vae
+from acetate.models.plain_vae import PlainVAE
 from acetate.models.rgba_vae import RGBAVAE, RGBADecoders
 from acetate.models.weights import SUFFIXES, read_weights
 
@@ -26,7 +27,7 @@ CHANNELS = ("rgb", "alpha")  # of ComfyUI's pair, in the names of its files
 def load_rgba_vae(
     *,
     vae: str,
-    adapters: str | Sequence[str],
+    adapters: str | Sequence[str] | None,
     chunk: int | None = None,
     frozen_dtype: str = "float32",
     checkpointing: bool = False,
@@ -36,10 +37,13 @@ def load_rgba_vae(
 
     adapters: a file of experiment=vae_rgba or the newest one below a folder; the released VAE
     checkpoint (flat, or in a training checkpoint's state_dict); its decoder.bin; or ComfyUI's
-    merged pair, as a folder or as [rgb, alpha]. Raises FileNotFoundError without a file, and
-    ValueError for one of another kind, of another base, or that does not fit.
+    merged pair, as a folder or as [rgb, alpha]; None: the base alone, as a PlainVAE. Raises
+    FileNotFoundError without a file, and ValueError for one of another kind, of another base, or
+    that does not fit.
     """
     base = load_vae(vae)
+    if adapters is None:
+        return PlainVAE(vae=base, chunk=chunk, frozen_dtype=frozen_dtype).eval()
     settings: dict[str, Any] = {"checkpointing": checkpointing, "chunk": chunk}
     pair = comfyui_pair(adapters)
     if pair is not None:

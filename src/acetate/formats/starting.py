@@ -16,8 +16,8 @@ RELEASED_DORA = re.compile(r"(self|cross)_attn\.[qkvo]\.lora_A")
 
 
 def read_start(source: str, kind: str) -> tuple[dict[str, Tensor], dict[str, Any], str]:
-    """Returns tensors named as in a task of this kind (`rgba_vae`, `dit_dora`), the known facts of
-    them, and their file.
+    """Returns tensors named as in a task of this kind (of `checkpoints.KINDS`), the known facts
+    of them, and their file.
 
     source: a run or a checkpoint of acetate, an adapter file, or a released Wan-Alpha file. Raises
     FileNotFoundError and ValueError as `read_trained` and `read_rgba_vae` do.

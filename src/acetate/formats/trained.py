@@ -2,7 +2,7 @@
 model."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from acetate.formats.wan_alpha import OUR_LORA_KEY
 from acetate.models.adapters import check_finite, misfits, read_adapters
 from acetate.models.dit import DORA_TARGETS
 from acetate.models.experts import PARTS
+from acetate.models.joint import TARGETS as JOINT_TARGETS
 from acetate.models.merge import INITS, FeatureMerge
 from acetate.settings import Rule, flag, number, one_of, text, whole
 
@@ -29,6 +30,10 @@ NEEDED: dict[str, dict[str, Rule]] = {
         "base": text, "transformer_sha256": text, "rank": RANK, "alpha": ALPHA,
         "mean_shift": number(-100, 100),
     },
+    "dit_joint": {
+        "base": text, "transformer_sha256": text, "rank": RANK, "alpha": ALPHA,
+        "rgb_attends_alpha": flag,
+    },
 }  # fmt: skip
 # what may stand beside them
 KNOWN: dict[str, Rule] = {
@@ -37,13 +42,17 @@ KNOWN: dict[str, Rule] = {
     **dict.fromkeys(("vae_sha256", "text_encoder_sha256", "base_sha256"), text),
     **dict.fromkeys(("ellipse", "geometry"), names),
 }  # fmt: skip
-DORA_LAYERS = [
-    name.removesuffix(".weight")
-    for name in DIT_IN_BLOCKS
-    if name.endswith(".weight")
-    and re.fullmatch(DORA_TARGETS, f"blocks.0.{name.removesuffix('.weight')}")
-]
-PREFIX = {"rgba_vae": "vae.", "dit_dora": "transformer."}
+DORA_LAYERS, JOINT_LAYERS = (
+    [
+        name.removesuffix(".weight")
+        for name in DIT_IN_BLOCKS
+        if name.endswith(".weight")
+        and re.fullmatch(targets, f"blocks.0.{name.removesuffix('.weight')}")
+    ]
+    for targets in (DORA_TARGETS, JOINT_TARGETS)
+)
+PREFIX = {"rgba_vae": "vae.", "dit_dora": "transformer.", "dit_joint": "transformer."}
+ALPHA_EMBEDDING = "patch_embedding.alpha_embedding"
 DORA_PARTS = ("lora_A", "lora_B", "lora_magnitude_vector")
 # Of any Wan decoder, however many stages it has
 DECODER_CONVOLUTIONS = [
@@ -77,7 +86,8 @@ def check_trained(
     state: named as in the model. What only the base says is not checked: how many blocks a DiT has,
     stages a decoder.
     """
-    expected = {"rgba_vae": _rgba_vae, "dit_dora": _dit_dora}[kind](state, facts)
+    read = {"rgba_vae": _rgba_vae, "dit_dora": _dit_dora, "dit_joint": _dit_joint}
+    expected = read[kind](state, facts)
     if found := misfits(expected, state):
         raise ValueError(
             f"{path} is no whole {kind}: {found}. It is damaged: give another checkpoint of its "
@@ -93,18 +103,33 @@ def _side(state: Mapping[str, Tensor], name: str, axis: int) -> int:
     return shape[axis] if axis < len(shape) else 0
 
 
+def _dit_joint(state: Mapping[str, Tensor], facts: Mapping[str, Any]) -> dict[str, Tensor]:
+    width = _side(state, ALPHA_EMBEDDING, 0)
+    return {
+        ALPHA_EMBEDDING: torch.empty(width, device="meta"),
+        **_low_rank(state, facts, JOINT_LAYERS, DORA_PARTS[:2]),
+    }
+
+
 def _dit_dora(state: Mapping[str, Tensor], facts: Mapping[str, Any]) -> dict[str, Tensor]:
+    return _low_rank(state, facts, DORA_LAYERS, DORA_PARTS)
+
+
+def _low_rank(
+    state: Mapping[str, Tensor],
+    facts: Mapping[str, Any],
+    layers: Sequence[str],
+    parts: Sequence[str],
+) -> dict[str, Tensor]:
     found = {int(match[1]) for name in state if (match := re.match(r"blocks\.(\d{1,4})\.", name))}
     expected: dict[str, Tensor] = {}
     for block in sorted(found | set(range(max(1, len(found))))):
-        for layer in DORA_LAYERS:
-            a, b, magnitude = (
-                f"blocks.{block}.{layer}.{part}.default.weight" for part in DORA_PARTS
-            )
-            width = _side(state, b, 0) or _side(state, magnitude, 0)
+        for layer in layers:
+            a, b, *magnitude = (f"blocks.{block}.{layer}.{part}.default.weight" for part in parts)
+            width = next(filter(None, (_side(state, name, 0) for name in (b, *magnitude))), 0)
             expected[a] = torch.empty(facts["rank"], _side(state, a, 1), device="meta")
             expected[b] = torch.empty(width, facts["rank"], device="meta")
-            expected[magnitude] = torch.empty(width, device="meta")
+            expected |= {name: torch.empty(width, device="meta") for name in magnitude}
     return expected
 
 
@@ -136,10 +161,11 @@ def _is_decoders(conv: str) -> bool:
     return True
 
 
-def read_whole_adapters(source: str, kind: str) -> tuple[Path, dict[str, Tensor], dict[str, Any]]:
+def read_whole_adapters(source: str, *kinds: str) -> tuple[Path, dict[str, Tensor], dict[str, Any]]:
     """Reads adapters as `read_adapters` does and checks their facts and tensors; named as in the
     model."""
-    path, state, facts = read_adapters(source, kind)
+    path, state, facts = read_adapters(source, *kinds)
+    kind = facts["kind"]
     check_facts(path, kind, facts)
     state = {name.removeprefix(PREFIX[kind]): value for name, value in state.items()}
     check_trained(path, kind, state, facts)

@@ -161,7 +161,7 @@ def best_of(run: Path) -> Path:
     )
 
 
-def read_adapters(source: str, kind: str) -> tuple[Path, dict[str, Tensor], dict[str, Any]]:
+def read_adapters(source: str, *kinds: str) -> tuple[Path, dict[str, Tensor], dict[str, Any]]:
     """Reads path, tensors and metadata of an adapter file; for a folder, those of the newest
     last.safetensors below it, or, with @best after its name, those of that run's best.
 
@@ -180,11 +180,11 @@ def read_adapters(source: str, kind: str) -> tuple[Path, dict[str, Tensor], dict
         )
     state, facts = read_adapter_file(path)
     found_kind, schema = facts.get("kind"), facts.get("schema")
-    if found_kind != kind or schema != ADAPTER_SCHEMA:
+    if found_kind not in kinds or schema != ADAPTER_SCHEMA:
         raise ValueError(
-            f"{path} is of kind {found_kind!r}, schema {schema!r}; needed: {kind!r}, schema "
-            f"{ADAPTER_SCHEMA}. Adapter files stand beside the checkpoints of the experiment that "
-            "trains them."
+            f"{path} is of kind {found_kind!r}, schema {schema!r}; needed: "
+            f"{' or '.join(map(repr, kinds))}, schema {ADAPTER_SCHEMA}. Adapter files stand beside "
+            "the checkpoints of the experiment that trains them."
         )
     return path, state, facts
 

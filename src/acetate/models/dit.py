@@ -286,12 +286,12 @@ def attach_dora(
 @torch.no_grad()
 def start_dora(transformer: WanTransformer3DModel, seed: int) -> None:
     """Starts A as nn.Linear's weights do, drawn by (seed, layer), whatever the ranks; B = 0; m =
-    |W| per row, in fp32."""
+    |W| per row, in fp32, where there is one."""
     for name, layer in dora_layers(transformer).items():
         parts: list[Any] = [
-            layer.lora_A["default"],
-            layer.lora_B["default"],
-            layer.lora_magnitude_vector["default"],
+            part["default"]
+            for part in (layer.lora_A, layer.lora_B, layer.lora_magnitude_vector)
+            if "default" in part  # plain LoRA has no magnitude
         ]
         base = whole(layer.get_base_layer())
         if base.is_meta:  # shapes without numbers
@@ -305,7 +305,7 @@ def start_dora(transformer: WanTransformer3DModel, seed: int) -> None:
         # PEFT took the norm in the base's precision
         norm = torch.linalg.vector_norm(base.float(), dim=1)
         starts = (shard_like(values, down), shard_like(torch.zeros(up.shape), up), norm)
-        for part, start in zip(parts, starts, strict=True):
+        for part, start in zip(parts, starts, strict=False):
             part.weight = nn.Parameter(start.to(base.device, part.weight.dtype))
 
 

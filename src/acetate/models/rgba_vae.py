@@ -75,6 +75,10 @@ class RGBADecoders(nn.Module):
         for decoder in (self.decoder_rgb, self.decoder_alpha):
             add_lora(decoder.net, rank, alpha)
 
+    def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
+        """Returns (C, F, h, w) of the latents of a clip."""
+        return self.geometry.latent_shape(frames, height, width)
+
     def cast_frozen(self, dtype: str) -> None:
         """Casts all parameters that do not train to this type."""
         for parameter in self.parameters():

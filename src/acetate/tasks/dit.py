@@ -30,6 +30,11 @@ from acetate.tasks.example import Group, Load, MeasuredTask
 from acetate.tasks.logs import Means, clips_in, log_means, share_of
 
 VAL_LEVELS = 4  # noise levels of the validation loss, evenly spread over the steps
+# The way to latents of either scheme
+CACHED_BY = {
+    "rgba": "Give those of acetate prep cache_latents rgba_vae=RUN, or train experiment=dit_joint.",
+    "joint": "Give those of acetate prep cache_latents scheme=joint, or train experiment=dit_dora.",
+}
 BINS = 10  # ranges of timesteps that the training loss is logged by
 
 
@@ -48,6 +53,7 @@ class DoRATask(AdapterTask, MeasuredTask):
 
     schedule_levels = staticmethod(flow.schedule)
     adapter_dtype = torch.float32
+    scheme = "rgba"  # of the latents
     binned: Tensor
 
     def __init__(
@@ -102,7 +108,7 @@ class DoRATask(AdapterTask, MeasuredTask):
         self.transformer = self.base.load(self.adapt).train()
         held = held_layers(self.transformer)
         leave_out_of_ddp(self, [f"transformer.{name}.weight" for name in held])
-        start_dora(self.transformer, self.seed)
+        self.start(self.transformer)
         self.base_sha256 = transformer_sha256(self.transformer)
         if self.compile_blocks:
             compile_blocks(self.transformer, bool(self.checkpointing), self.keep_attention)
@@ -116,8 +122,17 @@ class DoRATask(AdapterTask, MeasuredTask):
         if self.shards is not None:
             shard_transformer(transformer, self.shards)
 
+    def start(self, transformer: WanTransformer3DModel) -> None:
+        """Gives the adapters their first values, by the seed."""
+        start_dora(transformer, self.seed)
+
     def setup(self, stage: str) -> None:
         manifest = self.trainer.datamodule.manifest  # pyright: ignore[reportAttributeAccessIssue]
+        if (found := manifest.get("scheme", "rgba")) != self.scheme:
+            raise ValueError(
+                f"data.latents: cached with scheme={found}, this experiment reads those of "
+                f"scheme={self.scheme}. {CACHED_BY[self.scheme]}"
+            )
         self.cache = {name: manifest[name] for name in MADE_WITH}
 
     def on_validation_model_eval(self) -> None:
@@ -178,9 +193,7 @@ class DoRATask(AdapterTask, MeasuredTask):
         gives them; levels: null for those of Wan, which validation measures at. weights (B, 1, F,
         h, w): of cells; null: all count the same."""
         self.check_fit(batch)
-        latents = batch["latents"]
-        guide = regions.gaussian(batch["ellipses"], *latents.shape[-2:])
-        noise = flow.mean_shift(noise, guide, self.mean_shift)
+        latents, noise = batch["latents"], self.shifted(noise, batch)
         field = partial(velocity, self.transformer)
         levels = levels or self.levels
         errors = flow.squared_error(latents, noise, levels, ids, field, context)
@@ -190,6 +203,11 @@ class DoRATask(AdapterTask, MeasuredTask):
         if self.alpha_floor is None or "coverage" not in batch:  # which check_fit refuses
             return None
         return regions.by_coverage(batch["coverage"], self.alpha_floor)
+
+    def shifted(self, noise: Tensor, batch: dict[str, Any]) -> Tensor:
+        """Returns noise~ of the clips' ellipses."""
+        guide = regions.gaussian(batch["ellipses"], *noise.shape[-2:])
+        return flow.mean_shift(noise, guide, self.mean_shift)
 
     def example_batch(self, load: Load, geometry: Geometry | None) -> dict[str, Any]:
         assert geometry is not None, "it trains on latents"
