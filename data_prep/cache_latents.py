@@ -127,8 +127,11 @@ def made_by(
 ) -> dict[str, Any]:
     """Returns all that decides the content, as JSON reads it back."""
     identity = (vae.latents_sha256(), vae.base_sha256, encoder.sha256(), sources.prompt_length)
+    own = asdict(settings)
+    if settings.condition == "none":
+        del own["condition"]  # older folders have none
     content = {
-        **asdict(settings),
+        **own,
         **dict(zip(IDENTITY, identity, strict=True)),
         "frozen_dtype": sources.frozen_dtype,
         **({"long_prompts": sources.long_prompts} if sources.long_prompts != "error" else {}),
@@ -270,6 +273,7 @@ def manifest_of(
         buckets["x".join(map(str, sides))] = counts(list(group))
     content = run.made_by["settings"]
     facts = {**{name: content[name] for name in (*IDENTITY, "ellipse")}, **facts}
+    facts |= {name: content[name] for name in ("condition",) if name in content}
     del facts["empty_buckets"]
     return {
         "schema": SCHEMA, "kind": "latents", "made_by": run.made_by, **facts, **counts(samples),

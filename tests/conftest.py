@@ -174,7 +174,7 @@ def cached(shards, tmp_path_factory):
     return cache_demo(shards, tmp_path_factory.mktemp("cached"))
 
 
-def cache_demo(shards: Path, folder: Path) -> tuple[Path, Path]:
+def cache_demo(shards: Path, folder: Path, **more: str) -> tuple[Path, Path]:
     """`cached`, of any shards, below a folder."""
     from acetate.models.adapters import ADAPTER_SCHEMA, trainable_state
     from acetate.models.loading import load_vae
@@ -204,7 +204,7 @@ def cache_demo(shards: Path, folder: Path) -> tuple[Path, Path]:
         settings=Settings(
             seed=0, variants=1, frames=(5,), area=24 * 24, max_aspect=1.0, sizes=None,
             space_multiple=None,
-            dtype="float16", ellipse=ellipse, per_tar=64,
+            dtype="float16", ellipse=ellipse, per_tar=64, **more,
         ),
         allow_empty_buckets=False,
         bad_clip_budget=0,

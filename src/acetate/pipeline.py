@@ -22,11 +22,13 @@ from acetate.formats.few_step import merge_few_step
 from acetate.formats.rgba_vae import load_rgba_vae
 from acetate.formats.trained import read_whole_adapters
 from acetate.formats.wan_alpha import dora_from_wan_alpha
-from acetate.guides import Guide, draw, outline
+from acetate.guides import Guide, Pictures, condition_of, draw, for_each, outline
 from acetate.models.adapters import load_trainable
+from acetate.models.condition import check_condition, widen_as_trained
 from acetate.models.dit import add_dora, merge_dora
 from acetate.models.loading import load_transformer, transformer_sha256
-from acetate.models.rgba_vae import RGBADecoders
+from acetate.models.rgba_vae import DECODERS_ONLY, RGBADecoders
+from acetate.models.rgba_vae import RGBAVAE as Encoding
 from acetate.models.text import TextEncoder
 from acetate.models.weights import read_weights
 from acetate.sampling import Solver, check_size, decode, sample_clips
@@ -113,15 +115,19 @@ class RGBAPipeline:
         guidance: float | None = None,
         negative_prompt: str | None = None,
         batch_size: int | None = None,
+        image: Pictures | None = None,
+        last_image: Pictures | None = None,
     ) -> Iterator[Clip]:
         """Yields clips as they are made; the one at place n has seed + n, and the same seed gives
         the same clip.
 
         frames: 4k+1. height, width: multiples of the VAE's stride times the DiT's patch. guide:
-        where the subject is, one for all or one for each prompt. solver: or steps and guidance
-        alone, by default those of `acetate sample`. Raises ValueError for a size that the models
-        cannot make, for another VAE or text encoder than the DoRA was trained with, and for a guide
-        without a mean shift.
+        where the subject is, one for all or one for each prompt. image: what the first frame shows,
+        a file or one for each prompt, with transparent margins where its aspect is another; the
+        guide is fitted to its alpha unless one is given. last_image: of the last frame. solver: or
+        steps and guidance alone, by default those of `acetate sample`. Raises ValueError for a size
+        that the models cannot make, for another VAE or text encoder than the DoRA was trained with,
+        for pictures that it was not trained with, and for a guide without a mean shift.
         """
         config = self.config
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
@@ -133,6 +139,8 @@ class RGBAPipeline:
         words, text_sha256 = self.embed([*prompts, negative])
         check_size(*size, vae.geometry, self.transformer.config["patch_size"])
         check_models(self.facts, vae, text_sha256)
+        condition, of_picture = self.condition(image, last_image, len(prompts), size)
+        guide = of_picture if guide is None and self.mean_shift else guide
         guides, outlines = self._draw(guide, len(prompts), size)
         starts = range(0, len(prompts), at_once)
         for start in tqdm(starts, desc="clips", unit="batch", disable=len(starts) < 2):
@@ -150,6 +158,7 @@ class RGBAPipeline:
                 solver=solver,
                 device=self.device,
                 offload=config.offload,
+                condition=None if condition is None else condition[part],
             )
             for (rgb, alpha), prompt, number, line in zip(
                 made, prompts[part], seeds, outlines[part], strict=True
@@ -162,6 +171,34 @@ class RGBAPipeline:
         text = TextEncoder(self.config.wan.text_encoder, self.config.wan.prompt_length, self.device)
         each = list(dict.fromkeys(prompts))
         return dict(zip(each, text.context(each, truncate=True), strict=True)), text.sha256()
+
+    def condition(
+        self,
+        image: Pictures | None,
+        last_image: Pictures | None,
+        count: int,
+        size: tuple[int, int, int],
+    ) -> tuple[Tensor | None, list[Guide] | None]:
+        """Returns the conditions (count, K, F, h, w) of pictures, and guides that are fitted to
+        their alpha; None without a picture. Raises ValueError as `stream`."""
+        if image is None:
+            if last_image is not None:
+                raise ValueError("last_image= without image=. Give the first frame, too.")
+            return None, None
+        check_condition(self.transformer, self.vae.geometry)
+        trained = self.facts.get("condition", {}).get("given", "first_last")
+        if last_image is not None and trained == "first":
+            raise ValueError(
+                "This DoRA was trained with first frames alone. Leave last_image= away, or train "
+                "one on latents of condition=first_last."
+            )
+        vae = self.vae.to(self.device)
+        if not isinstance(vae, Encoding):
+            raise ValueError(f"rgba_vae={self.config.rgba_vae}: {DECODERS_ONLY}")
+        first, last = (for_each(picture, count) for picture in (image, last_image))
+        pairs = [*zip(first, last, strict=True)]
+        made = {pair: condition_of(vae, *pair, size, self.device) for pair in dict.fromkeys(pairs)}
+        return torch.cat([made[pair][0] for pair in pairs]), [made[pair][1] for pair in pairs]
 
     def _draw(
         self, guide: Guide | Sequence[Guide] | None, count: int, size: tuple[int, int, int]
@@ -289,6 +326,7 @@ def put_dora(transformer: WanTransformer3DModel, source: str) -> dict[str, Any]:
                 "files as wan.transformer=."
             )
     add_dora(transformer, rank, alpha)
+    widen_as_trained(transformer, facts)
     load_trainable(transformer, adapters, str(path))
     merge_dora(transformer)
     return facts | {"file": str(path)}

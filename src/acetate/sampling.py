@@ -165,9 +165,11 @@ def sample_latents(
     negative: Tensor,
     solver: Solver,
     progress: bool = True,
+    condition: Tensor | None = None,
 ) -> Tensor:
     """Returns normalised latents like noise (B, C, F, h, w). context (B, L, D); negative (1, L, D)
-    is used by guidance."""
+    is used by guidance. condition: as of `velocity`; guidance leads away from the negative prompt
+    under the same one."""
     scheduler = solver.scheduler(noise.device)
     scheduler.set_begin_index(0)  # else it looks for its first timestep, and the GPU's answer
     x = noise
@@ -176,9 +178,9 @@ def sample_latents(
         scheduler.timesteps, desc="sample", unit="step", disable=not progress, leave=False
     ):
         timestep = t.to(noise.device, torch.float32).expand(len(x))
-        v = velocity(transformer, x, timestep, context)
+        v = velocity(transformer, x, timestep, context, condition)
         if solver.guidance != 1:
-            without = velocity(transformer, x, timestep, negative)
+            without = velocity(transformer, x, timestep, negative, condition)
             v = without + solver.guidance * (v - without)
         x = scheduler.step(v.float(), t, x, return_dict=False)[0]
     return x
@@ -209,11 +211,13 @@ def sample_clips(
     device: torch.device | str,
     offload: bool = False,
     progress: bool = True,
+    condition: Tensor | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yields rgb (3, T, H, W) and alpha (1, T, H, W) of every seed, on the CPU.
 
     context (B, L, D), negative (1, L, D): of the prompts. size: frames, height, width in pixels.
-    guide: G in [0, 1], (1 or B, 1, F, h, w). offload: only the model at work is on the device, both
+    guide: G in [0, 1], (1 or B, 1, F, h, w). condition (B, K, F, h, w): of the given frames, of an
+    image-to-video model. offload: only the model at work is on the device, both
     wait on the CPU.
     """
     noise = initial_noise(seeds, vae.geometry.latent_shape(*size), guide, mean_shift, device)
@@ -221,7 +225,13 @@ def sample_clips(
         vae.cpu()
         cast(nn.Module, transformer).to(device)
     latents = sample_latents(
-        transformer, noise, context.to(device), negative.to(device), solver, progress
+        transformer,
+        noise,
+        context.to(device),
+        negative.to(device),
+        solver,
+        progress,
+        None if condition is None else condition.to(device),
     )
     if offload:
         transformer.cpu()

@@ -24,6 +24,7 @@ from acetate.formats.names import original_dit_name, original_layer, original_va
 from acetate.formats.pipeline import PEFTAdapter, wan_pipeline
 from acetate.formats.wan_alpha import decoder_of, dora_to_wan_alpha, trainable_to_wan_alpha
 from acetate.models.adapters import load_trainable, trainable_state
+from acetate.models.condition import widen_as_trained
 from acetate.models.dit import add_dora, dora_layers, merge_dora, merged_weight
 from acetate.models.loading import load_transformer, load_vae, transformer_sha256
 from acetate.models.rgba_vae import RGBAVAE
@@ -97,6 +98,7 @@ def trained_dit(trained: Trained, config: DictConfig) -> WanTransformer3DModel:
     transformer = load_transformer(config.wan.transformer, getattr(torch, config.dtype))
     check_base(trained, "transformer_sha256", transformer_sha256(transformer))
     add_dora(transformer, trained.facts["rank"], trained.facts["alpha"])
+    widen_as_trained(transformer, trained.facts)
     load_trainable(transformer, trained.state, str(trained.path))
     return transformer
 
@@ -147,7 +149,17 @@ def _whole(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: value.detach().cpu().clone() for name, value in state.items()}
 
 
+def check_dora_alone(trained: Trained, way_out: str) -> None:
+    """Raises ValueError for adapters with a wider patch embedding, which no LoRA file holds."""
+    if trained.facts.get("condition", {}).get("widened"):
+        raise ValueError(
+            f"{trained.path} holds a wider patch embedding beside its DoRA, as experiment=i2v_dora "
+            f"trains on a text base; a LoRA file cannot. {way_out}"
+        )
+
+
 def dit_to_wan_alpha(trained: Trained, config: DictConfig) -> Export:
+    check_dora_alone(trained, "Give to=comfyui dit=merged, or to=diffusers.")
     flat = dora_to_wan_alpha(trained.state, trained.facts["alpha"] / trained.facts["rank"])
     notes = ["t2v.safetensors: DoRA in bfloat16, for Wan-Alpha's inference (--lora_path)"]
     return Export({"t2v.safetensors": tensor_file(flat, trained.facts)}, notes)
@@ -181,6 +193,8 @@ def dit_to_comfyui(trained: Trained, config: DictConfig) -> Export:
     notes = [
         "sample with the noise's mean shifted as in training (mean_shift in the metadata), shift 5"
     ]
+    if config.dit != "merged":
+        check_dora_alone(trained, "Give dit=merged.")
     if config.dit == "dora":
         tensors = native_dora(trained.state, trained.facts["alpha"])
         notes = [
@@ -259,8 +273,13 @@ def dit_to_diffusers(trained: Trained, config: DictConfig) -> Export:
     transformer = trained_dit(trained, config)
     adapter = PEFTAdapter(transformer)
     merge_dora(transformer)
-    writers: dict[str, Callable[[Path], object]] = {"adapter": adapter.save_pretrained}
-    notes = ["adapter/: PEFT's DoRA, PeftModel.from_pretrained(transformer of the base, folder)"]
+    writers: dict[str, Callable[[Path], object]] = {}
+    notes: list[str] = []
+    if not trained.facts.get("condition", {}).get("widened"):  # which PEFT's file would lack
+        writers["adapter"] = adapter.save_pretrained
+        notes = [
+            "adapter/: PEFT's DoRA, PeftModel.from_pretrained(transformer of the base, folder)"
+        ]
     if config.rgba_vae is None:
         writers["transformer"] = transformer.save_pretrained
         notes.append(
@@ -284,7 +303,7 @@ def dit_to_diffusers(trained: Trained, config: DictConfig) -> Export:
     )
     writers.update({".": pipeline.save_pretrained, "vae_alpha": vaes["alpha"].save_pretrained})
     notes += [
-        "the folder: WanPipeline.from_pretrained, called with "
+        f"the folder: {type(pipeline).__name__}.from_pretrained, called with "
         f"max_sequence_length={config.wan.prompt_length} and latents= the noise, its mean shifted "
         f"by {trained.facts['mean_shift']} outside of the subject's ellipse",
         TWO_VAES,

@@ -113,7 +113,11 @@ def collate(
     def stack(tensors: Iterable[Tensor]) -> Tensor:
         return torch.stack([tensor.float() for tensor in tensors]) if good else torch.empty(0)
 
+    conditions = {}
+    if good and good[0]["ref"].condition is not None:
+        conditions["condition"] = stack(sample["condition"] for sample in good)
     return {
+        **conditions,
         "latents": stack(sample["latents"] for sample in good),
         "ellipses": stack(sample["ellipse"] for sample in good),
         "context": stack(pad(sample["prompt_embeds"], prompt_length) for sample in good),
@@ -133,7 +137,8 @@ def pad(embeds: Tensor, length: int) -> Tensor:
 class LatentDataModule(ShardDataModule):
     """Gives batches of one bucket: latents (B, C, F, h, w) normalised, ellipses (B, F, 5) in latent
     cells (fit_ellipses), context (B, prompt_length, D) and null_context (1, prompt_length, D)
-    zero-padded, all fp32; prompt, key, clip (lists of B) and skipped.
+    zero-padded, all fp32; prompt, key, clip (lists of B) and skipped. condition, like latents, is
+    that of the given frames alone, where the cache holds it.
 
     latents: folders or URLs; a mapping from them to weights mixes them as MixedOrder does. Remote
     ones, order, position and bad clips as in ShardDataModule; the position counts samples, and
@@ -220,7 +225,7 @@ class LatentDataModule(ShardDataModule):
         self.manifest = manifests[0]
 
     def _check_alike(self, manifests: Sequence[dict[str, Any]]) -> None:
-        for name in MADE_WITH:
+        for name in (*MADE_WITH, "condition"):
             for folder, manifest in zip(self.folders, manifests, strict=True):
                 if manifest.get(name) != manifests[0].get(name):
                     raise ShardError(
@@ -333,8 +338,10 @@ class LatentDataModule(ShardDataModule):
 
     def _blank(self) -> dict[str, Any]:
         frames, height, width = min(window[0].shape for window in self.train_windows)
+        latents = torch.zeros(1, self.manifest["geometry"]["channels"], frames, height, width)
         return {
-            "latents": torch.zeros(1, self.manifest["geometry"]["channels"], frames, height, width),
+            **({"condition": latents} if "condition" in self.manifest else {}),
+            "latents": latents,
             "ellipses": torch.zeros(1, frames, 5),
             "context": self.null_context,
             "prompt": [""],

@@ -3,10 +3,17 @@
 from pathlib import Path
 from typing import cast
 
-from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
+from diffusers import (
+    AutoencoderKLWan,
+    UniPCMultistepScheduler,
+    WanImageToVideoPipeline,
+    WanPipeline,
+    WanTransformer3DModel,
+)
 from peft import LoraConfig, get_peft_model_state_dict
 from torch import Tensor
 
+from acetate.models.condition import condition_channels
 from acetate.models.text import TextEncoder
 from acetate.replacing import write_tensors
 
@@ -16,10 +23,11 @@ def wan_pipeline(
     vae: AutoencoderKLWan,
     text: TextEncoder,
     scheduler: UniPCMultistepScheduler,
-) -> WanPipeline:
-    """Builds a pipeline whose `save_pretrained` writes the folder that
-    `WanPipeline.from_pretrained` reads."""
-    return WanPipeline(
+) -> WanPipeline | WanImageToVideoPipeline:
+    """Builds a pipeline whose `save_pretrained` writes the folder that `from_pretrained` of its
+    class reads; that of an image-to-video DiT is WanImageToVideoPipeline."""
+    kind = WanImageToVideoPipeline if condition_channels(transformer) else WanPipeline
+    return kind(
         tokenizer=text.tokenizer,
         text_encoder=text.model,
         vae=vae,

@@ -13,6 +13,7 @@ from acetate.documents import names, shown
 from acetate.formats.names import DIT_IN_BLOCKS, VAE_OUTSIDE_BLOCKS, original_vae_name
 from acetate.formats.wan_alpha import OUR_LORA_KEY
 from acetate.models.adapters import check_finite, misfits, read_adapters
+from acetate.models.condition import GIVEN
 from acetate.models.dit import DORA_TARGETS
 from acetate.models.merge import INITS, FeatureMerge
 from acetate.settings import Rule, flag, number, one_of, text, whole
@@ -30,10 +31,21 @@ NEEDED: dict[str, dict[str, Rule]] = {
     },
 }  # fmt: skip
 # what may stand beside them
+condition = Rule(
+    "given (first or first_last), channels (1 to 4096) and widened (true or false)",
+    lambda value: (
+        isinstance(value, dict)
+        and value.keys() == {"given", "channels", "widened"}
+        and one_of(*GIVEN).holds(value["given"])
+        and whole(1, 4096).holds(value["channels"])
+        and flag.holds(value["widened"])
+    ),
+)
 KNOWN: dict[str, Rule] = {
     "eps": number(0), "step": whole(0), "averaged": flag, "prompt_length": whole(1, 2**20),
     **dict.fromkeys(("vae_sha256", "text_encoder_sha256", "base_sha256"), text),
     **dict.fromkeys(("ellipse", "geometry"), names),
+    "condition": condition,
 }  # fmt: skip
 DORA_LAYERS = [
     name.removesuffix(".weight")
@@ -103,6 +115,11 @@ def _dit_dora(state: Mapping[str, Tensor], facts: Mapping[str, Any]) -> dict[str
             expected[a] = torch.empty(facts["rank"], _side(state, a, 1), device="meta")
             expected[b] = torch.empty(width, facts["rank"], device="meta")
             expected[magnitude] = torch.empty(width, device="meta")
+    if facts.get("condition", {}).get("widened"):
+        shape = state["patch_embedding.weight"].shape if "patch_embedding.weight" in state else ()
+        shape = shape if len(shape) == 5 else (0, 0, 0, 0, 0)
+        expected["patch_embedding.weight"] = torch.empty(shape, device="meta")
+        expected["patch_embedding.bias"] = torch.empty(shape[0], device="meta")
     return expected
 
 

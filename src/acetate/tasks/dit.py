@@ -1,6 +1,7 @@
 """DoRA training of Wan's DiT on cached RGBA latents with mean-shifted noise (method of Wan-Alpha,
 section 3.3)."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -114,7 +115,7 @@ class DoRATask(AdapterTask, MeasuredTask):
         """Raises ValueError for latents or embeddings of another model than the DiT."""
         config = self.transformer.config
         for name, needed, found in (
-            ("latent channels", config.in_channels, batch["latents"].shape[1]),
+            ("latent channels", config.in_channels, self.channels(batch)),
             ("wide text embeddings", config.text_dim, batch["context"].shape[2]),
         ):
             if needed != found:
@@ -122,6 +123,10 @@ class DoRATask(AdapterTask, MeasuredTask):
                     f"{self.base.transformer} reads {needed} {name}, the cached samples have "
                     f"{found}. Cache them with the same wan= as the run."
                 )
+
+    def channels(self, batch: dict[str, Any]) -> int:
+        """Returns how many channels the DiT is given of a batch."""
+        return batch["latents"].shape[1]
 
     def levels_for(self, latents: Tensor) -> flow.NoiseLevels:
         """Returns the noise levels that clips of this size are trained on."""
@@ -147,9 +152,13 @@ class DoRATask(AdapterTask, MeasuredTask):
         latents = batch["latents"]
         guide = regions.gaussian(batch["ellipses"], *latents.shape[-2:])
         noise = flow.mean_shift(noise, guide, self.mean_shift)
-        field = partial(velocity, self.transformer)
+        field = self.field(batch)
         levels = levels or self.levels
         return flow.squared_error(latents, noise, levels, ids, field, context).flatten(1).mean(1)
+
+    def field(self, batch: dict[str, Any]) -> Callable[..., Tensor]:
+        """Returns the velocity field (x_t, t, context) of a batch."""
+        return partial(velocity, self.transformer)
 
     def example_batch(self, load: Load, geometry: Geometry | None) -> dict[str, Any]:
         assert geometry is not None, "it trains on latents"
