@@ -127,8 +127,11 @@ def made_by(
 ) -> dict[str, Any]:
     """Returns all that decides the content, as JSON reads it back."""
     identity = (vae.latents_sha256(), vae.base_sha256, encoder.sha256(), sources.prompt_length)
+    own = asdict(settings)
+    if settings.condition == "none":
+        del own["condition"]  # older folders have none
     content = {
-        **asdict(settings),
+        **own,
         **dict(zip(IDENTITY, identity, strict=True)),
         "frozen_dtype": sources.frozen_dtype,
         **({"long_prompts": sources.long_prompts} if sources.long_prompts != "error" else {}),
@@ -274,7 +277,7 @@ def manifest_of(
     content = run.made_by["settings"]
     facts = {
         **({"scheme": "joint"} if joint else {}),
-        **{name: content[name] for name in (*IDENTITY, "ellipse")},
+        **{name: content[name] for name in (*IDENTITY, "ellipse", "condition") if name in content},
         **facts,
     }
     del facts["empty_buckets"]

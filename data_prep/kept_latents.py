@@ -28,6 +28,7 @@ OF_A_LATENT = (
     "frozen_dtype",
     "vae_sha256",
     "base_sha256",
+    "condition",
 )
 OF_A_TEXT = ("dtype", "text_encoder_sha256", "prompt_length", "long_prompts")
 log = logging.getLogger(__name__)
@@ -138,7 +139,7 @@ def find_kept(out: Path, settings: Settings, made_by: Mapping[str, Any]) -> Kept
     if found == made_by or found.get("command") != made_by["command"]:
         return None
     old, new = found.get("settings", {}), made_by["settings"]
-    if any(old.get(name) != new[name] for name in OF_A_LATENT):
+    if any(old.get(name) != new.get(name) for name in OF_A_LATENT):
         return None
     return Kept(out, settings, same_text=all(old.get(name) == new.get(name) for name in OF_A_TEXT))
 

@@ -23,6 +23,7 @@ from acetate.alpha import PALETTE_NAMES, harden, over, palette
 from acetate.data.shards import BadClip, read_clip, read_meta
 from acetate.data.writer import ShardTar, read_part, write_part
 from acetate.formats.rgba_vae import load_rgba_vae, read_rgba_vae
+from acetate.models.condition import condition_latents
 from acetate.models.plain_vae import PlainVAE
 from acetate.models.rgba_vae import DECODERS_ONLY, RGBAVAE
 from acetate.models.text import TextEncoder
@@ -171,18 +172,15 @@ class Encoder:
                 rgb, alpha, ellipses = shown
                 stride = self.vae.geometry
                 covered = coverage(alpha, stride.time_stride, stride.space_stride)[0, 0]
-                latents = self.latents(rgb, alpha, PALETTE_NAMES.index(said["background"]))
-                again = latents.shape[1] // len(covered)
-                if latents.isfinite().all():
+                covered = (255 * covered).round().to(torch.uint8).cpu()
+                encoded = self.latents(rgb, alpha, PALETTE_NAMES.index(said["background"]))
+                again = encoded["latents"].shape[1] // len(covered)
+                if all(value.isfinite().all() for value in encoded.values()):
                     tensors = {
-                        "latents": latents,
+                        **encoded,
                         # one for each latent frame, also of alpha's own
                         "ellipse": ellipses[0].repeat(again, 1).float().cpu(),
-                        "coverage": (255 * covered)
-                        .round()
-                        .to(torch.uint8)
-                        .repeat(again, 1, 1)
-                        .cpu(),
+                        "coverage": covered.repeat(again, 1, 1),
                         **self.text(meta["prompt"]),
                     }
                     yield made(piece, tensors, said)
@@ -212,11 +210,15 @@ class Encoder:
         )
 
     @torch.inference_mode()
-    def latents(self, rgb: Tensor, alpha: Tensor, color: int) -> Tensor:
-        """Returns latents (C, F, h, w), normalised, on the CPU, in the stored dtype."""
-        hidden = palette(rgb.device)[color]
-        raw = self.vae.encode(over(rgb, harden(alpha, self.eps), hidden), alpha)
-        return self.vae.normalise(raw)[0].to(self.settings.torch_dtype).cpu().contiguous()
+    def latents(self, rgb: Tensor, alpha: Tensor, color: int) -> dict[str, Tensor]:
+        """Returns latents (C, F, h, w), and as condition those of the given frames alone where the
+        settings name such, normalised, on the CPU, in the stored dtype."""
+        hard = over(rgb, harden(alpha, self.eps), palette(rgb.device)[color])
+        made = {"latents": self.vae.normalise(self.vae.encode(hard, alpha))}
+        if self.settings.condition != "none":
+            made["condition"] = condition_latents(self.vae, hard, alpha, self.settings.condition)
+        dtype = self.settings.torch_dtype
+        return {name: value[0].to(dtype).cpu().contiguous() for name, value in made.items()}
 
 
 def made(piece: Piece, tensors: dict[str, Tensor], meta: Mapping[str, Any]) -> Made:

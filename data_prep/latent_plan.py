@@ -23,6 +23,7 @@ from acetate.data.transforms import (
     window,
 )
 from acetate.draws import generator_for, stable_hash
+from acetate.models.condition import GIVEN
 from acetate.models.wan import Geometry
 
 # Scale of the picture on its canvas; shares of the slack above it and left of it
@@ -152,6 +153,7 @@ class Settings:
     # scale of a clip on its transparent canvas, drawn from here to 1 for each variant
     smallest: float = 1.0
     background: str | None = None  # of PALETTE_NAMES, behind every clip; None: another per variant
+    condition: str = "none"  # or of GIVEN: frames that are encoded alone, too
 
     def __post_init__(self) -> None:
         if not 1 <= self.variants <= len(PALETTE_NAMES):
@@ -177,6 +179,8 @@ class Settings:
                 f"variants={self.variants} of a clip would be equal over background="
                 f"{self.background}; set variants=1, or smallest below 1"
             )
+        if self.condition not in ("none", *GIVEN):
+            raise ValueError(f"condition={self.condition}; one of none, {', '.join(GIVEN)}")
         if self.max_aspect < 1:
             raise ValueError(f"max_aspect={self.max_aspect}; longer side over shorter, at least 1")
 

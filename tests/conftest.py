@@ -182,7 +182,9 @@ def cached_joint(shards, tmp_path_factory):
     return cache_demo(shards, folder, scheme="joint", rgba_vae=None)[0]
 
 
-def cache_demo(shards: Path, folder: Path, **sources: Any) -> tuple[Path, Path]:
+def cache_demo(
+    shards: Path, folder: Path, condition: str = "none", **sources: Any
+) -> tuple[Path, Path]:
     """`cached`, of any shards, below a folder. sources: in the place of its own."""
     from acetate.models.adapters import ADAPTER_SCHEMA, trainable_state
     from acetate.models.loading import load_vae
@@ -212,7 +214,7 @@ def cache_demo(shards: Path, folder: Path, **sources: Any) -> tuple[Path, Path]:
         settings=Settings(
             seed=0, variants=1, frames=(5,), area=24 * 24, max_aspect=1.0, sizes=None,
             space_multiple=None,
-            dtype="float16", ellipse=ellipse, per_tar=64,
+            dtype="float16", ellipse=ellipse, per_tar=64, condition=condition,
         ),
         allow_empty_buckets=False,
         bad_clip_budget=0,

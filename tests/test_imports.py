@@ -34,7 +34,7 @@ LAYERS = (
     {"models", "losses", "metrics", "data"},
     {"tasks", "sampling", "formats", "guides", "memory", "cost"},
     {"callbacks"},
-    {"acetate", "cli", "commands", "pipeline", "data_prep", "train", "__main__"},
+    {"acetate", "cli", "commands", "pipeline", "assembly", "data_prep", "train", "__main__"},
 )
 RANK = {room: rank for rank, rooms in enumerate(LAYERS) for room in rooms}
 SIBLINGS_APART = LAYERS[1]  # may import the first layer and themselves, never each other

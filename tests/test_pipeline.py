@@ -9,11 +9,11 @@ from PIL import Image
 from torch.testing import assert_close
 
 from acetate import RGBAVAE, Clip, RGBAPipeline, over
+from acetate.assembly import check_models
 from acetate.formats.rgba_vae import load_rgba_vae
 from acetate.guides import ClipGuide, MaskGuide, draw
 from acetate.models import rgba_vae
 from acetate.models.wan import Geometry
-from acetate.pipeline import check_models
 from acetate.sampling import EllipsePath
 from acetate.settings import SettingError
 from tests.compose import called

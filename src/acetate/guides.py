@@ -10,8 +10,19 @@ import torch
 from torch import Tensor
 
 from acetate import regions
-from acetate.data.transforms import covering_box, crop, resize, to_float, window
+from acetate.alpha import harden, over
+from acetate.clips import background_of
+from acetate.data.transforms import (
+    containing_box,
+    covering_box,
+    crop,
+    resize,
+    to_float,
+    window,
+)
 from acetate.formats.gauss_mask import read_gauss_mask
+from acetate.models.condition import GIVEN, condition_latents, with_mask
+from acetate.models.rgba_vae import RGBAVAE
 from acetate.models.wan import Geometry
 from acetate.sampling import EllipsePath
 from acetate.video_io import read_rgba
@@ -33,7 +44,15 @@ class MaskGuide:
     path: Path
 
 
-Guide = EllipsePath | ClipGuide | MaskGuide
+@dataclass(frozen=True)
+class AlphaGuide:
+    """The ellipses of alpha (1, T, H, W) in [0, 1], T and size of the clip."""
+
+    alpha: Tensor
+
+
+Guide = EllipsePath | ClipGuide | MaskGuide | AlphaGuide
+Pictures = str | Path | Sequence[str | Path]  # a file, or one for each clip
 
 
 def draw(
@@ -49,7 +68,11 @@ def draw(
     if isinstance(guide, MaskGuide):
         mask = read_gauss_mask(guide.path.expanduser(), grid)
         return mask, regions.fit_ellipses((mask > HALF_AXIS).float(), 1, 1)
-    if isinstance(guide, ClipGuide):
+    if isinstance(guide, AlphaGuide):
+        ellipses = regions.fit_ellipses(
+            guide.alpha[None], geometry.time_stride, geometry.space_stride, **fit
+        )
+    elif isinstance(guide, ClipGuide):
         ellipses = _fitted(guide.path.expanduser(), size, geometry, fit)
     else:
         ellipses = guide.ellipses(*grid)
@@ -61,6 +84,52 @@ def outline(ellipses: Tensor, grid: Sequence[int], frames: int) -> Tensor:
     w)."""
     _, height, width = grid
     return regions.outlines(ellipses[0], height, width, frames)
+
+
+def read_still(path: Path, height: int, width: int) -> tuple[Tensor, Tensor]:
+    """Reads rgb (3, 1, H, W) in [-1, 1] and alpha (1, 1, H, W) of a picture, or of the first frame
+    of a clip: resized as a whole, with transparent margins where its aspect is another.
+
+    Colour under alpha 0 counts for nothing, as in shards. Raises MediaError for a file that cannot
+    be read as RGBA, and ValueError for a picture with nothing on it.
+    """
+    frame = torch.as_tensor(read_rgba(path.expanduser()).frames)[:1]
+    if not frame[..., 3].any():
+        raise ValueError(f"{path}: all of it is transparent. Give a picture of something.")
+    box = containing_box(*frame.shape[1:3], height, width)
+    return resize(*to_float(crop(frame, *box)), height, width)
+
+
+def for_each(picture: Pictures | None, count: int) -> list[Path | None]:
+    """Returns the file, or none, of each of `count` clips. Raises ValueError for another number."""
+    if picture is None or isinstance(picture, str | Path):
+        return [None if picture is None else Path(picture)] * count
+    if len(picture) not in (1, count):
+        raise ValueError(f"{len(picture)} pictures for {count} prompts; give one, or one for each.")
+    return [Path(path) for path in picture] * (count // len(picture))
+
+
+@torch.no_grad()
+def condition_of(
+    vae: RGBAVAE, image: Path | None, last: Path | None, size: tuple[int, int, int], device: str
+) -> tuple[Tensor, AlphaGuide]:
+    """Returns the condition (1, K, F, h, w) of a first frame, and perhaps a last, over the colour
+    that `key` latents have behind the subject; and the guide of their alpha.
+
+    size: frames, height, width in pixels. The first counts for all frames of the guide but the
+    last's own.
+    """
+    assert image is not None
+    stills = [read_still(path, *size[1:]) for path in (image, last) if path is not None]
+    counts = [size[0] - len(stills) + 1, 1][: len(stills)]
+    rgb, alpha = (
+        torch.cat([part.expand(-1, n, -1, -1) for part, n in zip(parts, counts, strict=True)], 1)
+        for parts in zip(*stills, strict=True)
+    )
+    hard = over(rgb, harden(alpha), background_of("key"))[None].to(device)
+    given = GIVEN[len(stills) - 1]
+    latents = condition_latents(vae, hard, alpha[None].to(device), given)
+    return with_mask(latents, given, vae.geometry.time_stride).cpu(), AlphaGuide(alpha)
 
 
 def _fitted(

@@ -1,44 +1,29 @@
 """Trained models as one object each: prompts to transparent clips, clips to latents and back."""
 
-import re
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
-from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
 from omegaconf import DictConfig
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from acetate.alpha import harden, over
+from acetate.assembly import check_models, is_joint, load_dit
 from acetate.clips import Clip, background_of
 from acetate.commands import device_of, inherited
 from acetate.commands.checks import check_settings
-from acetate.commands.recorded import preset_of, quoted
-from acetate.formats.few_step import merge_few_step
+from acetate.commands.recorded import quoted
 from acetate.formats.rgba_vae import load_rgba_vae
-from acetate.formats.trained import read_whole_adapters
-from acetate.formats.wan_alpha import dora_from_wan_alpha
-from acetate.guides import Guide, draw, outline
+from acetate.guides import Guide, Pictures, condition_of, draw, for_each, outline
 from acetate.models import experts
-from acetate.models.adapters import load_trainable
-from acetate.models.dit import add_dora, merge_dora
-from acetate.models.joint import attach_joint, start_joint
-from acetate.models.loading import load_transformer, transformer_sha256
-from acetate.models.plain_vae import PlainVAE
-from acetate.models.rgba_vae import RGBADecoders
+from acetate.models.condition import check_condition
+from acetate.models.rgba_vae import DECODERS_ONLY, RGBADecoders
+from acetate.models.rgba_vae import RGBAVAE as Encoding
 from acetate.models.text import TextEncoder
-from acetate.models.weights import read_weights
 from acetate.sampling import LowNoise, Solver, check_size, decode, sample_clips
-
-# What the released t2v.safetensors was trained with; the file itself does not say
-RELEASED = {
-    "mean_shift": 0.05,
-    "ellipse": {"threshold": 0.1, "raster": "opencv", "enlargements": 10},
-}
 
 
 class RGBAPipeline:
@@ -130,15 +115,19 @@ class RGBAPipeline:
         guidance: float | None = None,
         negative_prompt: str | None = None,
         batch_size: int | None = None,
+        image: Pictures | None = None,
+        last_image: Pictures | None = None,
     ) -> Iterator[Clip]:
         """Yields clips as they are made; the one at place n has seed + n, and the same seed gives
         the same clip.
 
         frames: 4k+1. height, width: multiples of the VAE's stride times the DiT's patch. guide:
-        where the subject is, one for all or one for each prompt. solver: or steps and guidance
-        alone, by default those of `acetate sample`. Raises ValueError for a size that the models
-        cannot make, for another VAE or text encoder than the DoRA was trained with, and for a guide
-        without a mean shift.
+        where the subject is, one for all or one for each prompt. image: what the first frame shows,
+        a file or one for each prompt, with transparent margins where its aspect is another; the
+        guide is fitted to its alpha unless one is given. last_image: of the last frame. solver: or
+        steps and guidance alone, by default those of `acetate sample`. Raises ValueError for a size
+        that the models cannot make, for another VAE or text encoder than the DoRA was trained with,
+        for pictures that it was not trained with, and for a guide without a mean shift.
         """
         config = self.config
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
@@ -164,6 +153,8 @@ class RGBAPipeline:
                 "can lead it. Leave guide and mean_shift out, or sample a model of "
                 "experiment=dit_dora."
             )
+        condition, of_picture = self.condition(image, last_image, len(prompts), size)
+        guide = of_picture if guide is None and self.mean_shift else guide
         guides, outlines = self._draw(guide, len(prompts), size)
         starts = range(0, len(prompts), at_once)
         for start in tqdm(starts, desc="clips", unit="batch", disable=len(starts) < 2):
@@ -182,6 +173,7 @@ class RGBAPipeline:
                 device=self.device,
                 offload=config.offload,
                 low=self.low_noise,
+                condition=None if condition is None else condition[part],
             )
             for (rgb, alpha), prompt, number, line in zip(
                 made, prompts[part], seeds, outlines[part], strict=True
@@ -194,6 +186,34 @@ class RGBAPipeline:
         text = TextEncoder(self.config.wan.text_encoder, self.config.wan.prompt_length, self.device)
         each = list(dict.fromkeys(prompts))
         return dict(zip(each, text.context(each, truncate=True), strict=True)), text.sha256()
+
+    def condition(
+        self,
+        image: Pictures | None,
+        last_image: Pictures | None,
+        count: int,
+        size: tuple[int, int, int],
+    ) -> tuple[Tensor | None, list[Guide] | None]:
+        """Returns the conditions (count, K, F, h, w) of pictures, and guides that are fitted to
+        their alpha; None without a picture. Raises ValueError as `stream`."""
+        if image is None:
+            if last_image is not None:
+                raise ValueError("last_image= without image=. Give the first frame, too.")
+            return None, None
+        check_condition(self.transformer, self.vae.geometry)
+        trained = self.facts.get("condition", {}).get("given", "first_last")
+        if last_image is not None and trained == "first":
+            raise ValueError(
+                "This DoRA was trained with first frames alone. Leave last_image= away, or train "
+                "one on latents of condition=first_last."
+            )
+        vae = self.vae.to(self.device)
+        if not isinstance(vae, Encoding):
+            raise ValueError(f"rgba_vae={self.config.rgba_vae}: {DECODERS_ONLY}")
+        first, last = (for_each(picture, count) for picture in (image, last_image))
+        pairs = [*zip(first, last, strict=True)]
+        made = {pair: condition_of(vae, *pair, size, self.device) for pair in dict.fromkeys(pairs)}
+        return torch.cat([made[pair][0] for pair in pairs]), [made[pair][1] for pair in pairs]
 
     def _draw(
         self, guide: Guide | Sequence[Guide] | None, count: int, size: tuple[int, int, int]
@@ -286,115 +306,3 @@ def solver_of(
         guidance=(1.0 if few else wan.guidance) if guidance is None else guidance,
         guidance_2=second,
     )
-
-
-def load_dit(
-    config: DictConfig, device: str, expert: str = "high"
-) -> tuple[WanTransformer3DModel, dict[str, Any]]:
-    """Returns the DiT with DoRA, then the few-step LoRA, merged into its weights, and the metadata
-    of the DoRA file. expert: of `experts.PARTS`; `high` is the DiT of a base with one."""
-    low = expert == "low"
-    transformer = load_transformer(
-        config.wan.transformer_2 if low else config.wan.transformer,
-        getattr(torch, config.wan.dtype),
-        part=experts.PARTS[expert],
-    )
-    facts: dict[str, Any] = {}
-    dora, few = (config.dora_2, "lora_2") if low else (config.dora, "lora")
-    if dora not in (None, experts.AS_IT_IS):
-        facts = put_dora(transformer, dora, expert if config.wan.transformer_2 else None)
-    if config.few_step[few] not in (None, experts.AS_IT_IS):
-        if is_joint(facts):
-            raise ValueError(
-                f"few_step.{few}={config.few_step[few]}: few-step LoRA is merged after DoRA, and "
-                f"{facts['file']} is a joint model. Leave it out."
-            )
-        path = Path(config.few_step[few]).expanduser()
-        if not path.exists():
-            raise FileNotFoundError(
-                f"few_step.{few}={path} does not exist. Give a file, or a folder of its shards."
-            )
-        merge_few_step(transformer, read_weights(path), config.few_step.strength, str(path))
-    cast(nn.Module, transformer).to(device)
-    return transformer, facts
-
-
-def put_dora(
-    transformer: WanTransformer3DModel, source: str, expert: str | None = None
-) -> dict[str, Any]:
-    """Merges adapters of experiment=dit_dora, or of the released t2v.safetensors (alpha = rank, no
-    metadata); puts those of experiment=dit_joint on, which colour tokens must not see. expert: of a
-    base with two, whose adapters they must be."""
-    path = Path(source).expanduser()
-    if path.is_file() and released(state := read_weights(path)):
-        adapters, facts = dora_from_wan_alpha(state, str(path)), dict(RELEASED)
-        rank = alpha = next(
-            value.shape[0] for name, value in adapters.items() if ".lora_A." in name
-        )
-    else:
-        path, adapters, facts = read_whole_adapters(source, "dit_dora", "dit_joint")
-        rank, alpha = facts["rank"], facts["alpha"]
-        experts.check_own(path, facts, expert)
-        found = transformer_sha256(transformer)
-        if found != facts["transformer_sha256"]:
-            raise ValueError(
-                f"{path} was trained on another DiT ({facts['base']}). {wan_for(facts)}, or the "
-                "files as wan.transformer=."
-            )
-    if is_joint(facts):
-        attach_joint(transformer, rank, alpha, bool(facts["rgb_attends_alpha"]))
-        start_joint(transformer, seed=0)
-        load_trainable(transformer, adapters, str(path))
-        transformer.requires_grad_(False)
-        return facts | {"file": str(path)}
-    add_dora(transformer, rank, alpha)
-    load_trainable(transformer, adapters, str(path))
-    merge_dora(transformer)
-    return facts | {"file": str(path)}
-
-
-def wan_for(facts: Mapping[str, Any]) -> str:
-    """Says the way out where adapters meet another base than theirs."""
-    preset = preset_of(str(facts["base"]))
-    return "Choose the wan= it was trained with" + (f", by its name wan={preset}" if preset else "")
-
-
-def is_joint(facts: Mapping[str, Any]) -> bool:
-    """Returns whether the file's model makes colour and alpha of the plain VAE side by side."""
-    return facts.get("kind") == "dit_joint"
-
-
-def released(state: dict[str, Tensor]) -> bool:
-    return any(re.search(r"(self|cross)_attn\.[qkvo]\.lora_A", name) for name in state)
-
-
-def check_models(facts: dict[str, Any], vae: RGBADecoders, text_sha256: str) -> None:
-    """Raises ValueError for a VAE or a text encoder that the DoRA was not trained with; warns where
-    no file tells."""
-    if is_joint(facts) != isinstance(vae, PlainVAE):
-        raise ValueError(
-            f"{facts['file']} is a joint model, which writes latents of the plain VAE. Give "
-            "rgba_vae=null."
-            if is_joint(facts)
-            else "rgba_vae=null is the plain VAE, which a model of experiment=dit_joint alone "
-            "writes for. Give the rgba_vae= that the latents of this one were cached with."
-        )
-    for name, found, way_out in (
-        (
-            "vae_sha256",
-            vae.latents_sha256(),
-            "Give the rgba_vae= that its latents were cached with.",
-        ),
-        ("text_encoder_sha256", text_sha256, "Choose the wan= that its latents were cached with."),
-    ):
-        if found is None:
-            if name in facts:
-                warnings.warn(
-                    "rgba_vae holds decoders only, which do not say whether they are of the VAE "
-                    f"({facts[name][:12]}) that this DoRA was trained with.",
-                    stacklevel=2,
-                )
-        elif facts.get(name, found) != found:
-            raise ValueError(
-                f"The DoRA's {name} is {facts[name][:12]}, this one's {found[:12]}. {way_out}"
-            )

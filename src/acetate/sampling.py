@@ -180,10 +180,12 @@ def sample_latents(
     progress: bool = True,
     low: LowNoise | None = None,
     offload: bool = False,
+    condition: Tensor | None = None,
 ) -> Tensor:
     """Returns normalised latents like noise (B, C, F, h, w). context (B, L, D); negative (1, L, D)
     is used by guidance. low: takes over from `transformer` where its steps begin; offload: and its
-    place on the device."""
+    place on the device. condition: as of `velocity`; guidance leads away from the negative prompt
+    under the same one."""
     scheduler = solver.scheduler(noise.device)
     scheduler.set_begin_index(0)  # else it looks for its first timestep, and the GPU's answer
     x, guidance = noise, solver.guidance
@@ -198,9 +200,9 @@ def sample_latents(
             transformer = low.transformer
             guidance = guidance if solver.guidance_2 is None else solver.guidance_2
         timestep = t.to(noise.device, torch.float32).expand(len(x))
-        v = velocity(transformer, x, timestep, context)
+        v = velocity(transformer, x, timestep, context, condition)
         if guidance != 1:
-            without = velocity(transformer, x, timestep, negative)
+            without = velocity(transformer, x, timestep, negative, condition)
             v = without + guidance * (v - without)
         x = scheduler.step(v.float(), t, x, return_dict=False)[0]
     return x
@@ -232,19 +234,29 @@ def sample_clips(
     offload: bool = False,
     progress: bool = True,
     low: LowNoise | None = None,
+    condition: Tensor | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yields rgb (3, T, H, W) and alpha (1, T, H, W) of every seed, on the CPU.
 
     context (B, L, D), negative (1, L, D): of the prompts. size: frames, height, width in pixels.
     guide: G in [0, 1], (1 or B, 1, F, h, w). offload: only the model at work is on the device, the
     others wait on the CPU. low: the low-noise expert, where `transformer` is the other one.
+    condition (B, K, F, h, w): of the given frames, of an image-to-video model.
     """
     noise = initial_noise(seeds, vae.latent_shape(*size), guide, mean_shift, device)
     if offload:
         vae.cpu()
         cast(nn.Module, transformer).to(device)
     latents = sample_latents(
-        transformer, noise, context.to(device), negative.to(device), solver, progress, low, offload
+        transformer,
+        noise,
+        context.to(device),
+        negative.to(device),
+        solver,
+        progress,
+        low,
+        offload,
+        None if condition is None else condition.to(device),
     )
     if offload:
         transformer.cpu()

@@ -12,6 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
+from acetate.assembly import put_dora
 from acetate.commands.export import main
 from acetate.formats.few_step import merge_few_step
 from acetate.formats.names import dit_name, vae_name
@@ -21,7 +22,6 @@ from acetate.models.adapters import load_trainable
 from acetate.models.loading import load_transformer, load_vae
 from acetate.models.rgba_vae import RGBAVAE
 from acetate.models.text import TextEncoder
-from acetate.pipeline import put_dora
 from acetate.sampling import Solver, sample_latents
 from tests.commands.exported import (
     BASE,

@@ -8,10 +8,10 @@ from diffusers import WanPipeline
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
+from acetate.assembly import put_dora
 from acetate.formats.names import original_dit_name
 from acetate.models.loading import load_transformer
 from acetate.models.text import TextEncoder
-from acetate.pipeline import put_dora
 from acetate.sampling import LowNoise, Solver, sample_latents
 from tests.commands.exported import export
 from tests.conftest import TINY

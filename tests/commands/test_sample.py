@@ -10,6 +10,7 @@ from hydra import compose, initialize_config_dir
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
+from acetate.assembly import load_dit
 from acetate.commands.sample import (
     check_settings,
     file_name,
@@ -23,7 +24,6 @@ from acetate.guides import ClipGuide
 from acetate.models.dit import add_dora, merge_dora
 from acetate.models.loading import load_transformer, load_vae
 from acetate.models.rgba_vae import RGBAVAE
-from acetate.pipeline import load_dit
 from acetate.sampling import EllipsePath
 from acetate.video_io import read_rgba
 from tests.original import original_transformer_state, wan_alpha_state

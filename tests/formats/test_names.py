@@ -117,6 +117,30 @@ A14B = {
     "pos_embed_seq_len": None,
 }  # fmt: skip
 ORIGINAL_A14B = {"dim": 5120, "ffn_dim": 13824, "num_heads": 40, "num_layers": 40, "in_dim": 16}
+
+
+def wan21_i2v(d, ffn, clip):
+    """Every tensor of an image-to-video DiT; clip: width of the embedding that Wan2.1's reads, none
+    for Wan2.2's."""
+    table = wan21_dit(40, d, ffn) | conv("patch_embedding", d, 36, 1, 2, 2)
+    if clip is None:
+        return table
+    table |= {f"img_emb.proj.{place}.{kind}": (width,)
+              for place, width in ((0, clip), (4, d)) for kind in ("weight", "bias")}  # fmt: skip
+    table |= conv("img_emb.proj.1", clip, clip) | conv("img_emb.proj.3", d, clip)
+    for block in range(40):
+        for part in ("k_img", "v_img"):
+            table |= conv(f"blocks.{block}.cross_attn.{part}", d, d)
+        table[f"blocks.{block}.cross_attn.norm_k_img.weight"] = (d,)
+    return table
+
+
+# of the models' config.json: Wan2.1-I2V-14B-480P-Diffusers and the experts of Wan2.2-I2V-A14B
+I2V = {
+    "Wan2.1": ({"image_dim": 1280, "added_kv_proj_dim": 5120}, 1280),
+    "Wan2.2": ({}, None),
+}
+
 DITS = {  # layers, heads, width of the feed-forward part, tensors, parameters
     "1.3B": (30, 12, 8960, 825, 1_418_996_800),
     "14B": (40, 40, 13824, 1095, 14_288_491_584),
@@ -183,7 +207,7 @@ def test_unknown_vae_names(name):
         original_vae_name(name)
 
 
-@pytest.mark.parametrize("name", ["blocks.0.attn2.add_k_proj.weight", "proj_in.weight"])
+@pytest.mark.parametrize("name", ["blocks.0.attn2.add_q_proj.weight", "proj_in.weight"])
 def test_unknown_dit_names(name):
     with pytest.raises(ValueError, match=r"not a tensor of Wan2\.1's DiT"):
         original_dit_name(name)
@@ -225,3 +249,19 @@ def test_full_size_experts():
     for part in PARTS.values():
         built = blank_transformer("Wan-AI/Wan2.2-T2V-A14B-Diffusers", torch.bfloat16, part)
         assert {name: tuple(x.shape) for name, x in built.state_dict().items()} == state
+
+
+@pytest.mark.parametrize("release", I2V)
+def test_full_size_image_to_video_dit(release):
+    more, clip = I2V[release]
+    with torch.device("meta"):
+        transformer = WanTransformer3DModel(
+            num_layers=40, num_attention_heads=40, ffn_dim=13824, in_channels=36, out_channels=16,
+            **more,
+        )  # fmt: skip
+    state = named(transformer, original_dit_name)
+    assert {name: tuple(value.shape) for name, value in state.items()} == wan21_i2v(
+        5120, 13824, clip
+    )
+    assert all(dit_name(original_dit_name(name)) == name for name in transformer.state_dict())
+    assert convert_wan_transformer_to_diffusers(dict(state)).keys() == set(transformer.state_dict())

@@ -6,13 +6,13 @@ from hydra import compose, initialize_config_dir
 from safetensors.torch import save_file
 from torch.testing import assert_close
 
+from acetate.assembly import load_dit
 from acetate.formats.few_step import merge_few_step
 from acetate.formats.names import dit_name, original_dit_name
 from acetate.formats.wan_alpha import dora_from_wan_alpha, dora_to_wan_alpha
 from acetate.models.adapters import load_trainable
 from acetate.models.dit import add_dora, merge_dora, velocity
 from acetate.models.loading import load_transformer
-from acetate.pipeline import load_dit
 from tests.paths import ROOT
 
 

@@ -10,6 +10,7 @@ from omegaconf import DictConfig
 from torch import Tensor
 from tqdm import tqdm
 
+from acetate.assembly import check_models
 from acetate.commands import device_of
 from acetate.commands.export_vae import (
     TWO_VAES,
@@ -26,10 +27,10 @@ from acetate.formats.pipeline import PEFTAdapter, wan_pipeline
 from acetate.formats.wan_alpha import dora_to_wan_alpha
 from acetate.models import experts
 from acetate.models.adapters import load_trainable
+from acetate.models.condition import widen_as_trained
 from acetate.models.dit import add_dora, dora_layers, merge_dora, merged_weight
 from acetate.models.loading import load_transformer, transformer_sha256
 from acetate.models.text import TextEncoder
-from acetate.pipeline import check_models
 from acetate.sampling import Solver
 
 WORST = 5  # layers of an SVD LoRA that are printed
@@ -43,6 +44,7 @@ def trained_dit(trained: Trained, config: DictConfig) -> WanTransformer3DModel:
     transformer = load_dit(config, expert)
     check_base(trained, "transformer_sha256", transformer_sha256(transformer))
     add_dora(transformer, trained.facts["rank"], trained.facts["alpha"])
+    widen_as_trained(transformer, trained.facts)
     load_trainable(transformer, trained.state, str(trained.path))
     return transformer
 
@@ -64,7 +66,21 @@ def named(trained: Trained, file: str) -> str:
     return f"{stem}_{expert}_noise{dot}{suffix}" if expert else file
 
 
+def check_dora_alone(trained: Trained, way_out: str) -> None:
+    """Raises ValueError for adapters with a wider patch embedding, which no LoRA file holds."""
+    if is_widened(trained):
+        raise ValueError(
+            f"{trained.path} holds a wider patch embedding beside its DoRA, as experiment=i2v_dora "
+            f"trains on a text base; a LoRA file cannot. {way_out}"
+        )
+
+
+def is_widened(trained: Trained) -> bool:
+    return bool(trained.facts.get("condition", {}).get("widened"))
+
+
 def dit_to_wan_alpha(trained: Trained, config: DictConfig) -> Export:
+    check_dora_alone(trained, "Give to=comfyui dit=merged, or to=diffusers.")
     flat = dora_to_wan_alpha(trained.state, trained.facts["alpha"] / trained.facts["rank"])
     file = named(trained, "t2v.safetensors")
     notes = [f"{file}: DoRA in bfloat16, for Wan-Alpha's inference (--lora_path)"]
@@ -81,6 +97,8 @@ def dit_to_comfyui(trained: Trained, config: DictConfig) -> Export:
             f"of the {expert}-noise expert: the high one's steps end at timestep "
             f"{1000 * trained.facts['boundary']:g}, as of two KSamplers (Advanced)"
         )
+    if config.dit != "merged":
+        check_dora_alone(trained, "Give dit=merged.")
     if config.dit == "dora":
         tensors = native_dora(trained.state, trained.facts["alpha"])
         file = named(trained, "dit_dora.safetensors")
@@ -151,8 +169,11 @@ def dit_to_diffusers(trained: Trained, config: DictConfig) -> Export:
     merge_dora(transformer)
     expert = trained.facts.get("expert", "high")
     part, folder = experts.PARTS[expert], {"high": "adapter", "low": "adapter_2"}[expert]
-    writers: dict[str, Callable[[Path], object]] = {folder: adapter.save_pretrained}
-    notes = [f"{folder}/: PEFT's DoRA, PeftModel.from_pretrained({part} of the base, folder)"]
+    writers: dict[str, Callable[[Path], object]] = {}
+    notes: list[str] = []
+    if not is_widened(trained):  # which PEFT's file would lack
+        writers[folder] = adapter.save_pretrained
+        notes = [f"{folder}/: PEFT's DoRA, PeftModel.from_pretrained({part} of the base, folder)"]
     if config.rgba_vae is None or expert == "low":
         writers[part] = transformer.save_pretrained
         notes.append(
@@ -177,11 +198,12 @@ def dit_to_diffusers(trained: Trained, config: DictConfig) -> Export:
         low = load_dit(config, "low")
     elif config.checkpoint_2 is not None:
         low, adapter = merged_low(trained, config)
-        writers["adapter_2"] = adapter.save_pretrained
+        if not is_widened(trained):
+            writers["adapter_2"] = adapter.save_pretrained
     pipeline = wan_pipeline(transformer, vaes["rgb"], text, scheduler, low, config.wan.boundary)
     writers.update({".": pipeline.save_pretrained, "vae_alpha": vaes["alpha"].save_pretrained})
     notes += [
-        "the folder: WanPipeline.from_pretrained, called with "
+        f"the folder: {type(pipeline).__name__}.from_pretrained, called with "
         f"max_sequence_length={config.wan.prompt_length} and latents= the noise, its mean shifted "
         f"by {trained.facts['mean_shift']} outside of the subject's ellipse",
         TWO_VAES,

@@ -12,6 +12,7 @@ from diffusers import AutoencoderKLWan
 from omegaconf import DictConfig
 from torch import Tensor
 
+from acetate.assembly import wan_for
 from acetate.formats.checkpoints import Trained
 from acetate.formats.names import original_vae_name
 from acetate.formats.wan_alpha import decoder_of, trainable_to_wan_alpha
@@ -19,7 +20,6 @@ from acetate.models.adapters import load_trainable, trainable_state
 from acetate.models.loading import load_vae
 from acetate.models.rgba_vae import RGBAVAE
 from acetate.models.wan import merged_vae
-from acetate.pipeline import wan_for
 from acetate.replacing import write_tensors
 
 # dim_mult and num_res_blocks of the one Wan2.1 VAE that ComfyUI builds

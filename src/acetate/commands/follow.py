@@ -12,8 +12,10 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from acetate.callbacks.samples import save_picture
 from acetate.cli import run
 from acetate.commands.agreement import load_reader, measure
+from acetate.commands.follow_pictures import measure_pictures
 from acetate.data import synthetic
 from acetate.draws import generator_for
 from acetate.metrics.alpha import border_mean, centre_of_mass, highest_cell
@@ -98,6 +100,13 @@ def main(config: DictConfig) -> None:
     if config.count < 3:
         raise ValueError(f"count={config.count}; a correlation needs at least 3 clips.")
     pipeline = RGBAPipeline(config)
+    if config.pictures is not None:
+        found, sheet = measure_pictures(pipeline, config)
+        show(found)
+        if config.out is not None:
+            write_json(Path(config.out), found)
+            save_picture(sheet, Path(config.out).with_suffix(".png"))
+        return
     paths = random_paths(config.count, config.seed)
     clips = held_out(
         paths, config.frames, config.height, config.width, pipeline.vae.geometry.space_stride

@@ -58,6 +58,11 @@ def check_settings(config: DictConfig) -> None:
                 f"guide.{name}={value}; needed: two numbers, {what}. Example: "
                 f"guide.{name}=[0.5,0.5]"
             )
+    for name in ("image", "last_image"):
+        if config[name] is not None and not Path(config[name]).expanduser().exists():
+            raise FileNotFoundError(
+                f"{name}={config[name]} does not exist. Give a picture with alpha."
+            )
     for name in ("mask", "clip"):
         if config.guide[name] is not None and not Path(config.guide[name]).expanduser().exists():
             raise FileNotFoundError(
@@ -184,7 +189,10 @@ def main(config: DictConfig) -> None:
     shown: list[tuple[str, Tensor, Tensor]] = []
     made_with: dict[str, Any] = {}
     started = time.perf_counter()
-    for name, clip in zip(names, pipeline.stream(prompts, guide=guide, solver=solver), strict=True):
+    clips = pipeline.stream(
+        prompts, guide=guide, solver=solver, image=config.image, last_image=config.last_image
+    )
+    for name, clip in zip(names, clips, strict=True):
         if out is None:
             out, made_with = folder_for(config), origins(pipeline, guide)
         files = write_clip(out / name, clip.rgb, clip.alpha, clip.fps, config.formats, clip.guide)

@@ -23,21 +23,22 @@ from acetate.data.store import Folder, read_file
 
 EMPTY_PROMPT = "empty_prompt.safetensors"
 MOST_EMPTY = 2**26  # bytes of it
-# latents (C, F, h, w), ellipse (F, 5), coverage (F, h, w) in uint8 (not in older caches),
-# prompt_embeds (n, D), prompt_mask (n,), prompt, ref
+# latents (C, F, h, w), perhaps condition like them, ellipse (F, 5), coverage (F, h, w) in uint8
+# (not in older caches), prompt_embeds (n, D), prompt_mask (n,), prompt, ref
 Sample = dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LatentRef(TarRef):
     """One window of a clip over one background. shape: latent (F, h, w); channels: of the latent;
-    tokens: of its prompt."""
+    tokens: of its prompt. condition: the frames that are encoded alone, too; None: none."""
 
     clip: str
     variant: int
     channels: int
     shape: tuple[int, int, int]
     tokens: int
+    condition: str | None = None
 
     @property
     def window(self) -> str:
@@ -55,7 +56,8 @@ def index_latents(folder: Folder, manifest: dict[str, Any]) -> list[LatentRef]:
         )
         for entry, place in zip(shard["samples"], places, strict=True):
             facts = {**entry, **place, "channels": channels, "shape": tuple(entry["shape"])}
-            refs.append(LatentRef(**facts, kind="safetensors"))
+            given = manifest.get("condition")
+            refs.append(LatentRef(**facts, condition=given, kind="safetensors"))
     return refs
 
 
@@ -73,6 +75,8 @@ def read_latents(ref: LatentRef, width: int | None = None) -> Sample:
             "ellipse": (ref.shape[0], 5),
             "prompt_embeds": (ref.tokens, embeds.shape[-1] if width is None else width),
         }
+        if ref.condition is not None:
+            promised["condition"] = promised["latents"]
         for name, shape in promised.items():
             value = sample[name]
             if tuple(value.shape) != shape:

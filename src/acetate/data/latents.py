@@ -114,9 +114,11 @@ def collate(
         return torch.stack([tensor.float() for tensor in tensors]) if good else torch.empty(0)
 
     covered = [sample["coverage"] for sample in good if "coverage" in sample]
-    known = (
-        {"coverage": stack(covered)[:, None] / 255} if good and len(covered) == len(good) else {}
-    )
+    known = {}
+    if good and len(covered) == len(good):
+        known["coverage"] = stack(covered)[:, None] / 255
+    if good and good[0]["ref"].condition is not None:
+        known["condition"] = stack(sample["condition"] for sample in good)
     return known | {
         "latents": stack(sample["latents"] for sample in good),
         "ellipses": stack(sample["ellipse"] for sample in good),
@@ -138,7 +140,8 @@ class LatentDataModule(ShardDataModule):
     """Gives batches of one bucket: latents (B, C, F, h, w) normalised, ellipses (B, F, 5) in latent
     cells (fit_ellipses), context (B, prompt_length, D) and null_context (1, prompt_length, D)
     zero-padded, all fp32; prompt, key, clip (lists of B) and skipped; coverage (B, 1, F, h, w), the
-    mean alpha of each cell, unless the cache is an older one without.
+    mean alpha of each cell, unless the cache is an older one without; condition, like latents, that
+    of the given frames alone, where the cache holds it.
 
     latents: folders or URLs; a mapping from them to weights mixes them as MixedOrder does. Remote
     ones, order, position and bad clips as in ShardDataModule; the position counts samples, and
@@ -225,7 +228,7 @@ class LatentDataModule(ShardDataModule):
         self.manifest = manifests[0]
 
     def _check_alike(self, manifests: Sequence[dict[str, Any]]) -> None:
-        for name in MADE_WITH:
+        for name in (*MADE_WITH, "condition"):
             for folder, manifest in zip(self.folders, manifests, strict=True):
                 if manifest.get(name) != manifests[0].get(name):
                     raise ShardError(
@@ -338,8 +341,10 @@ class LatentDataModule(ShardDataModule):
 
     def _blank(self) -> dict[str, Any]:
         frames, height, width = min(window[0].shape for window in self.train_windows)
+        latents = torch.zeros(1, self.manifest["geometry"]["channels"], frames, height, width)
         return {
-            "latents": torch.zeros(1, self.manifest["geometry"]["channels"], frames, height, width),
+            **({"condition": latents} if "condition" in self.manifest else {}),
+            "latents": latents,
             "ellipses": torch.zeros(1, frames, 5),
             "coverage": torch.zeros(1, 1, frames, height, width),
             "context": self.null_context,

@@ -111,6 +111,14 @@ def covering_box(rows: int, columns: int, height: int, width: int) -> tuple[int,
     return (rows - box_height) // 2, (columns - box_width) // 2, box_height, box_width
 
 
+def containing_box(rows: int, columns: int, height: int, width: int) -> tuple[int, int, int, int]:
+    """Returns top, left, height and width of the smallest centred box with the target's aspect that
+    holds the whole picture, to half a source pixel; it may reach beyond it."""
+    ratio = max(rows / height, columns / width)
+    box_height, box_width = (max(1, round(side * ratio)) for side in (height, width))
+    return (rows - box_height) // 2, (columns - box_width) // 2, box_height, box_width
+
+
 def pan(
     rgb: Tensor,
     alpha: Tensor,

@@ -26,8 +26,8 @@ def original_vae_name(name: str, res_blocks: int = RES_BLOCKS) -> str:
 
 
 def original_dit_name(name: str) -> str:
-    """Inverts `dit_name`. Raises ValueError for a name that Wan2.1's text-to-video DiT does not
-    have."""
+    """Inverts `dit_name`. Raises ValueError for a name that Wan2.1's text-to-video and
+    image-to-video DiTs do not have."""
     if match := re.fullmatch(r"blocks\.(\d+)\.(.+)", name):
         return f"blocks.{match[1]}.{_known(match[2], DIT_IN_BLOCKS, 'DiT')}"
     return _known(name, DIT_OUTSIDE_BLOCKS, "DiT")
@@ -71,6 +71,8 @@ DIT_IN_BLOCKS = {
     for part in [
         *(f"{attention}.{part}" for attention in ("self_attn", "cross_attn") for part in ATTENTION),
         *_layers("norm3", "ffn.0", "ffn.2"), "modulation",
+        # of image-to-video models that read a CLIP embedding
+        *_layers("cross_attn.k_img", "cross_attn.v_img"), "cross_attn.norm_k_img.weight",
     ]
 }  # fmt: skip
 DIT_OUTSIDE_BLOCKS = {
@@ -79,5 +81,6 @@ DIT_OUTSIDE_BLOCKS = {
         *_layers("patch_embedding", "text_embedding.0", "text_embedding.2", "time_embedding.0",
         "time_embedding.2",
                  "time_projection.1", "head.head"), "head.modulation",
+        *_layers(*(f"img_emb.proj.{place}" for place in (0, 1, 3, 4))),
     ]
 }  # fmt: skip

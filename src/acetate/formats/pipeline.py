@@ -3,10 +3,17 @@
 from pathlib import Path
 from typing import cast
 
-from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
+from diffusers import (
+    AutoencoderKLWan,
+    UniPCMultistepScheduler,
+    WanImageToVideoPipeline,
+    WanPipeline,
+    WanTransformer3DModel,
+)
 from peft import LoraConfig, get_peft_model_state_dict
 from torch import Tensor
 
+from acetate.models.condition import condition_channels
 from acetate.models.text import TextEncoder
 from acetate.replacing import write_tensors
 
@@ -18,11 +25,13 @@ def wan_pipeline(
     scheduler: UniPCMultistepScheduler,
     low: WanTransformer3DModel | None = None,
     boundary: float | None = None,
-) -> WanPipeline:
-    """Builds a pipeline whose `save_pretrained` writes the folder that
-    `WanPipeline.from_pretrained` reads. low, boundary: the low-noise expert of a base with two, and
-    the share of the steps from which on `transformer` works."""
-    return WanPipeline(
+) -> WanPipeline | WanImageToVideoPipeline:
+    """Builds a pipeline whose `save_pretrained` writes the folder that `from_pretrained` of its
+    class reads; that of an image-to-video DiT is WanImageToVideoPipeline. low, boundary: the
+    low-noise expert of a base with two, and the share of the steps from which on `transformer`
+    works."""
+    kind = WanImageToVideoPipeline if condition_channels(transformer) else WanPipeline
+    return kind(
         tokenizer=text.tokenizer,
         text_encoder=text.model,
         vae=vae,

@@ -13,6 +13,7 @@ from acetate.documents import names, shown
 from acetate.formats.names import DIT_IN_BLOCKS, VAE_OUTSIDE_BLOCKS, original_vae_name
 from acetate.formats.wan_alpha import OUR_LORA_KEY
 from acetate.models.adapters import check_finite, misfits, read_adapters
+from acetate.models.condition import GIVEN
 from acetate.models.dit import DORA_TARGETS
 from acetate.models.experts import PARTS
 from acetate.models.joint import TARGETS as JOINT_TARGETS
@@ -36,11 +37,22 @@ NEEDED: dict[str, dict[str, Rule]] = {
     },
 }  # fmt: skip
 # what may stand beside them
+condition = Rule(
+    "given (first or first_last), channels (1 to 4096) and widened (true or false)",
+    lambda value: (
+        isinstance(value, dict)
+        and value.keys() == {"given", "channels", "widened"}
+        and one_of(*GIVEN).holds(value["given"])
+        and whole(1, 4096).holds(value["channels"])
+        and flag.holds(value["widened"])
+    ),
+)
 KNOWN: dict[str, Rule] = {
     "expert": one_of(*PARTS), "boundary": number(0, 1),
     "eps": number(0), "step": whole(0), "averaged": flag, "prompt_length": whole(1, 2**20),
     **dict.fromkeys(("vae_sha256", "text_encoder_sha256", "base_sha256"), text),
     **dict.fromkeys(("ellipse", "geometry"), names),
+    "condition": condition,
 }  # fmt: skip
 DORA_LAYERS, JOINT_LAYERS = (
     [

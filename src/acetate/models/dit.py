@@ -241,12 +241,27 @@ def compile_blocks(
 
 
 def velocity(
-    transformer: WanTransformer3DModel, x_t: Tensor, timestep: Tensor, context: Tensor
+    transformer: WanTransformer3DModel,
+    x_t: Tensor,
+    timestep: Tensor,
+    context: Tensor,
+    condition: Tensor | None = None,
 ) -> Tensor:
     """Runs the DiT on x_t (B, C, F, h, w) normalised and noisy, timestep (B,) in [0, 1000], context
-    (B, L, text_dim); the result is like x_t."""
-    dtype = transformer.patch_embedding.weight.dtype
-    return transformer(x_t.to(dtype), timestep, context.to(dtype), return_dict=False)[0].to(
+    (B, L, text_dim); the result is like x_t.
+
+    condition (B, K, F, h, w): mask and latents of the given frames, of an image-to-video model;
+    None: zeros, for text alone.
+    """
+    dtype, config = transformer.proj_out.weight.dtype, transformer.config
+    wide = config.in_channels - config.out_channels
+    if wide:
+        if condition is None:
+            condition = x_t.new_zeros(x_t.shape[0], wide, *x_t.shape[2:])
+        whole = torch.cat([x_t, condition], 1)
+    else:
+        whole = x_t
+    return transformer(whole.to(dtype), timestep, context.to(dtype), return_dict=False)[0].to(
         x_t.dtype
     )
 

@@ -210,6 +210,11 @@ def _original_transformer_config(weights: Weights, names: dict[str, str]) -> dic
         "ffn_dim": shape("blocks.0.ffn.0.weight")[0],
         "num_layers": len(blocks),
         "cross_attn_norm": "blocks.0.norm3.weight" in names,
+        **(
+            {"image_dim": shape("img_emb.proj.0.weight")[0], "added_kv_proj_dim": dim}
+            if "img_emb.proj.0.weight" in names
+            else {}
+        ),
         "eps": stored.get("eps", 1e-6),
     }
 

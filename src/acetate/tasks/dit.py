@@ -1,6 +1,7 @@
 """DoRA training of Wan's DiT on cached RGBA latents with mean-shifted noise (method of Wan-Alpha,
 section 3.3)."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -146,7 +147,7 @@ class DoRATask(AdapterTask, MeasuredTask):
         """Raises ValueError for latents or embeddings of another model than the DiT."""
         config = self.transformer.config
         for name, needed, found in (
-            ("latent channels", config.in_channels, batch["latents"].shape[1]),
+            ("latent channels", config.in_channels, self.channels(batch)),
             ("wide text embeddings", config.text_dim, batch["context"].shape[2]),
         ):
             if needed != found:
@@ -160,6 +161,10 @@ class DoRATask(AdapterTask, MeasuredTask):
                 f"samples ({', '.join(batch['key'][:3])}, ...) do not hold: their cache is older. "
                 "Cache them anew, with another out=, or give task.alpha_floor=null."
             )
+
+    def channels(self, batch: dict[str, Any]) -> int:
+        """Returns how many channels the DiT is given of a batch."""
+        return batch["latents"].shape[1]
 
     def levels_for(self, latents: Tensor) -> flow.NoiseLevels:
         """Returns the noise levels that clips of this size are trained on."""
@@ -194,7 +199,7 @@ class DoRATask(AdapterTask, MeasuredTask):
         h, w): of cells; null: all count the same."""
         self.check_fit(batch)
         latents, noise = batch["latents"], self.shifted(noise, batch)
-        field = partial(velocity, self.transformer)
+        field = self.field(batch)
         levels = levels or self.levels
         errors = flow.squared_error(latents, noise, levels, ids, field, context)
         return (errors if weights is None else weights * errors).flatten(1).mean(1)
@@ -208,6 +213,10 @@ class DoRATask(AdapterTask, MeasuredTask):
         """Returns noise~ of the clips' ellipses."""
         guide = regions.gaussian(batch["ellipses"], *noise.shape[-2:])
         return flow.mean_shift(noise, guide, self.mean_shift)
+
+    def field(self, batch: dict[str, Any]) -> Callable[..., Tensor]:
+        """Returns the velocity field (x_t, t, context) of a batch."""
+        return partial(velocity, self.transformer)
 
     def example_batch(self, load: Load, geometry: Geometry | None) -> dict[str, Any]:
         assert geometry is not None, "it trains on latents"
