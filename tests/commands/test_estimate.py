@@ -57,6 +57,7 @@ def test_remedies_name_what_the_config_has(tmp_path):
         "task.keep_attention=false",
         "task.base.weights=fp8 (one GPU)",
         "task.base.offload=true (one GPU)",
+        "task.checkpointing=offload",
         "latents cached with fewer frames or a smaller area",
     ]
 

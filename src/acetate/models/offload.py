@@ -1,4 +1,4 @@
-"""What the forward pass keeps for the backward pass, kept in the CPU's memory meanwhile."""
+"""Keeps in the CPU's memory what a forward pass keeps for its backward pass."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
