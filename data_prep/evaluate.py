@@ -7,7 +7,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from omegaconf import DictConfig
 from rich.console import Console
 
@@ -19,7 +18,7 @@ from acetate.replacing import check_out
 from acetate.vgg import lpips_network
 from data_prep.bad_clips import print_bad
 from data_prep.candidates import Candidate
-from data_prep.executor import progress
+from data_prep.executor import alone_and_lean, progress
 from data_prep.finished import clips_of, named, place_of, said_of
 from data_prep.measuring import Choices, Measured, Reconstruct, Work, measured
 from data_prep.summary import check_ours, print_summary, row_of, summarised, write_tables
@@ -108,9 +107,9 @@ def lost(work: Work, why: str) -> Measured:
 
 
 def prepared(number: int, run: str | None) -> Reconstruct | None:
-    """Keeps this process to one thread, so that several do not take each other's cores; loads the
-    VAE that clips go through, if any."""
-    torch.set_num_threads(1)
+    """Prepares a process that measures, alone or beside others; loads the VAE that clips go
+    through, if any."""
+    alone_and_lean()
     if run is None:
         return None
     from data_prep.through import reconstruction  # seconds to import

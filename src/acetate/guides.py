@@ -96,7 +96,7 @@ def read_still(path: Path, height: int, width: int) -> tuple[Tensor, Tensor]:
     frame = torch.as_tensor(read_rgba(path.expanduser()).frames)[:1]
     if not frame[..., 3].any():
         raise ValueError(f"{path}: all of it is transparent. Give a picture of something.")
-    box = containing_box(*frame.shape[1:3], height, width)
+    box = containing_box(frame.shape[1], frame.shape[2], height, width)
     return resize(*to_float(crop(frame, *box)), height, width)
 
 
