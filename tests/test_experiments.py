@@ -31,7 +31,11 @@ def required(experiment):
     """What a recipe on real weights asks its user for."""
     if "wan2" not in experiment:
         return []
-    return ["data.latents=x", "rgba_vae=x"] if experiment.startswith("dit") else ["data.shards=x"]
+    return (
+        ["data.latents=x", "rgba_vae=x"]
+        if experiment.startswith(("dit", "i2v"))
+        else ["data.shards=x"]
+    )
 
 
 def offline(experiment):
@@ -43,7 +47,7 @@ def offline(experiment):
         *(["task.base.expert=null"] if "wan22" in experiment else []),
         *(
             []
-            if experiment.startswith("dit")
+            if experiment.startswith(("dit", "i2v"))
             else ["loss/perceptual=encoder_features", "task.lpips=false"]
         ),
     ]

@@ -96,7 +96,7 @@ def test_the_cache_holds_the_condition(conditioned, tmp_path):
 def test_resume_is_exact_and_export_holds_the_wide_embedding(conditioned, tmp_path):
     run = lambda name, *more: config_for(tmp_path / name, conditioned, *more)  # noqa: E731
     _, whole, losses = fit(run("a", "trainer.max_steps=4"))
-    fit(run("b", "trainer.max_steps=4", "+trainer.limit_train_batches=2", "trainer.max_steps=2"))
+    fit(run("b", "trainer.max_steps=2", "task.decay_steps=4"))
     _, resumed, rest = fit(
         run("b", "trainer.max_steps=4"), resume=tmp_path / "b/checkpoints/last.ckpt"
     )

@@ -124,7 +124,13 @@ def _dit_joint(state: Mapping[str, Tensor], facts: Mapping[str, Any]) -> dict[st
 
 
 def _dit_dora(state: Mapping[str, Tensor], facts: Mapping[str, Any]) -> dict[str, Tensor]:
-    return _low_rank(state, facts, DORA_LAYERS, DORA_PARTS)
+    expected = _low_rank(state, facts, DORA_LAYERS, DORA_PARTS)
+    if facts.get("condition", {}).get("widened"):
+        shape = state["patch_embedding.weight"].shape if "patch_embedding.weight" in state else ()
+        shape = shape if len(shape) == 5 else (0, 0, 0, 0, 0)
+        expected["patch_embedding.weight"] = torch.empty(shape, device="meta")
+        expected["patch_embedding.bias"] = torch.empty(shape[0], device="meta")
+    return expected
 
 
 def _low_rank(
