@@ -6,18 +6,21 @@ import signal
 
 import pytest
 import torch
+import torch.distributed as dist
 from lightning import Callback, LightningModule
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from acetate import lightning_seams as seams
 from acetate.formats.training import ShardedStrategy
 from acetate.steps import StepTrainer
 from tests.paths import ROOT
+from tests.processes import launch
 
 
 class Rows(DummyLogger):
@@ -155,6 +158,18 @@ def test_set_ddp():
     strategy = DDPStrategy()
     seams.set_ddp(strategy, broadcast_buffers=False)
     assert strategy._ddp_kwargs["broadcast_buffers"] is False
+
+
+def left_out():
+    """On each rank: a module whose two weights are the rank's number, one of them left to it."""
+    module = nn.ParameterDict({name: torch.full((1,), float(dist.get_rank())) for name in "ab"})
+    seams.leave_out_of_ddp(module, ["b"])
+    wrapped = DistributedDataParallel(module)
+    return [float(wrapped.module[name]) for name in "ab"]
+
+
+def test_leave_out_of_ddp():
+    assert launch(2, left_out) == [[0.0, 0.0], [0.0, 1.0]]
 
 
 def test_share_data_among_all(monkeypatch):

@@ -114,6 +114,23 @@ def released(state: dict[str, Tensor]) -> bool:
     return any(re.search(r"(self|cross)_attn\.[qkvo]\.lora_A", name) for name in state)
 
 
+def check_experts(config: DictConfig) -> None:
+    """Raises ValueError where what is given for one expert of a base is missing for the other, or
+    given for a base with one DiT."""
+    wan, few = config.wan, config.few_step
+    pairs = {"dora": (config.dora, config.dora_2), "few_step.lora": (few.lora, few.lora_2)}
+    experts.check_given(wan.transformer_2, wan.boundary, pairs)
+
+
+def check_guided(facts: Mapping[str, Any], guided: bool) -> None:
+    """Raises ValueError for a joint model that a guide or a mean shift would lead."""
+    if guided and is_joint(facts):
+        raise ValueError(
+            f"{facts['file']} is a joint model: its noise has no mean shift, and no guide can lead "
+            "it. Leave guide and mean_shift out, or sample a model of experiment=dit_dora."
+        )
+
+
 def check_models(facts: dict[str, Any], vae: RGBADecoders, text_sha256: str) -> None:
     """Raises ValueError for a VAE or a text encoder that the DoRA was not trained with; warns where
     no file tells."""

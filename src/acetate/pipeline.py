@@ -11,7 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from acetate.alpha import harden, over
-from acetate.assembly import check_models, is_joint, load_dit
+from acetate.assembly import check_experts, check_guided, check_models, load_dit
 from acetate.clips import Clip, background_of
 from acetate.commands import device_of, inherited
 from acetate.commands.checks import check_settings
@@ -134,25 +134,13 @@ class RGBAPipeline:
         size = (frames or config.frames, height or config.height, width or config.width)
         solver = solver or solver_of(config, steps, guidance)
         first, at_once = config.seed if seed is None else seed, batch_size or config.batch_size
-        experts.check_given(
-            config.wan.transformer_2,
-            config.wan.boundary,
-            {
-                "dora": (config.dora, config.dora_2),
-                "few_step.lora": (config.few_step.lora, config.few_step.lora_2),
-            },
-        )
+        check_experts(config)
         vae = self.vae
         negative = config.negative_prompt if negative_prompt is None else negative_prompt
         words, text_sha256 = self.embed([*prompts, negative])
         check_size(*size, vae.geometry, self.transformer.config["patch_size"])
         check_models(self.facts, vae, text_sha256)
-        if is_joint(self.facts) and (guide is not None or self.mean_shift):
-            raise ValueError(
-                f"{self.facts['file']} is a joint model: its noise has no mean shift, and no guide "
-                "can lead it. Leave guide and mean_shift out, or sample a model of "
-                "experiment=dit_dora."
-            )
+        check_guided(self.facts, guide is not None or bool(self.mean_shift))
         condition, of_picture = self.condition(image, last_image, len(prompts), size)
         guide = of_picture if guide is None and self.mean_shift else guide
         guides, outlines = self._draw(guide, len(prompts), size)
