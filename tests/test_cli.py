@@ -117,7 +117,7 @@ def test_an_unknown_text_with_a_comma_is_an_unknown_setting(capsys):
 def test_a_shell_completes_commands_settings_and_options():
     assert completions("acetate pre") == ["prep"]
     assert completions("acetate prep s") == ["shard", "synthesize"]
-    assert completions("acetate sample gui") == ["guidance=", "guide="]
+    assert completions("acetate sample gui") == ["guidance=", "guidance_2=", "guide="]
     assert "vae_rgba" in completions("acetate train experiment=vae")
     assert completions("acetate train exp") == ["experiment="]
 

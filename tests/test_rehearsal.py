@@ -86,12 +86,13 @@ def test_sampling(solver):
 
 
 def test_caching(tmp_path):
-    """Ellipses and latents of a clip, in bf16 as the published recipe caches them."""
+    """Ellipses and latents of a clip, and of its first frame alone, in bf16 as the published recipe
+    caches them."""
     base = memory.blank_vae(TINY)
     vae = RGBAVAE(vae=base, merge_init="residual", lora_rank=2, lora_alpha=2.0, chunk=1)
     settings = Settings(
         seed=0, variants=1, frames=(9,), area=32 * 32, max_aspect=1.0, sizes=None,
-        space_multiple=None, dtype="bfloat16", ellipse={}, per_tar=1,
+        space_multiple=None, dtype="bfloat16", ellipse={}, per_tar=1, condition="first",
     )  # fmt: skip
     sources = Sources(TINY, "", TINY, prompt_length=16, frozen_dtype="bfloat16")
     run = Run(tmp_path, {"settings": {"eps": 0.0}}, sources, settings, kept=None)
@@ -99,7 +100,9 @@ def test_caching(tmp_path):
         vae.cast_frozen("bfloat16")
         memory.without_numbers(vae, "cuda:0")
         rgb, alpha = (torch.zeros(1, c, 9, 32, 32, device="cuda:0") for c in (3, 1))
-        latents = Encoder(run, vae, "cuda:0").latents(rgb, alpha, 0)
-        ellipses = fit_ellipses(alpha, 4, 4)
-        assert (latents.shape, latents.dtype) == ((16, 3, 8, 8), torch.bfloat16)
-        assert (latents.device.type, ellipses.device.type) == ("cpu", "cuda")
+        made = Encoder(run, vae, "cuda:0").latents(rgb, alpha, 0)
+        assert made.keys() == {"latents", "condition"}
+        for latents in made.values():
+            assert (latents.shape, latents.dtype) == ((16, 3, 8, 8), torch.bfloat16)
+            assert latents.device.type == "cpu"
+        assert fit_ellipses(alpha, 4, 4).device.type == "cuda"
