@@ -118,16 +118,13 @@ class RGBAPipeline:
         image: Pictures | None = None,
         last_image: Pictures | None = None,
     ) -> Iterator[Clip]:
-        """Yields clips as they are made; the one at place n has seed + n, and the same seed gives
-        the same clip.
+        """Yields clips as they are made; place n has seed + n, and a seed gives the same clip.
 
         frames: 4k+1. height, width: multiples of the VAE's stride times the DiT's patch. guide:
-        where the subject is, one for all or one for each prompt. image: what the first frame shows,
-        a file or one for each prompt, with transparent margins where its aspect is another; the
-        guide is fitted to its alpha unless one is given. last_image: of the last frame. solver: or
-        steps and guidance alone, by default those of `acetate sample`. Raises ValueError for a size
-        that the models cannot make, for another VAE or text encoder than the DoRA was trained with,
-        for pictures that it was not trained with, and for a guide without a mean shift.
+        where the subject is, for all or for each prompt; else fitted to the alpha of `image`, which
+        the first frame shows, with margins where its aspect is another; last_image: the last one.
+        solver: or steps and guidance alone, by default those of `acetate sample`. Raises ValueError
+        for what the models were not trained with or cannot make, a guide without a mean shift too.
         """
         config = self.config
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
@@ -135,12 +132,9 @@ class RGBAPipeline:
         solver = solver or solver_of(config, steps, guidance)
         first, at_once = config.seed if seed is None else seed, batch_size or config.batch_size
         check_experts(config)
-        vae = self.vae
         negative = config.negative_prompt if negative_prompt is None else negative_prompt
         words, text_sha256 = self.embed([*prompts, negative])
-        check_size(*size, vae.geometry, self.transformer.config["patch_size"])
-        check_models(self.facts, vae, text_sha256)
-        check_guided(self.facts, guide is not None or bool(self.mean_shift))
+        self._check(size, text_sha256, guided=guide is not None or bool(self.mean_shift))
         condition, of_picture = self.condition(image, last_image, len(prompts), size)
         guide = of_picture if guide is None and self.mean_shift else guide
         guides, outlines = self._draw(guide, len(prompts), size)
@@ -150,7 +144,7 @@ class RGBAPipeline:
             seeds = [first + n for n in range(len(prompts))[part]]
             made = sample_clips(
                 self.transformer,
-                vae,
+                self.vae,
                 torch.stack([words[prompt] for prompt in prompts[part]]),
                 words[negative][None],
                 seeds=seeds,
@@ -167,6 +161,12 @@ class RGBAPipeline:
                 made, prompts[part], seeds, outlines[part], strict=True
             ):
                 yield Clip(rgb, alpha, config.fps, prompt, number, line)
+
+    def _check(self, size: tuple[int, int, int], text_sha256: str, guided: bool) -> None:
+        """Raises ValueError for a size, models or a guide that do not fit the DiT."""
+        check_size(*size, self.vae.geometry, self.transformer.config["patch_size"])
+        check_models(self.facts, self.vae, text_sha256)
+        check_guided(self.facts, guided)
 
     def embed(self, prompts: Sequence[str]) -> tuple[dict[str, Tensor], str]:
         """Returns prompt -> its context (L, D), and the encoder's hash. The encoder is gone after
