@@ -156,6 +156,7 @@ class RGBAPipeline:
                 offload=config.offload,
                 low=self.low_noise,
                 condition=None if condition is None else condition[part],
+                hold=config.hold,
             )
             for (rgb, alpha), prompt, number, line in zip(
                 made, prompts[part], seeds, outlines[part], strict=True

@@ -181,16 +181,19 @@ def sample_latents(
     low: LowNoise | None = None,
     offload: bool = False,
     condition: Tensor | None = None,
+    hold: bool = False,
 ) -> Tensor:
     """Returns normalised latents like noise (B, C, F, h, w). context (B, L, D); negative (1, L, D)
     is used by guidance. low: takes over from `transformer` where its steps begin; offload: and its
     place on the device. condition: as of `velocity`; guidance leads away from the negative prompt
-    under the same one."""
+    under the same one. hold: the condition's first latent frame, which a causal VAE gives the whole
+    clip, too, goes from noise to itself on a straight line, and the others see it on its way."""
     scheduler = solver.scheduler(noise.device)
     scheduler.set_begin_index(0)  # else it looks for its first timestep, and the GPU's answer
     x, guidance = noise, solver.guidance
     switch = None if low is None else low.first(scheduler.timesteps)
     negative = negative.expand_as(context)
+    first = None if condition is None or not hold else condition[:, -x.shape[1] :, :1]
     steps = tqdm(scheduler.timesteps, desc="sample", unit="step", disable=not progress, leave=False)
     for step, t in enumerate(steps):
         if low is not None and step == switch:
@@ -204,6 +207,8 @@ def sample_latents(
         if guidance != 1:
             without = velocity(transformer, x, timestep, negative, condition)
             v = without + guidance * (v - without)
+        if first is not None:
+            v = torch.cat([(noise[:, :, :1] - first).to(v), v[:, :, 1:]], 2)
         x = scheduler.step(v.float(), t, x, return_dict=False)[0]
     return x
 
@@ -235,13 +240,15 @@ def sample_clips(
     progress: bool = True,
     low: LowNoise | None = None,
     condition: Tensor | None = None,
+    hold: bool = False,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yields rgb (3, T, H, W) and alpha (1, T, H, W) of every seed, on the CPU.
 
     context (B, L, D), negative (1, L, D): of the prompts. size: frames, height, width in pixels.
     guide: G in [0, 1], (1 or B, 1, F, h, w). offload: only the model at work is on the device, the
     others wait on the CPU. low: the low-noise expert, where `transformer` is the other one.
-    condition (B, K, F, h, w): of the given frames, of an image-to-video model.
+    condition (B, K, F, h, w): of the given frames, of an image-to-video model; hold: as of
+    `sample_latents`.
     """
     noise = initial_noise(seeds, vae.latent_shape(*size), guide, mean_shift, device)
     if offload:
@@ -257,6 +264,7 @@ def sample_clips(
         low,
         offload,
         None if condition is None else condition.to(device),
+        hold,
     )
     if offload:
         transformer.cpu()

@@ -7,6 +7,8 @@ from diffusers import WanImageToVideoPipeline
 from PIL import Image
 from torch.testing import assert_close
 
+from acetate.clips import Clip
+from acetate.commands.follow_pictures import through_vae
 from acetate.data.transforms import containing_box
 from acetate.guides import read_still
 from acetate.media.clip import MediaError
@@ -61,6 +63,21 @@ def test_the_picture_decides_the_clip_and_its_guide(pipeline, picture, tmp_path)
     assert one.guide[..., 0].mean() < 0.5 < other.guide[..., 0].mean()
     text = pipeline("a disc", seed=3, **SIZE)[0]
     assert text.guide is None and (text.rgb - one.rgb).abs().max() > 1e-3
+
+
+def test_the_first_frame_is_held(pipeline, trained, picture):
+    """To what the RGBA-VAE makes of the picture, whatever the prompt; and the others see it."""
+    held = pipeline(["a disc", "smoke"], image=picture, **SIZE)
+    loose = RGBAPipeline.load(
+        trained[0], rgba_vae=trained[1], device="cpu", wan="tiny", hold=False
+    )("a disc", image=picture, **SIZE)[0]
+    rgb, alpha = read_still(picture, 32, 32)
+    again = through_vae(pipeline.vae, Clip(rgb, alpha), "cpu")
+    for clip in held:
+        assert_close(clip.alpha[:, :1], again.alpha, rtol=0, atol=1e-3)
+        assert_close(clip.rgb[:, :1], again.rgb, rtol=0, atol=1e-3)
+    assert (loose.alpha[:, :1] - again.alpha).abs().max() > 0.05
+    assert (loose.alpha[:, 1:] - held[0].alpha[:, 1:]).abs().max() > 1e-3
 
 
 def test_errors_say_the_way_out(pipeline, picture, trained, tmp_path):
