@@ -22,14 +22,26 @@ class I2VTask(DoRATask):
 
     A text base gets a wider patch embedding, which starts at zero and trains beside DoRA; an
     image-to-video base stays as it is. condition_dropout: share of clips that see none, all zeros,
-    so that the model samples from text alone, too. time_stride: of the VAE.
+    so that the model samples from text alone, too. caption_swap: share of the others that see the
+    prompt of the clip before them in their rank's batch, so that the picture is believed where the
+    prompt says another thing. time_stride: of the VAE.
     """
 
-    def __init__(self, *, condition_dropout: float, time_stride: int, **settings: Any) -> None:
+    def __init__(
+        self,
+        *,
+        condition_dropout: float,
+        time_stride: int,
+        caption_swap: float = 0.0,
+        **settings: Any,
+    ) -> None:
         super().__init__(**settings)
-        if not 0 <= condition_dropout <= 1:
-            raise ValueError(f"task.condition_dropout {condition_dropout}; a share in [0, 1].")
-        self.condition_dropout, self.time_stride = condition_dropout, time_stride
+        shares = {"condition_dropout": condition_dropout, "caption_swap": caption_swap}
+        for name, share in shares.items():
+            if not 0 <= share <= 1:
+                raise ValueError(f"task.{name} {share}; a share in [0, 1].")
+        self.condition_dropout, self.caption_swap = condition_dropout, caption_swap
+        self.time_stride = time_stride
         self.given, self.widened = "first", False
 
     def configure_model(self) -> None:
@@ -88,7 +100,10 @@ class I2VTask(DoRATask):
             batch["key"], self.seed, "condition", batch_number(self.trainer), device=self.device
         )
         without = draws.integers(1_000_000) < 1_000_000 * self.condition_dropout
-        return super().training_step({**batch, "without": without}, batch_idx)
+        swapped = draws.integers(1_000_000) < 1_000_000 * self.caption_swap
+        swapped = (swapped & ~without)[:, None, None]
+        context = torch.where(swapped, batch["context"].roll(1, 0), batch["context"])
+        return super().training_step({**batch, "without": without, "context": context}, batch_idx)
 
     def example_batch(self, load: Load, geometry: Geometry | None) -> dict[str, Any]:
         batch = super().example_batch(load, geometry)
