@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from diffusers import WanTransformer3DModel
+from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -90,6 +91,23 @@ def test_the_cache_holds_the_condition(conditioned, tmp_path):
     assert (condition[:, :, 1:] - latents[:, :, 1:]).abs().mean() > 0.05
     whole = with_mask(condition, "first_last", 4)
     assert whole.shape[1] == 4 + latents.shape[1]
+
+
+def test_shares_see_no_picture_or_another_prompt(conditioned, tmp_path):
+    names = [f"clip{n}" for n in range(400)]
+    batch = {"key": names, "context": torch.arange(400.0)[:, None, None].expand(-1, 2, 3)}
+    task = instantiate(config_for(tmp_path, conditioned, "task.caption_swap=0.5").task)
+    seen, again = task.drawn(batch, 7), task.drawn(batch, 7)
+    assert torch.equal(seen["context"], again["context"])
+    places, without = seen["context"][:, 0, 0], seen["without"]
+    own = places == torch.arange(400)
+    assert torch.equal(places[~own], (torch.arange(400.0) - 1)[~own] % 400)
+    assert own[without].all() and 20 < without.sum() < 65  # a tenth
+    assert 0.4 < own[~without].float().mean() < 0.6
+    plain = instantiate(config_for(tmp_path, conditioned, "task.caption_swap=0").task)
+    assert torch.equal(plain.drawn(batch, 7)["without"], without)
+    with pytest.raises(InstantiationException, match=r"task\.caption_swap 2\.0; a share"):
+        instantiate(config_for(tmp_path, conditioned, "task.caption_swap=2.0").task)
 
 
 @pytest.mark.slow

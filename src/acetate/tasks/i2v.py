@@ -96,14 +96,17 @@ class I2VTask(DoRATask):
         return partial(velocity, self.transformer, condition=condition)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
-        draws = ClipDraws(
-            batch["key"], self.seed, "condition", batch_number(self.trainer), device=self.device
-        )
+        return super().training_step(self.drawn(batch, batch_number(self.trainer)), batch_idx)
+
+    def drawn(self, batch: dict[str, Any], step: int) -> dict[str, Any]:
+        """Returns the batch with what this step's clips see: `without` (B,), no picture, and
+        another clip's prompt."""
+        draws = ClipDraws(batch["key"], self.seed, "condition", step, device=self.device)
         without = draws.integers(1_000_000) < 1_000_000 * self.condition_dropout
         swapped = draws.integers(1_000_000) < 1_000_000 * self.caption_swap
         swapped = (swapped & ~without)[:, None, None]
         context = torch.where(swapped, batch["context"].roll(1, 0), batch["context"])
-        return super().training_step({**batch, "without": without, "context": context}, batch_idx)
+        return {**batch, "without": without, "context": context}
 
     def example_batch(self, load: Load, geometry: Geometry | None) -> dict[str, Any]:
         batch = super().example_batch(load, geometry)
