@@ -76,7 +76,7 @@ def test_writes_clips_that_editors_open_and_seeds_reproduce(tmp_path, cached, do
     other = read_rgba(tmp_path / "a" / folders[2]).frames  # the same prompt, another seed
     apart, seeds_apart = (abs(x.astype(int) - alone.astype(int)) for x in (clip.frames, other))
     # sums of another order, which guidance enlarges, and then rounding
-    assert apart.max() <= 8 and apart.mean() < 0.25 < 4 < seeds_apart.mean()
+    assert apart.max() <= 8 and apart.mean() < 0.5 < 4 < seeds_apart.mean()
 
 
 @pytest.mark.long
