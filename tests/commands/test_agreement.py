@@ -103,6 +103,8 @@ def test_measures_of_clips_against_themselves_and_shuffled(quick):
     for name in ("kind", "color"):
         value, low, high = same[name]
         assert low <= value <= high
+    of_kinds = [same[f"kind, {kind}"] for kind in KINDS]  # five clips of each
+    assert sum(of_kinds) / len(KINDS) == pytest.approx(same["kind"][0])
 
 
 @pytest.mark.long

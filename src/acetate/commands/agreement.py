@@ -33,6 +33,7 @@ HUES = {name: float(place) for place, name in enumerate(drawing.COLORS)} | {
 }  # fmt: skip
 GREYS = {"black": 0.0, "dark": 0.7, "grey": 1.7, "silver": 2.2, "white": 3.0}
 NAMES = (*HUES, *GREYS)
+Results = dict[str, float | list[float]]  # figures; three numbers: value, and its interval
 NAMED = re.compile(r"\b(" + "|".join(sorted(NAMES, key=len, reverse=True)) + r")\b")
 DRAWN, CHECKED = 4200, 420  # pictures that it learns from, and that are kept back
 EPOCHS, BATCH, RATE = 8, 60, 6e-3
@@ -241,17 +242,21 @@ def measure(
     sampled: Sequence[tuple[Tensor, Tensor]],
     clips: Sequence[synthetic.SyntheticClip],
     held_out: Sequence[tuple[Tensor, Tensor]],
-) -> dict[str, list[float]]:
+) -> Results:
     """Returns [value, low, high], 95 % intervals, of the shares of sampled clips whose kind and
     color are those of their prompts, and of the Frechet distance between them and as many held-out
-    ones.
+    ones; and the share of each kind that is right, alone.
 
     clips: whose prompts they are. What needs more clips than there are is left out: the distance
     more than features, a share two.
     """
     seen, real = see(reader, sampled), see(reader, held_out).features
-    results = {}
-    for name, right in zip(("kind", "color"), agreement(seen, clips), strict=True):
+    results: Results = {}
+    kinds, colors = agreement(seen, clips)
+    for kind in dict.fromkeys(clip.kind for clip in clips):
+        of_kind = torch.tensor([clip.kind == kind for clip in clips])
+        results[f"kind, {kind}"] = kinds[of_kind].double().mean().item()
+    for name, right in (("kind", kinds), ("color", colors)):
         if len(right) > 1:
             values = right.double().numpy()
             share = partial(_mean_at, values)

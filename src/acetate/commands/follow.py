@@ -8,13 +8,14 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from omegaconf import DictConfig
+from PIL import Image
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from acetate.callbacks.samples import save_picture
+from acetate.callbacks.samples import contact_sheet, save_picture
 from acetate.cli import run
-from acetate.commands.agreement import load_reader, measure
+from acetate.commands.agreement import Results, load_reader, measure
 from acetate.commands.follow_pictures import measure_pictures
 from acetate.data import synthetic
 from acetate.draws import generator_for
@@ -24,6 +25,7 @@ from acetate.replacing import check_out, write_json
 from acetate.sampling import EllipsePath
 
 BORDER, SUBJECT = 0.1, 0.8  # alpha: at most on the border, at least in some cell
+SHOWN = 14  # clips on the sheet, two of a kind
 
 
 def held_out(
@@ -100,13 +102,16 @@ def main(config: DictConfig) -> None:
     if config.count < 3:
         raise ValueError(f"count={config.count}; a correlation needs at least 3 clips.")
     pipeline = RGBAPipeline(config)
-    if config.pictures is not None:
-        found, sheet = measure_pictures(pipeline, config)
-        show(found)
-        if config.out is not None:
-            write_json(Path(config.out), found)
-            save_picture(sheet, Path(config.out).with_suffix(".png"))
-        return
+    measured = measure_prompts if config.pictures is None else measure_pictures
+    found, sheet = measured(pipeline, config)
+    show(found)
+    if config.out is not None:
+        write_json(Path(config.out), found)
+        save_picture(sheet, Path(config.out).with_suffix(".png"))
+
+
+def measure_prompts(pipeline: RGBAPipeline, config: DictConfig) -> tuple[Results, Image.Image]:
+    """Returns the figures of `config.count` clips of held-out prompts, and a sheet of the first."""
     paths = random_paths(config.count, config.seed)
     clips = held_out(
         paths, config.frames, config.height, config.width, pipeline.vae.geometry.space_stride
@@ -115,23 +120,20 @@ def main(config: DictConfig) -> None:
     sampled = pipeline([clip.prompt for clip in clips], guide=guide)
     alphas = torch.stack([clip.alpha.clamp(0, 1) for clip in sampled])
     centres = torch.tensor([path.centre for path in paths])
-    results: dict[str, float | list[float]] = {
-        **figures(alphas, centres, pipeline.vae.geometry.space_stride)
-    }
+    results: Results = {**figures(alphas, centres, pipeline.vae.geometry.space_stride)}
     reader, right = load_reader(Path(config.paths.cache))
     ours = [(clip.rgb, clip.alpha) for clip in sampled]
     real = [whole(clip, path) for clip, path in zip(clips, paths, strict=True)]
     results |= measure(reader, ours, clips, real)
     for name, value in measure(reader, real, clips, real).items():
-        if name != "frechet":
+        if name != "frechet" and not name.startswith("kind, "):
             results[f"{name}, own clips"] = value
     results |= {f"{name}, reader": value for name, value in right.items()}
-    show(results)
-    if config.out is not None:
-        write_json(Path(config.out), results)
+    shown = [(clip.prompt, clip.rgb, clip.alpha) for clip in sampled[:SHOWN]]
+    return results, contact_sheet(shown, "samples of held-out prompts")
 
 
-def show(results: dict[str, float | list[float]]) -> None:
+def show(results: Results) -> None:
     table = Table("", "value", "95 % interval")
     for name, value in results.items():
         if isinstance(value, list):

@@ -14,7 +14,7 @@ from torch import Tensor
 from acetate.alpha import harden, over
 from acetate.callbacks.samples import contact_sheet
 from acetate.clips import Clip, background_of
-from acetate.commands.agreement import alike, colors_of, decided, load_reader, see
+from acetate.commands.agreement import Results, alike, colors_of, decided, load_reader, see
 from acetate.data import synthetic
 from acetate.data.transforms import to_uint8
 from acetate.metrics.palette import PaletteQuality
@@ -64,9 +64,7 @@ def through_vae(vae: RGBAVAE, picture: Clip, device: str) -> Clip:
     return Clip(rgb[0].cpu(), alpha[0].mean(0, keepdim=True).cpu())
 
 
-def measure_pictures(
-    pipeline: RGBAPipeline, config: DictConfig
-) -> tuple[dict[str, float | list[float]], Image.Image]:
+def measure_pictures(pipeline: RGBAPipeline, config: DictConfig) -> tuple[Results, Image.Image]:
     """Returns the figures of `config.pictures` held-out pictures, and a sheet of some of them."""
     clips = drawn(config.pictures, config.frames, config.height, config.width)
     prompts = [clip.prompt for clip in clips]
@@ -80,7 +78,7 @@ def measure_pictures(
         wrong = pipeline([*prompts[1:], prompts[0]], image=files)
     assert isinstance(pipeline.vae, RGBAVAE), "it has encoded the pictures"
     again = [through_vae(pipeline.vae, picture, pipeline.device) for picture in given]
-    results: dict[str, float | list[float]] = {}
+    results: Results = {}
     for name, found in (("first frame", own), ("VAE", again)):
         results |= {f"{name}, {key}": value for key, value in quality(found, given).items()}
     reader, _ = load_reader(Path(config.paths.cache))
