@@ -138,9 +138,8 @@ class RGBAPipeline:
         condition, of_picture = self.condition(image, last_image, len(prompts), size)
         guide = of_picture if guide is None and self.mean_shift else guide
         guides, outlines = self._draw(guide, len(prompts), size)
-        starts = range(0, len(prompts), at_once)
-        for start in tqdm(starts, desc="clips", unit="batch", disable=len(starts) < 2):
-            part = slice(start, start + at_once)
+        parts = [slice(start, start + at_once) for start in range(0, len(prompts), at_once)]
+        for part in tqdm(parts, desc="clips", unit="batch", disable=len(parts) < 2):
             seeds = [first + n for n in range(len(prompts))[part]]
             made = sample_clips(
                 self.transformer,
