@@ -24,9 +24,9 @@ def write_clip(folder, width=WIDTH, seed=3):
     CLIPImageProcessor(size=size[0], crop_size=size[1]).save_pretrained(folder / "image_processor")
 
 
-def write_dit(folder, **config):
+def write_dit(folder, seed=4, **config):
     """transformer/ that reads noise, mask and condition of the tiny VAE."""
-    torch.manual_seed(4)
+    torch.manual_seed(seed)
     WanTransformer3DModel(
         **{"num_attention_heads": 2, "attention_head_dim": 16, "in_channels": 36,
         "out_channels": 16, "text_dim": 64, "freq_dim": 32, "ffn_dim": 48, "num_layers": 2,

@@ -10,8 +10,11 @@ from torch.testing import assert_close
 from acetate.data.transforms import containing_box
 from acetate.guides import read_still
 from acetate.media.clip import MediaError
+from acetate.models.dit import velocity
 from acetate.pipeline import RGBAPipeline
-from tests.conftest import cache_demo
+from acetate.sampling import Solver, decode, initial_noise
+from tests.conftest import TINY, cache_demo
+from tests.looking_base import write_dit
 from tests.processes import program
 from tests.tasks.test_dit import fit
 from tests.tasks.test_i2v import config_for
@@ -39,6 +42,17 @@ def picture(tmp_path):
     return tmp_path / "disc.png"
 
 
+@pytest.fixture(scope="module")
+def two_looking(tmp_path_factory):
+    """Two experts that read a condition, as Wan2.2's I2V-A14B, of random weights."""
+    folder = tmp_path_factory.mktemp("two_looking")
+    for part in ("vae", "text_encoder", "tokenizer"):
+        (folder / part).symlink_to(f"{TINY}/{part}")
+    write_dit(folder / "transformer")
+    write_dit(folder / "transformer_2", seed=5)
+    return str(folder)
+
+
 SIZE = {"frames": 5, "height": 32, "width": 32, "steps": 2}
 
 
@@ -61,6 +75,32 @@ def test_the_picture_decides_the_clip_and_its_guide(pipeline, picture, tmp_path)
     assert one.guide[..., 0].mean() < 0.5 < other.guide[..., 0].mean()
     text = pipeline("a disc", seed=3, **SIZE)[0]
     assert text.guide is None and (text.rgb - one.rgb).abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_both_experts_read_the_picture(two_looking, trained, picture):
+    """A step of Euler's each, by hand."""
+    parts = ("vae", "transformer", "transformer_2", "text_encoder")
+    pair = RGBAPipeline.load(
+        None, rgba_vae=trained[1], device="cpu", wan="tiny",
+        **{f"wan.{part}": two_looking for part in parts}, **{"wan.boundary": 0.9},
+    )  # fmt: skip
+    solver = Solver("euler", 2, 1.0, 5.0)
+    size = {name: SIZE[name] for name in ("frames", "height", "width")}
+    (clip,) = pair("a", image=picture, seed=3, solver=solver, **size)
+    condition, _ = pair.condition(picture, None, 1, (5, 32, 32))
+    context = pair.embed(["a"])[0]["a"][None]
+    sigmas = [1.0, 5 / 6, 0.0]  # 5 u / (1 + 4 u) of 1, 1/2, 0: 0.9 lies between the steps
+    x = initial_noise([3], (16, 2, 8, 8), None, 0.0, "cpu")
+    for model, now, then in zip(
+        (pair.transformer, pair.low_noise.transformer), sigmas, sigmas[1:], strict=False
+    ):
+        t = torch.tensor([1000 * now])
+        x = x + (then - now) * velocity(model, x, t, context, condition)
+        assert (velocity(model, x, t, context, condition) - velocity(model, x, t, context)).any()
+    ((rgb, alpha),) = decode(pair.vae, x)
+    assert_close(clip.rgb, rgb, rtol=0, atol=1e-3)
+    assert_close(clip.alpha, alpha, rtol=0, atol=1e-3)
 
 
 def test_errors_say_the_way_out(pipeline, picture, trained, tmp_path):
