@@ -135,11 +135,14 @@ def wan21_i2v(d, ffn, clip):
     return table
 
 
-# of the models' config.json: Wan2.1-I2V-14B-480P-Diffusers and the experts of Wan2.2-I2V-A14B
+# as diffusers' scripts/convert_wan_to_diffusers.py has Wan-I2V-14B-480p and Wan2.2-I2V-14B-720p;
+# wan/modules/model.py has the layers: MLPProj, WanI2VCrossAttention
 I2V = {
-    "Wan2.1": ({"image_dim": 1280, "added_kv_proj_dim": 5120}, 1280),
-    "Wan2.2": ({}, None),
-}
+    "Wan2.1": (
+        {"image_dim": 1280, "added_kv_proj_dim": 5120}, 1280, "Wan2.1-I2V-14B-480P-Diffusers",
+    ),
+    "Wan2.2": ({}, None, "Wan2.2-I2V-A14B-Diffusers"),
+}  # fmt: skip
 
 DITS = {  # layers, heads, width of the feed-forward part, tensors, parameters
     "1.3B": (30, 12, 8960, 825, 1_418_996_800),
@@ -253,7 +256,7 @@ def test_full_size_experts():
 
 @pytest.mark.parametrize("release", I2V)
 def test_full_size_image_to_video_dit(release):
-    more, clip = I2V[release]
+    more, clip, source = I2V[release]
     with torch.device("meta"):
         transformer = WanTransformer3DModel(
             num_layers=40, num_attention_heads=40, ffn_dim=13824, in_channels=36, out_channels=16,
@@ -263,5 +266,8 @@ def test_full_size_image_to_video_dit(release):
     assert {name: tuple(value.shape) for name, value in state.items()} == wan21_i2v(
         5120, 13824, clip
     )
+    built = blank_transformer(f"Wan-AI/{source}", torch.bfloat16).state_dict()
+    shapes = {name: value.shape for name, value in transformer.state_dict().items()}
+    assert {name: value.shape for name, value in built.items()} == shapes
     assert all(dit_name(original_dit_name(name)) == name for name in transformer.state_dict())
     assert convert_wan_transformer_to_diffusers(dict(state)).keys() == set(transformer.state_dict())

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 from transformers import CLIPVisionModel
 
+from acetate.cost import latent_sample_bytes
 from acetate.models.adapters import trainable_state
 from acetate.models.dit import velocity
 from acetate.models.image_encoder import ImageEncoder
@@ -92,6 +93,14 @@ def test_files_of_transformers_4_are_read(looking, tmp_path):
 def test_the_cache_holds_embeddings_of_first_frames(looking, embedded, tmp_path):
     manifest = json.loads((embedded[0] / "manifest.json").read_text())
     assert manifest["image_encoder"] == ImageEncoder(str(looking)).facts()
+    for shard in manifest["shards"]:  # what `acetate cost` reads of them
+        sizes = [
+            latent_sample_bytes(
+                (16, *one["shape"]), one["tokens"], 64, condition=True, image=(TOKENS, WIDTH)
+            )
+            for one in shard["samples"]
+        ]
+        assert 0 <= shard["bytes"] - sum(sizes) < 1024 + 10240  # as in tests/test_cost.py
     data = instantiate(config_for(tmp_path, embedded, *of(looking)).data)
     data.setup()
     batch = next(iter(data.train_dataloader()))
