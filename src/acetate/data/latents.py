@@ -245,17 +245,24 @@ class LatentDataModule(ShardDataModule):
 
         Unreadable clips are passed over. One empty prompt where the clips have none.
         """
-        found: list[str] = []
-        for variants in self.val_windows:
+        return [one["prompt"][0] for one in self.examples(count)] or [""]
+
+    def examples(self, count: int, alike: bool = False) -> list[dict[str, Any]]:
+        """Returns batches of one clip each, whose prompts are those of `captions`, none of which is
+        empty. alike: of clips of one size, that of the first."""
+        found: dict[str, dict[str, Any]] = {}
+        for ref, *_ in self.val_windows:
             if len(found) == count:
                 break
+            if alike and found and ref.shape != next(iter(found.values()))["latents"].shape[2:]:
+                continue
             try:
-                prompt = read_latents(variants[0], self._width)["prompt"]
+                sample = read_latents(ref, self._width)
             except BadClip:  # validation counts it
                 continue
-            if prompt and prompt not in found:
-                found.append(prompt)
-        return found or [""]
+            if sample["prompt"]:
+                found.setdefault(sample["prompt"], self._collate()([sample]))
+        return [*found.values()]
 
     def state_dict(self) -> dict[str, Any]:
         runs = groupby([*self._past, self._present()], itemgetter(0))
