@@ -1,10 +1,13 @@
 """Pictures as first and last frames, on the shipped base with adapters of two steps."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
 from diffusers import WanImageToVideoPipeline
 from PIL import Image
+from safetensors.torch import load_file
 from torch.testing import assert_close
 
 from acetate.data.transforms import containing_box
@@ -13,7 +16,9 @@ from acetate.media.clip import MediaError
 from acetate.models.dit import velocity
 from acetate.pipeline import RGBAPipeline
 from acetate.sampling import Solver, decode, initial_noise
+from tests.compose import called
 from tests.conftest import TINY, cache_demo
+from tests.formats.test_names import wan21_i2v
 from tests.looking_base import write_dit
 from tests.processes import program
 from tests.tasks.test_dit import fit
@@ -32,6 +37,16 @@ def trained(shards, tmp_path_factory):
 @pytest.fixture(scope="module")
 def pipeline(trained):
     return RGBAPipeline.load(trained[0], rgba_vae=trained[1], device="cpu", wan="tiny")
+
+
+@pytest.fixture(scope="module")
+def trained_both(shards, tmp_path_factory):
+    """The same of first and last frames, after steps that move every weight."""
+    folder = tmp_path_factory.mktemp("trained_both")
+    cached = cache_demo(shards, folder, condition="first_last")
+    fast = ["task.lr=0.05", "task.warmup_steps=0", "trainer.max_steps=3"]
+    fit(config_for(folder, cached, *fast))
+    return str(folder / "checkpoints/last.safetensors"), str(cached[1])
 
 
 @pytest.fixture
@@ -75,6 +90,34 @@ def test_the_picture_decides_the_clip_and_its_guide(pipeline, picture, tmp_path)
     assert one.guide[..., 0].mean() < 0.5 < other.guide[..., 0].mean()
     text = pipeline("a disc", seed=3, **SIZE)[0]
     assert text.guide is None and (text.rgb - one.rgb).abs().max() > 1e-3
+
+
+@pytest.mark.slow
+def test_a_last_picture_is_sampled_too(trained_both, picture, tmp_path):
+    with Image.open(picture) as image:
+        image.transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(tmp_path / "right.png")
+    dora, vae = trained_both
+    small = [f"{name}={value}" for name, value in SIZE.items()]
+    last = {"same": picture, "right": tmp_path / "right.png", "none": "null"}
+    frames = {}
+    for name, file in last.items():
+        called(
+            "sample", f"dora={dora}", f"rgba_vae={vae}", "prompt=disc", f"image={picture}",
+            f"last_image={file}", f"out={tmp_path / name}", "formats=[png]", "device=cpu", *small,
+        )  # fmt: skip
+        (made,) = (tmp_path / name).glob("*.json")
+        assert json.loads(made.read_text())["last_image"] == (None if name == "none" else str(file))
+        stills = sorted((tmp_path / name).glob("*_png/*.png"))
+        assert len(stills) == 5
+        frames[name] = np.asarray(Image.open(stills[-1])).astype(int)
+    for one, other in (("same", "right"), ("right", "none")):
+        assert np.abs(frames[one] - frames[other]).max() > 2
+    pipeline = RGBAPipeline.load(dora, rgba_vae=vae, device="cpu", wan="tiny")
+    condition, (guide,) = pipeline.condition(picture, last["right"], 1, (5, 32, 32))
+    assert condition[0, :4, 0].all() and condition[0, 3, 1].all()  # the mask: four times, and once
+    assert not condition[0, :3, 1].any()
+    assert guide.alpha[0, 0, :, :16].sum() > guide.alpha[0, 0, :, 16:].sum()
+    assert guide.alpha[0, -1, :, :16].sum() < guide.alpha[0, -1, :, 16:].sum()
 
 
 @torch.no_grad()
@@ -142,6 +185,15 @@ def test_diffusers_loads_the_export(trained, tmp_path):
     assert code == 0, printed[-2000:]
     loaded = WanImageToVideoPipeline.from_pretrained(str(tmp_path / "export"))
     assert loaded.transformer.config.in_channels == 36 and loaded.image_encoder is None
+    folder = tmp_path / "comfyui"
+    code, printed = program(
+        tmp_path / "log", "acetate.commands.export", f"checkpoint={trained[0]}", "to=comfyui",
+        "dit=merged", f"out={folder}",
+    )  # fmt: skip
+    assert code == 0, printed[-2000:]
+    held = load_file(folder / "dit.safetensors")
+    table = wan21_i2v(128, 256, None, layers=8, text=64, freq=64)
+    assert {name: tuple(value.shape) for name, value in held.items()} == table
     for to, more in (("wan-alpha", []), ("comfyui", ["dit=svd-lora"])):
         code, printed = program(
             tmp_path / "log", "acetate.commands.export", f"checkpoint={trained[0]}", f"to={to}",

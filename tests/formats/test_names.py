@@ -70,10 +70,10 @@ def wan21_vae():
     return table
 
 
-def wan21_dit(layers, d, ffn):
+def wan21_dit(layers, d, ffn, text=4096, freq=256):
     """Every tensor of a text-to-video DiT and its shape."""
-    table = {**conv("patch_embedding", d, 16, 1, 2, 2), **conv("text_embedding.0", d, 4096),
-             **conv("text_embedding.2", d, d), **conv("time_embedding.0", d, 256),
+    table = {**conv("patch_embedding", d, 16, 1, 2, 2), **conv("text_embedding.0", d, text),
+             **conv("text_embedding.2", d, d), **conv("time_embedding.0", d, freq),
              **conv("time_embedding.2", d, d),
              **conv("time_projection.1", 6 * d, d), **conv("head.head", 64, d),
              "head.modulation": (1, 2, d)}  # fmt: skip
@@ -119,16 +119,16 @@ A14B = {
 ORIGINAL_A14B = {"dim": 5120, "ffn_dim": 13824, "num_heads": 40, "num_layers": 40, "in_dim": 16}
 
 
-def wan21_i2v(d, ffn, clip):
+def wan21_i2v(d, ffn, clip, layers=40, **widths):
     """Every tensor of an image-to-video DiT; clip: width of the embedding that Wan2.1's reads, none
     for Wan2.2's."""
-    table = wan21_dit(40, d, ffn) | conv("patch_embedding", d, 36, 1, 2, 2)
+    table = wan21_dit(layers, d, ffn, **widths) | conv("patch_embedding", d, 36, 1, 2, 2)
     if clip is None:
         return table
     table |= {f"img_emb.proj.{place}.{kind}": (width,)
               for place, width in ((0, clip), (4, d)) for kind in ("weight", "bias")}  # fmt: skip
     table |= conv("img_emb.proj.1", clip, clip) | conv("img_emb.proj.3", d, clip)
-    for block in range(40):
+    for block in range(layers):
         for part in ("k_img", "v_img"):
             table |= conv(f"blocks.{block}.cross_attn.{part}", d, d)
         table[f"blocks.{block}.cross_attn.norm_k_img.weight"] = (d,)

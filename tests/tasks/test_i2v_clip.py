@@ -21,6 +21,7 @@ from acetate.models.loading import load_transformer
 from acetate.pipeline import RGBAPipeline
 from tests.commands.exported import export
 from tests.conftest import cache_demo
+from tests.formats.test_names import wan21_i2v
 from tests.looking_base import WIDTH, looking, of, write_clip, write_dit  # noqa: F401  (a fixture)
 from tests.tasks.test_dit import fit
 from tests.tasks.test_i2v import config_for
@@ -184,6 +185,28 @@ def test_diffusers_loads_the_export_with_its_image_encoder(
         max_sequence_length=512, output_type="latent",
     ).frames  # fmt: skip
     assert frames.shape == (1, 16, 2, 8, 8) and frames.isfinite().all()
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_comfyui_gets_the_original_layout_whole(looking, embedded, trained, tmp_path):
+    out = export(tmp_path / "out", f"checkpoint={trained}", "to=comfyui", *of(looking))
+    held = load_file(out / "dit.safetensors")
+    table = wan21_i2v(32, 48, WIDTH, layers=2, text=64, freq=32)
+    assert {name: tuple(value.shape) for name, value in held.items()} == table
+    (out / "config.json").write_text('{"num_heads": 2}')  # of the original release
+    theirs = load_transformer(str(out / "dit.safetensors"))
+    ours = pipeline(looking, embedded, trained).transformer
+    assert theirs.config.image_dim == WIDTH and theirs.config.in_channels == 36
+    x, t, text = torch.randn(1, 16, 2, 4, 4), torch.tensor([500.0]), torch.randn(1, 512, 64)
+    given = torch.randn(1, 20, 2, 4, 4), torch.randn(1, TOKENS, WIDTH)
+    found = velocity(theirs, x, t, text, *given)
+    assert_close(found, velocity(ours, x, t, text, *given), rtol=0, atol=1e-5)
+    with pytest.raises(ValueError, match=r"wan\.image_encoder=null"):
+        more = [*of(looking)[:-2], "wan.image_encoder=null", "wan.prompt_length=512"]
+        rgba = ["to=diffusers", f"rgba_vae={embedded[1]}"]
+        export(tmp_path / "no", f"checkpoint={trained}", *rgba, *more)
+    assert not (tmp_path / "no").exists()
 
 
 @pytest.mark.slow
