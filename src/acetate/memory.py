@@ -330,11 +330,13 @@ def measure(
             - sum(
                 _bytes(p for p in group.parameters() if not p.requires_grad) for group, _ in groups
             ),
-            gathered=max(_gathered(group, blocks, bool(held)) for group, blocks in groups),
+            gathered=max(_gathered(group, blocks, bool(held)) for group, blocks in groups)
+            if held or task.shardable
+            else 0,
             groups=sum(len(blocks) + 1 for _, blocks in groups),
             flops=flops.total,
             host=host,
-            shards=not held,
+            shards=not held and task.shardable,
         )
 
 

@@ -108,9 +108,11 @@ def test_every_experiment_has_an_answer(experiment, tmp_path, monkeypatch, capsy
     out = tmp_path / "deep/out.json"
     called("estimate", f"experiment={experiment}", f"out={out}")
     printed, found = capsys.readouterr().out, json.loads(out.read_text())
-    assert list(found["bytes_per_gpu"]) == [str(n) for n in GPUS]
+    wider = experiment in ("i2v_dora", "i2v_dora_wan21_1b")  # a text base, which is not sharded
+    numbers = GPUS[:1] if wider else GPUS
+    assert list(found["bytes_per_gpu"]) == [str(n) for n in numbers]
     assert list(found["cards"]) == [str(card) for card in CARDS]
-    totals = [found["bytes_per_gpu"][str(n)]["total"] for n in GPUS]
+    totals = [found["bytes_per_gpu"][str(n)]["total"] for n in numbers]
     assert totals == sorted(totals, reverse=True)
     assert f"{found['parameters']:,} parameters" in printed
     if "14b" in experiment:  # 14,288,491,584 of Wan's, two bytes each but for those kept in fp32

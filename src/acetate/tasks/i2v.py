@@ -57,7 +57,7 @@ class I2VTask(DoRATask):
                 "that is not sharded. Give trainer=ddp, or an image-to-video base."
             )
         widen(self.transformer, wanted, self.adapter_dtype)
-        self.widened = True
+        self.widened, self.shardable = True, False
 
     def setup(self, stage: str) -> None:
         super().setup(stage)
