@@ -33,6 +33,7 @@ from acetate.data.shards import (
     read_manifest,
 )
 from acetate.data.store import Folder, listed, open_folder
+from acetate.models.image_encoder import ImageEncoder
 from acetate.models.plain_vae import PlainVAE
 from acetate.models.rgba_vae import RGBAVAE
 from acetate.models.text import TextEncoder
@@ -44,6 +45,7 @@ from data_prep.kept_latents import find_kept
 from data_prep.latent_encoder import Encoder, Report, Run, Sources, embed_prompts
 from data_prep.latent_plan import Piece, Settings, plan_of
 
+OF_A_MANIFEST = (*IDENTITY, "ellipse", "condition", "image_encoder")  # of what decides the content
 POLL = 0.5  # seconds between looks for the tars of other ranks
 log = logging.getLogger(__name__)
 Jobs = Mapping[int, Sequence[Piece]]  # number of a tar -> what it holds
@@ -130,6 +132,8 @@ def made_by(
     own = asdict(settings)
     if settings.condition == "none":
         del own["condition"]  # older folders have none
+    elif sources.image_encoder is not None:
+        own["image_encoder"] = ImageEncoder(sources.image_encoder).facts()
     content = {
         **own,
         **dict(zip(IDENTITY, identity, strict=True)),
@@ -277,7 +281,7 @@ def manifest_of(
     content = run.made_by["settings"]
     facts = {
         **({"scheme": "joint"} if joint else {}),
-        **{name: content[name] for name in (*IDENTITY, "ellipse", "condition") if name in content},
+        **{name: content[name] for name in OF_A_MANIFEST if name in content},
         **facts,
     }
     del facts["empty_buckets"]
@@ -301,7 +305,10 @@ def main(cfg: DictConfig) -> None:
     )
     sources = Sources(
         frozen_dtype=cfg.wan.dtype,
-        **{name: cfg.wan[name] for name in ("vae", "text_encoder", "prompt_length")},
+        **{
+            name: cfg.wan[name]
+            for name in ("vae", "text_encoder", "image_encoder", "prompt_length")
+        },
         **{name: cfg[name] for name in ("rgba_vae", "chunk", "long_prompts", "scheme")},
     )
     same = (

@@ -29,6 +29,7 @@ OF_A_LATENT = (
     "vae_sha256",
     "base_sha256",
     "condition",
+    "image_encoder",
 )
 OF_A_TEXT = ("dtype", "text_encoder_sha256", "prompt_length", "long_prompts")
 log = logging.getLogger(__name__)

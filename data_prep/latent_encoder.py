@@ -24,6 +24,7 @@ from acetate.data.shards import BadClip, read_clip, read_meta
 from acetate.data.writer import ShardTar, read_part, write_part
 from acetate.formats.rgba_vae import load_rgba_vae, read_rgba_vae
 from acetate.models.condition import condition_latents
+from acetate.models.image_encoder import ImageEncoder
 from acetate.models.plain_vae import PlainVAE
 from acetate.models.rgba_vae import DECODERS_ONLY, RGBAVAE
 from acetate.models.text import TextEncoder
@@ -50,6 +51,7 @@ class Sources:
     chunk: int | None = None  # latent frames at a time
     long_prompts: str = "error"  # or truncate: prompts of more than prompt_length tokens
     scheme: str = "rgba"  # or joint: latents of colour and of alpha, by the plain VAE
+    image_encoder: str | None = None  # of a base that reads CLIP embeddings of given frames
 
     def __post_init__(self) -> None:
         if self.scheme not in SCHEMES:
@@ -111,6 +113,10 @@ class Encoder:
         self.run, self.settings, self.device = run, run.settings, device
         self.vae, self.eps = vae.to(device), run.made_by["settings"]["eps"]
         self.kept = run.kept
+        embeds = "image_encoder" in run.made_by["settings"]
+        self.image_encoder = (
+            ImageEncoder(str(run.sources.image_encoder), device) if embeds else None
+        )
 
     def tar(self, number: int, pieces: Sequence[Piece], report: Report) -> dict[str, str]:
         """Writes tar `number` with its part and returns key -> reason of its bad clips."""
@@ -212,11 +218,14 @@ class Encoder:
     @torch.inference_mode()
     def latents(self, rgb: Tensor, alpha: Tensor, color: int) -> dict[str, Tensor]:
         """Returns latents (C, F, h, w), and as condition those of the given frames alone where the
-        settings name such, normalised, on the CPU, in the stored dtype."""
+        settings name such, normalised, with image_embeds (n, D) where the base reads such; on the
+        CPU, in the stored dtype."""
         hard = over(rgb, harden(alpha, self.eps), palette(rgb.device)[color])
         made = {"latents": self.vae.normalise(self.vae.encode(hard, alpha))}
         if self.settings.condition != "none":
             made["condition"] = condition_latents(self.vae, hard, alpha, self.settings.condition)
+        if self.image_encoder is not None:
+            made["image_embeds"] = self.image_encoder(rgb[:, :, 0], alpha[:, :, 0])
         dtype = self.settings.torch_dtype
         return {name: value[0].to(dtype).cpu().contiguous() for name, value in made.items()}
 

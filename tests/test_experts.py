@@ -117,11 +117,16 @@ def test_the_pipeline_has_both(two_experts, doras, cached):
 
 
 def test_published_settings_are_the_defaults():
-    """Of wan/configs/wan_t2v_A14B.py: shift 12, 40 steps, guidance 3 of low, 4 of high noise."""
+    """As Wan's own code has them: wan_t2v_A14B.py gives guidance 3 of low, 4 of high noise."""
     config = RGBAPipeline.load(None, wan="wan22_a14b", device="cpu").config
     assert solver_of(config) == Solver("unipc", 40, 4.0, 12.0, 3.0)
     assert config.wan.boundary == 0.875
     assert solver_of(config, guidance=2.0) == Solver("unipc", 40, 2.0, 12.0, None)
+    config = RGBAPipeline.load(None, wan="wan22_i2v_a14b", device="cpu").config
+    assert solver_of(config) == Solver("unipc", 40, 3.5, 5.0, 3.5)  # wan_i2v_A14B.py
+    assert (config.wan.boundary, config.wan.image_encoder) == (0.9, None)
+    config = RGBAPipeline.load(None, wan="wan21_i2v_14b", device="cpu").config
+    assert solver_of(config) == Solver("unipc", 40, 5.0, 3.0, None)  # generate.py of Wan2.1, 480p
     one = RGBAPipeline.load(None, wan="wan21_14b", device="cpu").config
     assert solver_of(one) == Solver("unipc", 50, 5.0, 5.0, None)
 

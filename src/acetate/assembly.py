@@ -157,7 +157,18 @@ def check_models(facts: dict[str, Any], vae: RGBADecoders, text_sha256: str) -> 
                     f"({facts[name][:12]}) that this DoRA was trained with.",
                     stacklevel=2,
                 )
-        elif facts.get(name, found) != found:
-            raise ValueError(
-                f"The DoRA's {name} is {facts[name][:12]}, this one's {found[:12]}. {way_out}"
-            )
+        else:
+            check_hash(facts, name, found, way_out)
+
+
+def check_hash(
+    facts: Mapping[str, Any],
+    name: str,
+    found: str,
+    way_out: str = "Choose the wan= that its latents were cached with.",
+) -> None:
+    """Raises ValueError for another model than the DoRA was trained with, as far as it says."""
+    if facts.get(name, found) != found:
+        raise ValueError(
+            f"The DoRA's {name} is {facts[name][:12]}, this one's {found[:12]}. {way_out}"
+        )

@@ -179,13 +179,19 @@ def cost(
 
 
 def latent_sample_bytes(
-    shape: tuple[int, int, int, int], tokens: int, text_dim: int, text: int = 500
+    shape: tuple[int, int, int, int],
+    tokens: int,
+    text_dim: int,
+    text: int = 500,
+    condition: bool = False,
+    image: tuple[int, int] | None = None,
 ) -> int:
     """Returns the bytes of a sample in a latent tar: both members, each with its header and filled
     up to whole blocks of 512 bytes.
 
     shape: latents (C, F, h, w), 16 bit as the prompt's embeddings (tokens, text_dim) are. text:
-    bytes of its JSON.
+    bytes of its JSON. condition: latents of the given frames, too; image: tokens and width of a
+    CLIP embedding.
     """
     tensors = {
         "latents": torch.zeros(shape, dtype=torch.float16),
@@ -194,4 +200,8 @@ def latent_sample_bytes(
         "prompt_embeds": torch.zeros(tokens, text_dim, dtype=torch.float16),
         "prompt_mask": torch.ones(tokens, dtype=torch.bool),
     }
+    if condition:
+        tensors["condition"] = tensors["latents"].clone()
+    if image is not None:
+        tensors["image_embeds"] = torch.zeros(image, dtype=torch.float16)
     return sum(512 * (1 + math.ceil(size / 512)) for size in (len(save(tensors)), text))

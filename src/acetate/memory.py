@@ -58,6 +58,10 @@ EIGHT_BIT_FROM = 4096  # values of a tensor; bitsandbytes keeps smaller moments 
 AUTOCAST = {"32-true": None, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 # Wan's DiTs where they differ from diffusers' defaults, which are the 14B's and each A14B expert's
 WAN21 = {"14B": {}, "1.3B": {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30}}
+# Beside that, image-to-video DiTs read a condition, and Wan2.1's a CLIP embedding (from diffusers'
+# convert_wan_to_diffusers.py)
+I2V = {"in_channels": 36}
+CLIP = {"image_dim": 1280, "added_kv_proj_dim": 5120}
 M = TypeVar("M", bound=ModelMixin)
 
 
@@ -176,7 +180,10 @@ def blank_transformer(
     whose shape is not known."""
     config = _diffusers_config(source, part)
     if config is None:
-        config = next((shape for size, shape in WAN21.items() if size in Path(source).name), None)
+        name = Path(source).name
+        config = next((shape for size, shape in WAN21.items() if size in name), None)
+        if config is not None and "I2V" in name:
+            config = config | I2V | ({} if "A14B" in name else CLIP)
     if config is None:
         raise ValueError(
             f"{source}: the shape of this DiT is not known. Give a diffusers folder (with "
@@ -323,11 +330,13 @@ def measure(
             - sum(
                 _bytes(p for p in group.parameters() if not p.requires_grad) for group, _ in groups
             ),
-            gathered=max(_gathered(group, blocks, bool(held)) for group, blocks in groups),
+            gathered=max(_gathered(group, blocks, bool(held)) for group, blocks in groups)
+            if held or task.shardable
+            else 0,
             groups=sum(len(blocks) + 1 for _, blocks in groups),
             flops=flops.total,
             host=host,
-            shards=not held,
+            shards=not held and task.shardable,
         )
 
 

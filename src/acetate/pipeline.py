@@ -11,15 +11,16 @@ from torch import Tensor
 from tqdm import tqdm
 
 from acetate.alpha import harden, over
-from acetate.assembly import check_experts, check_guided, check_models, load_dit
+from acetate.assembly import check_experts, check_guided, check_hash, check_models, load_dit
 from acetate.clips import Clip, background_of
 from acetate.commands import device_of, inherited
 from acetate.commands.checks import check_settings
 from acetate.commands.recorded import quoted
 from acetate.formats.rgba_vae import load_rgba_vae
-from acetate.guides import Guide, Pictures, condition_of, draw, for_each, outline
+from acetate.guides import Guide, Pictures, condition_of, draw, for_each, outline, read_still
 from acetate.models import experts
 from acetate.models.condition import check_condition
+from acetate.models.image_encoder import encoder_of
 from acetate.models.rgba_vae import DECODERS_ONLY, RGBADecoders
 from acetate.models.rgba_vae import RGBAVAE as Encoding
 from acetate.models.text import TextEncoder
@@ -120,11 +121,9 @@ class RGBAPipeline:
     ) -> Iterator[Clip]:
         """Yields clips as they are made; place n has seed + n, and a seed gives the same clip.
 
-        frames: 4k+1. height, width: multiples of the VAE's stride times the DiT's patch. guide:
-        where the subject is, for all or for each prompt; else fitted to the alpha of `image`, which
-        the first frame shows, with margins where its aspect is another; last_image: the last one.
-        solver: or steps and guidance alone, by default those of `acetate sample`. Raises ValueError
-        for what the models were not trained with or cannot make, a guide without a mean shift too.
+        frames: 4k+1. height, width: multiples of the VAE's stride times the DiT's patch. guide: of
+        all or each prompt; else fitted to the alpha of `image`, the first frame (last_image: the
+        last). solver: or steps and guidance alone. Raises ValueError for what cannot be made.
         """
         config = self.config
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
@@ -136,6 +135,7 @@ class RGBAPipeline:
         words, text_sha256 = self.embed([*prompts, negative])
         self._check(size, text_sha256, guided=guide is not None or bool(self.mean_shift))
         condition, of_picture = self.condition(image, last_image, len(prompts), size)
+        embeds = self.look_at(image, len(prompts), size)
         guide = of_picture if guide is None and self.mean_shift else guide
         guides, outlines = self._draw(guide, len(prompts), size)
         parts = [slice(start, start + at_once) for start in range(0, len(prompts), at_once)]
@@ -156,6 +156,7 @@ class RGBAPipeline:
                 low=self.low_noise,
                 condition=None if condition is None else condition[part],
                 hold=config.hold,
+                image_embeds=None if embeds is None else embeds[part],
             )
             for (rgb, alpha), prompt, number, line in zip(
                 made, prompts[part], seeds, outlines[part], strict=True
@@ -202,6 +203,21 @@ class RGBAPipeline:
         pairs = [*zip(first, last, strict=True)]
         made = {pair: condition_of(vae, *pair, size, self.device) for pair in dict.fromkeys(pairs)}
         return torch.cat([made[pair][0] for pair in pairs]), [made[pair][1] for pair in pairs]
+
+    def look_at(
+        self, image: Pictures | None, count: int, size: tuple[int, int, int]
+    ) -> Tensor | None:
+        """Returns the CLIP embeddings (count, n, D) of the pictures; None without one, and for a
+        DiT that reads none. The image encoder is gone after it. Raises ValueError as `stream`."""
+        if image is None or self.transformer.config["image_dim"] is None:
+            return None
+        encoder = encoder_of(self.transformer, self.config.wan.image_encoder, self.device)
+        assert encoder is not None
+        check_hash(self.facts, "image_encoder_sha256", encoder.sha256())
+        files = for_each(image, count)
+        stills = {file: read_still(file, *size[1:]) for file in dict.fromkeys(files) if file}
+        made = {file: encoder(rgb[None, :, 0], a[None, :, 0]) for file, (rgb, a) in stills.items()}
+        return torch.cat([made[file] for file in files if file])
 
     def _draw(
         self, guide: Guide | Sequence[Guide] | None, count: int, size: tuple[int, int, int]

@@ -182,12 +182,14 @@ def sample_latents(
     offload: bool = False,
     condition: Tensor | None = None,
     hold: bool = False,
+    image_embeds: Tensor | None = None,
 ) -> Tensor:
     """Returns normalised latents like noise (B, C, F, h, w). context (B, L, D); negative (1, L, D)
     is used by guidance. low: takes over from `transformer` where its steps begin; offload: and its
-    place on the device. condition: as of `velocity`; guidance leads away from the negative prompt
-    under the same one. hold: the condition's first latent frame, which a causal VAE gives the whole
-    clip, too, goes from noise to itself on a straight line, and the others see it on its way."""
+    place on the device. condition, image_embeds: as of `velocity`; guidance leads away from the
+    negative prompt under the same ones. hold: the condition's first latent frame, which a causal
+    VAE gives the whole clip, too, goes from noise to itself on a straight line, and the others see
+    it on its way."""
     scheduler = solver.scheduler(noise.device)
     scheduler.set_begin_index(0)  # else it looks for its first timestep, and the GPU's answer
     x, guidance = noise, solver.guidance
@@ -203,9 +205,9 @@ def sample_latents(
             transformer = low.transformer
             guidance = guidance if solver.guidance_2 is None else solver.guidance_2
         timestep = t.to(noise.device, torch.float32).expand(len(x))
-        v = velocity(transformer, x, timestep, context, condition)
+        v = velocity(transformer, x, timestep, context, condition, image_embeds)
         if guidance != 1:
-            without = velocity(transformer, x, timestep, negative, condition)
+            without = velocity(transformer, x, timestep, negative, condition, image_embeds)
             v = without + guidance * (v - without)
         if first is not None:
             v = torch.cat([(noise[:, :, :1] - first).to(v), v[:, :, 1:]], 2)
@@ -241,14 +243,15 @@ def sample_clips(
     low: LowNoise | None = None,
     condition: Tensor | None = None,
     hold: bool = False,
+    image_embeds: Tensor | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yields rgb (3, T, H, W) and alpha (1, T, H, W) of every seed, on the CPU.
 
     context (B, L, D), negative (1, L, D): of the prompts. size: frames, height, width in pixels.
     guide: G in [0, 1], (1 or B, 1, F, h, w). offload: only the model at work is on the device, the
     others wait on the CPU. low: the low-noise expert, where `transformer` is the other one.
-    condition (B, K, F, h, w): of the given frames, of an image-to-video model; hold: as of
-    `sample_latents`.
+    condition (B, K, F, h, w), image_embeds (B, n, D): of the given frames, of an image-to-video
+    model; hold: as of `sample_latents`.
     """
     noise = initial_noise(seeds, vae.latent_shape(*size), guide, mean_shift, device)
     if offload:
@@ -265,6 +268,7 @@ def sample_clips(
         offload,
         None if condition is None else condition.to(device),
         hold,
+        None if image_embeds is None else image_embeds.to(device),
     )
     if offload:
         transformer.cpu()

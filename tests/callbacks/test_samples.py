@@ -1,12 +1,16 @@
 import pytest
 import torch
 from PIL import Image
+from torch.testing import assert_close
 
 from acetate.callbacks.samples import Samples, contact_sheet
 from acetate.data.latent_shards import read_latents
 from acetate.regions import outlines
+from acetate.sampling import decode
 from acetate.video_out import GUIDE
-from tests.tasks.test_dit import config_for, fit
+from tests.compose import composed
+from tests.conftest import cache_demo
+from tests.tasks.test_dit import SMALL, config_for, fit
 
 SAMPLES = [
     "callbacks.samples.prompts=[a red disc,blue smoke]",
@@ -53,6 +57,33 @@ def test_every_second_validation_also_after_resume(tmp_path, cached):
         resume=tmp_path / "checkpoints/last.ckpt",
     )
     assert [folder.name for folder in (tmp_path / "samples").iterdir()] == ["step_00000004"]
+
+
+def test_an_image_to_video_run_shows_what_it_was_given(tmp_path, many_shards):
+    latents, adapters = cache_demo(many_shards, tmp_path, condition="first")
+    fast = ["task.lr=0.05", "task.warmup_steps=0", "trainer.max_steps=2"]
+    config = composed(
+        tmp_path, "experiment=i2v_dora", f"data.latents={latents}", f"rgba_vae={adapters}",
+        *SMALL, *fast, "callbacks.samples.solver.steps=2",
+    )  # fmt: skip
+    trainer, task, _ = fit(config)
+    (samples,) = [callback for callback in trainer.callbacks if isinstance(callback, Samples)]
+    held = [read_latents(window[0]) for window in trainer.datamodule.val_windows]
+    assert samples.shown == [sample["prompt"] for sample in held] and len(held) == 2
+    assert samples.size == (5, 24, 24)  # that of the cache
+    folder = tmp_path / "samples/step_00000002"
+    text = contact_sheet([("a", torch.ones(3, 5, 24, 24), torch.ones(1, 5, 24, 24))] * 2, "")
+    assert Image.open(folder / "sheet.png").width > text.width  # by a column
+    clips = samples._sample(trainer, task)
+    for (_, rgb, alpha), sample in zip(clips, held, strict=True):
+        assert alpha.shape == (1, 6, 24, 24)
+        ((seen, matte),) = decode(samples.vae, sample["condition"][None, :, :1].float())
+        assert_close(rgb[:, :1], seen, rtol=0, atol=1e-4)
+        assert_close(alpha[:, :1], matte, rtol=0, atol=1e-4)
+    assert (samples.outlines[0] - samples.outlines[1]).abs().max() > 0.01  # of their own subjects
+    samples.given.reverse()
+    (_, other, _), _ = samples._sample(trainer, task)
+    assert (other[:, 1:] - clips[0][1][:, 1:]).abs().max() > 1e-3
 
 
 def test_another_vae_is_refused(tmp_path, cached):

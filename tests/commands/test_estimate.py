@@ -108,12 +108,16 @@ def test_every_experiment_has_an_answer(experiment, tmp_path, monkeypatch, capsy
     out = tmp_path / "deep/out.json"
     called("estimate", f"experiment={experiment}", f"out={out}")
     printed, found = capsys.readouterr().out, json.loads(out.read_text())
-    assert list(found["bytes_per_gpu"]) == [str(n) for n in GPUS]
+    wider = experiment in ("i2v_dora", "i2v_dora_wan21_1b")  # a text base, which is not sharded
+    numbers = GPUS[:1] if wider else GPUS
+    assert list(found["bytes_per_gpu"]) == [str(n) for n in numbers]
     assert list(found["cards"]) == [str(card) for card in CARDS]
-    totals = [found["bytes_per_gpu"][str(n)]["total"] for n in GPUS]
+    totals = [found["bytes_per_gpu"][str(n)]["total"] for n in numbers]
     assert totals == sorted(totals, reverse=True)
     assert f"{found['parameters']:,} parameters" in printed
     if "14b" in experiment:  # 14,288,491,584 of Wan's, two bytes each but for those kept in fp32
-        assert found["parameters"] - found["trainable_parameters"] == 14_288_491_584
-        assert found["frozen"] == pytest.approx(2 * 14_288_491_584, rel=0.01)
+        wide = {"i2v_dora_wan21_14b": 16_394_878_784, "i2v_dora_wan22_a14b": 14_288_901_184}
+        count = wide.get(experiment, 14_288_491_584)  # a condition; 2.1 billion are for CLIP's
+        assert found["parameters"] - found["trainable_parameters"] == count
+        assert found["frozen"] == pytest.approx(2 * count, rel=0.01)
         assert found["trainable_parameters"] == 155_750_400

@@ -70,10 +70,10 @@ def wan21_vae():
     return table
 
 
-def wan21_dit(layers, d, ffn):
+def wan21_dit(layers, d, ffn, text=4096, freq=256):
     """Every tensor of a text-to-video DiT and its shape."""
-    table = {**conv("patch_embedding", d, 16, 1, 2, 2), **conv("text_embedding.0", d, 4096),
-             **conv("text_embedding.2", d, d), **conv("time_embedding.0", d, 256),
+    table = {**conv("patch_embedding", d, 16, 1, 2, 2), **conv("text_embedding.0", d, text),
+             **conv("text_embedding.2", d, d), **conv("time_embedding.0", d, freq),
              **conv("time_embedding.2", d, d),
              **conv("time_projection.1", 6 * d, d), **conv("head.head", 64, d),
              "head.modulation": (1, 2, d)}  # fmt: skip
@@ -119,27 +119,30 @@ A14B = {
 ORIGINAL_A14B = {"dim": 5120, "ffn_dim": 13824, "num_heads": 40, "num_layers": 40, "in_dim": 16}
 
 
-def wan21_i2v(d, ffn, clip):
+def wan21_i2v(d, ffn, clip, layers=40, **widths):
     """Every tensor of an image-to-video DiT; clip: width of the embedding that Wan2.1's reads, none
     for Wan2.2's."""
-    table = wan21_dit(40, d, ffn) | conv("patch_embedding", d, 36, 1, 2, 2)
+    table = wan21_dit(layers, d, ffn, **widths) | conv("patch_embedding", d, 36, 1, 2, 2)
     if clip is None:
         return table
     table |= {f"img_emb.proj.{place}.{kind}": (width,)
               for place, width in ((0, clip), (4, d)) for kind in ("weight", "bias")}  # fmt: skip
     table |= conv("img_emb.proj.1", clip, clip) | conv("img_emb.proj.3", d, clip)
-    for block in range(40):
+    for block in range(layers):
         for part in ("k_img", "v_img"):
             table |= conv(f"blocks.{block}.cross_attn.{part}", d, d)
         table[f"blocks.{block}.cross_attn.norm_k_img.weight"] = (d,)
     return table
 
 
-# of the models' config.json: Wan2.1-I2V-14B-480P-Diffusers and the experts of Wan2.2-I2V-A14B
+# as diffusers' scripts/convert_wan_to_diffusers.py has Wan-I2V-14B-480p and Wan2.2-I2V-14B-720p;
+# wan/modules/model.py has the layers: MLPProj, WanI2VCrossAttention
 I2V = {
-    "Wan2.1": ({"image_dim": 1280, "added_kv_proj_dim": 5120}, 1280),
-    "Wan2.2": ({}, None),
-}
+    "Wan2.1": (
+        {"image_dim": 1280, "added_kv_proj_dim": 5120}, 1280, "Wan2.1-I2V-14B-480P-Diffusers",
+    ),
+    "Wan2.2": ({}, None, "Wan2.2-I2V-A14B-Diffusers"),
+}  # fmt: skip
 
 DITS = {  # layers, heads, width of the feed-forward part, tensors, parameters
     "1.3B": (30, 12, 8960, 825, 1_418_996_800),
@@ -253,7 +256,7 @@ def test_full_size_experts():
 
 @pytest.mark.parametrize("release", I2V)
 def test_full_size_image_to_video_dit(release):
-    more, clip = I2V[release]
+    more, clip, source = I2V[release]
     with torch.device("meta"):
         transformer = WanTransformer3DModel(
             num_layers=40, num_attention_heads=40, ffn_dim=13824, in_channels=36, out_channels=16,
@@ -263,5 +266,8 @@ def test_full_size_image_to_video_dit(release):
     assert {name: tuple(value.shape) for name, value in state.items()} == wan21_i2v(
         5120, 13824, clip
     )
+    built = blank_transformer(f"Wan-AI/{source}", torch.bfloat16).state_dict()
+    shapes = {name: value.shape for name, value in transformer.state_dict().items()}
+    assert {name: value.shape for name, value in built.items()} == shapes
     assert all(dit_name(original_dit_name(name)) == name for name in transformer.state_dict())
     assert convert_wan_transformer_to_diffusers(dict(state)).keys() == set(transformer.state_dict())

@@ -20,43 +20,56 @@ from acetate.callbacks.panels import GAP, Sheet, tile_size, to_bytes
 from acetate.lightning_seams import log_row
 from acetate.pages import of_run
 from acetate.pages.clips import shown
-from acetate.sampling import EllipsePath, Solver, sample_clips
+from acetate.sampling import EllipsePath, Solver, decode, sample_clips
 from acetate.video_out import write_clip
 
 FRAMES_SHOWN = 4
+GIVEN = ("condition", "image_embeds", "ellipses")  # of a cached clip
 CAPTIONS = 4  # of validation clips, where no prompts are given
 LABEL_LINES, LABEL_SIZE = 4, 0.85  # at most; of the size of titles
 
 
 def contact_sheet(
-    clips: Sequence[tuple[str, Tensor, Tensor]], title: str, guide: Tensor | None = None
+    clips: Sequence[tuple[str, Tensor, Tensor]],
+    title: str,
+    guide: Tensor | Sequence[Tensor | None] | None = None,
+    given: Sequence[tuple[Tensor, Tensor]] = (),
 ) -> Image.Image:
     """Draws one row per clip (label, rgb (3, T, H, W), alpha (1, T, H, W)): frames over a
     checkerboard, then their alpha, then the label on as many lines as it takes, LABEL_LINES at
     most.
 
-    guide (T, N, 2): the outline that all of them were sampled with, drawn on every tile.
+    guide (T, N, 2): the outline that all of them were sampled with, or that of each, drawn on every
+    tile. given: the picture that each was made of, rgb (3, 1, H, W) and alpha, shown before it.
     """
     _, rgb, _ = clips[0]
     height, width = tile_size(*rgb.shape[-2:])
     height, width = height // 2, width // 2
     times = sorted({round(float(t)) for t in np.linspace(0, rgb.shape[1] - 1, FRAMES_SHOWN)})
-    across, line = 2 * len(times) * (width + GAP) + GAP, max(14, height // 8)
+    start = GAP + bool(given) * (width + GAP)
+    across, line = start + 2 * len(times) * (width + GAP), max(14, height // 8)
     text = Sheet(2 * height, across, line, "")  # which knows how wide letters are
     labels = [text.lines(label, across - 4 * GAP, LABEL_LINES, LABEL_SIZE) for label, _, _ in clips]
     tops = np.cumsum([0, *(height + 3 * GAP + line * len(lines) for lines in labels)]).tolist()
     sheet = Sheet(2 * height, across, tops[-1], title)
+    if given:
+        sheet.label(GAP + width / 2, "given")
     for column, t in enumerate(times):
-        sheet.label(GAP + column * (width + GAP) + width / 2, f"t={t}")
-        sheet.label(GAP + (column + len(times)) * (width + GAP) + width / 2, f"alpha t={t}")
-    for (_, rgb, alpha), y, lines in zip(clips, tops, labels, strict=False):
+        sheet.label(start + column * (width + GAP) + width / 2, f"t={t}")
+        sheet.label(start + (column + len(times)) * (width + GAP) + width / 2, f"alpha t={t}")
+    for row, ((_, rgb, alpha), y, lines) in enumerate(zip(clips, tops, labels, strict=False)):
+        outline = guide if guide is None or isinstance(guide, Tensor) else guide[row]
         rgb, alpha = rgb.clamp(-1, 1), alpha.clamp(0, 1)
         ground = checkerboard(*rgb.shape[-2:], cell=max(4, min(rgb.shape[-2:]) // 12))
         composite = over(rgb, alpha, ground)
+        if given:
+            picture, matte = given[row][0].clamp(-1, 1), given[row][1].clamp(0, 1)
+            sheet.paste(over(picture, matte, ground)[:, 0], GAP, y, height, width)
         for column, t in enumerate(times):
-            sheet.paste(composite[:, t], GAP + column * (width + GAP), y, height, width, guide, t)
-            x = GAP + (column + len(times)) * (width + GAP)
-            sheet.paste(alpha[:, t].expand(3, -1, -1) * 2 - 1, x, y, height, width, guide, t)
+            x = start + column * (width + GAP)
+            sheet.paste(composite[:, t], x, y, height, width, outline, t)
+            x += len(times) * (width + GAP)
+            sheet.paste(alpha[:, t].expand(3, -1, -1) * 2 - 1, x, y, height, width, outline, t)
         for number, text_line in enumerate(lines):
             below = sheet.top + y + height + GAP + (number + 0.5) * line
             sheet.write(2 * GAP, below, text_line, "lm", LABEL_SIZE)
@@ -75,7 +88,9 @@ class Samples(Callback):
     each time.
 
     prompts None: captions of the first validation clips, which are of different kinds; the data
-    module's `captions`.
+    module's `captions`. Where the task is given frames, too (image to video), those of these clips
+    as they are cached: clips then have the size and guide of theirs, and sheets show the first
+    frame as the VAE decodes it.
 
     Ranks share the prompts; perf/samples_s is the time that it took, writing included.
     Memory: the text encoder is loaded once, before training, on rank 0, and dropped; the VAE waits
@@ -113,9 +128,14 @@ class Samples(Callback):
         self.solver, self.guide = solver, guide
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        embedded: Any = self._embed(trainer) if trainer.is_global_zero else None
-        self.shown, self.context, self.negative, text_sha256 = trainer.strategy.broadcast(embedded)
+        embedded: Any = self._embed(trainer, pl_module) if trainer.is_global_zero else None
+        embedded = trainer.strategy.broadcast(embedded)
+        self.shown, self.given, self.context, self.negative, text_sha256 = embedded
         self.vae = self.build_vae()
+        if self.given:
+            frames, *sides = self.given[0]["condition"].shape[2:]
+            height, width = (self.vae.geometry.space_stride * side for side in sides)
+            self.size = (1 + (frames - 1) * self.vae.geometry.time_stride, height, width)
         cache: dict[str, Any] = pl_module.cache  # type: ignore[assignment]
         for name, found in (
             ("vae_sha256", self.vae.latents_sha256()),
@@ -128,14 +148,22 @@ class Samples(Callback):
                     "or leave callbacks.samples out."
                 )
 
-    def _embed(self, trainer: Trainer) -> tuple[list[str], Tensor, Tensor, str]:
-        """Returns the prompts, their contexts, the context of the negative prompt, and the
-        encoder's hash. It runs on one rank alone: UMT5 takes 11 GB, and the next model comes after
-        it."""
+    def _embed(
+        self, trainer: Trainer, pl_module: LightningModule
+    ) -> tuple[list[str], list[dict[str, Tensor]], Tensor, Tensor, str]:
+        """Returns the prompts, what is given beside them, their contexts, the context of the
+        negative prompt, and the encoder's hash. It runs on one rank alone: UMT5 takes 11 GB, and
+        the next model comes after it."""
         datamodule: Any = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
-        prompts = datamodule.captions(CAPTIONS) if self.prompts is None else list(self.prompts)
+        field: Any = pl_module.field
+        examples = datamodule.examples(CAPTIONS, alike=True) if self.prompts is None else []
+        examples = [one for one in examples if field(one).keywords]
+        given = [{name: one[name] for name in GIVEN if name in one} for one in examples]
+        prompts = [one["prompt"][0] for one in examples] or self.prompts
+        prompts = datamodule.captions(CAPTIONS) if prompts is None else list(prompts)
         text = self.build_text()
-        return prompts, text.context(prompts), text.context([self.negative_prompt]), text.sha256()
+        negative = text.context([self.negative_prompt])
+        return prompts, given, text.context(prompts), negative, text.sha256()
 
     @torch.no_grad()
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -153,20 +181,23 @@ class Samples(Callback):
         self, trainer: Trainer, pl_module: LightningModule
     ) -> list[tuple[str, Tensor, Tensor]]:
         """Returns prompt, rgb and alpha of every clip, the same on all ranks, of which each has
-        made its share."""
+        made its share. A given picture is a frame before the clip's own."""
         grid, device = self.vae.geometry.latent_shape(*self.size)[1:], pl_module.device
         shift: Any = pl_module.mean_shift
-        ellipses = None if self.guide is None or not shift else self.guide.ellipses(*grid)
-        guide = None if ellipses is None else regions.gaussian(ellipses, *grid[1:])
-        self.outline = (
-            None if ellipses is None else regions.outlines(ellipses[0], *grid[1:], self.size[0])
-        )
+        ellipses = self._ellipses(grid) if shift else [None] * len(self.shown)
+        self.outlines = [
+            None if each is None else regions.outlines(each[0], *grid[1:], self.size[0])
+            for each in ellipses
+        ]
         clips: list[tuple[Tensor, Tensor]] = []
         # one at a time on each rank: training holds most of the memory
         for first in range(0, len(self.shown), trainer.world_size):
             # A rank for which none is left makes the last one, too: sharded weights are gathered by
             # all ranks together
             index = min(first + trainer.global_rank, len(self.shown) - 1)
+            guide = ellipses[index]
+            mine = self.given[index] if self.given else {}
+            given = {name: value.to(device) for name, value in mine.items()}
             (made,) = sample_clips(
                 pl_module.transformer,  # type: ignore[arg-type]
                 self.vae,
@@ -174,22 +205,37 @@ class Samples(Callback):
                 self.negative,
                 seeds=[self.seed + index],
                 size=self.size,
-                guide=guide,
+                guide=None if guide is None else regions.gaussian(guide, *grid[1:]),
                 mean_shift=shift,
                 solver=self.solver,
                 device=device,
                 progress=False,
+                hold=True,
+                **(pl_module.field(given).keywords if given else {}),  # type: ignore[operator]
             )
+            if given:
+                (picture,) = decode(self.vae, given["condition"][:, :, :1])
+                made = (torch.cat([picture[0], made[0]], 1), torch.cat([picture[1], made[1]], 1))
             self.vae.cpu()
             clips += of_all_ranks(pl_module, made) if trainer.world_size > 1 else [made]
         if device.type == "cuda":
             torch.cuda.empty_cache()
         return [(prompt, *clip) for prompt, clip in zip(self.shown, clips, strict=False)]
 
+    def _ellipses(self, grid: Sequence[int]) -> list[Tensor | None]:
+        """Returns (1, F, 5) in cells for each clip: of the clip that it is given a frame of, else
+        the guide's."""
+        if self.given:
+            return [one["ellipses"] for one in self.given]
+        return [None if self.guide is None else self.guide.ellipses(*grid)] * len(self.shown)
+
     def _write(self, trainer: Trainer, clips: list[tuple[str, Tensor, Tensor]]) -> None:
         step = trainer.global_step
         folder = Path(trainer.default_root_dir) / "samples" / f"step_{step:08d}"
-        sheet = contact_sheet(clips, f"step {step}", self.outline)
+        given = [(rgb[:, :1], alpha[:, :1]) for _, rgb, alpha in clips if self.given]
+        if given:
+            clips = [(prompt, rgb[:, 1:], alpha[:, 1:]) for prompt, rgb, alpha in clips]
+        sheet = contact_sheet(clips, f"step {step}", self.outlines, given)
         save_picture(sheet, folder / "sheet.png")
         played = [
             (f"{index:02d}", shown(rgba_bytes(rgb, alpha), self.fps, prompt))
@@ -197,8 +243,9 @@ class Samples(Callback):
         ]
         of_run.keep(Path(trainer.default_root_dir), step, played)
         for index, (prompt, rgb, alpha) in enumerate(clips):
+            line = self.outlines[index]
             files = write_clip(
-                folder / f"{index:02d}", rgb, alpha, self.fps, ("webm", "preview"), self.outline
+                folder / f"{index:02d}", rgb, alpha, self.fps, ("webm", "preview"), line
             )
             for logger in trainer.loggers:
                 _log_video(logger, index, prompt, files[1], step)

@@ -25,6 +25,7 @@ from acetate.cost import (
     payload,
     trained_groups,
 )
+from acetate.models.image_encoder import TOKENS
 from acetate.models.wan import Geometry
 from acetate.replacing import check_out, write_json
 
@@ -46,8 +47,11 @@ def sample_bytes(config: DictConfig, load: memory.Load) -> float:
     shape = Geometry.of(memory.blank_vae(config.wan.vae)).latent_shape(
         load.frames, load.height, load.width
     )
-    text_dim = memory.blank_transformer(config.wan.transformer, torch.float32).config.text_dim
-    return latent_sample_bytes(shape, min(config.cost.prompt_tokens, load.prompt_length), text_dim)
+    dit = memory.blank_transformer(config.wan.transformer, torch.float32).config
+    tokens = min(config.cost.prompt_tokens, load.prompt_length)
+    given = "condition_dropout" in config.task  # of image to video
+    image = (TOKENS, dit.image_dim) if given and dit.image_dim else None
+    return latent_sample_bytes(shape, tokens, dit.text_dim, condition=given, image=image)
 
 
 def limit(at: Callable[[int], Cost], least: float) -> Cost | None:

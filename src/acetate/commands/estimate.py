@@ -150,7 +150,7 @@ def main(config: DictConfig) -> None:
     sharded = (
         "trainer=fsdp shards weights, gradients, optimizer and average: the other columns."
         if found.shards
-        else "trainer=fsdp cannot shard such frozen weights."
+        else "trainer=fsdp cannot shard such weights."
     )
     console.print(
         "trainer=ddp: however many GPUs, each holds column 1 and the gradients again. " + sharded

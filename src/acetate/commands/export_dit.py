@@ -10,7 +10,7 @@ from omegaconf import DictConfig
 from torch import Tensor
 from tqdm import tqdm
 
-from acetate.assembly import check_models
+from acetate.assembly import check_hash, check_models
 from acetate.commands import device_of
 from acetate.commands.export_vae import (
     TWO_VAES,
@@ -29,6 +29,7 @@ from acetate.models import experts
 from acetate.models.adapters import load_trainable
 from acetate.models.condition import widen_as_trained
 from acetate.models.dit import add_dora, dora_layers, merge_dora, merged_weight
+from acetate.models.image_encoder import encoder_of
 from acetate.models.loading import load_transformer, transformer_sha256
 from acetate.models.text import TextEncoder
 from acetate.sampling import Solver
@@ -200,7 +201,11 @@ def dit_to_diffusers(trained: Trained, config: DictConfig) -> Export:
         low, adapter = merged_low(trained, config)
         if not is_widened(trained):
             writers["adapter_2"] = adapter.save_pretrained
-    pipeline = wan_pipeline(transformer, vaes["rgb"], text, scheduler, low, config.wan.boundary)
+    image = encoder_of(transformer, config.wan.image_encoder)
+    if image is not None:
+        check_hash(trained.facts, "image_encoder_sha256", image.sha256())
+    boundary = config.wan.boundary
+    pipeline = wan_pipeline(transformer, vaes["rgb"], text, scheduler, low, boundary, image)
     writers.update({".": pipeline.save_pretrained, "vae_alpha": vaes["alpha"].save_pretrained})
     notes += [
         f"the folder: {type(pipeline).__name__}.from_pretrained, called with "

@@ -21,6 +21,8 @@ PLACES = {
     "rgba_vae",
     "vae",
     "transformer",
+    "transformer_2",
+    "image_encoder",
     "text_encoder",
     "save_to",
     "init_from",
@@ -258,4 +260,5 @@ def _base_of(source: str, setting: str, given: Sequence[str]) -> list[str]:
         f"{setting}={source}: wan.vae, transformer and text_encoder {base}, the base that its "
         "metadata name"
     )
-    return [f"wan.{part}={quoted(base)}" for part in ("vae", "transformer", "text_encoder")]
+    looks = ["image_encoder"] * (Path(base) / "image_encoder").is_dir()
+    return [f"wan.{part}={quoted(base)}" for part in ("vae", "transformer", "text_encoder", *looks)]

@@ -108,7 +108,7 @@ RULES: dict[str, Rule] = {
     "storage_options": anything,
     # The base
     **dict.fromkeys(("vae", "transformer", "text_encoder", "source", "save_to"), place),
-    "init_from": optional(place),
+    **dict.fromkeys(("init_from", "image_encoder"), optional(place)),
     "layers": whole(1, 1000),
     "vocabulary": whole(260, 10**7),
     **dict.fromkeys(("dtype", "frozen_dtype"), dtype),

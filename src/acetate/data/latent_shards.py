@@ -23,15 +23,17 @@ from acetate.data.store import Folder, read_file
 
 EMPTY_PROMPT = "empty_prompt.safetensors"
 MOST_EMPTY = 2**26  # bytes of it
-# latents (C, F, h, w), perhaps condition like them, ellipse (F, 5), coverage (F, h, w) in uint8
-# (not in older caches), prompt_embeds (n, D), prompt_mask (n,), prompt, ref
+# latents (C, F, h, w), perhaps condition like them and image_embeds (n, D), ellipse (F, 5),
+# coverage (F, h, w) in uint8 (not in older caches), prompt_embeds (n, D), prompt_mask (n,), prompt,
+# ref
 Sample = dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LatentRef(TarRef):
     """One window of a clip over one background. shape: latent (F, h, w); channels: of the latent;
-    tokens: of its prompt. condition: the frames that are encoded alone, too; None: none."""
+    tokens: of its prompt. condition: the frames that are encoded alone, too; None: none. image:
+    tokens and width of the first one's CLIP embedding; None: there is none."""
 
     clip: str
     variant: int
@@ -39,6 +41,7 @@ class LatentRef(TarRef):
     shape: tuple[int, int, int]
     tokens: int
     condition: str | None = None
+    image: tuple[int, int] | None = None
 
     @property
     def window(self) -> str:
@@ -50,14 +53,15 @@ def index_latents(folder: Folder, manifest: dict[str, Any]) -> list[LatentRef]:
     `problem`."""
     refs = []
     channels = manifest["geometry"]["channels"]
+    given, image = manifest.get("condition"), manifest.get("image_encoder")
+    embeds = image and (image["tokens"], image["width"])
     for shard in manifest["shards"]:
         places = find_samples(
             folder, shard, [(entry["key"], "safetensors") for entry in shard["samples"]]
         )
         for entry, place in zip(shard["samples"], places, strict=True):
             facts = {**entry, **place, "channels": channels, "shape": tuple(entry["shape"])}
-            given = manifest.get("condition")
-            refs.append(LatentRef(**facts, condition=given, kind="safetensors"))
+            refs.append(LatentRef(**facts, condition=given, image=embeds, kind="safetensors"))
     return refs
 
 
@@ -77,6 +81,8 @@ def read_latents(ref: LatentRef, width: int | None = None) -> Sample:
         }
         if ref.condition is not None:
             promised["condition"] = promised["latents"]
+        if ref.image is not None:
+            promised["image_embeds"] = ref.image
         for name, shape in promised.items():
             value = sample[name]
             if tuple(value.shape) != shape:

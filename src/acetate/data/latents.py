@@ -117,8 +117,9 @@ def collate(
     known = {}
     if good and len(covered) == len(good):
         known["coverage"] = stack(covered)[:, None] / 255
-    if good and good[0]["ref"].condition is not None:
-        known["condition"] = stack(sample["condition"] for sample in good)
+    for name, given in (("condition", "condition"), ("image_embeds", "image")):
+        if good and getattr(good[0]["ref"], given) is not None:
+            known[name] = stack(sample[name] for sample in good)
     return known | {
         "latents": stack(sample["latents"] for sample in good),
         "ellipses": stack(sample["ellipse"] for sample in good),
@@ -141,7 +142,8 @@ class LatentDataModule(ShardDataModule):
     cells (fit_ellipses), context (B, prompt_length, D) and null_context (1, prompt_length, D)
     zero-padded, all fp32; prompt, key, clip (lists of B) and skipped; coverage (B, 1, F, h, w), the
     mean alpha of each cell, unless the cache is an older one without; condition, like latents, that
-    of the given frames alone, where the cache holds it.
+    of the given frames alone, and image_embeds (B, n, D), CLIP's of the first one, where the cache
+    holds them.
 
     latents: folders or URLs; a mapping from them to weights mixes them as MixedOrder does. Remote
     ones, order, position and bad clips as in ShardDataModule; the position counts samples, and
@@ -228,7 +230,7 @@ class LatentDataModule(ShardDataModule):
         self.manifest = manifests[0]
 
     def _check_alike(self, manifests: Sequence[dict[str, Any]]) -> None:
-        for name in (*MADE_WITH, "condition"):
+        for name in (*MADE_WITH, "condition", "image_encoder"):
             for folder, manifest in zip(self.folders, manifests, strict=True):
                 if manifest.get(name) != manifests[0].get(name):
                     raise ShardError(
@@ -243,17 +245,24 @@ class LatentDataModule(ShardDataModule):
 
         Unreadable clips are passed over. One empty prompt where the clips have none.
         """
-        found: list[str] = []
-        for variants in self.val_windows:
+        return [one["prompt"][0] for one in self.examples(count)] or [""]
+
+    def examples(self, count: int, alike: bool = False) -> list[dict[str, Any]]:
+        """Returns batches of one clip each, whose prompts are those of `captions`, none of which is
+        empty. alike: of clips of one size, that of the first."""
+        found: dict[str, dict[str, Any]] = {}
+        for ref, *_ in self.val_windows:
             if len(found) == count:
                 break
+            if alike and found and ref.shape != next(iter(found.values()))["latents"].shape[2:]:
+                continue
             try:
-                prompt = read_latents(variants[0], self._width)["prompt"]
+                sample = read_latents(ref, self._width)
             except BadClip:  # validation counts it
                 continue
-            if prompt and prompt not in found:
-                found.append(prompt)
-        return found or [""]
+            if sample["prompt"]:
+                found.setdefault(sample["prompt"], self._collate()([sample]))
+        return [*found.values()]
 
     def state_dict(self) -> dict[str, Any]:
         runs = groupby([*self._past, self._present()], itemgetter(0))
@@ -342,7 +351,10 @@ class LatentDataModule(ShardDataModule):
     def _blank(self) -> dict[str, Any]:
         frames, height, width = min(window[0].shape for window in self.train_windows)
         latents = torch.zeros(1, self.manifest["geometry"]["channels"], frames, height, width)
+        image = self.manifest.get("image_encoder")
+        embeds = image and torch.zeros(1, image["tokens"], image["width"])
         return {
+            **({} if embeds is None else {"image_embeds": embeds}),
             **({"condition": latents} if "condition" in self.manifest else {}),
             "latents": latents,
             "ellipses": torch.zeros(1, frames, 5),

@@ -46,9 +46,13 @@ MANIFESTS = {
             "vae_sha256": text, "base_sha256": text, "text_encoder_sha256": text,
             "prompt_length": count(1, 2**20), "ellipse": names, "geometry": names, "shards": many,
         },
-        {**HEAD, "samples": COUNT, "clips": COUNT, "buckets": names, "scheme": text},
+        {
+            **HEAD, "samples": COUNT, "clips": COUNT, "buckets": names, "scheme": text,
+            "image_encoder": names,
+        },
     ),
 }  # fmt: skip
+IMAGE_ENCODER = Schema({"sha256": text, "tokens": count(1, 2**16), "width": count(1, 2**16)})
 GEOMETRY = Schema(
     {"channels": count(1, 2**16), "time_stride": count(1, 1024), "space_stride": count(1, 1024)}
 )
@@ -90,6 +94,8 @@ def check_manifest(manifest: Any, kind: str) -> None:
     MANIFESTS[kind].check(manifest)
     if kind == "latents":
         GEOMETRY.check(manifest["geometry"], "geometry")
+        if "image_encoder" in manifest:
+            IMAGE_ENCODER.check(manifest["image_encoder"], "image_encoder")
     if "made_by" in manifest:
         MADE_BY.check(manifest["made_by"], "made_by")
     said = manifest.get("made_by", {}).get("settings", {})

@@ -14,6 +14,7 @@ from peft import LoraConfig, get_peft_model_state_dict
 from torch import Tensor
 
 from acetate.models.condition import condition_channels
+from acetate.models.image_encoder import ImageEncoder
 from acetate.models.text import TextEncoder
 from acetate.replacing import write_tensors
 
@@ -25,12 +26,14 @@ def wan_pipeline(
     scheduler: UniPCMultistepScheduler,
     low: WanTransformer3DModel | None = None,
     boundary: float | None = None,
+    image: ImageEncoder | None = None,
 ) -> WanPipeline | WanImageToVideoPipeline:
     """Builds a pipeline whose `save_pretrained` writes the folder that `from_pretrained` of its
     class reads; that of an image-to-video DiT is WanImageToVideoPipeline. low, boundary: the
     low-noise expert of a base with two, and the share of the steps from which on `transformer`
-    works."""
+    works. image: the encoder of a DiT that reads CLIP embeddings."""
     kind = WanImageToVideoPipeline if condition_channels(transformer) else WanPipeline
+    of_image = {"image_encoder": image.model, "image_processor": image.processor} if image else {}
     return kind(
         tokenizer=text.tokenizer,
         text_encoder=text.model,
@@ -39,6 +42,7 @@ def wan_pipeline(
         transformer=transformer,
         transformer_2=low,
         boundary_ratio=boundary,
+        **of_image,
     )
 
 

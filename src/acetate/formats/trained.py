@@ -51,6 +51,7 @@ KNOWN: dict[str, Rule] = {
     "expert": one_of(*PARTS), "boundary": number(0, 1),
     "eps": number(0), "step": whole(0), "averaged": flag, "prompt_length": whole(1, 2**20),
     **dict.fromkeys(("vae_sha256", "text_encoder_sha256", "base_sha256"), text),
+    "image_encoder_sha256": text,
     **dict.fromkeys(("ellipse", "geometry"), names),
     "condition": condition,
 }  # fmt: skip

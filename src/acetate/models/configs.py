@@ -60,17 +60,29 @@ UMT5 = Schema(
         "tie_word_embeddings": flag, "transformers_version": optional(text),
     },
 )  # fmt: skip
-SCHEMAS = {"vae": VAE, "transformer": TRANSFORMER, "text_encoder": UMT5}
+CLIP = Schema(
+    {},
+    {
+        "hidden_size": WIDTH, "intermediate_size": WIDTH, "projection_dim": WIDTH,
+        "num_hidden_layers": whole(1, 2**12), "num_attention_heads": whole(1, 2**12),
+        "num_channels": whole(1, 1024), "image_size": whole(1, 2**12), "patch_size": whole(1, 1024),
+        "hidden_act": prose(64), "layer_norm_eps": number(0, 1), "attention_dropout": RATE,
+        "initializer_factor": number(0), "initializer_range": number(0),
+        "model_type": one_of("clip_vision_model"),
+    },
+)  # fmt: skip
+SCHEMAS = {"vae": VAE, "transformer": TRANSFORMER, "text_encoder": UMT5, "image_encoder": CLIP}
 # what counts layers, of which each has tensors in the file
 LAYERS = {
     "vae": lambda config: config.get("num_res_blocks", 2) * len(config.get("dim_mult", [0] * 4)),
     "transformer": lambda config: config.get("num_layers", 40),
     "text_encoder": lambda config: config.get("num_layers", 8),
+    "image_encoder": lambda config: config.get("num_hidden_layers", 12),
 }
 
 
 def read_config(path: Path, kind: str, held: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Reads the config.json beside weights. kind: vae, transformer or text_encoder; held: the
+    """Reads the config.json beside weights. kind: of SCHEMAS; held: the
     weights' tensors, by name.
 
     Raises FileNotFoundError without one, and ValueError that names the file, the field, its value
@@ -117,7 +129,8 @@ def _check_size(kind: str, config: Mapping[str, Any], held: Mapping[str, Tensor]
     """Raises FieldError for a model of more layers, or another width, than its weights have."""
     layers = LAYERS[kind](config)
     if layers > len(held):
-        name = "num_res_blocks" if kind == "vae" else "num_layers"
+        other = {"vae": "num_res_blocks", "image_encoder": "num_hidden_layers"}
+        name = other.get(kind, "num_layers")
         raise FieldError(
             f"{name}={shown(config.get(name))}: must be at most what the weights have, which are "
             f"{len(held)} tensors"

@@ -32,6 +32,7 @@ from acetate.models.text import embed_prompt
 
 # q, k, v, o of both attentions and both feed-forward layers of every block: 400 layers in the 14B
 DORA_TARGETS = r"blocks\.\d+\.(attn[12]\.(to_[qkv]|to_out\.0)|ffn\.net\.(0\.proj|2))"
+TEXT_TOKENS = 512  # that diffusers takes the context of an image-to-video DiT to end with
 # fused attention, on a GPU and on a CPU
 ATTENTION = [
     getattr(torch.ops.aten, f"_scaled_dot_product_{kind}").default
@@ -246,12 +247,14 @@ def velocity(
     timestep: Tensor,
     context: Tensor,
     condition: Tensor | None = None,
+    image_embeds: Tensor | None = None,
 ) -> Tensor:
     """Runs the DiT on x_t (B, C, F, h, w) normalised and noisy, timestep (B,) in [0, 1000], context
     (B, L, text_dim); the result is like x_t.
 
     condition (B, K, F, h, w): mask and latents of the given frames, of an image-to-video model;
-    None: zeros, for text alone.
+    None: zeros, for text alone. image_embeds (B, n, image_dim): of the first one, for a model that
+    reads such, others pass over it; None: zeros, too. Raises ValueError as `seen`.
     """
     dtype, config = transformer.proj_out.weight.dtype, transformer.config
     wide = config.in_channels - config.out_channels
@@ -261,9 +264,33 @@ def velocity(
         whole = torch.cat([x_t, condition], 1)
     else:
         whole = x_t
-    return transformer(whole.to(dtype), timestep, context.to(dtype), return_dict=False)[0].to(
-        x_t.dtype
-    )
+    image = None if config.image_dim is None else seen(transformer, context, image_embeds).to(dtype)
+    return transformer(whole.to(dtype), timestep, context.to(dtype), image, return_dict=False)[
+        0
+    ].to(x_t.dtype)
+
+
+def seen(
+    transformer: WanTransformer3DModel, context: Tensor, image_embeds: Tensor | None
+) -> Tensor:
+    """Returns the CLIP embeddings that a DiT reads, zeros where there are none: a token, since
+    attention to equal ones is the same for any number. Raises ValueError for a model of two
+    pictures, and for prompts of another length than diffusers takes this model's to be."""
+    config = transformer.config
+    if config.pos_embed_seq_len is not None:
+        raise ValueError(
+            "This DiT reads CLIP embeddings of a first and a last picture together, as "
+            "Wan2.1-FLF2V-14B does, which is not supported. Give Wan2.1-I2V-14B, or a base without."
+        )
+    if context.shape[1] != TEXT_TOKENS:
+        raise ValueError(
+            f"Prompts of {context.shape[1]} tokens; a DiT that reads a CLIP embedding takes "
+            f"{TEXT_TOKENS}. Give wan.prompt_length={TEXT_TOKENS}, also where the latents are "
+            "cached."
+        )
+    if image_embeds is None:
+        return context.new_zeros(len(context), 1, config.image_dim)
+    return image_embeds
 
 
 def add_dora(

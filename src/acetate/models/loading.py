@@ -140,9 +140,8 @@ def locate(source: str, part: str) -> Path:
             "(Wan2.1_VAE.pth, *.safetensors), or a hub name such as "
             "Wan-AI/Wan2.1-T2V-1.3B-Diffusers."
         )
-    folder = from_hub(
-        source, "wan.text_encoder" if part == "tokenizer" else f"wan.{part}", allow=[f"{part}/*"]
-    )
+    setting = {"tokenizer": "text_encoder", "image_processor": "image_encoder"}.get(part, part)
+    folder = from_hub(source, f"wan.{setting}", allow=[f"{part}/*"])
     if not (folder / part).is_dir():
         raise FileNotFoundError(
             f"{source} has no folder {part}/; its diffusers version has (…-Diffusers)."

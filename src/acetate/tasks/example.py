@@ -38,6 +38,8 @@ class MeasuredTask(LightningModule, ABC):
     """A task that gives, after its configure_model, an example batch, its loss and the parts that
     are sharded."""
 
+    shardable = True  # False: trainer=fsdp refuses what it trains
+
     @abstractmethod
     def example_batch(self, load: Load, geometry: Geometry | None) -> dict[str, Any]:
         """Returns a batch of its data module, without numbers. geometry: of the VAE, where the task

@@ -12,6 +12,7 @@ from acetate.draws import ClipDraws
 from acetate.lightning_seams import batch_number
 from acetate.models.condition import condition_channels, widen, with_mask
 from acetate.models.dit import velocity
+from acetate.models.image_encoder import TOKENS
 from acetate.models.wan import Geometry
 from acetate.tasks.dit import DoRATask
 from acetate.tasks.example import Load
@@ -21,10 +22,11 @@ class I2VTask(DoRATask):
     """Trains as DoRATask does, with a condition behind the noisy latents (models.condition).
 
     A text base gets a wider patch embedding, which starts at zero and trains beside DoRA; an
-    image-to-video base stays as it is. condition_dropout: share of clips that see none, all zeros,
-    so that the model samples from text alone, too. caption_swap: share of the others that see the
-    prompt of the clip before them in their rank's batch, so that the picture is believed where the
-    prompt says another thing. time_stride: of the VAE.
+    image-to-video base stays as it is, and reads the cached CLIP embedding where it takes one.
+    condition_dropout: share of clips that see neither, all zeros, so that the model samples from
+    text alone, too. caption_swap: share of the others that see the prompt of the clip before them
+    in their rank's batch, so that the picture is believed where the prompt says another thing.
+    time_stride: of the VAE.
     """
 
     def __init__(
@@ -43,6 +45,7 @@ class I2VTask(DoRATask):
         self.condition_dropout, self.caption_swap = condition_dropout, caption_swap
         self.time_stride = time_stride
         self.given, self.widened = "first", False
+        self.image_encoder: dict[str, Any] = {}
 
     def configure_model(self) -> None:
         if self.transformer is not None:
@@ -52,14 +55,12 @@ class I2VTask(DoRATask):
         config, wanted = self.transformer.config, self.time_stride
         wanted += config.out_channels
         found = condition_channels(self.transformer)
-        if found not in (0, wanted) or config.image_dim is not None:
-            what = (
-                "reads a CLIP embedding of the picture, which is not supported yet"
-                if found == wanted
-                else f"reads {config.in_channels} channels; an image-to-video base reads "
-                f"{config.out_channels + wanted}, a text base {config.out_channels}"
+        if found not in (0, wanted):
+            raise ValueError(
+                f"{self.base.transformer} reads {config.in_channels} channels; an image-to-video "
+                f"base reads {config.out_channels + wanted}, a text base {config.out_channels}. "
+                "Choose another wan.transformer=."
             )
-            raise ValueError(f"{self.base.transformer} {what}. Choose another wan.transformer=.")
         if found:
             return
         if self.shards is not None:
@@ -68,7 +69,7 @@ class I2VTask(DoRATask):
                 "that is not sharded. Give trainer=ddp, or an image-to-video base."
             )
         widen(self.transformer, wanted, self.adapter_dtype)
-        self.widened = True
+        self.widened, self.shardable = True, False
 
     def setup(self, stage: str) -> None:
         super().setup(stage)
@@ -85,15 +86,30 @@ class I2VTask(DoRATask):
                 f"{manifest['geometry']['time_stride']}. Give that one."
             )
         self.given = manifest["condition"]
+        self.image_encoder = manifest.get("image_encoder", {})
+
+    def check_fit(self, batch: dict[str, Any]) -> None:
+        super().check_fit(batch)
+        assert self.transformer is not None
+        width, found = self.transformer.config.image_dim, batch.get("image_embeds")
+        if width is not None and (found is None or found.shape[2] != width):
+            held = "none" if found is None else f"such of {found.shape[2]}"
+            raise ValueError(
+                f"{self.base.transformer} reads a CLIP embedding of the picture, {width} wide; the "
+                f"cached samples hold {held}. Cache them anew with wan.image_encoder= of that "
+                "base, as its wan= has it."
+            )
 
     def channels(self, batch: dict[str, Any]) -> int:
         return 2 * batch["latents"].shape[1] + self.time_stride
 
     def field(self, batch: dict[str, Any]) -> Callable[..., Tensor]:
         condition = with_mask(batch["condition"], self.given, self.time_stride)
+        embeds = batch.get("image_embeds")
         if "without" in batch:
             condition = condition.masked_fill(batch["without"][:, None, None, None, None], 0)
-        return partial(velocity, self.transformer, condition=condition)
+            embeds = embeds if embeds is None else embeds * ~batch["without"][:, None, None]
+        return partial(velocity, self.transformer, condition=condition, image_embeds=embeds)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
         return super().training_step(self.drawn(batch, batch_number(self.trainer)), batch_idx)
@@ -110,6 +126,9 @@ class I2VTask(DoRATask):
 
     def example_batch(self, load: Load, geometry: Geometry | None) -> dict[str, Any]:
         batch = super().example_batch(load, geometry)
+        assert self.transformer is not None
+        if (width := self.transformer.config.image_dim) is not None:
+            batch["image_embeds"] = torch.empty(load.batch_size, TOKENS, width)
         return {**batch, "condition": torch.empty_like(batch["latents"])}
 
     def facts(self) -> dict[str, Any]:
@@ -119,4 +138,7 @@ class I2VTask(DoRATask):
             "channels": condition_channels(self.transformer),
             "widened": self.widened,
         }
-        return {**super().facts(), "condition": condition}
+        facts = {**super().facts(), "condition": condition}
+        if self.transformer.config.image_dim is not None:
+            facts["image_encoder_sha256"] = self.image_encoder.get("sha256", "")
+        return facts
