@@ -142,7 +142,7 @@ def test_both_experts_read_the_picture(two_looking, trained, picture):
     """A step of Euler's each, by hand."""
     parts = ("vae", "transformer", "transformer_2", "text_encoder")
     pair = RGBAPipeline.load(
-        None, rgba_vae=trained[1], device="cpu", wan="tiny",
+        None, rgba_vae=trained[1], device="cpu", wan="tiny", hold=False,
         **{f"wan.{part}": two_looking for part in parts}, **{"wan.boundary": 0.9},
     )  # fmt: skip
     solver = Solver("euler", 2, 1.0, 5.0)
