@@ -21,6 +21,34 @@ GPUS = (1, 2, 4, 8)
 SHARDED = "trainer=fsdp; with trainer=ddp every GPU needs column 1"
 CARDS = (24, 40, 48, 80, 139)  # GiB; 139 are what a card sold as 141 GB has
 
+# Settings that may be `auto`, of the DiT stage and of the VAE stage
+CHECKPOINTING = ("task.checkpointing", "model.checkpointing")
+
+
+def automatic(config: DictConfig) -> str | None:
+    """Returns the name of the setting of checkpointing that is `auto`; None where none is."""
+    names = (name for name in CHECKPOINTING if OmegaConf.select(config, name) == "auto")
+    return next(names, None)
+
+
+def forced(config: DictConfig) -> bool | None:
+    """Returns the flag that other settings leave of `auto`: blocks in the host's memory need
+    checkpointing, clips in chunks cannot have it. None: either."""
+    if OmegaConf.select(config, "task.base.offload"):
+        return True
+    return None if OmegaConf.select(config, "model.chunk") is None else False
+
+
+def settled(config: DictConfig, value: bool) -> DictConfig:
+    """Returns the config with a flag in the place of `auto`: the value, unless another is
+    forced."""
+    name, only = automatic(config), forced(config)
+    if name is None:
+        return config
+    config = config.copy()
+    OmegaConf.update(config, name, value if only is None else only)
+    return config
+
 
 def without_weights(node: Any) -> Any:
     """Returns the config with targets that read no weights."""
@@ -35,9 +63,11 @@ def without_weights(node: Any) -> Any:
 
 
 def blank_task(config: DictConfig) -> MeasuredTask:
-    """Builds the task of the composed config without weights."""
-    settings = without_weights(OmegaConf.to_container(config.task, resolve=True))
-    unused = {"lpips": False, "init_from": None}  # a metric, and weights of the same shape
+    """Builds the task of the composed config without weights; `auto` is on, which takes the
+    least."""
+    settings = without_weights(OmegaConf.to_container(settled(config, True).task, resolve=True))
+    # a metric, weights of the same shape, and what takes minutes
+    unused = {"lpips": False, "init_from": None, "compile": False}
     task = instantiate(
         settings | {name: value for name, value in unused.items() if name in settings}
     )
@@ -106,6 +136,17 @@ def verdict(found: memory.Footprint, card: int) -> str:
     return f"does not fit {named}: room for {room / clip:.0%} of activations and working peak"
 
 
+def choices(found: memory.Footprint, without: memory.Footprint) -> dict[int, bool]:
+    """Returns what `auto` becomes on each card: off where the step without it fits as many GPUs as
+    the one with it needs, one at least."""
+    chosen = {}
+    for card in CARDS:
+        room = memory.room(card)
+        enough = [n for n in counts(found) if found.per_gpu(n)["total"] <= room]
+        chosen[card] = without.per_gpu(enough[0] if enough else 1)["total"] > room
+    return chosen
+
+
 def remedies(config: DictConfig, load: memory.Load) -> list[str]:
     """Returns settings that take less memory, largest effect first; activations grow with clips,
     frames and pixels."""
@@ -136,15 +177,23 @@ def remedies(config: DictConfig, load: memory.Load) -> list[str]:
 def main(config: DictConfig) -> None:
     if config.out is not None:
         check_out(Path(config.out))
+    name = automatic(config)
     load, found = footprint(config)
+    without = footprint(settled(config, False))[1] if name and forced(config) is None else None
+    config = settled(config, True)
     verdicts = {card: verdict(found, card) for card in CARDS}
+    chosen = choices(found, without) if without else {}
     console = Console(width=120, highlight=False)
     console.print(
         f"{config.name}: {found.parameters:,} parameters, {found.trainable_parameters:,} of them "
         f"train\na step per GPU: {load.batch_size} clip{'s' * (load.batch_size > 1)} of "
         f"{load.frames} frames, {load.height}x{load.width}, {config.trainer.precision}"
     )
-    console.print(table(found))
+    for way, one in ((True, found), (False, without)):
+        if one is not None:
+            view = table(one)
+            view.title = f"{name}={str(way).lower()}" if without else None
+            console.print(view)
     if found.host:
         console.print(f"frozen weights in the host's memory: {found.host / 2**30:.2f} GiB per GPU")
     sharded = (
@@ -156,20 +205,26 @@ def main(config: DictConfig) -> None:
         "trainer=ddp: however many GPUs, each holds column 1 and the gradients again. " + sharded
     )
     for card, text in verdicts.items():
-        console.print(f"{card:>4} GiB  {text}")
+        auto = f"; {name}=auto is {str(chosen[card]).lower()}" if chosen else ""
+        console.print(f"{card:>4} GiB  {text}{auto}")
     console.print(f"less memory: {'; '.join(remedies(config, load))}")
     if config.out is not None:
-        per_gpu = {str(n): found.per_gpu(n) for n in counts(found)}
         write_json(
             Path(config.out),
             {
                 "name": config.name,
                 **asdict(load),
                 **asdict(found),
-                "bytes_per_gpu": per_gpu,
+                "bytes_per_gpu": bytes_per_gpu(found),
                 "cards": verdicts,
+                **({"without_checkpointing": bytes_per_gpu(without)} if without else {}),
+                **({"checkpointing": chosen} if chosen else {}),
             },
         )
+
+
+def bytes_per_gpu(found: memory.Footprint) -> dict[str, dict[str, int]]:
+    return {str(n): found.per_gpu(n) for n in counts(found)}
 
 
 if __name__ == "__main__":
