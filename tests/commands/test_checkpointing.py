@@ -6,9 +6,9 @@ import pytest
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
-from acetate.commands import checkpointing
-from acetate.commands.checkpointing import settle_checkpointing
-from acetate.commands.estimate import footprint, settled
+from acetate.commands import checkpointing, estimate
+from acetate.commands.checkpointing import settle_checkpointing, settled
+from acetate.commands.estimate import footprint
 from acetate.memory import RESERVE
 from tests.compose import called, composed
 
@@ -33,7 +33,7 @@ def step(tmp_path_factory):
 def test_off_where_it_fits_and_on_where_not(step, tmp_path, monkeypatch, caplog):
     caplog.set_level("INFO")
     config, (measured, fits) = composed(tmp_path, *VAE), step
-    monkeypatch.setattr(checkpointing, "footprint", lambda config: measured)
+    monkeypatch.setattr(estimate, "footprint", lambda config: measured)
     # DDP has the gradients once more
     for gib, gpus, value in (
         (1.01 * fits, 1, False),

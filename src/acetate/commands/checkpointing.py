@@ -10,17 +10,41 @@ from hydra.core.hydra_config import HydraConfig
 from lightning.pytorch.accelerators.cuda import CUDAAccelerator
 from omegaconf import DictConfig, OmegaConf
 
-from acetate import memory
-from acetate.commands.estimate import automatic, footprint, forced, settled
 from acetate.commands.recorded import run_of
 from acetate.commands.runs import RECORD, rank
 from acetate.data.latents import LatentDataModule
 from acetate.data.shards import read_manifest
-from acetate.models.wan import Geometry
 from acetate.replacing import written
 
 log = logging.getLogger(__name__)
 GIB = 2**30
+# Settings that may be `auto`, of the DiT stage and of the VAE stage
+CHECKPOINTING = ("task.checkpointing", "model.checkpointing")
+
+
+def automatic(config: DictConfig) -> str | None:
+    """Returns the name of the setting of checkpointing that is `auto`; None where none is."""
+    names = (name for name in CHECKPOINTING if OmegaConf.select(config, name) == "auto")
+    return next(names, None)
+
+
+def forced(config: DictConfig) -> bool | None:
+    """Returns the flag that other settings leave of `auto`: blocks in the host's memory need
+    checkpointing, clips in chunks cannot have it. None: either."""
+    if OmegaConf.select(config, "task.base.offload"):
+        return True
+    return None if OmegaConf.select(config, "model.chunk") is None else False
+
+
+def settled(config: DictConfig, value: bool) -> DictConfig:
+    """Returns the config with a flag in the place of `auto`: the value, unless another is
+    forced."""
+    name, only = automatic(config), forced(config)
+    if name is None:
+        return config
+    config = config.copy()
+    OmegaConf.update(config, name, value if only is None else only)
+    return config
 
 
 def card(trainer: DictConfig) -> tuple[float, int] | None:
@@ -57,6 +81,9 @@ def settle_checkpointing(config: DictConfig, checkpoint: str | None, data: Any) 
 
 def _chosen(config: DictConfig, data: Any) -> tuple[bool, str]:
     """Returns what fits the card, and why."""
+    from acetate import memory  # and all tasks, of which most runs need one
+    from acetate.commands.estimate import footprint
+
     there = card(config.trainer)
     if there is None:
         return False, "no card, whose memory would count"
@@ -80,6 +107,9 @@ def _with_largest(config: DictConfig, data: Any) -> DictConfig:
     samples = [s for one in manifests for shard in one["shards"] for s in shard["samples"]]
     if not samples:  # which the data module tells
         return config
+    from acetate import memory
+    from acetate.models.wan import Geometry
+
     geometry = Geometry.of(memory.blank_vae(config.wan.vae))
     frames, height, width = max((s["shape"] for s in samples), key=math.prod)
     config = config.copy()

@@ -14,7 +14,8 @@ from rich.table import Table
 from acetate import memory
 from acetate.cli import run
 from acetate.commands import as_on_gpu
-from acetate.commands.estimate import automatic, blank_task, footprint, settled
+from acetate.commands.checkpointing import automatic, settled
+from acetate.commands.estimate import blank_task, footprint
 from acetate.cost import (
     Assumptions,
     Cost,

@@ -13,6 +13,7 @@ from rich.table import Table
 from acetate import memory
 from acetate.cli import run
 from acetate.commands import as_on_gpu
+from acetate.commands.checkpointing import automatic, forced, settled
 from acetate.models.wan import Geometry
 from acetate.replacing import check_out, write_json
 from acetate.tasks.example import MeasuredTask
@@ -20,34 +21,6 @@ from acetate.tasks.example import MeasuredTask
 GPUS = (1, 2, 4, 8)
 SHARDED = "trainer=fsdp; with trainer=ddp every GPU needs column 1"
 CARDS = (24, 40, 48, 80, 139)  # GiB; 139 are what a card sold as 141 GB has
-
-# Settings that may be `auto`, of the DiT stage and of the VAE stage
-CHECKPOINTING = ("task.checkpointing", "model.checkpointing")
-
-
-def automatic(config: DictConfig) -> str | None:
-    """Returns the name of the setting of checkpointing that is `auto`; None where none is."""
-    names = (name for name in CHECKPOINTING if OmegaConf.select(config, name) == "auto")
-    return next(names, None)
-
-
-def forced(config: DictConfig) -> bool | None:
-    """Returns the flag that other settings leave of `auto`: blocks in the host's memory need
-    checkpointing, clips in chunks cannot have it. None: either."""
-    if OmegaConf.select(config, "task.base.offload"):
-        return True
-    return None if OmegaConf.select(config, "model.chunk") is None else False
-
-
-def settled(config: DictConfig, value: bool) -> DictConfig:
-    """Returns the config with a flag in the place of `auto`: the value, unless another is
-    forced."""
-    name, only = automatic(config), forced(config)
-    if name is None:
-        return config
-    config = config.copy()
-    OmegaConf.update(config, name, value if only is None else only)
-    return config
 
 
 def without_weights(node: Any) -> Any:

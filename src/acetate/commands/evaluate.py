@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from acetate.cli import run
-from acetate.commands.estimate import settled
+from acetate.commands.checkpointing import settled
 from acetate.commands.recorded import (
     OF_THE_MACHINE,
     recorded_config,
