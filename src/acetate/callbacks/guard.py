@@ -25,6 +25,7 @@ class Batch:
     parameters: Sequence[nn.Parameter] = ()
     largest: Tensor | None = None  # of this rank's part of each parameter's gradient
     bad: Tensor | None = None  # 1 where any rank met a value that is not finite, else 0
+    answer: bool | None = None
     copied: torch.cuda.Event | None = None  # when `bad` has come to the CPU
     stepped: bool = False  # whether the optimizer was asked to step
 
@@ -44,11 +45,13 @@ class Batch:
             self.copied = torch.cuda.current_stream().record_event()
 
     def is_bad(self) -> bool:
-        """Waits until `bad` is known."""
+        """Waits until `bad` is known, once."""
         assert self.bad is not None
         if self.copied is not None:
             self.copied.synchronize()
-        return bool(self.bad.item())
+        if self.answer is None:
+            self.answer = bool(self.bad.item())
+        return self.answer
 
 
 class NonFiniteGuard(Callback):
