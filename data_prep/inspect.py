@@ -22,7 +22,6 @@ from acetate.data.shards import BadClip, ClipRef, index_shards, read_clip, read_
 from acetate.data.store import listed
 from acetate.data.transforms import check_frames
 from acetate.draws import stable_hash
-from acetate.memory import blank_vae
 from acetate.models.wan import Geometry
 from acetate.replacing import check_out, written
 from data_prep.bad_clips import print_bad
@@ -104,6 +103,8 @@ def pieces_of(
     """Returns the windows that data_prep.cache_latents would cut. Raises ValueError for what it
     would refuse."""
     check_list("lengths", lengths, "[17,49,81]")
+    from acetate.memory import blank_vae  # and Lightning: seconds, for buckets alone
+
     geometry = Geometry.of(blank_vae(vae))
     for length in lengths:
         check_frames("lengths", length, geometry.time_stride)

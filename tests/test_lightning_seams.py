@@ -105,6 +105,17 @@ def test_validates(tmp_path):
     assert not any(said)
 
 
+def test_clip_fused(tmp_path, monkeypatch):
+    def fused(task):
+        optimizer = torch.optim.AdamW([task.weight], lr=1.0, fused=True)
+        seams.clip_fused(optimizer)
+        return optimizer
+
+    monkeypatch.setattr(Task, "configure_optimizers", fused)
+    _, task = fit(tmp_path, precision="bf16-mixed", gradient_clip_val=1.0)
+    assert task.weight.item() < -1
+
+
 def test_validate_now(tmp_path):
     _, task = fit(tmp_path, AtEnds(start=seams.validate_now))
     assert task.validated == 1 and task.due  # and training went on

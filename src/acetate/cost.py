@@ -163,9 +163,6 @@ def cost(
     communication = size / bandwidth(gpus, gpu, assumed) + messages * assumed.latency_us * 1e-6
     step = compute + max(0.0, communication - assumed.overlap * compute)
     clips = gpus * batch_size * accumulate / step
-    total = found.per_gpu(gpus if strategy == "fsdp" else 1)["total"]
-    if strategy == "ddp" and gpus > 1:
-        total += found.gradients  # its buckets
     return Cost(
         gpus=gpus,
         compute=compute,
@@ -174,7 +171,7 @@ def cost(
         sent=size,
         clips_per_second=clips,
         data_per_node=clips / gpus * min(gpus, gpu.gpus_per_node) * clip_bytes,
-        fits=total <= room(gpu.memory_gib),
+        fits=found.held(gpus, strategy == "fsdp") <= room(gpu.memory_gib),
     )
 
 

@@ -141,6 +141,12 @@ def leave_out_of_ddp(task: LightningModule, names: Sequence[str]) -> None:
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(task, names)  # pyright: ignore
 
 
+def clip_fused(optimizer: torch.optim.Optimizer) -> None:
+    """Lets gradients be clipped before a fused optimizer steps. Lightning refuses it also without a
+    loss scaler, whose work such an optimizer could do; a scaler then does it itself."""
+    optimizer._step_supports_amp_scaling = False  # pyright: ignore[reportAttributeAccessIssue]
+
+
 def share_data_among_all(strategy: ModelParallelStrategy) -> None:
     """Lets every rank read clips of its own: data-parallel over all of them, tensor-parallel over
     none."""

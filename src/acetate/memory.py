@@ -104,8 +104,15 @@ class Footprint:
         rows |= {"activations": self.activations, "working peak": self.working}
         return {**rows, "total": sum(rows.values())}
 
+    def held(self, gpus: int, sharded: bool) -> int:
+        """Returns the bytes of one of so many GPUs. DDP, which shards nothing, has the gradients
+        again in its buckets."""
+        if sharded or gpus == 1:
+            return self.per_gpu(gpus)["total"]
+        return self.per_gpu(1)["total"] + self.gradients
 
-def room(card: int) -> float:
+
+def room(card: float) -> float:
     """Returns the bytes of a card of so many GiB that tensors can have."""
     return (1 - RESERVE) * card * 2**30
 

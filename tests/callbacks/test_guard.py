@@ -17,6 +17,8 @@ class Task(LightningModule):
     """Loss |weight| * mean(rgb) + mean(alpha) * 0; what `poison` returns is added at its
     batches."""
 
+    fused = False
+
     def __init__(self, poison: Any = None, at: tuple[int, ...] = ()):
         super().__init__()
         self.weight, self.frozen = (
@@ -37,7 +39,13 @@ class Task(LightningModule):
         return {"loss": sum(parts.values()), "parts": parts}
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(self.parameters(), lr=0.1)
+        return torch.optim.AdamW(self.parameters(), lr=0.1, fused=self.fused)
+
+
+@pytest.fixture(autouse=True, params=[False, True], ids=["plain", "fused"])
+def fused(request, monkeypatch):
+    """A fused optimizer skips by itself, and the guard speaks a step later."""
+    monkeypatch.setattr(Task, "fused", request.param)
 
 
 def clips(count: int = 8) -> list[dict[str, Any]]:

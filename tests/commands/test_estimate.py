@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -7,6 +8,7 @@ from acetate.commands.estimate import (
     CARDS,
     GPUS,
     SHARDED,
+    choices,
     footprint,
     remedies,
     table,
@@ -35,6 +37,13 @@ def test_verdicts():
         == "does not fit 8, even sharded: room for 55% of activations and working peak"
     )
     assert verdict(FOOTPRINT, 4) == "does not fit 8: the weights alone are too large"
+
+
+def test_auto_is_off_where_a_step_without_fits_as_many_gpus():
+    without = replace(FOOTPRINT, activations=34 * GIB)  # 76 GiB, and 54 on four
+    chosen = choices(FOOTPRINT, without)
+    assert chosen == {24: True, 40: True, 48: True, 80: True, 139: False}
+    assert choices(FOOTPRINT, replace(without, activations=24 * GIB))[80] is False
 
 
 def test_table_has_a_column_per_number_of_gpus():

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from acetate.formats.resumable import check_optimizers
 from acetate.tasks.optim import optimizer_class, with_warmup
@@ -22,6 +23,27 @@ def test_each_gets_what_it_knows():
     assert (group["lr"], group["betas"], group["weight_decay"]) == (0.25, (0.8, 0.95), 0.1)
     group = made("SGD").param_groups[0]
     assert (group["momentum"], group["weight_decay"]) == (0.8, 0.1) and "betas" not in group
+
+
+@pytest.mark.parametrize("had", [None, True])
+def test_a_gpu_has_one_kernel_whatever_the_checkpoint_had(had):
+    """Counts of steps lie where that kernel needs them."""
+    for device, kernel in (("cpu", None), ("cuda", True)):
+        with FakeTensorMode():
+            parameter = nn.Parameter(torch.ones(3, device=device))
+            of = {"lr": 0.5, "warmup_steps": 1, "fused": True}
+            optimizer = with_warmup([parameter], **of)["optimizer"]
+            assert optimizer.param_groups[0]["fused"] is kernel
+            moments = {name: torch.zeros(3) for name in ("exp_avg", "exp_avg_sq")}
+            groups = optimizer.state_dict()["param_groups"]
+            optimizer.load_state_dict(
+                {
+                    "state": {0: {"step": torch.tensor(1.0), **moments}},
+                    "param_groups": [{**group, "fused": had} for group in groups],
+                }
+            )
+            assert optimizer.param_groups[0]["fused"] is kernel
+            assert optimizer.state[parameter]["step"].device.type == device
 
 
 @pytest.mark.parametrize(

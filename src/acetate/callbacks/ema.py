@@ -39,9 +39,9 @@ class EMA(Callback):
             return
         self.step = trainer.global_step
         decay = min(self.decay, (1 + self.step) / (10 + self.step))
-        for name, parameter in pl_module.named_parameters():
-            if name in self.average:
-                self.average[name].lerp_(parameter.float(), 1 - decay)
+        training = {n: p.float() for n, p in pl_module.named_parameters() if n in self.average}
+        averages = [_local(self.average[name]) for name in training]
+        torch._foreach_lerp_(averages, [_local(p) for p in training.values()], 1 - decay)
 
     @torch.no_grad()
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -65,6 +65,10 @@ class EMA(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.average = state_dict["average"]
+
+
+def _local(value: Tensor) -> Tensor:
+    return value.to_local() if isinstance(value, DTensor) else value
 
 
 def _assign(target: Tensor, value: Tensor) -> Tensor:

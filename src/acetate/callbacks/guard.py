@@ -1,21 +1,67 @@
 """Stops training at the first number that is not finite, before it reaches a weight."""
 
 import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.distributed
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
+
+
+@dataclass
+class Batch:
+    """A training batch, and what is known of it on the device."""
+
+    step: int
+    keys: list[str]
+    inputs: dict[str, Tensor]  # name -> (B,) bool, one per clip
+    loss: Tensor | None = None
+    parts: dict[str, Any] = field(default_factory=dict)
+    parameters: Sequence[nn.Parameter] = ()
+    largest: Tensor | None = None  # of this rank's part of each parameter's gradient
+    bad: Tensor | None = None  # 1 where any rank met a value that is not finite, else 0
+    answer: bool | None = None
+    copied: torch.cuda.Event | None = None  # when `bad` has come to the CPU
+    stepped: bool = False  # whether the optimizer was asked to step
+
+    def find(self, trainer: Trainer, device: torch.device) -> None:
+        """Computes `bad`, for which all ranks have to ask together."""
+        values = [x.isfinite() for x in (self.largest, self.loss) if x is not None]
+        finite = [ok.all().to(device) for ok in [*self.inputs.values(), *values]]
+        self.bad = (~torch.stack(finite)).any().float()
+        if trainer.world_size > 1:
+            torch.distributed.all_reduce(self.bad, torch.distributed.ReduceOp.MAX)
+
+    def send(self) -> None:
+        """Begins to copy `bad` to the CPU."""
+        assert self.bad is not None
+        self.bad = self.bad.to("cpu", non_blocking=True)
+        if torch.cuda.is_initialized():
+            self.copied = torch.cuda.current_stream().record_event()
+
+    def is_bad(self) -> bool:
+        """Waits until `bad` is known, once."""
+        assert self.bad is not None
+        if self.copied is not None:
+            self.copied.synchronize()
+        if self.answer is None:
+            self.answer = bool(self.bad.item())
+        return self.answer
 
 
 class NonFiniteGuard(Callback):
     """Raises FloatingPointError when a batch, its loss or its gradients hold NaN or infinity.
 
-    Such a step never changes a weight: its gradients are dropped before the optimizer runs. Up to
-    `patience` bad steps in a row are skipped with a warning. Everything is tested on the device and
-    read once per batch, summed over ranks, so that all ranks skip or raise together. With an fp16
+    Such a step never changes a weight. Up to `patience` bad steps in a row are skipped with a
+    warning. Everything is tested on the device, over all ranks, so that they skip or raise
+    together. A fused optimizer skips the step on the device, and what there is to say is said
+    before the next one, a validation, a checkpoint or the end: the host never waits for the step at
+    hand. Else the answer is read, and gradients are dropped before the optimizer runs. With an fp16
     loss scaler infinite gradients are the scaler's business and are not tested here.
     """
 
@@ -24,56 +70,82 @@ class NonFiniteGuard(Callback):
             raise ValueError(f"patience={patience}; it counts steps. Use 0 to raise at once.")
         self.patience = patience
         self._bad_steps = 0
+        self._sent: tuple[LightningModule, Batch] | None = None  # a step that nobody has judged
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        self._step = trainer.global_step
-        self._bad: bool | None = None  # None: not read yet
-        self._loss: Tensor | None = None
-        self._bad_parameters: list[str] = []
-        self._inputs = {  # name -> (B,) bool, one per clip
+        inputs = {
             name: x.isfinite().reshape(len(x), -1).all(1)
             for name, x in batch.items()
             if isinstance(x, Tensor) and x.is_floating_point() and x.ndim > 0
         }
+        self._batch = Batch(trainer.global_step, list(batch["key"]), inputs)
 
     def on_before_backward(
         self, trainer: Trainer, pl_module: LightningModule, loss: Tensor
     ) -> None:
-        self._loss = loss.detach()
+        self._batch.loss = loss.detach()
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
     ) -> None:
-        largest = (
-            []
-            if getattr(trainer.precision_plugin, "scaler", None)
-            else [_largest_gradient(optimizer)]
-        )
-        self._bad = self._read(trainer, pl_module, largest)
-        if self._bad:
-            self._bad_parameters = [
-                name
-                for name, p in pl_module.named_parameters()
-                if p.grad is not None and not _finite(p.grad)
-            ]
+        self._judge_sent()
+        batch, scaler = self._batch, getattr(trainer.precision_plugin, "scaler", None)
+        batch.stepped = True
+        if not scaler:
+            batch.parameters, batch.largest = _largest_gradients(optimizer)
+        batch.find(trainer, pl_module.device)
+        if not scaler and _skips(optimizer):
+            optimizer.found_inf = batch.bad  # pyright: ignore  as GradScaler tells it
+            batch.send()
+            self._sent = pl_module, batch
+        elif batch.is_bad():
             # an optimizer leaves parameters without gradient alone
             pl_module.zero_grad(set_to_none=True)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        stepped = self._bad is not None
-        if not stepped:  # gradients are being accumulated
-            self._bad = self._read(trainer, pl_module, [])
-            if self._bad:
+        now = self._batch
+        if isinstance(outputs, dict):
+            parts = outputs.get("parts", {}).items()
+            now.parts = {n: x.detach() if isinstance(x, Tensor) else x for n, x in parts}
+        if self._sent is not None and self._sent[1] is now:
+            return
+        self._judge_sent()
+        if not now.stepped:  # gradients are being accumulated
+            now.find(trainer, pl_module.device)
+            if now.is_bad():
                 pl_module.zero_grad(set_to_none=True)
-        if not self._bad:
-            self._bad_steps = 0 if stepped else self._bad_steps
+        self._judge(pl_module, now)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._judge_sent()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._judge_sent()
+
+    def state_dict(self) -> dict[str, Any]:
+        self._judge_sent()
+        return {"bad_steps": self._bad_steps}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._bad_steps = state_dict["bad_steps"]
+
+    def _judge_sent(self) -> None:
+        """Judges the step that a fused optimizer has skipped or made, if any is left."""
+        sent, self._sent = self._sent, None
+        if sent is not None:
+            self._judge(*sent)
+
+    def _judge(self, pl_module: LightningModule, batch: Batch) -> None:
+        """Counts the batch, and warns or raises where it is bad."""
+        if not batch.is_bad():
+            self._bad_steps = 0 if batch.stepped else self._bad_steps
             return
         self._bad_steps += 1
-        message = self._message(outputs, batch)
+        message = self._message(pl_module, batch)
         if self._bad_steps > self.patience:
             raise FloatingPointError(message)
         warnings.warn(
@@ -81,51 +153,54 @@ class NonFiniteGuard(Callback):
             stacklevel=2,
         )
 
-    def state_dict(self) -> dict[str, Any]:
-        return {"bad_steps": self._bad_steps}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._bad_steps = state_dict["bad_steps"]
-
-    def _read(self, trainer: Trainer, pl_module: LightningModule, values: list[Tensor]) -> bool:
-        """Returns whether any rank met a value that is not finite; the one synchronisation of the
-        batch."""
-        loss = [] if self._loss is None else [self._loss]
-        finite = [ok.all() for ok in self._inputs.values()] + [
-            x.isfinite().all() for x in values + loss
-        ]
-        bad = torch.stack([~ok.to(pl_module.device) for ok in finite]).any().float()
-        total = trainer.strategy.reduce(bad, reduce_op="sum")
-        return bool(torch.as_tensor(total).item())
-
-    def _message(self, outputs: Any, batch: Any) -> str:
-        keys = list(batch["key"])
+    def _message(self, pl_module: LightningModule, batch: Batch) -> str:
         found = []
-        for name, ok in self._inputs.items():
-            clips = [key for key, good in zip(keys, ok.tolist(), strict=False) if not good]
+        for name, ok in batch.inputs.items():
+            clips = [key for key, good in zip(batch.keys, ok.tolist(), strict=False) if not good]
             if clips:
                 found.append(
                     f"{name} of clip {', '.join(clips)} holds NaN or infinity (repair or drop it)"
                 )
-        outputs = outputs if isinstance(outputs, dict) else {}
-        values = {"loss": self._loss, **outputs.get("parts", {})}
-        values = {
-            name: float(torch.as_tensor(x).detach()) for name, x in values.items() if x is not None
-        }
+        values = {"loss": batch.loss, **batch.parts}
+        values = {name: float(x) for name, x in values.items() if x is not None}
         bad_values = [f"{name} = {x}" for name, x in values.items() if not abs(x) < float("inf")]
         if bad_values:
             found.append(", ".join(bad_values))
-        if self._bad_parameters:
-            more = len(self._bad_parameters) - 1
-            found.append(
-                f"gradient of {self._bad_parameters[0]}" + (f" and {more} more" if more else "")
-            )
+        if bad_parameters := _bad_parameters(pl_module, batch):
+            more = len(bad_parameters) - 1
+            found.append(f"gradient of {bad_parameters[0]}" + (f" and {more} more" if more else ""))
         found = found or ["nothing on this rank; another rank names the cause"]
         return (
-            f"training step {self._step}, clips {', '.join(keys)}: not finite: {'; '.join(found)}. "
-            "No weight was changed. Lower the learning rate or set trainer.gradient_clip_val, or "
-            f"let bad steps be skipped with patience={self.patience + 1}."
+            f"training step {batch.step}, clips {', '.join(batch.keys)}: not finite: "
+            f"{'; '.join(found)}. No weight was changed. Lower the learning rate or set "
+            "trainer.gradient_clip_val, or let bad steps be skipped with "
+            f"patience={self.patience + 1}."
         )
+
+
+def _skips(optimizer: Optimizer) -> bool:
+    """Returns whether the optimizer leaves out a step where `found_inf` on the device says so:
+    torch's fused ones, but not on shards, which they cannot mix with a flag."""
+    return all(
+        group.get("fused") and not any(isinstance(p, DTensor) for p in group["params"])
+        for group in optimizer.param_groups
+    )
+
+
+def _largest_gradients(optimizer: Optimizer) -> tuple[list[nn.Parameter], Tensor | None]:
+    """Returns parameters and the largest value of each one's gradient, of a shard that of this
+    rank: finite if and only if all are. The Euclidean norm would overflow before its gradients
+    do."""
+    parameters = [
+        p
+        for group in optimizer.param_groups
+        for p in group["params"]
+        if p.grad is not None and _local(p.grad).numel()
+    ]
+    if not parameters:
+        return [], None
+    gradients = [_local(p.grad) for p in parameters]
+    return parameters, torch.stack(torch._foreach_norm(gradients, float("inf")))
 
 
 def _local(gradient: Tensor) -> Tensor:
@@ -134,15 +209,11 @@ def _local(gradient: Tensor) -> Tensor:
     return gradient.to_local() if isinstance(gradient, DTensor) else gradient
 
 
-def _finite(gradient: Tensor) -> bool:
-    return bool(_local(gradient).isfinite().all())
-
-
-def _largest_gradient(optimizer: Optimizer) -> Tensor:
-    """Returns the largest gradient, finite if and only if all are; the Euclidean norm would
-    overflow before its gradients do."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    gradients = [_local(p.grad) for p in parameters if p.grad is not None]
-    return torch.nn.utils.get_total_norm(
-        [g for g in gradients if g.numel()], norm_type=float("inf")
-    )
+def _bad_parameters(pl_module: LightningModule, batch: Batch) -> list[str]:
+    """Returns the names of the parameters whose gradients are not finite."""
+    if batch.largest is None:
+        return []
+    names = {id(parameter): name for name, parameter in pl_module.named_parameters()}
+    finite = batch.largest.isfinite().tolist()
+    pairs = zip(batch.parameters, finite, strict=True)
+    return [names[id(parameter)] for parameter, ok in pairs if not ok]

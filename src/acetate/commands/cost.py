@@ -14,6 +14,7 @@ from rich.table import Table
 from acetate import memory
 from acetate.cli import run
 from acetate.commands import as_on_gpu
+from acetate.commands.checkpointing import automatic, settled
 from acetate.commands.estimate import blank_task, footprint
 from acetate.cost import (
     Assumptions,
@@ -164,7 +165,12 @@ def main(config: DictConfig) -> None:
     gpu = card(config)
     names = ("efficiency", "bandwidth_share", "overlap", "latency_us")
     assumed = Assumptions(**{name: settings[name] for name in names})
-    load, found = footprint(config)
+    settled_config = settled(config, False)
+    load, found = footprint(settled_config)
+    if automatic(config) and found.held(1, False) > memory.room(gpu.memory_gib):
+        settled_config = settled(config, True)
+        load, found = footprint(settled_config)
+    config = settled_config
     trained = trained_groups(blank_task(config))
     read = sample_bytes(config, load)
     console = Console(width=120, highlight=False)

@@ -13,6 +13,7 @@ from rich.table import Table
 from acetate import memory
 from acetate.cli import run
 from acetate.commands import as_on_gpu
+from acetate.commands.checkpointing import automatic, forced, settled
 from acetate.models.wan import Geometry
 from acetate.replacing import check_out, write_json
 from acetate.tasks.example import MeasuredTask
@@ -35,9 +36,11 @@ def without_weights(node: Any) -> Any:
 
 
 def blank_task(config: DictConfig) -> MeasuredTask:
-    """Builds the task of the composed config without weights."""
-    settings = without_weights(OmegaConf.to_container(config.task, resolve=True))
-    unused = {"lpips": False, "init_from": None}  # a metric, and weights of the same shape
+    """Builds the task of the composed config without weights; `auto` is on, which takes the
+    least."""
+    settings = without_weights(OmegaConf.to_container(settled(config, True).task, resolve=True))
+    # a metric, weights of the same shape, and what takes minutes
+    unused = {"lpips": False, "init_from": None, "compile": False}
     task = instantiate(
         settings | {name: value for name, value in unused.items() if name in settings}
     )
@@ -106,6 +109,17 @@ def verdict(found: memory.Footprint, card: int) -> str:
     return f"does not fit {named}: room for {room / clip:.0%} of activations and working peak"
 
 
+def choices(found: memory.Footprint, without: memory.Footprint) -> dict[int, bool]:
+    """Returns what `auto` becomes on each card: off where the step without it fits as many GPUs as
+    the one with it needs, one at least."""
+    chosen = {}
+    for card in CARDS:
+        room = memory.room(card)
+        enough = [n for n in counts(found) if found.per_gpu(n)["total"] <= room]
+        chosen[card] = without.per_gpu(enough[0] if enough else 1)["total"] > room
+    return chosen
+
+
 def remedies(config: DictConfig, load: memory.Load) -> list[str]:
     """Returns settings that take less memory, largest effect first; activations grow with clips,
     frames and pixels."""
@@ -136,15 +150,23 @@ def remedies(config: DictConfig, load: memory.Load) -> list[str]:
 def main(config: DictConfig) -> None:
     if config.out is not None:
         check_out(Path(config.out))
+    name = automatic(config)
     load, found = footprint(config)
+    without = footprint(settled(config, False))[1] if name and forced(config) is None else None
+    config = settled(config, True)
     verdicts = {card: verdict(found, card) for card in CARDS}
+    chosen = choices(found, without) if without else {}
     console = Console(width=120, highlight=False)
     console.print(
         f"{config.name}: {found.parameters:,} parameters, {found.trainable_parameters:,} of them "
         f"train\na step per GPU: {load.batch_size} clip{'s' * (load.batch_size > 1)} of "
         f"{load.frames} frames, {load.height}x{load.width}, {config.trainer.precision}"
     )
-    console.print(table(found))
+    for way, one in ((True, found), (False, without)):
+        if one is not None:
+            view = table(one)
+            view.title = f"{name}={str(way).lower()}" if without else None
+            console.print(view)
     if found.host:
         console.print(f"frozen weights in the host's memory: {found.host / 2**30:.2f} GiB per GPU")
     sharded = (
@@ -156,20 +178,26 @@ def main(config: DictConfig) -> None:
         "trainer=ddp: however many GPUs, each holds column 1 and the gradients again. " + sharded
     )
     for card, text in verdicts.items():
-        console.print(f"{card:>4} GiB  {text}")
+        auto = f"; {name}=auto is {str(chosen[card]).lower()}" if chosen else ""
+        console.print(f"{card:>4} GiB  {text}{auto}")
     console.print(f"less memory: {'; '.join(remedies(config, load))}")
     if config.out is not None:
-        per_gpu = {str(n): found.per_gpu(n) for n in counts(found)}
         write_json(
             Path(config.out),
             {
                 "name": config.name,
                 **asdict(load),
                 **asdict(found),
-                "bytes_per_gpu": per_gpu,
+                "bytes_per_gpu": bytes_per_gpu(found),
                 "cards": verdicts,
+                **({"without_checkpointing": bytes_per_gpu(without)} if without else {}),
+                **({"checkpointing": chosen} if chosen else {}),
             },
         )
+
+
+def bytes_per_gpu(found: memory.Footprint) -> dict[str, dict[str, int]]:
+    return {str(n): found.per_gpu(n) for n in counts(found)}
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from acetate.cli import run
+from acetate.commands.checkpointing import settled
 from acetate.commands.recorded import (
     OF_THE_MACHINE,
     recorded_config,
@@ -132,7 +133,7 @@ def file_for(
 def measure(config: DictConfig, checkpoint: str | None) -> dict[str, dict[str, float]]:
     """Returns rows of figures by name. Raises ValueError for a task that has no such evaluation."""
     quiet = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
-    data, task = instantiate(config.data), instantiate(config.task)
+    data, task = instantiate(config.data), instantiate(settled(config, False).task)
     average = instantiate(config.callbacks.get("ema"))  # validations of the run see it, too
     trainer = instantiate(config.trainer, callbacks=[] if average is None else [average], **quiet)
     guard_resume(trainer, check_resumable, check_optimizers)

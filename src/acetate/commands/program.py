@@ -23,7 +23,7 @@ from hydra.core.utils import configure_log
 from hydra.errors import HydraException, InstantiationException
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 import acetate
@@ -296,12 +296,9 @@ def in_words(
         inner = inner.__cause__ or inner.__context__
     if inner is not None:
         error = inner
-        default = _defaults(config_name, arguments).get(inner.name)
-        return (
-            f"{error}"
-            if default is None or default == inner.value
-            else f"{error} The default is {shown(default)}."
-        )
+        default = _default(inner.name, config_name, arguments)
+        said = "" if default in (None, inner.value) else f" The default is {shown(default)}."
+        return f"{error}{said}"
     text = _one_line(error)
     if found := re.search(r"Could not override '([^']+)'\. To append", text):
         with as_on_gpu(False):  # the names are the same, and to ask torch takes seconds
@@ -337,13 +334,24 @@ def _nearest(name: str, known: Sequence[str] | dict[str, Any]) -> str:
     return f", the nearest is {near[0]}" if near else ""
 
 
+def _default(name: str, config_name: str, arguments: Sequence[str]) -> Any:
+    """Returns the value of a setting where only groups are chosen; None where it has none."""
+    with as_on_gpu(False):  # of all others
+        known = name in _defaults(config_name, arguments)
+    value = OmegaConf.select(composed(config_name, _groups_of(arguments)), name) if known else None
+    return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+
+
+def _groups_of(arguments: Sequence[str]) -> list[str]:
+    """Returns those of the arguments that choose a group, such as experiment=."""
+    places = ((text, Path(CONF) / text.lstrip("+").partition("=")[0]) for text in arguments)
+    return [text for text, place in places if "=" in text and place.is_dir()]
+
+
 def _defaults(config_name: str, arguments: Sequence[str]) -> dict[str, Any]:
     """Returns the settings of a config where only its groups, such as experiment=, are chosen."""
-    chosen = [
-        text for text in arguments if (Path(CONF) / text.lstrip("+").partition("=")[0]).is_dir()
-    ]
     try:
-        config = composed(config_name, [text for text in chosen if "=" in text])
+        config = composed(config_name, _groups_of(arguments))
     except (HydraException, OmegaConfBaseException):
         return {}
     return {path: value for path, value, _ in settings_of("", config) if value != "???"}

@@ -14,7 +14,6 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 from tqdm import tqdm
 
-from acetate.callbacks.samples import contact_sheet, save_picture
 from acetate.cli import run
 from acetate.commands.recorded import metadata, run_of
 from acetate.commands.runs import new_folder
@@ -184,6 +183,9 @@ def main(config: DictConfig) -> None:
     ]
     if config.out is not None and not config.overwrite:
         check_new(Path(config.out).expanduser(), targets(names, config.formats), settings)
+    # Lightning: seconds, which a wrong setting need not wait for
+    from acetate.callbacks.samples import contact_sheet, save_picture
+
     pipeline = RGBAPipeline(config)
     out: Path | None = None
     shown: list[tuple[str, Tensor, Tensor]] = []

@@ -11,6 +11,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from acetate.callbacks.preemption import INTERRUPTED, Preempted, Preemption
+from acetate.commands.checkpointing import settle_checkpointing
 from acetate.commands.loggers import build_loggers, build_story, finish_loggers
 from acetate.commands.runs import FINISHED, checkpoint_to_resume, only_writer
 from acetate.commands.same_base import SameBase
@@ -25,13 +26,14 @@ from acetate.lightning_seams import guard_resume
 def main(config: DictConfig) -> float | None:
     """Trains, and returns the value of the metric `objective` at the last validation; None where
     there was none."""
-    lightning.seed_everything(config.seed, workers=True, verbose=False)
     run = Path(config.paths.run)
     checkpoint = checkpoint_to_resume(_in_a_sweep(config.resume), run)
     if checkpoint is not None and _is_over(config, run, checkpoint):
         return None
-    task = instantiate(config.task)
     data = instantiate(config.data)
+    config = settle_checkpointing(config, checkpoint, data)
+    lightning.seed_everything(config.seed, workers=True, verbose=False)
+    task = instantiate(config.task)
     callbacks = [
         callback for callback in instantiate(config.callbacks).values() if callback is not None
     ]

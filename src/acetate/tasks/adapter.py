@@ -48,7 +48,7 @@ class AdapterTask(LightningModule):
             self.parameters(), lr=self.lr, warmup_steps=self.warmup_steps,
             decay_steps=self.decay_steps,
             betas=self.betas, weight_decay=self.weight_decay, warmup=self.warmup,
-            optimizer=self.optimizer,
+            optimizer=self.optimizer, fused=True,
         )  # fmt: skip
 
     def facts(self) -> dict[str, Any]:

@@ -5,13 +5,17 @@ import inspect
 import math
 from collections.abc import Callable, Iterable, Sequence
 from difflib import get_close_matches
+from typing import Any
 
 import torch
 from torch import nn
 
+from acetate.lightning_seams import clip_fused
+
 OTHERS = {"bitsandbytes": "bitsandbytes.optim"}  # package of a name -> module
 # needs a closure; only sparse gradients; only matrices, which a magnitude of DoRA is not
 UNFIT = {"LBFGS", "SparseAdam", "Muon"}
+FUSED = {"Adam", "AdamW", "SGD"}  # one kernel for all weights, on a GPU
 
 
 def linear(step: int, steps: int) -> float:
@@ -56,19 +60,30 @@ def with_warmup(
     weight_decay: float = 0.0,
     warmup: Callable[[int, int], float] = linear,
     optimizer: str = "AdamW",
+    fused: bool = False,
 ) -> dict:
     """Returns the value of `configure_optimizers`. decay_steps: the step at which a half cosine
     reaches zero. optimizer: as of `optimizer_class`; betas and weight decay are for those that have
-    them, and the first beta is SGD's momentum."""
+    them, and the first beta is SGD's momentum. fused: those of FUSED step on a GPU by one kernel,
+    also after a checkpoint of a CPU; a CPU stays with its own after one of a GPU."""
     if decay_steps is not None and decay_steps < 1:
         raise ValueError(
             f"decay_steps {decay_steps}; the cosine ends at a positive step. Set trainer.max_steps."
         )
     trainable = [p for p in parameters if p.requires_grad]
     kind = optimizer_class(optimizer)
-    given = {"betas": (betas[0], betas[1]), "momentum": betas[0], "weight_decay": weight_decay}
+    given: dict[str, Any] = {
+        "betas": (betas[0], betas[1]),
+        "momentum": betas[0],
+        "weight_decay": weight_decay,
+    }
+    if fused and optimizer.removeprefix("torch.optim.") in FUSED:
+        given["fused"] = all(p.is_cuda for p in trainable) or None
     taken = inspect.signature(kind).parameters
     made = kind(trainable, lr=lr, **{n: value for n, value in given.items() if n in taken})
+    if "fused" in given:
+        clip_fused(made)
+        made.register_load_state_dict_pre_hook(_keep_kernel)
 
     def factor(step: int) -> float:
         warm = warmup(step, warmup_steps)
@@ -78,3 +93,9 @@ def with_warmup(
 
     scheduler = torch.optim.lr_scheduler.LambdaLR(made, factor)
     return {"optimizer": made, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def _keep_kernel(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+    """Returns the state of a checkpoint with the kernel of this optimizer."""
+    own = optimizer.defaults["fused"]
+    return {**state, "param_groups": [{**group, "fused": own} for group in state["param_groups"]]}
