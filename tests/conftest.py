@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from data_prep import executor
@@ -153,7 +153,7 @@ def shards(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def many_shards(tmp_path_factory):
-    """With a validation clip for each of two ranks."""
+    """With a validation clip for each of two ranks; `base` lies beside them."""
     out = tmp_path_factory.mktemp("many") / "demo"
     synthesize(
         out=out,
@@ -165,13 +165,39 @@ def many_shards(tmp_path_factory):
         max_clips=100,
         max_bytes=10**9,
     )
+    shallow(out.parent)
     return out
+
+
+@pytest.fixture(scope="session")
+def two_blocks(tmp_path_factory) -> str:
+    """wan.transformer=..., of a base as `shallow` makes it."""
+    folder = tmp_path_factory.mktemp("two_blocks")
+    shallow(folder)
+    return f"wan.transformer={folder}/base"
+
+
+def shallow(folder: Path) -> None:
+    """Writes `folder`/base: the shipped DiT's first two of eight blocks, for runs that say nothing
+    of its quality."""
+    given = ROOT / "assets/wan-tiny/transformer"
+    out = folder / "base/transformer"
+    out.mkdir(parents=True, exist_ok=True)
+    config = json.loads((given / "config.json").read_text()) | {"num_layers": 2}
+    (out / "config.json").write_text(json.dumps(config))
+    name = "diffusion_pytorch_model.safetensors"
+    kept = {
+        key: value
+        for key, value in load_file(given / name).items()
+        if not key.startswith("blocks.") or int(key.split(".")[1]) < 2
+    }
+    save_file(kept, out / name)
 
 
 @pytest.fixture(scope="session")
 def cached(shards, tmp_path_factory):
     """Latent shards of the demo clips on the shipped base, and the adapter file of the VAE that
-    made them."""
+    made them; `base` lies beside both."""
     return cache_demo(shards, tmp_path_factory.mktemp("cached"))
 
 
@@ -193,6 +219,7 @@ def cache_demo(
     from data_prep.latent_encoder import Sources
     from data_prep.latent_plan import Settings
 
+    shallow(folder)
     base = str(ROOT / "assets/wan-tiny")
     vae = RGBAVAE(vae=load_vae(base), merge_init="residual", lora_rank=2, lora_alpha=2.0)
     facts = {

@@ -141,7 +141,7 @@ def test_values_are_checked(make, message):
 @pytest.mark.parametrize(
     ("stage", "setting"), [(TINY, "task.checkpointing"), (VAE, "model.checkpointing")]
 )
-def test_flops_are_those_of_a_real_step(stage, setting, checkpointing, tmp_path):
+def test_flops_are_those_of_a_real_step(stage, setting, checkpointing, tmp_path, two_blocks):
     """Counted by torch on real tensors; for a CPU's attention it has to be told its own
     formulas."""
     aten = torch.ops.aten
@@ -153,7 +153,7 @@ def test_flops_are_those_of_a_real_step(stage, setting, checkpointing, tmp_path)
             lambda grad, q, k, v, *_, **__: sdpa_backward_flop_count(grad, q, k, v)
         ),
     }
-    chosen = [*stage, f"{setting}={checkpointing}"]
+    chosen = [*stage, f"{setting}={checkpointing}", two_blocks]
     task, geometry = tiny_task(chosen, tmp_path)
     with FlopCounterMode(display=False, custom_mapping=attention) as counter:
         task.example_loss(tiny_batch(task, geometry)).backward()
@@ -249,7 +249,8 @@ def sent_in_a_step(stage, folder):
 @pytest.mark.xdist_group("ranks")
 @pytest.mark.parametrize("stage", [TINY, VAE])
 @pytest.mark.long
-def test_payloads_are_those_of_real_processes(stage, tmp_path):
+def test_payloads_are_those_of_real_processes(stage, tmp_path, two_blocks):
+    stage = [*stage, two_blocks]
     real, _ = launch(2, sent_in_a_step, stage, tmp_path)
     config = composed(tmp_path, *stage)
     trained, (_, found) = trained_groups(blank_task(config)), footprint(config)

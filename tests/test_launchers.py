@@ -66,8 +66,9 @@ def clips(many_shards):
 @pytest.mark.long
 def test_a_sweep_in_local_jobs(tmp_path, clips):
     seeds = ["hydra/launcher=local", "seed=1,2", "resume=auto", *TWO_STEPS]
-    done = run("train.py", "-m", *small("vae_rgba", tmp_path, *clips), *seeds)
-    assert done.returncode == 0, done.stderr[-3000:]
+    log = tmp_path.with_suffix(".log")
+    code, said = program(log, "train.py", "-m", *small("vae_rgba", tmp_path, *clips), *seeds)
+    assert code == 0, said[-3000:]
     (sweep,) = tmp_path.glob("vae_rgba/sweep_*")
     for job, seed in enumerate((1, 2)):
         assert f"seed={seed}" in (sweep / f"{job}/.hydra/overrides.yaml").read_text()

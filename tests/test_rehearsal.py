@@ -33,9 +33,9 @@ def check(step):
 
 
 @pytest.mark.parametrize("experiment", SMALL)
-def test_a_step_and_a_validation(experiment, tmp_path):
+def test_a_step_and_a_validation(experiment, tmp_path, two_blocks):
     """Loaded, trained for a step and validated by Lightning's own loops."""
-    config = composed(tmp_path, f"experiment={experiment}", *SMALL[experiment])
+    config = composed(tmp_path, f"experiment={experiment}", *SMALL[experiment], two_blocks)
     batch, task = batch_of(config, text_width=64), with_numbers(config)
     with fake_gpu() as gpu:
         step, validation = rehearse(gpu, task, batch)

@@ -90,6 +90,7 @@ def small(experiment: str, outputs: Path, shards: Path, cached: tuple[Path, Path
     )
     return [
         f"experiment={experiment}", *data, *SMALL[experiment], "callbacks.progress=null",
+        f"wan.transformer={shards.parent / 'base'}", "callbacks.curves=null",
         f"paths.outputs={outputs}", f"paths.cache={outputs}", "data.batch_size=2",
         "data.val_clips=2",
         "data.val_batch_size=1", "trainer.log_every_n_steps=1", "trainer.enable_progress_bar=false",

@@ -13,9 +13,9 @@ from tests.paths import ROOT
 
 
 @pytest.fixture
-def run(monkeypatch):
+def run(monkeypatch, two_blocks):
     def run(*arguments):
-        called("cost", *arguments)
+        called("cost", two_blocks, *arguments)
 
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")

@@ -38,6 +38,8 @@ from tests.commands.exported import (
 )
 from tests.paths import ROOT
 
+pytestmark = pytest.mark.xdist_group("exports")  # whose runs are made once
+
 
 @pytest.mark.slow
 @pytest.mark.long

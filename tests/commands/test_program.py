@@ -18,6 +18,7 @@ from acetate.console import Console
 from acetate.models.merge import FeatureMerge
 from acetate.settings import SettingError
 from tests.paths import ROOT
+from tests.processes import program
 
 PROMPTS = [
     "a ring of fire, transparent background", "a cat's tail", 'say "hi"', "'quoted'", "x: y", "{a}",
@@ -166,8 +167,10 @@ def test_a_wrong_setting_is_one_line_and_leaves_nothing(tmp_path):
     ],
 )
 def test_a_run_that_cannot_start_leaves_no_folder(tmp_path, setting, why):
-    done = run_train(tmp_path, "experiment=vae_rgba", setting)
-    assert done.returncode == 1
-    assert "Traceback" not in done.stderr
-    assert why in done.stderr
+    place = {"environment": {"ACETATE_ROOT": str(tmp_path)}, "folder": tmp_path}
+    given = (str(ROOT / "train.py"), "experiment=vae_rgba", setting)
+    code, said = program(tmp_path / "log", *given, **place, code=[ROOT / "src", ROOT])
+    assert code == 1
+    assert "Traceback" not in said
+    assert why in said
     assert not [*tmp_path.glob("outputs/*")]

@@ -26,6 +26,8 @@ from tests.processes import program
 from tests.tasks.test_dit import fit
 from tests.tasks.test_i2v import config_for
 
+pytestmark = pytest.mark.xdist_group("pictures")  # whose run is made once
+
 
 @pytest.fixture(scope="module")
 def trained(shards, tmp_path_factory):

@@ -17,6 +17,7 @@ from acetate.data.shards import ShardError, index_shards, read_clip
 from data_prep import open_rgba
 from data_prep.open_rgba import RECIPE, SUMS, build, held_out, quoted, stratum_of
 from tests.data_prep.test_collect import FARMERS, RUNNERS, TONED, debian, npm, numbered
+from tests.processes import program
 
 OTHERS = ["1f525", "1f4a8", "1f60a", "1f436", "1f431", "1f42d", "1f439", "1f430"]
 CFG = {
@@ -130,18 +131,17 @@ def test_wrong_folders_are_refused_before_anything_is_made(tmp_path):
 def test_killed_with_what_it_started(tmp_path):
     source = npm(tmp_path / "down", [*TONED, *OTHERS])
     command = [
-        *(sys.executable, "-m", "acetate", "prep", "open_rgba", f"source={source}"),
-        *(f"out={tmp_path / 'out'}", "drawn.clips=140", "drawn.frames=9", "drawn.size=16"),
-        "per_stratum=1",
+        *("acetate", "prep", "open_rgba", f"source={source}", f"out={tmp_path / 'out'}"),
+        *("drawn.clips=140", "drawn.frames=9", "drawn.size=16", "per_stratum=1"),
     ]
-    build = subprocess.Popen([*command, "workers=1"])
+    build = subprocess.Popen([sys.executable, "-m", *command, "workers=1"])
     for _ in range(600):
         if list((tmp_path / "out/parts").glob("drawn/*.tmp")):
             break
         time.sleep(0.1)
     os.kill(build.pid, signal.SIGKILL)
     build.wait()
-    again = subprocess.run([*command, "workers=0"], capture_output=True, text=True)
-    assert again.returncode == 0, again.stderr[-2000:]
+    code, said = program(tmp_path / "log", *command, "workers=0")
+    assert code == 0, said[-2000:]
     sums = subprocess.run(["sha256sum", "-c", SUMS], cwd=Path(tmp_path / "out"))
     assert sums.returncode == 0

@@ -48,6 +48,7 @@ def config_for(run, cached, *overrides):
         "experiment=dit_dora",
         f"data.latents={latents}",
         f"rgba_vae={adapters}",
+        f"wan.transformer={adapters.parent / 'base'}",
         *SMALL,
         *samples,
         *overrides,
@@ -325,7 +326,8 @@ def test_latents_of_another_shape_are_refused(tmp_path, cached):
 @pytest.mark.slow
 @pytest.mark.long
 def test_overfits_eight_clips(tmp_path, cached):
-    """The loss at the validation timesteps falls below a quarter of its start."""
+    """The loss at the validation timesteps falls below a sixteenth of its start, which is high
+    without the base's other blocks."""
     config = config_for(
         tmp_path,
         cached,
@@ -344,7 +346,7 @@ def test_overfits_eight_clips(tmp_path, cached):
     )
     parameters = list(trainable_state(task).values())
     optimizer = torch.optim.AdamW(parameters, lr=1e-2, betas=(0.9, 0.99), weight_decay=0)
-    steps, losses = 800, []
+    steps, losses = 200, []
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = (
@@ -356,4 +358,4 @@ def test_overfits_eight_clips(tmp_path, cached):
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         losses.append(loss.item())
-    assert losses[-1] < losses[0] / 4
+    assert losses[-1] < losses[0] / 16

@@ -28,7 +28,7 @@ RELEASED = {
 
 @pytest.mark.parametrize("released", [False, True])
 @pytest.mark.parametrize("experiment", CHOICES)
-def test_a_step_on_one_gpu(experiment, released, tmp_path):
+def test_a_step_on_one_gpu(experiment, released, tmp_path, two_blocks):
     """From the base's files to the loss in bf16: configure_model as Lightning calls it, where the
     GPU is the default device, then training_step."""
     config = composed(
@@ -36,6 +36,7 @@ def test_a_step_on_one_gpu(experiment, released, tmp_path):
         f"experiment={experiment}",
         *CHOICES[experiment],
         *(RELEASED[experiment] * released),
+        two_blocks,
     )
     task, wan = instantiate(config.task), config.wan
     # the judge's, whose tokens have numbers
