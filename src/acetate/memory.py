@@ -19,6 +19,9 @@ at a time: of the DiT the block at work, the next one and what is in no block; o
 block or a decoder. gathered(1) = 0. replicated: frozen weights that every GPU holds whole (the
 VAE's encoder and head, perceptual networks).
 
+Ranks that share a clip (task.context_parallel): the step runs as one of them, of a process group
+that sends nothing, so that activations, working peak and operations are those of its part.
+
 Not in it: the CUDA context, cuDNN's workspaces and the allocator's gaps (RESERVE of a card is left
 for them), NCCL's buffers, and validation, which needs less unless its clips are larger.
 """
@@ -28,16 +31,18 @@ import re
 import warnings
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
 from diffusers import AutoencoderKLWan, ModelMixin, WanTransformer3DModel
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
@@ -83,6 +88,9 @@ class Footprint:
     flops: int
     host: int = 0  # frozen weights in the host's memory, which are in no other row
     shards: bool = True  # whether FSDP2 can shard it
+    clip_ranks: int = 1  # that share a clip
+    exchanged: int = 0  # bytes that a step gives to all-to-alls of those
+    exchanges: int = 0  # and the number of such
 
     def per_gpu(self, gpus: int) -> dict[str, int]:
         """Returns bytes by row; the last row, total, is the sum of the others."""
@@ -140,11 +148,12 @@ class LiveStorages(TorchDispatchMode):
 class Flops(TorchDispatchMode):
     """Counts the operations within it by torch's own formulas, in `kinds`: attention, conv and
     matmul. torch's FlopCounterMode would also take fused attention apart, whose memory is then
-    another."""
+    another. `exchanged` are the bytes of each all-to-all."""
 
     def __init__(self) -> None:
         super().__init__()
         self.kinds: Counter[str] = Counter()
+        self.exchanged: list[int] = []
 
     @property
     def total(self) -> int:
@@ -156,6 +165,8 @@ class Flops(TorchDispatchMode):
             self.kinds["attention"] += sdpa_flop_count(*(x.shape for x in args[:3]))
         elif func is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default:
             self.kinds["attention"] += sdpa_backward_flop_count(*(x.shape for x in args[:4]))
+        elif func is torch.ops._c10d_functional.all_to_all_single.default:
+            self.exchanged.append(args[0].nbytes)
         elif formula := flop_registry.get(func._overloadpacket):
             name = str(func._overloadpacket)
             kinds = (kind for kind in ("attention", "conv") if kind in name)
@@ -245,6 +256,19 @@ def _blank(model: type[M], config: dict[str, Any], dtype: torch.dtype) -> M:
     return blank.eval().requires_grad_(False)
 
 
+@contextmanager
+def one_of(ranks: int) -> Iterator[None]:
+    """Makes this process one of so many ranks, where they are several; what they send each other
+    has no numbers."""
+    if ranks > 1:
+        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
+    try:
+        yield
+    finally:
+        if ranks > 1:
+            dist.destroy_process_group()
+
+
 def build(task: MeasuredTask) -> None:
     """Runs configure_model() without weights; the task was instantiated with BLANK's targets in the
     place of loaders."""
@@ -276,15 +300,12 @@ def measure(
     whose tensors it replaces.
 
     precision: of the trainer. ema: whether an average of what trains is kept. geometry: of the VAE,
-    where the task reads latents. Raises ValueError for an unknown precision, or for clips that the
-    task cannot take.
+    where the task reads latents. Raises ValueError for an unknown precision, or for unfit clips.
     """
     if precision not in AUTOCAST:
         raise ValueError(f"trainer.precision {precision!r}; known: {', '.join(AUTOCAST)}.")
     counts = [(p.numel(), p.requires_grad) for p in task.parameters()]
-    packed = sum(  # that NF4 has two of in a place
-        layer.weight.numel() for layer in held_layers(task).values() if layer.kind == "nf4"
-    )
+    packed = _packed(task)
     quiet, away = warnings.catch_warnings(), kept_in("meta")
     with FakeTensorMode(allow_non_fake_inputs=True), cuda_autocast(), quiet, away:
         # There is no trainer to log to, and the kernels are a CPU's
@@ -328,6 +349,9 @@ def measure(
             flops=flops.total,
             host=host,
             shards=not held,
+            clip_ranks=getattr(task, "context_parallel", 1),
+            exchanged=sum(flops.exchanged),
+            exchanges=len(flops.exchanged),
         )
 
 
@@ -352,6 +376,12 @@ def _optimizer(
     optimizer.step()  # makes the moments
     kept = tree_leaves(list(optimizer.state.values()))
     return lambda: optimizer.step(), [x for x in kept if isinstance(x, Tensor)]
+
+
+def _packed(task: nn.Module) -> int:
+    """Returns how many weights NF4 has beside another one in its place."""
+    held = held_layers(task).values()
+    return sum(layer.weight.numel() for layer in held if layer.kind == "nf4")
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:

@@ -58,6 +58,7 @@ def test_remedies_name_what_the_config_has(tmp_path):
         "task.base.weights=fp8 (one GPU)",
         "task.base.offload=true (one GPU)",
         "task.checkpointing=offload",
+        "task.context_parallel=2 (GPUs that share a clip)",
         "latents cached with fewer frames or a smaller area",
     ]
 

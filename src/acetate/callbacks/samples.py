@@ -21,6 +21,7 @@ from acetate.lightning_seams import log_row
 from acetate.pages import of_run
 from acetate.pages.clips import shown
 from acetate.sampling import EllipsePath, Solver, sample_clips
+from acetate.steps import reader
 from acetate.video_out import write_clip
 
 FRAMES_SHOWN = 4
@@ -163,10 +164,11 @@ class Samples(Callback):
         )
         clips: list[tuple[Tensor, Tensor]] = []
         # one at a time on each rank: training holds most of the memory
-        for first in range(0, len(self.shown), trainer.world_size):
+        place, readers = reader(trainer)
+        for first in range(0, len(self.shown), readers):
             # A rank for which none is left makes the last one, too: sharded weights are gathered by
             # all ranks together
-            index = min(first + trainer.global_rank, len(self.shown) - 1)
+            index = min(first + place, len(self.shown) - 1)
             (made,) = sample_clips(
                 pl_module.transformer,  # type: ignore[arg-type]
                 self.vae,
@@ -181,7 +183,10 @@ class Samples(Callback):
                 progress=False,
             )
             self.vae.cpu()
-            clips += of_all_ranks(pl_module, made) if trainer.world_size > 1 else [made]
+            if trainer.world_size > 1:  # ranks that share their clips have made the same one
+                clips += of_all_ranks(pl_module, made)[:: trainer.world_size // readers]
+            else:
+                clips.append(made)
         if device.type == "cuda":
             torch.cuda.empty_cache()
         return [(prompt, *clip) for prompt, clip in zip(self.shown, clips, strict=False)]

@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from diffusers import WanTransformer3DModel
 from torch import Tensor
 
 from acetate.draws import ClipDraws
@@ -32,14 +33,10 @@ class I2VTask(DoRATask):
         self.condition_dropout, self.time_stride = condition_dropout, time_stride
         self.given, self.widened = "first", False
 
-    def configure_model(self) -> None:
-        if self.transformer is not None:
-            return
-        super().configure_model()
-        assert self.transformer is not None
-        config, wanted = self.transformer.config, self.time_stride
+    def extend(self, transformer: WanTransformer3DModel) -> None:
+        config, wanted = transformer.config, self.time_stride
         wanted += config.out_channels
-        found = condition_channels(self.transformer)
+        found = condition_channels(transformer)
         if found not in (0, wanted) or config.image_dim is not None:
             what = (
                 "reads a CLIP embedding of the picture, which is not supported yet"
@@ -55,7 +52,7 @@ class I2VTask(DoRATask):
                 f"{self.base.transformer} is a text base, whose patch embedding is made wider; "
                 "that is not sharded. Give trainer=ddp, or an image-to-video base."
             )
-        widen(self.transformer, wanted, self.adapter_dtype)
+        widen(transformer, wanted, self.adapter_dtype)
         self.widened = True
 
     def setup(self, stage: str) -> None:
