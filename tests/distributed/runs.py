@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from diffusers import WanTransformer3DModel
+from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from lightning import Callback, LightningModule, Trainer, seed_everything
 from torch import nn
@@ -96,7 +97,7 @@ def refused(*arguments: Any) -> str:
     """The error of such a run."""
     try:
         fit(*arguments)
-    except ValueError as error:
+    except (ValueError, InstantiationException) as error:
         return str(error)
     raise AssertionError("it ran")
 
