@@ -1,16 +1,20 @@
 """Exponential moving average of what trains."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.optim import Optimizer
 
 
 class EMA(Callback):
     """Keeps an average: ema <- d * ema + (1 - d) * w after each step, d = min(decay, (1 + step) /
     (10 + step)).
+
+    A schedule-free optimizer has an average of its own, which is taken in its place.
 
     Validation and adapter files see the average; training and the optimizer never do. Kept in fp32
     in the checkpoint, and whole where weights are sharded, so that a resumed run goes on with it.
@@ -39,8 +43,11 @@ class EMA(Callback):
             return
         self.step = trainer.global_step
         decay = min(self.decay, (1 + self.step) / (10 + self.step))
+        own = own_averages(trainer.optimizers)
         for name, parameter in pl_module.named_parameters():
-            if name in self.average:
+            if name in self.average and parameter in own:
+                self.average[name].copy_(own[parameter])
+            elif name in self.average:
                 self.average[name].lerp_(parameter.float(), 1 - decay)
 
     @torch.no_grad()
@@ -65,6 +72,20 @@ class EMA(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.average = state_dict["average"]
+
+
+def own_averages(optimizers: Sequence[Optimizer]) -> dict[Tensor, Tensor]:
+    """Returns the averages that schedule-free optimizers keep of parameters (Defazio et al. 2024,
+    arXiv 2405.15682, equation 6): x of y = (1 - beta) z + beta x, where y is the parameter and z in
+    the optimizer's state."""
+    found = {}
+    for optimizer in optimizers:
+        for group in [group for group in optimizer.param_groups if "train_mode" in group]:
+            beta = group["betas"][0] if "betas" in group else group["momentum"]
+            for y in group["params"]:
+                if "z" in optimizer.state[y]:
+                    found[y] = y.lerp(optimizer.state[y]["z"], 1 - 1 / beta)
+    return found
 
 
 def _assign(target: Tensor, value: Tensor) -> Tensor:
