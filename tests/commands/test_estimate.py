@@ -1,6 +1,7 @@
 import json
 
 import pytest
+from diffusers import WanTransformer3DModel
 
 from acetate import memory
 from acetate.commands.estimate import (
@@ -15,6 +16,7 @@ from acetate.commands.estimate import (
 )
 from acetate.memory import Footprint, Load
 from tests.compose import called, composed
+from tests.conftest import TINY
 from tests.paths import ROOT
 
 EXPERIMENTS = sorted(path.stem for path in (ROOT / "conf/experiment").glob("*.yaml"))
@@ -118,3 +120,36 @@ def test_every_experiment_has_an_answer(experiment, tmp_path, monkeypatch, capsy
         assert found["parameters"] - found["trainable_parameters"] == 14_288_491_584
         assert found["frozen"] == pytest.approx(2 * 14_288_491_584, rel=0.01)
         assert found["trainable_parameters"] == 155_750_400
+
+
+@pytest.mark.slow
+def test_terms_of_held_weights_and_eight_bit_moments(tmp_path):
+    """By hand, on a base of two blocks of 128 channels: eight layers of 128x128, one each way of
+    the feed-forward of 256."""
+    base = WanTransformer3DModel.load_config(TINY, subfolder="transformer")
+    (tmp_path / "transformer").mkdir()
+    config = json.dumps({**base, "num_layers": 2})
+    (tmp_path / "transformer/config.json").write_text(config)
+    weights, rows, layers = 2 * (8 * 128 * 128 + 2 * 128 * 256), 2 * (9 * 128 + 256), 2 * 10
+
+    def found(*more):
+        return footprint(composed(
+            tmp_path, "experiment=dit_dora", f"wan.transformer={tmp_path}", "rgba_vae=x",
+            "data.latents=x", "data.batch_size=1", "task.checkpointing=true", *more,
+        ))[1]  # fmt: skip
+
+    plain = found()
+    fp8 = found("task.base.weights=fp8", "task.optimizer=bitsandbytes.AdamW8bit")
+    assert plain.frozen - fp8.frozen == 4 * weights - (weights + 4 * rows)
+    assert (fp8.host, fp8.shards, fp8.parameters) == (0, False, plain.parameters)
+    assert plain.shards and fp8.trainable == plain.trainable
+    # magnitudes are small and stay in fp32; A and B of rank 32 have a scale for each 256 values
+    large = plain.trainable_parameters - rows
+    assert plain.optimizer == pytest.approx(2 * plain.trainable, rel=0.01)
+    assert fp8.optimizer == 8 * rows + 2 * large + 8 * large // 256
+    nf4 = found("task.base.weights=nf4", "task.base.offload=true")
+    held, scales, pairs = weights // 2, 4 * weights // 64, layers * 256 * 2 * 4
+    assert (nf4.host, nf4.gathered, nf4.parameters) == (held, held, plain.parameters)
+    assert plain.frozen - nf4.frozen == 4 * weights - scales - pairs
+    assert nf4.per_gpu(1)["gathered weights"] == held  # both blocks
+    assert plain.per_gpu(1)["gathered weights"] == 0

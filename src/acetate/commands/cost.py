@@ -92,7 +92,7 @@ def digits(value: float) -> str:
 def table(costs: list[Cost]) -> Table:
     view = Table("GPUs", "step, s", "compute, s", "communication, s", "sent per GPU, GB", "clips/s",
         "computes",
-                 *(["all-to-all of a clip, s"] if costs[0].exchange else []),
+                 *(["exchange, s"] if costs[0].exchange else []),
                  "data per node, MB/s", "fits")  # fmt: skip
     for one in costs:
         view.add_row(
@@ -187,6 +187,9 @@ def main(config: DictConfig) -> None:
     batch = settings.global_batch or load.batch_size * passes * max(1, gpu.gpus_per_node // shared)
     results: dict[str, Any] = {"global_batch": batch, "limit": {}, "fixed_batch": {}}
     for strategy in settings.strategies:
+        if strategy == "fsdp" and not found.shards:
+            console.print("FSDP2 cannot shard frozen weights that are held in another way")
+            continue
         sent = payload(found, strategy, trained)
         at = partial(
             cost, found=found, strategy=strategy, sent=sent, gpu=gpu, assumed=assumed,

@@ -38,9 +38,13 @@ def blank_task(config: DictConfig) -> MeasuredTask:
     """Builds the task of the composed config without weights."""
     settings = without_weights(OmegaConf.to_container(config.task, resolve=True))
     unused = {"lpips": False, "init_from": None}  # a metric, and weights of the same shape
-    task = instantiate(
+    optimizer = settings.get("optimizer", "AdamW")
+    if optimizer.startswith(("bitsandbytes.", "schedulefree.")):  # which need not be installed here
+        unused["optimizer"] = "AdamW"
+    task: Any = instantiate(
         settings | {name: value for name, value in unused.items() if name in settings}
     )
+    task.optimizer = optimizer
     memory.build(task)
     return task
 
