@@ -103,7 +103,7 @@ def pieces_of(
     """Returns the windows that data_prep.cache_latents would cut. Raises ValueError for what it
     would refuse."""
     check_list("lengths", lengths, "[17,49,81]")
-    from acetate.memory import blank_vae  # and Lightning: seconds, for buckets alone
+    from acetate.blank import blank_vae  # seconds, for buckets alone
 
     geometry = Geometry.of(blank_vae(vae))
     for length in lengths:

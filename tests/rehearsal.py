@@ -16,6 +16,7 @@ from omegaconf import DictConfig
 from torch.utils.data import DataLoader, IterableDataset
 
 from acetate import memory
+from acetate.blank import blank_vae
 from acetate.callbacks.ema import EMA
 from acetate.callbacks.guard import NonFiniteGuard
 from acetate.callbacks.throughput import Throughput
@@ -146,7 +147,7 @@ def batch_of(config: DictConfig, text_width: int) -> dict[str, Any]:
     if "frames" in config.data:
         rgb, alpha = (torch.zeros(size, channels, *shape) for channels in (3, 1))
         return {"key": load.keys, "rgb": rgb, "alpha": alpha}
-    latents = Geometry.of(memory.blank_vae(wan.vae)).latent_shape(*shape)
+    latents = Geometry.of(blank_vae(wan.vae)).latent_shape(*shape)
     context = torch.zeros(size, wan.prompt_length, text_width)
     return {
         "key": load.keys, "latents": torch.zeros(size, *latents), "context": context,

@@ -28,6 +28,7 @@ from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
 from acetate import memory
+from acetate.blank import blank_vae
 from acetate.commands.estimate import blank_task, footprint
 from acetate.cost import Assumptions, Gpu, cost, payload, trained_groups
 from acetate.models.wan import Geometry
@@ -128,7 +129,7 @@ def step_time(
         loss = DistributedDataParallel(loss)
     clips, frames, size = load
     shape = memory.Load(clips, frames, size, size, config.wan.prompt_length)
-    made = task.example_batch(shape, Geometry.of(memory.blank_vae(config.wan.vae)))
+    made = task.example_batch(shape, Geometry.of(blank_vae(config.wan.vae)))
     batch = {
         name: torch.randn_like(value) if isinstance(value, Tensor) else value
         for name, value in made.items()

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from acetate import memory
+from acetate.blank import blank_vae
 from acetate.commands.estimate import blank_task, footprint
 from acetate.cost import (
     Assumptions,
@@ -57,7 +58,7 @@ def tiny_task(stage=TINY, folder=ROOT):
     torch.manual_seed(0)
     task = instantiate(config.task)
     task.configure_model()
-    return task, Geometry.of(memory.blank_vae(config.wan.vae))
+    return task, Geometry.of(blank_vae(config.wan.vae))
 
 
 def tiny_batch(task, geometry, load=LOAD):
@@ -107,6 +108,43 @@ def test_a_step_by_hand():
         4, FOUND, "ddp", sent, assumed=replace(EXACT, overlap=0.1, latency_us=1e5), **settings
     )
     assert hidden.step == pytest.approx(5 + 0.66 - 0.5)
+
+
+def test_ranks_of_a_clip_by_hand():
+    """Two share a clip: half of 800 bytes leave each, in four messages, and nothing hides them."""
+    found = replace(FOUND, clip_ranks=2, exchanged=800, exchanges=4)
+    sent = payload(found, "ddp", 2)
+    four = cost(
+        4, found, "ddp", sent, gpu=GPU, assumed=replace(EXACT, latency_us=1e5, overlap=1.0),
+        batch_size=2, clip_bytes=10.0, accumulate=3,
+    )  # fmt: skip
+    assert four.exchange == pytest.approx(3 * (400 / 1000 + 4 * 0.1))
+    assert four.step == pytest.approx(15 + four.exchange) and four.sent == 60 + 3 * 400
+    assert four.clips_per_second == pytest.approx(2 * 2 * 3 / four.step)
+    assert four.data_per_node == pytest.approx(4 * 2 * 3 / four.step * 10)
+
+
+@pytest.mark.slow
+def test_what_ranks_of_a_clip_hold_and_exchange(tmp_path):
+    """q, k, v and output of every block, forward, recomputed and backward, and the velocity once
+    each way."""
+    whole, part = (
+        footprint(
+            composed(
+                tmp_path, *TINY, f"task.context_parallel={n}", "task.checkpointing=true",
+                "wan.height=96", "wan.width=96",
+            )
+        )[1]
+        for n in (1, 2)
+    )  # fmt: skip
+    tokens, width, blocks = 2 * 2 * 12 * 12, 128, 8  # of two clips
+    each = tokens // 2 * width * 4
+    assert part.exchanged == blocks * 3 * 4 * each + 2 * tokens * 64 * 4
+    assert (part.exchanges, part.clip_ranks) == (blocks * 3 * 2 + 2, 2)
+    assert (whole.exchanged, whole.clip_ranks) == (0, 1)
+    assert part.activations == pytest.approx(whole.activations / 2, rel=0.1)
+    assert part.flops == pytest.approx(whole.flops / 2, rel=0.1)
+    assert part.trainable == whole.trainable
 
 
 def test_accumulation_reduces_once_and_gathers_every_time():

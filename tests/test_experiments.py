@@ -31,6 +31,8 @@ def required(experiment):
     """What a recipe on real weights asks its user for."""
     if "wan2" not in experiment:
         return []
+    if "joint" in experiment:  # of the plain VAE
+        return ["data.latents=x"]
     return (
         ["data.latents=x", "rgba_vae=x"]
         if experiment.startswith(("dit", "i2v"))

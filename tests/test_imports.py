@@ -138,7 +138,7 @@ def test_every_room_is_in_the_plan():
         ("acetate.callbacks.panels", "from acetate.tasks.vae import RGBAVAETask"),
         ("acetate.callbacks.panels", "from acetate.metrics.rgb import frames"),
         ("acetate.formats.names", "import data_prep.shard"),
-        ("acetate.models.loading", "from acetate.memory import BLANK"),
+        ("acetate.models.loading", "from acetate.blank import BLANK"),
         ("acetate.memory", "from acetate.callbacks.ema import EMA"),
         ("acetate.tasks.vae", "from omegaconf import DictConfig"),
         ("acetate.models.loading", "import hydra.utils"),

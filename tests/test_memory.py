@@ -9,6 +9,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from acetate import memory
+from acetate.blank import BLANK, blank_transformer, blank_vae
 from acetate.callbacks.ema import EMA
 from acetate.commands.estimate import footprint
 from acetate.cuda_autocast import cuda_autocast
@@ -69,9 +70,9 @@ def test_without_numbers_keeps_shapes_precision_and_ties():
 def test_blank_models_have_the_shapes_of_loaded_ones(wan_folder):
     source = str(wan_folder)
     for blank, loaded in (
-        (memory.blank_vae(source), load_vae(source)),
+        (blank_vae(source), load_vae(source)),
         (
-            memory.blank_transformer(source, torch.bfloat16),
+            blank_transformer(source, torch.bfloat16),
             load_transformer(source, torch.bfloat16),
         ),
     ):
@@ -93,19 +94,19 @@ def test_blank_models_have_the_shapes_of_loaded_ones(wan_folder):
     ],
 )
 def test_wan21_is_known_without_its_files(source, parameters):
-    transformer = memory.blank_transformer(source, torch.bfloat16)
+    transformer = blank_transformer(source, torch.bfloat16)
     assert sum(p.numel() for p in transformer.parameters()) == parameters
-    assert sum(p.numel() for p in memory.blank_vae(source).parameters()) == 126_892_531
-    assert Geometry.of(memory.blank_vae(source)).latent_shape(81, 480, 832) == (16, 21, 60, 104)
+    assert sum(p.numel() for p in blank_vae(source).parameters()) == 126_892_531
+    assert Geometry.of(blank_vae(source)).latent_shape(81, 480, 832) == (16, 21, 60, 104)
 
 
 def test_an_unknown_base_is_named():
     with pytest.raises(ValueError, match="someone/else: the shape of this DiT is not known"):
-        memory.blank_transformer("someone/else", torch.float32)
+        blank_transformer("someone/else", torch.float32)
 
 
 def test_blank_targets_exist():
-    for target, blank in memory.BLANK.items():
+    for target, blank in BLANK.items():
         for name in (target, blank):
             module, _, attribute = name.rpartition(".")
             assert hasattr(importlib.import_module(module), attribute)

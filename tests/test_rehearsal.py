@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from acetate import memory
+from acetate.blank import blank_transformer, blank_vae
 from acetate.models.rgba_vae import RGBAVAE, RGBADecoders
 from acetate.regions import fit_ellipses
 from acetate.sampling import SOLVERS, Solver, sample_clips
@@ -61,10 +62,10 @@ def test_a_step_of_the_published_size(experiment, tmp_path):
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_sampling(solver):
     """Waits for what leaves the GPU, twice a clip; UniPC also solves small systems."""
-    halves = [memory.blank_vae(TINY) for _ in range(2)]
+    halves = [blank_vae(TINY) for _ in range(2)]
     with fake_gpu() as gpu:
         vae = RGBADecoders(rgb=halves[0], alpha=halves[1], chunk=1)
-        transformer = memory.blank_transformer(TINY, torch.bfloat16)
+        transformer = blank_transformer(TINY, torch.bfloat16)
         for model in (vae, transformer):
             memory.without_numbers(model, "cuda:0")
         context = torch.zeros(1, 16, transformer.config.text_dim)
@@ -86,7 +87,7 @@ def test_sampling(solver):
 def test_caching(tmp_path):
     """Ellipses and latents of a clip, and of its first frame alone, in bf16 as the published recipe
     caches them."""
-    base = memory.blank_vae(TINY)
+    base = blank_vae(TINY)
     vae = RGBAVAE(vae=base, merge_init="residual", lora_rank=2, lora_alpha=2.0, chunk=1)
     settings = Settings(
         seed=0, variants=1, frames=(9,), area=32 * 32, max_aspect=1.0, sizes=None,

@@ -1,6 +1,6 @@
 """Estimates training on N GPUs: time of a step, traffic between the GPUs, the data that they need.
 
-    step = compute + max(0, communication - overlap * compute)
+    step = compute + exchange + max(0, communication - overlap * compute)
     compute = FLOPs of the step (memory.measure, recomputed ones included) / (efficiency * peak)
 
 Weak scaling: every GPU has its own batch, so that N GPUs are right with N times the clips in the
@@ -17,6 +17,9 @@ of a node, through which its rings leave together. DDP all-reduces the gradients
 FSDP2 all-gathers every weight that it shards, in the precision that it is kept in, for the forward
 and again for the backward pass, and reduce-scatters the fp32 gradients of those groups of weights
 in which something trains.
+
+Ranks that share a clip (models.ulysses) send each other n - 1 parts of n of what a step gives to
+all-to-alls, at the bandwidth of a ring of theirs. Blocks wait for them: they are not hidden.
 
 Not in it: GPUs that wait for a slower one, other traffic on the network, validation, checkpoints.
 """
@@ -87,12 +90,13 @@ class Cost:
 
     gpus: int
     compute: float
-    communication: float
+    communication: float  # of gradients and weights
     step: float
     sent: float
     clips_per_second: float
     data_per_node: float
     fits: bool
+    exchange: float = 0.0  # between ranks that share a clip
 
     @property
     def scaling(self) -> float:
@@ -154,23 +158,28 @@ def cost(
     clip_bytes: float,
     accumulate: int = 1,
 ) -> Cost:
-    """Returns the cost of a step. batch_size: clips of a GPU and forward pass; accumulate: passes
-    of a step. clip_bytes: read for each clip."""
+    """Returns the cost of a step. batch_size: clips of a forward pass of a GPU, or of those that
+    share them; accumulate: passes of a step. clip_bytes: read for each clip."""
+    shared = found.clip_ranks
     compute = accumulate * found.flops / (gpu.peak_tflops * 1e12 * assumed.efficiency)
     size, messages = ring(gpus, sent)
     if strategy == "fsdp":  # gathers for every pass; DDP reduces after the last
         size, messages = accumulate * size, accumulate * messages
     communication = size / bandwidth(gpus, gpu, assumed) + messages * assumed.latency_us * 1e-6
-    step = compute + max(0.0, communication - assumed.overlap * compute)
-    clips = gpus * batch_size * accumulate / step
+    parts = accumulate * found.exchanged * (shared - 1) / shared
+    exchange = parts / bandwidth(shared, gpu, assumed)
+    exchange += accumulate * found.exchanges * (shared - 1) * assumed.latency_us * 1e-6
+    step = compute + exchange + max(0.0, communication - assumed.overlap * compute)
+    clips = gpus / shared * batch_size * accumulate / step
     return Cost(
         gpus=gpus,
         compute=compute,
         communication=communication,
         step=step,
-        sent=size,
+        sent=size + parts,
         clips_per_second=clips,
-        data_per_node=clips / gpus * min(gpus, gpu.gpus_per_node) * clip_bytes,
+        data_per_node=shared * clips / gpus * min(gpus, gpu.gpus_per_node) * clip_bytes,
+        exchange=exchange,
         fits=found.held(gpus, strategy == "fsdp") <= room(gpu.memory_gib),
     )
 

@@ -19,6 +19,9 @@ at a time: of the DiT the block at work, the next one and what is in no block; o
 block or a decoder. gathered(1) = 0. replicated: frozen weights that every GPU holds whole (the
 VAE's encoder and head, perceptual networks).
 
+Ranks that share a clip (task.context_parallel): the step runs as one of them, of a process group
+that sends nothing, so that activations, working peak and operations are those of its part.
+
 Not in it: the CUDA context, cuDNN's workspaces and the allocator's gaps (RESERVE of a card is left
 for them), NCCL's buffers, and validation, which needs less unless its clips are larger.
 """
@@ -28,25 +31,22 @@ import re
 import warnings
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from diffusers import AutoencoderKLWan, ModelMixin, WanTransformer3DModel
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 from torch.utils.weak import WeakIdKeyDictionary
 
 from acetate.cuda_autocast import cuda_autocast
-from acetate.losses.perceptual import LPIPSFeatures, VGGFeatures
-from acetate.models.dit import FrozenDiT, VelocityField
-from acetate.models.experts import PARTS
 from acetate.models.held import held_layers
 from acetate.models.offload import kept_in
 from acetate.models.wan import Geometry
@@ -56,13 +56,6 @@ from acetate.tasks.optim import with_warmup
 RESERVE = 0.1  # share of a card that tensors do not get
 EIGHT_BIT_FROM = 4096  # values of a tensor; bitsandbytes keeps smaller moments in fp32
 AUTOCAST = {"32-true": None, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
-# Wan's DiTs where they differ from diffusers' defaults, which are the 14B's and each A14B expert's
-WAN21 = {"14B": {}, "1.3B": {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30}}
-# Beside that, image-to-video DiTs read a condition, and Wan2.1's a CLIP embedding (from diffusers'
-# convert_wan_to_diffusers.py)
-I2V = {"in_channels": 36}
-CLIP = {"image_dim": 1280, "added_kv_proj_dim": 5120}
-M = TypeVar("M", bound=ModelMixin)
 
 
 @dataclass(frozen=True)
@@ -87,6 +80,9 @@ class Footprint:
     flops: int
     host: int = 0  # frozen weights in the host's memory, which are in no other row
     shards: bool = True  # whether FSDP2 can shard it
+    clip_ranks: int = 1  # that share a clip
+    exchanged: int = 0  # bytes that a step gives to all-to-alls of those
+    exchanges: int = 0  # and the number of such
 
     def per_gpu(self, gpus: int) -> dict[str, int]:
         """Returns bytes by row; the last row, total, is the sum of the others."""
@@ -151,11 +147,12 @@ class LiveStorages(TorchDispatchMode):
 class Flops(TorchDispatchMode):
     """Counts the operations within it by torch's own formulas, in `kinds`: attention, conv and
     matmul. torch's FlopCounterMode would also take fused attention apart, whose memory is then
-    another."""
+    another. `exchanged` are the bytes of each all-to-all."""
 
     def __init__(self) -> None:
         super().__init__()
         self.kinds: Counter[str] = Counter()
+        self.exchanged: list[int] = []
 
     @property
     def total(self) -> int:
@@ -167,6 +164,8 @@ class Flops(TorchDispatchMode):
             self.kinds["attention"] += sdpa_flop_count(*(x.shape for x in args[:3]))
         elif func is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default:
             self.kinds["attention"] += sdpa_backward_flop_count(*(x.shape for x in args[:4]))
+        elif func is torch.ops._c10d_functional.all_to_all_single.default:
+            self.exchanged.append(args[0].nbytes)
         elif formula := flop_registry.get(func._overloadpacket):
             name = str(func._overloadpacket)
             kinds = (kind for kind in ("attention", "conv") if kind in name)
@@ -174,89 +173,17 @@ class Flops(TorchDispatchMode):
         return out
 
 
-def blank_vae(source: str) -> AutoencoderKLWan:
-    """Builds a VAE as load_vae does, on the meta device. A source that is no diffusers folder has
-    Wan2.1's shape."""
-    return _blank(AutoencoderKLWan, _diffusers_config(source, "vae") or {}, torch.float32)
-
-
-def blank_transformer(
-    source: str, dtype: torch.dtype, part: str = "transformer"
-) -> WanTransformer3DModel:
-    """Builds a DiT as load_transformer does, on the meta device. Raises ValueError for a source
-    whose shape is not known."""
-    config = _diffusers_config(source, part)
-    if config is None:
-        name = Path(source).name
-        config = next((shape for size, shape in WAN21.items() if size in name), None)
-        if config is not None and "I2V" in name:
-            config = config | I2V | ({} if "A14B" in name else CLIP)
-    if config is None:
-        raise ValueError(
-            f"{source}: the shape of this DiT is not known. Give a diffusers folder (with "
-            f"transformer/config.json), or a source whose name says its size ({', '.join(WAN21)})."
-        )
-    return _blank(WanTransformer3DModel, config, dtype)
-
-
-class BlankDiT(FrozenDiT):
-    """A FrozenDiT whose base has no values."""
-
-    def read(
-        self, prepare: Callable[[WanTransformer3DModel], object] | None
-    ) -> WanTransformer3DModel:
-        part = PARTS[self.expert or "high"]
-        transformer = blank_transformer(self.source, getattr(torch, self.dtype), part)
-        if prepare is not None:
-            prepare(transformer)
-        return transformer
-
-
-def blank_velocity_field(
-    *, transformer: str, prompt_length: int, dtype: str, **_: Any
-) -> VelocityField:
-    """Builds a velocity field as load_velocity_field does, on the meta device."""
-    model = blank_transformer(transformer, getattr(torch, dtype))
-    return VelocityField(model, torch.empty(1, prompt_length, model.config.text_dim, device="meta"))
-
-
-def blank_lpips() -> LPIPSFeatures:
-    return LPIPSFeatures(pretrained=False)
-
-
-def blank_vgg(*, imagenet_norm: bool, **_: Any) -> VGGFeatures:
-    return VGGFeatures(imagenet_norm=imagenet_norm, pretrained=False)
-
-
-# Config targets that read weights -> those that build the same without
-BLANK = {
-    "acetate.models.loading.load_vae": "acetate.memory.blank_vae",
-    "acetate.models.dit.FrozenDiT": "acetate.memory.BlankDiT",
-    "acetate.models.dit.load_velocity_field": "acetate.memory.blank_velocity_field",
-    "acetate.losses.perceptual.LPIPSFeatures": "acetate.memory.blank_lpips",
-    "acetate.losses.perceptual.VGGFeatures": "acetate.memory.blank_vgg",
-}
-
-
-def _diffusers_config(source: str, part: str) -> dict[str, Any] | None:
-    folder = Path(source).expanduser()
-    models: dict[str, Any] = {"vae": AutoencoderKLWan}
-    model = models.get(part, WanTransformer3DModel)
-    for place in (folder / part, folder):
-        if (place / "config.json").is_file():
-            config = model.load_config(place)
-            return config if config.get("_class_name") == model.__name__ else None
-    return None
-
-
-def _blank(model: type[M], config: dict[str, Any], dtype: torch.dtype) -> M:
-    with torch.device("meta"):
-        blank = model.from_config(config)
-    precise = set(blank._keep_in_fp32_modules or ())
-    for name, parameter in blank.named_parameters():
-        if precise.isdisjoint(name.split(".")):
-            parameter.data = parameter.data.to(dtype)
-    return blank.eval().requires_grad_(False)
+@contextmanager
+def one_of(ranks: int) -> Iterator[None]:
+    """Makes this process one of so many ranks, where they are several; what they send each other
+    has no numbers."""
+    if ranks > 1:
+        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
+    try:
+        yield
+    finally:
+        if ranks > 1:
+            dist.destroy_process_group()
 
 
 def build(task: MeasuredTask) -> None:
@@ -290,15 +217,12 @@ def measure(
     whose tensors it replaces.
 
     precision: of the trainer. ema: whether an average of what trains is kept. geometry: of the VAE,
-    where the task reads latents. Raises ValueError for an unknown precision, or for clips that the
-    task cannot take.
+    where the task reads latents. Raises ValueError for an unknown precision, or for unfit clips.
     """
     if precision not in AUTOCAST:
         raise ValueError(f"trainer.precision {precision!r}; known: {', '.join(AUTOCAST)}.")
     counts = [(p.numel(), p.requires_grad) for p in task.parameters()]
-    packed = sum(  # that NF4 has two of in a place
-        layer.weight.numel() for layer in held_layers(task).values() if layer.kind == "nf4"
-    )
+    packed = _packed(task)
     quiet, away = warnings.catch_warnings(), kept_in("meta")
     with FakeTensorMode(allow_non_fake_inputs=True), cuda_autocast(), quiet, away:
         # There is no trainer to log to, and the kernels are a CPU's
@@ -344,6 +268,9 @@ def measure(
             flops=flops.total,
             host=host,
             shards=not held and task.shardable,
+            clip_ranks=getattr(task, "context_parallel", 1),
+            exchanged=sum(flops.exchanged),
+            exchanges=len(flops.exchanged),
         )
 
 
@@ -368,6 +295,12 @@ def _optimizer(
     optimizer.step()  # makes the moments
     kept = tree_leaves(list(optimizer.state.values()))
     return lambda: optimizer.step(), [x for x in kept if isinstance(x, Tensor)]
+
+
+def _packed(task: nn.Module) -> int:
+    """Returns how many weights NF4 has beside another one in its place."""
+    held = held_layers(task).values()
+    return sum(layer.weight.numel() for layer in held if layer.kind == "nf4")
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:

@@ -14,14 +14,24 @@ class StepTrainer(Trainer):
 
     All that is logged stands at N, the number of finished steps, with `epoch`, the passes over the
     training data, where the data module counts them (`passes`). Several devices or processes use
-    DDP unless a strategy is given. find_unused_parameters: DDP's own.
+    DDP unless a strategy is given. find_unused_parameters: DDP's own. context_parallel: ranks that
+    share their clips. Raises ValueError where it does not divide them.
     """
 
     datamodule: Any  # set by Lightning, which does not say so
     log_every_n_steps: int
 
-    def __init__(self, *, find_unused_parameters: bool = False, **settings: Any) -> None:
+    def __init__(
+        self, *, find_unused_parameters: bool = False, context_parallel: int = 1, **settings: Any
+    ) -> None:
         super().__init__(**settings)
+        if self.world_size % context_parallel:
+            raise ValueError(
+                f"task.context_parallel={context_parallel} processes share a clip, this run has "
+                f"{self.world_size}. Start a multiple of {context_parallel}, or give "
+                "task.context_parallel=1."
+            )
+        self.context_parallel = context_parallel
         if isinstance(self.strategy, DDPStrategy) and settings.get("strategy", "auto") == "auto":
             unused = find_unused_parameters  # buffers never change
             seams.set_ddp(self.strategy, find_unused_parameters=unused, broadcast_buffers=False)
@@ -35,10 +45,23 @@ class StepTrainer(Trainer):
         return self.global_step % self.val_check_interval == 0
 
     @property
+    def distributed_sampler_kwargs(self) -> dict[str, Any] | None:
+        """Number of readers of clips, and which one this rank is: ranks that share their clips are
+        one."""
+        place = super().distributed_sampler_kwargs
+        return place and {name: value // self.context_parallel for name, value in place.items()}
+
+    @property
     def passes(self) -> float:
         """Passes over the training data, of all ranks together; Lightning's epochs where nothing
         counts them."""
         return float(getattr(self.datamodule, "passes", self.current_epoch))
+
+
+def reader(trainer: Trainer) -> tuple[int, int]:
+    """Returns which reader of clips this rank is, and how many there are."""
+    place = trainer.distributed_sampler_kwargs or {"rank": 0, "num_replicas": 1}
+    return place["rank"], place["num_replicas"]
 
 
 def ends_step(task: LightningModule) -> bool:

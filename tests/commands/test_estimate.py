@@ -2,8 +2,9 @@ import json
 from dataclasses import replace
 
 import pytest
+from diffusers import WanTransformer3DModel
 
-from acetate import memory
+from acetate import blank
 from acetate.commands.estimate import (
     CARDS,
     GPUS,
@@ -17,6 +18,7 @@ from acetate.commands.estimate import (
 )
 from acetate.memory import Footprint, Load
 from tests.compose import called, composed
+from tests.conftest import TINY
 from tests.paths import ROOT
 
 EXPERIMENTS = sorted(path.stem for path in (ROOT / "conf/experiment").glob("*.yaml"))
@@ -67,6 +69,7 @@ def test_remedies_name_what_the_config_has(tmp_path):
         "task.base.weights=fp8 (one GPU)",
         "task.base.offload=true (one GPU)",
         "task.checkpointing=offload",
+        "task.context_parallel=2 (GPUs that share a clip)",
         "latents cached with fewer frames or a smaller area",
     ]
 
@@ -77,7 +80,7 @@ def test_targets_are_replaced_however_deep():
         "_target_": "b.C",
     }
     assert without_weights(config) == {
-        "a": [{"_target_": "acetate.memory.blank_vae", "source": "x"}],
+        "a": [{"_target_": "acetate.blank_vae", "source": "x"}],
         "_target_": "b.C",
     }
 
@@ -112,8 +115,8 @@ def test_a_batch_has_clips(tmp_path):
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_every_experiment_has_an_answer(experiment, tmp_path, monkeypatch, capsys):
     """The 14B as it is; of the 1.3B, whose blocks take as long, eight of thirty."""
-    few = {**memory.WAN21["1.3B"], "num_layers": 8}
-    monkeypatch.setitem(memory.WAN21, "1.3B", few)
+    few = {**blank.WAN21["1.3B"], "num_layers": 8}
+    monkeypatch.setitem(blank.WAN21, "1.3B", few)
     out = tmp_path / "deep/out.json"
     called("estimate", f"experiment={experiment}", f"out={out}")
     printed, found = capsys.readouterr().out, json.loads(out.read_text())
@@ -130,3 +133,36 @@ def test_every_experiment_has_an_answer(experiment, tmp_path, monkeypatch, capsy
         assert found["parameters"] - found["trainable_parameters"] == count
         assert found["frozen"] == pytest.approx(2 * count, rel=0.01)
         assert found["trainable_parameters"] == 155_750_400
+
+
+@pytest.mark.slow
+def test_terms_of_held_weights_and_eight_bit_moments(tmp_path):
+    """By hand, on a base of two blocks of 128 channels: eight layers of 128x128, one each way of
+    the feed-forward of 256."""
+    base = WanTransformer3DModel.load_config(TINY, subfolder="transformer")
+    (tmp_path / "transformer").mkdir()
+    config = json.dumps({**base, "num_layers": 2})
+    (tmp_path / "transformer/config.json").write_text(config)
+    weights, rows, layers = 2 * (8 * 128 * 128 + 2 * 128 * 256), 2 * (9 * 128 + 256), 2 * 10
+
+    def found(*more):
+        return footprint(composed(
+            tmp_path, "experiment=dit_dora", f"wan.transformer={tmp_path}", "rgba_vae=x",
+            "data.latents=x", "data.batch_size=1", "task.checkpointing=true", *more,
+        ))[1]  # fmt: skip
+
+    plain = found()
+    fp8 = found("task.base.weights=fp8", "task.optimizer=bitsandbytes.AdamW8bit")
+    assert plain.frozen - fp8.frozen == 4 * weights - (weights + 4 * rows)
+    assert (fp8.host, fp8.shards, fp8.parameters) == (0, False, plain.parameters)
+    assert plain.shards and fp8.trainable == plain.trainable
+    # magnitudes are small and stay in fp32; A and B of rank 32 have a scale for each 256 values
+    large = plain.trainable_parameters - rows
+    assert plain.optimizer == pytest.approx(2 * plain.trainable, rel=0.01)
+    assert fp8.optimizer == 8 * rows + 2 * large + 8 * large // 256
+    nf4 = found("task.base.weights=nf4", "task.base.offload=true")
+    held, scales, pairs = weights // 2, 4 * weights // 64, layers * 256 * 2 * 4
+    assert (nf4.host, nf4.gathered, nf4.parameters) == (held, held, plain.parameters)
+    assert plain.frozen - nf4.frozen == 4 * weights - scales - pairs
+    assert nf4.per_gpu(1)["gathered weights"] == held  # both blocks
+    assert plain.per_gpu(1)["gathered weights"] == 0

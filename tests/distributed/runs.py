@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from diffusers import WanTransformer3DModel
+from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from lightning import Callback, LightningModule, Trainer, seed_everything
 from torch import nn
@@ -19,6 +21,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from acetate.callbacks.metrics_file import MetricsFile
 from acetate.data.clips import ClipDataModule
 from acetate.formats.sharded import read_sharded, write_sharded
+from acetate.models.dit import add_dora, checkpoint_blocks, compile_blocks, velocity
+from acetate.models.ulysses import ClipRanks, share_tokens
 from tests.compose import composed
 
 GLOBAL_BATCH = 4
@@ -93,9 +97,14 @@ def refused(*arguments: Any) -> str:
     """The error of such a run."""
     try:
         fit(*arguments)
-    except ValueError as error:
+    except (ValueError, InstantiationException) as error:
         return str(error)
     raise AssertionError("it ran")
+
+
+def refusals(arguments: Sequence[tuple]) -> list[str]:
+    """The error of each of several runs."""
+    return [refused(*given) for given in arguments]
 
 
 class Seen(LightningModule):
@@ -210,3 +219,40 @@ def unwritten(folder: Path) -> list[str]:
         except OSError as error:
             said.append(str(error))
     return said
+
+
+def clip_step(
+    count: int, config: dict[str, Any], latents: Sequence[int], way: str
+) -> tuple[float, dict[str, Any]]:
+    """Loss and gradients of a DiT with DoRA, which `count` ranks run on one clip, as DDP averages
+    them over all ranks."""
+    generator = torch.Generator().manual_seed(0)
+    torch.manual_seed(0)
+    transformer = WanTransformer3DModel(**config)
+    add_dora(transformer, 4, 4.0)
+    for parameter in transformer.parameters():
+        if parameter.requires_grad:  # at B = 0, A would have no gradient
+            parameter.data += torch.randn(parameter.shape, generator=generator) / 50
+    x, context = (
+        torch.randn(1, *shape, generator=generator)
+        for shape in (latents, (8, transformer.config.text_dim))
+    )
+    if count > 1:
+        share_tokens(transformer, ClipRanks(count))
+    if way == "compiled":
+        compile_blocks(transformer, checkpointing=True, backend="eager")
+    elif way == "recomputed":
+        checkpoint_blocks(transformer.train())
+    loss = (velocity(transformer, x, torch.tensor([700.0]), context) - x).square().mean()
+    loss.backward()
+    found = {name: p.grad for name, p in transformer.named_parameters() if p.requires_grad}
+    for gradient in found.values():
+        dist.all_reduce(gradient)
+        gradient /= dist.get_world_size()
+    return float(loss.detach()), {name: value.numpy() for name, value in found.items()}
+
+
+def clip_steps(cases: dict[Any, tuple]) -> dict[Any, tuple[float, dict[str, Any]]]:
+    """clip_step(*arguments) of each, on rank 0."""
+    found = {name: clip_step(*arguments) for name, arguments in cases.items()}
+    return found if dist.get_rank() == 0 else {}

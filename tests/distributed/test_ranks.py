@@ -159,6 +159,32 @@ def test_ddp_trains_on_stills(stages, tmp_path):
     assert_close(two["losses"], one["losses"], rtol=1e-6, atol=1e-6)
 
 
+def test_ddp_trains_on_held_weights(stages, tmp_path):
+    """Which every rank has rounded by itself and holds in its own memory."""
+    settings = [
+        *stages["dit"], "task.base.weights=fp8", "task.base.offload=true", "trainer.max_steps=2",
+        "callbacks.checkpoint=null", "callbacks.samples=null",
+    ]  # fmt: skip
+    one = launch(1, runs.fit, tmp_path / "one", "default", settings)[0]
+    two = launch(2, runs.fit, tmp_path / "two", "ddp", settings)[0]
+    assert_close(two["losses"], one["losses"], rtol=1e-6, atol=1e-6)
+
+
+def test_colour_and_alpha_in_one_sequence_train_on_many_ranks(cached_joint, tmp_path):
+    settings = [
+        "experiment=dit_joint", f"data.latents={cached_joint}", "task.rank=4",
+        "trainer.max_steps=3", "trainer.log_every_n_steps=1", "+trainer.limit_val_batches=0",
+        "callbacks.checkpoint=null", "callbacks.samples=null",
+    ]  # fmt: skip
+    one = launch(1, runs.fit, tmp_path / "one", "default", settings)[0]
+    arguments = {kind: (tmp_path / kind, kind, settings) for kind in ("ddp", "fsdp")}
+    two = launch(2, runs.fits, arguments)[0]
+    assert one["losses"][0] != one["losses"][-1]
+    for kind in arguments:
+        assert_close(two[kind]["losses"], one["losses"], rtol=1e-6, atol=1e-6)
+    assert two["fsdp"]["held"] < 0.7 * one["held"]
+
+
 @pytest.mark.parametrize("stage", ["vae", "dit"])
 def test_bad_clips_weigh_nothing(stages, clips, tmp_path, stage):
     """On one process they leave a batch of four, on four a rank has no other clip."""

@@ -8,6 +8,7 @@ from diffusers.loaders.single_file_utils import (
     convert_wan_vae_to_diffusers,
 )
 
+from acetate.blank import blank_transformer
 from acetate.formats.names import (
     dit_name,
     original_dit_name,
@@ -15,7 +16,6 @@ from acetate.formats.names import (
     original_vae_name,
     vae_name,
 )
-from acetate.memory import blank_transformer
 from acetate.models.experts import PARTS
 
 

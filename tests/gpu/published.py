@@ -4,7 +4,7 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
-from acetate import memory
+from acetate.blank import blank_vae
 from acetate.commands import as_on_gpu
 from acetate.commands.estimate import blank_task
 from acetate.models.wan import Geometry
@@ -71,7 +71,7 @@ def batch_of(task: MeasuredTask, config: DictConfig, device: str) -> dict:
         prompt_length=wan.prompt_length,
     )  # fmt: skip
     with torch.device(device):
-        batch = task.example_batch(load, Geometry.of(memory.blank_vae(wan.vae)))
+        batch = task.example_batch(load, Geometry.of(blank_vae(wan.vae)))
     generator = torch.Generator(device).manual_seed(1)
     for value in batch.values():
         if isinstance(value, Tensor):

@@ -7,6 +7,7 @@ from hydra.utils import instantiate
 from lightning import Trainer
 
 from acetate import memory
+from acetate.blank import blank_vae
 from acetate.models.text import embed_prompt
 from acetate.models.wan import Geometry
 from tests.compose import composed
@@ -46,7 +47,7 @@ def test_a_step_on_one_gpu(experiment, released, tmp_path, two_blocks):
     with fake_gpu():
         with torch.device("cuda:0"):
             task.configure_model()
-            batch = task.example_batch(load, Geometry.of(memory.blank_vae(wan.vae)))
+            batch = task.example_batch(load, Geometry.of(blank_vae(wan.vae)))
             if experiment == "dit_dora":
                 batch["null_context"] = torch.empty_like(batch["context"][:1])
         task.to("cuda:0")

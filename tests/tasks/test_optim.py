@@ -2,11 +2,16 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.testing import assert_close
 
+from acetate.commands.train import check_average
 from acetate.formats.resumable import check_optimizers
+from acetate.models.adapters import trainable_state
 from acetate.tasks.optim import optimizer_class, with_warmup
+from tests.compose import composed
 from tests.tasks.test_dit import config_for, fit
 
 
@@ -52,7 +57,7 @@ def test_a_gpu_has_one_kernel_whatever_the_checkpoint_had(had):
         ("Adamm", r"torch.optim has no such optimizer; the nearest is Adam\."),
         ("LBFGS", "torch.optim has no such optimizer"),  # it needs a closure
         ("Optimizer", "torch.optim has no such optimizer"),
-        ("os.system", "of the package os; known: torch.optim, bitsandbytes"),
+        ("os.system", "of the package os; known: torch.optim, bitsandbytes, schedulefree"),
         ("bitsandbytes.AdamW8bit", "bitsandbytes is not installed"),
     ],
 )
@@ -78,3 +83,38 @@ def test_a_run_goes_on_bit_for_bit(tmp_path, cached, name):
     held[next(iter(held))] = torch.tensor(float("nan"))
     with pytest.raises(ValueError, match=r"optimizer_states\[0\].state.*must be finite"):
         check_optimizers(state | {"lr_schedulers": []}, [optimizer], [])
+
+
+@pytest.mark.slow
+def test_schedule_free_runs_go_on_and_keep_their_average(tmp_path, cached):
+    """Bit for bit; validations and adapter files have what the optimizer calls its average."""
+    pytest.importorskip("schedulefree")
+    more = [
+        "callbacks=ema", "task.optimizer=schedulefree.AdamWScheduleFree", "task.lr=0.01",
+        "trainer.val_check_interval=1", "task.decay_steps=null", "task.warmup_steps=0",
+    ]  # fmt: skip
+    trainer, task, whole = fit(config_for(tmp_path / "whole", cached, *more, "trainer.max_steps=4"))
+    fit(config_for(tmp_path / "parts", cached, *more, "trainer.max_steps=2"))
+    last = tmp_path / "parts/checkpoints/last.ckpt"
+    again = fit(
+        config_for(tmp_path / "parts", cached, *more, "trainer.max_steps=4"), resume=str(last)
+    )
+    assert again[2].losses == whole.losses[2:]
+    for name, value in trainable_state(task).items():
+        assert torch.equal(value, trainable_state(again[1])[name]), name
+    trained = {name: value.clone() for name, value in trainable_state(task).items()}
+    adapters = load_file(tmp_path / "whole/checkpoints/last.safetensors")
+    trainer.optimizers[0].eval()
+    moved = 0.0
+    for name, value in trainable_state(task).items():
+        assert_close(adapters[name], value, rtol=0, atol=1e-7, msg=name)
+        moved = max(moved, float((value - trained[name]).detach().abs().max()))
+    assert moved > 1e-4
+
+
+def test_a_schedule_free_run_needs_its_average(tmp_path):
+    config = composed(
+        tmp_path, "experiment=dit_dora", "task.optimizer=schedulefree.SGDScheduleFree"
+    )
+    with pytest.raises(ValueError, match="Add callbacks=ema"):
+        check_average(config)

@@ -1,16 +1,20 @@
 """Exponential moving average of what trains."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.optim import Optimizer
 
 
 class EMA(Callback):
     """Keeps an average: ema <- d * ema + (1 - d) * w after each step, d = min(decay, (1 + step) /
     (10 + step)).
+
+    A schedule-free optimizer has an average of its own, which is taken in its place.
 
     Validation and adapter files see the average; training and the optimizer never do. Kept in fp32
     in the checkpoint, and whole where weights are sharded, so that a resumed run goes on with it.
@@ -39,9 +43,15 @@ class EMA(Callback):
             return
         self.step = trainer.global_step
         decay = min(self.decay, (1 + self.step) / (10 + self.step))
-        training = {n: p.float() for n, p in pl_module.named_parameters() if n in self.average}
+        training = {n: p for n, p in pl_module.named_parameters() if n in self.average}
+        for parameter, own in own_averages(trainer.optimizers).items():
+            for name in [name for name, p in training.items() if p is parameter]:
+                self.average[name].copy_(own)
+                del training[name]
         averages = [_local(self.average[name]) for name in training]
-        torch._foreach_lerp_(averages, [_local(p) for p in training.values()], 1 - decay)
+        if averages:
+            values = [_local(p.float()) for p in training.values()]
+            torch._foreach_lerp_(averages, values, 1 - decay)
 
     @torch.no_grad()
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -69,6 +79,20 @@ class EMA(Callback):
 
 def _local(value: Tensor) -> Tensor:
     return value.to_local() if isinstance(value, DTensor) else value
+
+
+def own_averages(optimizers: Sequence[Optimizer]) -> dict[Tensor, Tensor]:
+    """Returns the averages that schedule-free optimizers keep of parameters (Defazio et al. 2024,
+    arXiv 2405.15682, equation 6): x of y = (1 - beta) z + beta x, where y is the parameter and z in
+    the optimizer's state."""
+    found = {}
+    for optimizer in optimizers:
+        for group in [group for group in optimizer.param_groups if "train_mode" in group]:
+            beta = group["betas"][0] if "betas" in group else group["momentum"]
+            for y in group["params"]:
+                if "z" in optimizer.state[y]:
+                    found[y] = y.lerp(optimizer.state[y]["z"], 1 - 1 / beta)
+    return found
 
 
 def _assign(target: Tensor, value: Tensor) -> Tensor:

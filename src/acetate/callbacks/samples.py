@@ -21,6 +21,7 @@ from acetate.lightning_seams import log_row
 from acetate.pages import of_run
 from acetate.pages.clips import shown
 from acetate.sampling import EllipsePath, Solver, decode, sample_clips
+from acetate.steps import reader
 from acetate.video_out import write_clip
 
 FRAMES_SHOWN = 4
@@ -191,10 +192,11 @@ class Samples(Callback):
         ]
         clips: list[tuple[Tensor, Tensor]] = []
         # one at a time on each rank: training holds most of the memory
-        for first in range(0, len(self.shown), trainer.world_size):
+        place, readers = reader(trainer)
+        for first in range(0, len(self.shown), readers):
             # A rank for which none is left makes the last one, too: sharded weights are gathered by
             # all ranks together
-            index = min(first + trainer.global_rank, len(self.shown) - 1)
+            index = min(first + place, len(self.shown) - 1)
             guide = ellipses[index]
             mine = self.given[index] if self.given else {}
             given = {name: value.to(device) for name, value in mine.items()}
@@ -217,7 +219,10 @@ class Samples(Callback):
                 (picture,) = decode(self.vae, given["condition"][:, :, :1])
                 made = (torch.cat([picture[0], made[0]], 1), torch.cat([picture[1], made[1]], 1))
             self.vae.cpu()
-            clips += of_all_ranks(pl_module, made) if trainer.world_size > 1 else [made]
+            if trainer.world_size > 1:  # ranks that share their clips have made the same one
+                clips += of_all_ranks(pl_module, made)[:: trainer.world_size // readers]
+            else:
+                clips.append(made)
         if device.type == "cuda":
             torch.cuda.empty_cache()
         return [(prompt, *clip) for prompt, clip in zip(self.shown, clips, strict=False)]

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from acetate.callbacks.metrics_file import Best, MetricsFile, best_of, direction, read_metrics
 from acetate.pages.of_run import PAGE
+from acetate.steps import reader
 
 log = logging.getLogger(__name__)
 # train.log alone: tracebacks, of which the console has the message
@@ -84,6 +85,8 @@ class Story(Callback):
         rows["device"] = self.device + (
             f", {trainer.world_size} processes" if trainer.world_size > 1 else ""
         )
+        shared = trainer.world_size // reader(trainer)[1]
+        rows["device"] += f", {shared} to a clip" if shared > 1 else ""
         rows["device"] += f", {trainer.precision}"
         rows |= self._places(trainer)
         _say(self.name, rows)
@@ -181,7 +184,7 @@ class Story(Callback):
         batch = getattr(trainer.datamodule, "batch_size", None)  # type: ignore[attr-defined]
         text = f"{first:,} to {last:,}" if last > 0 else f"from {first:,} on"
         if batch:
-            clips = batch * trainer.world_size * trainer.accumulate_grad_batches
+            clips = batch * reader(trainer)[1] * trainer.accumulate_grad_batches
             text += f", {clips} clip{'s' * (clips > 1)} each"
         every = trainer.val_check_interval
         return text + (f", validation every {every:,}" if isinstance(every, int) else "")

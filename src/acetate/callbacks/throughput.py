@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from acetate.lightning_seams import log_row, step_is_due
+from acetate.steps import reader
 
 
 class Throughput(Callback):
@@ -63,21 +64,21 @@ class Throughput(Callback):
         self._ended = perf_counter()
         self._busy += self._ended - self._started
         if last:
-            log_row(trainer, self._metrics(trainer.world_size, pl_module.device))
+            log_row(trainer, self._metrics(reader(trainer)[1], pl_module.device))
             self._open_window()
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._ended = None
 
-    def _metrics(self, ranks: int, device: torch.device) -> dict[str, float]:
+    def _metrics(self, readers: int, device: torch.device) -> dict[str, float]:
         seconds = self._busy + self._wait
         metrics = {
-            "perf/clips_per_s": ranks * self._clips / seconds,
+            "perf/clips_per_s": readers * self._clips / seconds,
             "perf/step_s": self._busy / self._steps,
             "perf/data_wait_share": self._wait / seconds,
         }
         if self._frames:
-            metrics["perf/frames_per_s"] = ranks * self._frames / seconds
+            metrics["perf/frames_per_s"] = readers * self._frames / seconds
         if device.type == "cuda":
             metrics["perf/peak_gpu_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
         else:

@@ -20,6 +20,7 @@ from diffusers import WanTransformer3DModel
 from peft import LoraConfig
 from torch import Tensor
 
+from acetate.blank import blank_transformer
 from acetate.cli import conf
 from acetate.commands.benchmark_clock import (
     DTYPES,
@@ -33,7 +34,6 @@ from acetate.commands.benchmark_clock import (
 )
 from acetate.commands.benchmark_flops import Shape, count_step, needed_flops
 from acetate.draws import generator_for
-from acetate.memory import blank_transformer
 from acetate.models import dit
 from acetate.regions import check_clip_shape
 

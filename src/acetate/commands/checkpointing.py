@@ -107,10 +107,10 @@ def _with_largest(config: DictConfig, data: Any) -> DictConfig:
     samples = [s for one in manifests for shard in one["shards"] for s in shard["samples"]]
     if not samples:  # which the data module tells
         return config
-    from acetate import memory
+    from acetate.blank import blank_vae
     from acetate.models.wan import Geometry
 
-    geometry = Geometry.of(memory.blank_vae(config.wan.vae))
+    geometry = Geometry.of(blank_vae(config.wan.vae))
     frames, height, width = max((s["shape"] for s in samples), key=math.prod)
     config = config.copy()
     config.wan.frames = 1 + (frames - 1) * geometry.time_stride

@@ -1,7 +1,7 @@
 """acetate cost experiment=NAME [...]: time, communication and data of a run on 1 to 512 GPUs."""
 
 from collections.abc import Callable, Iterable
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from functools import partial
 from pathlib import Path
 from typing import Any, get_args
@@ -12,10 +12,11 @@ from rich.console import Console
 from rich.table import Table
 
 from acetate import memory
+from acetate.blank import blank_transformer, blank_vae
 from acetate.cli import run
 from acetate.commands import as_on_gpu
 from acetate.commands.checkpointing import automatic, settled
-from acetate.commands.estimate import blank_task, footprint
+from acetate.commands.estimate import blank_task, clip_ranks, footprint
 from acetate.cost import (
     Assumptions,
     Cost,
@@ -45,27 +46,28 @@ def sample_bytes(config: DictConfig, load: memory.Load) -> float:
     clip in its shard, whatever is cut from it."""
     if "latents" not in config.data:
         return config.cost.clip_mb * 1e6
-    shape = Geometry.of(memory.blank_vae(config.wan.vae)).latent_shape(
+    shape = Geometry.of(blank_vae(config.wan.vae)).latent_shape(
         load.frames, load.height, load.width
     )
-    dit = memory.blank_transformer(config.wan.transformer, torch.float32).config
+    dit = blank_transformer(config.wan.transformer, torch.float32).config
     tokens = min(config.cost.prompt_tokens, load.prompt_length)
     given = "condition_dropout" in config.task  # of image to video
     image = (TOKENS, dit.image_dim) if given and dit.image_dim else None
     return latent_sample_bytes(shape, tokens, dit.text_dim, condition=given, image=image)
 
 
-def limit(at: Callable[[int], Cost], least: float) -> Cost | None:
+def limit(at: Callable[[int], Cost], least: float, shared: int = 1) -> Cost | None:
     """Returns the first of 1, 2, 4, ... GPUs where less than `least` of a step computes; None where
-    there is none."""
-    return next((one for one in map(at, DOUBLINGS) if one.scaling < least), None)
+    there is none. shared: GPUs of a clip, which are counted as one."""
+    return next((one for n in DOUBLINGS if (one := at(shared * n)).scaling < least), None)
 
 
-def shares(batch: int, batch_size: int, gpus: Iterable[int]) -> dict[int, int]:
+def shares(batch: int, batch_size: int, gpus: Iterable[int], shared: int = 1) -> dict[int, int]:
     """Returns the numbers of GPUs that share a batch of clips in whole passes, with the passes of
-    each GPU; the last number is the most."""
+    each GPU; the last number is the most. shared: GPUs of a pass."""
     most = batch // batch_size
-    return {n: most // n for n in sorted({*gpus, most}) if most % n == 0}
+    readers = sorted({*(n // shared for n in gpus if n % shared == 0), most})
+    return {shared * n: most // n for n in readers if most % n == 0}
 
 
 def verdicts(
@@ -96,12 +98,14 @@ def digits(value: float) -> str:
 def table(costs: list[Cost]) -> Table:
     view = Table("GPUs", "step, s", "compute, s", "communication, s", "sent per GPU, GB", "clips/s",
         "computes",
+                 *(["exchange, s"] if costs[0].exchange else []),
                  "data per node, MB/s", "fits")  # fmt: skip
     for one in costs:
         view.add_row(
             str(one.gpus), digits(one.step), digits(one.compute), digits(one.communication),
             digits(one.sent / 1e9),
-            digits(one.clips_per_second), f"{one.scaling:.0%}", digits(one.data_per_node / 1e6),
+            digits(one.clips_per_second), f"{one.scaling:.0%}",
+            *([digits(one.exchange)] if costs[0].exchange else []), digits(one.data_per_node / 1e6),
             "yes" if one.fits else "no",
         )  # fmt: skip
     return view
@@ -123,6 +127,12 @@ def check(config: DictConfig) -> None:
     if not OmegaConf.is_list(gpus) or not gpus or not all(counts(n) for n in gpus):
         raise ValueError(
             f"cost.gpus={gpus}; a list of whole numbers from 1 on, as in cost.gpus=[1,8]"
+        )
+    shared = clip_ranks(config)
+    if not any(n % shared == 0 for n in gpus):
+        raise ValueError(
+            f"cost.gpus={gpus}: none is a multiple of task.context_parallel={shared}, the GPUs "
+            "of a clip"
         )
     if not OmegaConf.is_dict(settings.gpu):
         raise ValueError(
@@ -163,15 +173,15 @@ def main(config: DictConfig) -> None:
     settings = config.cost
     check(config)
     gpu = card(config)
-    names = ("efficiency", "bandwidth_share", "overlap", "latency_us")
-    assumed = Assumptions(**{name: settings[name] for name in names})
-    settled_config = settled(config, False)
-    load, found = footprint(settled_config)
+    assumed = Assumptions(**{of.name: settings[of.name] for of in fields(Assumptions)})
+    chosen = settled(config, False)
+    load, found = footprint(chosen)
     if automatic(config) and found.held(1, False) > memory.room(gpu.memory_gib):
-        settled_config = settled(config, True)
-        load, found = footprint(settled_config)
-    config = settled_config
-    trained = trained_groups(blank_task(config))
+        chosen = settled(config, True)
+        load, found = footprint(chosen)
+    config, shared = chosen, found.clip_ranks
+    with memory.one_of(shared):
+        trained = trained_groups(blank_task(config))
     read = sample_bytes(config, load)
     console = Console(width=120, highlight=False)
     console.print(
@@ -184,21 +194,24 @@ def main(config: DictConfig) -> None:
         f"{assumed.overlap:.0%} of the compute"
     )
     passes = config.trainer.accumulate_grad_batches
-    batch = settings.global_batch or load.batch_size * passes * gpu.gpus_per_node
+    batch = settings.global_batch or load.batch_size * passes * max(1, gpu.gpus_per_node // shared)
     results: dict[str, Any] = {"global_batch": batch, "limit": {}, "fixed_batch": {}}
     for strategy in settings.strategies:
+        if strategy == "fsdp" and not found.shards:
+            console.print("FSDP2 cannot shard frozen weights that are held in another way")
+            continue
         sent = payload(found, strategy, trained)
         at = partial(
             cost, found=found, strategy=strategy, sent=sent, gpu=gpu, assumed=assumed,
             batch_size=load.batch_size,
             clip_bytes=read,
         )  # fmt: skip
-        costs = [at(gpus, accumulate=passes) for gpus in sorted(settings.gpus)]
+        costs = [at(n, accumulate=passes) for n in sorted(settings.gpus) if n % shared == 0]
         fixed = [
             at(gpus, accumulate=n)
-            for gpus, n in shares(batch, load.batch_size, settings.gpus).items()
+            for gpus, n in shares(batch, load.batch_size, settings.gpus, shared).items()
         ]
-        bad = limit(partial(at, accumulate=passes), settings.least_scaling)
+        bad = limit(partial(at, accumulate=passes), settings.least_scaling, shared)
         view = table(costs)
         view.title = {"ddp": "DDP", "fsdp": "FSDP2"}[strategy]
         console.print(view)

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from acetate import memory
+from acetate.blank import BLANK, blank_vae
 from acetate.cli import run
 from acetate.commands import as_on_gpu
 from acetate.commands.checkpointing import automatic, forced, settled
@@ -30,7 +31,7 @@ def without_weights(node: Any) -> Any:
     if not isinstance(node, dict):
         return node
     return {
-        name: memory.BLANK.get(value, value) if name == "_target_" else without_weights(value)
+        name: BLANK.get(value, value) if name == "_target_" else without_weights(value)
         for name, value in node.items()
     }
 
@@ -41,9 +42,13 @@ def blank_task(config: DictConfig) -> MeasuredTask:
     settings = without_weights(OmegaConf.to_container(settled(config, True).task, resolve=True))
     # a metric, weights of the same shape, and what takes minutes
     unused = {"lpips": False, "init_from": None, "compile": False}
-    task = instantiate(
+    optimizer = settings.get("optimizer", "AdamW")
+    if optimizer.startswith(("bitsandbytes.", "schedulefree.")):  # which need not be installed here
+        unused["optimizer"] = "AdamW"
+    task: Any = instantiate(
         settings | {name: value for name, value in unused.items() if name in settings}
     )
+    task.optimizer = optimizer
     memory.build(task)
     return task
 
@@ -64,22 +69,29 @@ def footprint(config: DictConfig) -> tuple[memory.Load, memory.Footprint]:
         width=clip.width,
         prompt_length=0 if wan is None else wan.prompt_length,
     )
-    return load, memory.measure(
-        blank_task(config),
-        load,
-        precision=config.trainer.precision,
-        ema=config.callbacks.get("ema") is not None,
-        geometry=None if wan is None else Geometry.of(memory.blank_vae(wan.vae)),
-    )
+    with memory.one_of(clip_ranks(config)):
+        return load, memory.measure(
+            blank_task(config),
+            load,
+            precision=config.trainer.precision,
+            ema=config.callbacks.get("ema") is not None,
+            geometry=None if wan is None else Geometry.of(blank_vae(wan.vae)),
+        )
+
+
+def clip_ranks(config: DictConfig) -> int:
+    """Returns how many ranks share a clip."""
+    return (config.get("task") or {}).get("context_parallel", 1)
 
 
 def counts(found: memory.Footprint) -> tuple[int, ...]:
-    """Returns the numbers of GPUs that a run can be sharded over."""
-    return GPUS if found.shards else GPUS[:1]
+    """Returns the numbers of GPUs that a run can be sharded over, and 1: whole on each."""
+    return tuple(sorted({1, *(found.clip_ranks * n for n in GPUS)} if found.shards else {1}))
 
 
 def table(found: memory.Footprint) -> Table:
-    heads = ("1 GPU" if n == 1 else f"{n} GPUs, trainer=fsdp" for n in counts(found))
+    alone = "1 GPU" if found.clip_ranks == 1 else f"{found.clip_ranks} GPUs, trainer=ddp"
+    heads = (alone if n == 1 else f"{n} GPUs, trainer=fsdp" for n in counts(found))
     view = Table("GiB per GPU", *heads)
     columns = [found.per_gpu(n) for n in counts(found)]
     for row in columns[0]:
@@ -93,14 +105,15 @@ def verdict(found: memory.Footprint, card: int) -> str:
     """Says how many GPUs of a card a run takes, or which share of the activations fits the most of
     them."""
     enough = [n for n in counts(found) if found.per_gpu(n)["total"] <= memory.room(card)]
+    alone = "one GPU" if found.clip_ranks == 1 else f"the {found.clip_ranks} of a clip"
     if enough:
         return (
-            "fits one GPU"
+            f"fits {alone}"
             if enough[0] == 1
-            else f"does not fit one GPU; fits {enough[0]}, {SHARDED}"
+            else f"does not fit {alone}; fits {enough[0]}, {SHARDED}"
         )
     most = found.per_gpu(counts(found)[-1])
-    named = f"{GPUS[-1]}, even sharded" if found.shards else "one GPU"
+    named = f"{counts(found)[-1]}, even sharded" if found.shards else alone
     clip = most["activations"] + most["working peak"]
     room = memory.room(card) - (most["total"] - clip)
     if room <= 0:
@@ -137,6 +150,8 @@ def remedies(config: DictConfig, load: memory.Load) -> list[str]:
         found.append("task.base.offload=true (one GPU)")
     if task.get("checkpointing") is True and "keep_attention" in task:
         found.append("task.checkpointing=offload")
+    if "context_parallel" in task and "rgb_attends_alpha" not in task:  # which refuses it
+        found.append(f"task.context_parallel={2 * task.context_parallel} (GPUs that share a clip)")
     if load.batch_size > 1:
         found.append(f"data.batch_size={load.batch_size // 2}")
     if "frames" in config.data:
@@ -162,6 +177,8 @@ def main(config: DictConfig) -> None:
         f"train\na step per GPU: {load.batch_size} clip{'s' * (load.batch_size > 1)} of "
         f"{load.frames} frames, {load.height}x{load.width}, {config.trainer.precision}"
     )
+    if found.clip_ranks > 1:
+        console.print(f"{found.clip_ranks} GPUs share them (task.context_parallel)")
     for way, one in ((True, found), (False, without)):
         if one is not None:
             view = table(one)

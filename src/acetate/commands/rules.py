@@ -113,7 +113,7 @@ RULES: dict[str, Rule] = {
     "vocabulary": whole(260, 10**7),
     **dict.fromkeys(("dtype", "frozen_dtype"), dtype),
     # What trains
-    "lora_rank": whole(1, 4096),
+    **dict.fromkeys(("lora_rank", "context_parallel"), whole(1, 4096)),
     "lora_alpha": positive,
     "merge_init": one_of("residual", "scratch"),
     "average_alpha": flag,

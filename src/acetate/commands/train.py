@@ -30,6 +30,7 @@ def main(config: DictConfig) -> float | None:
     checkpoint = checkpoint_to_resume(_in_a_sweep(config.resume), run)
     if checkpoint is not None and _is_over(config, run, checkpoint):
         return None
+    check_average(config)
     data = instantiate(config.data)
     config = settle_checkpointing(config, checkpoint, data)
     lightning.seed_everything(config.seed, workers=True, verbose=False)
@@ -67,6 +68,16 @@ def main(config: DictConfig) -> float | None:
     # a run that had ended before has measured nothing
     objective = trainer.callback_metrics.get(config.objective)
     return None if objective is None else float(objective)
+
+
+def check_average(config: DictConfig) -> None:
+    """Raises ValueError for a schedule-free optimizer without a callback that takes its average."""
+    name = OmegaConf.select(config, "task.optimizer") or ""
+    if name.startswith("schedulefree.") and OmegaConf.select(config, "callbacks.ema") is None:
+        raise ValueError(
+            f"task.optimizer={name} trains towards an average, which callbacks=ema validates "
+            "and exports. Add callbacks=ema."
+        )
 
 
 def _in_a_sweep(resume: str | None) -> str | None:

@@ -23,6 +23,7 @@ from acetate.documents import Schema
 from acetate.lightning_seams import batches_done, replaces_samplers
 from acetate.redaction import redacted
 from acetate.settings import whole
+from acetate.steps import reader
 
 STATE = Schema({"consumed": whole(0, 2**60), "order": whole(-(2**63), 2**63)})
 log = logging.getLogger(__name__)
@@ -268,7 +269,7 @@ class ShardDataModule(LightningDataModule):
         return batches_done(self.trainer)  # not fetched: an interrupted step counts as not done
 
     def _rank_and_world(self) -> tuple[int, int]:
-        """Returns rank and size of the data-parallel group: under tensor parallelism several
+        """Returns rank and size of the data-parallel group: under context parallelism several
         processes share their clips."""
         if self.trainer is None or self.trainer.world_size == 1:
             return 0, 1
@@ -278,8 +279,7 @@ class ShardDataModule(LightningDataModule):
                 "which ends "
                 "exact resume. Set trainer.use_distributed_sampler=false."
             )
-        place = self.trainer.distributed_sampler_kwargs or {"rank": 0, "num_replicas": 1}
-        return place["rank"], place["num_replicas"]
+        return reader(self.trainer)
 
     def _check_even(self, batches: Sequence[int], count: int, kind: str, advice: str = "") -> None:
         """Checks the numbers of validation batches that `count` clips or windows make on each rank.

@@ -9,6 +9,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch.distributed.device_mesh import DeviceMesh
 
 from acetate.models.adapters import ADAPTER_SCHEMA, load_trainable, read_facts, trainable_state
+from acetate.steps import reader
 from acetate.tasks.optim import linear, optimizer_class, with_warmup
 
 
@@ -116,7 +117,7 @@ class AdapterTask(LightningModule):
     def _clips_of_a_step(self) -> int | None:
         """Returns the clips of a step on all ranks; None where the data module does not say."""
         size = getattr(self.trainer.datamodule, "batch_size", None)  # pyright: ignore
-        return size and size * self.trainer.world_size * self.trainer.accumulate_grad_batches
+        return size and size * reader(self.trainer)[1] * self.trainer.accumulate_grad_batches
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["schedule"] = self.schedule()

@@ -24,6 +24,7 @@ from acetate.models.dit import (
 )
 from acetate.models.held import held_layers
 from acetate.models.loading import transformer_sha256
+from acetate.models.ulysses import ClipRanks, check_heads, share_tokens
 from acetate.models.wan import Geometry
 from acetate.steps import ends_step, logs_step
 from acetate.tasks.adapter import AdapterTask
@@ -49,7 +50,7 @@ class DoRATask(AdapterTask, MeasuredTask):
     compile: compiles the blocks, once for each shape of clips. caption_dropout: share of clips that
     see the empty prompt. noise: how noise levels are drawn; null: as Wan. alpha_floor:
     what an empty cell's error counts in training beside a full one's, by coverage in between; null:
-    all the same. optimization: as in AdapterTask.
+    all the same. context_parallel: ranks that share a clip. optimization: as in AdapterTask.
     """
 
     schedule_levels = staticmethod(flow.schedule)
@@ -71,6 +72,7 @@ class DoRATask(AdapterTask, MeasuredTask):
         compile: bool = False,
         noise: flow.NoiseDraws | None = None,
         alpha_floor: float | None = None,
+        context_parallel: int = 1,
         **optimization: Any,
     ) -> None:
         super().__init__(**optimization)
@@ -85,7 +87,8 @@ class DoRATask(AdapterTask, MeasuredTask):
         self.base, self.rank, self.alpha, self.checkpointing = base, rank, alpha, checkpointing
         self.keep_attention, self.compile_blocks = keep_attention, compile
         self.mean_shift, self.caption_dropout, self.seed = mean_shift, caption_dropout, seed
-        self.alpha_floor = alpha_floor
+        self.alpha_floor, self.context_parallel = alpha_floor, context_parallel
+        self.ranks: ClipRanks | None = None
         self.noise, self.levels = noise or flow.NoiseDraws(), self.schedule_levels()
         self.train_levels = self.schedule_levels(shift=self.noise.shift)
         self.levels_by_shift: dict[float, flow.NoiseLevels] = {}
@@ -111,6 +114,11 @@ class DoRATask(AdapterTask, MeasuredTask):
         leave_out_of_ddp(self, [f"transformer.{name}.weight" for name in held])
         self.start(self.transformer)
         self.base_sha256 = transformer_sha256(self.transformer)
+        self.extend(self.transformer)
+        if self.context_parallel > 1:
+            check_heads(self.transformer, self.context_parallel)
+            self.ranks = ClipRanks(self.context_parallel)
+            share_tokens(self.transformer, self.ranks)
         if self.compile_blocks:
             compile_blocks(self.transformer, bool(self.checkpointing), self.keep_attention)
         elif self.checkpointing:
@@ -127,6 +135,10 @@ class DoRATask(AdapterTask, MeasuredTask):
         """Gives the adapters their first values, by the seed."""
         start_dora(transformer, self.seed)
 
+    def extend(self, transformer: WanTransformer3DModel) -> None:
+        """Adds to the base, whose hash is taken, what a kind of model needs beside adapters; here
+        nothing."""
+
     def setup(self, stage: str) -> None:
         manifest = self.trainer.datamodule.manifest  # pyright: ignore[reportAttributeAccessIssue]
         if (found := manifest.get("scheme", "rgba")) != self.scheme:
@@ -142,6 +154,11 @@ class DoRATask(AdapterTask, MeasuredTask):
 
     def on_validation_model_train(self) -> None:
         self.transformer.train()
+
+    def check_shared(self, batch: dict[str, Any]) -> None:
+        """Raises ValueError where ranks that share their clips have different ones."""
+        if self.ranks is not None:
+            self.ranks.check_same(batch["key"], self.device)
 
     def check_fit(self, batch: dict[str, Any]) -> None:
         """Raises ValueError for latents or embeddings of another model than the DiT."""
@@ -242,6 +259,7 @@ class DoRATask(AdapterTask, MeasuredTask):
         return [(self.transformer, [*self.transformer.blocks])]
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
+        self.check_shared(batch)
         draws = ClipDraws(
             batch["key"], self.seed, "train", batch_number(self.trainer), device=self.device
         )
@@ -276,13 +294,15 @@ class DoRATask(AdapterTask, MeasuredTask):
 
     def bins(self) -> Tensor:
         """Returns sums and counts (2, bins) of all ranks, which must call this together."""
-        local = self.binned.view(torch.float64).clone()
+        # ranks that share a clip count it once
+        local = self.binned.view(torch.float64) / self.context_parallel
         if self.trainer.world_size > 1:
             local = self.trainer.strategy.reduce(local.to(self.device), reduce_op="sum")
         return local.cpu()
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
         """Measures with the same noise and noise levels at every validation."""
+        self.check_shared(batch)
         noise = ClipDraws(batch["key"], self.seed, "val", device=self.device).normal(
             batch["latents"].shape[1:]
         )
@@ -321,4 +341,5 @@ class DoRATask(AdapterTask, MeasuredTask):
         super().on_load_checkpoint(checkpoint)
         # older ones have none; one rank takes them for all, on any number of them
         if "bins" in checkpoint and self.trainer.is_global_zero:
-            self.binned.view(torch.float64).copy_(torch.stack([*checkpoint["bins"][:2]]))
+            bins = torch.stack([*checkpoint["bins"][:2]]) * self.context_parallel
+            self.binned.view(torch.float64).copy_(bins)

@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from diffusers import WanTransformer3DModel
 from torch import Tensor
 
 from acetate.draws import ClipDraws
@@ -47,14 +48,10 @@ class I2VTask(DoRATask):
         self.given, self.widened = "first", False
         self.image_encoder: dict[str, Any] = {}
 
-    def configure_model(self) -> None:
-        if self.transformer is not None:
-            return
-        super().configure_model()
-        assert self.transformer is not None
-        config, wanted = self.transformer.config, self.time_stride
+    def extend(self, transformer: WanTransformer3DModel) -> None:
+        config, wanted = transformer.config, self.time_stride
         wanted += config.out_channels
-        found = condition_channels(self.transformer)
+        found = condition_channels(transformer)
         if found not in (0, wanted):
             raise ValueError(
                 f"{self.base.transformer} reads {config.in_channels} channels; an image-to-video "
@@ -68,7 +65,7 @@ class I2VTask(DoRATask):
                 f"{self.base.transformer} is a text base, whose patch embedding is made wider; "
                 "that is not sharded. Give trainer=ddp, or an image-to-video base."
             )
-        widen(self.transformer, wanted, self.adapter_dtype)
+        widen(transformer, wanted, self.adapter_dtype)
         self.widened, self.shardable = True, False
 
     def setup(self, stage: str) -> None:

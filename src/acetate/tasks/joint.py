@@ -20,7 +20,7 @@ class JointTask(DoRATask):
 
     rgb_attends_alpha: as in `models.joint`. rgba_vae: null, as nothing but the plain VAE is read.
     mean_shift: 0, as there is no guide. dora: the other settings of DoRATask. Raises ValueError for
-    an RGBA-VAE and for a shift.
+    an RGBA-VAE, for a shift, and for ranks that share clips.
     """
 
     scheme = "joint"
@@ -42,6 +42,11 @@ class JointTask(DoRATask):
             raise ValueError(
                 f"rgba_vae={rgba_vae}: a joint model reads latents of the plain VAE. Leave it out, "
                 "or train experiment=dit_dora."
+            )
+        if dora.get("context_parallel", 1) > 1:
+            raise ValueError(
+                f"task.context_parallel={dora['context_parallel']}: colour and alpha of a joint "
+                "model are two halves of its tokens, which are not shared out. Give 1."
             )
         super().__init__(mean_shift=mean_shift, **dora)
         self.rgb_attends_alpha = rgb_attends_alpha

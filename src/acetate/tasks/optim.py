@@ -12,9 +12,12 @@ from torch import nn
 
 from acetate.lightning_seams import clip_fused
 
-OTHERS = {"bitsandbytes": "bitsandbytes.optim"}  # package of a name -> module
+# package of a name -> module
+OTHERS = {"bitsandbytes": "bitsandbytes.optim", "schedulefree": "schedulefree"}
 # needs a closure; only sparse gradients; only matrices, which a magnitude of DoRA is not
 UNFIT = {"LBFGS", "SparseAdam", "Muon"}
+# of schedulefree: what needs a closure, wraps another one, or is for comparison
+KINDS_UNFIT = ("Closure", "Wrapper", "Reference", "Paper")
 FUSED = {"Adam", "AdamW", "SGD"}  # one kernel for all weights, on a GPU
 
 
@@ -24,8 +27,9 @@ def linear(step: int, steps: int) -> float:
 
 
 def optimizer_class(name: str) -> type[torch.optim.Optimizer]:
-    """Returns the class of a name: of torch.optim, as AdamW, or of bitsandbytes where that is
-    installed, as bitsandbytes.AdamW8bit. Raises ValueError that says what is known."""
+    """Returns the class of a name: of torch.optim, as AdamW, or of bitsandbytes or schedulefree
+    where that is installed, as bitsandbytes.AdamW8bit. Raises ValueError that says what is
+    known."""
     package, _, own = name.rpartition(".")
     place = {"": "torch.optim", "torch.optim": "torch.optim", **OTHERS}.get(package)
     if place is None:
@@ -41,7 +45,10 @@ def optimizer_class(name: str) -> type[torch.optim.Optimizer]:
     known = {
         found
         for found, of in vars(module).items()
-        if inspect.isclass(of) and issubclass(of, torch.optim.Optimizer) and found != "Optimizer"
+        if inspect.isclass(of)
+        and issubclass(of, torch.optim.Optimizer)
+        and found != "Optimizer"
+        and not found.endswith(KINDS_UNFIT)
     } - UNFIT
     if own not in known:
         near = get_close_matches(own, known, 1)
@@ -84,6 +91,9 @@ def with_warmup(
     if "fused" in given:
         clip_fused(made)
         made.register_load_state_dict_pre_hook(_keep_kernel)
+
+    if "train_mode" in made.param_groups[0]:  # schedule-free; callbacks.ema has its average
+        made.train()  # pyright: ignore[reportAttributeAccessIssue]
 
     def factor(step: int) -> float:
         warm = warmup(step, warmup_steps)
