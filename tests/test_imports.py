@@ -32,7 +32,7 @@ LAYERS = (
         "settings",
     },
     {"models", "losses", "metrics", "data"},
-    {"tasks", "sampling", "formats", "guides", "memory", "cost"},
+    {"tasks", "sampling", "formats", "guides", "blank", "memory", "cost"},
     {"callbacks"},
     {"acetate", "cli", "commands", "pipeline", "assembly", "data_prep", "train", "__main__"},
 )
