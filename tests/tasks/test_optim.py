@@ -86,11 +86,12 @@ def test_a_run_goes_on_bit_for_bit(tmp_path, cached, name):
 
 
 @pytest.mark.slow
-def test_schedule_free_runs_go_on_and_keep_their_average(tmp_path, cached):
+@pytest.mark.parametrize(("kind", "lr"), [("AdamW", 0.01), ("SGD", 1.0)])
+def test_schedule_free_runs_go_on_and_keep_their_average(tmp_path, cached, kind, lr):
     """Bit for bit; validations and adapter files have what the optimizer calls its average."""
     pytest.importorskip("schedulefree")
     more = [
-        "callbacks=ema", "task.optimizer=schedulefree.AdamWScheduleFree", "task.lr=0.01",
+        "callbacks=ema", f"task.optimizer=schedulefree.{kind}ScheduleFree", f"task.lr={lr}",
         "trainer.val_check_interval=1", "task.decay_steps=null", "task.warmup_steps=0",
     ]  # fmt: skip
     trainer, task, whole = fit(config_for(tmp_path / "whole", cached, *more, "trainer.max_steps=4"))
