@@ -28,7 +28,8 @@ demo: setup ## all the way on procedural clips: RGBA-VAE, cached latents, DoRA, 
 	$(BIN)/acetate evaluate run=outputs/demo
 	$(BIN)/acetate prep cache_latents shards=data/demo out=data/demo_latents rgba_vae=outputs/demo smallest=0.45 background=key \
 		replace=true
-	$(BIN)/acetate train experiment=dit_dora name=demo_dit trainer.max_steps=500 trainer.val_check_interval=500
+	$(BIN)/acetate train experiment=dit_dora name=demo_dit trainer.max_steps=500 trainer.val_check_interval=500 \
+		task.alpha_floor=0.2
 	$(BIN)/acetate sample prompts=data_prep/demo_prompts.txt out=outputs/demo_samples overwrite=true guide.centre=[0.5,0.5] \
 		guide.axes=[0.6,0.6] steps=30 guidance=3
 
