@@ -113,7 +113,7 @@ RULES: dict[str, Rule] = {
     "vocabulary": whole(260, 10**7),
     **dict.fromkeys(("dtype", "frozen_dtype"), dtype),
     # What trains
-    **dict.fromkeys(("lora_rank", "task.context_parallel"), whole(1, 4096)),
+    **dict.fromkeys(("lora_rank", "context_parallel"), whole(1, 4096)),
     "lora_alpha": positive,
     "merge_init": one_of("residual", "scratch"),
     "average_alpha": flag,
@@ -166,7 +166,7 @@ RULES: dict[str, Rule] = {
     "log_every_n_steps": whole(1, MOST),
     "gradient_clip_val": optional(weight),
     "gradient_clip_algorithm": one_of("norm", "value"),
-    **dict.fromkeys(("deterministic", "benchmark", "timestep_weight"), flag),
+    **dict.fromkeys(("deterministic", "benchmark", "timestep_weight", "hold"), flag),
     "num_sanity_val_steps": whole(-1, MOST),
     "artifacts": flag,
     **dict.fromkeys(("limit_val_batches", "limit_train_batches"), either(share, whole(0, MOST))),
