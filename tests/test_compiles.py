@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch._dynamo import explain
 
-from acetate import memory
+from acetate.blank import blank_lpips
 from tests.compose import composed
 from tests.rehearsal import with_numbers
 
@@ -38,7 +38,7 @@ def test_the_halves_of_the_vae(task):
 def test_the_losses(perceptual, task):
     loss = task.loss
     if perceptual == "lpips":
-        loss.perceptual = memory.blank_lpips()
+        loss.perceptual = blank_lpips()
     rgb, alpha, plain = (torch.zeros(1, c, 5, 16, 16) for c in (3, 1, 3))
     views = rgb.clone().requires_grad_(), alpha, rgb, alpha, *[plain[:, :, :1, :1, :1]] * 2
     check(loss, *views, task.vae.encoder.feature_maps)

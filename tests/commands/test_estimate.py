@@ -80,7 +80,7 @@ def test_targets_are_replaced_however_deep():
         "_target_": "b.C",
     }
     assert without_weights(config) == {
-        "a": [{"_target_": "acetate.blank_vae", "source": "x"}],
+        "a": [{"_target_": "acetate.blank.blank_vae", "source": "x"}],
         "_target_": "b.C",
     }
 

@@ -66,7 +66,7 @@ def test_offloaded_inputs_give_the_same_gradients(tmp_path, cached):
     for way in ("true", "offload"):
         config = config_for(tmp_path, cached, *clip, f"task.checkpointing={way}")
         _, found[way] = footprint(config)
-    kept, blocks = 2 * 3 * 12 * 12 * 128 * 4, 8  # of one block: clips, tokens, width, bytes
+    kept, blocks = 2 * 3 * 12 * 12 * 128 * 4, 2  # of one block: clips, tokens, width, bytes
     assert found["true"].activations - found["offload"].activations == pytest.approx(
         blocks * kept, rel=0.05
     )
