@@ -257,10 +257,7 @@ def measure(
             ema=4 * sum(p.numel() for p in trainable) if ema else 0,
             activations=kept,
             working=storages.peak - kept,
-            replicated=frozen
-            - sum(
-                _bytes(p for p in group.parameters() if not p.requires_grad) for group, _ in groups
-            ),
+            replicated=frozen - sum(_frozen(group) for group, _ in groups),
             gathered=max(_gathered(group, blocks, bool(held)) for group, blocks in groups)
             if held or task.shardable
             else 0,
@@ -301,6 +298,10 @@ def _packed(task: nn.Module) -> int:
     """Returns how many weights NF4 has beside another one in its place."""
     held = held_layers(task).values()
     return sum(layer.weight.numel() for layer in held if layer.kind == "nf4")
+
+
+def _frozen(module: nn.Module) -> int:
+    return _bytes(p for p in module.parameters() if not p.requires_grad)
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:

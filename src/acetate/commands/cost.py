@@ -166,6 +166,17 @@ def storage(config: DictConfig, sample: float) -> tuple[float, str]:
     return clips * sample, f"clip shards: {each} MB a clip ({named}), read whole for every crop"
 
 
+def for_card(config: DictConfig, gpu: Gpu) -> tuple[DictConfig, memory.Load, memory.Footprint]:
+    """Returns the config with checkpointing as it is on a card where it is `auto`, and what a step
+    takes then."""
+    chosen = settled(config, False)
+    load, found = footprint(chosen)
+    if automatic(config) and found.held(1, False) > memory.room(gpu.memory_gib):
+        chosen = settled(config, True)
+        load, found = footprint(chosen)
+    return chosen, load, found
+
+
 @as_on_gpu()
 def main(config: DictConfig) -> None:
     if config.out is not None:
@@ -174,12 +185,8 @@ def main(config: DictConfig) -> None:
     check(config)
     gpu = card(config)
     assumed = Assumptions(**{of.name: settings[of.name] for of in fields(Assumptions)})
-    chosen = settled(config, False)
-    load, found = footprint(chosen)
-    if automatic(config) and found.held(1, False) > memory.room(gpu.memory_gib):
-        chosen = settled(config, True)
-        load, found = footprint(chosen)
-    config, shared = chosen, found.clip_ranks
+    config, load, found = for_card(config, gpu)
+    shared = found.clip_ranks
     with memory.one_of(shared):
         trained = trained_groups(blank_task(config))
     read = sample_bytes(config, load)
