@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from acetate.cli import run
+from acetate.commands import strata
 from acetate.commands.checkpointing import settled
 from acetate.commands.recorded import (
     OF_THE_MACHINE,
@@ -130,20 +131,35 @@ def file_for(
     return folder / "_".join(["evaluation", *parts, ""]).rstrip("_")
 
 
-def measure(config: DictConfig, checkpoint: str | None) -> dict[str, dict[str, float]]:
-    """Returns rows of figures by name. Raises ValueError for a task that has no such evaluation."""
+def measure(
+    config: DictConfig, checkpoint: str | None
+) -> tuple[dict[str, dict[str, float]], dict[str, dict[str, strata.Figures]]]:
+    """Returns rows of figures by name; and with `by_stratum` those of each clip, by row and key,
+    of the base and of the checkpoint. Raises ValueError for a task that has no such evaluation."""
     quiet = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
+    if config.by_stratum:
+        config.data.val_batch_size = 1
     data, task = instantiate(config.data), instantiate(settled(config, False).task)
     average = instantiate(config.callbacks.get("ema"))  # validations of the run see it, too
     trainer = instantiate(config.trainer, callbacks=[] if average is None else [average], **quiet)
     guard_resume(trainer, check_resumable, check_optimizers)
-    rows = {}
+    rows, clips, each = {}, {}, config.by_stratum
+
+    def validate(row: str, each: bool, trainer: Trainer, task: LightningModule, **of: Any) -> None:
+        rows[row], found = _figures(trainer, task, data, each, **of)
+        clips.update({row: found} if each else {})
+
     if isinstance(task, RGBAVAETask):
         base = PlainVAETask(vae=load_vae(config.wan.vae), lpips=config.task.lpips)
         # nothing of the base is sharded
         plain = instantiate(config.trainer, strategy="auto", **quiet)
-        rows["base VAE, plain RGB"] = _figures(plain, base, data)
+        validate("base VAE, plain RGB", each, plain, base)
         untrained, trained = "RGBA-VAE, step 0", "RGBA-VAE"
+    elif each:
+        raise ValueError(
+            f"by_stratum=true and experiment={config.name}: strata are those of clips that an "
+            "RGBA-VAE gives back. Leave it out."
+        )
     elif isinstance(task, DoRATask):
         joint = task.scheme == "joint"
         untrained = "base DiT, without LoRA" if joint else "base DiT, without DoRA"
@@ -153,25 +169,28 @@ def measure(config: DictConfig, checkpoint: str | None) -> dict[str, dict[str, f
             f"experiment={config.name} trains a base, which evaluate does not measure: its figures "
             "are in the run's metrics.csv. Give a run of experiment=vae_rgba or dit_dora."
         )
-    rows[untrained] = _figures(trainer, task, data)
+    validate(untrained, each and checkpoint is None, trainer, task)
     if checkpoint is not None:
-        found = _figures(trainer, task, data, ckpt_path=checkpoint, weights_only=True)
         averaged = ", average" if average and average.average else ""
-        rows[f"{trained}, {Path(checkpoint).name}{averaged}"] = found
-    return {
-        row: {name.removeprefix("val/"): value for name, value in values.items()}
-        for row, values in rows.items()
-    }
+        row = f"{trained}, {Path(checkpoint).name}{averaged}"
+        validate(row, each, trainer, task, ckpt_path=checkpoint, weights_only=True)
+    return rows, clips
 
 
 def _figures(
-    trainer: Trainer, task: LightningModule, data: LightningDataModule, **of: Any
-) -> dict[str, float]:
-    """Returns the figures of one validation. Raises BadDataError where no clip could be read."""
+    trainer: Trainer, task: LightningModule, data: LightningDataModule, each: bool, **of: Any
+) -> tuple[dict[str, float], dict[str, strata.Figures]]:
+    """Returns the figures of one validation; each: and of every clip. Raises BadDataError where no
+    clip could be read."""
+    clips = strata.ClipFigures()
+    trainer.callbacks += [clips] if each else []  # pyright: ignore[reportAttributeAccessIssue]
     found = trainer.validate(task, data, verbose=False, **of)[0]
+    if each:
+        trainer.callbacks.remove(clips)  # pyright: ignore[reportAttributeAccessIssue]
     if isinstance(data, ShardDataModule):
         data.check_read("validate")
-    return dict(found)
+    figures = {name.removeprefix("val/"): value for name, value in found.items()}
+    return figures, clips.of_all_ranks() if each else {}
 
 
 def main(config: DictConfig) -> None:
@@ -186,13 +205,20 @@ def main(config: DictConfig) -> None:
             f"{path.name}."
         )
     lightning.seed_everything(0, verbose=False)
-    rows = measure(config, checkpoint)
+    rows, clips = measure(config, checkpoint)
     write_json(path, rows)
+    written = [path]
     console = Console(width=180)
     console.print(table(rows))
+    if clips:
+        found = {row: strata.by_stratum(figures) for row, figures in clips.items()}
+        written.append(path.with_name(f"{path.stem}_strata.json"))
+        strata.write(written[-1], found)
+        console.print(strata.table(found, next(iter(clips.values()))))
     pictures = next((part for part in ("panels", "samples") if (folder / part).is_dir()), "panels")
     console.print(
-        f"{pictures:11s} {folder / pictures}\nmetrics     {path}\ncheckpoint  {checkpoint}",
+        f"{pictures:11s} {folder / pictures}\nmetrics     {' '.join(map(str, written))}\n"
+        f"checkpoint  {checkpoint}",
         soft_wrap=True,
     )
 

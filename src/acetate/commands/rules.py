@@ -140,7 +140,7 @@ RULES: dict[str, Rule] = {
     "deviation": number(above=0, high=100),
     "weighted": flag,
     "background_per": one_of("clip", "batch"),
-    "lpips": flag,
+    **dict.fromkeys(("lpips", "by_stratum"), flag),
     "cache": place,
     "prompt": text,
     # Losses
