@@ -51,6 +51,7 @@ STRATA = ("opaque", "hair", "glass", "smoke", "glow", "effects")
 SHARE_ALIKE = re.compile(r"\bSA\b|\b[AL]?GPL\b")  # licences that pass themselves on
 SOFT = (26, 229)  # alpha in between is semi-transparent: a tenth to nine tenths
 MAX_CLIPS, MAX_BYTES = 1000, 2**30  # in a tar
+PART_CLIPS = 100  # in a tar of a part: as many are made again after an interruption
 LISTED, SUMS, RECIPE = "clips.jsonl", "SHA256SUMS", "recipe.json"
 
 
@@ -91,7 +92,8 @@ def quoted(value: Any) -> str:
 def make_parts(cfg: Mapping[str, Any], parts: Path, workers: int) -> dict[str, Path]:
     """Returns name -> folder of clip shards, of drawn clips and each package; what is there already
     stays."""
-    drawn = {**cfg["drawn"], "val_fraction": cfg["val_fraction"], "replace": cfg["replace"]}
+    shared = {"max_clips": PART_CLIPS, **{name: cfg[name] for name in ("val_fraction", "replace")}}
+    drawn = {**cfg["drawn"], **shared}
     prep("synthesize", out=parts / "drawn", workers=workers, **drawn)
     for kind in cfg["packages"]:
         folder, manifest = parts / f"{kind}_package", parts / f"{kind}.jsonl"
@@ -107,7 +109,7 @@ def make_parts(cfg: Mapping[str, Any], parts: Path, workers: int) -> dict[str, P
                 file.write(table)
         prep(
             "shard", manifest=manifest, out=parts / kind, workers=workers,
-            **{name: cfg[name] for name in ("val_fraction", "max_side", "max_frames", "replace")},
+            max_side=cfg["max_side"], max_frames=cfg["max_frames"], **shared,
         )  # fmt: skip
     return {name: parts / name for name in ("drawn", *cfg["packages"])}
 
