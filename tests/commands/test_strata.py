@@ -1,4 +1,5 @@
 import json
+from shutil import copytree
 from statistics import fmean
 
 import pytest
@@ -6,15 +7,20 @@ from lightning import Trainer
 
 from acetate.commands import strata
 from acetate.data.clips import ClipDataModule
+from acetate.data.shards import ShardError
 from acetate.models.loading import load_vae
 from acetate.tasks.vae import PlainVAETask
 from tests.conftest import TINY
 
 
 @pytest.mark.slow
-def test_each_clips_figures_add_up(many_shards):
+def test_each_clips_figures_add_up(many_shards, tmp_path):
+    held_out = tmp_path / "held_out"  # nothing of it trains
+    copytree(many_shards, held_out)
+    manifest = held_out / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"train"', '"val"'))
     data = ClipDataModule(
-        shards=str(many_shards), frames=5, height=16, width=16, batch_size=1, seed=0, num_workers=0,
+        shards=str(held_out), frames=5, height=16, width=16, batch_size=1, seed=0, num_workers=0,
         val_batch_size=1, val_clips=9, bad_clip_budget=0,
     )  # fmt: skip
     task = PlainVAETask(vae=load_vae(f"{TINY}/vae"), lpips=False)
@@ -30,6 +36,8 @@ def test_each_clips_figures_add_up(many_shards):
         assert fmean(figures[name] for figures in clips.values()) == pytest.approx(
             seen[f"val/{name}"], rel=1e-5
         )
+    with pytest.raises(ShardError, match="none of 14 clips is in split 'train'"):
+        data.setup("fit")
     assert len({figures["rgb/psnr"] for figures in clips.values()}) == len(clips)
 
 

@@ -144,16 +144,12 @@ def measure(
     trainer = instantiate(config.trainer, callbacks=[] if average is None else [average], **quiet)
     guard_resume(trainer, check_resumable, check_optimizers)
     rows, clips, each = {}, {}, config.by_stratum
-
-    def validate(row: str, each: bool, trainer: Trainer, task: LightningModule, **of: Any) -> None:
-        rows[row], found = _figures(trainer, task, data, each, **of)
-        clips.update({row: found} if each else {})
-
     if isinstance(task, RGBAVAETask):
         base = PlainVAETask(vae=load_vae(config.wan.vae), lpips=config.task.lpips)
         # nothing of the base is sharded
         plain = instantiate(config.trainer, strategy="auto", **quiet)
-        validate("base VAE, plain RGB", each, plain, base)
+        row = "base VAE, plain RGB"
+        rows[row], clips[row] = _figures(plain, base, data, each)
         untrained, trained = "RGBA-VAE, step 0", "RGBA-VAE"
     elif each:
         raise ValueError(
@@ -169,12 +165,14 @@ def measure(
             f"experiment={config.name} trains a base, which evaluate does not measure: its figures "
             "are in the run's metrics.csv. Give a run of experiment=vae_rgba or dit_dora."
         )
-    validate(untrained, each and checkpoint is None, trainer, task)
+    alone = each and checkpoint is None
+    rows[untrained], clips[untrained] = _figures(trainer, task, data, alone)
     if checkpoint is not None:
-        averaged = ", average" if average and average.average else ""
+        figures = _figures(trainer, task, data, each, ckpt_path=checkpoint, weights_only=True)
+        averaged = ", average" if average and average.average else ""  # read with the checkpoint
         row = f"{trained}, {Path(checkpoint).name}{averaged}"
-        validate(row, each, trainer, task, ckpt_path=checkpoint, weights_only=True)
-    return rows, clips
+        rows[row], clips[row] = figures
+    return rows, {row: found for row, found in clips.items() if found}
 
 
 def _figures(

@@ -14,6 +14,7 @@ from rich.table import Table
 from torch import Tensor
 from torchmetrics import Metric
 
+from acetate.data.splits import kind_of
 from acetate.metrics.intervals import mean_interval
 from acetate.replacing import write_json
 
@@ -78,17 +79,12 @@ def _state(metric: Metric) -> dict[str, Tensor]:
     return {name: value.detach().clone() for name, value in metric.metric_state.items()}
 
 
-def stratum_of(key: str) -> str:
-    """Returns the word that a clip's key begins with."""
-    return key.partition("-")[0]
-
-
 def by_stratum(clips: Mapping[str, Figures]) -> Intervals:
     """Returns mean, low and high of the 95 % interval of each figure over the clips of each
     stratum, and over all of them."""
     strata = {ALL: list(clips)}
     for key in sorted(clips):
-        strata.setdefault(stratum_of(key), []).append(key)
+        strata.setdefault(kind_of(key), []).append(key)
     found: Intervals = {}
     for stratum, keys in strata.items():
         names = dict.fromkeys(name for key in keys for name in clips[key])
@@ -102,7 +98,7 @@ def by_stratum(clips: Mapping[str, Figures]) -> Intervals:
 def table(rows: Mapping[str, Intervals], clips: Collection[str]) -> Table:
     """Returns, for each stratum and each row, the figures with half of their interval. clips: the
     keys that were measured."""
-    counts = Counter(map(stratum_of, clips)) | Counter({ALL: len(clips)})
+    counts = Counter(map(kind_of, clips)) | Counter({ALL: len(clips)})
     view = Table("stratum", "clips", "", *SHOWN.values())
     for stratum in next(iter(rows.values())):
         for place, (row, found) in enumerate(rows.items()):

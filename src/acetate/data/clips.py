@@ -24,7 +24,7 @@ from acetate.data.shards import (
     index_shards,
     read_clip,
 )
-from acetate.data.splits import validation_draw
+from acetate.data.splits import splits_of, validation_draw
 from acetate.data.store import Remote, RemoteTar
 from acetate.data.transforms import ClipTransform
 from acetate.draws import generator_for, stable_hash
@@ -210,7 +210,7 @@ class ClipDataModule(ShardDataModule):
         self.val_refs: list[ClipRef] = []
 
     def setup(self, stage: str | None = None) -> None:
-        if self.train_refs:
+        if self.val_refs and (self.train_refs or stage == "validate"):
             return
         refs = index_shards(self.folders)
         self._count_bad([f"{ref.key}: {ref.problem}" for ref in refs if ref.problem])
@@ -220,7 +220,7 @@ class ClipDataModule(ShardDataModule):
             val, self.val_clips, name=attrgetter("key"), key=attrgetter("key")
         )
         for split, found in (("train", self.train_refs), ("val", self.val_refs)):
-            if not found:
+            if not found and split in splits_of(stage):
                 raise ShardError(
                     f"{self._where()}: none of {len(refs)} clips is in split {split!r}. Re-shard "
                     "with another val_fraction, or add clips; those of one group, which a table's "

@@ -227,7 +227,8 @@ class ShardDataModule(LightningDataModule):
         self._count_bad(batch["skipped"])
         if batch["key"]:
             return batch
-        if all(ref.key in self.bad for ref in self._training_refs()):
+        refs = self._training_refs()
+        if refs and all(ref.key in self.bad for ref in refs):
             raise BadDataError(
                 f"none of {len(self.bad)} clips is usable: {batch['skipped'][0]}. Repair or "
                 f"re-make the shards in {self._where()}."

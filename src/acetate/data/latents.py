@@ -25,7 +25,7 @@ from acetate.data.latent_shards import (
 from acetate.data.order import BucketWalk, Order
 from acetate.data.read_ahead import ReadAhead
 from acetate.data.shards import HOW_TO_MAKE, BadClip, ShardError, by_key, read_manifest
-from acetate.data.splits import validation_draw
+from acetate.data.splits import splits_of, validation_draw
 from acetate.data.store import Remote, RemoteTar
 from acetate.documents import FieldError, shown
 from acetate.draws import stable_hash
@@ -192,7 +192,7 @@ class LatentDataModule(ShardDataModule):
         return self.manifest["vae_sha256"]
 
     def setup(self, stage: str | None = None) -> None:
-        if self.manifest:
+        if self.manifest and (self.train_windows or stage == "validate"):
             return
         manifests = [read_manifest(folder, "latents") for folder in self.folders]
         self._check_alike(manifests)
@@ -214,7 +214,7 @@ class LatentDataModule(ShardDataModule):
             [window for window in windows if window[0].split == split] for split in ("train", "val")
         )
         for split, found in (("train", train), ("val", val)):
-            if not found:
+            if not found and split in splits_of(stage):
                 raise ShardError(
                     f"{self._where()}: none of {len(refs)} samples is in split {split!r}. Add "
                     "clips of that split to the clip shards and cache them anew. "

@@ -41,6 +41,17 @@ def split_rule(groups: Iterable[str], val_fraction: float) -> Callable[[str], Sp
     return side
 
 
+def splits_of(stage: str | None) -> tuple[Split, ...]:
+    """Returns the splits that a stage of Lightning's needs: a held-out set has none that trains."""
+    return ("val",) if stage == "validate" else ("train", "val")
+
+
+def kind_of(key: str) -> str:
+    """Returns the word that a key begins with, as in `smoke-000012`; "" for none."""
+    word = re.match("[A-Za-z]*", key)
+    return word[0].lower() if word else ""
+
+
 def validation_draw(
     items: Iterable[Item], count: int, name: Callable[[Item], str], key: Callable[[Item], str]
 ) -> list[Item]:
@@ -54,11 +65,9 @@ def validation_draw(
 
 def in_turns(items: Sequence[Item], key: Callable[[Item], str]) -> list[Item]:
     """Reorders the items so that those of different kinds come before the second one of any:
-    pictures of the first few then show what there is. A kind is the word that keys begin with, as
-    in `smoke-000012`."""
+    pictures of the first few then show what there is."""
     kinds: dict[str, list[Item]] = {}
     for item in items:
-        word = re.match("[A-Za-z]*", key(item))
-        kinds.setdefault(word[0].lower() if word else "", []).append(item)
+        kinds.setdefault(kind_of(key(item)), []).append(item)
     rounds = zip_longest(*([(item,) for item in kind] for kind in kinds.values()), fillvalue=())
     return [item for one in chain.from_iterable(rounds) for item in one]
