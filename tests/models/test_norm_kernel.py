@@ -9,7 +9,7 @@ import pytest
 
 from tests.paths import ROOT
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
 
 
 @pytest.mark.slow
@@ -27,3 +27,23 @@ def test_the_kernel_is_the_norm():
         check_errors(case, errors)
     assert found["agreement"]["gradients"] == 185
     assert found["agreement"]["gradient"] > 0  # or both steps ran without it
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("channels", [96, 384])
+def test_it_compiles_for_a_card(channels):
+    """For an H100, which need not be there; memory is read and written 16 bytes at a time."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from acetate.models.norm_kernel import VALUES, _backward, _forward
+
+    columns = triton.next_power_of_2(channels)
+    sizes = {"C": channels, "ROWS": VALUES // columns, "COLUMNS": columns}
+    for kernel, tensors in ((_forward, ["y"]), (_backward, ["dy", "dx", "sums"])):
+        types = {name: "*fp32" if name == "sums" else "*bf16" for name in ("x", "gamma", *tensors)}
+        types |= dict.fromkeys(("rows", "clip", "zeros"), "i32") | {"scale": "fp32"}
+        aligned = {(i,): [["tt.divisibility", 16]] for i in range(len(types) - 1)}
+        source = ASTSource(kernel, types | dict.fromkeys(sizes, "constexpr"), sizes, aligned)
+        made = triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["ptx"]
+        assert "ld.global.v4.b32" in made and "st.global.v4.b32" in made
