@@ -67,7 +67,7 @@ bench: setup ## what the device gives at most, one VAE-stage step at full width 
 
 gpu: setup ## on a machine with an NVIDIA GPU: the tests that only one can settle, then its speeds
 	$(RUN) -m pytest -m gpu tests/gpu --tb=short --durations=20
-	$(BIN)/acetate benchmark parts=[ceilings,step,dit] device=cuda $(ARGS)
+	$(BIN)/acetate benchmark parts=[ceilings,step,norm,dit] device=cuda $(ARGS)
 
 clean: ## remove what runs wrote: outputs, multirun, demo shards
 	rm -rf outputs multirun data/demo data/demo_latents

@@ -12,11 +12,10 @@ from omegaconf import DictConfig
 from rich.console import Console
 from torch import Tensor
 
+from acetate.alpha import border_mean
 from acetate.cli import run
 from acetate.console import printable
 from acetate.media.clip import Limits, MediaError, RGBAClip
-from acetate.metrics.alpha import border_mean
-from acetate.metrics.matting import MattingErrors
 from acetate.pages.clips import Shown, page, shown
 from acetate.replacing import check_out, written
 from data_prep.bad_clips import print_bad
@@ -91,6 +90,8 @@ def figures(clip: RGBAClip, reference: RGBAClip | None) -> dict[str, float]:
         "border": float(border_mean(alpha)[0]),
     }
     if reference is not None and reference.frames.shape == clip.frames.shape:
+        from acetate.metrics.matting import MattingErrors  # torchmetrics: seconds
+
         metric = MattingErrors(connectivity=False)
         metric.update(alpha, _alpha(reference))
         found |= {name: float(value) for name, value in metric.compute().items()}

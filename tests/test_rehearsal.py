@@ -45,6 +45,20 @@ def test_a_step_and_a_validation(experiment, tmp_path, two_blocks):
     assert not [place for place in validation.waits if place.startswith("copy to the cuda")]
 
 
+def test_a_step_with_the_kernel_of_norm_and_silu(tmp_path, two_blocks):
+    """It takes and gives what a step without it does, in the layout of the convolutions."""
+    pytest.importorskip("triton")
+    config = composed(tmp_path, "experiment=vae_rgba", *SMALL["vae_rgba"], two_blocks)
+    batch, steps = batch_of(config, text_width=64), []
+    for fused in (False, True):
+        config.task.fused_norm = fused
+        with fake_gpu() as gpu:
+            steps.append(rehearse(gpu, with_numbers(config), batch, validate=False)[0])
+    check(steps[1])
+    without, found = ([(c.flops, c.channels_last) for c in step.large(0)] for step in steps)
+    assert found == without and len(found) > 100
+
+
 @pytest.mark.slow
 @pytest.mark.long
 @pytest.mark.parametrize("experiment", PUBLISHED)

@@ -63,3 +63,9 @@ def one_channel(alpha: Tensor) -> Tensor:
     """Returns the mean over channels, (B, C, T, H, W) -> (B, 1, T, H, W), as the released inference
     takes it."""
     return alpha.mean(1, keepdim=True)
+
+
+def border_mean(alpha: Tensor) -> Tensor:
+    """Returns the mean alpha of the outermost rows and columns, (B, 1, T, H, W) -> (B,)."""
+    edges = [alpha[..., 0, :], alpha[..., -1, :], alpha[..., 1:-1, 0], alpha[..., 1:-1, -1]]
+    return torch.cat([edge.flatten(1) for edge in edges], 1).mean(1)

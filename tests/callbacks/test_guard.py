@@ -46,6 +46,7 @@ class Task(LightningModule):
 def fused(request, monkeypatch):
     """A fused optimizer skips by itself, and the guard speaks a step later."""
     monkeypatch.setattr(Task, "fused", request.param)
+    return request.param
 
 
 def clips(count: int = 8) -> list[dict[str, Any]]:
@@ -177,8 +178,9 @@ class Sharded(LightningModule):
     """A weight whose first rows live on rank 0; at batches 1, 3, 4 only the gradient of row 0 is
     NaN."""
 
-    def __init__(self):
+    def __init__(self, fused: bool):
         super().__init__()
+        self.fused = fused
         self.net = nn.Linear(4, 4, bias=False)
 
     def configure_model(self) -> None:
@@ -192,25 +194,28 @@ class Sharded(LightningModule):
         return {"loss": out.mean()}
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(self.parameters(), lr=0.1)
+        return torch.optim.AdamW(self.parameters(), lr=0.1, fused=self.fused)
 
 
-def said_by_sharded() -> tuple[str, bool]:
-    """What the guard raises on this rank, and whether every weight is finite then."""
-    task = Sharded()
+def said_by_sharded(fused: bool) -> tuple[str, bool, float]:
+    """What the guard raises on this rank, whether every weight is finite then, and the optimizer's
+    steps."""
+    task = Sharded(fused)
     strategy = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
     with pytest.raises(FloatingPointError) as error:
         fit(task, NonFiniteGuard(patience=1), clips(20), devices=2, strategy=strategy)
-    return str(error.value), bool(task.net.weight.full_tensor().isfinite().all())  # type: ignore[operator]
+    finite = bool(task.net.weight.full_tensor().isfinite().all())  # type: ignore[operator]
+    (state,) = task.optimizers(use_pl_optimizer=False).state.values()  # type: ignore[union-attr]
+    return str(error.value), finite, float(state["step"])
 
 
 @pytest.mark.slow
 @pytest.mark.xdist_group("ranks")
 @pytest.mark.long
-def test_ranks_of_a_sharded_model_skip_and_raise_together():
-    (first, first_finite), (second, second_finite) = launch(2, said_by_sharded)
+def test_ranks_of_a_sharded_model_skip_and_raise_together(fused):
+    (first, *first_left), (second, *second_left) = launch(2, said_by_sharded, fused)
     assert "training step 4" in first
     assert "gradient of net.weight" in first
     assert "training step 4" in second
     assert "nothing on this rank; another rank names the cause" in second
-    assert first_finite and second_finite
+    assert first_left == second_left == [True, 2]

@@ -226,7 +226,7 @@ def test_steps_are_timed_once_at_least():
 @pytest.mark.parametrize("parts", [["step", "writer"], [], "reader"])
 def test_parts_are_a_list_of_known_ones(parts):
     with pytest.raises(
-        ValueError, match=r"parts=.*; a list of ceilings, step, dit, reader, evaluate, one"
+        ValueError, match=r"parts=.*; a list of ceilings, step, norm, dit, reader, evaluate, one"
     ):
         benchmark.main(OmegaConf.create({"out": None, "parts": parts}))
 

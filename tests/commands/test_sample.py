@@ -324,7 +324,6 @@ def test_prompts(tmp_path):
             r"guide.centre=\[0.5\]; needed: two numbers, shares of width and height",
         ),
         (["guide.end_axes=0.5"], "guide.end_axes=0.5; needed: two numbers, lengths"),
-        (["guide.clip=none.png"], "guide.clip=none.png does not exist"),
         (["out={file}"], "is a file. Give a folder"),
         (["out={file}/below"], "is a file. Give a folder"),
     ],

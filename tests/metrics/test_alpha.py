@@ -4,9 +4,9 @@ import torch.distributed as dist
 from torch import nn
 from torch.testing import assert_close
 
+from acetate.alpha import border_mean
 from acetate.metrics.alpha import (
     AlphaQuality,
-    border_mean,
     cells_to_pixels,
     centre_of_mass,
     highest_cell,

@@ -1,10 +1,12 @@
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanRMS_norm
 from torch.testing import assert_close
 
-from acetate.models.ops import norm_silu, upsample_conv
+from acetate.models.ops import FusedNorm, fuse_norms, norm_silu, upsample_conv
 
 
 def leaves(*tensors):
@@ -33,6 +35,23 @@ def test_norm_silu_gradients():
     norm.requires_grad_(False)  # as in a frozen decoder
     (alone,) = torch.autograd.grad((norm_silu(norm, x) * weight).sum(), x)
     assert_close(alone, wans[0], rtol=1e-6, atol=1e-7)
+
+
+def test_fused_norms_change_nothing_on_a_cpu():
+    pytest.importorskip("triton")
+    norm, x = WanRMS_norm(6, images=False), torch.randn(1, 6, 3, 2, 2)
+    before = norm_silu(norm, x, 2)
+    fuse_norms(norm)
+    assert type(norm) is FusedNorm and torch.equal(norm_silu(norm, x, 2), before)
+    assert not before[:, :, :2].any() and torch.equal(before[:, :, 2:], norm_silu(norm, x))
+
+
+def test_without_triton_norms_stay(monkeypatch):
+    monkeypatch.setitem(sys.modules, "acetate.models.norm_kernel", None)
+    norm = WanRMS_norm(6, images=False)
+    with pytest.raises(ImportError, match=r"task.fused_norm=true needs triton.*=false"):
+        fuse_norms(norm)
+    assert type(norm) is WanRMS_norm
 
 
 @pytest.mark.parametrize("size", [(1, 1), (2, 3), (5, 4)])

@@ -180,11 +180,8 @@ class NonFiniteGuard(Callback):
 
 def _skips(optimizer: Optimizer) -> bool:
     """Returns whether the optimizer leaves out a step where `found_inf` on the device says so:
-    torch's fused ones, but not on shards, which they cannot mix with a flag."""
-    return all(
-        group.get("fused") and not any(isinstance(p, DTensor) for p in group["params"])
-        for group in optimizer.param_groups
-    )
+    torch's fused ones, on shards too, where a flag without dimensions counts as every rank's."""
+    return all(group.get("fused") for group in optimizer.param_groups)
 
 
 def _largest_gradients(optimizer: Optimizer) -> tuple[list[nn.Parameter], Tensor | None]:

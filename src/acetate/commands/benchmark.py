@@ -1,7 +1,8 @@
 """acetate benchmark [name=value ...]: speeds, side by side and in one run.
 
 `ceilings` (benchmark_ceilings) is what the device gives at most. `step` (benchmark_step) is a
-training step of the RGBA-VAE, ours and as released; `dit` (benchmark_dit) one of the DiT with DoRA,
+training step of the RGBA-VAE, ours and as released; `norm` (benchmark_norm) the ways to its norms;
+`dit` (benchmark_dit) one of the DiT with DoRA,
 ours and PEFT's on diffusers; both beside the ceilings where these are measured. `reader`
 (benchmark_reader) is reading clips, `evaluate` (benchmark_evaluate) measuring them. Each part is
 printed and written as soon as it is done, and one that fails does not cost the others.
@@ -9,7 +10,7 @@ printed and written as soon as it is done, and one that fails does not cost the 
 
 import os
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -27,11 +28,12 @@ from acetate.commands.benchmark_ceilings import CeilingsLoad, benchmark_ceilings
 from acetate.commands.benchmark_clock import failures_in, failures_of, release, set_up
 from acetate.commands.benchmark_dit import DiTLoad, attention_shapes, check_ways, time_shape
 from acetate.commands.benchmark_evaluate import EvaluateLoad, benchmark_evaluate
+from acetate.commands.benchmark_norm import benchmark_norm
 from acetate.commands.benchmark_reader import ReaderLoad, benchmark_reader, rows_of
 from acetate.commands.benchmark_step import Workload
 from acetate.replacing import check_out, write_json
 
-PARTS = ("ceilings", "step", "dit", "reader", "evaluate")
+PARTS = ("ceilings", "step", "norm", "dit", "reader", "evaluate")
 # What a setting without a value is
 BY_DEVICE: dict[str, dict[str, Any]] = {
     "cuda": {
@@ -88,6 +90,10 @@ def main(config: DictConfig) -> None:
                 rates = rates_of(results[part]["rows"])
             elif part == "step":
                 measure_step(load, config, rates, results[part], console)
+            elif part == "norm":
+                rows = benchmark_norm(load, sizes.repeats)
+                results[part] |= {"workload": asdict(load), "rows": rows}
+                print_norm(rows, console)
             elif part == "dit":
                 measure_dit(generator, rates, results[part], console)
             elif part == "evaluate":
@@ -172,6 +178,18 @@ def measure_step(
         f"{load}\nBoth ways agree: loss to {agreement['loss']:.0e}, gradients to "
         f"{agreement['gradient']:.0e} of a tensor's largest."
     )
+    console.print(table)
+
+
+def print_norm(rows: Sequence[Mapping[str, Any]], console: Console) -> None:
+    table = Table("norm and SiLU", "way", "", "ms", "TB/s")
+    for row in rows:
+        shape = "x".join(map(str, row["shape"]))
+        if "error" in row:
+            table.add_row(shape, row["way"], "failed", "", "")
+            continue
+        figures = f"{1e3 * row['seconds']:.3f}", f"{row['rate'] / 1e12:.3f}"
+        table.add_row(shape, row["way"], row["direction"], *figures)
     console.print(table)
 
 

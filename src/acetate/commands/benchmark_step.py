@@ -42,6 +42,7 @@ from acetate.commands.benchmark_clock import (
 from acetate.commands.benchmark_released import run_as_released
 from acetate.memory import Flops, without_numbers
 from acetate.models.adapters import MergedLoRA, trainable_state
+from acetate.models.ops import fuse_norms
 from acetate.models.rgba_vae import RGBAVAE
 from acetate.regions import check_clip_shape
 
@@ -72,6 +73,7 @@ class Workload:
     threads: int
     seed: int
     compile: bool = False  # of ours
+    fused_norm: bool = False  # of ours
 
     def __post_init__(self) -> None:
         at_least(
@@ -110,6 +112,8 @@ def build(way: str, load: Workload) -> RGBAVAE:
             nn.init.normal_(module.B)
     if way == "released":
         run_as_released(vae)
+    elif load.fused_norm:
+        fuse_norms(vae)
     return vae.to(load.device)
 
 

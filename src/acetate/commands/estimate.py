@@ -41,7 +41,7 @@ def blank_task(config: DictConfig) -> MeasuredTask:
     least."""
     settings = without_weights(OmegaConf.to_container(settled(config, True).task, resolve=True))
     # a metric, weights of the same shape, and what takes minutes
-    unused = {"lpips": False, "init_from": None, "compile": False}
+    unused = {"lpips": False, "init_from": None, "compile": False, "fused_norm": False}
     optimizer = settings.get("optimizer", "AdamW")
     if optimizer.startswith(("bitsandbytes.", "schedulefree.")):  # which need not be installed here
         unused["optimizer"] = "AdamW"

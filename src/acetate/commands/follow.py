@@ -13,13 +13,14 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from acetate.alpha import border_mean
 from acetate.callbacks.samples import contact_sheet, save_picture
 from acetate.cli import run
 from acetate.commands.agreement import Results, load_reader, measure
 from acetate.commands.follow_pictures import measure_pictures
 from acetate.data import synthetic
 from acetate.draws import generator_for
-from acetate.metrics.alpha import border_mean, centre_of_mass, highest_cell
+from acetate.metrics.alpha import centre_of_mass, highest_cell
 from acetate.pipeline import RGBAPipeline
 from acetate.replacing import check_out, write_json
 from acetate.sampling import EllipsePath

@@ -31,6 +31,7 @@ import data_prep
 from acetate.cli import HELP, Program, conf
 from acetate.commands import as_on_gpu, inherited, launched, runs
 from acetate.commands.checks import check_settings, rule_of, settings_of
+from acetate.commands.places import check_places
 from acetate.commands.recorded import name_of, quoted, run_to_continue, value_of, with_recorded
 from acetate.commands.rules import LITERAL, RULES
 from acetate.commands.secrets import (
@@ -61,11 +62,11 @@ def start(program: Program, arguments: Overrides) -> Any:
     and beyond it:
 
     A command that is given a run starts from the settings that the run recorded, and its own win.
-    Prompts and other texts are taken to the letter. Every setting is checked before the module is
-    imported. An error is one message without a traceback, unless HYDRA_FULL_ERROR=1 or
-    ACETATE_TRACEBACK=1 asks for it or it is a fault of the program. A run that failed before it had
-    trained leaves no folder. A folder conf/ where the command is started may hold configs of one's
-    own beside those of acetate.
+    Prompts and other texts are taken to the letter. Every setting, and whether what it names is
+    there, is checked before the module is imported. An error is one message without a traceback,
+    unless HYDRA_FULL_ERROR=1 or ACETATE_TRACEBACK=1 asks for it or it is a fault of the program. A
+    run that failed before it had trained leaves no folder. A folder conf/ where the command is
+    started may hold configs of one's own beside those of acetate.
     """
     given = list(sys.argv)
     if set(HELP) & set(arguments):
@@ -79,6 +80,7 @@ def start(program: Program, arguments: Overrides) -> Any:
             config = reveal(config)
             with as_on_gpu(False):  # either value keeps the rule, and to ask torch takes seconds
                 check_settings(program.short, config)
+            check_places(program.short, config)
             return _imported(program).main(config)
         except Exception as error:
             _clear_up()

@@ -57,16 +57,6 @@ def check_settings(config: DictConfig) -> None:
                 f"guide.{name}={value}; needed: two numbers, {what}. Example: "
                 f"guide.{name}=[0.5,0.5]"
             )
-    for name in ("image", "last_image"):
-        if config[name] is not None and not Path(config[name]).expanduser().exists():
-            raise FileNotFoundError(
-                f"{name}={config[name]} does not exist. Give a picture with alpha."
-            )
-    for name in ("mask", "clip"):
-        if config.guide[name] is not None and not Path(config.guide[name]).expanduser().exists():
-            raise FileNotFoundError(
-                f"guide.{name}={config.guide[name]} does not exist. Give a file, or leave it out."
-            )
     if config.out is not None:
         out = Path(config.out).expanduser()
         file = next(

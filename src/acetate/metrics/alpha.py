@@ -85,12 +85,6 @@ class AlphaQuality(Metric):
         return scores
 
 
-def border_mean(alpha: Tensor) -> Tensor:
-    """Returns the mean alpha of the outermost rows and columns, (B, 1, T, H, W) -> (B,)."""
-    edges = [alpha[..., 0, :], alpha[..., -1, :], alpha[..., 1:-1, 0], alpha[..., 1:-1, -1]]
-    return torch.cat([edge.flatten(1) for edge in edges], 1).mean(1)
-
-
 def highest_cell(alpha: Tensor, space_stride: int) -> Tensor:
     """Returns the largest mean over a cell of one frame, (B, 1, T, H, W) -> (B,)."""
     return F.avg_pool3d(alpha, (1, space_stride, space_stride)).flatten(1).amax(1)

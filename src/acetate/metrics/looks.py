@@ -12,8 +12,8 @@ from scipy import ndimage
 from torch import Tensor
 from torchmetrics import Metric
 
-from acetate.alpha import frames
-from acetate.metrics.alpha import border_mean, centre_of_mass
+from acetate.alpha import border_mean, frames
+from acetate.metrics.alpha import centre_of_mass
 from acetate.regions import inside
 
 SUBJECT = 0.5  # alpha from which a pixel belongs to the subject

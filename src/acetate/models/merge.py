@@ -8,8 +8,7 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import (
 )
 from torch import Tensor, nn
 
-from acetate.models.ops import norm_silu
-from acetate.models.wan import causal_conv, mid
+from acetate.models.wan import causal_conv, mid, norm_silu_conv
 
 INITS = ("residual", "scratch")
 
@@ -38,5 +37,5 @@ class FeatureMerge(nn.Module):
     def forward(self, rgb_features: Tensor, alpha_features: Tensor) -> Tensor:
         """Merges two (B, C, F, h, w) into (B, 16, F, h, w)."""
         x = causal_conv(self.conv_in, torch.cat([rgb_features, alpha_features], 1), None)
-        x = norm_silu(self.norm_out, mid(self.blocks, x, None))
-        return causal_conv(self.conv_out, x, None)
+        x = mid(self.blocks, x, None)
+        return norm_silu_conv(self.norm_out, self.conv_out, x, None)

@@ -1,12 +1,12 @@
 """Pairs of Wan's layers as one operation each: the same numbers with fewer passes over memory and
 fewer FLOPs."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanRMS_norm
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 LAYOUT = torch.channels_last_3d  # 3-D convolutions run fastest in it (1.5 times on a CPU, measured)
@@ -39,9 +39,42 @@ class _NormSiLU(torch.autograd.Function):
         return torch.addcmul(grad, unit, along, value=-1).mul_(r), d_gamma
 
 
-def norm_silu(norm: WanRMS_norm, x: Tensor) -> Tensor:
-    """Computes F.silu(norm(x)) of (B, C, T, H, W) in a third of the passes forward and back."""
-    return _NormSiLU.apply(x, norm.gamma.to(x.dtype))
+class FusedNorm(WanRMS_norm):
+    """Wan's norm, which on these kinds of devices is one kernel with its SiLU."""
+
+    kinds: ClassVar[tuple[str, ...]] = ("cuda",)
+
+
+def fuse_norms(module: nn.Module) -> None:
+    """Makes every norm a FusedNorm; their parameters and names stay. Raises ImportError without
+    triton."""
+    try:
+        import acetate.models.norm_kernel  # noqa: F401
+    except ImportError as error:
+        raise ImportError(
+            f"task.fused_norm=true needs triton, which comes with PyTorch for CUDA: {error}. "
+            "Give task.fused_norm=false."
+        ) from error
+    for norm in module.modules():
+        if type(norm) is WanRMS_norm:
+            norm.__class__ = FusedNorm
+
+
+def norm_silu(norm: WanRMS_norm, x: Tensor, before: int = 0) -> Tensor:
+    """Computes F.silu(norm(x)) of (B, C, T, H, W) in a third of the passes forward and back, or by
+    a kernel in a seventh, behind `before` frames of zeros."""
+    if isinstance(norm, FusedNorm) and x.device.type in norm.kinds:
+        from acetate.models.norm_kernel import fused_norm_silu
+
+        return fused_norm_silu(x, norm.gamma, before)
+    y = _NormSiLU.apply(x, norm.gamma.to(x.dtype))
+    return torch.cat([zero_frames(y, before), y], 2) if before else y
+
+
+def zero_frames(like: Tensor, frames: int) -> Tensor:
+    """Returns so many frames of zeros of the shape of those of (B, C, T, H, W), in LAYOUT."""
+    shape = like[:, :, :1].expand(-1, -1, frames, -1, -1)
+    return torch.empty_like(shape, memory_format=LAYOUT).zero_()
 
 
 def _doubled(like: Tensor) -> Tensor:

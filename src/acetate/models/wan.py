@@ -21,12 +21,13 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import (
     WanCausalConv3d,
     WanResample,
     WanResidualBlock,
+    WanRMS_norm,
 )
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
-from acetate.models.ops import LAYOUT, norm_silu, upsample_conv
+from acetate.models.ops import LAYOUT, norm_silu, upsample_conv, zero_frames
 from acetate.replacing import as_umask_says, rename_over
 
 State = dict[nn.Module, Tensor] | None
@@ -66,17 +67,16 @@ class Geometry:
         return self.channels, 1 + (frames - 1) // self.time_stride, height // s, width // s
 
 
-def causal_conv(conv: WanCausalConv3d, x: Tensor, state: State) -> Tensor:
-    """Convolves x (B, C, T, H, W) after two zero frames, or after the previous chunk's last two."""
+def causal_conv(conv: WanCausalConv3d, x: Tensor, state: State, padded: bool = False) -> Tensor:
+    """Convolves x (B, C, T, H, W) after two zero frames, or after the previous chunk's last two.
+    padded: x begins with those of a whole clip."""
     _, width, _, height, before, _ = (int(n) for n in conv._padding)
-    if not before:
+    if padded or not before:
         return F.conv3d(x, conv.weight, conv.bias, conv.stride, padding=(0, height, width))
     previous = None if state is None else state.get(conv)
     one_frame = previous is None and x.shape[2] == 1
     if previous is None and not (one_frame and state is None):
-        previous = torch.empty_like(
-            x[:, :, :1].expand(-1, -1, before, -1, -1), memory_format=LAYOUT
-        ).zero_()
+        previous = zero_frames(x, before)
     if previous is not None:
         # thirty times faster here than F.pad, which leaves this layout
         x = torch.cat([previous, x], 2)
@@ -90,14 +90,31 @@ def causal_conv(conv: WanCausalConv3d, x: Tensor, state: State) -> Tensor:
     return F.conv3d(x, conv.weight, conv.bias, conv.stride, padding=(0, height, width))
 
 
+def norm_silu_conv(
+    norm: WanRMS_norm,
+    conv: WanCausalConv3d,
+    x: Tensor,
+    state: State,
+    between: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
+    """Computes causal_conv of SiLU of a norm. between: a layer between both.
+
+    The zero frames of a whole clip come with the norm: its kernel (task.fused_norm) writes behind
+    them, and nothing is copied.
+    """
+    before = int(conv._padding[4]) if state is None and x.shape[2] > 1 else 0
+    x = norm_silu(norm, x, before)
+    return causal_conv(conv, x if between is None else between(x), state, padded=before > 0)
+
+
 def residual(block: WanResidualBlock, x: Tensor, state: State) -> Tensor:
     shortcut = (
         x
         if isinstance(block.conv_shortcut, nn.Identity)
         else causal_conv(block.conv_shortcut, x, state)
     )
-    x = causal_conv(block.conv1, norm_silu(block.norm1, x), state)
-    x = causal_conv(block.conv2, block.dropout(norm_silu(block.norm2, x)), state)
+    x = norm_silu_conv(block.norm1, block.conv1, x, state)
+    x = norm_silu_conv(block.norm2, block.conv2, x, state, block.dropout)
     return x + shortcut
 
 
@@ -249,7 +266,7 @@ class WanHead(nn.Module):
         )
 
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        x = causal_conv(self.conv_out, norm_silu(self.norm_out, features), None)
+        x = norm_silu_conv(self.norm_out, self.conv_out, features, None)
         mean, log_variance = causal_conv(self.quant_conv, x, None).chunk(2, 1)
         return mean, log_variance
 
@@ -274,7 +291,7 @@ class WanDecoder(WanHalf):
         return mid(self.net.mid_block, x, state)
 
     def head(self, x: Tensor, state: State) -> Tensor:
-        return causal_conv(self.net.conv_out, norm_silu(self.net.norm_out, x), state)
+        return norm_silu_conv(self.net.norm_out, self.net.conv_out, x, state)
 
 
 @torch.no_grad()

@@ -18,6 +18,7 @@ from acetate.metrics.alpha import AlphaQuality
 from acetate.metrics.rgb import CompositeQuality, RGBQuality
 from acetate.models.compiled import compile_forward
 from acetate.models.dit import VelocityField, check_latent_grid, compile_blocks
+from acetate.models.ops import fuse_norms
 from acetate.models.rgba_vae import RGBAVAE
 from acetate.models.wan import Geometry, WanDecoder, WanEncoder, WanHead
 from acetate.regions import check_clip_shape
@@ -46,7 +47,8 @@ class RGBAVAETask(AdapterTask, MeasuredTask):
     background_per: one palette colour per `clip` and use, or per `batch` (released). moment_weight:
     of the penalty that holds the normalised latents' per-channel mean at 0 and variance at 1, the
     base's own. lpips: measure it in validation (needs VGG16 weights). compile: compiles the VAE's
-    halves, the losses and the judge, once for each shape of clips. optimization: as in AdapterTask.
+    halves, the losses and the judge, once for each shape of clips. fused_norm: on a GPU a kernel
+    computes norm and SiLU of the VAE (models.norm_kernel). optimization: as in AdapterTask.
     """
 
     def __init__(
@@ -60,6 +62,7 @@ class RGBAVAETask(AdapterTask, MeasuredTask):
         lpips: bool,
         seed: int,
         compile: bool = False,
+        fused_norm: bool = False,
         **optimization: Any,
     ) -> None:
         super().__init__(**optimization)
@@ -67,6 +70,7 @@ class RGBAVAETask(AdapterTask, MeasuredTask):
             raise ValueError(f"task.background_per {background_per!r}; known: clip, batch.")
         self.build_vae, self.loss, self.diffusion = build_vae, loss, diffusion
         self.moment_weight, self.compile_parts = moment_weight, compile
+        self.fused_norm = fused_norm
         self.background_per, self.lpips, self.seed = background_per, lpips, seed
         self.means, self.step_means, self.latent_means = Means(), Means(), Means()
         self.vae: RGBAVAE | None = None
@@ -80,6 +84,8 @@ class RGBAVAETask(AdapterTask, MeasuredTask):
             self.vae.shard(self.shards)
         if self.diffusion.mode != "off":
             self.judge = self.diffusion.build_judge(mesh=self.shards)
+        if self.fused_norm:
+            fuse_norms(self.vae)
         if self.compile_parts:
             self.vae.compile_halves()
             compile_forward(self.loss)
