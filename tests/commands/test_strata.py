@@ -3,12 +3,12 @@ from shutil import copytree
 from statistics import fmean
 
 import pytest
-from lightning import Trainer
 
 from acetate.commands import strata
 from acetate.data.clips import ClipDataModule
 from acetate.data.shards import ShardError
 from acetate.models.loading import load_vae
+from acetate.steps import StepTrainer
 from acetate.tasks.vae import PlainVAETask
 from tests.conftest import TINY
 
@@ -25,7 +25,7 @@ def test_each_clips_figures_add_up(many_shards, tmp_path):
     )  # fmt: skip
     task = PlainVAETask(vae=load_vae(f"{TINY}/vae"), lpips=False)
     each = strata.ClipFigures()
-    trainer = Trainer(
+    trainer = StepTrainer(
         accelerator="cpu", logger=False, callbacks=[each], enable_checkpointing=False,
         enable_progress_bar=False,
     )  # fmt: skip

@@ -191,7 +191,7 @@ class ShardDataModule(LightningDataModule):
     @property
     def passes(self) -> float:
         """Passes over the training clips, by all ranks together."""
-        return self.consumed / self._epoch_clips()
+        return self.consumed / max(1, self._epoch_clips())  # of a held-out set no clip trains
 
     def state_dict(self) -> dict[str, Any]:
         return {"consumed": self.consumed, "order": self._fingerprint()}
