@@ -78,9 +78,6 @@ class Settings:
         )
 
     def __post_init__(self) -> None:
-        for name in ("max_pixels", "max_frames", "memory_gb", "seconds", "megapixels_per_second"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name}={getattr(self, name)}; must be above 0")
         check_choices(self.choices, "override.")
 
 

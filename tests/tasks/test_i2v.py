@@ -1,7 +1,5 @@
 """Image to video on the shipped tiny DiT: a wider patch embedding, latents with a condition."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 from diffusers import WanTransformer3DModel
@@ -16,7 +14,6 @@ from acetate.models.adapters import trainable_state
 from acetate.models.condition import given_mask, widen, with_mask
 from acetate.models.dit import FrozenDiT, add_dora, merge_dora, velocity
 from acetate.models.weights import read_weights
-from data_prep.latent_plan import Settings
 from tests.commands.test_sample import config_for as sample_config
 from tests.compose import composed
 from tests.paths import ROOT
@@ -158,12 +155,3 @@ def test_dropped_conditions_are_drawn_by_seed_step_and_key(conditioned, tmp_path
 def test_latents_without_a_condition_are_refused(cached, tmp_path):
     with pytest.raises(ValueError, match=r"cached without a condition.*condition=first"):
         fit(config_for(tmp_path, cached, "trainer.max_steps=1"))
-
-
-def test_a_wrong_condition_is_refused():
-    settings = Settings(
-        seed=0, variants=1, frames=(5,), area=1024, max_aspect=4.0, sizes=None,
-        space_multiple=None, dtype="float16", ellipse={}, per_tar=5,
-    )  # fmt: skip
-    with pytest.raises(ValueError, match="condition=second; one of none, first"):
-        replace(settings, condition="second")

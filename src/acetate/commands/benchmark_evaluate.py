@@ -19,7 +19,6 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from acetate.commands.benchmark_clock import at_least
 from acetate.data.synthetic import KINDS, render
 from acetate.data.writer import encode_clip
 
@@ -36,11 +35,6 @@ class EvaluateLoad:
     frames: int
     size: int  # of a square picture
     seed: int
-
-    def __post_init__(self) -> None:
-        at_least(FEW, **{"evaluate.clips": self.clips})
-        at_least(1, **{"evaluate.frames": self.frames})
-        at_least(16, **{"evaluate.size": self.size})
 
 
 def benchmark_evaluate(load: EvaluateLoad) -> dict[str, dict[str, float]]:

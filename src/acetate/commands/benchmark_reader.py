@@ -49,9 +49,8 @@ class ReaderLoad:
     seed: int
 
     def __post_init__(self) -> None:
-        for name, least in (("clips", 1), ("frames", 5), ("batch_size", 1), ("repeats", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"reader.{name}={getattr(self, name)}; must be at least {least}.")
+        if self.frames < 5:
+            raise ValueError(f"reader.frames={self.frames}; must be at least 5, a video's.")
         check_frames("reader.frames", self.frames, time_stride=4)
         check_side("reader.size", self.size, space_multiple=16)
 

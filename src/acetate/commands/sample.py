@@ -22,7 +22,7 @@ from acetate.models.adapters import read_adapters
 from acetate.pipeline import RGBAPipeline, solver_of
 from acetate.replacing import write_json
 from acetate.sampling import EllipsePath, Solver
-from acetate.video_out import SUFFIXES, check_formats, write_clip
+from acetate.video_out import SUFFIXES, write_clip
 
 ON_SHEET = 8  # clips
 OF_THE_CALL = (
@@ -39,24 +39,8 @@ OF_THE_CALL = (
 
 
 def check_settings(config: DictConfig) -> None:
-    """Checks settings before anything is loaded. Raises ValueError and FileNotFoundError."""
-    check_formats(config.formats)
-    if not config.formats:
-        raise ValueError(
-            "formats=[]: no file would be written. Name some of formats=[png,webm,preview]."
-        )
-    for name, value in config.guide.items():
-        pair = str(name).removeprefix("end_") in ("centre", "axes")
-        if pair and value is not None and (isinstance(value, str | int | float) or len(value) != 2):
-            what = (
-                "shares of width and height"
-                if "centre" in str(name)
-                else "lengths, shares of the shorter side"
-            )
-            raise ValueError(
-                f"guide.{name}={value}; needed: two numbers, {what}. Example: "
-                f"guide.{name}=[0.5,0.5]"
-            )
+    """Raises FileNotFoundError for files that are not there, before anything is loaded, and
+    ValueError for an output folder that is a file."""
     for name in ("image", "last_image"):
         if config[name] is not None and not Path(config[name]).expanduser().exists():
             raise FileNotFoundError(
