@@ -180,7 +180,8 @@ def test_bfloat16_runs():
     workload = load(precision="bfloat16")
     clip = benchmark_step.draw_clip(workload)
     for vae in build_both(workload):
-        loss = benchmark_step.step_loss(benchmark_step.freeze_in(vae, "bfloat16"), clip, "bfloat16")
+        vae.cast_frozen("bfloat16")
+        loss = benchmark_step.step_loss(vae, clip, "bfloat16")
         loss.backward()
         assert loss.isfinite() and loss.dtype == torch.float32
         assert all(p.dtype == p.grad.dtype == torch.float32 for p in trainable_state(vae).values())
@@ -222,7 +223,8 @@ def test_the_program_checks_its_settings(monkeypatch):
 @pytest.mark.parametrize("settings", [{}, {"batch_size": 2}, {"precision": "bfloat16"}])
 def test_flops_of_a_step_are_those_of_real_tensors(settings):
     workload = load(**settings)
-    vae = benchmark_step.freeze_in(benchmark_step.build("ours", workload), workload.precision)
+    vae = benchmark_step.build("ours", workload)
+    vae.cast_frozen(workload.precision)
     with Flops() as flops:
         benchmark_step.step(vae, benchmark_step.draw_clip(workload), workload.precision)
     counted = benchmark_step.count_flops(workload)

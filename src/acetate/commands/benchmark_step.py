@@ -113,13 +113,6 @@ def draw_clip(load: Workload) -> ClipTensors:
     return rgb.to(load.device), alpha.clamp_min(0).to(load.device), background.to(load.device)
 
 
-def freeze_in(vae: RGBAVAE, precision: str) -> RGBAVAE:
-    for parameter in vae.parameters():
-        if not parameter.requires_grad:
-            parameter.data = parameter.data.to(DTYPES[precision])
-    return vae
-
-
 def step_loss(vae: RGBAVAE, clip: ClipTensors, precision: str) -> Tensor:
     rgb, alpha, background = clip
     with torch.autocast(rgb.device.type, DTYPES[precision], enabled=precision != "float32"):
@@ -207,7 +200,8 @@ def count_flops(load: Workload) -> dict[str, dict[str, int]]:
     """Returns the FLOPs that a step of ours needs, by part and kind: without those that
     checkpointing does again. It runs the step on tensors without numbers."""
     with torch.device("meta"):
-        vae = freeze_in(new_vae(load, checkpointing=False), load.precision)
+        vae = new_vae(load, checkpointing=False)
+        vae.cast_frozen(load.precision)
     with FakeTensorMode(allow_non_fake_inputs=True), Flops() as flops:
         without_numbers(vae)
         shape = (load.batch_size, 4, load.frames, load.height, load.width)
@@ -225,7 +219,8 @@ def resident_peak(way: str, load: Workload) -> int | None:
     before it. It needs a process of its own."""
     if sys.platform != "linux":  # no portable way to the resident set
         return None
-    vae, clip = freeze_in(build(way, load), load.precision), draw_clip(load)
+    vae, clip = build(way, load), draw_clip(load)
+    vae.cast_frozen(load.precision)
     before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
     step_loss(vae, clip, load.precision).backward()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
@@ -261,8 +256,8 @@ def time_step(load: Workload, warmup: int, repeats: int) -> dict[str, Any]:
                 release(load.device)
             if "error" not in results[way]:
                 with failures_in(results[way], load.device):
-                    vae = freeze_in(vaes[way], load.precision)
-                    seconds = timed(partial(step, vae, clip, load.precision), load.device)
+                    vaes[way].cast_frozen(load.precision)
+                    seconds = timed(partial(step, vaes[way], clip, load.precision), load.device)
                     if turn >= 0:
                         results[way]["seconds"].append(seconds)
             progress.update()

@@ -28,14 +28,8 @@ from acetate.formats.exported import MARK, check_replaceable, write_export
 from acetate.models import experts
 
 OF_A_KIND: dict[tuple[str, str], tuple[str, ...]] = {  # settings that change what is written
-    ("acetate", "rgba_vae"): (),
-    ("acetate", "dit_dora"): (),
-    ("acetate", "dit_joint"): (),
     ("wan-alpha", "rgba_vae"): ("decoder_only",),
-    ("wan-alpha", "dit_dora"): (),
-    ("comfyui", "rgba_vae"): (),
     ("comfyui", "dit_dora"): ("dit", "rank", "dtype"),
-    ("diffusers", "rgba_vae"): (),
     ("diffusers", "dit_dora"): ("dtype", "rgba_vae", "shift"),
 }
 
@@ -124,7 +118,9 @@ def main(config: DictConfig) -> None:
             f"to={config.to} cannot hold {trained.path}, a {trained.kind}: its LoRA acts on alpha "
             "tokens alone, which no other program has. Give to=acetate, and sample with acetate."
         )
-    settings = {name: config[name] for name in ("to", *OF_A_KIND[config.to, trained.kind])}
+    settings = {
+        name: config[name] for name in ("to", *OF_A_KIND.get((config.to, trained.kind), ()))
+    }
     if config.checkpoint_2:
         settings["checkpoint_2"] = config.checkpoint_2
     facts = {

@@ -13,7 +13,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from acetate.callbacks.samples import contact_sheet, save_picture
+from acetate.callbacks.panels import save_picture
+from acetate.callbacks.samples import contact_sheet
 from acetate.cli import run
 from acetate.commands.agreement import Results, load_reader, measure
 from acetate.commands.follow_pictures import measure_pictures

@@ -21,7 +21,7 @@ from acetate.guides import ClipGuide, Guide, MaskGuide, draw
 from acetate.models.adapters import read_adapters
 from acetate.pipeline import RGBAPipeline, solver_of
 from acetate.replacing import write_json
-from acetate.sampling import EllipsePath, Solver
+from acetate.sampling import EllipsePath
 from acetate.video_out import SUFFIXES, write_clip
 
 ON_SHEET = 8  # clips
@@ -168,7 +168,8 @@ def main(config: DictConfig) -> None:
     if config.out is not None and not config.overwrite:
         check_new(Path(config.out).expanduser(), targets(names, config.formats), settings)
     # Lightning: seconds, which a wrong setting need not wait for
-    from acetate.callbacks.samples import contact_sheet, save_picture
+    from acetate.callbacks.panels import save_picture
+    from acetate.callbacks.samples import contact_sheet
 
     pipeline = RGBAPipeline(config)
     out: Path | None = None
@@ -192,7 +193,11 @@ def main(config: DictConfig) -> None:
         started = time.perf_counter()
     assert out is not None
     sheet = sheet_name(out, config.overwrite)
-    save_picture(contact_sheet(shown, f"{out.name}: {title_of(config, solver)}", clip.guide), sheet)
+    title = (
+        f"{out.name}: {solver.name}, {solver.steps} steps, guidance {solver.guidance:g}, "
+        f"{config.height}x{config.width}"
+    )
+    save_picture(contact_sheet(shown, title, clip.guide), sheet)
     print(f"sheet       {sheet}")
 
 
@@ -260,13 +265,6 @@ def sheet_name(out: Path, overwrite: bool) -> Path:
         out / ("sheet.png" if number == 1 else f"sheet_{number}.png") for number in range(1, 10**6)
     )
     return out / "sheet.png" if overwrite else next(path for path in names if not path.exists())
-
-
-def title_of(config: DictConfig, solver: Solver) -> str:
-    return (
-        f"{solver.name}, {solver.steps} steps, guidance {solver.guidance:g}, "
-        f"{config.height}x{config.width}"
-    )
 
 
 if __name__ == "__main__":
