@@ -325,10 +325,8 @@ def _within(mask: torch.Tensor, radius: int) -> torch.Tensor:
         sums = F.pad(
             lines.cumsum(-1, dtype=torch.int32), (1, 0)
         )  # so that the cost does not grow with the radius
-        last, first = (
-            (places + min(radius, side) + 1).clamp_max(side),
-            (places - min(radius, side)).clamp_min(0),
-        )
+        last = (places + min(radius, side) + 1).clamp_max(side)
+        first = (places - min(radius, side)).clamp_min(0)
         mask = (sums[..., last] > sums[..., first]).movedim(-1, axis)
     return mask
 

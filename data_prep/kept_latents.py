@@ -110,10 +110,7 @@ class Kept:
             return None
         try:
             for piece in pieces:
-                said = {
-                    "clip_crc32": piece.ref.crc32,
-                    "background": self.settings.behind(piece),
-                }
+                said = {"clip_crc32": piece.ref.crc32, "background": self.settings.behind(piece)}
                 if read_meta_text(self.refs[piece.key]) != text_of(
                     piece, {**read_meta(piece.ref), **said}
                 ):

@@ -157,11 +157,7 @@ class Encoder:
         for _, group in groupby(pieces, key=lambda piece: piece.window):
             shown = None
             for piece in group:
-                said = {
-                    **meta,
-                    "clip_crc32": ref.crc32,
-                    "background": self.settings.behind(piece),
-                }
+                said = {**meta, "clip_crc32": ref.crc32, "background": self.settings.behind(piece)}
                 if piece in kept:
                     tensors, prompt = kept[piece]
                     if not (self.kept and self.kept.same_text and prompt == meta["prompt"]):

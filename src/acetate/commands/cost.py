@@ -17,15 +17,7 @@ from acetate.cli import run
 from acetate.commands import as_on_gpu
 from acetate.commands.checkpointing import automatic, settled
 from acetate.commands.estimate import blank_task, clip_ranks, footprint
-from acetate.cost import (
-    Assumptions,
-    Cost,
-    Gpu,
-    cost,
-    latent_sample_bytes,
-    payload,
-    trained_groups,
-)
+from acetate.cost import Assumptions, Cost, Gpu, cost, latent_sample_bytes, payload, trained_groups
 from acetate.models.image_encoder import TOKENS
 from acetate.models.wan import Geometry
 from acetate.replacing import check_out, write_json

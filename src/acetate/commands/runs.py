@@ -213,11 +213,7 @@ def newest(runs: Path, chosen: Callable[[Path], bool] = lambda run: True) -> Pat
     found = [
         last for run in runs.glob("*") if (last := standing(run / LAST)).exists() and chosen(run)
     ]
-    return (
-        max(found, key=lambda path: path.stat().st_mtime, default=Path()).parents[1]
-        if found
-        else None
-    )
+    return max(found, key=lambda path: path.stat().st_mtime).parents[1] if found else None
 
 
 def _started_with(run: Path, overrides: Sequence[str]) -> bool:

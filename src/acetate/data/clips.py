@@ -15,15 +15,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from acetate.data.datamodule import ShardDataModule
 from acetate.data.order import Order
 from acetate.data.read_ahead import ReadAhead
-from acetate.data.shards import (
-    BadClip,
-    Clip,
-    ClipRef,
-    ShardError,
-    blame,
-    index_shards,
-    read_clip,
-)
+from acetate.data.shards import BadClip, Clip, ClipRef, ShardError, blame, index_shards, read_clip
 from acetate.data.splits import validation_draw
 from acetate.data.store import RemoteTar
 from acetate.data.transforms import ClipTransform

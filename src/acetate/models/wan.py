@@ -91,11 +91,9 @@ def causal_conv(conv: WanCausalConv3d, x: Tensor, state: State) -> Tensor:
 
 
 def residual(block: WanResidualBlock, x: Tensor, state: State) -> Tensor:
-    shortcut = (
-        x
-        if isinstance(block.conv_shortcut, nn.Identity)
-        else causal_conv(block.conv_shortcut, x, state)
-    )
+    shortcut = x
+    if not isinstance(block.conv_shortcut, nn.Identity):
+        shortcut = causal_conv(block.conv_shortcut, x, state)
     x = causal_conv(block.conv1, norm_silu(block.norm1, x), state)
     x = causal_conv(block.conv2, block.dropout(norm_silu(block.norm2, x)), state)
     return x + shortcut
@@ -242,11 +240,9 @@ class WanHead(nn.Module):
 
     def __init__(self, vae: AutoencoderKLWan) -> None:
         super().__init__()
-        self.norm_out, self.conv_out, self.quant_conv = (
-            vae.encoder.norm_out,
-            vae.encoder.conv_out,
-            vae.quant_conv,
-        )
+        self.norm_out = vae.encoder.norm_out
+        self.conv_out = vae.encoder.conv_out
+        self.quant_conv = vae.quant_conv
 
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
         x = causal_conv(self.conv_out, norm_silu(self.norm_out, features), None)
