@@ -304,14 +304,9 @@ def main(cfg: DictConfig) -> None:
         **{name: cfg[name] for name in ("rgba_vae", "chunk", "long_prompts", "scheme")},
     )
     same = (
-        "allow_empty_buckets",
-        "bad_clip_budget",
-        "device",
-        "executor",
-        "workers",
-        "gpus",
+        "allow_empty_buckets", "bad_clip_budget", "device", "executor", "workers", "gpus",
         "replace",
-    )
+    )  # fmt: skip
     manifest = cache_latents(
         shards=[open_folder(place, remote) for place in listed(cfg.shards)],
         out=Path(cfg.out),

@@ -40,14 +40,8 @@ SLEEPING = 10  # times as long by the clock as by the processor
 LEAST_PIXELS = 2**16  # that a picture counts as: small ones take as long as that to begin and end
 BYTES_PER_DECODED = 2.5  # memory that reading and measuring take, for each byte of the decoded clip
 PREMULTIPLIED = {
-    "": None,
-    "1": True,
-    "true": True,
-    "yes": True,
-    "0": False,
-    "false": False,
-    "no": False,
-}
+    "": None, "1": True, "true": True, "yes": True, "0": False, "false": False, "no": False,
+}  # fmt: skip
 NO_ALPHA = (
     "has no alpha: it is neither RGBA nor colour with a matte beside it (NAME_fgr + NAME_pha, NAME "
     "+ NAME_matte)"

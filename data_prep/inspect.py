@@ -249,16 +249,8 @@ def main(cfg: DictConfig) -> None:
         check_out(Path(cfg.out))
     own: Any = OmegaConf.to_container(cfg, resolve=True)
     same = (
-        "sample",
-        "seed",
-        "frames",
-        "side",
-        "lengths",
-        "area",
-        "max_aspect",
-        "executor",
-        "workers",
-    )
+        "sample", "seed", "frames", "side", "lengths", "area", "max_aspect", "executor", "workers",
+    )  # fmt: skip
     shards = [Path(folder) for folder in listed(cfg.shards)]
     report = inspect(shards=shards, vae=cfg.wan.vae, **{name: own[name] for name in same})
     console = Console(markup=False, highlight=False)

@@ -19,14 +19,9 @@ log = logging.getLogger(__name__)
 to_file = logging.getLogger("acetate.file")
 
 FIGURES = (
-    "val/loss",
-    "val/rgb/psnr",
-    "val/rgb/ssim",
-    "val/alpha/mae",
-    "val/alpha/psnr",
-    "val/psnr",
+    "val/loss", "val/rgb/psnr", "val/rgb/ssim", "val/alpha/mae", "val/alpha/psnr", "val/psnr",
     "val/ssim",
-)
+)  # fmt: skip
 
 
 class Story(Callback):

@@ -16,18 +16,9 @@ from acetate.formats.layout import is_sharded
 from acetate.redaction import redacted
 
 PLACES = {
-    "shards",
-    "latents",
-    "rgba_vae",
-    "vae",
-    "transformer",
-    "transformer_2",
-    "image_encoder",
-    "text_encoder",
-    "save_to",
-    "init_from",
-    "weights",
-}
+    "shards", "latents", "rgba_vae", "vae", "transformer", "transformer_2", "image_encoder",
+    "text_encoder", "save_to", "init_from", "weights",
+}  # fmt: skip
 # Of `data`: what changes no clip
 OF_THE_MACHINE = (
     "remote", "batch_size", "val_batch_size", "num_workers", "cache_mb", "bad_clip_budget",

@@ -26,16 +26,8 @@ from acetate.video_out import SUFFIXES, write_clip
 
 ON_SHEET = 8  # clips
 OF_THE_CALL = (
-    "prompts",
-    "count",
-    "batch_size",
-    "offload",
-    "device",
-    "out",
-    "overwrite",
-    "settings",
-    "paths",
-)
+    "prompts", "count", "batch_size", "offload", "device", "out", "overwrite", "settings", "paths",
+)  # fmt: skip
 
 
 def check_settings(config: DictConfig) -> None:

@@ -33,13 +33,8 @@ from acetate.settings import several, whole
 
 # What latents were made with: folders are mixed, and a run goes on, only where all of it is equal
 MADE_WITH = (
-    "vae_sha256",
-    "base_sha256",
-    "text_encoder_sha256",
-    "prompt_length",
-    "ellipse",
-    "geometry",
-)
+    "vae_sha256", "base_sha256", "text_encoder_sha256", "prompt_length", "ellipse", "geometry",
+)  # fmt: skip
 WALK = several(several(whole(0, 2**40), 2, 2), 0)
 log = logging.getLogger(__name__)
 
