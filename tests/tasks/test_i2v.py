@@ -107,17 +107,23 @@ def test_shares_see_no_picture_or_another_prompt(conditioned, tmp_path):
         instantiate(config_for(tmp_path, conditioned, "task.caption_swap=2.0").task)
 
 
-@pytest.mark.slow
-def test_resume_is_exact_and_export_holds_the_wide_embedding(conditioned, tmp_path):
-    run = lambda name, *more: config_for(tmp_path / name, conditioned, *more)  # noqa: E731
+def resumed_exactly(folder, cached, *more):
+    """The task after four steps in `folder`/a, as after two and two in `folder`/b."""
+    run = lambda name, *now: config_for(folder / name, cached, *more, *now)  # noqa: E731
     _, whole, losses = fit(run("a", "trainer.max_steps=4"))
     fit(run("b", "trainer.max_steps=2", "task.decay_steps=4"))
     _, resumed, rest = fit(
-        run("b", "trainer.max_steps=4"), resume=tmp_path / "b/checkpoints/last.ckpt"
+        run("b", "trainer.max_steps=4"), resume=folder / "b/checkpoints/last.ckpt"
     )
     assert rest.losses == losses.losses[2:]
     for name, value in trainable_state(whole).items():
         assert torch.equal(value, trainable_state(resumed)[name]), name
+    return whole
+
+
+@pytest.mark.slow
+def test_resume_is_exact_and_export_holds_the_wide_embedding(conditioned, tmp_path):
+    whole = resumed_exactly(tmp_path, conditioned)
     file = tmp_path / "a/checkpoints/last.safetensors"
     kept = load_file(file)["transformer.patch_embedding.weight"]
     assert kept.shape[1] == 36 and kept[:, 16:].abs().max() > 0
