@@ -21,7 +21,7 @@ from acetate.guides import ClipGuide, Guide, MaskGuide, draw
 from acetate.models.adapters import read_adapters
 from acetate.pipeline import RGBAPipeline, solver_of
 from acetate.replacing import write_json
-from acetate.sampling import EllipsePath
+from acetate.sampling import EllipsePath, Solver
 from acetate.video_out import SUFFIXES, write_clip
 
 ON_SHEET = 8  # clips
@@ -185,11 +185,7 @@ def main(config: DictConfig) -> None:
         started = time.perf_counter()
     assert out is not None
     sheet = sheet_name(out, config.overwrite)
-    title = (
-        f"{out.name}: {solver.name}, {solver.steps} steps, guidance {solver.guidance:g}, "
-        f"{config.height}x{config.width}"
-    )
-    save_picture(contact_sheet(shown, title, clip.guide), sheet)
+    save_picture(contact_sheet(shown, f"{out.name}: {title_of(config, solver)}", clip.guide), sheet)
     print(f"sheet       {sheet}")
 
 
@@ -257,6 +253,13 @@ def sheet_name(out: Path, overwrite: bool) -> Path:
         out / ("sheet.png" if number == 1 else f"sheet_{number}.png") for number in range(1, 10**6)
     )
     return out / "sheet.png" if overwrite else next(path for path in names if not path.exists())
+
+
+def title_of(config: DictConfig, solver: Solver) -> str:
+    return (
+        f"{solver.name}, {solver.steps} steps, guidance {solver.guidance:g}, "
+        f"{config.height}x{config.width}"
+    )
 
 
 if __name__ == "__main__":

@@ -91,9 +91,11 @@ def causal_conv(conv: WanCausalConv3d, x: Tensor, state: State) -> Tensor:
 
 
 def residual(block: WanResidualBlock, x: Tensor, state: State) -> Tensor:
-    shortcut = x
-    if not isinstance(block.conv_shortcut, nn.Identity):
-        shortcut = causal_conv(block.conv_shortcut, x, state)
+    shortcut = (
+        x
+        if isinstance(block.conv_shortcut, nn.Identity)
+        else causal_conv(block.conv_shortcut, x, state)
+    )
     x = causal_conv(block.conv1, norm_silu(block.norm1, x), state)
     x = causal_conv(block.conv2, block.dropout(norm_silu(block.norm2, x)), state)
     return x + shortcut
