@@ -149,7 +149,7 @@ def test_what_breaks_a_rule_of_a_program_is_named(program, override):
         ("benchmark", "parts=[] parts=[writer] parts=reader precision=float16 lora_rank=0 "
          "repeats=0 warmup=-1 dit.size=2B dit.ways=[theirs] reader.clips=0 evaluate.clips=1"),
         ("cache_latents", "frames=[] frames=[9,x] sizes=[48,48] dtype=float64 per_tar=0 "
-         "smallest=0 background=teal condition=second max_aspect=0.5 scheme=both "
+         "smallest=0 variants=9 background=teal condition=second max_aspect=0.5 scheme=both "
          "long_prompts=cut"),
         ("shard", "min_alpha=0 max_frames=0 max_side=0 fps=0 bleed=-1 full=maybe executor=slurm"),
         ("inspect", "sample=0 lengths=5"),
