@@ -25,13 +25,7 @@ from acetate.cli import run
 from acetate.data.keys import first_reasons
 from acetate.data.latent_shards import EMPTY_PROMPT
 from acetate.data.manifests import IDENTITY
-from acetate.data.shards import (
-    MANIFEST,
-    SCHEMA,
-    ShardError,
-    index_shards,
-    read_manifest,
-)
+from acetate.data.shards import MANIFEST, SCHEMA, ShardError, index_shards, read_manifest
 from acetate.data.store import Folder, listed, open_folder
 from acetate.models.image_encoder import ImageEncoder
 from acetate.models.plain_vae import PlainVAE
@@ -299,10 +293,8 @@ def counts(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def main(cfg: DictConfig) -> None:
-    own, remote = (
-        cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True)),
-        instantiate(cfg.remote),
-    )
+    own = cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True))
+    remote = instantiate(cfg.remote)
     sources = Sources(
         frozen_dtype=cfg.wan.dtype,
         **{
@@ -312,14 +304,9 @@ def main(cfg: DictConfig) -> None:
         **{name: cfg[name] for name in ("rgba_vae", "chunk", "long_prompts", "scheme")},
     )
     same = (
-        "allow_empty_buckets",
-        "bad_clip_budget",
-        "device",
-        "executor",
-        "workers",
-        "gpus",
+        "allow_empty_buckets", "bad_clip_budget", "device", "executor", "workers", "gpus",
         "replace",
-    )
+    )  # fmt: skip
     manifest = cache_latents(
         shards=[open_folder(place, remote) for place in listed(cfg.shards)],
         out=Path(cfg.out),

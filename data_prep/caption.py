@@ -66,8 +66,6 @@ class Settings:
     dtype: str
 
     def __post_init__(self) -> None:
-        if self.overwrite not in ("missing", "all"):
-            raise ValueError(f"overwrite={self.overwrite}; choose missing or all")
         if "{caption}" not in self.template:
             raise ValueError(
                 f"template={self.template!r} has no {{caption}}; that is where the caption goes"
@@ -85,8 +83,6 @@ class Settings:
             raise ValueError(
                 f"template={self.template!r}: {error}; write {{{{ and }}}} for braces"
             ) from error
-        if not isinstance(getattr(torch, self.dtype, None), torch.dtype):
-            raise ValueError(f"dtype={self.dtype}; choose float32, bfloat16 or float16")
 
     def is_missing(self, prompt: str) -> bool:
         return self.overwrite == "all" or re.fullmatch(self.missing, prompt, re.DOTALL) is not None

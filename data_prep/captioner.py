@@ -29,16 +29,6 @@ class Look:
     images: Literal["several", "sheet"]
     background: Literal["grey", "checkerboard"]
 
-    def __post_init__(self) -> None:
-        if self.pictures < 1:
-            raise ValueError(f"pictures={self.pictures}; must be at least 1")
-        if self.images not in ("several", "sheet"):
-            raise ValueError(
-                f"images={self.images}; choose several, or sheet for models that take one image"
-            )
-        if self.background not in ("grey", "checkerboard"):
-            raise ValueError(f"background={self.background}; choose grey or checkerboard")
-
     def of(self, frames: NDArray[np.uint8]) -> list[Image.Image]:
         """Makes the images of frames (T, H, W, 4), in the order of time."""
         places = (

@@ -44,17 +44,6 @@ class Settings:
     flickers: Verdict
 
     def __post_init__(self) -> None:
-        for name in ("min_alpha", "max_side", "max_frames"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name}={value}; must be at least 1")
-        if self.fps is not None and self.fps <= 0:
-            raise ValueError(f"fps={self.fps}; must be above 0, or null to keep every clip's own")
-        if self.bleed is not None and self.bleed < 0:
-            raise ValueError(f"bleed={self.bleed}; pixels, at least 0, or null for the whole frame")
-        for name in ("empty", "full", "flickers"):
-            if getattr(self, name) not in ("refuse", "keep"):
-                raise ValueError(f"{name}={getattr(self, name)}; choose refuse or keep")
         check_choices(self.choices)
 
     def apply(self, decisions: Decisions) -> Decisions:
@@ -336,10 +325,8 @@ def _within(mask: torch.Tensor, radius: int) -> torch.Tensor:
         sums = F.pad(
             lines.cumsum(-1, dtype=torch.int32), (1, 0)
         )  # so that the cost does not grow with the radius
-        last, first = (
-            (places + min(radius, side) + 1).clamp_max(side),
-            (places - min(radius, side)).clamp_min(0),
-        )
+        last = (places + min(radius, side) + 1).clamp_max(side)
+        first = (places - min(radius, side)).clamp_min(0)
         mask = (sums[..., last] > sums[..., first]).movedim(-1, axis)
     return mask
 

@@ -20,7 +20,7 @@ from acetate.draws import stable_hash
 from acetate.replacing import check_out, remove, write_json, writing
 from data_prep.bad_clips import print_bad
 from data_prep.emoji import codes_of, described, group_of
-from data_prep.executor import check, progress
+from data_prep.executor import progress
 from data_prep.journal import only_writer, write_lines
 from data_prep.packages import Package, digest_of, packages_of, strangers
 from data_prep.sprites import READERS, Sprite, write_animation
@@ -59,7 +59,6 @@ def collect(
     A run that was interrupted goes on. FileNotFoundError for a source that is not the package;
     ValueError where `out` was made of another one, unless `replace`.
     """
-    check("local", workers)
     check_out(out, folder=True)
     packages = packages_of(kind, source)
     with only_writer(out):

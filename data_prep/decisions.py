@@ -51,10 +51,7 @@ class Decisions:
     def __post_init__(self) -> None:
         if self.color not in COLORS and not BACKDROP.fullmatch(self.color):
             raise ValueError(f"color={self.color!r}; {TAKES['color']}")
-        for name, choices in (
-            ("matte", get_args(Matte)),
-            ("still", (True, False)),
-        ):
+        for name, choices in (("matte", get_args(Matte)), ("still", (True, False))):
             value = getattr(self, name)
             if value not in choices:
                 raise ValueError(f"{name}={value!r}; choose {', '.join(map(str, choices))}")

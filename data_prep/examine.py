@@ -40,14 +40,8 @@ SLEEPING = 10  # times as long by the clock as by the processor
 LEAST_PIXELS = 2**16  # that a picture counts as: small ones take as long as that to begin and end
 BYTES_PER_DECODED = 2.5  # memory that reading and measuring take, for each byte of the decoded clip
 PREMULTIPLIED = {
-    "": None,
-    "1": True,
-    "true": True,
-    "yes": True,
-    "0": False,
-    "false": False,
-    "no": False,
-}
+    "": None, "1": True, "true": True, "yes": True, "0": False, "false": False, "no": False,
+}  # fmt: skip
 NO_ALPHA = (
     "has no alpha: it is neither RGBA nor colour with a matte beside it (NAME_fgr + NAME_pha, NAME "
     "+ NAME_matte)"
@@ -78,9 +72,6 @@ class Settings:
         )
 
     def __post_init__(self) -> None:
-        for name in ("max_pixels", "max_frames", "memory_gb", "seconds", "megapixels_per_second"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name}={getattr(self, name)}; must be above 0")
         check_choices(self.choices, "override.")
 
 

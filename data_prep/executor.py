@@ -21,11 +21,9 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from tqdm import tqdm
 
-EXECUTORS = ("local", "ray")
 START = "spawn"  # of local processes, with nothing of this one
 OVERRAN = "took more than {:g} s, so that its worker process was stopped"
 OVERRUN_SIGNALS = ("SIGPROF", "SIGALRM")  # of a process that set itself a time limit
-MOST_PER_CORE = 32  # processes; more wait for each other and fill the memory
 # glibc's mallopt: freed pieces from so many bytes on go back at once; of smaller ones, what lies
 # free beyond so many
 M_MMAP_THRESHOLD, GIVEN_BACK = -3, 2**24
@@ -138,18 +136,8 @@ def progress(
 
 
 def check(executor: str, workers: int) -> None:
-    """Raises ValueError for settings that `parallel` refuses: for commands, before they load or
+    """Raises ValueError for settings that contradict each other: for commands, before they load or
     write anything."""
-    most = MOST_PER_CORE * (os.cpu_count() or 1)
-    if executor == "local" and workers > most:
-        raise ValueError(
-            f"workers={workers}; this machine has {os.cpu_count()} cores, at most {MOST_PER_CORE} "
-            f"processes for each: {most}"
-        )
-    if executor not in EXECUTORS:
-        raise ValueError(f"executor={executor}; choose {' or '.join(EXECUTORS)}")
-    if workers < 0:
-        raise ValueError(f"workers={workers}; must be at least 0")
     if workers == 0 and executor == "ray":
         raise ValueError("executor=ray, workers=0; Ray needs at least workers=1")
 

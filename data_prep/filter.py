@@ -65,19 +65,6 @@ class Duplicates:
     color: int
     keep: Literal["best", "first"]
 
-    def __post_init__(self) -> None:
-        if not 0 <= self.distance <= 32:
-            raise ValueError(
-                f"duplicates.distance={self.distance}; 0 to 32 of 128 bits, 6 is a good start"
-            )
-        if not 0 <= self.color <= 255:
-            raise ValueError(
-                f"duplicates.color={self.color}; 0 to 255 steps of a mean colour, 32 is a good "
-                "start"
-            )
-        if self.keep not in ("best", "first"):
-            raise ValueError(f"duplicates.keep={self.keep}; choose best or first")
-
 
 def parse_rules(rules: Mapping[str, Any]) -> dict[str, Rule]:
     """Reads {score: {min, max}}; a rule that is null is none. Raises ValueError for a score or an

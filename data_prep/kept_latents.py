@@ -20,17 +20,9 @@ from data_prep.latent_plan import Piece, Settings
 # What decides a latent, beside its clip's frames and its place in them; and what decides an
 # embedding, beside the text
 OF_A_LATENT = (
-    "seed",
-    "smallest",
-    "dtype",
-    "ellipse",
-    "eps",
-    "frozen_dtype",
-    "vae_sha256",
-    "base_sha256",
-    "condition",
-    "image_encoder",
-)
+    "seed", "smallest", "dtype", "ellipse", "eps", "frozen_dtype", "vae_sha256", "base_sha256",
+    "condition", "image_encoder",
+)  # fmt: skip
 OF_A_TEXT = ("dtype", "text_encoder_sha256", "prompt_length", "long_prompts")
 log = logging.getLogger(__name__)
 
@@ -110,10 +102,7 @@ class Kept:
             return None
         try:
             for piece in pieces:
-                said = {
-                    "clip_crc32": piece.ref.crc32,
-                    "background": self.settings.behind(piece),
-                }
+                said = {"clip_crc32": piece.ref.crc32, "background": self.settings.behind(piece)}
                 if read_meta_text(self.refs[piece.key]) != text_of(
                     piece, {**read_meta(piece.ref), **said}
                 ):

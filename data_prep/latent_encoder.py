@@ -34,7 +34,6 @@ from data_prep.kept_latents import Kept, text_of
 from data_prep.latent_plan import Piece, Settings, cut, placement
 
 log = logging.getLogger(__name__)
-SCHEMES = ("rgba", "joint")
 Report = Callable[[int, dict[str, str]], None]  # samples done; key -> reason of bad clips
 Made = tuple[dict[str, Any], dict[str, Any]]  # as `made` returns it
 
@@ -54,8 +53,6 @@ class Sources:
     image_encoder: str | None = None  # of a base that reads CLIP embeddings of given frames
 
     def __post_init__(self) -> None:
-        if self.scheme not in SCHEMES:
-            raise ValueError(f"scheme={self.scheme}; choose {' or '.join(SCHEMES)}")
         if self.scheme == "joint" and self.rgba_vae is not None:
             raise ValueError(
                 f"rgba_vae={self.rgba_vae}: scheme=joint encodes with the plain VAE of wan=. Leave "
@@ -66,8 +63,6 @@ class Sources:
                 "rgba_vae has no value: scheme=rgba encodes with a trained RGBA-VAE. Give "
                 "rgba_vae=RUN, or scheme=joint for the plain VAE."
             )
-        if self.long_prompts not in ("error", "truncate"):
-            raise ValueError(f"long_prompts={self.long_prompts}; choose error or truncate")
 
     @property
     def eps(self) -> float:
@@ -162,11 +157,7 @@ class Encoder:
         for _, group in groupby(pieces, key=lambda piece: piece.window):
             shown = None
             for piece in group:
-                said = {
-                    **meta,
-                    "clip_crc32": ref.crc32,
-                    "background": self.settings.behind(piece),
-                }
+                said = {**meta, "clip_crc32": ref.crc32, "background": self.settings.behind(piece)}
                 if piece in kept:
                     tensors, prompt = kept[piece]
                     if not (self.kept and self.kept.same_text and prompt == meta["prompt"]):

@@ -23,7 +23,6 @@ from acetate.data.transforms import (
     window,
 )
 from acetate.draws import generator_for, stable_hash
-from acetate.models.condition import GIVEN
 from acetate.models.wan import Geometry
 
 # Scale of the picture on its canvas; shares of the slack above it and left of it
@@ -153,36 +152,14 @@ class Settings:
     # scale of a clip on its transparent canvas, drawn from here to 1 for each variant
     smallest: float = 1.0
     background: str | None = None  # of PALETTE_NAMES, behind every clip; None: another per variant
-    condition: str = "none"  # or of GIVEN: frames that are encoded alone, too
+    condition: str = "none"  # or of models.condition.GIVEN: frames that are encoded alone, too
 
     def __post_init__(self) -> None:
-        if not 1 <= self.variants <= len(PALETTE_NAMES):
-            raise ValueError(
-                f"variants={self.variants}; 1 to {len(PALETTE_NAMES)}, the number of background "
-                "colors"
-            )
-        if self.dtype not in ("float16", "bfloat16"):
-            raise ValueError(f"dtype={self.dtype}; choose float16 or bfloat16")
-        if self.per_tar < 1:
-            raise ValueError(f"per_tar={self.per_tar}; must be at least 1")
-        check_list("frames", self.frames, "[17,49,81]")
-        if self.sizes is not None:
-            check_list("sizes", self.sizes, "[[48,64],[64,48]] (height, width)", pairs=True)
-        if not 0 < self.smallest <= 1:
-            raise ValueError(
-                f"smallest={self.smallest}; a scale in (0, 1]. 1 leaves clips as they are"
-            )
-        if self.background not in (None, *PALETTE_NAMES):
-            raise ValueError(f"background={self.background}; one of {', '.join(PALETTE_NAMES)}")
         if self.background and self.variants > 1 and self.smallest == 1:
             raise ValueError(
                 f"variants={self.variants} of a clip would be equal over background="
                 f"{self.background}; set variants=1, or smallest below 1"
             )
-        if self.condition not in ("none", *GIVEN):
-            raise ValueError(f"condition={self.condition}; one of none, {', '.join(GIVEN)}")
-        if self.max_aspect < 1:
-            raise ValueError(f"max_aspect={self.max_aspect}; longer side over shorter, at least 1")
 
     def behind(self, piece: Piece) -> str:
         """Returns the name of the colour that the encoder finds behind a piece."""
@@ -192,29 +169,6 @@ class Settings:
     @property
     def torch_dtype(self) -> torch.dtype:
         return getattr(torch, self.dtype)
-
-
-def check_list(name: str, value: Any, example: str, pairs: bool = False) -> None:
-    """Raises ValueError unless it lists whole numbers of at least 1, or pairs of such."""
-
-    def good(entry: Any) -> bool:
-        return isinstance(entry, int) and not isinstance(entry, bool) and entry >= 1
-
-    def good_pair(entry: Any) -> bool:
-        return (
-            isinstance(entry, Sequence)
-            and not isinstance(entry, str)
-            and len(entry) == 2
-            and all(map(good, entry))
-        )
-
-    listed = isinstance(value, Sequence) and not isinstance(value, str) and len(value) > 0
-    if not (listed and all(map(good_pair if pairs else good, value))):
-        shown = list(value) if isinstance(value, tuple) else value
-        what = "pairs of whole numbers" if pairs else "whole numbers"
-        raise ValueError(
-            f"{name}={shown}; a list of at least one of {what} from 1 on, as in {name}={example}"
-        )
 
 
 def plan_of(

@@ -39,7 +39,7 @@ from acetate.data.writer import ShardWriter
 from acetate.documents import parse
 from acetate.draws import stable_hash
 from acetate.replacing import check_out, write_json, written
-from data_prep.executor import check, progress
+from data_prep.executor import progress
 from data_prep.folders import DECISIONS, check_folder, making
 from data_prep.journal import Line, open_journal, read_journal, write_lines
 from data_prep.packages import packages_of
@@ -247,7 +247,6 @@ def build(cfg: Mapping[str, Any], out: Path, workers: int) -> list[Line]:
 
     FileNotFoundError for a package that is not in `source`, ShardError for what `rendered` is not.
     """
-    check("local", workers)
     check_out(out, folder=True)
     parts = out / "parts"
     for kind in cfg["packages"]:

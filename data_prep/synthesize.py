@@ -104,15 +104,8 @@ def main(cfg: DictConfig) -> None:
         print_preview(Plan(cfg.clips, cfg.frames, squares(sizes), cfg.seed), cfg.workers)
         return
     same = (
-        "clips",
-        "frames",
-        "seed",
-        "val_fraction",
-        "max_clips",
-        "executor",
-        "workers",
-        "replace",
-    )
+        "clips", "frames", "seed", "val_fraction", "max_clips", "executor", "workers", "replace",
+    )  # fmt: skip
     own = {name: cfg[name] for name in same}
     head = synthesize(out=Path(cfg.out), sizes=sizes, max_bytes=int(cfg.max_mb * 2**20), **own)
     print_written(cfg.out, head)

@@ -1,7 +1,6 @@
 """Puts a DiT and its adapters together from their files, and holds what was trained together
 against what is given."""
 
-import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,12 +9,12 @@ from typing import Any, cast
 import torch
 from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
 from omegaconf import DictConfig
-from torch import Tensor, nn
+from torch import nn
 
 from acetate.commands.recorded import preset_of
 from acetate.formats.few_step import merge_few_step
 from acetate.formats.trained import read_whole_adapters
-from acetate.formats.wan_alpha import dora_from_wan_alpha
+from acetate.formats.wan_alpha import dora_from_wan_alpha, is_dora, rank_of
 from acetate.models import experts
 from acetate.models.adapters import load_trainable
 from acetate.models.condition import widen_as_trained
@@ -71,11 +70,9 @@ def put_dora(
     metadata); puts those of experiment=dit_joint on, which colour tokens must not see. expert: of a
     base with two, whose adapters they must be."""
     path = Path(source).expanduser()
-    if path.is_file() and released(state := read_weights(path)):
+    if path.is_file() and is_dora(state := read_weights(path)):
         adapters, facts = dora_from_wan_alpha(state, str(path)), dict(RELEASED)
-        rank = alpha = next(
-            value.shape[0] for name, value in adapters.items() if ".lora_A." in name
-        )
+        rank = alpha = rank_of(adapters)
     else:
         path, adapters, facts = read_whole_adapters(source, "dit_dora", "dit_joint")
         rank, alpha = facts["rank"], facts["alpha"]
@@ -108,10 +105,6 @@ def wan_for(facts: Mapping[str, Any]) -> str:
 def is_joint(facts: Mapping[str, Any]) -> bool:
     """Returns whether the file's model makes colour and alpha of the plain VAE side by side."""
     return facts.get("kind") == "dit_joint"
-
-
-def released(state: dict[str, Tensor]) -> bool:
-    return any(re.search(r"(self|cross)_attn\.[qkvo]\.lora_A", name) for name in state)
 
 
 def check_experts(config: DictConfig) -> None:

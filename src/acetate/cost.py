@@ -48,11 +48,6 @@ class Gpu:
     link_gb_s: float  # of a GPU to its neighbours in the node
     node_gb_s: float  # of all network cards of a node together
 
-    def __post_init__(self) -> None:
-        for name in ("peak_tflops", "memory_gib", "gpus_per_node", "link_gb_s", "node_gb_s"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"gpu.{name}={getattr(self, name)}; must be above 0")
-
 
 @dataclass(frozen=True)
 class Assumptions:
@@ -62,15 +57,6 @@ class Assumptions:
     bandwidth_share: float  # share of a link's bandwidth that collectives reach
     overlap: float  # share of the compute under which communication is hidden
     latency_us: float  # of a message between two GPUs
-
-    def __post_init__(self) -> None:
-        for name in ("efficiency", "bandwidth_share"):
-            if not 0 < getattr(self, name) <= 1:
-                raise ValueError(f"{name}={getattr(self, name)}; a share in (0, 1]")
-        if not 0 <= self.overlap <= 1:
-            raise ValueError(f"overlap={self.overlap}; a share in [0, 1]")
-        if not self.latency_us >= 0:
-            raise ValueError(f"latency_us={self.latency_us}; must be at least 0")
 
 
 @dataclass(frozen=True)

@@ -12,14 +12,7 @@ from torch import Tensor
 from acetate import regions
 from acetate.alpha import harden, over
 from acetate.clips import background_of
-from acetate.data.transforms import (
-    containing_box,
-    covering_box,
-    crop,
-    resize,
-    to_float,
-    window,
-)
+from acetate.data.transforms import containing_box, covering_box, crop, resize, to_float, window
 from acetate.formats.gauss_mask import read_gauss_mask
 from acetate.models.condition import GIVEN, condition_latents, with_mask
 from acetate.models.rgba_vae import RGBAVAE

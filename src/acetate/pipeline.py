@@ -269,10 +269,8 @@ class RGBAVAE:
         clip that is not 4k+1 frames of sides that the stride divides, and for files that only
         decode.
         """
-        rgb, alpha = (
-            clip.rgb[None].to(self.device).clamp(-1, 1),
-            clip.alpha[None].to(self.device).clamp(0, 1),
-        )
+        rgb = clip.rgb[None].to(self.device).clamp(-1, 1)
+        alpha = clip.alpha[None].to(self.device).clamp(0, 1)
         hard = over(rgb, harden(alpha), background_of(background)[None].to(rgb))
         return self.model.normalise(self.model.encode(hard, alpha))
 

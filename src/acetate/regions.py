@@ -18,11 +18,7 @@ GROWTH, INSIDE = 1.12, 0.98
 def largest_per_cell(x: Tensor, time_stride: int, space_stride: int) -> Tensor:
     """Returns the largest value per latent cell, (B, 1, T, H, W) -> (B, 1, F, h, w); cell 0 sees
     frame 0 only."""
-    s = space_stride
-    first = F.max_pool3d(x[:, :, :1], (1, s, s))
-    if x.shape[2] == 1:
-        return first
-    return torch.cat([first, F.max_pool3d(x[:, :, 1:], (time_stride, s, s))], 2)
+    return _pooled(F.max_pool3d, x, time_stride, space_stride)
 
 
 def check_clip_shape(
@@ -64,7 +60,7 @@ def cells(alpha: Tensor, time_stride: int, space_stride: int, eps: float = 0.0) 
 
 def coverage(alpha: Tensor, time_stride: int, space_stride: int) -> Tensor:
     """Returns the mean alpha of every latent cell, (B, 1, T, H, W) -> (B, 1, F, h, w)."""
-    return _mean_pool(alpha, time_stride, space_stride)
+    return _pooled(F.avg_pool3d, alpha, time_stride, space_stride)
 
 
 def by_coverage(covered: Tensor, floor: float) -> Tensor:
@@ -103,7 +99,7 @@ def fit_ellipses(
     check_clip_shape(frames, height, width, time_stride, space_stride)
     inside = _raster(raster)
     # (B, F, h, w)
-    covered = _mean_pool((alpha > threshold).double(), time_stride, space_stride)[:, 0]
+    covered = coverage((alpha > threshold).double(), time_stride, space_stride)[:, 0]
     pooled = covered.flatten(0, 1)
     shape = pooled > SHAPE_COVERAGE
     x, y = _grid(pooled.shape[1], pooled.shape[2], pooled.device)
@@ -174,12 +170,12 @@ def inside(ellipses: Tensor, height: int, width: int) -> Tensor:
     return _inside(centre, lengths, angle, height, width) & (lengths[:, :1, None] > 0)
 
 
-def _mean_pool(x: Tensor, time_stride: int, space_stride: int) -> Tensor:
+def _pooled(pool: Callable[..., Tensor], x: Tensor, time_stride: int, space_stride: int) -> Tensor:
     s = space_stride
-    first = F.avg_pool3d(x[:, :, :1], (1, s, s))
+    first = pool(x[:, :, :1], (1, s, s))
     if x.shape[2] == 1:
         return first
-    return torch.cat([first, F.avg_pool3d(x[:, :, 1:], (time_stride, s, s))], 2)
+    return torch.cat([first, pool(x[:, :, 1:], (time_stride, s, s))], 2)
 
 
 def _grid(height: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -265,11 +261,8 @@ def _grow(
     or the most of them."""
     height, width = cells.shape[1:]
     count = cells.sum((1, 2)).clamp_min(1)
-    best, best_lengths, done = (
-        torch.zeros_like(angle),
-        lengths,
-        torch.zeros_like(angle, dtype=torch.bool),
-    )
+    best, best_lengths = torch.zeros_like(angle), lengths
+    done = torch.zeros_like(angle, dtype=torch.bool)
     for _ in range(enlargements):
         share = (raster(centre, lengths, angle, height, width) & cells).sum((1, 2)) / count
         better = ~done & (share > best)

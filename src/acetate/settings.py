@@ -155,8 +155,7 @@ def rising(rule: Rule) -> Rule:
     """Makes a rule: two values [low, high], low at most high."""
     two = several(rule, 2, 2)
     return Rule(
-        f"[low, high], each {rule.says}",
-        lambda value: two.holds(value) and value[0] <= value[1],
+        f"[low, high], each {rule.says}", lambda value: two.holds(value) and value[0] <= value[1]
     )
 
 

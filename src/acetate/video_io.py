@@ -36,14 +36,7 @@ from acetate.media.images import IMAGES, OPAQUE_IMAGES, describe_image, image_ha
 from acetate.media.mattes import open_matte
 from acetate.media.packed import Packing, find_packing
 from acetate.media.sequences import check_frames, is_sequence, sequence_files
-from acetate.media.videos import (
-    VIDEOS,
-    color,
-    describe_video,
-    luma,
-    open_film,
-    open_video,
-)
+from acetate.media.videos import VIDEOS, color, describe_video, luma, open_film, open_video
 
 # Of a clip in a shard: no other demuxer, decoder, file or host
 FFV1_ALONE = {
@@ -297,15 +290,11 @@ def write_video(path: Path, frames: Frames, fps: float) -> None:
             stream = cast(
                 av.VideoStream, container.add_stream("libx264", rate=rate, options={"crf": "16"})
             )
-            stream.width, stream.height, stream.pix_fmt = (
-                frames.shape[2],
-                frames.shape[1],
-                "yuv420p",
-            )
-            stream.codec_context.colorspace, stream.codec_context.color_range = (
-                Colorspace.ITU709,
-                ColorRange.MPEG,
-            )
+            stream.width = frames.shape[2]
+            stream.height = frames.shape[1]
+            stream.pix_fmt = "yuv420p"
+            stream.codec_context.colorspace = Colorspace.ITU709
+            stream.codec_context.color_range = ColorRange.MPEG
             for frame in frames:
                 rgb = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
                 yuv = rgb.reformat(

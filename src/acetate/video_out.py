@@ -76,14 +76,6 @@ class _Clip:
             yield _to_uint8(picture)
 
 
-def check_formats(formats: Sequence[str]) -> None:
-    """Raises ValueError for a format that `write_clip` does not know; for commands, before hours of
-    sampling."""
-    for name in formats:
-        if name not in FORMATS:
-            raise ValueError(f"formats: {name!r} is unknown; choose from {', '.join(FORMATS)}")
-
-
 def write_clip(
     stem: Path,
     rgb: Tensor,
@@ -116,7 +108,8 @@ def write_clip(
     not finite, before anything is written. OSError if a format cannot be written; formats already
     written stay.
     """
-    check_formats(formats)
+    if unknown := [name for name in formats if name not in FORMATS]:
+        raise ValueError(f"formats: {unknown[0]!r} is unknown; choose from {', '.join(FORMATS)}")
     _check_clip(rgb, alpha, fps)
     clip = _Clip(rgb, alpha, fps, guide)
     written = []

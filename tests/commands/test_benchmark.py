@@ -6,10 +6,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from omegaconf import OmegaConf
 from torch.testing import assert_close
 
-from acetate.commands import benchmark, benchmark_step
+from acetate.commands import benchmark_step
 from acetate.commands.benchmark_clock import (
     DisagreementError,
     failures_in,
@@ -181,7 +180,8 @@ def test_bfloat16_runs():
     workload = load(precision="bfloat16")
     clip = benchmark_step.draw_clip(workload)
     for vae in build_both(workload):
-        loss = benchmark_step.step_loss(benchmark_step.freeze_in(vae, "bfloat16"), clip, "bfloat16")
+        vae.cast_frozen("bfloat16")
+        loss = benchmark_step.step_loss(vae, clip, "bfloat16")
         loss.backward()
         assert loss.isfinite() and loss.dtype == torch.float32
         assert all(p.dtype == p.grad.dtype == torch.float32 for p in trainable_state(vae).values())
@@ -192,9 +192,7 @@ def test_bfloat16_runs():
     [
         ({"frames": 8}, "8 frames; this VAE needs 4k.1 frames .* Use frames=5"),
         ({"width": 20}, "width 20; this VAE needs multiples of 8"),
-        ({"precision": "float16"}, "precision=float16; known: float32, bfloat16"),
         ({"device": "tpu"}, "device=tpu; known: cpu, cuda"),
-        ({"lora_rank": 0}, "lora_rank=0; must be at least 1"),
     ],
 )
 def test_a_workload_that_cannot_run(settings, message):
@@ -207,28 +205,13 @@ def test_a_workload_that_cannot_run(settings, message):
     [
         ({"frames": 8}, r"reader\.frames: 8 frames; .*Use frames=5"),
         ({"size": 40}, r"reader\.size=40; sides are multiples of 16"),
-        ({"clips": 0}, r"reader\.clips=0; must be at least 1"),
+        ({"frames": 1}, r"reader\.frames=1; must be at least 5"),
     ],
 )
 def test_clips_that_cannot_be_drawn(settings, message):
     small = {"clips": 2, "frames": 5, "size": 16, "batch_size": 2, "repeats": 1, "seed": 0}
     with pytest.raises(ValueError, match=message):
         ReaderLoad(**small | settings)
-
-
-def test_steps_are_timed_once_at_least():
-    with pytest.raises(ValueError, match="repeats=0; must be at least 1"):
-        benchmark_step.time_step(load(), 0, 0)
-    with pytest.raises(ValueError, match="warmup=-1; must be at least 0"):
-        benchmark_step.time_step(load(), -1, 1)
-
-
-@pytest.mark.parametrize("parts", [["step", "writer"], [], "reader"])
-def test_parts_are_a_list_of_known_ones(parts):
-    with pytest.raises(
-        ValueError, match=r"parts=.*; a list of ceilings, step, norm, dit, reader, evaluate, one"
-    ):
-        benchmark.main(OmegaConf.create({"out": None, "parts": parts}))
 
 
 def test_the_program_checks_its_settings(monkeypatch):
@@ -240,7 +223,8 @@ def test_the_program_checks_its_settings(monkeypatch):
 @pytest.mark.parametrize("settings", [{}, {"batch_size": 2}, {"precision": "bfloat16"}])
 def test_flops_of_a_step_are_those_of_real_tensors(settings):
     workload = load(**settings)
-    vae = benchmark_step.freeze_in(benchmark_step.build("ours", workload), workload.precision)
+    vae = benchmark_step.build("ours", workload)
+    vae.cast_frozen(workload.precision)
     with Flops() as flops:
         benchmark_step.step(vae, benchmark_step.draw_clip(workload), workload.precision)
     counted = benchmark_step.count_flops(workload)

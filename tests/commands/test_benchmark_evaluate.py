@@ -4,13 +4,7 @@ import json
 
 import pytest
 
-from acetate.commands.benchmark_evaluate import EvaluateLoad
 from tests.compose import called
-
-
-def test_clips_that_cannot_be_drawn():
-    with pytest.raises(ValueError, match=r"evaluate\.clips=1; must be at least 2"):
-        EvaluateLoad(clips=1, frames=9, size=64, seed=0)
 
 
 @pytest.mark.long

@@ -1,6 +1,7 @@
 """Every setting has a rule, every default keeps it, and what breaks one is named."""
 
 import pytest
+import yaml
 from hydra import compose, initialize_config_dir
 
 from acetate.commands import as_on_gpu
@@ -134,6 +135,34 @@ def test_what_breaks_a_rule_of_a_program_is_named(program, override):
     with pytest.raises(SettingError) as caught:
         check_settings(program, of_program(f"{folder}/{program}", *needed, override))
     assert caught.value.name == name
+
+
+@pytest.mark.parametrize(
+    ("program", "broken"),
+    [
+        ("sample", "guide.end_axes=0.5"),
+        ("export", "dit=lora dtype=float8"),
+        ("cost", "cost.strategies=[zero] cost.strategies=[] cost.strategies=ddp cost.gpus=[0] "
+         "cost.gpus=[1.5] cost.gpus=[true] cost.gpus=8 cost.clips=-1 cost.samples_per_clip=0.5 "
+         "cost.prompt_tokens=-5 cost.global_batch=0 cost.clip_mb=null cost.least_scaling=2 "
+         "cost.efficiency=1.5 cost.overlap=-1 cost.latency_us=-1 cost.gpu.link_gb_s=0"),
+        ("benchmark", "parts=[] parts=[writer] parts=reader precision=float16 lora_rank=0 "
+         "repeats=0 warmup=-1 dit.size=2B dit.ways=[theirs] reader.clips=0 evaluate.clips=1"),
+        ("cache_latents", "frames=[] frames=[9,x] sizes=[48,48] dtype=float64 per_tar=0 "
+         "smallest=0 variants=9 background=teal condition=second max_aspect=0.5 scheme=both "
+         "long_prompts=cut"),
+        ("shard", "min_alpha=0 max_frames=0 max_side=0 fps=0 bleed=-1 full=maybe executor=slurm"),
+        ("inspect", "sample=0 lengths=5"),
+        ("filter", "duplicates.keep=last duplicates.distance=33 duplicates.color=256"),
+        ("caption", "pictures=0 images=two background=red dtype=float7"),
+        ("synthesize", "clips=0 size=[[16,24,3]] workers=-1"),
+        ("render", "kinds=[galss]"),
+    ],
+)  # fmt: skip
+def test_values_that_rules_refuse(program, broken):
+    for text in broken.split():
+        name, _, value = text.partition("=")
+        assert not rule_of(program, name).holds(yaml.safe_load(value)), text
 
 
 def test_the_longest_name_decides():

@@ -317,13 +317,6 @@ def test_prompts(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["formats=[]"], r"formats=\[\]: no file would be written"),
-        (["formats=[gif]"], "gif"),
-        (
-            ["guide.centre=[0.5]"],
-            r"guide.centre=\[0.5\]; needed: two numbers, shares of width and height",
-        ),
-        (["guide.end_axes=0.5"], "guide.end_axes=0.5; needed: two numbers, lengths"),
         (["out={file}"], "is a file. Give a folder"),
         (["out={file}/below"], "is a file. Give a folder"),
     ],

@@ -121,8 +121,6 @@ def test_variants_differ_and_the_seed_decides():
         assert sorted(background(0, key, variant) for variant in range(8)) == list(range(8))
     draws = [[background(seed, key, 0) for key in CLIPS] for seed in range(4)]
     assert len(set(map(tuple, draws))) > 1
-    with pytest.raises(ValueError, match="variants=9; 1 to 8"):
-        replace(SETTINGS, variants=9)
 
 
 def test_datamodule_reads_them(cached):
@@ -230,8 +228,6 @@ def test_one_background_behind_every_clip(make, tmp_path):
         ValueError, match=r"variants=2 .* equal over background=cyan; set variants=1"
     ):
         replace(SETTINGS, background="cyan")
-    with pytest.raises(ValueError, match="background=plaid; one of key, blue"):
-        replace(SETTINGS, background="plaid", variants=1)
 
 
 @pytest.mark.parametrize("place", [(0.5, 0.0, 0.0), (0.5, 1.0, 1.0), (0.7, 0.5, 0.25)])

@@ -98,8 +98,6 @@ def test_all_prompts_that_are_too_long_are_named_at_once(make, sources, tmp_path
     sample = read_latents(refs["short-w000-v0"])
     assert refs["short-w000-v0"].tokens == len(sample["prompt_embeds"]) == 16
     assert sample["prompt"] == "a red disc " * 20  # whole: only what the DiT reads is cut
-    with pytest.raises(ValueError, match="long_prompts=cut; choose error or truncate"):
-        replace(sources, long_prompts="cut")
 
 
 @pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
@@ -132,13 +130,6 @@ def test_a_full_disk_is_named(make, tmp_path, small_disk):
     ("settings", "message"),
     [
         ({"frames": (6,)}, r"frames: 6 frames; Wan needs 4k\+1 .*Use frames=5"),
-        ({"frames": ()}, r"frames=\[\]; a list of at least one of whole numbers"),
-        ({"frames": 9}, r"frames=9; a list .* as in frames=\[17,49,81\]"),
-        ({"frames": [9, "x"]}, r"frames=\[9, 'x'\]; a list"),
-        (
-            {"sizes": [48, 48]},
-            r"sizes=\[48, 48\]; a list of at least one of pairs .* sizes=\[\[48,64\],",
-        ),
         (
             {"area": 1e12},
             r"area=1e\+12 is [\d,]+ times a side of the largest clip, long \(40x40\); at most 32 "
@@ -155,9 +146,6 @@ def test_a_full_disk_is_named(make, tmp_path, small_disk):
         ({"sizes": ((24, 32),)}, r"sizes: height=24; sides are multiples of 16"),
         ({"space_multiple": 12}, r"space_multiple=12; sides are multiples of 8"),
         ({"area": 100}, r"area=100, .*no bucket in multiples of 16\. Raise area to 256"),
-        ({"max_aspect": 0.5}, r"max_aspect=0\.5"),
-        ({"per_tar": 0}, r"per_tar=0"),
-        ({"dtype": "float64"}, r"dtype=float64; choose float16 or bfloat16"),
         (
             {"sizes": ((16, 64), (32, 32), (32, 48))},
             r"bucket without clips: 5x32x48 .*allow_empty_buckets=true",

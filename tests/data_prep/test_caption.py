@@ -152,11 +152,9 @@ def test_sentences():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"overwrite": "none"}, "overwrite=none; choose missing or all"),
         ({"template": "Transparent"}, r"has no \{caption\}"),
         ({"template": "{caption} {"}, r"template='\{caption\} \{': .*write \{\{ and \}\}"),
         ({"missing": "("}, r"missing='\(' is no regular expression \(missing \), unterminated"),
-        ({"dtype": "float7"}, "dtype=float7; choose float32"),
     ],
 )
 def test_settings_are_checked(change, message):

@@ -40,19 +40,6 @@ def test_what_is_shown():
     assert sheet(several[:1]).size == (20, 12)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ((0, "several", "grey"), "pictures=0; must be at least 1"),
-        ((1, "two", "grey"), "images=two; choose several"),
-        ((1, "sheet", "red"), "background=red; choose grey or checkerboard"),
-    ],
-)
-def test_looks_are_checked(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        Look(*arguments)
-
-
 def captioner(folder, **changes):
     settings = {
         "instruction": "describe a star",

@@ -235,8 +235,6 @@ def alive(pid):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"executor": "slurm", "workers": 1}, "executor=slurm; choose local or ray"),
-        ({"executor": "local", "workers": -1}, "workers=-1; must be at least 0"),
         ({"executor": "ray", "workers": 0}, "Ray needs at least workers=1"),
         ({"executor": "local", "workers": 0, "time_limit": 3}, "use workers=1 or more"),
     ],

@@ -196,19 +196,13 @@ def test_rules_are_checked(rules, message):
         parse_rules(rules)
 
 
-def test_rules_and_duplicates():
+def test_rules():
     assert parse_rules({"motion": None, "semi": {"min": 0.25}}) == {"semi": Rule(min=0.25)}
     assert [str(rule) for rule in (Rule(min=0.25), Rule(max=2), Rule(1, 2))] == [
         ">= 0.25",
         "<= 2",
         "1 to 2",
     ]
-    with pytest.raises(ValueError, match="choose best or first"):
-        Duplicates(6, 32, "last")
-    with pytest.raises(ValueError, match="0 to 32 of 128 bits"):
-        Duplicates(99, 32, "best")
-    with pytest.raises(ValueError, match="color=256; 0 to 255 steps"):
-        Duplicates(6, 256, "best")
 
 
 def test_rules_that_keep_nothing(source, tmp_path):

@@ -90,9 +90,6 @@ def test_one_run_at_a_time(source, tmp_path):
         pytest.raises(RuntimeError, match="out is being written by another process"),
     ):
         make(source, tmp_path / "out")
-    with pytest.raises(ValueError, match="executor=slurm; choose local or ray"):
-        make(source, tmp_path / "out", executor="slurm")
-    assert not (tmp_path / "out").exists()
 
 
 def test_pieces_beyond_memory_wait_in_files(source, tmp_path, monkeypatch):

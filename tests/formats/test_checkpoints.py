@@ -2,7 +2,6 @@
 ranks."""
 
 import json
-import os
 import pickle
 
 import pytest
@@ -23,6 +22,7 @@ from acetate.models.adapters import ADAPTER_SCHEMA, trainable_state
 from acetate.models.dit import add_dora, velocity
 from acetate.steps import StepTrainer
 from acetate.tasks.adapter import AdapterTask
+from tests.hostile import Hostile
 from tests.processes import launch
 
 CHANNELS, WIDTH = 4, 24
@@ -138,16 +138,6 @@ def test_no_average(tmp_path):
     assert_same(read_trained(str(tmp_path / "raw.ckpt")).state, trained(task))
     with pytest.raises(ValueError, match=r"raw\.ckpt holds no average: its run had no EMA"):
         read_trained(str(tmp_path / "raw.ckpt"), ema=True)
-
-
-class Hostile:
-    """Unpickling it makes a folder."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.path),)
 
 
 def test_bad_files_are_named(run, tmp_path):

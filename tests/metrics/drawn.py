@@ -1,8 +1,13 @@
 """Small drawn clips for metrics: a disc that moves over the frame."""
 
+import pytest
 import torch
+import torch.distributed as dist
+
+from tests.processes import launch
 
 HEIGHT, WIDTH = 64, 96
+SHARES = ((0, 1, 2), (3,))  # batches of rank 0 and of rank 1; batch i holds 1 + i clips
 
 
 def disc(frames=8, speed=3.0, soft=6.0, shift=0.0, radius=16.0):
@@ -37,3 +42,21 @@ def late(video, frames):
 def figures(metric, *videos, **settings):
     metric.update(*videos, **settings)
     return {name: float(value) for name, value in metric.compute().items()}
+
+
+def of_batches(make, clips, batches):
+    metric = make()
+    for index in batches:
+        metric.update(*clips(1 + index, index))
+    return {name: float(value) for name, value in metric.compute().items()}
+
+
+def of_rank(make, clips):
+    return of_batches(make, clips, SHARES[dist.get_rank()])
+
+
+def check_unequal_shares(make, clips):
+    """Two ranks with unequal shares equal one process. clips(size, seed) draws a batch."""
+    alone = of_batches(make, clips, range(4))
+    for together in launch(2, of_rank, make, clips):
+        assert together == pytest.approx(alone, rel=1e-6)

@@ -1,6 +1,5 @@
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.testing import assert_close
 
@@ -12,7 +11,7 @@ from acetate.metrics.alpha import (
     highest_cell,
 )
 from acetate.regions import cells
-from tests.processes import launch
+from tests.metrics.drawn import check_unequal_shares
 
 
 def clips(batch: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -111,9 +110,6 @@ def test_precision_of_the_surroundings_does_not_matter():
     assert_close(metric.compute(), expected.compute(), rtol=0, atol=0)
 
 
-SHARES = ((0, 1, 2), (3,))  # batches of rank 0 and of rank 1; batch i holds 1 + i clips
-
-
 def test_border_cells_and_centre():
     alpha = torch.zeros(2, 1, 3, 8, 16)
     alpha[0, ..., 0:4, 8:12] = 1  # touches the upper border
@@ -124,20 +120,7 @@ def test_border_cells_and_centre():
     assert_close(centre_of_mass(torch.zeros(1, 1, 1, 4, 4)), torch.full((1, 2), 0.5))
 
 
-def of_shares():
-    mine = quality()
-    for index in SHARES[dist.get_rank()]:
-        mine.update(*clips(1 + index, index))
-    return {name: float(value) for name, value in mine.compute().items()}
-
-
 @pytest.mark.slow
 @pytest.mark.xdist_group("ranks")
 def test_two_ranks_with_unequal_shares_equal_one_process():
-    alone = quality()
-    for seed in range(4):
-        alone.update(*clips(1 + seed, seed))
-    for together in launch(2, of_shares):
-        assert together == pytest.approx(
-            {name: float(value) for name, value in alone.compute().items()}, rel=1e-6
-        )
+    check_unequal_shares(quality, clips)

@@ -1,9 +1,9 @@
 import urllib.error
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.testing import assert_close
 from torchmetrics.functional.image import structural_similarity_index_measure
@@ -11,7 +11,7 @@ from torchmetrics.functional.image import structural_similarity_index_measure
 from acetate.alpha import PALETTE, over
 from acetate.metrics import rgb as module
 from acetate.metrics.rgb import CompositeQuality, RGBQuality, frame_ssim, frames
-from tests.processes import launch
+from tests.metrics.drawn import check_unequal_shares
 
 
 def clips(batch: int, seed: int, size: int = 16) -> tuple[torch.Tensor, ...]:
@@ -200,23 +200,7 @@ def test_lpips_itself_on_a_random_trunk(monkeypatch: pytest.MonkeyPatch):
     assert noisy.compute()["lpips"] > 0
 
 
-SHARES = ((0, 1, 2), (3,))  # batches of rank 0 and of rank 1; batch i holds 1 + i clips
-
-
-def of_shares():
-    mine = CompositeQuality(lpips=False)
-    for index in SHARES[dist.get_rank()]:
-        mine.update(*clips(1 + index, index))
-    return {name: float(value) for name, value in mine.compute().items()}
-
-
 @pytest.mark.slow
 @pytest.mark.xdist_group("ranks")
 def test_two_ranks_with_unequal_shares_equal_one_process():
-    alone = CompositeQuality(lpips=False)
-    for seed in range(4):
-        alone.update(*clips(1 + seed, seed))
-    for together in launch(2, of_shares):
-        assert together == pytest.approx(
-            {name: float(value) for name, value in alone.compute().items()}, rel=1e-6
-        )
+    check_unequal_shares(partial(CompositeQuality, lpips=False), clips)

@@ -1,5 +1,4 @@
 import json
-import os
 import pickle
 import re
 import shutil
@@ -14,6 +13,7 @@ from torch.testing import assert_close
 from acetate.models import hub
 from acetate.models.loading import load_transformer, load_vae, transformer_sha256, weights_sha256
 from acetate.models.text import TextEncoder
+from tests.hostile import Hostile
 from tests.original import original_transformer_state, original_umt5_state, original_vae_state
 
 
@@ -293,16 +293,6 @@ def test_half_precision_keeps_what_wan_computes_in_fp32(wan_folder):
     assert (
         dtypes["blocks.0.attn1.to_q.weight"] == dtypes["patch_embedding.weight"] == torch.bfloat16
     )
-
-
-class Hostile:
-    """Unpickling it makes a folder."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.path),)
 
 
 @pytest.mark.parametrize("packed", [True, False])

@@ -1,5 +1,4 @@
 import json
-import os
 import pickle
 import sys
 from pathlib import Path
@@ -13,21 +12,12 @@ from torch.testing import assert_close
 
 from acetate.models.loading import load_transformer, load_vae, renamed
 from acetate.models.weights import assign, open_weights, read_weights
+from tests.hostile import Hostile
 from tests.original import original_transformer_state
 from tests.processes import alone
 
 LAYERS = 64
 STEM = "diffusion_pytorch_model"
-
-
-class Hostile:
-    """Unpickling it makes a folder."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.path),)
 
 
 def write_shards(folder, state, parts=3):

@@ -14,7 +14,6 @@ from torch.testing import assert_close
 from transformers import CLIPVisionModel
 
 from acetate.cost import latent_sample_bytes
-from acetate.models.adapters import trainable_state
 from acetate.models.dit import velocity
 from acetate.models.image_encoder import ImageEncoder
 from acetate.models.loading import load_transformer
@@ -24,7 +23,7 @@ from tests.conftest import cache_demo
 from tests.formats.test_names import wan21_i2v
 from tests.looking_base import WIDTH, looking, of, write_clip, write_dit  # noqa: F401  (a fixture)
 from tests.tasks.test_dit import fit
-from tests.tasks.test_i2v import config_for
+from tests.tasks.test_i2v import config_for, resumed_exactly
 
 TOKENS = 5  # of 28 pixels in patches of 14, and one of all
 SIZE = {"frames": 5, "height": 32, "width": 32, "steps": 2}
@@ -135,15 +134,7 @@ def test_a_dropped_condition_has_no_embedding(looking, embedded, tmp_path):
 
 @pytest.mark.slow
 def test_trains_resumes_exactly_and_samples(looking, embedded, trained, picture, tmp_path):
-    run = lambda name, *more: config_for(tmp_path / name, embedded, *of(looking), *more)  # noqa: E731
-    _, whole, losses = fit(run("a", "trainer.max_steps=4"))
-    fit(run("b", "trainer.max_steps=2", "task.decay_steps=4"))
-    _, resumed, rest = fit(
-        run("b", "trainer.max_steps=4"), resume=tmp_path / "b/checkpoints/last.ckpt"
-    )
-    assert rest.losses == losses.losses[2:]
-    for name, value in trainable_state(whole).items():
-        assert torch.equal(value, trainable_state(resumed)[name]), name
+    resumed_exactly(tmp_path, embedded, *of(looking))
     Image.new("RGBA", (32, 32), (0, 0, 255, 255)).save(tmp_path / "blue.png")
     sampled = pipeline(looking, embedded, trained)
     clips = sampled(["a", "a"], image=[picture, tmp_path / "blue.png"], seed=1, **SIZE)

@@ -177,7 +177,6 @@ def test_either_cache_is_refused_by_the_other(tmp_path, cached, cached_joint):
     [
         ({"rgba_vae": "x", "scheme": "joint"}, "rgba_vae=x: scheme=joint encodes with the plain"),
         ({"rgba_vae": None}, r"rgba_vae has no value: .*Give rgba_vae=RUN, or scheme=joint"),
-        ({"rgba_vae": "x", "scheme": "both"}, "scheme=both; choose rgba or joint"),
     ],
 )
 def test_sources_that_do_not_fit_their_scheme(sources, message):

@@ -213,7 +213,7 @@ class AdapterCheckpoint(StepCheckpoint):
     ) -> None:
         module = trainer.lightning_module
         metadata = {
-            **_metadata(module),
+            **module.adapter_metadata(),  # pyright: ignore[reportCallIssue]
             "step": str(trainer.global_step),
             "averaged": json.dumps(averaged),
         }
@@ -262,7 +262,3 @@ def _adapters(trainer: Trainer, module: LightningModule) -> tuple[bool, dict[str
         if trainer.is_global_zero:
             state[name] = whole.cpu().contiguous()
     return averaged, state
-
-
-def _metadata(module: LightningModule) -> dict[str, str]:
-    return module.adapter_metadata()  # pyright: ignore[reportCallIssue]

@@ -72,12 +72,7 @@ class WandbRun(WandbLogger):
             "notes": notes,
         }
         super().__init__(
-            name=name,
-            save_dir=save_dir,
-            id=id,
-            offline=offline,
-            project=project,
-            **about,
+            name=name, save_dir=save_dir, id=id, offline=offline, project=project, **about
         )  # type: ignore[arg-type]
         self._wandb_init.pop("anonymous", None)  # wandb warns of it, whatever its value
         self.finish_timeout, self.artifacts = finish_timeout, artifacts

@@ -288,6 +288,13 @@ def movie(clip: Clip, fps: float, step: int) -> NDArray[np.uint8]:
     return np.tile(np.stack(frames), (math.ceil(VIDEO_SECONDS * fps / len(frames)), 1, 1, 1))
 
 
+def save_picture(image: Image.Image, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}")  # nobody opens half a file
+    image.save(partial)
+    os.replace(partial, path)
+
+
 class Panels(Callback):
     """Draws the first `clips` clips that rank 0 validates, at every validation run; the sanity run
     is step 0.
@@ -344,12 +351,9 @@ class Panels(Callback):
         step, name = trainer.global_step, re.sub(r"[^\w.-]", "_", clip.key)
         self._played.append(clip)
         folder = self._folder(trainer) / "panels" / f"step_{step:08d}"
-        folder.mkdir(parents=True, exist_ok=True)
         image, video = folder / f"{name}.png", folder / f"{name}.mp4"
         sheet = strip(clip, self.rows, step)
-        partial = image.with_name(f".{image.name}")  # nobody opens half a file
-        sheet.save(partial)
-        os.replace(partial, image)
+        save_picture(sheet, image)
         if clip.rgb.shape[1] > 1:
             write_video(video, movie(clip, self.fps, step), self.fps)
         for logger in trainer.loggers:

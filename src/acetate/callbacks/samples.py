@@ -1,6 +1,5 @@
 """Samples clips from fixed prompts and seeds while the DiT trains."""
 
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from time import perf_counter
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from acetate import regions
 from acetate.alpha import checkerboard, over
-from acetate.callbacks.panels import GAP, Sheet, tile_size, to_bytes
+from acetate.callbacks.panels import GAP, Sheet, save_picture, tile_size, to_bytes
 from acetate.lightning_seams import log_row
 from acetate.pages import of_run
 from acetate.pages.clips import shown
@@ -75,13 +74,6 @@ def contact_sheet(
             below = sheet.top + y + height + GAP + (number + 0.5) * line
             sheet.write(2 * GAP, below, text_line, "lm", LABEL_SIZE)
     return sheet.image
-
-
-def save_picture(image: Image.Image, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}")  # nobody opens half a file
-    image.save(partial)
-    os.replace(partial, path)
 
 
 class Samples(Callback):

@@ -19,14 +19,9 @@ log = logging.getLogger(__name__)
 to_file = logging.getLogger("acetate.file")
 
 FIGURES = (
-    "val/loss",
-    "val/rgb/psnr",
-    "val/rgb/ssim",
-    "val/alpha/mae",
-    "val/alpha/psnr",
-    "val/psnr",
+    "val/loss", "val/rgb/psnr", "val/rgb/ssim", "val/alpha/mae", "val/alpha/psnr", "val/psnr",
     "val/ssim",
-)
+)  # fmt: skip
 
 
 class Story(Callback):
@@ -114,11 +109,7 @@ class Story(Callback):
     ) -> None:
         if not trainer.is_global_zero:
             return
-        told = (
-            f"{type(exception).__name__}: {exception}"
-            if str(exception)
-            else type(exception).__name__
-        )
+        told = ": ".join(filter(None, (type(exception).__name__, str(exception))))
         if isinstance(exception, SystemExit | KeyboardInterrupt):
             self._end(trainer, "stopped")
         else:
@@ -213,13 +204,9 @@ def _best(name: str, best: Best) -> str:
 
 
 def _digits(name: str, value: float) -> str:
-    return (
-        f"{value:.2f}"
-        if name.endswith("psnr")
-        else f"{value:.4f}"
-        if 0.01 <= abs(value) < 1e4
-        else f"{value:.3g}"
-    )
+    if name.endswith("psnr"):
+        return f"{value:.2f}"
+    return f"{value:.4f}" if 0.01 <= abs(value) < 1e4 else f"{value:.3g}"
 
 
 def _count(number: int) -> str:

@@ -66,11 +66,6 @@ def main(config: DictConfig) -> None:
     where one or a way of one failed."""
     if config.out is not None:
         check_out(Path(config.out))
-    parts = config.parts
-    if not OmegaConf.is_list(parts) or not parts or not set(parts) <= set(PARTS):
-        raise ValueError(
-            f"parts={parts}; a list of {', '.join(PARTS)}, one at least, as in parts=[step]"
-        )
     choose(config)
     load = Workload(**{field.name: config[field.name] for field in fields(Workload)})
     sizes, reading = CeilingsLoad(**config.ceilings), ReaderLoad(**config.reader)
@@ -82,7 +77,7 @@ def main(config: DictConfig) -> None:
     facts = ", ".join(f"{name} {value}" for name, value in results["machine"].items())
     console.print(facts, markup=False)
     rates: dict[str, float] | None = None
-    for part in (part for part in PARTS if part in parts):  # ceilings first
+    for part in (part for part in PARTS if part in config.parts):  # ceilings first
         results[part] = {}
         with failures_in(results[part], load.device):
             if part == "ceilings":

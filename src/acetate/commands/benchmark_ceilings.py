@@ -26,10 +26,7 @@ from acetate.memory import without_numbers
 from acetate.models.ops import LAYOUT
 from acetate.models.wan import Geometry, WanDecoder
 
-BACKENDS = {
-    "cpu": (None,),
-    "cuda": (None, SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION),
-}
+BACKENDS = {"cpu": (None,), "cuda": (None, SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION)}
 
 
 @dataclass(frozen=True)

@@ -18,13 +18,6 @@ class DisagreementError(RuntimeError):
     """Ways do not compute the same step, so their speeds cannot be compared."""
 
 
-def at_least(least: int, **values: int) -> None:
-    """Raises ValueError for a value below `least`, by its name."""
-    for name, value in values.items():
-        if value < least:
-            raise ValueError(f"{name}={value}; must be at least {least}.")
-
-
 def set_up(threads: int, cudnn_benchmark: bool) -> None:
     """Sets what a process holds for all ways alike. float32 means float32: TF32 is off."""
     torch.set_num_threads(threads)

@@ -25,7 +25,6 @@ from acetate.cli import conf
 from acetate.commands.benchmark_clock import (
     DTYPES,
     DisagreementError,
-    at_least,
     failures_in,
     peak_beyond,
     release,
@@ -38,7 +37,6 @@ from acetate.models import dit
 from acetate.regions import check_clip_shape
 
 WAYS = ("stock", "ours", "ours_compiled")
-SIZES = ("tiny", "1.3B", "14B")
 TOLERANCE = 1e-4  # of float32 against float64, relative: |difference| / |reference|
 WORSE = 1.1  # what the error of a way in bfloat16 may be of that of `stock`
 Batch = tuple[Tensor, Tensor, Tensor, Tensor]  # noisy latents, timestep, context, target
@@ -64,12 +62,6 @@ class DiTLoad:
     seed: int
 
     def __post_init__(self) -> None:
-        at_least(0, **{"dit.warmup": self.warmup})
-        at_least(1, **{"dit.rank": self.rank, "dit.repeats": self.repeats})
-        if self.size not in SIZES:
-            raise ValueError(f"dit.size={self.size}; known: {', '.join(SIZES)}.")
-        if not self.ways or not set(self.ways) <= set(WAYS):
-            raise ValueError(f"dit.ways={list(self.ways)}; a list of {', '.join(WAYS)}.")
         transformer = blank_transformer(source_of(self.size), torch.float32)
         blocks = len(transformer.blocks)
         if not 1 <= self.layers_of(blocks) <= blocks:

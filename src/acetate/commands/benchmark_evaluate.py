@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from acetate.commands.benchmark_clock import at_least
 from acetate.data.synthetic import KINDS, render
+from acetate.data.transforms import to_uint8
 from acetate.data.writer import encode_clip
 
 FEW = 2
@@ -36,11 +36,6 @@ class EvaluateLoad:
     frames: int
     size: int  # of a square picture
     seed: int
-
-    def __post_init__(self) -> None:
-        at_least(FEW, **{"evaluate.clips": self.clips})
-        at_least(1, **{"evaluate.frames": self.frames})
-        at_least(16, **{"evaluate.size": self.size})
 
 
 def benchmark_evaluate(load: EvaluateLoad) -> dict[str, dict[str, float]]:
@@ -62,8 +57,7 @@ def draw_pairs(root: Path, load: EvaluateLoad, numbers: range) -> int:
         noise = torch.randn(clip.rgb.shape, generator=generator) / 50
         pairs = {"true": (clip.rgb, clip.alpha), "system": (clip.rgb + noise, soft)}
         for name, (rgb, alpha) in pairs.items():
-            unit = torch.cat(((rgb + 1) / 2, alpha)).clamp(0, 1).permute(1, 2, 3, 0)
-            encoded = encode_clip((unit * 255).round().byte().numpy(), fps=16)
+            encoded = encode_clip(to_uint8(rgb.clamp(-1, 1), alpha.clamp(0, 1)).numpy(), fps=16)
             (root / name).mkdir(exist_ok=True)
             assert isinstance(encoded.media, bytes)
             (root / name / f"clip{i:06d}{Path(encoded.kind).suffix}").write_bytes(encoded.media)

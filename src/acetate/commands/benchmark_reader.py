@@ -31,7 +31,7 @@ from acetate.data.clips import ClipDataModule
 from acetate.data.shards import ClipRef, index_shards, read_clip, read_media
 from acetate.data.store import Remote, open_folder
 from acetate.data.synthetic import KINDS, render
-from acetate.data.transforms import check_frames, check_side
+from acetate.data.transforms import check_frames, check_side, to_uint8
 from acetate.data.writer import ShardWriter, encode_clip
 
 STORED = {"rgba.mkv": "FFV1 clips", "rgba.png": "PNG stills"}
@@ -49,9 +49,8 @@ class ReaderLoad:
     seed: int
 
     def __post_init__(self) -> None:
-        for name, least in (("clips", 1), ("frames", 5), ("batch_size", 1), ("repeats", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"reader.{name}={getattr(self, name)}; must be at least {least}.")
+        if self.frames < 5:
+            raise ValueError(f"reader.frames={self.frames}; must be at least 5, a video's.")
         check_frames("reader.frames", self.frames, time_stride=4)
         check_side("reader.size", self.size, space_multiple=16)
 
@@ -79,14 +78,7 @@ def draw_shards(out: Path, load: ReaderLoad, frames: int) -> None:
     with ShardWriter(out, max_clips=clips, max_bytes=2**40, made_by={}) as writer:
         for i in tqdm(range(clips + 1), desc=f"draw {out.name}", unit="clip"):
             clip = render(KINDS[i % len(KINDS)], load.seed + i, frames, load.size, load.size)
-            pixels = (
-                torch.cat(((clip.rgb + 1) / 2, clip.alpha))
-                .permute(1, 2, 3, 0)
-                .mul(255)
-                .round()
-                .byte()
-                .numpy()
-            )
+            pixels = to_uint8(clip.rgb, clip.alpha).numpy()
             encoded = encode_clip(pixels * (pixels[..., 3:] > 0), fps=16)
             split = "train" if i < clips else "val"
             writer.add(f"clip{i:06d}", encoded, split=split, prompt=clip.prompt, source="",

@@ -53,11 +53,9 @@ def run_as_released(vae: RGBAVAE) -> None:
     """Gives encoder, merge block and decoders the released forward passes."""
     encoder, time_stride = vae.encoder.net, vae.encoder.time_stride
     # no head
-    encoder.norm_out, encoder.nonlinearity, encoder.conv_out = (
-        nn.Identity(),
-        nn.Identity(),
-        nn.Identity(),
-    )
+    encoder.norm_out = nn.Identity()
+    encoder.nonlinearity = nn.Identity()
+    encoder.conv_out = nn.Identity()
     encoder.conv_out.forward = lambda x, cache_x: x
     vae.encoder.forward = lambda both, chunk: torch.cat(
         [in_chunks(encoder, x, time_stride) for x in both.chunk(2)]

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, fields
 from functools import partial
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -17,16 +17,7 @@ from acetate.cli import run
 from acetate.commands import as_on_gpu
 from acetate.commands.checkpointing import automatic, settled
 from acetate.commands.estimate import blank_task, clip_ranks, footprint
-from acetate.cost import (
-    Assumptions,
-    Cost,
-    Gpu,
-    Strategy,
-    cost,
-    latent_sample_bytes,
-    payload,
-    trained_groups,
-)
+from acetate.cost import Assumptions, Cost, Gpu, cost, latent_sample_bytes, payload, trained_groups
 from acetate.models.image_encoder import TOKENS
 from acetate.models.wan import Geometry
 from acetate.replacing import check_out, write_json
@@ -111,24 +102,11 @@ def table(costs: list[Cost]) -> Table:
     return view
 
 
-def counts(value: Any) -> bool:
-    """Returns whether a value is a whole number from 1 on; True is an int to Python."""
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
-
-
 def check(config: DictConfig) -> None:
-    """Raises ValueError for a number of GPUs, strategy or card that is none, and for values below
-    their least."""
-    settings, known = config.cost, get_args(Strategy)
-    chosen = settings.strategies
-    if not OmegaConf.is_list(chosen) or not chosen or not set(chosen) <= set(known):
-        raise ValueError(f"cost.strategies={chosen}; a list of {', '.join(known)}, one at least")
+    """Raises ValueError for numbers of GPUs and clips that do not divide, and for a card that is
+    none."""
+    settings, shared = config.cost, clip_ranks(config)
     gpus = settings.gpus
-    if not OmegaConf.is_list(gpus) or not gpus or not all(counts(n) for n in gpus):
-        raise ValueError(
-            f"cost.gpus={gpus}; a list of whole numbers from 1 on, as in cost.gpus=[1,8]"
-        )
-    shared = clip_ranks(config)
     if not any(n % shared == 0 for n in gpus):
         raise ValueError(
             f"cost.gpus={gpus}: none is a multiple of task.context_parallel={shared}, the GPUs "
@@ -138,20 +116,12 @@ def check(config: DictConfig) -> None:
         raise ValueError(
             f"cost.gpu={settings.gpu}; a preset is chosen with gpu@cost.gpu={settings.gpu}"
         )
-    for name in ("cost.clips", "cost.samples_per_clip", "cost.prompt_tokens", "data.batch_size",
-                 "trainer.accumulate_grad_batches"):  # fmt: skip
-        if not counts(value := OmegaConf.select(config, name)):
-            raise ValueError(f"{name}={value}; a whole number from 1 on")
     batch, size = settings.global_batch, config.data.batch_size
-    if batch is not None and (not counts(batch) or batch % size):
+    if batch is not None and batch % size:
         raise ValueError(
             f"cost.global_batch={batch}; a multiple of data.batch_size={size}, the clips of a GPU, "
             "or null for a node's"
         )
-    if not settings.clip_mb or not settings.clip_mb > 0:
-        raise ValueError(f"cost.clip_mb={settings.clip_mb}; megabytes above 0")
-    if not 0 <= settings.least_scaling <= 1:
-        raise ValueError(f"cost.least_scaling={settings.least_scaling}; a share in [0, 1]")
 
 
 def storage(config: DictConfig, sample: float) -> tuple[float, str]:

@@ -106,12 +106,10 @@ def verdict(found: memory.Footprint, card: int) -> str:
     them."""
     enough = [n for n in counts(found) if found.per_gpu(n)["total"] <= memory.room(card)]
     alone = "one GPU" if found.clip_ranks == 1 else f"the {found.clip_ranks} of a clip"
+    if 1 in enough:
+        return f"fits {alone}"
     if enough:
-        return (
-            f"fits {alone}"
-            if enough[0] == 1
-            else f"does not fit {alone}; fits {enough[0]}, {SHARDED}"
-        )
+        return f"does not fit {alone}; fits {enough[0]}, {SHARDED}"
     most = found.per_gpu(counts(found)[-1])
     named = f"{counts(found)[-1]}, even sharded" if found.shards else alone
     clip = most["activations"] + most["working peak"]

@@ -21,10 +21,7 @@ from rich.table import Table
 from acetate.cli import run
 from acetate.commands import strata
 from acetate.commands.checkpointing import settled
-from acetate.commands.recorded import (
-    OF_THE_MACHINE,
-    recorded_config,
-)
+from acetate.commands.recorded import OF_THE_MACHINE, recorded_config
 from acetate.commands.runs import LAST, RECORD, checkpoint_to_resume
 from acetate.data.datamodule import ShardDataModule
 from acetate.formats.checkpoints import read_trained
@@ -122,11 +119,8 @@ def file_for(
     for text in changed:
         name = text.partition("=")[0].removeprefix("data.")
         value = data if name in ("shards", "latents") else f"{name}-{config.data[name]}"
-        text = (
-            Path(value).name
-            if isinstance(value, str)
-            else "_".join(Path(str(item)).name for item in value)
-        )
+        places = [value] if isinstance(value, str) else value
+        text = "_".join(Path(str(place)).name for place in places)
         parts.append(re.sub(r"[^\w.-]+", "_", text)[:60])
     return folder / "_".join(["evaluation", *parts, ""]).rstrip("_")
 

@@ -116,16 +116,11 @@ def vae_to_comfyui(trained: Trained, config: DictConfig) -> Export:
     ]
     if (list(base.config.dim_mult), blocks) != VAE_SHAPE:
         notes.append(
-            f"NOTE: ComfyUI builds Wan2.1's VAE only; this base has {_shape_of(base)} and does not "
-            "load there"
+            "NOTE: ComfyUI builds Wan2.1's VAE only; this base has dim_mult "
+            f"{list(base.config.dim_mult)}, {blocks} residual blocks a stage and does not load "
+            "there"
         )
     return Export(writers, notes)
-
-
-def _shape_of(vae: AutoencoderKLWan) -> str:
-    return (
-        f"dim_mult {list(vae.config.dim_mult)}, {vae.config.num_res_blocks} residual blocks a stage"
-    )
 
 
 def vae_to_diffusers(trained: Trained, config: DictConfig) -> Export:

@@ -14,7 +14,8 @@ from rich.table import Table
 from torch import Tensor
 
 from acetate.alpha import border_mean
-from acetate.callbacks.samples import contact_sheet, save_picture
+from acetate.callbacks.panels import save_picture
+from acetate.callbacks.samples import contact_sheet
 from acetate.cli import run
 from acetate.commands.agreement import Results, load_reader, measure
 from acetate.commands.follow_pictures import measure_pictures
@@ -55,10 +56,8 @@ def placed(planes: Tensor, path: EllipsePath) -> Tensor:
     height, width = planes.shape[-2:]
     rows, columns = round(path.axes[0] * height), round(path.axes[0] * width)
     small = F.interpolate(planes.transpose(0, 1), (rows, columns), mode="area").transpose(0, 1)
-    left, top = (
-        round(path.centre[0] * width - columns / 2),
-        round(path.centre[1] * height - rows / 2),
-    )
+    left = round(path.centre[0] * width - columns / 2)
+    top = round(path.centre[1] * height - rows / 2)
     return F.pad(small, (left, width - left - columns, top, height - top - rows))
 
 
@@ -80,11 +79,9 @@ def random_paths(count: int, seed: int) -> list[EllipsePath]:
 def figures(alpha: Tensor, centres: Tensor, space_stride: int) -> dict[str, float]:
     """Measures alpha (B, 1, T, H, W) in [0, 1] against centres (B, 2) of the guides as shares of
     width and height."""
-    border, cell, mass = (
-        border_mean(alpha),
-        highest_cell(alpha, space_stride),
-        centre_of_mass(alpha),
-    )
+    border = border_mean(alpha)
+    cell = highest_cell(alpha, space_stride)
+    mass = centre_of_mass(alpha)
     right = (border < BORDER) & (cell > SUBJECT)
     x, y = (torch.corrcoef(torch.stack([mass[:, i], centres[:, i]]))[0, 1].item() for i in (0, 1))
     return {

@@ -48,11 +48,9 @@ def follow(given: Sequence[str]) -> list[str]:
     """Returns the settings that the run of `dora=` recorded."""
     dora = value_of(given, "dora") or _demo(given)
     size = {name: places for name, places in SIZE.items() if name != "fps"}
-    return (
-        []
-        if dora == "null"
-        else as_trained(dora, "dora", given, {"rgba_vae": ("rgba_vae",), **size})
-    )
+    if dora == "null":
+        return []
+    return as_trained(dora, "dora", given, {"rgba_vae": ("rgba_vae",), **size})
 
 
 def evaluate(given: Sequence[str]) -> list[str]:

@@ -21,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from acetate.callbacks.metrics_file import MetricsFile
 from acetate.callbacks.story import Story
 from acetate.commands import launched
-from acetate.commands.runs import rank
+from acetate.commands.runs import overrides_of_sweep, rank
 from acetate.redaction import redacted
 
 if TYPE_CHECKING:  # only a run with a dashboard imports wandb
@@ -112,13 +112,10 @@ def job_name(config: DictConfig) -> str:
 def _of_job(config: DictConfig, settings: DictConfig) -> dict[str, Any]:
     """Returns the name, group and tags for wandb where the settings leave them open."""
     sweep = _sweep_folder()
-    found = {"name": job_name(config), "group": sweep and sweep.name, "tags": _tags(config)}
-    return {name: value for name, value in found.items() if settings.get(name) is None}
-
-
-def _tags(config: DictConfig) -> list[str]:
     choices = [_choice("experiment"), _choice("sweep"), _stage(config)]
-    return [tag for tag in choices if tag]
+    tags = [tag for tag in choices if tag]
+    found = {"name": job_name(config), "group": sweep and sweep.name, "tags": tags}
+    return {name: value for name, value in found.items() if settings.get(name) is None}
 
 
 def _stage(config: DictConfig) -> str:
@@ -142,13 +139,6 @@ def _sweep_folder() -> Path | None:
     return Path(hydra.runtime.output_dir).parents[len(Path(str(hydra.sweep.subdir)).parts) - 1]
 
 
-def _sweep_overrides(sweep: Path) -> list[str]:
-    """Returns the overrides that the sweep was started with, as Hydra notes them; none where a
-    sweeper writes no note."""
-    note = sweep / "multirun.yaml"
-    return list(OmegaConf.load(note).hydra.overrides.task) if note.exists() else []
-
-
 def _swept() -> list[str]:
     """Returns the job's overrides that may differ in other jobs of its sweep."""
     sweep, parser = _sweep_folder(), OverridesParser.create()
@@ -157,7 +147,7 @@ def _swept() -> list[str]:
         return [text for text in _overrides() if text.partition("=")[0] in of_agent]
     if sweep is None:
         return []
-    given = parser.parse_overrides(_sweep_overrides(sweep))
+    given = parser.parse_overrides(overrides_of_sweep(sweep))
     same = {one.key_or_group for one in given if not one.is_sweep_override()}
     return [text for text in _overrides() if parser.parse_override(text).key_or_group not in same]
 
@@ -173,7 +163,7 @@ def _commands(config: DictConfig) -> dict[str, str]:
         lines = {"go on": f"{start} resume={run}"}
     else:
         folder = shlex.quote(_short(str(sweep)))
-        jobs = _line(_sweep_overrides(sweep), "trainer.max_steps=", "hydra.sweep.dir=")
+        jobs = _line(overrides_of_sweep(sweep), "trainer.max_steps=", "hydra.sweep.dir=")
         lines = {"go on": f"acetate train -m {jobs} hydra.sweep.dir={folder} resume=auto"}
     if stage in ("vae", "dit"):
         lines["evaluate"] = f"acetate evaluate run={run}"

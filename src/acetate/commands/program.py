@@ -34,14 +34,7 @@ from acetate.commands.checks import check_settings, rule_of, settings_of
 from acetate.commands.places import check_places
 from acetate.commands.recorded import name_of, quoted, run_to_continue, value_of, with_recorded
 from acetate.commands.rules import LITERAL, RULES
-from acetate.commands.secrets import (
-    TABLE,
-    find,
-    hide,
-    refuse_in_jobs,
-    reveal,
-    show_without_secrets,
-)
+from acetate.commands.secrets import TABLE, find, hide, refuse_in_jobs, reveal, show_without_secrets
 from acetate.console import printable
 from acetate.redaction import scrub_logs, scrubbed
 from acetate.settings import SettingError, shown

@@ -16,18 +16,9 @@ from acetate.formats.layout import is_sharded
 from acetate.redaction import redacted
 
 PLACES = {
-    "shards",
-    "latents",
-    "rgba_vae",
-    "vae",
-    "transformer",
-    "transformer_2",
-    "image_encoder",
-    "text_encoder",
-    "save_to",
-    "init_from",
-    "weights",
-}
+    "shards", "latents", "rgba_vae", "vae", "transformer", "transformer_2", "image_encoder",
+    "text_encoder", "save_to", "init_from", "weights",
+}  # fmt: skip
 # Of `data`: what changes no clip
 OF_THE_MACHINE = (
     "remote", "batch_size", "val_batch_size", "num_workers", "cache_mb", "bad_clip_budget",
@@ -86,12 +77,15 @@ def recorded_overrides(run: Path) -> list[str]:
 
 def _started_in(record: Path) -> Path:
     """Returns the folder in which a run was started."""
+    return Path(_runtime(record, "cwd") or ".")
+
+
+def _runtime(record: Path, name: str) -> str | None:
+    """Returns what Hydra noted of a run's start, if it did."""
     notes = record / "hydra.yaml"
-    return (
-        Path(str(OmegaConf.select(OmegaConf.load(notes), "hydra.runtime.cwd")))
-        if notes.is_file()
-        else Path()
-    )
+    if not notes.is_file():
+        return None
+    return OmegaConf.select(OmegaConf.load(notes), f"hydra.runtime.{name}")
 
 
 def run_to_continue(outputs: str, name: str | None, resume: str | None) -> Path | None:
@@ -211,13 +205,7 @@ def _in_place(value: Any, run: Path) -> Any:
 
 def _choice(run: Path) -> str:
     """Returns the choice of `wan=` that a run was started with."""
-    record = run / RECORD / "hydra.yaml"
-    chosen = (
-        OmegaConf.select(OmegaConf.load(record), "hydra.runtime.choices.wan")
-        if record.is_file()
-        else None
-    )
-    return str(chosen or "that of the run")
+    return _runtime(run / RECORD, "choices.wan") or "that of the run"
 
 
 def preset_of(base: str) -> str | None:

@@ -358,7 +358,7 @@ RULES: dict[str, Rule] = {
     "open_rgba.kinds": mapping(words, words),
     "open_rgba.soft": share,
     "open_rgba.words": mapping(words, words),
-    "distance": whole(0, 128),
+    "distance": whole(0, 32),
     "duplicates.keep": one_of("best", "first"),
     "scores": optional(place),
     "caption.prompts": optional(place),

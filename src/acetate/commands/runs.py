@@ -65,7 +65,7 @@ def sweep_folder(
         same = [
             sweep
             for sweep in runs.glob("sweep_*")
-            if _settings(overrides) == _settings(_overrides_of_sweep(sweep))
+            if _settings(overrides) == _settings(overrides_of_sweep(sweep))
         ]
         if same:
             return str(max(same, key=lambda sweep: sweep.stat().st_ctime))
@@ -84,7 +84,9 @@ def new_folder(wanted: Path) -> Path:
     raise AssertionError
 
 
-def _overrides_of_sweep(sweep: Path) -> list[str]:
+def overrides_of_sweep(sweep: Path) -> list[str]:
+    """Returns the overrides that the sweep was started with, as Hydra notes them; none where a
+    sweeper writes no note."""
     record = sweep / "multirun.yaml"
     return list(OmegaConf.load(record).hydra.overrides.task) if record.exists() else []
 
@@ -211,11 +213,7 @@ def newest(runs: Path, chosen: Callable[[Path], bool] = lambda run: True) -> Pat
     found = [
         last for run in runs.glob("*") if (last := standing(run / LAST)).exists() and chosen(run)
     ]
-    return (
-        max(found, key=lambda path: path.stat().st_mtime, default=Path()).parents[1]
-        if found
-        else None
-    )
+    return max(found, key=lambda path: path.stat().st_mtime).parents[1] if found else None
 
 
 def _started_with(run: Path, overrides: Sequence[str]) -> bool:

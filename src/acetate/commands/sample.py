@@ -22,41 +22,16 @@ from acetate.models.adapters import read_adapters
 from acetate.pipeline import RGBAPipeline, solver_of
 from acetate.replacing import write_json
 from acetate.sampling import EllipsePath, Solver
-from acetate.video_out import SUFFIXES, check_formats, write_clip
+from acetate.video_out import SUFFIXES, write_clip
 
 ON_SHEET = 8  # clips
 OF_THE_CALL = (
-    "prompts",
-    "count",
-    "batch_size",
-    "offload",
-    "device",
-    "out",
-    "overwrite",
-    "settings",
-    "paths",
-)
+    "prompts", "count", "batch_size", "offload", "device", "out", "overwrite", "settings", "paths",
+)  # fmt: skip
 
 
 def check_settings(config: DictConfig) -> None:
-    """Checks settings before anything is loaded. Raises ValueError and FileNotFoundError."""
-    check_formats(config.formats)
-    if not config.formats:
-        raise ValueError(
-            "formats=[]: no file would be written. Name some of formats=[png,webm,preview]."
-        )
-    for name, value in config.guide.items():
-        pair = str(name).removeprefix("end_") in ("centre", "axes")
-        if pair and value is not None and (isinstance(value, str | int | float) or len(value) != 2):
-            what = (
-                "shares of width and height"
-                if "centre" in str(name)
-                else "lengths, shares of the shorter side"
-            )
-            raise ValueError(
-                f"guide.{name}={value}; needed: two numbers, {what}. Example: "
-                f"guide.{name}=[0.5,0.5]"
-            )
+    """Raises ValueError for an output folder that is a file, before anything is loaded."""
     if config.out is not None:
         out = Path(config.out).expanduser()
         file = next(
@@ -174,7 +149,8 @@ def main(config: DictConfig) -> None:
     if config.out is not None and not config.overwrite:
         check_new(Path(config.out).expanduser(), targets(names, config.formats), settings)
     # Lightning: seconds, which a wrong setting need not wait for
-    from acetate.callbacks.samples import contact_sheet, save_picture
+    from acetate.callbacks.panels import save_picture
+    from acetate.callbacks.samples import contact_sheet
 
     pipeline = RGBAPipeline(config)
     out: Path | None = None

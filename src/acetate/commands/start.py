@@ -1,7 +1,7 @@
-"""Starts a new run from adapters that are trained already."""
+"""Starts a new run from adapters that are trained already, out of any file that holds them."""
 
 import json
-from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,10 +9,14 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
+from acetate.formats.checkpoints import read_trained
+from acetate.formats.rgba_vae import read_rgba_vae
+from acetate.formats.trained import PREFIX
+from acetate.formats.wan_alpha import dora_from_wan_alpha, is_dora, rank_of
 from acetate.models.adapters import check_fit, trainable_state
 from acetate.models.sharding import shard_like
+from acetate.models.weights import SUFFIXES, read_weights
 
-Read = Callable[[str, str], tuple[dict[str, Tensor], dict[str, Any], str]]
 # What decides the shapes and scales of what trains, and the setting that each has in a run's config
 STRUCTURE = {
     "rgba_vae": {name: f"model.{name}" for name in ("merge_init", "lora_rank", "lora_alpha")},
@@ -27,16 +31,16 @@ class StartFrom(Callback):
     """Puts the adapters of `source` in the place of fresh ones, before the first step; all else
     starts anew.
 
-    read(source, kind) gives their tensors, named as in the task, what is known of them, and their
-    file. Raises ValueError for another base, rank or scale, with the settings to give.
+    source: as of `read_start`. Raises ValueError for another base, rank or scale, with the settings
+    to give.
     """
 
-    def __init__(self, source: str, read: Read) -> None:
-        self.source, self.read = source, read
+    def __init__(self, source: str) -> None:
+        self.source = source
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         own = {name: json.loads(value) for name, value in pl_module.adapter_metadata().items()}  # type: ignore
-        state, facts, file = self.read(self.source, own["kind"])
+        state, facts, file = read_start(self.source, own["kind"])
         self._check(own, facts, file)
         target = trainable_state(pl_module)
         check_fit(target, state, file)
@@ -63,3 +67,33 @@ class StartFrom(Callback):
                     f"{file} was trained on latents of another model ({name} {facts[name][:12]}) "
                     f"than these ({own[name][:12]}): it starts further from its aim."
                 )
+
+
+def read_start(source: str, kind: str) -> tuple[dict[str, Tensor], dict[str, Any], str]:
+    """Returns tensors named as in a task of this kind (of `checkpoints.KINDS`), the known facts
+    of them, and their file.
+
+    source: a run or a checkpoint of acetate, an adapter file, or a released Wan-Alpha file. Raises
+    FileNotFoundError and ValueError as `read_trained` and `read_rgba_vae` do.
+    """
+    path = Path(source).expanduser()
+    if path.is_file() and path.suffix in SUFFIXES and path.suffix != ".ckpt":
+        names = read_weights(path, wrapped=True)
+        if kind == "dit_dora" and is_dora(names):
+            state = dora_from_wan_alpha(names, str(path))
+            rank = rank_of(state)
+            return _named(state, kind), {"rank": rank, "alpha": rank}, str(path)
+        if kind == "rgba_vae" and not any(name.startswith("vae.") for name in names):
+            path, state, facts = read_rgba_vae(source)
+            return _named(state, kind), facts, str(path)
+    trained = read_trained(source)
+    if trained.kind != kind:
+        raise ValueError(
+            f"init={source} holds a {trained.kind}, this experiment trains a {kind}. Give another "
+            "one."
+        )
+    return _named(trained.state, kind), trained.facts, str(trained.path)
+
+
+def _named(state: dict[str, Tensor], kind: str) -> dict[str, Tensor]:
+    return {PREFIX[kind] + name: value for name, value in state.items()}

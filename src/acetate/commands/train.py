@@ -19,7 +19,6 @@ from acetate.commands.start import StartFrom
 from acetate.data.latents import LatentDataModule
 from acetate.formats.checkpoints import step_of
 from acetate.formats.resumable import check_optimizers, check_resumable
-from acetate.formats.starting import read_start
 from acetate.lightning_seams import guard_resume
 
 
@@ -43,7 +42,7 @@ def main(config: DictConfig) -> float | None:
         adapters = list(given) if OmegaConf.is_list(given) else given
         callbacks.append(SameBase(config.wan.vae, adapters))
     if config.init is not None and checkpoint is None:
-        callbacks.append(StartFrom(config.init, read_start))
+        callbacks.append(StartFrom(config.init))
     loggers = build_loggers(config)
     trainer = instantiate(
         config.trainer, callbacks=[*callbacks, build_story(config)], logger=loggers

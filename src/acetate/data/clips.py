@@ -15,17 +15,9 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from acetate.data.datamodule import ShardDataModule
 from acetate.data.order import Order
 from acetate.data.read_ahead import ReadAhead
-from acetate.data.shards import (
-    BadClip,
-    Clip,
-    ClipRef,
-    ShardError,
-    blame,
-    index_shards,
-    read_clip,
-)
+from acetate.data.shards import BadClip, Clip, ClipRef, ShardError, blame, index_shards, read_clip
 from acetate.data.splits import splits_of, validation_draw
-from acetate.data.store import Remote, RemoteTar
+from acetate.data.store import RemoteTar
 from acetate.data.transforms import ClipTransform
 from acetate.draws import generator_for, stable_hash
 
@@ -146,8 +138,8 @@ class ClipDataModule(ShardDataModule):
     """Gives batches of rgb (B, 3, T, H, W) in [-1, 1], alpha (B, 1, T, H, W) in [0, 1], prompt,
     key, skipped.
 
-    shards: folders or URLs; a mapping from them to weights mixes them as MixedOrder does. Remote
-    ones, order, position and bad clips as in ShardDataModule. resize `straight` bleeds hidden
+    shards: folders or URLs; a mapping from them to weights mixes them as MixedOrder does. loading:
+    as in ShardDataModule, and so are order, position and bad clips. resize `straight` bleeds hidden
     colour, random_validation draws other crops each time: both only to reproduce the released code.
     Raises ShardError where the shards cannot be used.
     """
@@ -159,12 +151,7 @@ class ClipDataModule(ShardDataModule):
         frames: int,
         height: int,
         width: int,
-        batch_size: int,
-        seed: int,
         num_workers: int,
-        val_batch_size: int,
-        val_clips: int,
-        bad_clip_budget: int,
         time_stride: int = 4,
         space_multiple: int = 16,
         scale_range: tuple[float, float] = (0.5, 1.0),
@@ -174,20 +161,9 @@ class ClipDataModule(ShardDataModule):
         cache_mb: float = 512,
         resize: str = "premultiplied",
         random_validation: bool = False,
-        remote: Remote | None = None,
-        shuffle_tars: int = 8,
+        **loading: Any,
     ):
-        super().__init__(
-            folders=shards,
-            batch_size=batch_size,
-            seed=seed,
-            num_workers=num_workers,
-            val_batch_size=val_batch_size,
-            val_clips=val_clips,
-            bad_clip_budget=bad_clip_budget,
-            remote=remote,
-            shuffle_tars=shuffle_tars,
-        )
+        super().__init__(folders=shards, num_workers=num_workers, **loading)
         self.random_validation = random_validation
         self.cache_bytes = cache_mb * 2**20 / max(1, num_workers)
         self.train_transform, self.val_transform = (

@@ -92,22 +92,18 @@ class ShardDataModule(LightningDataModule):
         num_workers: int,
         val_batch_size: int,
         val_clips: int,
-        bad_clip_budget: int,
+        bad_clip_budget: int = 0,
         remote: Remote | None = None,
         shuffle_tars: int = 8,
     ):
         super().__init__()
-        least = {"batch_size": 1, "val_batch_size": 1, "val_clips": 1, "num_workers": 0,
-            "bad_clip_budget": 0,
-                 "shuffle_tars": 1}  # fmt: skip
-        for name, value in (
-            ("batch_size", batch_size), ("val_batch_size", val_batch_size), ("val_clips",
-            val_clips),
-            ("num_workers", num_workers), ("bad_clip_budget", bad_clip_budget), ("shuffle_tars",
-            shuffle_tars),
+        for name, value, least in (
+            ("batch_size", batch_size, 1), ("val_batch_size", val_batch_size, 1),
+            ("val_clips", val_clips, 1), ("num_workers", num_workers, 0),
+            ("bad_clip_budget", bad_clip_budget, 0), ("shuffle_tars", shuffle_tars, 1),
         ):  # fmt: skip
-            if value < least[name]:
-                raise ValueError(f"{name}={value}; must be at least {least[name]}")
+            if value < least:
+                raise ValueError(f"{name}={value}; must be at least {least}")
         self.folders = [open_folder(folder, remote) for folder in listed(folders)]
         if not self.folders:
             raise ShardError("shards=[]; name at least one folder of shards")

@@ -26,20 +26,15 @@ from acetate.data.order import BucketWalk, Order
 from acetate.data.read_ahead import ReadAhead
 from acetate.data.shards import HOW_TO_MAKE, BadClip, ShardError, by_key, read_manifest
 from acetate.data.splits import splits_of, validation_draw
-from acetate.data.store import Remote, RemoteTar
+from acetate.data.store import RemoteTar
 from acetate.documents import FieldError, shown
 from acetate.draws import stable_hash
 from acetate.settings import several, whole
 
 # What latents were made with: folders are mixed, and a run goes on, only where all of it is equal
 MADE_WITH = (
-    "vae_sha256",
-    "base_sha256",
-    "text_encoder_sha256",
-    "prompt_length",
-    "ellipse",
-    "geometry",
-)
+    "vae_sha256", "base_sha256", "text_encoder_sha256", "prompt_length", "ellipse", "geometry",
+)  # fmt: skip
 WALK = several(several(whole(0, 2**40), 2, 2), 0)
 log = logging.getLogger(__name__)
 
@@ -145,9 +140,9 @@ class LatentDataModule(ShardDataModule):
     of the given frames alone, and image_embeds (B, n, D), CLIP's of the first one, where the cache
     holds them.
 
-    latents: folders or URLs; a mapping from them to weights mixes them as MixedOrder does. Remote
-    ones, order, position and bad clips as in ShardDataModule; the position counts samples, and
-    resuming walks there again, also from a run with another number of ranks or another batch size.
+    latents: folders or URLs; a mapping from them to weights mixes them as MixedOrder does. loading:
+    as in ShardDataModule, and so are order, position and bad clips; the position counts samples,
+    and resuming walks there again, also from a run with other ranks or another batch size.
     batch_size is per rank; val_clips counts windows. `manifest` is that of the first folder, after
     setup. Raises ShardError where folders cannot be used, or not together, and ValueError naming
     the sample whose prompt is longer than prompt_length.
@@ -157,27 +152,10 @@ class LatentDataModule(ShardDataModule):
         self,
         *,
         latents: str | Sequence[str] | Mapping[str, float],
-        batch_size: int,
-        seed: int,
-        num_workers: int,
-        val_batch_size: int,
-        val_clips: int,
         prompt_length: int,
-        bad_clip_budget: int = 0,
-        remote: Remote | None = None,
-        shuffle_tars: int = 8,
+        **loading: Any,
     ):
-        super().__init__(
-            folders=latents,
-            batch_size=batch_size,
-            seed=seed,
-            num_workers=num_workers,
-            val_batch_size=val_batch_size,
-            val_clips=val_clips,
-            bad_clip_budget=bad_clip_budget,
-            remote=remote,
-            shuffle_tars=shuffle_tars,
-        )
+        super().__init__(folders=latents, **loading)
         self.prompt_length = prompt_length
         self.manifest: dict[str, Any] = {}
         self.train_windows: list[list[LatentRef]] = []

@@ -44,12 +44,10 @@ class ClipOrder:
         shuffle_tars: int = 1,
     ):
         self.count, self.seed, self.shuffle_tars = count, seed, shuffle_tars
-        numbers: dict[Hashable, int] = {}
-        self.tars = (
-            None
-            if tars is None
-            else torch.tensor([numbers.setdefault(tar, len(numbers)) for tar in tars])
-        )
+        self.tars: Tensor | None = None
+        if tars is not None:
+            numbers: dict[Hashable, int] = {}
+            self.tars = torch.tensor([numbers.setdefault(tar, len(numbers)) for tar in tars])
         self.epochs = LastTwo(self._epoch)
 
     def __getitem__(self, position: int) -> tuple[int, int]:

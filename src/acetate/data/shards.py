@@ -17,12 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from acetate.data.manifests import (
-    BEFORE_SHARDS,
-    CLIP,
-    MADE_BY,
-    check_manifest,
-)
+from acetate.data.manifests import BEFORE_SHARDS, CLIP, MADE_BY, check_manifest
 from acetate.data.members import Span, find_members, read_at
 from acetate.data.splits import Split
 from acetate.data.store import MOST_BYTES, Folder, RemoteTar, read_file

@@ -20,9 +20,8 @@ from uuid import uuid4
 import fsspec
 from filelock import FileLock
 
-from acetate.data.downloads import Bounded, FetchError, MoreThanSaid, TooLarge
+from acetate.data.downloads import Bounded, FetchError, MoreThanSaid, TooLarge, in_one_stream
 from acetate.data.members import Span, find_members, read_at
-from acetate.data.origins import in_one_stream
 from acetate.documents import read_plain, too_large
 from acetate.redaction import redacted, scrubbed, secrets_of
 

@@ -227,19 +227,13 @@ class ClipTransform:
         rows, columns = frames.shape[1:3]
         best, best_coverage = (0, 0, 0, 0), -1.0
         for _ in range(CROP_TRIES if self.train else 1):
-            share = (
-                math.exp(_uniform(generator, *map(math.log, self.scale_range)))
-                if self.train
-                else 1.0
-            )
+            share = 1.0
+            if self.train:
+                share = math.exp(_uniform(generator, *map(math.log, self.scale_range)))
             shrink = max(1.0, share * min(rows / self.height, columns / self.width))
             height, width = round(self.height * shrink), round(self.width * shrink)
-            box = (
-                self._place(rows - height, generator),
-                self._place(columns - width, generator),
-                height,
-                width,
-            )
+            top = self._place(rows - height, generator)
+            box = (top, self._place(columns - width, generator), height, width)
             # Padding counts as empty. Every fourth row and column is plenty for a mean.
             coverage = crop(frames[..., 3:], *box)[::2, ::4, ::4].float().mean().item() / 255
             if coverage > best_coverage:

@@ -239,13 +239,7 @@ class ShardWriter:
             meta["done"] = dict(done)
         CLIP.check(meta, key)
         text = json.dumps(meta, ensure_ascii=False, sort_keys=True).encode()
-        entry = {
-            "key": key,
-            "split": split,
-            **size,
-            "kind": clip.kind,
-            "crc32": _crc32(clip.media),
-        }
+        entry = {"key": key, "split": split, **size, "kind": clip.kind, "crc32": _crc32(clip.media)}
         self.write(entry, clip.media, text)
 
     def copy(self, ref: ClipRef, media: bytes, meta: bytes) -> None:

@@ -30,11 +30,9 @@ class _Given:
 
 # All that the pickle of a plain array names, in numpy 1 and in numpy 2
 NUMPY = (
-    "numpy.ndarray",
-    "numpy.dtype",
-    "numpy._core.multiarray._reconstruct",
+    "numpy.ndarray", "numpy.dtype", "numpy._core.multiarray._reconstruct",
     "numpy.core.multiarray._reconstruct",
-)
+)  # fmt: skip
 
 
 def read_gauss_mask(path: Path, grid: Sequence[int]) -> Tensor:

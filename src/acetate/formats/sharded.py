@@ -168,11 +168,9 @@ def read_sharded(
 
 
 def _cause(error: Exception) -> object:
-    cause = (
-        next(iter(error.failures.values()))[0]
-        if isinstance(error, dcp.CheckpointException)
-        else error
-    )
+    cause: object = error
+    if isinstance(error, dcp.CheckpointException):
+        cause = next(iter(error.failures.values()))[0]
     return f"{type(cause).__name__}: {reason(cause)}" if isinstance(cause, Exception) else cause
 
 

@@ -154,10 +154,8 @@ def _low_rank(
 
 def _rgba_vae(state: Mapping[str, Tensor], facts: Mapping[str, Any]) -> dict[str, Tensor]:
     with torch.device("meta"):
-        features, channels = (
-            _side(state, "merge.conv_in.weight", 0),
-            _side(state, "merge.conv_out.weight", 0),
-        )
+        features = _side(state, "merge.conv_in.weight", 0)
+        channels = _side(state, "merge.conv_out.weight", 0)
         merge = FeatureMerge(max(1, features), max(1, channels), "scratch").named_parameters()
     expected: dict[str, Tensor] = {f"merge.{name}": value for name, value in merge}
     matches = [match for name in state if (match := OUR_LORA_KEY.fullmatch(name))]

@@ -176,6 +176,16 @@ def decoder_of(flat: dict[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
+def is_dora(names: Iterable[str]) -> bool:
+    """Returns whether a file with these tensors is a released DoRA."""
+    return any(re.search(r"(self|cross)_attn\.[qkvo]\.lora_A", name) for name in names)
+
+
+def rank_of(adapters: dict[str, Tensor]) -> int:
+    """Returns the rank of adapters, which a released file does not say."""
+    return next(len(value) for name, value in adapters.items() if ".lora_A." in name)
+
+
 def dora_from_wan_alpha(
     flat: dict[str, Tensor], source: str = "the DoRA file"
 ) -> dict[str, Tensor]:

@@ -30,11 +30,9 @@ class VAELoss(nn.Module):
                 "loss.perceptual is null but its weight is not 0. Set "
                 "loss.reconstruction.perceptual_weight=0."
             )
-        self.l1_weight, self.perceptual_weight, self.edge_weight = (
-            l1_weight,
-            perceptual_weight,
-            edge_weight,
-        )
+        self.l1_weight = l1_weight
+        self.perceptual_weight = perceptual_weight
+        self.edge_weight = edge_weight
         self.perceptual, self.eps, self.sobel_l1 = perceptual, eps, SobelL1()
 
     def edge(self, x_hat: Tensor, x: Tensor) -> Tensor:

@@ -43,18 +43,8 @@ from acetate.media.placement import Placement, aspect_of, oriented
 from acetate.media.png import Header, composed, png_header
 
 IMAGES = (
-    ".png",
-    ".apng",
-    ".webp",
-    ".gif",
-    ".avif",
-    ".avifs",
-    ".tif",
-    ".tiff",
-    ".exr",
-    ".tga",
-    ".bmp",
-)
+    ".png", ".apng", ".webp", ".gif", ".avif", ".avifs", ".tif", ".tiff", ".exr", ".tga", ".bmp",
+)  # fmt: skip
 OPAQUE_IMAGES = (".jpg", ".jpeg")  # good for either half of a pair
 # By content, whatever the suffix says; without the formats for which PIL starts other programs.
 FORMATS = ("PNG", "WEBP", "GIF", "AVIF", "TIFF", "JPEG", "TGA", "BMP")

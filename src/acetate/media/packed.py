@@ -175,10 +175,8 @@ def _coarse_shifts(pictures: list[Frames]) -> Iterator[Shift]:
         # Neighbours of every edge resemble it, so colour and alpha must not lie too close to be
         # apart.
         far = np.zeros(size, bool)
-        rows, columns = (
-            np.abs(np.fft.fftfreq(size[0], 1 / size[0])),
-            np.abs(np.fft.fftfreq(size[1], 1 / size[1])),
-        )
+        rows = np.abs(np.fft.fftfreq(size[0], 1 / size[0]))
+        columns = np.abs(np.fft.fftfreq(size[1], 1 / size[1]))
         far |= (rows[:, None] >= 0.25 * height) | (columns[None] >= 0.25 * width)
         correlation[~far] = 0
         for _ in range(PEAKS):
@@ -217,10 +215,8 @@ def _refined(pictures: list[Frames], coarse: Shift, factor: int) -> Shift:
 
 def _overlap(whole: Edges, small: Edges, shift: Shift) -> float:
     top, left = max(0, shift.down), max(0, shift.right)
-    bottom, right = (
-        min(len(whole), shift.down + len(small)),
-        min(whole.shape[1], shift.right + small.shape[1]),
-    )
+    bottom = min(len(whole), shift.down + len(small))
+    right = min(whole.shape[1], shift.right + small.shape[1])
     if bottom <= top or right <= left:
         return 0.0
     there = whole[top:bottom, left:right]

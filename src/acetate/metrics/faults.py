@@ -70,10 +70,8 @@ class Faults(Metric):
             inner = true[i, edge : height - edge, edge : width - edge]
             for place, (y, x) in enumerate(SHIFTS):
                 if max(abs(y), abs(x)) <= edge:
-                    rows, columns = (
-                        slice(edge + y, height - edge + y),
-                        slice(edge + x, width - edge + x),
-                    )
+                    rows = slice(edge + y, height - edge + y)
+                    columns = slice(edge + x, width - edge + x)
                     errors[place] += (seen[i, rows, columns] - inner).square().mean().double()
                     counts[place] += 1
             for place, delay in enumerate(DELAYS, start=len(SHIFTS)):

@@ -116,6 +116,18 @@ def building(path: Path) -> Iterator[None]:
         ) from error
 
 
+def read_beside(kind: Any, folder: Path, what: str, **settings: Any) -> Any:
+    """Reads what stands beside a model, by `kind.from_pretrained`. Raises ValueError that names the
+    folder for one that cannot be read."""
+    try:
+        return kind.from_pretrained(folder, **settings)
+    except Exception as error:  # of any kind, where its JSON is damaged
+        raise ValueError(
+            f"{folder} cannot be read as {what} ({type(error).__name__}: "
+            f"{str(error).partition(chr(10))[0]}). Fetch it anew."
+        ) from error
+
+
 def config_of_model(
     path: Path, model: type[AutoencoderKLWan | WanTransformer3DModel], held: Mapping[str, Tensor]
 ) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from diffusers import WanTransformer3DModel
 from torch import Tensor
 
 from acetate.alpha import over
-from acetate.models.configs import building, read_config
+from acetate.models.configs import building, read_beside, read_config
 from acetate.models.hub import refuse_code
 from acetate.models.loading import locate, renamed, weights_sha256
 from acetate.models.weights import assign, open_weights
@@ -43,13 +43,7 @@ class ImageEncoder:
                     "Wan-AI/Wan2.1-I2V-14B-480P-Diffusers."
                 )
             refuse_code(found, f"wan.image_encoder={source}")
-        try:
-            self.processor: Any = CLIPImageProcessor.from_pretrained(folder)
-        except Exception as error:  # of any kind, where its JSON is damaged
-            raise ValueError(
-                f"{folder} cannot be read as an image processor ({type(error).__name__}: "
-                f"{str(error).partition(chr(10))[0]}). Fetch it anew."
-            ) from error
+        self.processor = read_beside(CLIPImageProcessor, folder, "an image processor")
         self.source, self.device = source, device
         self.model: Any = load_clip(weights).to(device)
         config = self.model.config

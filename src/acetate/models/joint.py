@@ -65,9 +65,12 @@ class AlphaLoRA(Linear):
         return torch.cat([rgb, alpha + (self.scaling[name] * up(down(seen))).to(alpha.dtype)], 1)
 
 
-class BlindColor(WanAttnProcessor):
-    """Self-attention in which colour attends to itself alone and alpha to both: two calls of fused
-    attention, without a mask of tokens by tokens."""
+class SelfAttention(WanAttnProcessor):
+    """Wan's self-attention around an `attend` of one's own."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Returns what tokens (B, S, heads, width) with their positions make of each other."""
+        raise NotImplementedError
 
     def __call__(
         self,
@@ -81,13 +84,21 @@ class BlindColor(WanAttnProcessor):
         q, k, v = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
         q, k, v = (x.unflatten(2, (attn.heads, -1)) for x in (attn.norm_q(q), attn.norm_k(k), v))
         q, k = rotated(q, *rotary_emb), rotated(k, *rotary_emb)
+        x = self.attend(q, k, v).flatten(2, 3).type_as(q)
+        return attn.to_out[1](attn.to_out[0](x))
+
+
+class BlindColor(SelfAttention):
+    """Colour attends to itself alone and alpha to both: two calls of fused attention, without a
+    mask of tokens by tokens."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         (rgb, alpha), half = q.chunk(STREAMS, 1), q.shape[1] // STREAMS
         seen = (
             dispatch_attention_fn(rgb, k[:, :half], v[:, :half], backend=self._attention_backend),
             dispatch_attention_fn(alpha, k, v, backend=self._attention_backend),
         )
-        x = torch.cat(seen, 1).flatten(2, 3).type_as(q)
-        return attn.to_out[1](attn.to_out[0](x))
+        return torch.cat(seen, 1)
 
 
 def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

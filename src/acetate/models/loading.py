@@ -237,11 +237,9 @@ def tensors_sha256(state: Mapping[str, Tensor], values: int | None = None) -> st
     for name, value in sorted(state.items()):
         if value.is_meta:
             return ""  # shapes without numbers
-        flat = (
-            value.flatten()
-            if values is None
-            else value.flatten()[:: max(1, value.numel() // values)].bfloat16()
-        )
+        flat = value.flatten()
+        if values is not None:
+            flat = flat[:: max(1, value.numel() // values)].bfloat16()
         digest.update(name.encode())
         digest.update(flat.float().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()

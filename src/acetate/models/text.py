@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from acetate.models.adapters import listed
-from acetate.models.configs import building, read_config
+from acetate.models.configs import building, read_beside, read_config
 from acetate.models.hub import refuse_code
 from acetate.models.loading import locate, renamed, weights_sha256
 from acetate.models.weights import Weights, assign, open_weights
@@ -62,13 +62,9 @@ class TextEncoder:
         tokenizer, weights = locate_text_encoder(source)
         for folder in {tokenizer, weights if weights.is_dir() else weights.parent}:
             refuse_code(folder, f"wan.text_encoder={source}")
-        try:
-            self.tokenizer = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False)
-        except Exception as error:  # the tokenizers' own
-            raise ValueError(
-                f"{tokenizer} cannot be read as a tokenizer ({type(error).__name__}: "
-                f"{str(error).partition(chr(10))[0]}). Fetch it anew."
-            ) from error
+        self.tokenizer = read_beside(
+            AutoTokenizer, tokenizer, "a tokenizer", trust_remote_code=False
+        )
         self.model = load_umt5(weights, None if dtype == "auto" else getattr(torch, dtype)).to(
             device
         )

@@ -20,12 +20,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from diffusers import WanTransformer3DModel
 from diffusers.models.attention_dispatch import dispatch_attention_fn
-from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from torch import Tensor
 from torch.distributed._functional_collectives import all_to_all_single_autograd
 
 from acetate.draws import stable_hash
-from acetate.models.joint import rotated
+from acetate.models.joint import SelfAttention
 
 
 class ClipRanks:
@@ -86,28 +85,16 @@ class ClipRanks:
             )
 
 
-class SharedAttention(WanAttnProcessor):
+class SharedAttention(SelfAttention):
     """Self-attention of this rank's heads over all tokens of a clip."""
 
     def __init__(self, ranks: ClipRanks) -> None:
         super().__init__()
         self.ranks = ranks
 
-    def __call__(
-        self,
-        attn: Any,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        rotary_emb: tuple[Tensor, Tensor] | None = None,
-    ) -> Tensor:
-        assert rotary_emb is not None, "self-attention has positions"
-        q, k, v = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
-        q, k, v = (x.unflatten(2, (attn.heads, -1)) for x in (attn.norm_q(q), attn.norm_k(k), v))
-        q, k = rotated(q, *rotary_emb), rotated(k, *rotary_emb)
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         mine = self.ranks.to_heads(q, k, v)
-        x = self.ranks.to_tokens(dispatch_attention_fn(*mine, backend=self._attention_backend))
-        return attn.to_out[1](attn.to_out[0](x.flatten(2, 3).type_as(q)))
+        return self.ranks.to_tokens(dispatch_attention_fn(*mine, backend=self._attention_backend))
 
 
 def check_heads(transformer: WanTransformer3DModel, count: int) -> None:

@@ -259,11 +259,9 @@ class WanHead(nn.Module):
 
     def __init__(self, vae: AutoencoderKLWan) -> None:
         super().__init__()
-        self.norm_out, self.conv_out, self.quant_conv = (
-            vae.encoder.norm_out,
-            vae.encoder.conv_out,
-            vae.quant_conv,
-        )
+        self.norm_out = vae.encoder.norm_out
+        self.conv_out = vae.encoder.conv_out
+        self.quant_conv = vae.quant_conv
 
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
         x = norm_silu_conv(self.norm_out, self.conv_out, features, None)

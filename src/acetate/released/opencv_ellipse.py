@@ -60,10 +60,8 @@ def _rows(x: Tensor, y: Tensor, height: int, width: int) -> Tensor:
     start, end = _round(y[:, :-1]), _round(y[:, 1:])
     downwards = start < end
     top, bottom = torch.where(downwards, start, end), torch.where(downwards, end, start)
-    x_top, x_bottom = (
-        torch.where(downwards, x[:, :-1], x[:, 1:]),
-        torch.where(downwards, x[:, 1:], x[:, :-1]),
-    )
+    x_top = torch.where(downwards, x[:, :-1], x[:, 1:])
+    x_bottom = torch.where(downwards, x[:, 1:], x[:, :-1])
     rows = bottom - top
     slope = torch.div((x_bottom - x_top) * 2 + rows, (2 * rows).clamp_min(1), rounding_mode="trunc")
     row = torch.arange(height, device=x.device)[:, None]  # (h, 1) against (N, 1, edges)

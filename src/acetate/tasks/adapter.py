@@ -72,10 +72,8 @@ class AdapterTask(LightningModule):
                 rank_zero_warn(
                     f"{name} {before} of the checkpoint is now {now}, as the settings say."
                 )
-        restored, (config,) = (
-            self.trainer.optimizers[0].param_groups,
-            self.trainer.lr_scheduler_configs,
-        )
+        restored = self.trainer.optimizers[0].param_groups
+        (config,) = self.trainer.lr_scheduler_configs
         scheduler: Any = config.scheduler  # LambdaLR
         scheduler.base_lrs = []
         for group, own, factor in zip(

@@ -39,18 +39,12 @@ def means_of(task: LightningModule, sums: Mapping[str, Tensor], size: int) -> di
     Nothing where there are no clips. In float64, in which the mean of equal numbers is that number.
     """
     counted = {"device": task.device, "dtype": torch.float64}
-    local = torch.stack(
-        [
-            *(value.detach().to(**counted) for value in sums.values()),
-            torch.full((), size, **counted),
-        ]
-    )
+    values = [value.detach().to(**counted) for value in sums.values()]
+    local = torch.stack([*values, torch.full((), size, **counted)])
     *totals, count = task.trainer.strategy.reduce(local, reduce_op="sum")
-    return (
-        {name: (total / count).float() for name, total in zip(sums, totals, strict=True)}
-        if count
-        else {}
-    )
+    if not count:
+        return {}
+    return {name: (total / count).float() for name, total in zip(sums, totals, strict=True)}
 
 
 class Means:

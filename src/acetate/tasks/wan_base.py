@@ -283,12 +283,7 @@ class WanDiTTask(MeasuredTask):
             return (raw - self.mean) / self.std
 
     def error(
-        self,
-        latents: Tensor,
-        prompts: list[str],
-        noise: Tensor,
-        levels: NoiseLevels,
-        ids: Tensor,
+        self, latents: Tensor, prompts: list[str], noise: Tensor, levels: NoiseLevels, ids: Tensor
     ) -> Tensor:
         """Returns the mean squared error of the velocity at the noise levels of steps ids (B,)."""
         field = partial(velocity, self.transformer)
