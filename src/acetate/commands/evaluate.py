@@ -132,6 +132,8 @@ def file_for(
 
 def measure(config: DictConfig, checkpoint: str | None) -> dict[str, dict[str, float]]:
     """Returns rows of figures by name. Raises ValueError for a task that has no such evaluation."""
+    if OmegaConf.select(config, "task.context_parallel"):
+        config.task.context_parallel = 1  # without a backward pass a clip is no GPU's too long
     quiet = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
     data, task = instantiate(config.data), instantiate(settled(config, False).task)
     average = instantiate(config.callbacks.get("ema"))  # validations of the run see it, too

@@ -46,7 +46,10 @@ def main(config: DictConfig) -> float | None:
         callbacks.append(StartFrom(config.init, read_start))
     loggers = build_loggers(config)
     trainer = instantiate(
-        config.trainer, callbacks=[*callbacks, build_story(config)], logger=loggers
+        config.trainer,
+        callbacks=[*callbacks, build_story(config)],
+        logger=loggers,
+        context_parallel=OmegaConf.select(config, "task.context_parallel", default=1),
     )
     # callbacks, which compare the ranks' in setup, do not know an argument of fit
     trainer.ckpt_path = checkpoint
