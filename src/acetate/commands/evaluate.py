@@ -192,11 +192,10 @@ def main(config: DictConfig) -> None:
     write_json(path, rows)
     console = Console(width=180)
     console.print(table(rows))
-    pictures = next((part for part in ("panels", "samples") if (folder / part).is_dir()), "panels")
-    console.print(
-        f"{pictures:11s} {folder / pictures}\nmetrics     {path}\ncheckpoint  {checkpoint}",
-        soft_wrap=True,
-    )
+    for part in ("panels", "samples"):
+        if (folder / part).is_dir():
+            console.print(f"{part:11s} {folder / part}", soft_wrap=True)
+    console.print(f"metrics     {path}\ncheckpoint  {checkpoint}", soft_wrap=True)
 
 
 if __name__ == "__main__":
