@@ -10,7 +10,7 @@ from lightning import LightningDataModule, LightningModule, Trainer
 
 from acetate.callbacks.dashboards import TensorBoardRun, WandbRun
 from acetate.callbacks.metrics_file import MetricsFile
-from acetate.commands.loggers import build_loggers
+from acetate.commands.loggers import build_loggers, build_story
 from acetate.released.dit import third
 from acetate.released.flow import ReleasedLevels
 from tests.compose import composed
@@ -257,3 +257,26 @@ def test_ddp_knows_stills(experiment, frames, tmp_path):
         "find_unused_parameters": frames == 1,
         "broadcast_buffers": False,
     }
+
+
+@pytest.mark.parametrize(
+    ("experiment", "sample"),
+    [
+        ("dit_joint", "dora={run} prompt="),
+        ("i2v_dora", "dora={run} image=PICTURE.png prompt="),
+        ("dit_dora_wan22_a14b", "dora={run} dora_2=RUN_OF_LOW prompt="),
+        ("vae_rgba", None),
+    ],
+)
+def test_a_run_says_what_can_come_next(tmp_path, experiment, sample):
+    said = build_story(composed(tmp_path, f"experiment={experiment}")).commands
+    assert said["evaluate"] == f"acetate evaluate run={tmp_path}"
+    assert said["export"] == f"acetate export checkpoint={tmp_path} to=acetate"
+    if sample is None:
+        assert "sample" not in said
+    else:
+        assert said["sample"].startswith("acetate sample " + sample.format(run=tmp_path))
+
+
+def test_a_base_is_not_sampled_by_the_run_that_trains_it(tmp_path):
+    assert list(build_story(composed(tmp_path, "experiment=wan_tiny_dit")).commands) == ["go on"]

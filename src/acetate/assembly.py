@@ -11,13 +11,14 @@ from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
 from omegaconf import DictConfig
 from torch import nn
 
+from acetate.blank import blank_transformer
 from acetate.commands.recorded import preset_of
 from acetate.formats.few_step import merge_few_step
 from acetate.formats.trained import read_whole_adapters
 from acetate.formats.wan_alpha import dora_from_wan_alpha, is_dora, rank_of
 from acetate.models import experts
 from acetate.models.adapters import load_trainable
-from acetate.models.condition import widen_as_trained
+from acetate.models.condition import TEXT_ALONE, condition_channels, widen_as_trained
 from acetate.models.dit import add_dora, merge_dora
 from acetate.models.joint import attach_joint, start_joint
 from acetate.models.loading import load_transformer, transformer_sha256
@@ -113,6 +114,20 @@ def check_experts(config: DictConfig) -> None:
     wan, few = config.wan, config.few_step
     pairs = {"dora": (config.dora, config.dora_2), "few_step.lora": (few.lora, few.lora_2)}
     experts.check_given(wan.transformer_2, wan.boundary, pairs)
+
+
+def check_pictured(config: DictConfig) -> None:
+    """Raises ValueError for a DiT that takes no picture, before it is loaded, as far as its config
+    and the file of its DoRA tell."""
+    try:
+        base, facts = blank_transformer(config.wan.transformer, torch.float32), {}
+        if config.dora is not None:
+            facts = read_whole_adapters(config.dora, "dit_dora", "dit_joint")[2]
+    except (FileNotFoundError, ValueError):  # of another layout, or for `load_dit` to refuse
+        return
+    if not condition_channels(base) and "condition" not in facts:
+        of = f"wan.transformer={config.wan.transformer}" if not facts else f"dora={config.dora}"
+        raise ValueError(f"{of}: {TEXT_ALONE}")
 
 
 def check_guided(facts: Mapping[str, Any], guided: bool) -> None:

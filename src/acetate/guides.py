@@ -1,6 +1,7 @@
 """Guides for sampled clips, which say where the subject is: a given ellipse, that of a clip's
 alpha, or a finished mask."""
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,8 @@ from acetate.alpha import harden, over
 from acetate.clips import background_of
 from acetate.data.transforms import containing_box, covering_box, crop, resize, to_float, window
 from acetate.formats.gauss_mask import read_gauss_mask
+from acetate.media.clip import MediaError
+from acetate.media.deep import NO_ALPHA
 from acetate.models.condition import GIVEN, condition_latents, with_mask
 from acetate.models.rgba_vae import RGBAVAE
 from acetate.models.wan import Geometry
@@ -84,13 +87,35 @@ def read_still(path: Path, height: int, width: int) -> tuple[Tensor, Tensor]:
     of a clip: resized as a whole, with transparent margins where its aspect is another.
 
     Colour under alpha 0 counts for nothing, as in shards. Raises MediaError for a file that cannot
-    be read as RGBA, and ValueError for a picture with nothing on it.
+    be read as RGBA, and for a picture with nothing on it.
     """
-    frame = torch.as_tensor(read_rgba(path.expanduser()).frames)[:1]
-    if not frame[..., 3].any():
-        raise ValueError(f"{path}: all of it is transparent. Give a picture of something.")
+    frame = _first_frame(path)
     box = containing_box(frame.shape[1], frame.shape[2], height, width)
     return resize(*to_float(crop(frame, *box)), height, width)
+
+
+def check_pictures(image: Pictures | None, last_image: Pictures | None, count: int) -> None:
+    """Raises what `for_each` and `read_still` do, by the name of the setting, and ValueError for a
+    last picture alone; warns of one that is opaque throughout."""
+    if image is None and last_image is not None:
+        raise ValueError("last_image= without image=. Give the first frame, too.")
+    for name, pictures in (("image", image), ("last_image", last_image)):
+        for path in dict.fromkeys(for_each(pictures, count)):
+            if path is None:
+                continue
+            try:
+                frame = _first_frame(path)
+            except MediaError as error:
+                said = str(error).removesuffix(f"; {NO_ALPHA}")  # which is a way of ingest's
+                raise MediaError(
+                    f"{name}={said}. Give one file with alpha, such as an RGBA PNG."
+                ) from error
+            if frame[..., 3].min() == 255:
+                warnings.warn(
+                    f"{name}={path} is opaque throughout: all of it is the subject. Cut out what "
+                    "shall move, where that is not meant.",
+                    stacklevel=2,
+                )
 
 
 def for_each(picture: Pictures | None, count: int) -> list[Path | None]:
@@ -123,6 +148,14 @@ def condition_of(
     given = GIVEN[len(stills) - 1]
     latents = condition_latents(vae, hard, alpha[None].to(device), given)
     return with_mask(latents, given, vae.geometry.time_stride).cpu(), AlphaGuide(alpha)
+
+
+def _first_frame(path: Path) -> Tensor:
+    """Returns (1, H, W, 4) uint8 of a picture or a clip. Raises MediaError as `read_still`."""
+    frame = torch.as_tensor(read_rgba(path.expanduser()).frames)[:1]
+    if not frame[..., 3].any():
+        raise MediaError(f"{path}: all of it is transparent")
+    return frame
 
 
 def _fitted(

@@ -11,13 +11,29 @@ from torch import Tensor
 from tqdm import tqdm
 
 from acetate.alpha import harden, over
-from acetate.assembly import check_experts, check_guided, check_hash, check_models, load_dit
+from acetate.assembly import (
+    check_experts,
+    check_guided,
+    check_hash,
+    check_models,
+    check_pictured,
+    load_dit,
+)
 from acetate.clips import Clip, background_of
 from acetate.commands import device_of, inherited
 from acetate.commands.checks import check_settings
 from acetate.commands.recorded import quoted
 from acetate.formats.rgba_vae import load_rgba_vae
-from acetate.guides import Guide, Pictures, condition_of, draw, for_each, outline, read_still
+from acetate.guides import (
+    Guide,
+    Pictures,
+    check_pictures,
+    condition_of,
+    draw,
+    for_each,
+    outline,
+    read_still,
+)
 from acetate.models import experts
 from acetate.models.condition import check_condition
 from acetate.models.image_encoder import encoder_of
@@ -131,6 +147,9 @@ class RGBAPipeline:
         solver = solver or solver_of(config, steps, guidance)
         first, at_once = config.seed if seed is None else seed, batch_size or config.batch_size
         check_experts(config)
+        check_pictures(image, last_image, len(prompts))
+        if image is not None:
+            check_pictured(config)
         negative = config.negative_prompt if negative_prompt is None else negative_prompt
         words, text_sha256 = self.embed([*prompts, negative])
         self._check(size, text_sha256, guided=guide is not None or bool(self.mean_shift))
@@ -186,8 +205,6 @@ class RGBAPipeline:
         """Returns the conditions (count, K, F, h, w) of pictures, and guides that are fitted to
         their alpha; None without a picture. Raises ValueError as `stream`."""
         if image is None:
-            if last_image is not None:
-                raise ValueError("last_image= without image=. Give the first frame, too.")
             return None, None
         check_condition(self.transformer, self.vae.geometry)
         trained = self.facts.get("condition", {}).get("given", "first_last")

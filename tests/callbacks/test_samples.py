@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -114,6 +115,12 @@ def test_contact_sheet_shows_clip_and_alpha():
     guide = outlines(torch.tensor([[1.5, 1.5, 2.0, 2.0, 0.0]] * 2), 4, 4, 5)
     marked = contact_sheet([("a", rgb, alpha)], "title", guide)
     assert GUIDE in {color for _, color in marked.getcolors(10**6)}
+    red = torch.tensor([1.0, -1, -1])[:, None, None, None].expand(3, 1, 16, 16)
+    given = contact_sheet([("a", rgb, alpha)], "title", given=[(red, torch.ones(1, 1, 16, 16))])
+    pixels = np.asarray(given)[given.height // 2]
+    first = (pixels == (255, 0, 0)).all(1).nonzero()[0]
+    assert first.min() < 10 and first.max() < given.width / 8  # before the clip's own frames
+    assert given.width * 4 == pytest.approx(one.width * 5, rel=0.01)  # and before their alpha
 
 
 def test_long_prompts_are_legible_on_a_contact_sheet():

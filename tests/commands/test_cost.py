@@ -46,9 +46,13 @@ def test_verdicts():
     fixed = [one(1, 8.0), one(8, 1.0)]
     weak, strong = verdicts(one(4096, 1.4096), fixed, 0.8, batch=16, batch_size=2)
     assert weak.endswith(
-        "every GPU: stops scaling at 4,096 GPUs: 70.9% of a step computes, less than 80%"
+        "at a time: stops scaling at 4,096 GPUs: 70.9% of a step computes, less than 80%"
     )
-    assert strong.endswith("8 s on 1, 1 s on 8; stops at 8, one more has no 2 clips")
+    assert weak.startswith("where every GPU gets 2 clips at a time: ")
+    assert strong == (
+        "where all GPUs share 16 clips a step (cost.global_batch): a step takes 8 s on 1, 1 s on "
+        "8; stops scaling at 8 GPUs, as no clips are left for more"
+    )
     assert verdicts(None, fixed, 0.8, batch=8, batch_size=1)[0].endswith(
         "at least 80% of a step computes up to 1,048,576 GPUs"
     )

@@ -4,6 +4,8 @@ import json
 import pytest
 
 from acetate.commands import inherited
+from acetate.commands.evaluate import measure
+from tests.compose import composed
 from tests.processes import program
 
 SMALL = [
@@ -83,6 +85,10 @@ def test_a_dora_beside_the_base(tmp_path, cached):
         (logged,) = [float(row["val/loss"]) for row in csv.DictReader(file) if row.get("val/loss")]
     assert rows["DoRA, last.ckpt"]["loss"] == pytest.approx(logged, rel=1e-6)
     assert rows["base DiT, without DoRA"]["loss"] != rows["DoRA, last.ckpt"]["loss"]
+    shared = composed(path.parent, *arguments, "task.context_parallel=2")  # of several ranks
+    assert measure(shared, None)["base DiT, without DoRA"]["loss"] == pytest.approx(
+        rows["base DiT, without DoRA"]["loss"], rel=1e-6
+    )
 
 
 def test_help_and_errors(tmp_path):

@@ -103,6 +103,8 @@ def test_unknown_names_are_said_with_the_nearest():
     assert "the nearest is task.lr." in said("task.lrr=1")
     assert "the nearest is experiment." in said("experimnt=vae_rgba")
     assert "the nearest is trainer.max_steps." in said("trainer.max_step=1")
+    wrong_place = said("experiment=dit_dora", "trainer.context_parallel=2")
+    assert "the nearest is task.context_parallel." in wrong_place
 
 
 def test_a_wrong_value_is_said_with_the_default():

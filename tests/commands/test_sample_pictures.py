@@ -176,8 +176,29 @@ def test_errors_say_the_way_out(pipeline, picture, trained, tmp_path):
     with pytest.raises(MediaError, match="no alpha"):
         pipeline("a disc", image=tmp_path / "opaque.png", **SIZE)
     text = RGBAPipeline.load(None, rgba_vae=trained[1], device="cpu", wan="tiny")
-    with pytest.raises(ValueError, match="trained on text alone and takes no picture"):
+    with pytest.raises(
+        ValueError, match=r"wan-tiny: .* trained on text alone and takes no picture"
+    ):
         text("a disc", image=picture, **SIZE)
+
+
+def test_a_wrong_picture_is_told_before_anything_is_loaded(trained, picture, tmp_path, monkeypatch):
+    """The base of a run takes minutes to load, where it is a large one."""
+    fresh = RGBAPipeline.load(trained[0], rgba_vae=trained[1], device="cpu", wan="tiny")
+    monkeypatch.setattr(fresh, "embed", lambda prompts: pytest.fail("it loads the text encoder"))
+    Image.new("RGB", (32, 32)).save(tmp_path / "opaque.png")
+    Image.new("RGBA", (32, 32)).save(tmp_path / "empty.png")
+    for name, why in (("opaque", "mode RGB has no alpha channel"), ("empty", "all of it is trans")):
+        with pytest.raises(MediaError, match=rf"image=.*{name}\.png: {why}.* Give one file with"):
+            fresh("a disc", image=tmp_path / f"{name}.png", **SIZE)
+    with pytest.raises(MediaError, match=r"last_image=.*empty\.png"):
+        fresh("a disc", image=picture, last_image=tmp_path / "empty.png", **SIZE)
+
+
+def test_an_opaque_picture_is_said(pipeline, tmp_path):
+    Image.new("RGBA", (32, 32), (9, 9, 9, 255)).save(tmp_path / "full.png")
+    with pytest.warns(UserWarning, match=r"full\.png is opaque throughout"):
+        pipeline("a disc", image=tmp_path / "full.png", **SIZE)
 
 
 @pytest.mark.slow

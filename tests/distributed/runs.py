@@ -64,7 +64,11 @@ def fit(
         losses,
         *(callback for callback in instantiate(config.callbacks).values() if callback is not None),
     ]
-    run: Trainer = instantiate(config.trainer, callbacks=callbacks, logger=MetricsFile(str(folder)))
+    shared = config.task.get("context_parallel", 1)
+    run: Trainer = instantiate(
+        config.trainer, callbacks=callbacks, logger=MetricsFile(str(folder)),
+        context_parallel=config.trainer.get("context_parallel", shared),
+    )  # fmt: skip
     run.fit(instantiate(config.task), instantiate(config.data), ckpt_path=resume, weights_only=True)
     metrics = {
         name: float(value) for name, value in run.callback_metrics.items() if name.startswith("val")

@@ -123,7 +123,7 @@ def test_what_cannot_be_shared_is_refused(settings, tmp_path):
         "this run has 2. Start a multiple of 3": ["task.context_parallel=3"],
         "share the 1 heads of this DiT's attention": [
             "task.context_parallel=2", f"wan.transformer={one_head(tmp_path)}"],
-        "were given different ones": ["task.context_parallel=2", "trainer.context_parallel=1"],
+        "were given different ones": ["task.context_parallel=2", "+trainer.context_parallel=1"],
         "colour and alpha of a joint model": [
             "experiment=dit_joint", "rgba_vae=null", "task.context_parallel=2"],
     }  # fmt: skip

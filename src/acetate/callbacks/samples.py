@@ -40,36 +40,35 @@ def contact_sheet(
     most.
 
     guide (T, N, 2): the outline that all of them were sampled with, or that of each, drawn on every
-    tile. given: the picture that each was made of, rgb (3, 1, H, W) and alpha, shown before it.
+    tile. given: the picture that each was made of, rgb (3, 1, H, W) and alpha, shown before both.
     """
     _, rgb, _ = clips[0]
     height, width = tile_size(*rgb.shape[-2:])
     height, width = height // 2, width // 2
     times = sorted({round(float(t)) for t in np.linspace(0, rgb.shape[1] - 1, FRAMES_SHOWN)})
-    start = GAP + bool(given) * (width + GAP)
-    across, line = start + 2 * len(times) * (width + GAP), max(14, height // 8)
+    heads = ["given"] * bool(given) + [f"t={t}" for t in times]
+    places = [GAP + column * (width + GAP) for column in range(2 * len(heads))]
+    across, line = places[-1] + width + GAP, max(14, height // 8)
     text = Sheet(2 * height, across, line, "")  # which knows how wide letters are
     labels = [text.lines(label, across - 4 * GAP, LABEL_LINES, LABEL_SIZE) for label, _, _ in clips]
     tops = np.cumsum([0, *(height + 3 * GAP + line * len(lines) for lines in labels)]).tolist()
     sheet = Sheet(2 * height, across, tops[-1], title)
-    if given:
-        sheet.label(GAP + width / 2, "given")
-    for column, t in enumerate(times):
-        sheet.label(start + column * (width + GAP) + width / 2, f"t={t}")
-        sheet.label(start + (column + len(times)) * (width + GAP) + width / 2, f"alpha t={t}")
+    for x, head in zip(places, [*heads, *(f"alpha {head}" for head in heads)], strict=True):
+        sheet.label(x + width / 2, head)
     for row, ((_, rgb, alpha), y, lines) in enumerate(zip(clips, tops, labels, strict=False)):
         outline = guide if guide is None or isinstance(guide, Tensor) else guide[row]
         rgb, alpha = rgb.clamp(-1, 1), alpha.clamp(0, 1)
         ground = checkerboard(*rgb.shape[-2:], cell=max(4, min(rgb.shape[-2:]) // 12))
-        composite = over(rgb, alpha, ground)
+        matte = alpha.expand(3, -1, -1, -1) * 2 - 1
+        tiles = [
+            (plane[:, t], outline, t) for plane in (over(rgb, alpha, ground), matte) for t in times
+        ]
         if given:
-            picture, matte = given[row][0].clamp(-1, 1), given[row][1].clamp(0, 1)
-            sheet.paste(over(picture, matte, ground)[:, 0], GAP, y, height, width)
-        for column, t in enumerate(times):
-            x = start + column * (width + GAP)
-            sheet.paste(composite[:, t], x, y, height, width, outline, t)
-            x += len(times) * (width + GAP)
-            sheet.paste(alpha[:, t].expand(3, -1, -1) * 2 - 1, x, y, height, width, outline, t)
+            rgb, alpha = given[row][0].clamp(-1, 1), given[row][1].clamp(0, 1)
+            tiles.insert(len(times), (alpha[:, 0].expand(3, -1, -1) * 2 - 1, None, 0))
+            tiles.insert(0, (over(rgb, alpha, ground)[:, 0], None, 0))
+        for x, (tile, line_of, t) in zip(places, tiles, strict=True):
+            sheet.paste(tile, x, y, height, width, line_of, t)
         for number, text_line in enumerate(lines):
             below = sheet.top + y + height + GAP + (number + 0.5) * line
             sheet.write(2 * GAP, below, text_line, "lm", LABEL_SIZE)

@@ -22,6 +22,8 @@ from acetate.models.image_encoder import TOKENS
 from acetate.models.wan import Geometry
 from acetate.replacing import check_out, write_json
 
+# a footprint that says no to `shards`
+UNSHARDED = "no base that is rounded, offloaded (task.base) or widened for a given picture"
 DOUBLINGS = [2**n for n in range(21)]  # to a million GPUs, more than anyone has
 
 
@@ -73,11 +75,11 @@ def verdicts(
             f"{least:.0%}"
         )
     times = ", ".join(f"{digits(one.step)} s on {one.gpus:,}" for one in fixed)
-    most, left = fixed[-1].gpus, "no clip" if batch_size == 1 else f"no {batch_size} clips"
+    most = fixed[-1].gpus
     return (
-        f"with {batch_size} clip{'s' * (batch_size > 1)} a pass for every GPU: {weak}",
-        f"with {batch:,} clips in all (cost.global_batch): a step of {times}; stops at {most:,}, "
-        f"one more has {left}",
+        f"where every GPU gets {batch_size} clip{'s' * (batch_size > 1)} at a time: {weak}",
+        f"where all GPUs share {batch:,} clips a step (cost.global_batch): a step takes {times}; "
+        f"stops scaling at {most:,} GPU{'s' * (most > 1)}, as no clips are left for more",
     )
 
 
@@ -175,7 +177,7 @@ def main(config: DictConfig) -> None:
     results: dict[str, Any] = {"global_batch": batch, "limit": {}, "fixed_batch": {}}
     for strategy in settings.strategies:
         if strategy == "fsdp" and not found.shards:
-            console.print("FSDP2 cannot shard frozen weights that are held in another way")
+            console.print(f"FSDP2 left out: it shards {UNSHARDED}")
             continue
         sent = payload(found, strategy, trained)
         at = partial(
@@ -193,7 +195,7 @@ def main(config: DictConfig) -> None:
         view.title = {"ddp": "DDP", "fsdp": "FSDP2"}[strategy]
         console.print(view)
         for text in verdicts(bad, fixed, settings.least_scaling, batch, load.batch_size):
-            console.print(f"{view.title} {text}")
+            console.print(f"{view.title}, {text}")
         results[strategy] = [{**asdict(one), "scaling": one.scaling} for one in costs]
         results["limit"][strategy] = bad and bad.gpus
         results["fixed_batch"][strategy] = [asdict(one) for one in fixed]

@@ -130,6 +130,8 @@ def measure(
 ) -> tuple[dict[str, dict[str, float]], dict[str, dict[str, strata.Figures]]]:
     """Returns rows of figures by name; and with `by_stratum` those of each clip, by row and key,
     of the base and of the checkpoint. Raises ValueError for a task that has no such evaluation."""
+    if OmegaConf.select(config, "task.context_parallel"):
+        config.task.context_parallel = 1  # without a backward pass a clip is no GPU's too long
     quiet = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
     if config.by_stratum:
         config.data.val_batch_size = 1
@@ -207,12 +209,12 @@ def main(config: DictConfig) -> None:
         written.append(path.with_name(f"{path.stem}_strata.json"))
         strata.write(written[-1], found)
         console.print(strata.table(found, next(iter(clips.values()))))
-    pictures = next((part for part in ("panels", "samples") if (folder / part).is_dir()), "panels")
-    console.print(
-        f"{pictures:11s} {folder / pictures}\nmetrics     {' '.join(map(str, written))}\n"
-        f"checkpoint  {checkpoint}",
-        soft_wrap=True,
-    )
+    for part in ("panels", "samples"):
+        if (folder / part).is_dir():
+            console.print(f"{part:11s} {folder / part}", soft_wrap=True)
+    for file in written:
+        console.print(f"metrics     {file}", soft_wrap=True)
+    console.print(f"checkpoint  {checkpoint}", soft_wrap=True)
 
 
 if __name__ == "__main__":

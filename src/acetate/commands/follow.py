@@ -104,8 +104,10 @@ def main(config: DictConfig) -> None:
     found, sheet = measured(pipeline, config)
     show(found)
     if config.out is not None:
+        picture = Path(config.out).with_suffix(".png")
         write_json(Path(config.out), found)
-        save_picture(sheet, Path(config.out).with_suffix(".png"))
+        save_picture(sheet, picture)
+        print(f"figures     {config.out}\nsheet       {picture}")
 
 
 def measure_prompts(pipeline: RGBAPipeline, config: DictConfig) -> tuple[Results, Image.Image]:

@@ -9,7 +9,6 @@ from tempfile import TemporaryDirectory
 import torch
 from omegaconf import DictConfig
 from PIL import Image
-from torch import Tensor
 
 from acetate.alpha import harden, over
 from acetate.callbacks.samples import contact_sheet
@@ -88,13 +87,11 @@ def measure_pictures(pipeline: RGBAPipeline, config: DictConfig) -> tuple[Result
         results[f"{name}, color of the picture"] = agreeing(colors, clips)
         if name == "wrong prompt":
             results[f"{name}, color of the prompt"] = agreeing(colors, others)
-    title = "given, then first, middle and last frame; every second row: of another prompt"
-    rows = [
-        (clip.prompt, *beside(picture, clip))
-        for picture, *both in zip(given[:SHOWN], own, wrong, strict=False)
-        for clip in both
-    ]
-    return results, contact_sheet(rows, title)
+    rows = [clip for both in zip(own[:SHOWN], wrong, strict=False) for clip in both]
+    pictures = [(clip.rgb, clip.alpha) for clip in given[:SHOWN] for _ in range(2)]
+    clips = [(clip.prompt, clip.rgb, clip.alpha) for clip in rows]
+    title = "every second row: the same picture with another one's prompt"
+    return results, contact_sheet(clips, title, given=pictures)
 
 
 def agreeing(colors: Sequence[str], clips: Sequence[synthetic.SyntheticClip]) -> float:
@@ -104,12 +101,3 @@ def agreeing(colors: Sequence[str], clips: Sequence[synthetic.SyntheticClip]) ->
         for found, clip in zip(colors, clips, strict=True)
     ]
     return sum(right) / len(right)
-
-
-def beside(picture: Clip, clip: Clip) -> tuple[Tensor, Tensor]:
-    """Returns rgb and alpha of the picture and of three frames of the clip."""
-    places = [0, clip.alpha.shape[1] // 2, clip.alpha.shape[1] - 1]
-    return (
-        torch.cat([picture.rgb[:, :1], clip.rgb[:, places]], 1),
-        torch.cat([picture.alpha[:, :1], clip.alpha[:, places]], 1),
-    )

@@ -28,6 +28,8 @@ if TYPE_CHECKING:  # only a run with a dashboard imports wandb
     from acetate.callbacks.dashboards import WandbRun
 
 PACKAGES = ("torch", "lightning", "diffusers", "transformers", "peft", "hydra-core", "wandb")
+# modules of tasks whose runs are evaluated and exported
+MEASURED = ("vae", "dit", "i2v", "joint")
 SOURCE = Path(__file__).parents[3]
 
 
@@ -119,7 +121,7 @@ def _of_job(config: DictConfig, settings: DictConfig) -> dict[str, Any]:
 
 
 def _stage(config: DictConfig) -> str:
-    """Returns the module of the task: `vae`, `dit` or `wan_base`."""
+    """Returns the module of the task: `vae`, `dit`, `i2v`, `joint` or `wan_base`."""
     return config.task._target_.split(".")[-2]
 
 
@@ -165,12 +167,18 @@ def _commands(config: DictConfig) -> dict[str, str]:
         folder = shlex.quote(_short(str(sweep)))
         jobs = _line(overrides_of_sweep(sweep), "trainer.max_steps=", "hydra.sweep.dir=")
         lines = {"go on": f"acetate train -m {jobs} hydra.sweep.dir={folder} resume=auto"}
-    if stage in ("vae", "dit"):
-        lines["evaluate"] = f"acetate evaluate run={run}"
-    if stage == "dit":
-        lines["sample"] = f"acetate sample dora={run} prompt='a ring of fire'"
-    if stage in ("vae", "dit"):
-        lines["export"] = f"acetate export checkpoint={run} to=acetate"
+    if stage not in MEASURED:
+        return lines
+    lines["evaluate"] = f"acetate evaluate run={run}"
+    if stage != "vae":
+        dora = {
+            None: f"dora={run}",
+            "high": f"dora={run} dora_2=RUN_OF_LOW",
+            "low": f"dora=RUN_OF_HIGH dora_2={run}",
+        }[OmegaConf.select(config, "task.base.expert")]
+        picture = "image=PICTURE.png " if stage == "i2v" else ""
+        lines["sample"] = f"acetate sample {dora} {picture}prompt='a ring of fire'"
+    lines["export"] = f"acetate export checkpoint={run} to=acetate"
     return lines
 
 

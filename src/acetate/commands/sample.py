@@ -17,7 +17,7 @@ from tqdm import tqdm
 from acetate.cli import run
 from acetate.commands.recorded import metadata, run_of
 from acetate.commands.runs import new_folder
-from acetate.guides import ClipGuide, Guide, MaskGuide, draw
+from acetate.guides import ClipGuide, Guide, MaskGuide, draw, read_still
 from acetate.models.adapters import read_adapters
 from acetate.pipeline import RGBAPipeline, solver_of
 from acetate.replacing import write_json
@@ -174,7 +174,9 @@ def main(config: DictConfig) -> None:
         started = time.perf_counter()
     assert out is not None
     sheet = sheet_name(out, config.overwrite)
-    save_picture(contact_sheet(shown, f"{out.name}: {title_of(config, solver)}", clip.guide), sheet)
+    given = [] if config.image is None else [read_still(Path(config.image), *clip.rgb.shape[-2:])]
+    title = f"{out.name}: {title_of(config, solver)}"
+    save_picture(contact_sheet(shown, title, clip.guide, given * len(shown)), sheet)
     print(f"sheet       {sheet}")
 
 

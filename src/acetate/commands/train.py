@@ -45,7 +45,10 @@ def main(config: DictConfig) -> float | None:
         callbacks.append(StartFrom(config.init))
     loggers = build_loggers(config)
     trainer = instantiate(
-        config.trainer, callbacks=[*callbacks, build_story(config)], logger=loggers
+        config.trainer,
+        callbacks=[*callbacks, build_story(config)],
+        logger=loggers,
+        context_parallel=OmegaConf.select(config, "task.context_parallel", default=1),
     )
     # callbacks, which compare the ranks' in setup, do not know an argument of fit
     trainer.ckpt_path = checkpoint

@@ -20,6 +20,10 @@ from acetate.models.wan import Geometry
 
 GIVEN = ("first", "first_last")  # frames of a clip
 UNKNOWN = 0.5  # alpha of a frame that is not given
+TEXT_ALONE = (
+    "This DiT was trained on text alone and takes no picture. Leave image= away, or give the dora= "
+    "of experiment=i2v_dora, or an image-to-video base."
+)
 
 
 def given_mask(given: str, time_stride: int, shape: tuple[int, int, int]) -> Tensor:
@@ -64,10 +68,7 @@ def check_condition(transformer: WanTransformer3DModel, geometry: Geometry) -> N
     """Raises ValueError for a DiT that reads no condition, or another one than this VAE's."""
     found, wanted = condition_channels(transformer), geometry.time_stride + geometry.channels
     if not found:
-        raise ValueError(
-            "This DiT was trained on text alone and takes no picture. Leave image= away, or give "
-            "the dora= of experiment=i2v_dora, or an image-to-video base."
-        )
+        raise ValueError(TEXT_ALONE)
     if found != wanted:
         raise ValueError(
             f"This DiT reads {found} channels beside the latents; a picture of this VAE has "

@@ -80,8 +80,7 @@ class ClipRanks:
             raise ValueError(
                 f"Ranks that share their clips (task.context_parallel={self.count}) were given "
                 f"different ones, this one {', '.join(keys) or 'none'}: a clip could be read by "
-                "some of them alone, or trainer.context_parallel is another number. Let all "
-                "machines see the same data, and leave trainer.context_parallel away."
+                "some of them alone. Let all machines see the same data."
             )
 
 
