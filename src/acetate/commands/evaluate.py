@@ -126,20 +126,20 @@ def file_for(
 
 
 def measure(
-    config: DictConfig, checkpoint: str | None
+    config: DictConfig, checkpoint: str | None, each: bool = False
 ) -> tuple[dict[str, dict[str, float]], dict[str, dict[str, strata.Figures]]]:
-    """Returns rows of figures by name; and with `by_stratum` those of each clip, by row and key,
-    of the base and of the checkpoint. Raises ValueError for a task that has no such evaluation."""
+    """Returns rows of figures by name; each: and those of every clip, by row and key, of the base
+    and of the checkpoint. Raises ValueError for a task that has no such evaluation."""
     if OmegaConf.select(config, "task.context_parallel"):
         config.task.context_parallel = 1  # without a backward pass a clip is no GPU's too long
     quiet = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
-    if config.by_stratum:
+    if each:
         config.data.val_batch_size = 1
     data, task = instantiate(config.data), instantiate(settled(config, False).task)
     average = instantiate(config.callbacks.get("ema"))  # validations of the run see it, too
     trainer = instantiate(config.trainer, callbacks=[] if average is None else [average], **quiet)
     guard_resume(trainer, check_resumable, check_optimizers)
-    rows, clips, each = {}, {}, config.by_stratum
+    rows, clips = {}, {}
     if isinstance(task, RGBAVAETask):
         base = PlainVAETask(vae=load_vae(config.wan.vae), lpips=config.task.lpips)
         # nothing of the base is sharded
@@ -199,7 +199,7 @@ def main(config: DictConfig) -> None:
             f"{path.name}."
         )
     lightning.seed_everything(0, verbose=False)
-    rows, clips = measure(config, checkpoint)
+    rows, clips = measure(config, checkpoint, config.by_stratum)
     write_json(path, rows)
     written = [path]
     console = Console(width=180)
