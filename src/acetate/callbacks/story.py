@@ -114,10 +114,9 @@ class Story(Callback):
             self._end(trainer, "stopped")
         else:
             to_file.error("failed at step %d: %s", trainer.global_step, told, exc_info=exception)
-            _say(
-                f"{self.name} failed at step {trainer.global_step:,}",
-                {"look at": f"{self.folder}/train.log"},
-            )
+            # of a run that did not get to a step nothing is kept
+            look = {"look at": f"{self.folder}/train.log"} if trainer.global_step else {}
+            _say(f"{self.name} failed at step {trainer.global_step:,}", look)
         warnings.showwarning = self._showwarning
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

@@ -4,6 +4,7 @@ import re
 import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -114,12 +115,13 @@ def _row(shown: str, comment: str) -> Iterator[str]:
 
 
 def experiments() -> Iterator[str]:
-    """Yields all experiments, acetate's and those in ./conf, with the first line of their
-    comments."""
+    """Yields all experiments, acetate's and those in ./conf, with their comments up to the commands
+    in them."""
     yield from ("", "Experiments")
     for folder in dict.fromkeys((conf(), Path("conf").absolute())):
         for file in sorted((folder / "experiment").glob("*.yaml")):
-            yield from _row(f"  experiment={file.stem}", " ".join(read(file).about))
+            words = takewhile(lambda line: not line.startswith(" "), read(file).about)
+            yield from _row(f"  experiment={file.stem}", " ".join(words))
 
 
 def groups() -> Iterator[str]:

@@ -349,7 +349,7 @@ def _defaults(config_name: str, arguments: Sequence[str]) -> dict[str, Any]:
         config = composed(config_name, _groups_of(arguments))
     except (HydraException, OmegaConfBaseException):
         return {}
-    return {path: value for path, value, _ in settings_of("", config) if value != "???"}
+    return {path: value for path, value, _ in settings_of("", config)}
 
 
 def _groups(config_name: str) -> list[str]:
