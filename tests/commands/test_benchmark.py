@@ -33,6 +33,7 @@ TINY = {
     "device": "cpu",
 }
 SETTINGS = TINY | {
+    "fused_norm": False,
     "lora_alpha": 1.0,
     "batch_size": 1,
     "checkpointing": False,

@@ -70,7 +70,7 @@ def test_a_fixed_batch_ends_with_its_clips(run, tmp_path, capsys):
         "cost.gpus=[1,4,16]",
         f"out={tmp_path / 'x'}",
     )
-    assert "with 8 clips in all" in capsys.readouterr().out
+    assert "where all GPUs share 8 clips a step" in capsys.readouterr().out
     found = json.loads((tmp_path / "x").read_text())
     assert found["global_batch"] == 8 and found["limit"]["ddp"] > 1
     one, four, most = found["fixed_batch"]["ddp"]

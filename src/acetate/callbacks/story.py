@@ -182,7 +182,7 @@ class Story(Callback):
 
 def _say(title: str, rows: Mapping[str, str]) -> None:
     """Prints a title and aligned lines below it."""
-    width = max(map(len, rows))
+    width = max(map(len, rows), default=0)
     log.info(
         "%s", "\n".join([title, *(f"  {name:{width}}  {value}" for name, value in rows.items())])
     )
