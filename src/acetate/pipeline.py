@@ -146,10 +146,7 @@ class RGBAPipeline:
         size = (frames or config.frames, height or config.height, width or config.width)
         solver = solver or solver_of(config, steps, guidance)
         first, at_once = config.seed if seed is None else seed, batch_size or config.batch_size
-        check_experts(config)
-        check_pictures(image, last_image, len(prompts))
-        if image is not None:
-            check_pictured(config)
+        self._check_asked(image, last_image, len(prompts))
         negative = config.negative_prompt if negative_prompt is None else negative_prompt
         words, text_sha256 = self.embed([*prompts, negative])
         self._check(size, text_sha256, guided=guide is not None or bool(self.mean_shift))
@@ -181,6 +178,13 @@ class RGBAPipeline:
                 made, prompts[part], seeds, outlines[part], strict=True
             ):
                 yield Clip(rgb, alpha, config.fps, prompt, number, line)
+
+    def _check_asked(self, image: Pictures | None, last_image: Pictures | None, count: int) -> None:
+        """Raises what keeps `count` prompts from being made, before a text encoder is loaded."""
+        check_experts(self.config)
+        check_pictures(image, last_image, count)
+        if image is not None:
+            check_pictured(self.config)
 
     def _check(self, size: tuple[int, int, int], text_sha256: str, guided: bool) -> None:
         """Raises ValueError for a size, models or a guide that do not fit the DiT."""
